@@ -1,0 +1,88 @@
+"""How every speed in this folder is measured and stored."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Ratio(NamedTuple):
+    """Time of one thing divided by the time of another; `low` to `high` is the 95 % interval of the median."""
+
+    median: float
+    low: float
+    high: float
+    aa: float
+    """Median of the same ratio for two calls of the identical reference: how far noise alone moves it."""
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the median; the same values always give the same interval."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(np.asarray(values), size=(10_000, len(values))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def pairs(ours: Callable[[], object], reference: Callable[[], object], n: int = 21) -> Ratio:
+    """Ratio ours / reference over `n` interleaved rounds of reference, ours, reference.
+
+    The order of the first two alternates and the machine drifts less within a round than between rounds. Each call is
+    made once unmeasured before. A bar holds when it lies inside or above the interval.
+    """
+    ours()
+    reference()
+    ratios: list[float] = []
+    same: list[float] = []
+    for turn in range(n):
+        if turn % 2:
+            mine, first = seconds(ours), seconds(reference)
+        else:
+            first, mine = seconds(reference), seconds(ours)
+        second = seconds(reference)
+        ratios.append(mine / first)
+        same.append(second / first)
+    return Ratio(statistics.median(ratios), *interval(ratios), statistics.median(same))
+
+
+def hardware() -> str:
+    """Processor, cores this process may use, and accelerator; no name of the machine."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "").splitlines()
+        if line.startswith("model name")
+    ]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.machine()}, {cores} cores"
+
+
+def save(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write `results/<name>.json`: the rows, the versions and the hardware they were measured with."""
+    packages = ("torch", "torchvision", "timm", "numpy", "lightning", "datasets", "jsonargparse")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    document = {
+        "script": f"benchmarks/{name}.py",
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        "rows": [dict(row) for row in rows],
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    return path

@@ -1,0 +1,138 @@
+"""Poolings: blocks that replace global average pooling by a learned, readable choice of positions."""
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Compat = Literal["pc", "dp", "none"]
+Norm = Literal["softmax", "sigmoid"]
+Project = Literal["g", "l"]
+
+
+class CompatibilityGate(nn.Module):
+    """Weights of the positions of a feature map: how well each local vector l goes with a query g.
+
+    The score is <u, l + g> + b ("pc", parameterised compatibility: u and b are learned), <l, g> ("dp", dot product) or
+    <u, l> + b ("none": no query). "softmax" makes the weights of an image sum to 1, "sigmoid" puts each in (0, 1).
+
+    Raises:
+        ValueError: an unknown `compat` or `norm`.
+
+    Source: Jetley et al., "Learn To Pay Attention", ICLR 2018, equations 1 to 5.
+
+    >>> gate = CompatibilityGate(2, compat="dp")
+    >>> gate.scores(torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]]), torch.tensor([[10.0, 1.0]]))
+    tensor([[[[13., 24.]]]])
+    """
+
+    def __init__(self, channels: int, *, compat: Compat = "pc", norm: Norm = "softmax") -> None:
+        super().__init__()
+        for name, value, known in (("compat", compat, get_args(Compat)), ("norm", norm, get_args(Norm))):
+            if value not in known:
+                raise ValueError(f"expected {name} to be one of {', '.join(known)}; got {value!r}")
+        self.compat = compat
+        self.norm = norm
+        if compat != "dp":
+            self.u = nn.Linear(channels, 1)
+
+    def scores(
+        self, features: Float[Tensor, "b c h w"], query: Float[Tensor, "b c"] | None = None
+    ) -> Float[Tensor, "b 1 h w"]:
+        """Compatibility of every position, before it is made a weight.
+
+        Raises:
+            ValueError: "pc" or "dp" without a query.
+        """
+        if self.compat == "none":
+            return self._products(features, self.u.weight) + self.u.bias
+        if query is None:
+            raise ValueError(f"expected a query of shape (batch, channels) for compat={self.compat!r}, got none")
+        if self.compat == "dp":
+            return self._products(features, query)
+        # u is linear: <u, l + g> = <u, l> + <u, g> needs no second map of the features' size.
+        return self._products(features, self.u.weight) + self.u(query)[:, :, None, None]
+
+    def forward(
+        self, features: Float[Tensor, "b c h w"], query: Float[Tensor, "b c"] | None = None
+    ) -> Float[Tensor, "b 1 h w"]:
+        """Weight of every position."""
+        scores = self.scores(features, query)
+        if self.norm == "sigmoid":
+            return scores.sigmoid()
+        return scores.flatten(2).softmax(2).unflatten(2, features.shape[2:])
+
+    @staticmethod
+    def _products(features: Tensor, vector: Tensor) -> Tensor:
+        # As a batched product this takes a quarter of the time of a 1x1 convolution with one output channel on a CPU.
+        rows = vector.unsqueeze(1).expand(features.shape[0], -1, -1)
+        return torch.bmm(rows, features.flatten(2)).unflatten(2, features.shape[2:])
+
+
+class LearnToPayAttention(nn.Module):
+    """Pools a feature map into one vector per image, weighing each position by how well it goes with a query vector.
+
+    "softmax": the weighted sum of the local vectors; "sigmoid": their weighted mean over all positions. The child
+    `gate` returns the weights.
+
+    With "pc" and "softmax" the query's part of the score is the same at every position and cancels: the result equals
+    that of "none", and no gradient reaches the query. Where the query has to matter, take "dp" or "sigmoid".
+
+    Args:
+        channels: channels of the feature map.
+        query_channels: length of the query. None: `channels`.
+        compat: score of a position, see `CompatibilityGate`; changes nothing else.
+        norm: how scores become weights, see `CompatibilityGate`.
+        project: where the two lengths differ, "g" brings the query to the features, "l" the features to the query (the
+            pooled vector is then as long as the query).
+        official: where the two lengths differ, the query passes BatchNorm, ReLU and Dropout first.
+
+    Raises:
+        ValueError: an unknown `compat`, `norm` or `project`; in the forward pass, "pc" or "dp" without a query.
+
+    Source: Jetley et al., "Learn To Pay Attention", ICLR 2018, equations 1 to 5; `official`: the authors' Torch7 code.
+
+    Differs: "sigmoid" is from SaoYan's re-implementation, the authors' own sigmoid does not divide by the positions.
+
+    >>> LearnToPayAttention(8, 16)(torch.zeros(2, 8, 5, 7), torch.zeros(2, 16)).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        query_channels: int | None = None,
+        *,
+        compat: Compat = "pc",
+        norm: Norm = "softmax",
+        project: Project = "g",
+        official: bool = True,
+    ) -> None:
+        super().__init__()
+        if project not in get_args(Project):
+            raise ValueError(f"expected project to be one of g, l; got {project!r}")
+        query_channels = query_channels or channels
+        self.project_features = nn.Identity()
+        self.project_query = nn.Sequential()
+        if query_channels != channels:
+            if compat != "none" and official:
+                self.project_query.extend([nn.BatchNorm1d(query_channels), nn.ReLU(), nn.Dropout(0.5)])
+            if project == "l":
+                self.project_features = nn.Conv2d(channels, query_channels, 1)
+                channels = query_channels
+            elif compat != "none":
+                self.project_query.append(nn.Linear(query_channels, channels))
+        self.out_channels = channels
+        self.gate = CompatibilityGate(channels, compat=compat, norm=norm)
+
+    def forward(
+        self, features: Float[Tensor, "b c h w"], query: Float[Tensor, "b q"] | None = None
+    ) -> Float[Tensor, "b k"]:
+        """Pool the features of each image."""
+        features = self.project_features(features)
+        query = None if query is None or self.gate.compat == "none" else self.project_query(query)
+        weights = self.gate(features, query).flatten(2)
+        if self.gate.norm == "sigmoid":
+            weights = weights / weights.shape[2]
+        return torch.bmm(weights, features.flatten(2).transpose(1, 2)).squeeze(1)

@@ -1,0 +1,449 @@
+"""The command line. torch is imported inside the verbs, so that `--help` is quick."""
+
+import argparse
+import ast
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sightline import recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sightline.data import ImageSet
+    from sightline.evaluation import Evaluation
+    from sightline.runs import Run
+
+DEMO = recipe.Recipe(
+    data=recipe.Data(source="clutter"),
+    model=recipe.Model(name="vgg_att2", options={"width": 0.25, "stem_pool": 2}),
+    optim=recipe.Optim(epochs=8),
+)
+_KINDS = ("datasets", "models", "attention", "explainers", "metrics")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line per error, with a hint at what was meant; the recipe's fields below the help of the verbs that take them."""
+
+    def format_help(self) -> str:
+        return super().format_help() + (_fields() if self.get_default("recipe_fields") else "")
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice: " in message:
+            wrong, _, choices = message.partition("invalid choice: ")[2].partition(" (choose from ")
+            close = get_close_matches(wrong.strip("'"), choices.replace("'", "").rstrip(")").split(", "), n=1)
+            message = f"{wrong} is none of {choices.rstrip(')')}" + (f"; did you mean {close[0]}?" if close else "")
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb; bad input ends with one line on stderr and exit code 2, Ctrl-C with 130."""
+    try:
+        rest, overrides = _split(sys.argv[1:] if arguments is None else arguments)
+        options = _parser().parse_args(rest)
+        if overrides and not options.recipe_fields:
+            raise ValueError(f"--{min(overrides)}: expected no recipe field with {options.verb_name}; leave it out")
+        options.verb(options, overrides)
+    except KeyboardInterrupt as stop:
+        print(f"sightline: {stop or 'stopped; nothing half-written was left behind'}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        print(f"sightline: error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def demo(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """Train an attention network on composed digits, see where it looks, and measure it."""
+    _train(DEMO, options, overrides)
+
+
+def train(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """Train a classifier on a set of images, then evaluate it and write the report."""
+    named = {"data.source": options.data, "model.name": options.model, "seeds": options.seeds}
+    named["data.strict"] = options.strict or None
+    overrides = {name: value for name, value in named.items() if value is not None} | overrides
+    start = recipe.Recipe() if options.recipe is None else recipe.load(options.recipe)
+    if options.print_recipe:
+        print(recipe.dump(recipe.load(start, overrides)), end="")
+        return
+    if options.out is None:
+        raise ValueError("expected --out FOLDER for the run, got none; choose a new folder")
+    _train(start, options, overrides)
+
+
+def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    from sightline.training import fit
+
+    found = fit(start, options.out, overrides, resume=options.resume)
+    runs = found if isinstance(found, list) else [found]
+    evaluations = [_evaluate_run(run, {}, "test", run.folder, options.limit, {}) for run in runs]
+    if len(runs) > 1:
+        import numpy as np
+
+        scores = [e.accuracy.value for e in evaluations if e.accuracy is not None]
+        spread = np.std(scores, ddof=1)
+        print(f"test accuracy over {len(scores)} seeds: {np.mean(scores):.2%} ± {spread:.2%} (standard deviation)")
+
+
+def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """Score a trained run's maps by every metric, with intervals and controls, and write the report."""
+    from sightline.runs import open_run
+
+    if options.data is not None:
+        overrides = {"data.source": options.data} | overrides
+    if options.strict:
+        overrides["data.strict"] = True
+    run = open_run(options.run)
+    out = Path(options.out or run.folder)
+    chosen = {"methods": _names(options.methods), "metrics": _names(options.metrics), "steps": options.steps}
+    fill = options.fill
+    chosen["fill"] = float(fill) if fill.replace(".", "", 1).lstrip("-").isdigit() else fill
+    _evaluate_run(run, overrides, options.split, out, options.limit, chosen)
+
+
+def _evaluate_run(
+    run: "Run", overrides: dict[str, Any], split: str, out: Path, limit: int, chosen: dict[str, Any]
+) -> "Evaluation":
+    from dataclasses import replace
+
+    from sightline import data, report, runs
+    from sightline.evaluation import evaluate
+
+    if strange := [name for name in overrides if not name.startswith("data.")]:
+        raise ValueError(f"{strange[0]}: expected only data fields here, the run brings its model; leave it out")
+    _check_writable(out)
+    start = time.perf_counter()
+    wanted = recipe.load(replace(run.recipe, data=replace(run.recipe.data, size=run.preprocess.size[0])), overrides)
+    splits = data.load(wanted.data)
+    if split not in splits or not len(splits[split]):
+        raise ValueError(f"expected a split with images out of {', '.join(splits)}, got {split!r}; choose with --split")
+    images = replace(splits[split], preprocess=run.preprocess)
+    model = _on_best_device(runs.load(run.folder))
+    with _Bar() as bar:
+        found = evaluate(
+            model,
+            _in_order_of(images, run.classes),
+            limit=limit,
+            seed=run.seed,
+            progress=bar.update,
+            provenance={"run": str(run.folder), **runs.surroundings()},
+            **{key: value for key, value in chosen.items() if value is not None},
+        )
+    seconds = time.perf_counter() - start
+    found = replace(
+        found, model=run.recipe.model.name, provenance={**found.provenance, "evaluation time": f"{seconds:.0f} s"}
+    )
+    found.to_json(out / "evaluation.json")
+    found.to_csv(out / "per_image.csv")
+    page = report.write(found, out, run)
+    _print_table(found)
+    for sentence in found.summary:
+        print(textwrap.fill(f"- {sentence}", 100, subsequent_indent="  "))
+    print(f"report: {page}")
+    return found
+
+
+def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
+    """Write maps of where a model looks: overlays as PNG, raw maps as .npz, a table as CSV."""
+    import csv
+    import io
+
+    import numpy as np
+
+    from sightline import data, maps, runs
+    from sightline.explainers import explain
+
+    out = Path(options.out)
+    _check_writable(out)
+    model, preprocess, classes = _model_of(options)
+    images = data.read_images(options.images, preprocess, strict=options.strict)
+    for name, reason in images.skipped:
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    if not len(images):
+        raise ValueError(f"expected at least one readable image in {', '.join(options.images)}, got none")
+    model = _on_best_device(model)
+    methods = _names(options.methods) or ["grad_cam"]
+    layer = options.layer
+    rows: list[list[Any]] = []
+    stems = _unique([Path(name).stem for name in images.names])
+    out.mkdir(parents=True, exist_ok=True)
+    with _Bar() as bar:
+        for batch in data.batches(images, 16):
+            inputs = data.normalise(batch.images.to(next(model.parameters()).device), preprocess)
+            found = explain(model, inputs, options.target, methods, layer)
+            certainty = found.logits.softmax(1)
+            for place, index in enumerate(batch.indices.tolist()):
+                target = int(found.targets[place, 0])
+                name = classes[target] if target < len(classes) else str(target)
+                raw = {method: value[place, 0].float().cpu().numpy() for method, value in found.maps.items()}
+                packed = io.BytesIO()
+                np.savez_compressed(packed, allow_pickle=False, **raw)
+                runs.write(out / f"{stems[index]}.npz", packed.getvalue())
+                for method, value in found.maps.items():
+                    picture = maps.overlay(batch.images[place][None], value[place : place + 1, :1].cpu())[0, 0]
+                    runs.write(out / f"{stems[index]}--{_file_name(method)}.png", maps.png(picture))
+                    verdicts = "; ".join(found.verdicts[method][place])
+                    probability = f"{float(certainty[place, target]):.4f}"
+                    low, high = float(raw[method].min()), float(raw[method].max())
+                    where = found.layers[method]
+                    rows.append([batch.names[place], name, probability, method, where, low, high, verdicts])
+            bar.update("explaining", len(rows) // len(found.maps), len(images))
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["image", "class", "probability", "method", "layer", "lowest", "highest", "verdicts"])
+    writer.writerows(rows)
+    runs.write(out / "maps.csv", table.getvalue().encode())
+    doubtful = sum(bool(row[-1]) for row in rows)
+    print(f"{len(images)} images x {len(methods)} methods in {out}; {doubtful} maps with a verdict, see maps.csv")
+
+
+def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
+    """List data sets, models, attention blocks, explainers and metrics, one line each."""
+    from sightline import attention, data, explainers, metrics, models
+
+    tables: dict[str, dict[str, Any]] = {
+        "datasets": data.DATASETS,
+        "models": models.MODELS,
+        "attention": attention.ATTENTION,
+        "explainers": explainers.EXPLAINERS,
+        "metrics": {name: metric.function for name, metric in metrics.METRICS.items()},
+    }
+    for kind in [options.kind] if options.kind else _KINDS:
+        print(f"{kind}:")
+        width = max(map(len, tables[kind]))
+        for name, thing in tables[kind].items():
+            line = thing if isinstance(thing, str) else (thing.__doc__ or "").strip().splitlines()[0]
+            print(f"  {name:<{width}}  {line}")
+        if kind == "models":
+            print(f"  {'any timm model':<{width}}  by its timm name, for example resnet18 or convnext_tiny")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from importlib.metadata import version
+
+    parser = _Parser(
+        prog="sightline",
+        description="See where an image classifier looks, teach it to look, and measure whether the picture is true.",
+    )
+    parser.add_argument("--version", action="version", version=f"sightline {version('sightline')}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb_name")
+
+    def verb(name: str, run: Callable[..., None], recipe_fields: bool) -> argparse.ArgumentParser:
+        line = (run.__doc__ or "").strip()
+        new = verbs.add_parser(name, help=line, description=line, allow_abbrev=False)
+        new.set_defaults(verb=run, recipe_fields=recipe_fields)
+        return new
+
+    def evaluation(new: argparse.ArgumentParser) -> None:
+        new.add_argument("--limit", type=_count, default=200, metavar="N", help="images to make maps of (200)")
+
+    new = verb("demo", demo, True)
+    new.add_argument("--out", default="runs/demo", metavar="FOLDER", help="run folder to write (runs/demo)")
+    new.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    evaluation(new)
+
+    new = verb("train", train, True)
+    new.add_argument("--data", metavar="PATH_OR_NAME", help="folder, parquet, hub:OWNER/NAME or a name (data.source)")
+    new.add_argument("--model", metavar="NAME", help="network, see sightline list models (model.name)")
+    new.add_argument("--out", metavar="FOLDER", help="run folder to write")
+    new.add_argument("--recipe", metavar="FILE", help="YAML file to start from")
+    new.add_argument("--seeds", metavar="A,B,...", help="one run per seed (seeds)")
+    new.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    new.add_argument("--strict", action="store_true", help="stop at the first unreadable image (data.strict)")
+    new.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
+    evaluation(new)
+
+    new = verb("explain", explain, False)
+    new.add_argument("run", metavar="RUN_OR_MODEL", help="run folder, or a timm / torchvision: model with --weights")
+    new.add_argument("images", nargs="+", metavar="IMAGE", help="files or folders")
+    new.add_argument("--methods", metavar="A,B,...", help="see sightline list explainers (grad_cam)")
+    new.add_argument("--layer", metavar="NAME", help="layer or attention block (the last that feeds the logits)")
+    new.add_argument("--target", type=int, metavar="CLASS", help="class index to explain (the predicted one)")
+    new.add_argument("--weights", metavar="FILE", help="safetensors weights of a timm / torchvision: model")
+    new.add_argument("--classes", metavar="FILE", help="text file with one class name per line")
+    new.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
+    new.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
+
+    new = verb("evaluate", evaluate, True)
+    new.add_argument("run", metavar="RUN", help="run folder")
+    new.add_argument("--data", metavar="PATH_OR_NAME", help="other data than the run's own")
+    new.add_argument("--split", default="test", metavar="SPLIT", help="train, val or test (test)")
+    new.add_argument("--methods", metavar="A,B,...", help="see sightline list explainers; name@layer (all that fit)")
+    new.add_argument("--metrics", metavar="A,B,...", help="see sightline list metrics (all that the data allows)")
+    new.add_argument("--steps", type=_count, metavar="N", help="points of the deletion and insertion curves (32)")
+    new.add_argument("--fill", default="zero", help="what replaces a pixel: zero, mean, blur, black, a number (zero)")
+    new.add_argument("--out", metavar="FOLDER", help="folder to write (the run's own)")
+    new.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
+    evaluation(new)
+
+    new = verb("list", show, False)
+    new.add_argument("kind", nargs="?", choices=_KINDS, metavar="KIND", help=", ".join(_KINDS))
+    return parser
+
+
+def _fields() -> str:
+    tree = ast.parse(Path(recipe.__file__).read_text(encoding="utf-8"))
+    lines = ["", "every field of the recipe can be given as --PART.FIELD VALUE:"]
+    for part in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Recipe"):
+        for field, text in zip(part.body, part.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                name = f"--{part.name.lower()}.{ast.unparse(field.target)}"
+                default = ast.unparse(field.value) if field.value else ""
+                about = f"{text.value.value} [{default}]" if "field(" not in default else str(text.value.value)
+                body = textwrap.wrap(about, 74)
+                lines += [f"  {name:<25} {body[0]}", *(f"  {'':<25} {line}" for line in body[1:])]
+    return "\n".join([*lines, ""])
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take `--data.size 64` and `--data.size=64` out of the arguments, as {"data.size": "64"}."""
+    left, rest, found = list(arguments), list[str](), dict[str, str]()
+    while left:
+        flag = left.pop(0)
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not (flag.startswith("--") and "." in name):
+            rest.append(flag)
+            continue
+        if not equals:
+            if not left or left[0].startswith("--"):
+                raise ValueError(f"{flag}: expected a value, got none; write {flag} VALUE")
+            value = left.pop(0)
+        found[name] = value
+    return rest, found
+
+
+def _model_of(options: argparse.Namespace) -> tuple["nn.Module", Any, Sequence[str]]:
+    """Model, preprocessing and class names of a run folder or of a named model."""
+    from sightline import data, models, runs
+
+    if Path(options.run).is_dir():
+        if options.weights or options.classes:
+            raise ValueError(
+                "expected --weights and --classes only with the name of a model, got a run folder; leave them out"
+            )
+        run = runs.open_run(options.run)
+        return runs.load(options.run), run.preprocess, run.classes
+    if Path(options.run).exists() or "/" in options.run:
+        raise FileNotFoundError(
+            f"{options.run}: no such run folder; expected one that `sightline train` wrote, or a model"
+        )
+    if not options.weights:
+        raise ValueError(f"expected --weights FILE for model {options.run!r}, got none; untrained maps mean nothing")
+    classes = [] if options.classes is None else Path(options.classes).read_text(encoding="utf-8").split("\n")
+    classes = [line.strip() for line in classes if line.strip()]
+    model = models.create_model(options.run, num_classes=len(classes) or None, weights=options.weights)
+    size, mean, std = models.input_of(model)
+    return model, data.Preprocess(size=size, mean=mean, std=std), classes
+
+
+def _in_order_of(images: "ImageSet", classes: Sequence[str]) -> "ImageSet":
+    """The same images with labels counted as the model counts them."""
+    import numpy as np
+
+    if tuple(images.classes) == tuple(classes):
+        return images
+    if missing := [name for name in images.classes if name not in classes]:
+        raise ValueError(
+            f"expected data with the classes of the run, got {missing[0]!r}, which is none of {', '.join(classes)}"
+        )
+    from dataclasses import replace
+
+    place = np.array([*(list(classes).index(name) for name in images.classes), -1])
+    return replace(images, labels=place[images.labels], classes=tuple(classes))
+
+
+def _on_best_device(model: "nn.Module") -> "nn.Module":
+    import torch
+
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+class _Bar:
+    """A progress bar on stderr; nothing where that is no terminal."""
+
+    def __enter__(self) -> "_Bar":
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.progress.start()
+        self.tasks: dict[str, Any] = {}
+        return self
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` images are through."""
+        if what not in self.tasks:
+            self.tasks[what] = self.progress.add_task(what, total=total)
+        self.progress.update(self.tasks[what], completed=done, total=total)
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.stop()
+
+
+def _print_table(found: "Evaluation") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{found.model} on {found.data} ({found.split}), {found.provenance['images with maps']} images")
+    table.add_column("method")
+    for metric in found.metrics:
+        table.add_column(f"{metric} {'↑' if found.higher_is_better[metric] else '↓'}", justify="right")
+    for method in found.methods:
+        cells = [found.score(method, metric).interval for metric in found.metrics]
+        label = f"{method} (control)" if method in found.controls else method
+        table.add_row(label, *(f"{c.value:.3f} [{c.low:.3f}, {c.high:.3f}]" for c in cells))
+    if found.chance:
+        table.add_row("chance", *(f"{found.chance[m]:.3f}" if m in found.chance else "" for m in found.metrics))
+    console = Console()
+    Console(width=console.width if console.is_terminal else 140).print(table)
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail before the work, not after it."""
+    from sightline import runs
+
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; expected a folder to write to")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.write(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise type(error)(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    found: list[str] = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return found
+
+
+def _file_name(method: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-@" else "_" for c in method)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,188 @@
+"""Images with labels, masks, boxes and groups, from wherever they are."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from sightline.data import clutter, hugging_face
+from sightline.data.decoded import Decoder, OnTheFly, Stored, decode_all
+from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batches, normalise, sampled, statistics
+from sightline.data.sources import FileReader, Table, from_folder, image_files
+from sightline.data.splits import assign, check_labelled, draw
+from sightline.recipe import Data
+
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "ImageSet",
+    "ImageStream",
+    "Preprocess",
+    "batches",
+    "load",
+    "load_stream",
+    "normalise",
+    "read_images",
+]
+
+DATASETS = {
+    "clutter": "embedded: a handwritten digit among fragments of other digits, 10 classes with masks, 40 px",
+    "clutter-shortcut": "clutter with a coloured corner patch that tells the class in training only, with its mask",
+    **{name: alias.line for name, alias in hugging_face.ALIASES.items()},
+}
+
+
+def load(data: Data) -> dict[str, ImageSet]:
+    """The splits train, val and test of an image set, decoded once and cached where the images are small.
+
+    With `data.val` 0 there is no val unless the source brings it; with `data.streaming` there is no train
+    (see `load_stream`).
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or data set.
+        ValueError: what is there is not a labelled image set, or cannot be split as asked.
+        ModuleNotFoundError: the source needs a library that is not installed.
+    """
+    if data.streaming:
+        return load_stream(data)[1]
+    _check(data)
+    if data.source in ("clutter", "clutter-shortcut"):
+        return clutter.load(data)
+    table = _find(data)
+    blank = _blank(data, table)
+    rows = assign(table.labels, table.classes, table.parts, table.groups, data)
+    sets = {split: _decoded(table, split, chosen, blank, data.strict) for split, chosen in rows.items()}
+    train = sets["train"]
+    # where the images are decoded on the fly, a few must do
+    preprocess = statistics(sampled(train.store, len(train), 2000 if isinstance(train.store, Stored) else 200))
+    return {split: replace(images, preprocess=preprocess) for split, images in sets.items()}
+
+
+def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
+    """Training images to be read one after the other, and the splits val and test as `load` gives them.
+
+    Without a split for validation in the source, its first training images serve for it.
+
+    Raises:
+        FileNotFoundError: there is no such file or data set.
+        ValueError: the source cannot be streamed.
+        ModuleNotFoundError: `datasets` is not installed.
+    """
+    _check(data)
+    found = hugging_face.find(data)
+    if found is None:
+        _find(data)
+        raise ValueError(f"data.streaming needs parquet files or a hub name, got {data.source}; set it to false")
+    streamed = hugging_face.stream(data, found)
+    held = streamed.held
+    blank = _blank(data, held)
+    train = ImageStream(
+        name=held.name,
+        classes=held.classes,
+        preprocess=blank,
+        length=streamed.length,
+        records=streamed.reader,
+        decoder=Decoder(size=blank.size, has_masks=held.has_masks, has_boxes=held.has_boxes),
+        flip_ok=held.flip_ok,
+        strict=data.strict,
+    )
+    first = islice(train.read(100, (data.seed, 0), None, False, 0), 5)
+    preprocess = statistics(batch.images.numpy() for batch in first)
+    sets: dict[str, ImageSet] = {}
+    for split in ("val", "test"):
+        rows = np.flatnonzero(held.parts == split)
+        check_labelled(held.labels[rows], split)
+        if split == "test" and data.test_size is not None:
+            rows = rows[draw(held.labels[rows], data.test_size, data.seed)]
+        if len(rows):
+            sets[split] = _decoded(held, split, rows, preprocess, data.strict)
+    return replace(train, preprocess=preprocess, skipped=[]), sets
+
+
+def read_images(paths: Sequence[str | Path], preprocess: Preprocess, strict: bool = False) -> ImageSet:
+    """Image files, and those in folders and their sub-folders, without labels; nothing is cached.
+
+    Raises:
+        FileNotFoundError: a path is not there, or a folder holds no image.
+        ValueError: no image can be read; with `strict`, one cannot.
+    """
+    files: list[Path] = []
+    for path in (Path(p).expanduser() for p in paths):
+        found = image_files(path) if path.is_dir() else [path]
+        if not path.exists():
+            raise FileNotFoundError(f"no file or folder {path}")
+        if not found:
+            raise FileNotFoundError(f"the folder {path} holds no image")
+        files += found
+    table = Table(
+        name="images",
+        classes=(),
+        labels=np.full(len(files), -1),
+        names=[str(f) for f in files],
+        parts=np.full(len(files), ""),
+        reader=FileReader(files),
+        key=None,
+        size=preprocess.size[0],
+    )
+    return _decoded(table, "images", np.arange(len(files)), preprocess, strict)
+
+
+def _check(data: Data) -> None:
+    for name, value in (("size", data.size), ("train_size", data.train_size), ("test_size", data.test_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"expected data.{name} of at least 1, got {value}")
+    for name, value in (("val", data.val), ("test", data.test), ("shortcut", data.shortcut)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"expected data.{name} from 0 to 1, got {value}; it is a share of the images")
+    if data.seed < 0:
+        raise ValueError(f"expected data.seed of at least 0, got {data.seed}")
+
+
+def _find(data: Data) -> Table:
+    found = hugging_face.find(data)
+    if found is not None:
+        return hugging_face.table(data, found)
+    folder = Path(data.source).expanduser()
+    if folder.is_dir():
+        return from_folder(data, folder)
+    if folder.is_file():
+        raise ValueError(f"expected a folder, a .parquet file or the name of a data set, got the file {folder}")
+    near = get_close_matches(data.source, DATASETS, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"names: {', '.join(DATASETS)}"
+    raise FileNotFoundError(f"no folder, parquet file or data set {data.source!r}; {hint}")
+
+
+def _blank(data: Data, table: Table) -> Preprocess:
+    """The size, before the mean and standard deviation are known."""
+    side = data.size or table.size
+    return Preprocess(size=(side, side), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def _decoded(table: Table, split: str, rows: Int64[np.ndarray, " n"], preprocess: Preprocess, strict: bool) -> ImageSet:
+    decoder = Decoder(size=preprocess.size, has_masks=table.has_masks, has_boxes=table.has_boxes)
+    source = OnTheFly(reader=table.reader, rows=rows, decoder=decoder)
+    store, facts = decode_all(source, f"{table.name} ({split})", table.key)
+    skipped = tuple((table.names[rows[i]], reason) for i, reason in facts.skipped)
+    if skipped and (strict or not facts.kept):
+        count = "" if facts.kept else f"none of the {len(rows)} {split} images can be read; the first, "
+        raise ValueError(count + ": ".join(skipped[0]))
+    kept = rows[facts.kept]
+    return ImageSet(
+        name=table.name,
+        split=split,
+        classes=table.classes,
+        preprocess=preprocess,
+        labels=table.labels[kept],
+        names=[table.names[i] for i in kept],
+        store=store,
+        groups=None if table.groups is None else table.groups[kept],
+        group_name=table.group_name,
+        skipped=skipped,
+        has_masks=table.has_masks,
+        has_boxes=table.has_boxes,
+        flip_ok=table.flip_ok,
+    )

@@ -1,0 +1,244 @@
+"""The embedded data set: a handwritten digit on a textured canvas among fragments of other digits.
+
+Source: the cluttered-MNIST protocol (Mnih et al. 2014, arXiv 1406.6247, section 4.1).
+Differs: the digits are scikit-learn's 8 x 8 scans, the canvas is textured and coloured, size and colours vary.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64, Shaped, UInt8
+
+from sightline.data.decoded import Pixels
+from sightline.data.sets import ImageSet, sampled, statistics
+from sightline.data.splits import held_out
+from sightline.recipe import Data
+
+Array = np.ndarray
+SPLITS = ("train", "val", "test")
+SIZES = {"train": 6000, "val": 1000, "test": 2000}
+CELLS = 10  # a scan of 8 x 8 with an empty cell around it
+FRAGMENTS = 8
+CHUNK = 256
+PATCH_COLOURS = np.array(
+    [
+        (230, 25, 45),
+        (50, 190, 60),
+        (20, 70, 255),
+        (255, 230, 20),
+        (250, 130, 20),
+        (130, 20, 190),
+        (60, 240, 240),
+        (250, 60, 220),
+        (255, 255, 255),
+        (0, 0, 0),
+    ],
+    dtype=np.uint8,
+)
+
+
+@cache
+def digits(split: str) -> tuple[Float[Array, "n 10 10"], Int64[Array, " n"]]:
+    """Ink in [0, 1] and classes of the scans that a split may use, sorted by class; no scan is in two splits.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "clutter needs scikit-learn, which holds its digits; install it: pip install 'sightline[train]'"
+        ) from None
+    found: Any = load_digits()
+    order = np.argsort(found.target, kind="stable")
+    scans, classes = found.data[order], found.target[order].astype(np.int64)
+    part = np.full(len(classes), "train", dtype=object)
+    part[held_out(classes, 0.2, seed=0)] = "test"
+    rest = np.flatnonzero(part == "train")
+    part[rest[held_out(classes[rest], 0.1, seed=0)]] = "val"
+    ink = np.pad(scans[part == split].reshape(-1, 8, 8) / 16, ((0, 0), (1, 1), (1, 1)))
+    return ink.astype(np.float32), classes[part == split]
+
+
+def _weights(position: Float[Array, "..."]) -> Float[Array, "... 10"]:
+    """Cubic interpolation weights of the cells at these positions, in cells."""
+    distance = np.abs(position[..., None] - np.arange(CELLS, dtype=np.float32))
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+    return np.where(distance < 1, near, np.where(distance < 2, far, 0)).astype(np.float32)
+
+
+def _glyphs(
+    ink: Float[Array, "b 10 10"], side: Float[Array, " b"], top: Float[Array, " b"], left: Float[Array, " b"], n: int
+) -> Float[Array, "b n n"]:
+    """Opacity of n x n pixels, from (top, left) on, of scans drawn `side` pixels high, with edges one pixel soft."""
+    cell = (CELLS / side)[:, None]
+    steps = np.arange(n, dtype=np.float32) + 0.5
+    rows = _weights((top[:, None] + steps) * cell - 0.5)
+    columns = _weights((left[:, None] + steps) * cell - 0.5)
+    drawn = rows @ ink @ columns.transpose(0, 2, 1)
+    return np.clip((drawn - 0.5) * (side / CELLS)[:, None, None] + 0.5, 0, 1)
+
+
+def _colour(
+    hue: Float[Array, "..."], saturation: Float[Array, "..."], value: Float[Array, "..."]
+) -> Shaped[Array, "... 3"]:
+    """Colours in [0, 1] from hue, saturation and value in [0, 1]."""
+    wheel = np.clip(np.abs((hue[..., None] * 6 + np.array([0, 4, 2], np.float32)) % 6 - 3) - 1, 0, 1)
+    return (value[..., None] * (1 - saturation[..., None] * (1 - wheel))).astype(np.float32)
+
+
+def _texture(noise: Float[Array, "b c k k"], size: int) -> Float[Array, "b c s s"]:
+    """Noise on a coarse grid, smoothly interpolated."""
+    k = noise.shape[-1]
+    position = np.linspace(0, k - 1, size, dtype=np.float32)
+    weights = _weights(position)[:, :k]
+    weights /= weights.sum(1, keepdims=True)
+    return weights @ noise @ weights.T
+
+
+def compose(
+    seed: int, split: str, indices: Sequence[int] | Int64[Array, " b"], size: int = 40, shortcut: float | None = None
+) -> tuple[UInt8[Array, "b 3 s s"], Bool[Array, "b s s"], Bool[Array, "b s s"]]:
+    """Images with the masks of their digit and of their patch; the class of an image is its index modulo 10.
+
+    Each image depends on (seed, split, index) alone. With `shortcut`, a patch covers one corner: its colour is that of
+    the class in this share of the images and drawn from all ten classes otherwise. None: no patch, its mask is empty.
+
+    >>> images, digit, patch = compose(0, "test", [7])
+    >>> images.shape, bool(digit.any()), bool(patch.any())
+    ((1, 3, 40, 40), True, False)
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+    ink, classes = digits(split)
+    scans, b, unit = len(ink), len(indices), size / 40
+    count = np.bincount(classes, minlength=10)
+    parts = (20, 8 * FRAGMENTS, 75, 100, size * size)
+    drawn = np.stack(
+        [np.random.default_rng([seed, SPLITS.index(split), i]).random(sum(parts), np.float32) for i in indices]
+    )
+    u, f, coarse, fine, grain = np.split(drawn, np.cumsum(parts)[:-1], axis=1)
+    f = f.reshape(b, FRAGMENTS, 8)
+
+    canvas = _colour(u[:, 0], 0.15 + 0.4 * u[:, 1], 0.25 + 0.2 * u[:, 2])[:, :, None, None]
+    tint = _texture(coarse.reshape(b, 3, 5, 5), size) - 0.5
+    relief = _texture(fine.reshape(b, 1, 10, 10), size) - 0.5
+    canvas = canvas + 0.2 * tint + 0.2 * relief + 0.06 * (grain.reshape(b, 1, size, size) - 0.5)
+    canvas = np.clip(canvas, 0, 0.5)
+
+    largest = int(np.ceil(28 * unit)) + 1
+    canvas = np.pad(canvas, ((0, 0), (0, 0), (0, largest), (0, largest)))
+    image = np.arange(b)[:, None, None]
+
+    def paste(
+        alpha: Float[Array, "b m m"], top: Int64[Array, " b"], left: Int64[Array, " b"], colour: Float[Array, "b 3"]
+    ):
+        steps = np.arange(alpha.shape[1])
+        rows, columns = (top[:, None] + steps)[:, :, None], (left[:, None] + steps)[:, None, :]
+        under = canvas[image, :, rows, columns]
+        canvas[image, :, rows, columns] = under + alpha[..., None] * (colour[:, None, None, :] - under)
+        return rows, columns
+
+    label = indices % 10
+    scan = (np.cumsum(count) - count)[label] + (u[:, 3] * count[label]).astype(np.int64)
+    piece = max(3, round(7 * unit))
+    for k in range(FRAGMENTS):
+        v = f[:, k]
+        other = (scan + 1 + (v[:, 0] * (scans - 1)).astype(np.int64)) % scans
+        side = (20 + 8 * v[:, 1]) * unit
+        margin = side / CELLS
+        alpha = _glyphs(
+            ink[other],
+            side,
+            margin + v[:, 2] * (side - 2 * margin - piece),
+            margin + v[:, 3] * (side - 2 * margin - piece),
+            piece,
+        )
+        if k >= 6:
+            alpha = alpha * (u[:, 4 + k - 6] < 0.5)[:, None, None]
+        place = (v[:, 4:6] * (size - piece + 1)).astype(np.int64)
+        paste(alpha, place[:, 0], place[:, 1], _colour(v[:, 6], 0.6 * u[:, 12], 0.75 + 0.25 * v[:, 7]))
+
+    side = (20 + 8 * u[:, 6]) * unit
+    room = size - side
+    # the empty cell around the scan may hang over the edge, its ink may not
+    place = np.rint(np.stack([u[:, 7], u[:, 8]], 1) * room[:, None]).astype(np.int64)
+    zero = np.zeros(b, np.float32)
+    alpha = _glyphs(ink[scan], side.astype(np.float32), zero, zero, largest)
+    rows, columns = paste(alpha, place[:, 0], place[:, 1], _colour(u[:, 9], 0.6 * u[:, 10], 0.75 + 0.25 * u[:, 11]))
+    digit = np.zeros((b, size + largest, size + largest), dtype=bool)
+    digit[image, rows, columns] = alpha >= 0.25
+    images = np.rint(canvas[:, :, :size, :size] * 255).astype(np.uint8)
+    digit = digit[:, :size, :size]
+
+    patch = np.zeros_like(digit)
+    if shortcut is not None:
+        told = u[:, 13] < shortcut
+        shown = np.where(told, label, (u[:, 14] * 10).astype(np.int64))
+        width, margin = round(5 * unit), max(1, round(unit))
+        far = size - margin - width
+        steps = np.arange(width)
+        rows = (np.where(u[:, 15] < 0.5, margin, far)[:, None] + steps)[:, :, None]
+        columns = (np.where(u[:, 16] < 0.5, margin, far)[:, None] + steps)[:, None, :]
+        patch[image, rows, columns] = True
+        images[image, :, rows, columns] = PATCH_COLOURS[shown][:, None, None, :]
+        digit = digit & ~patch
+    return images, digit, patch
+
+
+class Composed:
+    """Composes each image when it is first asked for, and keeps it."""
+
+    def __init__(self, seed: int, split: str, n: int, size: int, mask: str, shortcut: float | None):
+        self.seed, self.split, self.mask, self.shortcut = seed, split, mask, shortcut
+        self.images = np.zeros((n, 3, size, size), dtype=np.uint8)
+        self.masks = np.zeros((n, size, size), dtype=bool)
+        self.done = np.zeros(n, dtype=bool)
+
+    def read(self, rows: Int64[Array, " b"]) -> Pixels:
+        """The images of these rows with the mask asked for."""
+        missing = np.unique(rows[~self.done[rows]])
+        for part in np.array_split(missing, -(-len(missing) // CHUNK)) if len(missing) else []:
+            self.images[part], digit, patch = compose(self.seed, self.split, part, self.images.shape[-1], self.shortcut)
+            self.masks[part] = digit if self.mask == "digit" else patch
+            self.done[part] = True
+        return Pixels(self.images[rows], self.masks[rows], None)
+
+
+def load(data: Data) -> dict[str, ImageSet]:
+    """The three splits of `clutter` or `clutter-shortcut`; test patches tell nothing about the class.
+
+    Raises:
+        ValueError: a mask that the source does not have, or a canvas too small for its parts.
+    """
+    patched = data.source == "clutter-shortcut"
+    kinds = ("digit", "patch") if patched else ("digit",)
+    mask = data.mask or kinds[-1]
+    if mask not in kinds:
+        raise ValueError(f"expected data.mask of {data.source} to be {' or '.join(kinds)}, got {mask!r}")
+    size = data.size or 40
+    if size < 24:
+        raise ValueError(
+            f"expected data.size of at least 24 for {data.source}, got {size}; a digit needs that many pixels"
+        )
+    sizes = SIZES | {k: n for k, n in (("train", data.train_size), ("test", data.test_size)) if n is not None}
+    shares = {"train": data.shortcut, "val": data.shortcut, "test": 0.0}
+    stores = {s: Composed(data.seed, s, sizes[s], size, mask, shares[s] if patched else None) for s in SPLITS}
+    preprocess = statistics(sampled(stores["train"], sizes["train"], 2000))
+    return {
+        split: ImageSet(
+            name=data.source,
+            split=split,
+            classes=tuple("0123456789"),
+            preprocess=preprocess,
+            labels=np.arange(sizes[split]) % 10,
+            names=[f"{split}-{i:05d}" for i in range(sizes[split])],
+            store=stores[split],
+            has_masks=True,
+            flip_ok=False,
+        )
+        for split in SPLITS
+    }

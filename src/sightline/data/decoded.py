@@ -1,0 +1,260 @@
+"""Decodes the images of a source: small ones once, into a file that is mapped into memory, large ones in each pass."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from errno import ENOSPC
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import PIL
+from jaxtyping import Bool, Float32, Int64, UInt8
+from rich.console import Console
+from rich.progress import track
+
+from sightline.data.images import UnreadableImage, open_image, open_mask, quiet
+
+Array = np.ndarray
+LARGEST = 256  # side of the largest image that is cached, in pixels
+MEMORY = 4 * 2**30  # bytes that may be held where the disk cannot be used
+CHUNK = 64
+
+
+class Record(NamedTuple):
+    """One image as its source has it."""
+
+    image: Path | bytes
+    mask: Any = None
+    boxes: Any = None
+
+
+Reader = Callable[[Sequence[int]], list[Record]]
+
+
+class Sample(NamedTuple):
+    """One decoded image at the model's size."""
+
+    image: UInt8[Array, "3 h w"]
+    mask: Bool[Array, "h w"] | None
+    boxes: Float32[Array, "_ 4"] | None
+
+
+class Pixels(NamedTuple):
+    """Some images of a store, at the model's size."""
+
+    images: UInt8[Array, "b 3 h w"]
+    masks: Bool[Array, "b h w"] | None
+    boxes: list[Float32[Array, "_ 4"]] | None
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Where pixels come from: composed, read from the cache, or decoded one by one."""
+
+    def read(self, rows: Int64[Array, " b"]) -> Pixels:
+        """The images of these rows, as arrays that the caller may change."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """What to make of a record."""
+
+    size: tuple[int, int]
+    """Height and width, in pixels."""
+    has_masks: bool
+    has_boxes: bool
+
+    def decode(self, record: Record) -> Sample:
+        """One image with its mask and boxes; without a mask or a box nothing in it is marked.
+
+        Raises:
+            UnreadableImage: one of them cannot be used.
+        """
+        pixels, (height, width) = open_image(record.image, self.size)
+        mask, boxes = None, None
+        if self.has_masks:
+            empty = np.zeros(self.size, dtype=bool)
+            mask = empty if record.mask is None else open_mask(record.mask, self.size, (height, width))
+        if self.has_boxes:
+            boxes = np.asarray([] if record.boxes is None else record.boxes, dtype=np.float32)
+            if boxes.size % 4 or boxes.ndim > 2:
+                raise UnreadableImage(f"expected boxes [x0, y0, x1, y1], got numbers of shape {boxes.shape}")
+            scale = np.array([self.size[1] / width, self.size[0] / height], dtype=np.float32)
+            boxes = boxes.reshape(-1, 4) * np.tile(scale, 2)
+        return Sample(np.ascontiguousarray(pixels.transpose(2, 0, 1)), mask, boxes)
+
+    def attempt(self, record: Record) -> Sample | str:
+        """One image, or the reason why it cannot be used."""
+        try:
+            return self.decode(record)
+        except UnreadableImage as error:
+            return str(error)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OnTheFly:
+    """Rows of a source, decoded whenever they are asked for."""
+
+    reader: Reader
+    rows: Int64[Array, " n"]
+    decoder: Decoder
+
+    def read(self, rows: Int64[Array, " b"]) -> Pixels:
+        """The images at these places."""
+        with quiet():
+            return stack([self.decoder.decode(record) for record in self.reader(self.rows[rows].tolist())])
+
+    def attempt_all(self) -> Iterator[Sample | str]:
+        """Every row decoded, or the reason why it cannot be; on all cores."""
+        with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(self.rows), CHUNK):
+                yield from pool.map(self.decoder.attempt, self.reader(self.rows[start : start + CHUNK].tolist()))
+
+
+class Stored(NamedTuple):
+    """Decoded images in memory, or mapped into it from a file."""
+
+    images: UInt8[Array, "n 3 h w"]
+    masks: Bool[Array, "n h w"] | None
+    boxes: list[Float32[Array, "_ 4"]] | None
+
+    def read(self, rows: Int64[Array, " b"]) -> Pixels:
+        """The images at these places."""
+        return Pixels(
+            np.asarray(self.images[rows]),
+            None if self.masks is None else np.asarray(self.masks[rows]),
+            None if self.boxes is None else [self.boxes[i].copy() for i in rows],
+        )
+
+
+class Facts(NamedTuple):
+    """What decoding has shown, besides pixels."""
+
+    kept: list[int]
+    """Places, among the rows decoded, of those that can be used."""
+    skipped: list[tuple[int, str]]
+    """Place and reason of the others."""
+    boxes: list[list[list[float]]] | None
+
+
+def stack(samples: Sequence[Sample]) -> Pixels:
+    """Samples of one source as arrays."""
+    return Pixels(
+        np.stack([s.image for s in samples]),
+        None if samples[0].mask is None else np.stack([s.mask for s in samples if s.mask is not None]),
+        None if samples[0].boxes is None else [s.boxes for s in samples if s.boxes is not None],
+    )
+
+
+def cache_folder() -> Path:
+    """Where derived files lie: $SIGHTLINE_CACHE, or ~/.cache/sightline."""
+    return Path(os.environ.get("SIGHTLINE_CACHE") or Path.home() / ".cache" / "sightline")
+
+
+def decode_all(source: OnTheFly, what: str, key: str | None) -> tuple[Stored | OnTheFly, Facts]:
+    """Decode every row once and keep the pixels in the cache, or in memory where the cache cannot be written.
+
+    Pixels of images larger than 256 are kept nowhere: this only finds those that cannot be decoded.
+
+    Args:
+        source: What to decode.
+        what: Its name, for the progress bar and the warning.
+        key: Anything that changes when the source does. None: nothing is written.
+    """
+    height, width = source.decoder.size
+    small = max(height, width) <= LARGEST
+    needed = len(source.rows) * height * width * (4 if source.decoder.has_masks else 3) if small else 0
+    if key is not None:
+        parts = (key, source.decoder, source.rows.tolist(), PIL.__version__)
+        folder = cache_folder() / "decoded" / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+        try:
+            if not folder.exists():
+                _write(source, folder, needed, what)
+            return _open(source, folder)
+        except OSError as error:
+            warnings.warn(
+                f"{cache_folder()} cannot keep the decoded images of {what} ({error.strerror or error}), so they are "
+                f"decoded anew each time; free {needed / 1e6:,.0f} MB, or set SIGHTLINE_CACHE to another folder",
+                stacklevel=2,
+            )
+    images, masks = io.BytesIO(), io.BytesIO()
+    keep = small and needed <= MEMORY
+    facts = _decode_into(images if keep else None, masks, source, what)
+    if not keep:
+        return replace(source, rows=source.rows[facts.kept]), facts
+    return _stored(np.frombuffer(images.getbuffer(), np.uint8), np.frombuffer(masks.getbuffer(), bool), source, facts)
+
+
+def _decode_into(images: BinaryIO | None, masks: BinaryIO, source: OnTheFly, what: str) -> Facts:
+    facts = Facts([], [], [] if source.decoder.has_boxes else None)
+    console = Console(stderr=True)
+    samples = track(
+        source.attempt_all(),
+        f"decoding {what}",
+        len(source.rows),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal or len(source.rows) < 1000,
+    )
+    for i, sample in enumerate(samples):
+        if isinstance(sample, str):
+            facts.skipped.append((i, sample))
+            continue
+        facts.kept.append(i)
+        if facts.boxes is not None and sample.boxes is not None:
+            facts.boxes.append(sample.boxes.tolist())
+        if images is not None:
+            images.write(sample.image.tobytes())
+            if sample.mask is not None:
+                masks.write(sample.mask.tobytes())
+    return facts
+
+
+def _write(source: OnTheFly, folder: Path, needed: int, what: str) -> None:
+    """Fill a new folder and move it into place as a whole, so that nobody ever reads half of one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder.parent).free < needed:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        with open(new / "images", "wb") as images, open(new / "masks", "wb") as masks:
+            facts = _decode_into(images if max(source.decoder.size) <= LARGEST else None, masks, source, what)
+        (new / "facts.json").write_text(json.dumps(facts._asdict()))
+        try:
+            new.rename(folder)
+        except OSError:
+            # another process may have been faster
+            if not folder.exists():
+                raise
+
+
+def _open(source: OnTheFly, folder: Path) -> tuple[Stored | OnTheFly, Facts]:
+    facts = Facts(**json.loads((folder / "facts.json").read_text()))
+    if max(source.decoder.size) > LARGEST:
+        return replace(source, rows=source.rows[facts.kept]), facts
+    return _stored(_mapped(folder / "images", np.uint8), _mapped(folder / "masks", np.bool_), source, facts)
+
+
+def _mapped(file: Path, dtype: type[np.generic]) -> Array:
+    # an empty file cannot be mapped
+    return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
+
+
+def _stored(
+    images: UInt8[Array, " _"], masks: Bool[Array, " _"], source: OnTheFly, facts: Facts
+) -> tuple[Stored, Facts]:
+    boxes = None if facts.boxes is None else [np.array(b, dtype=np.float32).reshape(-1, 4) for b in facts.boxes]
+    masks = masks.reshape(-1, *source.decoder.size)
+    return Stored(
+        images.reshape(-1, 3, *source.decoder.size), masks if source.decoder.has_masks else None, boxes
+    ), facts

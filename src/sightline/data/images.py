@@ -1,0 +1,131 @@
+"""Opens one image file of any kind safely, as 8-bit RGB at the model's size."""
+
+import io
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Array = np.ndarray
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+ORIENTATION = 0x0112
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be used; the message is the reason, in one line."""
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Silence the decoder's warnings, of which one image can bring dozens.
+
+    Python's filters belong to the whole process: enter this in the thread that starts the others, not in each of them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def open_image(file: Path | bytes, size: tuple[int, int]) -> tuple[UInt8[Array, "h w 3"], tuple[int, int]]:
+    """Decode an image and resize it, whole, to `size` (height, width), antialiased and bilinear.
+
+    The camera's orientation is applied; of an animation the first frame is taken; what is transparent lies on white;
+    white of a 16-bit image is 65,535, of a floating-point image 1.
+
+    Returns:
+        The pixels, and the height and width of the upright image before resizing.
+
+    Raises:
+        UnreadableImage: not an image, cut off, or so large that it must be meant to fill the memory.
+    """
+    with _opened(file) as image:
+        width, height = image.size
+        orientation = image.getexif().get(ORIENTATION, 1)
+        # a large JPEG is decoded at a half, a quarter or an eighth, never at less than twice the size asked for
+        image.draft(None, (2 * max(size), 2 * max(size)))
+        upright = ImageOps.exif_transpose(image) if orientation > 1 else image
+        pixels = np.array(_rgb(upright).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+        return pixels, (width, height) if orientation >= 5 else (height, width)
+
+
+def open_mask(file: Any, size: tuple[int, int], image_size: tuple[int, int]) -> Bool[Array, "h w"]:
+    """Decode a mask and resize it: a pixel belongs to it where at least half of its area was not zero.
+
+    `file` may also be rows of numbers. An alpha channel is left out.
+
+    Raises:
+        UnreadableImage: it cannot be decoded, or its size is not that of its image.
+    """
+    if isinstance(file, Path | bytes):
+        with _opened(file) as image:
+            upright = ImageOps.exif_transpose(image)
+            values = np.asarray(upright)
+            if "A" in upright.getbands():
+                values = values[..., :-1]
+    else:
+        values = np.asarray(file)
+    inside = values.any(-1) if values.ndim == 3 else values != 0
+    if inside.shape != image_size:
+        got = " x ".join(str(n) for n in inside.shape[::-1])
+        raise UnreadableImage(
+            f"expected a mask as large as its image, {image_size[1]} x {image_size[0]} pixels, got {got}; "
+            "make the two the same size"
+        )
+    area = Image.fromarray(np.where(inside, np.uint8(255), np.uint8(0)))
+    return np.asarray(area.resize((size[1], size[0]), Image.Resampling.BOX)) >= 128
+
+
+def stored_size(file: Path | bytes) -> tuple[int, int]:
+    """Height and width in the file's header; nothing is decoded.
+
+    Raises:
+        UnreadableImage: there is no such header.
+    """
+    with _opened(file) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(file: Path | bytes) -> Generator[Image.Image]:
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            yield image
+    except UnreadableImage:
+        raise
+    # a decoder that is given a broken file may raise anything
+    except Exception as error:
+        raise UnreadableImage(_reason(error, file)) from error
+
+
+def _reason(error: Exception, file: Path | bytes) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        empty = len(file) == 0 if isinstance(file, bytes) else file.stat().st_size == 0
+        return "the file is empty" if empty else "not an image of a known format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"refused as a decompression bomb: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of an image of any mode."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        white = 1.0 if image.mode == "F" else 65535.0
+        low, high = float(values.min()), float(values.max())
+        if not (0 <= low and high <= white):
+            raise UnreadableImage(
+                f"expected {'floating-point' if image.mode == 'F' else '16-bit'} values in 0 to {white:g}, "
+                f"got {low:g} to {high:g}; save the image with 8 or 16 bits"
+            )
+        image = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
+    return image.convert("RGB")

@@ -1,0 +1,279 @@
+"""What every source becomes: an `ImageSet` that hands out `Batch`es."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sightline.data.decoded import Decoder, Pixels, Record, Sample, Store, stack
+from sightline.data.images import quiet
+from sightline.data.transforms import augment as augmented
+from sightline.recipe import Augment
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How an image becomes the model's input; travels with a run.
+
+    The whole image is resized (antialiased, bilinear), nothing is cut away, so that a map covers all of it.
+    """
+
+    size: tuple[int, int]
+    """Height and width that the model sees, in pixels."""
+    mean: tuple[float, float, float]
+    """Mean of red, green and blue in [0, 1] over the training images."""
+    std: tuple[float, float, float]
+    """Standard deviation of red, green and blue over the pixels of the training images."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with what is known of them."""
+
+    images: UInt8[Tensor, "b 3 h w"]
+    labels: Int64[Tensor, " b"]
+    """-1 where there is no label."""
+    masks: Bool[Tensor, "b 1 h w"] | None
+    boxes: list[Float32[Tensor, "_ 4"]] | None
+    """Per image [x0, y0, x1, y1] in pixels of `images`, right and bottom exclusive."""
+    indices: Int64[Tensor, " b"]
+    """Place of each image in its set."""
+    names: list[str]
+
+    @property
+    def regions(self) -> Bool[Tensor, "b 1 h w"] | None:
+        """Where the evidence is: the masks, or else the pixels whose centre lies in a box."""
+        if self.masks is not None or self.boxes is None:
+            return self.masks
+        height, width = self.images.shape[-2:]
+        regions = torch.zeros(len(self.boxes), 1, height, width, dtype=torch.bool, device=self.images.device)
+        x = torch.arange(width, device=regions.device) + 0.5
+        y = torch.arange(height, device=regions.device)[:, None] + 0.5
+        for region, boxes in zip(regions, self.boxes, strict=True):
+            for x0, y0, x1, y1 in boxes:
+                region |= (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
+        return regions
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copy everything to a device."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            masks=None if self.masks is None else self.masks.to(device),
+            boxes=None if self.boxes is None else [boxes.to(device) for boxes in self.boxes],
+            indices=self.indices.to(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet(Dataset[Batch]):
+    """The images of one split."""
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    labels: Int64[Array, " n"]
+    """-1 where there is no label."""
+    names: list[str]
+    store: Store
+    groups: Shaped[Array, " n"] | None = None
+    """Patient, slide or bird of each image, as strings."""
+    group_name: str | None = None
+    skipped: tuple[tuple[str, str], ...] = ()
+    """Name and reason of each image that cannot be read; they are not counted among the others."""
+    has_masks: bool = False
+    has_boxes: bool = False
+    flip_ok: bool = True
+    """False for digits: a mirrored one is another sign."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        return self.batch([index])
+
+    def batch(
+        self, indices: Sequence[int] | Int64[Array, " b"], augment: tuple[Augment, int, int] | None = None
+    ) -> Batch:
+        """The images at these places; how one is changed depends on `augment`, (what, seed, epoch), and its place."""
+        rows = np.asarray(indices, dtype=np.int64)
+        names = [self.names[i] for i in rows]
+        return _batch(self.store.read(rows), self.labels[rows], rows, names, augment, self.flip_ok)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageStream:
+    """Training images that are read one after the other and held nowhere; only `batches` can be asked of them."""
+
+    name: str
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    length: int
+    """Number of images, with those that turn out to be unreadable."""
+    records: Callable[[tuple[int, int] | None, int], Iterator[tuple[Record, int]]]
+    """Gives undecoded images with labels, in an order by (seed, epoch), from a place on."""
+    decoder: Decoder
+    split: str = "train"
+    flip_ok: bool = True
+    skipped: list[tuple[str, str]] = field(default_factory=lambda: [])
+    """Name and reason of each unreadable image met so far."""
+    strict: bool = False
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(
+        self,
+        batch_size: int,
+        shuffle: tuple[int, int] | None,
+        augment: tuple[Augment, int, int] | None,
+        drop_last: bool,
+        start: int,
+    ) -> Iterator[Batch]:
+        """One pass from batch `start` on; a batch is smaller by its unreadable images.
+
+        Raises:
+            ValueError: with `strict`, an image cannot be read.
+        """
+        records = self.records(shuffle, start * batch_size)
+        end = self.length - self.length % batch_size if drop_last else self.length
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for first in range(start * batch_size, end, batch_size):
+                found = list(islice(records, batch_size))
+                with quiet():
+                    samples = list(pool.map(self.decoder.attempt, [record for record, _ in found]))
+                kept = [i for i, sample in enumerate(samples) if isinstance(sample, Sample)]
+                bad = [(f"image {first + i} of the stream", s) for i, s in enumerate(samples) if isinstance(s, str)]
+                if bad and self.strict:
+                    raise ValueError(": ".join(bad[0]))
+                self.skipped.extend(b for b in bad if b not in self.skipped)
+                if kept:
+                    pixels = stack([sample for sample in samples if isinstance(sample, Sample)])
+                    labels = np.array([found[i][1] for i in kept])
+                    places = np.array(kept) + first
+                    yield _batch(pixels, labels, places, [str(p) for p in places], augment, self.flip_ok)
+
+
+def _batch(
+    pixels: Pixels,
+    labels: Int64[Array, " b"],
+    places: Int64[Array, " b"],
+    names: list[str],
+    augment: tuple[Augment, int, int] | None,
+    flip_ok: bool,
+) -> Batch:
+    images = torch.from_numpy(pixels.images)
+    masks = None if pixels.masks is None else torch.from_numpy(pixels.masks)[:, None]
+    boxes = None if pixels.boxes is None else [torch.from_numpy(b) for b in pixels.boxes]
+    if augment is not None:
+        what, seed, epoch = augment
+        if what.flip is None:
+            what = replace(what, flip=flip_ok)
+        draws = np.stack([np.random.default_rng([seed, epoch, place]).random(12) for place in places])
+        images, masks, boxes = augmented(images, masks, boxes, what, draws)
+    return Batch(images, torch.from_numpy(labels), masks, boxes, torch.from_numpy(places), names)
+
+
+class _Batches(Dataset[Batch]):
+    """The batches of one pass, by place: what a DataLoader worker is sent."""
+
+    def __init__(self, images: ImageSet, rows: list[Int64[Array, " _"]], augment: tuple[Augment, int, int] | None):
+        self.images, self.rows, self.augment = images, rows, augment
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.images.batch(self.rows[index], self.augment)
+
+
+def batches(
+    images: ImageSet | ImageStream,
+    batch_size: int,
+    *,
+    shuffle: tuple[int, int] | None = None,
+    augment: tuple[Augment, int, int] | None = None,
+    drop_last: bool = False,
+    start: int = 0,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """One pass over the images.
+
+    Args:
+        images: What to go over.
+        batch_size: Images in a batch; the last one may be smaller.
+        shuffle: (seed, epoch), on which alone the order depends. None: in order.
+        augment: (what, seed, epoch) of random changes. None: images as they are.
+        drop_last: Leave out a last batch that is not full.
+        start: Number of the first batch, to go on in the middle of a pass.
+        workers: Processes that prepare batches; worth it where images are decoded on the fly.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    if isinstance(images, ImageStream):
+        return images.read(batch_size, shuffle, augment, drop_last, start)
+    n = len(images)
+    order = np.arange(n) if shuffle is None else np.random.default_rng(list(shuffle)).permutation(n)
+    ends = range(0, n - n % batch_size if drop_last else n, batch_size)
+    rows = [order[i : i + batch_size] for i in ends][start:]
+    todo = _Batches(images, rows, augment)
+    if workers == 0:
+        return (todo[i] for i in range(len(todo)))
+    # the generator keeps the loader from drawing its workers' seed from the global random state
+    return iter(DataLoader(todo, batch_size=None, num_workers=workers, generator=torch.Generator()))
+
+
+def normalise(images: UInt8[Tensor, "b 3 h w"], preprocess: Preprocess) -> Float32[Tensor, "b 3 h w"]:
+    """The model's input: (images / 255 - mean) / std, on the device of the images.
+
+    >>> grey = Preprocess(size=(1, 1), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    >>> normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), grey).flatten().tolist()
+    [1.0, 1.0, 1.0]
+    """
+    mean = torch.tensor(preprocess.mean, device=images.device)[:, None, None]
+    std = torch.tensor(preprocess.std, device=images.device)[:, None, None]
+    return (images / 255 - mean) / std
+
+
+def sampled(store: Store, n: int, size: int) -> Iterator[UInt8[Array, "_ 3 h w"]]:
+    """Up to `size` of the `n` images of a store, evenly spaced, a hundred at a time."""
+    rows = np.unique(np.linspace(0, n - 1, min(n, size)).astype(np.int64))
+    for start in range(0, len(rows), 100):
+        yield store.read(rows[start : start + 100]).images
+
+
+def statistics(images: Iterable[UInt8[Array, "_ 3 h w"]]) -> Preprocess:
+    """Size, mean and standard deviation of images; the latter two to 4 digits.
+
+    >>> half = np.array([0, 255], dtype=np.uint8).reshape(1, 1, 1, 2).repeat(3, axis=1)
+    >>> statistics([half])
+    Preprocess(size=(1, 2), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    """
+    sums, pixels, size = np.zeros((2, 3)), 0, (0, 0)
+    for part in images:
+        values = part / np.float32(255)
+        sums += [values.sum((0, 2, 3), dtype=np.float64), np.square(values).sum((0, 2, 3), dtype=np.float64)]
+        size = (part.shape[2], part.shape[3])
+        pixels += part.shape[0] * size[0] * size[1]
+    mean, square = sums / pixels
+    # a channel that is the same everywhere must not divide by zero
+    std = np.sqrt(np.maximum(square - mean**2, 1 / 255**2))
+    return Preprocess(size=size, mean=_triple(mean), std=_triple(std))
+
+
+def _triple(values: Float[Array, " 3"]) -> tuple[float, float, float]:
+    red, green, blue = (round(float(v), 4) for v in values)
+    return red, green, blue

@@ -1,0 +1,130 @@
+"""Finds images and what is known of them before one is decoded: the table of a source, and that of a folder."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, Shaped
+
+from sightline.data.decoded import Reader, Record
+from sightline.data.images import SUFFIXES, UnreadableImage, quiet, stored_size
+from sightline.recipe import Data
+
+Array = np.ndarray
+PARTS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Table:
+    """What a source tells of its images before one is decoded."""
+
+    name: str
+    classes: tuple[str, ...]
+    labels: Int64[Array, " n"]
+    names: list[str]
+    parts: Shaped[Array, " n"]
+    """train, val or test as the source has it; empty where it does not say."""
+    reader: Reader
+    key: str | None
+    """Changes when the source does. None: nothing of it is cached."""
+    size: int
+    """Usual side of the images, in pixels, if nobody asks for another."""
+    groups: Shaped[Array, " n"] | None = None
+    group_name: str | None = None
+    has_masks: bool = False
+    has_boxes: bool = False
+    flip_ok: bool = True
+
+
+def from_folder(data: Data, folder: Path) -> Table:
+    """Class sub-folders, directly in `folder` or in its train, val and test."""
+    for option in ("image", "label", "mask", "box", "group"):
+        if getattr(data, option) is not None:
+            raise ValueError(f"data.{option} names a column, but {folder} is a folder of images, which has none")
+    train = [d for d in _subfolders(folder) if PARTS.get(d.name.lower()) == "train" and _subfolders(d)]
+    roots = (
+        [(PARTS[d.name.lower()], d) for d in _subfolders(folder) if d.name.lower() in PARTS]
+        if train
+        else [("", folder)]
+    )
+    files: list[Path] = []
+    parts: list[str] = []
+    labels: list[str] = []
+    for part, root in roots:
+        found = _subfolders(root)
+        if not found:
+            loose = sum(f.suffix.lower() in SUFFIXES for f in root.iterdir())
+            raise ValueError(
+                f"expected a sub-folder per class in {root}, got {loose} images without a class; "
+                "sort them into such folders"
+            )
+        for kind in found:
+            images = image_files(kind)
+            if not images:
+                raise ValueError(f"the class folder {kind} holds no image; add some or remove the folder")
+            files += images
+            parts += [part] * len(images)
+            labels += [kind.name] * len(images)
+    classes = tuple(sorted(set(labels)))
+    reader = FileReader(files)
+    return Table(
+        name=folder.resolve().name,
+        classes=classes,
+        labels=np.searchsorted(classes, labels).astype(np.int64),
+        names=[f.relative_to(folder).as_posix() for f in files],
+        parts=np.array(parts),
+        reader=reader,
+        key=fingerprint(files),
+        size=usual_size(reader, len(files)),
+    )
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith((".", "__")))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All image files below a folder, sorted; hidden ones are left out."""
+    return sorted(
+        f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and not f.name.startswith(".")
+    )
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Changes when a file is added, removed, replaced or written."""
+    facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def usual_size(reader: Reader, n: int) -> int:
+    """Longer side of a typical image in pixels, 128 at most."""
+    sides: list[int] = []
+    with quiet():
+        for record in reader(np.unique(np.linspace(0, n - 1, min(n, 32)).astype(int)).tolist()):
+            try:
+                sides.append(max(stored_size(record.image)))
+            except UnreadableImage:
+                continue
+    return min(128, int(np.median(sides))) if sides else 128
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Records of image files."""
+
+    files: list[Path]
+
+    def __call__(self, rows: Sequence[int]) -> list[Record]:
+        """The records of these files."""
+        return [Record(self.files[i]) for i in rows]

@@ -1,0 +1,173 @@
+"""Maps of where a model looks. `explain` computes all of them from one forward and one head-only backward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sightline import maps
+from sightline.explainers.cams import cam, grad_cam
+from sightline.explainers.controls import centre_map, contrast_map, edge_map, random_map
+from sightline.explainers.evidence import Explainer, Layer, Targets, gather
+from sightline.explainers.intrinsic import activation_map, attention, attention_maps
+
+__all__ = [
+    "EXPLAINERS",
+    "Explainer",
+    "Explanation",
+    "activation_map",
+    "attention",
+    "attention_maps",
+    "cam",
+    "centre_map",
+    "contrast_map",
+    "edge_map",
+    "explain",
+    "grad_cam",
+    "random_map",
+]
+
+EXPLAINERS: dict[str, Explainer] = {
+    "attention": attention,
+    "activation_map": activation_map,
+    "cam": cam,
+    "grad_cam": grad_cam,
+    "random_map": random_map,
+    "centre_map": centre_map,
+    "edge_map": edge_map,
+    "contrast_map": contrast_map,
+}
+
+Method = str | Explainer | partial[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Maps of a batch, with what was explained and where. `explanation["grad_cam"]` is the raw map."""
+
+    maps: dict[str, Float[Tensor, "b t _ _"]]
+    """Raw float32 maps by method; larger = more important; `method@layer` where several layers were asked for."""
+    targets: Int[Tensor, "b t"]
+    logits: Float[Tensor, "b n"]
+    layers: dict[str, str]
+    """Where each map was read: name and shape, for example `features.conv13 (128 x 5 x 5)`; empty for controls."""
+    verdicts: dict[str, list[list[str]]]
+    """For each method and image what to distrust; an empty list is a clean map."""
+
+    @property
+    def layer(self) -> str:
+        """Where the first map was read that has a layer."""
+        return next((layer for layer in self.layers.values() if layer), "")
+
+    def __getitem__(self, key: str | tuple[str, str]) -> Float[Tensor, "b t h w"]:
+        name = "@".join(key) if isinstance(key, tuple) else key
+        if name not in self.maps:
+            raise KeyError(f"expected one of {', '.join(self.maps)}, got {name!r}; name it in methods= of explain")
+        return self.maps[name]
+
+    def resized(self, size: tuple[int, int]) -> "Explanation":
+        """The same explanation with every map at another size (height, width)."""
+        resized = {name: maps.resize(value, size) for name, value in self.maps.items()}
+        return Explanation(
+            maps=resized, targets=self.targets, logits=self.logits, layers=self.layers, verdicts=self.verdicts
+        )
+
+
+def explain(
+    model: nn.Module,
+    images: Float[Tensor, "b c H W"],
+    targets: Targets = None,
+    methods: Sequence[Method] = ("grad_cam",),
+    layer: Layer | Sequence[str | nn.Module] = None,
+) -> Explanation:
+    """All maps of all methods for a batch, from one forward and at most one backward through the head.
+
+    A method is a name from `EXPLAINERS`, an explainer, or a `functools.partial` of one for its options; `name@layer`
+    asks for one method at a layer of its own. `layer` is a dotted name, a module, or a list of them (then the maps are
+    found as `explanation[method, layer]`); None is the model's `default_layer`, else the last feature map that feeds
+    the logits. `targets`: None = predicted class, an int, or an integer tensor (b,) or (b, t).
+
+    The model, its flags and gradients, and the random state are left as they were.
+
+    Raises:
+        ValueError: an unknown method or layer, targets out of range, a method that this model has no evidence for.
+
+    >>> import torch
+    >>> from sightline.testing import PooledModel
+    >>> explanation = explain(PooledModel(torch.eye(3)), torch.ones(1, 3, 2, 2), targets=1, methods=["cam", "grad_cam"])
+    >>> explanation["cam"].flatten().tolist(), explanation["grad_cam"].flatten().tolist()
+    ([1.0, 1.0, 1.0, 1.0], [0.25, 0.25, 0.25, 0.25])
+    >>> explanation.layer, explanation.verdicts["cam"]
+    ('features (3 x 2 x 2)', [['flat']])
+    """
+    asked = _requests(methods, layer)
+    found = gather(model, images, [(at, method.needs) for _, method, _, at in asked], targets)
+    made: dict[str, Tensor] = {}
+    layers: dict[str, str] = {}
+    for (name, method, options, _), evidence in zip(asked, found, strict=True):
+        made[name] = method.map_of(evidence, **options)
+        source = evidence.gate if evidence.gate is not None else evidence.activations
+        shape = " x ".join(map(str, source.shape[1:])) if source is not None else ""
+        layers[name] = f"{evidence.layer} ({shape})" if shape else ""
+    verdicts = {name: [_verdicts(image) for image in value] for name, value in made.items()}
+    return Explanation(maps=made, targets=found[0].targets, logits=found[0].logits, layers=layers, verdicts=verdicts)
+
+
+def find_explainer(name: str) -> Explainer:
+    """The explainer of that name.
+
+    Raises:
+        ValueError: there is none; the closest names are shown.
+    """
+    if name not in EXPLAINERS:
+        close = get_close_matches(name, EXPLAINERS, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(EXPLAINERS)}"
+        raise ValueError(f"expected the name of an explainer, got {name!r}; {hint}")
+    return EXPLAINERS[name]
+
+
+def _requests(
+    methods: Sequence[Method], layer: Layer | Sequence[str | nn.Module]
+) -> list[tuple[str, Explainer, dict[str, Any], Layer]]:
+    if isinstance(methods, str) or not methods:
+        raise ValueError(f"expected a list of methods, got {methods!r}; write methods=['grad_cam']")
+    several = not (layer is None or isinstance(layer, str | nn.Module))
+    layers: Sequence[Layer] = [layer] if layer is None or isinstance(layer, str | nn.Module) else layer
+    asked: list[tuple[str, Explainer, dict[str, Any], Layer]] = []
+    for method in methods:
+        options: dict[str, Any] = {}
+        own: Sequence[Layer] = []
+        if isinstance(method, str):
+            base, _, at = method.partition("@")
+            name, method, own = method, find_explainer(base), [at] if at else []
+        elif isinstance(method, partial):
+            options = dict(method.keywords)
+            method = method.func
+            if not isinstance(method, Explainer):
+                raise ValueError(f"expected a partial of an explainer, got one of {method!r}; see sightline.EXPLAINERS")
+            name = f"{method.name}({', '.join(f'{key}={value}' for key, value in options.items())})"
+        else:
+            name = method.name
+        if unknown := set(options) - method.options:
+            choices = ", ".join(sorted(method.options)) or "none"
+            raise ValueError(f"expected options of {method.name} out of: {choices}, got {min(unknown)!r}")
+        for at in own or ([None] if method.is_control else layers):
+            label = f"{name}@{at}" if several and not own and not method.is_control else name
+            asked.append((label, method, options, at))
+    return asked
+
+
+def _verdicts(values: Float[Tensor, "t h w"]) -> list[str]:
+    if not bool(values.isfinite().all()):
+        return ["non-finite"]
+    found: list[str] = []
+    spread = values.amax((1, 2)) - values.amin((1, 2))
+    if bool((spread <= 1e-6 * values.abs().amax((1, 2))).any()):
+        found.append("flat")
+    if bool((values.amax((1, 2)) < 0).any()):
+        found.append("all-negative")
+    return found

@@ -1,0 +1,55 @@
+"""Maps that the model makes by itself: its learned attention, and the size of its activations."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sightline.explainers.evidence import Explainer, gather
+
+
+def attention_maps(model: nn.Module, images: Float[Tensor, "b c H W"]) -> dict[str, Float[Tensor, "b _ _ _"]]:
+    """Every learned attention map of a model, by the dotted name of its block, each of shape (b, k, h, w).
+
+    A block is any module with a child called `gate` that returns a 4-D tensor, whoever wrote it. The model runs once,
+    in eval mode, and is left as it was.
+
+    >>> from sightline.testing import PlantedAttention
+    >>> attention_maps(PlantedAttention(), torch.ones(1, 3, 2, 2))["pool"].flatten().tolist()
+    [0.25, 0.25, 0.25, 0.25]
+    """
+    return gather(model, images, [(None, frozenset({"gates"}))])[0].gates
+
+
+@Explainer
+def attention(gate: Float[Tensor, "b k h w"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t h w"]:
+    """Learned attention of the chosen block, the same for every target; with several heads their mean.
+
+    `layer` names the block; by default the last block whose map has more than one position.
+
+    Raises:
+        ValueError: the model has no block with a spatial map, or not this one.
+
+    Source: Jetley et al. 2018 (1804.02391), eq. 3, for Learn To Pay Attention; for other blocks the output of `gate`.
+    """
+    return gate.mean(1, keepdim=True).expand(-1, targets.shape[1], -1, -1)
+
+
+@Explainer
+def activation_map(
+    activations: Float[Tensor, "b k h w"], targets: Int[Tensor, "b t"], norm: Literal["l2", "mean"] = "l2"
+) -> Float[Tensor, "b t h w"]:
+    r"""Size of the activations at each position, the same for every target.
+
+    $\|A_{:ij}\|_2$ (`norm="l2"`), or the mean over the channels, which can be negative (`norm="mean"`).
+
+    Source: Gomez et al. 2021 (2106.02566), code, for the norm; the mean is the definition on the lecture slides.
+
+    >>> activation_map.formula(torch.tensor([[[[3.0]], [[4.0]]]]), torch.tensor([[0]])).item()
+    5.0
+    """
+    if norm not in ("l2", "mean"):
+        raise ValueError(f"expected norm 'l2' or 'mean', got {norm!r}; choose one of them")
+    size = torch.linalg.vector_norm if norm == "l2" else torch.mean
+    return size(activations, dim=1, keepdim=True).expand(-1, targets.shape[1], -1, -1)

@@ -1,0 +1,65 @@
+"""Calls anybody's model without leaving a trace."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Generator[nn.Module]:
+    """Run a model in eval mode, then put every module's own train/eval flag and the global random state back.
+
+    Also after an exception. A wrapper of `torch.compile` is looked through, so that hooks fire.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3).eval())
+    >>> with untouched(model) as m:
+    ...     m[0].training
+    False
+    >>> model[0].training, model[1].training
+    (True, False)
+    """
+    model = getattr(model, "_orig_mod", model)
+    flags = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})):
+        try:
+            model.eval()
+            yield model
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
+def logits_of(output: Any) -> Float[Tensor, "b n"]:
+    """Find the logits in whatever a classifier returned: a tensor, a tuple, a dict, or an object with `.logits`.
+
+    Raises:
+        TypeError: nothing of shape (batch, classes) is in it.
+
+    >>> logits_of({"logits": torch.zeros(2, 5)}).shape
+    torch.Size([2, 5])
+    """
+    found = output
+    if isinstance(found, Mapping):
+        found = found.get("logits", next(iter(found.values()), None))
+    found = getattr(found, "logits", found)
+    if isinstance(found, tuple | list):
+        found = found[0] if found else None
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
+        raise TypeError(f"expected logits of shape (batch, classes) from the model, got {got}; wrap it so that it does")
+    return found
+
+
+def forward(model: nn.Module, images: Float[Tensor, "b c h w"], batch_size: int = 64) -> Float[Tensor, "b n"]:
+    """Logits of all images in float32, in eval mode, without gradient, at most `batch_size` images at a time.
+
+    >>> forward(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.zeros(3, 3, 2, 2), batch_size=2).shape
+    torch.Size([3, 2])
+    """
+    with untouched(model) as m, torch.inference_mode(False), torch.no_grad():
+        return torch.cat([logits_of(m(chunk)).float() for chunk in images.split(batch_size)])

@@ -1,0 +1,137 @@
+"""Networks by name: plain modules, normalised images in, logits out."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from torch import nn
+
+from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
+
+__all__ = ["MODELS", "create_model"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "vgg": VGG,
+    "vgg_gap": VGGGap,
+    "vgg_pan": VGGPan,
+    "vgg15": VGG15,
+    "vgg_att": VGGAtt,
+    "vgg_att2": VGGAtt2,
+    "vgg_att3": VGGAtt3,
+}
+
+
+def create_model(
+    name: str, *, num_classes: int | None = None, weights: str | Path | None = None, **options: Any
+) -> nn.Module:
+    """Build a network by name, with fresh weights or those of a file.
+
+    Args:
+        name: a key of `MODELS`, a timm model, or "torchvision:" and a torchvision classifier.
+        num_classes: number of logits. None: 10 for a key of `MODELS`, the model's own (mostly 1000) otherwise.
+        weights: a safetensors file, a run folder, or "pretrained" for timm's own weights, which are downloaded.
+        options: keyword arguments of the network, for example `width=0.25`.
+
+    Raises:
+        ValueError: unknown name or option, or weights of another network.
+        OSError: weights that cannot be read or downloaded.
+
+    >>> sum(p.numel() for p in create_model("vgg_att2", num_classes=10).parameters())
+    19720780
+    """
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"expected num_classes of 1 or more, got {num_classes}")
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    pretrained = weights == "pretrained"
+    if name not in MODELS and not name.startswith("torchvision:"):
+        model = _timm(name, pretrained, {**classes, **options})
+    elif pretrained:
+        raise ValueError(
+            f"{name!r} has no pretrained weights, only timm models have; give a safetensors file or run folder"
+        )
+    elif name in MODELS:
+        _check_options(name, options)
+        model = MODELS[name](**classes, **options)
+    else:
+        model = _torchvision(name, {**classes, **options})
+    if weights is not None and not pretrained:
+        _load(model, name, Path(weights))
+    return model
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    parameters = dict(inspect.signature(MODELS[name]).parameters)
+    del parameters["num_classes"]
+    for option, value in options.items():
+        if option not in parameters:
+            raise ValueError(
+                f"{name} has no option {option!r}{_closest(option, parameters)}; it has: {', '.join(parameters)}"
+            )
+        wanted = parameters[option].annotation
+        if get_origin(wanted) is Literal:
+            fits, wanted = value in get_args(wanted), " or ".join(map(repr, get_args(wanted)))
+        else:
+            fits, wanted = type(value) is wanted or (wanted is float and type(value) is int), wanted.__name__
+        if not fits:
+            raise ValueError(f"option {option} of {name}: expected {wanted}, got {value!r}")
+
+
+def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(
+            f"unknown model {name!r}{_closest(name, [*MODELS, *timm.list_models()])}; see `sightline list models`"
+        )
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise ValueError(f"timm model {name} does not take these options: {error}") from error
+
+
+def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+    import torchvision
+
+    known = [f"torchvision:{known}" for known in torchvision.models.list_models(torchvision.models)]
+    if name not in known:
+        raise ValueError(f"unknown model {name!r}{_closest(name, known)}; see `torchvision.models.list_models()`")
+    try:
+        return torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None, **options)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take these options: {error}") from error
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
+def _load(model: nn.Module, name: str, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"expected weights in {file}, found no such file; give a safetensors file or a run folder"
+        )
+    try:
+        found = load_file(file)
+    except SafetensorError as error:
+        raise OSError(f"expected a safetensors file, cannot read {file} ({error}); is it complete?") from error
+    wanted = model.state_dict()
+    problems = [f"{key} is missing" for key in wanted if key not in found]
+    problems += [f"{key} is unknown to the model" for key in found if key not in wanted]
+    problems += [
+        f"{key} has shape {tuple(found[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in found and found[key].shape != value.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(
+            f"weights in {file} do not fit {name}: {problems[0]}{more}; give the num_classes and options they belong to"
+        )
+    model.load_state_dict(found)

@@ -1,0 +1,331 @@
+"""The VGG networks of "Learn To Pay Attention", their baselines and their control.
+
+The attended networks drop VGG's pools after convolutions 2 and 4 and add two convolutions at the end, so that an image
+of 32 pixels has 32, 16 and 8 pixels at convolutions 7, 10 and 13. Dotted names read as in the paper: `features.conv13`,
+`attention.conv13`, `attention.conv13.gate`.
+
+Source: Jetley et al., "Learn To Pay Attention", ICLR 2018, section 4.1; layers, Dropout and initialisation as in the
+authors' Torch7 code.
+
+Differs: pools round up and the last one takes the maximum of all that is left, so that images of any size pass; at 32
+pixels that changes nothing.
+"""
+
+import math
+from collections import OrderedDict
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sightline.attention.pooling import Compat, CompatibilityGate, LearnToPayAttention, Norm, Project
+
+Head = Literal["concat", "indep"]
+Read = Literal["before", "after"]
+
+CHANNELS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512, 512, 512)
+DROPOUT = {1: 0.3, 3: 0.4, 5: 0.4, 6: 0.4, 8: 0.4, 9: 0.4, 11: 0.4, 12: 0.4, 14: 0.4, 15: 0.4}
+
+
+def scaled(channels: int, width: float) -> int:
+    """Channels of a layer in a network `width` times as wide, at least 1."""
+    return max(1, round(width * channels))
+
+
+def trunk(convs: int, pools: tuple[int, ...], width: float, stem_pool: int) -> nn.Sequential:
+    """Convolutions conv1, conv2, ... up to number `convs`, each followed by a max-pool if its number is in `pools`.
+
+    >>> [name for name, _ in trunk(4, (3,), width=0.25, stem_pool=2).named_children()]
+    ['conv1', 'conv2', 'stem_pool', 'conv3', 'pool3', 'conv4']
+    """
+    if not width > 0:
+        raise ValueError(f"expected width above 0 (1 is the paper's), got {width}")
+    if stem_pool < 1:
+        raise ValueError(f"expected stem_pool of 1 (no pool) or more, got {stem_pool}")
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = (3, *(scaled(c, width) for c in CHANNELS[:convs]))
+    for number, (before, after) in enumerate(pairwise(channels), start=1):
+        conv = nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after, eps=1e-3), nn.ReLU(True))
+        if number in DROPOUT:
+            conv.append(nn.Dropout(DROPOUT[number]))
+        layers[f"conv{number}"] = conv
+        if number == 2 and stem_pool > 1:
+            layers["stem_pool"] = nn.MaxPool2d(stem_pool, ceil_mode=True)
+        if number in pools:
+            layers[f"pool{number}"] = nn.MaxPool2d(2, ceil_mode=True)
+    return nn.Sequential(layers)
+
+
+def initialise(model: nn.Module) -> None:
+    """Draw all convolutions, u among them, from N(0, sqrt(2 / (k * k * outputs))) with bias 0.
+
+    Linear layers keep PyTorch's initialisation, which is Torch7's.
+
+    Source: He et al., "Delving Deep into Rectifiers", ICCV 2015, equation 14; the authors' code.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def with_gradient(x: Tensor, factor: float) -> Tensor:
+    """The same values, whose gradient counts `factor` times."""
+    return x.detach() + factor * (x - x.detach())
+
+
+def global_vector(channels: int) -> nn.Sequential:
+    """From the last feature map to the global vector g: the maximum of all positions, Dropout, Linear (FC-1)."""
+    layers: dict[str, nn.Module] = {
+        "pool": nn.AdaptiveMaxPool2d(1),
+        "flatten": nn.Flatten(),
+        "dropout": nn.Dropout(0.5),
+    }
+    return nn.Sequential(OrderedDict(layers, linear=nn.Linear(channels, channels)))
+
+
+def prepared(channels: int, official: bool) -> nn.Sequential:
+    """What a vector passes before its classifier: BatchNorm, ReLU, Dropout as in the authors' code, or nothing."""
+    return nn.Sequential(nn.BatchNorm1d(channels), nn.ReLU(), nn.Dropout(0.5)) if official else nn.Sequential()
+
+
+class ConcatHead(nn.Module):
+    """One linear classifier on all vectors together.
+
+    >>> ConcatHead([8, 4], 3)([torch.zeros(2, 8), torch.zeros(2, 4)]).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, channels: list[int], num_classes: int, *, official: bool = True) -> None:
+        super().__init__()
+        self.prepare = nn.ModuleList(prepared(c, official) for c in channels)
+        self.linear = nn.Linear(sum(channels), num_classes)
+
+    def forward(self, vectors: list[Tensor]) -> Float[Tensor, "b n"]:
+        """Logits."""
+        return self.linear(torch.cat([step(v) for step, v in zip(self.prepare, vectors, strict=True)], dim=1))
+
+
+class IndepHead(nn.Module):
+    """One linear classifier per vector; the logits are the log of their mean softmax probability.
+
+    Differs: the authors' code sums log-probabilities (two levels) or logits (three levels).
+
+    >>> IndepHead([8, 4], 3)([torch.zeros(2, 8), torch.zeros(2, 4)]).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, channels: list[int], num_classes: int, *, official: bool = True) -> None:
+        super().__init__()
+        self.prepare = nn.ModuleList(prepared(c, official) for c in channels)
+        self.linear = nn.ModuleList(nn.Linear(c, num_classes) for c in channels)
+
+    def forward(self, vectors: list[Tensor]) -> Float[Tensor, "b n"]:
+        """Logits."""
+        levels = zip(self.prepare, self.linear, vectors, strict=True)
+        logs = torch.stack([linear(step(vector)).log_softmax(1) for step, linear, vector in levels])
+        return logs.logsumexp(0) - math.log(len(vectors))
+
+
+class SpatialMask(nn.Module):
+    """Multiplies a feature map by a mask between 0 and 1, sigmoid(<u, l> + b), which the child `gate` returns.
+
+    >>> SpatialMask(8)(torch.zeros(2, 8, 5, 7)).shape
+    torch.Size([2, 8, 5, 7])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gate = CompatibilityGate(channels, compat="none", norm="sigmoid")
+
+    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Masked features."""
+        return features * self.gate(features)
+
+
+class VGG(nn.Module):
+    """VGG-16 with BatchNorm: 13 convolutions, 5 pools, no attention; the paper's baseline.
+
+    Args:
+        num_classes: number of logits.
+        width: factor of all channel numbers; 1 is the paper's.
+        stem_pool: side of a max-pool after convolution 2; 1: no such pool.
+        official_head: BatchNorm, ReLU and Dropout before the last linear layer; no: that layer alone.
+    """
+
+    convs: ClassVar[int] = 13
+    pools: ClassVar[tuple[int, ...]] = (2, 4, 7, 10)
+
+    def __init__(
+        self, num_classes: int = 10, *, width: float = 1.0, stem_pool: int = 1, official_head: bool = True
+    ) -> None:
+        super().__init__()
+        channels = scaled(CHANNELS[-1], width)
+        self.features = trunk(self.convs, self.pools, width, stem_pool)
+        self.fc1 = global_vector(channels)
+        self.head = ConcatHead([channels], num_classes, official=official_head)
+        initialise(self)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
+        """Logits."""
+        return self.head([self.fc1(self.features(images))])
+
+
+class VGG15(VGG):
+    """The trunk of the attended networks, 15 convolutions, without attention: the control.
+
+    It differs from `vgg_att` in one thing: the head classifies the global vector g, not the attended one.
+    """
+
+    convs = 15
+    pools = (7, 10, 13, 14)
+
+
+class VGGGap(nn.Module):
+    """The attended networks' 13 convolutions, global average pooling, one linear layer: for class activation maps.
+
+    Source: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016, on the authors' trunk.
+
+    Args:
+        num_classes: number of logits.
+        width: factor of all channel numbers; 1 is the paper's.
+        stem_pool: side of a max-pool after convolution 2; 1: no such pool.
+    """
+
+    def __init__(self, num_classes: int = 10, *, width: float = 1.0, stem_pool: int = 1) -> None:
+        super().__init__()
+        self.features = trunk(13, (7, 10), width, stem_pool)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(scaled(CHANNELS[-1], width), num_classes)
+        initialise(self)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
+        """Logits."""
+        return self.head(self.pool(self.features(images)))
+
+
+class VGGPan(nn.Module):
+    """Progressive attention: a sigmoid mask at convolution 10 that is fed forward, softmax pooling at convolution 13.
+
+    Source: Seo et al., "Progressive Attention Networks for Visual Attribute Prediction", BMVC 2018.
+
+    Differs: on the trunk of "Learn To Pay Attention", whose authors score both levels against a global vector; here the
+    score is <u, l> + b.
+
+    Args:
+        num_classes: number of logits.
+        width: factor of all channel numbers; 1 is the paper's.
+        stem_pool: side of a max-pool after convolution 2; 1: no such pool.
+        official_head: BatchNorm, ReLU and Dropout before the last linear layer; no: that layer alone.
+    """
+
+    def __init__(
+        self, num_classes: int = 10, *, width: float = 1.0, stem_pool: int = 1, official_head: bool = True
+    ) -> None:
+        super().__init__()
+        channels = scaled(CHANNELS[-1], width)
+        self.features = trunk(13, (7, 10), width, stem_pool)
+        self.attention = nn.ModuleDict(
+            {"conv10": SpatialMask(channels), "conv13": LearnToPayAttention(channels, compat="none")}
+        )
+        self.fc1 = nn.Linear(channels, channels)
+        self.head = ConcatHead([channels], num_classes, official=official_head)
+        self.default_layer = "features.conv13"
+        initialise(self)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
+        """Logits."""
+        x = images
+        for name, layer in self.features.named_children():
+            x = layer(x)
+            if name == "conv10":
+                x = self.attention[name](x)
+        return self.head([self.fc1(self.attention["conv13"](x))])
+
+
+class VGGAtt(nn.Module):
+    """Learn To Pay Attention at convolution 13.
+
+    Args:
+        num_classes: number of logits.
+        compat: score of a position: "pc", <u, l + g>; "dp", <l, g>; "none", <u, l>. With "none" nothing needs the
+            global vector g: convolutions 14, 15 and FC-1 do not exist. With "pc" and "softmax" g cancels: the logits
+            are those of "none" and the same layers get no gradient.
+        norm: "softmax", weights sum to 1; "sigmoid", each between 0 and 1.
+        head: "concat", one classifier on all attended vectors; "indep", one for each, probabilities averaged.
+        project: at convolution 7, which has half the channels of g, bring g to the features or the features ("l") to g.
+        read: attend the features before or after the max-pool.
+        official_head: BatchNorm, ReLU and Dropout of each vector before the last linear layer; no: that layer alone.
+        width: factor of all channel numbers; 1 is the paper's.
+        stem_pool: side of a max-pool after convolution 2; 1: no such pool.
+        average_branch_grads: average gradients where paths meet, as the authors' code does, instead of summing them.
+    """
+
+    levels: ClassVar[tuple[int, ...]] = (13,)
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        *,
+        compat: Compat = "pc",
+        norm: Norm = "softmax",
+        head: Head = "concat",
+        project: Project = "g",
+        read: Read = "before",
+        official_head: bool = True,
+        width: float = 1.0,
+        stem_pool: int = 1,
+        average_branch_grads: bool = False,
+    ) -> None:
+        super().__init__()
+        channels = scaled(CHANNELS[-1], width)
+        if compat == "none":
+            self.features = trunk(13, (7, 10) if read == "before" else (7, 10, 13), width, stem_pool)
+            self.fc1 = None
+        else:
+            self.features = trunk(15, (7, 10, 13, 14), width, stem_pool)
+            self.fc1 = global_vector(channels)
+        self.reads = tuple(f"{'conv' if read == 'before' else 'pool'}{level}" for level in self.levels)
+        self.default_layer = f"features.{self.reads[-1]}"
+        blocks = {
+            f"conv{level}": LearnToPayAttention(
+                scaled(CHANNELS[level - 1], width), channels, compat=compat, norm=norm, project=project
+            )
+            for level in self.levels
+        }
+        self.attention = nn.ModuleDict(blocks)
+        vectors = [block.out_channels for block in blocks.values()]
+        self.head = {"concat": ConcatHead, "indep": IndepHead}[head](vectors, num_classes, official=official_head)
+        self.average_branch_grads = average_branch_grads
+        initialise(self)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
+        """Logits."""
+        x = images
+        read: list[Tensor] = []
+        last = len(self.features) - 1
+        for index, (name, layer) in enumerate(self.features.named_children()):
+            x = layer(x)
+            if name in self.reads:
+                if self.average_branch_grads and index < last:
+                    x = with_gradient(x, 1 / 2)
+                read.append(x)
+        g = None if self.fc1 is None else self.fc1(x)
+        if self.average_branch_grads and g is not None:
+            g = with_gradient(g, 1 / len(read))
+        return self.head([block(features, g) for block, features in zip(self.attention.values(), read, strict=True)])
+
+
+class VGGAtt2(VGGAtt):
+    """Learn To Pay Attention at convolutions 10 and 13; options as in `VGGAtt`."""
+
+    levels = (10, 13)
+
+
+class VGGAtt3(VGGAtt):
+    """Learn To Pay Attention at convolutions 7, 10 and 13; options as in `VGGAtt`."""
+
+    levels = (7, 10, 13)

@@ -1,0 +1,101 @@
+"""Evaluation -> one self-contained HTML page that needs neither network nor server."""
+
+import math
+from pathlib import Path
+
+import jinja2
+
+from sightline import recipe, runs
+from sightline.evaluation import Evaluation
+from sightline.report import pictures, tables
+
+
+def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = None) -> Path:
+    """Write `folder`/report.html, the whole file or none of it, and return its path.
+
+    Args:
+        evaluation: what to draw. The first sentence of its summary is the verdict under the title.
+        folder: made where it is missing.
+        run: the training that the model comes from, for its curves and recipe.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sightline.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, number=number, counted=counted, words=words)
+    page = environment.get_template("report.html").render(
+        evaluation=evaluation,
+        run=run,
+        methods=[method for method in evaluation.methods if method not in evaluation.controls],
+        columns={metric: tables.column(evaluation, metric) for metric in evaluation.metrics},
+        doubts=[
+            (method, verdict, count)
+            for method, found in evaluation.verdicts.items()
+            for verdict, count in found.items()
+            if count
+        ],
+        masked=any(example.mask is not None for example in (*evaluation.examples, *evaluation.errors)),
+        training={"seed": run.seed, **run.info} if run else {},
+        recipe=recipe.dump(run.recipe) if run else "",
+        pictures=pictures,
+        tables=tables,
+    )
+    path = Path(folder) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write(path, page.encode())
+    return path
+
+
+def percent(share: float) -> str:
+    """A share in percent, never rounded to a certainty.
+
+    >>> percent(0.5), percent(1.0), percent(0.99999), percent(0.00001), percent(float("nan"))
+    ('50.0 %', '100.0 %', '>99.9 %', '<0.1 %', '–')
+    """
+    if not math.isfinite(share):
+        return "–"
+    if 0.9995 <= share < 1:
+        return ">99.9 %"
+    if 0 < share < 0.0005:
+        return "<0.1 %"
+    return f"{100 * share:.1f} %"
+
+
+def number(value: float | None) -> str:
+    """Three decimals, one above 10, powers of ten for the very small and the very large; a dash for what is undefined.
+
+    >>> number(0.12345), number(-43.21), number(0.00002), number(float("nan")), number(None)
+    ('0.123', '−43.2', '2.0e−05', '–', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size and not 0.001 <= size < 10_000:
+        text = f"{value:.1e}"
+    else:
+        text = f"{value:.3f}" if size < 10 else f"{value:.1f}"
+    return text.replace("-", "−")
+
+
+def counted(n: int, one: str, many: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "class", "classes"), counted(200, "class", "classes")
+    ('1 class', '200 classes')
+    """
+    return f"{n} {one if n == 1 else many}"
+
+
+def words(name: str) -> str:
+    """The name of a method or metric for reading.
+
+    >>> words("grad_cam")
+    'grad cam'
+    """
+    return name.replace("_", " ")

@@ -1,0 +1,169 @@
+"""A run folder: recipe.yaml, model.safetensors, run.json, metrics.csv."""
+
+import csv
+import io
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from sightline import data, models, recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training: what was asked for, what came of it, and what a user of the weights needs to know."""
+
+    folder: Path
+    recipe: recipe.Recipe
+    """With every field resolved, and with this run's seed alone."""
+    seed: int
+    classes: tuple[str, ...]
+    preprocess: data.Preprocess
+    info: dict[str, str]
+    """command, date, hardware, versions, number of parameters, wall time."""
+    history: list[dict[str, float]]
+    """One row per epoch: epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy (shares; NaN without
+    validation images), seconds."""
+    skipped: list[tuple[str, str]]
+    """Images that could not be read, with the reason."""
+
+
+def open_run(folder: Path | str) -> Run:
+    """Read everything of a run but its weights.
+
+    Raises:
+        FileNotFoundError: the folder is missing or is no run.
+        ValueError: a file in it is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such run; expected a folder that `sightline train` wrote")
+    if missing := [name for name in ("recipe.yaml", "run.json") if not (folder / name).is_file()]:
+        seeds = sorted(p.name for p in folder.glob("seed-*"))
+        hint = f"open one of {', '.join(seeds)} in it" if seeds else "expected a folder that `sightline train` wrote"
+        raise FileNotFoundError(f"{folder} is not a run, it has no {missing[0]}; {hint}")
+    try:
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return Run(
+            folder=folder,
+            recipe=recipe.load(folder / "recipe.yaml"),
+            seed=facts["seed"],
+            classes=tuple(facts["classes"]),
+            preprocess=data.Preprocess(**{k: tuple(v) for k, v in facts["preprocess"].items()}),
+            info=facts["info"],
+            history=_read_history(folder / "metrics.csv"),
+            skipped=[(name, reason) for name, reason in facts["skipped"]],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"run {folder} is damaged or of another version: {error}") from error
+
+
+def load(folder: Path | str) -> nn.Module:
+    """The trained model of a run, a plain module in eval mode on the CPU.
+
+    Raises:
+        OSError: the folder is no run, has no weights yet, or they are damaged.
+        ValueError: the weights are those of another model.
+    """
+    run = open_run(folder)
+    weights = run.folder / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"run {folder} has no model.safetensors yet; train it to the end of an epoch with --resume"
+        )
+    wanted = run.recipe.model
+    with torch.random.fork_rng(devices=[]):
+        model = models.create_model(wanted.name, num_classes=len(run.classes), weights=weights, **wanted.options)
+    return model.eval()
+
+
+def save(run: Run, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a run into its folder; each file is either the old or the new one, never half of it.
+
+    Args:
+        run: what to write.
+        weights: state_dict of the model; None leaves the weights that are there.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if weights is not None:
+        write(run.folder / "model.safetensors", pack(weights, {}))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(run.history[0]) if run.history else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(run.history)
+    facts = {key: value for key, value in asdict(run).items() if key not in ("folder", "recipe", "history")}
+    write(run.folder / "metrics.csv", table.getvalue().encode())
+    write(run.folder / "recipe.yaml", recipe.dump(run.recipe).encode())
+    write(run.folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False).encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a crash, Ctrl-C or a full disk leaves the old one.
+
+    Raises:
+        OSError: the disk is full or the folder is read-only.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def pack(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bytes:
+    """Tensors as a safetensors file with JSON in its header.
+
+    >>> safetensors.torch.load(pack({"a": torch.ones(2)}, {"epoch": 3}))
+    {'a': tensor([1., 1.])}
+    """
+    # safetensors refuses tensors that share memory or are not contiguous (tied weights, channels-last)
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    return safetensors.torch.save(plain, {name: json.dumps(value) for name, value in facts.items()})
+
+
+def unpack(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `pack` packed.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, facts
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete the run and train it anew") from error
+
+
+def surroundings() -> dict[str, str]:
+    """What a result needs beside it: command, date, hardware, versions."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    packages = ("sightline", "torch", "torchvision", "timm", "numpy")
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs, {gpu}",
+        "versions": f"python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages),
+    }
+
+
+def _read_history(path: Path) -> list[dict[str, float]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

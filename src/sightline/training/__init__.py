@@ -1,0 +1,194 @@
+"""Training: `fit` builds data and network from a recipe, runs the loop and keeps a run folder."""
+
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from errno import ENOSPC
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from sightline import data, models, runs
+from sightline.recipe import Recipe
+from sightline.recipe import load as load_recipe
+from sightline.runs import Run
+from sightline.training.log import Log
+from sightline.training.loop import Training
+
+
+class _Stop(Exception):
+    """Somebody asked to stop, and the state is whole."""
+
+
+def fit(
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Run | list[Run]:
+    """Train what a recipe says into a run folder; with several seeds, one run each in `out`/seed-0, ...
+
+    From the first epoch on the folder holds weights that `sightline.load` reads. After Ctrl-C, a crash or a power cut,
+    `resume` goes on from the last checkpoint and comes to the same weights, bit for bit, as without the interruption
+    (on the same machine; on a GPU, as far as its kernels repeat themselves).
+
+    Args:
+        recipe: a Recipe or its YAML file.
+        out: folder to write, new or empty.
+        overrides: dotted field -> value, as in `{"optim.epochs": 3}`.
+        resume: go on in `out`: what is finished stays, what has not begun begins.
+        progress: show a bar, and a line per epoch, on stderr.
+
+    Returns:
+        The run, or the list of runs where the recipe names several seeds.
+
+    Raises:
+        ValueError: the recipe is wrong, or differs from that of the run to resume, or the loss is not finite.
+        OSError: `out` cannot be written or holds something else, or the disk is too small.
+        KeyboardInterrupt: after Ctrl-C, when the state is saved.
+    """
+    asked = load_recipe(recipe, overrides)
+    out = Path(out)
+    _check_folder(out, resume)
+    images = data.load(asked.data)
+    folders = {seed: out / f"seed-{seed}" if len(asked.seeds) > 1 else out for seed in asked.seeds}
+    done = [_fit_one(replace(asked, seeds=(s,)), images, folder, progress) for s, folder in folders.items()]
+    return done if len(done) > 1 else done[0]
+
+
+def _fit_one(recipe: Recipe, images: dict[str, data.ImageSet], folder: Path, progress: bool) -> Run:
+    checkpoint = folder / "checkpoint.safetensors"
+    begun = runs.open_run(folder) if (folder / "run.json").exists() else None
+    if begun is not None:
+        _check_same(recipe, begun)
+        if not checkpoint.exists():
+            return begun
+    cuda = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=cuda), warnings.catch_warnings(), _asked_to_stop() as stop:
+        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+        torch.manual_seed(recipe.seeds[0])
+        train, val = images["train"], images.get("val")
+        network = models.create_model(
+            recipe.model.name, num_classes=len(train.classes), weights=recipe.model.weights, **recipe.model.options
+        )
+        training = Training(network, train, val or None, recipe)
+        if checkpoint.exists():
+            training.restore(*runs.unpack(checkpoint))
+        run = Run(
+            folder=folder,
+            recipe=recipe,
+            seed=recipe.seeds[0],
+            classes=train.classes,
+            preprocess=train.preprocess,
+            info=_info(training) if begun is None else begun.info,
+            history=[*training.history],
+            skipped=[skipped for split in images.values() for skipped in split.skipped],
+        )
+        _check_space(folder, training)
+        folder.mkdir(exist_ok=True)
+        runs.write(checkpoint, runs.pack(*training.state()))
+        runs.save(run)
+        with Log(folder, recipe.optim.epochs, training.steps, progress) as log:
+
+            def tick() -> None:
+                log.step(training.epoch * training.steps + training.step)
+                if stop.is_set():
+                    raise _Stop
+
+            try:
+                for row in training.epochs(tick):
+                    seconds = sum(past["seconds"] for past in training.history)
+                    info = run.info | {"wall time": f"{seconds:.1f} s"}
+                    run = replace(run, info=info, history=[*training.history])
+                    runs.save(run, training.result.state_dict() if training.improved else None)
+                    runs.write(checkpoint, runs.pack(*training.state()))
+                    log.epoch(row)
+            except _Stop:
+                training.check_finite()
+                runs.write(checkpoint, runs.pack(*training.state()))
+                place = f"epoch {training.epoch + 1}, step {training.step} of {training.steps}"
+                raise KeyboardInterrupt(f"stopped in {place}; go on with --resume (fit: resume=True)") from None
+        checkpoint.unlink()
+    return run
+
+
+@contextmanager
+def _asked_to_stop() -> Generator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one stops at once, in the middle of a step."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; expected a new or empty folder for the run")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; choose a new folder, or go on with --resume (fit: resume=True)")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        runs.write(out / "checkpoint.test", b"")
+        (out / "checkpoint.test").unlink()
+    except OSError as error:
+        raise type(error)(f"cannot write to {out}: {error.strerror}; choose another folder") from error
+
+
+def _check_space(folder: Path, training: Training) -> None:
+    """A checkpoint (weights, two moments, average) stands twice on the disk while it is replaced, the weights too."""
+    weights = sum(t.numel() * t.element_size() for t in training.network.state_dict().values())
+    needed, free = 10 * weights, shutil.disk_usage(folder.parent).free
+    if free < needed:
+        room = f"expected {needed / 2**20:.0f} MiB free for the run, got {free / 2**20:.0f} MiB"
+        raise OSError(ENOSPC, f"disk too full, {room}", str(folder))
+
+
+def _check_same(recipe: Recipe, run: Run) -> None:
+    old, new = asdict(run.recipe), asdict(recipe)
+    changed = [
+        f"{part}.{name} was {old[part][name]!r}, now {value!r}"
+        for part in ("data", "augment", "model", "optim")
+        for name, value in new[part].items()
+        if value != old[part][name]
+    ]
+    if run.recipe.seeds != recipe.seeds:
+        changed.append(f"seeds was {run.recipe.seeds}, now {recipe.seeds}")
+    if changed:
+        raise ValueError(f"run {run.folder} was begun with another recipe: {'; '.join(changed)}; choose a new folder")
+
+
+def _info(training: Training) -> dict[str, str]:
+    device = training.fabric.device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    packages = ("sightline", "torch", "torchvision", "timm", "lightning")
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs, {device.type}: {gpu}",
+        "versions": f"python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages),
+        "parameters": f"{sum(p.numel() for p in training.network.parameters()):,}",
+    }

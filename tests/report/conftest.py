@@ -1,0 +1,166 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sightline import data, runs
+from sightline.evaluation import Evaluation, Example, Interval, Score
+from sightline.recipe import Recipe
+
+METHODS = ("attention", "activation_map", "cam", "grad_cam")
+CONTROLS = ("random_map", "centre_map", "edge_map", "contrast_map")
+METRICS = ("deletion_auc", "insertion_auc", "pointing_game", "energy_in_mask")
+CLASSES = tuple("zero one two three four five six seven eight nine".split())
+
+
+def blob(side: int, centre: np.ndarray, radius: float) -> np.ndarray:
+    rows, columns = np.mgrid[:side, :side]
+    return np.exp(-((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2) / (2 * radius**2))
+
+
+def example(index: int, side: int, rng: np.random.Generator, wrong: bool = False) -> Example:
+    """A coloured object on a textured ground, with maps that look at it, more or less."""
+    centre = rng.uniform(0.25, 0.75, 2) * side
+    ground = np.kron(rng.uniform(40, 150, (8, 8, 3)), np.ones((side // 8 + 1, side // 8 + 1, 1)))[:side, :side]
+    ground += rng.normal(0, 18, (side, side, 3))
+    thing = blob(side, centre, side / 8)
+    colour = rng.uniform(60, 255, 3)
+    image = (ground * (1 - thing[..., None]) + colour * thing[..., None]).clip(0, 255).astype(np.uint8)
+    near = blob(10, centre * 10 / side, 1.6)
+    maps = {
+        "attention": (near / near.sum()).astype(np.float32),
+        "activation_map": (3 + 9 * near + rng.normal(0, 1, (10, 10))).astype(np.float32),
+        "cam": (4 * near - 1 + rng.normal(0, 0.5, (10, 10))).astype(np.float32),
+        "grad_cam": (1e-4 * near + rng.uniform(0, 1e-5, (10, 10))).astype(np.float32),
+    }
+    verdicts: dict[str, list[str]] = {method: [] for method in METHODS}
+    if index == 2:
+        maps["grad_cam"] = np.zeros((10, 10), np.float32)
+        verdicts["grad_cam"] = ["flat"]
+    if index == 3:
+        maps["cam"][:3, :3] = np.nan
+        verdicts["cam"] = ["non-finite"]
+    label = int(rng.integers(10))
+    return Example(
+        name=f"test/{index:05d}.png",
+        image=image,
+        label=CLASSES[label],
+        prediction=CLASSES[(label + wrong) % 10],
+        probability=float(rng.uniform(0.6, 0.9999)),
+        maps=maps,
+        verdicts=verdicts,
+        mask=thing > 0.5,
+    )
+
+
+def scores() -> tuple[Score, ...]:
+    """Deletion: lower is better. `cam` is best everywhere but in deletion, where the edges do as well."""
+    means = {
+        "attention": (0.31, 0.71, 0.93, 0.52),
+        "activation_map": (0.36, 0.66, 0.88, 0.31),
+        "cam": (0.24, 0.78, 0.97, 0.61),
+        "grad_cam": (0.26, 0.77, 0.95, 0.58),
+        "random_map": (0.52, 0.51, 0.08, 0.071),
+        "centre_map": (0.44, 0.58, 0.30, 0.12),
+        "edge_map": (0.25, 0.55, 0.22, 0.10),
+        "contrast_map": (0.41, 0.60, 0.25, 0.13),
+    }
+    half = (0.02, 0.02, 0.03, 0.012)
+    return tuple(
+        Score(
+            method=method,
+            metric=metric,
+            interval=Interval(value=value, low=value - half[i], high=min(value + half[i], 1), n=400),
+            undefined=12 if (method, metric) == ("grad_cam", "energy_in_mask") else 0,
+        )
+        for method, values in means.items()
+        for i, (metric, value) in enumerate(zip(METRICS, values, strict=True))
+    )
+
+
+def confusion(rng: np.random.Generator, classes: int) -> np.ndarray:
+    counts = rng.poisson(0.1, (classes, classes))
+    return (counts + np.diag(rng.integers(30, 45, classes))).astype(np.int64)
+
+
+def evaluation_of(side: int, n: int = 24, errors: int = 6) -> Evaluation:
+    rng = np.random.default_rng(0)
+    return Evaluation(
+        data="clutter",
+        split="test",
+        model="vgg_att2",
+        n_images=400,
+        unit="images",
+        classes=CLASSES,
+        methods=METHODS + CONTROLS,
+        controls=CONTROLS,
+        layers={method: "features.conv13 (128 x 10 x 10)" for method in METHODS},
+        metrics=METRICS,
+        higher_is_better={metric: metric != "deletion_auc" for metric in METRICS},
+        chance={"pointing_game": 0.068, "energy_in_mask": 0.068},
+        scores=scores(),
+        accuracy=Interval(value=0.9725, low=0.953, high=0.986, n=400),
+        majority=0.1175,
+        confusion=confusion(rng, 10),
+        per_image={},
+        examples=tuple(example(i, side, rng) for i in range(n)),
+        errors=tuple(example(100 + i, side, rng, wrong=True) for i in range(errors)),
+        mean_maps={
+            method: {name: blob(10, rng.uniform(3, 6, 2), 3).astype(np.float32) for name in CLASSES}
+            for method in METHODS
+        },
+        verdicts={method: {"flat": 3} if method == "grad_cam" else {} for method in METHODS},
+        summary=(
+            "The model classifies 97.2 % of 400 images correctly, and cam finds the digit better than any control.",
+            "Accuracy lies between 95.3 % and 98.6 %; always answering the most frequent class would give 11.8 %.",
+            "61 % of the energy of cam lies on the mask, which covers 6.8 % of the image.",
+            "No method deletes evidence measurably better than the edges of the image: do not read deletion here.",
+        ),
+        skipped=(("broken/17.jpg", "truncated after 812 bytes"), ("notes.jpg", "no image: it begins with 'Dear '")),
+        provenance={
+            "command": "sightline evaluate runs/demo --data clutter --out report",
+            "seed": "0",
+            "date": "2025-11-21 02:00 UTC",
+            "wall time": "41 s",
+            "hardware": "2 CPU cores",
+            "versions": "sightline 0.1.0, torch 2.15.0, timm 1.0.20, Python 3.11.7",
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def evaluation() -> Evaluation:
+    """24 small images, 4 methods, 4 controls, everything filled in."""
+    return evaluation_of(40)
+
+
+@pytest.fixture(scope="session")
+def photos() -> Evaluation:
+    """The same of 224 pixels, with as many errors as examples."""
+    return evaluation_of(224, errors=12)
+
+
+@pytest.fixture(scope="session")
+def run() -> runs.Run:
+    epochs = np.arange(1, 13)
+    return runs.Run(
+        folder=Path("runs/demo"),
+        recipe=Recipe(),
+        seed=0,
+        classes=CLASSES,
+        preprocess=data.Preprocess(size=(40, 40), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
+        info={"command": "sightline train --data clutter", "parameters": "1,292,370", "wall time": "96 s"},
+        history=[
+            {
+                "epoch": float(epoch),
+                "lr": float(0.1 * (1 - epoch / 13)),
+                "train_loss": float(2.3 * np.exp(-epoch / 4) + 0.03),
+                "train_accuracy": float(1 - 0.9 * np.exp(-epoch / 3)),
+                "val_loss": float(2.3 * np.exp(-epoch / 4) + 0.12 + 0.05 * np.sin(epoch)),
+                "val_accuracy": float(0.97 - 0.9 * np.exp(-epoch / 3)),
+                "seconds": 7.9,
+            }
+            for epoch in epochs
+        ],
+        skipped=[("train/gone.png", "zero bytes")],
+    )

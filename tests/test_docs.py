@@ -1,0 +1,163 @@
+"""README, CONTRIBUTING and docs/ are run: Python blocks, YAML recipes, commands; and their links lead somewhere.
+
+A comment before a block of commands says how it is tested where not simply run as it stands:
+`<!-- test: with ARGUMENTS -->` adds arguments to its sightline commands, to make them small;
+`<!-- test: slow -->` has its sightline commands parsed and not run.
+"""
+
+import doctest
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sightline import cli, recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks/README.md",
+]
+BLOCK = re.compile(
+    r"^(?:<!-- test: (?P<note>.*?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+class Block(NamedTuple):
+    language: str
+    body: str
+    note: str
+    place: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text()
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("body"))
+        yield Block(match["language"], match["body"], match["note"] or "", f"{page.relative_to(ROOT)}:{line}")
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The commands of a shell block, without comments and what a console shows below a `$ `."""
+    lines = block.body.replace("\\\n", " ").splitlines()
+    if block.language == "console":
+        lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    for line in lines:
+        if words := shlex.split(os.path.expandvars(line), comments=True):
+            yield words
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a reader of the docs: `photos` with three classes, `new-photos`, and no network."""
+    rng = np.random.default_rng(0)
+    for number in range(36):
+        folder = tmp_path / "photos" / ("cat", "dog", "newt")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        colour = np.eye(3)[number % 3] * 120
+        pixels = (colour + rng.integers(0, 120, (48, 40, 3))).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        if number < 3:
+            (tmp_path / "new-photos").mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "new-photos" / f"{number}.jpg")
+
+    import timm
+
+    create: Callable[..., Any] = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
+    monkeypatch.setenv("SIGHTLINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def sightline(arguments: list[str], note: str, place: str) -> None:
+    private = any(word.startswith("$SIGHTLINE_DATA") for word in arguments)  # the variable is not set
+    if note == "slow" or private:
+        rest, overrides = cli._split(arguments)
+        cli._parser().parse_args(rest)
+        recipe.load(recipe.Recipe(), overrides)
+        return
+    assert not note or note.startswith("with "), f"{place}: unknown note {note!r}"
+    cli.main(arguments + shlex.split(note.removeprefix("with ")))
+
+
+def check_command(words: list[str], note: str, place: str) -> None:
+    program, *arguments = words
+    if program == "sightline":
+        sightline(arguments, note, place)
+    elif program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in arguments if "=" not in word} <= set(targets), place
+    elif program == "pip":
+        assert arguments[0] == "install", place
+        extras = re.findall(r"\[(\w+)\]", " ".join(arguments))
+        assert set(extras) <= {"train", "dev"}, place
+    elif program in (".venv/bin/python", "python"):
+        assert arguments[0] == "-m" or (ROOT / arguments[0]).is_file(), place
+    else:
+        assert program in ("git", "cd"), f"{place}: {program} is not a command that this test knows how to check"
+
+
+@each_page
+def test_page_runs(page: Path, reader: Path) -> None:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile(block.body, block.place, "exec"), names)
+        elif block.language == "pycon":
+            example = doctest.DocTestParser().get_doctest(block.body, names, block.place, str(page), 0)
+            result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, clear_globs=False)
+            assert result.failed == 0, f"{block.place}: another output"
+            names |= example.globs
+        elif block.language == "yaml":
+            path = reader / "recipe.yaml"
+            path.write_text(block.body)
+            recipe.load(path)
+        elif block.language in ("bash", "console"):
+            for words in commands(block):
+                check_command(words, block.note, block.place)
+        else:
+            assert block.language == "text", f"{block.place}: {block.language} blocks are not tested"
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text()):
+        if not target.startswith(("https://", "http://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_every_method_and_measure_is_explained() -> None:
+    from sightline.explainers import EXPLAINERS
+    from sightline.metrics import METRICS
+
+    maps = (ROOT / "docs/maps.md").read_text()
+    assert [name for name in EXPLAINERS if f"| `{name}` |" not in maps] == []
+    measures = (ROOT / "docs/measures.md").read_text()
+    assert [name for name in METRICS if f"`{name}`" not in measures] == []
+
+
+def test_a_broken_example_is_found(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = reader / "page.md"
+    monkeypatch.setitem(globals(), "ROOT", reader)
+    for text, error, message in (
+        ("```python\n1 / 0\n```\n", ZeroDivisionError, "division by zero"),
+        ("```pycon\n>>> 1 + 1\n3\n```\n", AssertionError, "page.md:1: another output"),
+        ("```yaml\noptim: {epoch: 3}\n```\n", ValueError, "did you mean optim.epochs"),
+        ("```bash\nrm -rf photos\n```\n", AssertionError, "rm is not a command"),
+        ("<!-- test: fast -->\n```bash\nsightline list\n```\n", AssertionError, "unknown note 'fast'"),
+        ("```haskell\nmain\n```\n", AssertionError, "haskell blocks are not tested"),
+    ):
+        page.write_text(text)
+        with pytest.raises(error, match=message):
+            test_page_runs(page, reader)

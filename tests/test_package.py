@@ -1,0 +1,151 @@
+"""What the package shows to the world: its names, what importing it costs, what the wheel holds."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import sightline as sl
+
+ROOT = Path(__file__).parent.parent
+NAMES = {
+    "attention",
+    "attention_maps",
+    "create_model",
+    "data",
+    "evaluate",
+    "explain",
+    "explainers",
+    "fit",
+    "load",
+    "maps",
+    "metrics",
+    "models",
+    "recipe",
+    "report",
+    "runs",
+    "testing",
+}
+
+
+def fresh(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new process in which any warning is an error."""
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+
+
+def test_public_names() -> None:
+    assert set(sl.__all__) == NAMES | ({"__version__"} & set(sl.__all__))
+    assert set(dir(sl)) >= set(sl.__all__)
+    for name in sl.__all__:
+        assert getattr(sl, name) is not None
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="explian"):
+        _ = sl.explian
+
+
+def test_no_submodule_hides_a_public_function() -> None:
+    modules = {path.stem for path in (ROOT / "src/sightline").iterdir() if not path.name.startswith("_")}
+    functions = {name for name in sl.__all__ if callable(getattr(sl, name))}
+    assert not modules & functions
+
+
+@pytest.mark.parametrize("module", ["sightline", "sightline.recipe", "sightline.cli"])
+def test_importing_is_light_and_silent(module: str) -> None:
+    result = fresh(
+        f"import {module}, json, logging, sys\n"
+        "assert not logging.getLogger().handlers and not logging.getLogger('sightline').handlers\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    heavy = {"torch", "torchvision", "timm", "numpy", "matplotlib", "PIL", "lightning", "datasets", "sklearn", "pandas"}
+    assert not heavy & set(json.loads(result.stdout))
+
+
+def test_every_name_resolves_in_a_fresh_process_whatever_comes_first() -> None:
+    code = "import sightline as sl\nfor name in sorted(sl.__all__, key=str.lower): getattr(sl, name)\n"
+    code += "assert callable(sl.explain) and callable(sl.evaluate) and callable(sl.load)"
+    result = fresh(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_module_is_a_program() -> None:
+    result = subprocess.run([sys.executable, "-m", "sightline", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for verb in ("demo", "train", "explain", "evaluate", "list"):
+        assert verb in result.stdout
+
+
+def test_dictionaries_hold_what_their_module_exports() -> None:
+    for table, module, kind in (
+        (sl.explainers.EXPLAINERS, sl.explainers, sl.explainers.Explainer),
+        (sl.metrics.METRICS, sl.metrics, type),
+    ):
+        exported = {id(value) for name in module.__all__ if isinstance(value := getattr(module, name), kind)}
+        assert {id(value) for value in table.values()} <= exported
+    assert set(sl.explainers.EXPLAINERS) == {
+        name for name in sl.explainers.__all__ if isinstance(getattr(sl.explainers, name), sl.explainers.Explainer)
+    }
+    for name, metric in sl.metrics.METRICS.items():
+        assert name in sl.metrics.__all__
+        assert metric.__name__ in sl.metrics.__all__
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    from hatchling.builders.wheel import WheelBuilder
+
+    folder = tmp_path_factory.mktemp("dist")
+    (path,) = WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+
+
+def test_wheel_is_complete(wheel: list[str]) -> None:
+    source = ROOT / "src"
+    files = {
+        str(path.relative_to(source))
+        for path in (source / "sightline").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert "sightline/py.typed" in files
+    assert any(name.startswith("sightline/report/templates/") for name in files)
+    packed = {name for name in wheel if name.startswith("sightline/")}
+    assert packed == files
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode or not listed.stdout:
+        pytest.skip("not a git checkout with files in it")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_private_path_in_any_file() -> None:
+    private = [b"/" + folder + b"/" for folder in (b"work", b"root", b"home")]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in tracked()
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1)
+        if any(text in line for text in private)
+    ]
+    assert found == []
+
+
+def test_changelog_and_citation_name_the_version() -> None:
+    import tomllib
+
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()

@@ -1,0 +1,341 @@
+"""Training: it learns, it can stop and go on anywhere to the same bits, and it refuses in one line."""
+
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sightline import data, models, runs
+from sightline.recipe import Augment, Data, Model, Optim, Recipe
+from sightline.training import Training, fit
+from sightline.training.log import Log
+from sightline.training.losses import class_weights
+from sightline.training.optimisers import average, create_optimiser
+from sightline.training.schedule import learning_rate
+
+TINY = Recipe(
+    data=Data(train_size=96, test_size=20),
+    augment=Augment(crop=2),
+    model=Model(name="vgg_att2", options={"width": 1 / 16, "stem_pool": 4}),
+    optim=Optim(epochs=2, batch_size=32, lr=0.05),
+)
+
+
+def optim(**changes: object) -> Recipe:
+    return replace(TINY, optim=replace(TINY.optim, **changes))
+
+
+def weights(run: object) -> dict[str, Tensor]:
+    assert isinstance(run, runs.Run)
+    return runs.load(run.folder).state_dict()
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_time(run: object) -> list[dict[str, float]]:
+    assert isinstance(run, runs.Run)
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in run.history]
+
+
+@pytest.fixture
+def ctrl_c_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have Ctrl-C pressed once, when so many steps are done."""
+    plain = Log.step
+
+    def press(steps: int) -> None:
+        def step(log: Log, done: int) -> None:
+            plain(log, done)
+            if done == steps:
+                monkeypatch.setattr(Log, "step", plain)
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(Log, "step", step)
+
+    return press
+
+
+def test_a_run_is_whole(tmp_path: Path):
+    run = fit(TINY, tmp_path / "run", {"seeds": [5]}, progress=False)
+    assert isinstance(run, runs.Run)
+    assert runs.open_run(run.folder) == run
+    assert run.seed == 5 and run.recipe.seeds == (5,)
+    assert len(run.classes) == 10
+    assert set(run.info) == {"command", "date", "hardware", "versions", "parameters", "wall time"}
+    assert run.info["parameters"] == f"{sum(p.numel() for p in runs.load(run.folder).parameters()):,}"
+    assert [row["epoch"] for row in run.history] == [1.0, 2.0]
+    assert all(0 < row["seconds"] < 60 and 0 <= row["val_accuracy"] <= 1 for row in run.history)
+    files = {path.name for path in run.folder.iterdir()}
+    assert files == {"recipe.yaml", "model.safetensors", "run.json", "metrics.csv", "tensorboard"}
+
+
+def test_it_learns_and_validates_what_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A linear model remembers 64 images; the accuracy in the history is that of the saved weights."""
+
+    def linear(name: str, *, num_classes: int, weights: Path | None, **options: object) -> nn.Module:
+        network = nn.Sequential(nn.AdaptiveAvgPool2d(10), nn.Flatten(), nn.Linear(300, num_classes))
+        network.load_state_dict(runs.unpack(weights)[0] if weights else network.state_dict())
+        return network
+
+    monkeypatch.setattr(models, "create_model", linear)
+    asked = Recipe(data=Data(train_size=64), optim=Optim(epochs=20, batch_size=16, lr=0.05, weight_decay=0.0))
+    run = fit(asked, tmp_path / "run", progress=False)
+    assert isinstance(run, runs.Run)
+    assert run.history[0]["train_accuracy"] < 0.3 < 0.9 < run.history[-1]["train_accuracy"]
+    assert run.history[-1]["train_loss"] < 0.5 * run.history[0]["train_loss"]
+    val = data.load(asked.data)["val"]
+    batch = val.batch(range(len(val)))
+    right = runs.load(run.folder)(data.normalise(batch.images, run.preprocess)).argmax(1) == batch.labels
+    assert run.history[-1]["val_accuracy"] == float(right.double().mean())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps"),
+    [
+        pytest.param(optim(clip_norm=1.0), 1, id="sgd-first-step"),
+        pytest.param(optim(ema=0.9, label_smoothing=0.1), 3, id="ema-after-the-last-step-of-an-epoch"),
+        pytest.param(optim(optimizer="adamw", lr=0.01, class_weights=True), 5, id="adamw-second-epoch"),
+        pytest.param(optim(precision="bf16-mixed", schedule="cosine", warmup=0.5), 4, id="bf16"),
+        pytest.param(optim(patience=1, epochs=3), 4, id="patience"),
+    ],
+)
+def test_stopped_and_resumed_is_bit_equal(
+    recipe: Recipe, steps: int, tmp_path: Path, ctrl_c_after: Callable[[int], None]
+):
+    through = fit(recipe, tmp_path / "through", progress=False)
+    ctrl_c_after(steps)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped in epoch \d, step \d of 3; go on with --resume"):
+        fit(recipe, tmp_path / "stopped", progress=False)
+    torch.manual_seed(99)
+    resumed = fit(recipe, tmp_path / "stopped", resume=True, progress=False)
+    assert equal(weights(through), weights(resumed))
+    assert without_time(through) == without_time(resumed)
+    assert not (tmp_path / "stopped" / "checkpoint.safetensors").exists()
+
+
+def test_a_crash_resumes_from_the_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    through = fit(TINY, tmp_path / "through", progress=False)
+    plain = Log.step
+
+    def crash(log: Log, done: int) -> None:
+        plain(log, done)
+        if done == 5:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(Log, "step", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(TINY, tmp_path / "crashed", progress=False)
+    assert len(runs.open_run(tmp_path / "crashed").history) == 1
+    runs.load(tmp_path / "crashed")
+    monkeypatch.setattr(Log, "step", plain)
+    assert equal(weights(through), weights(fit(TINY, tmp_path / "crashed", resume=True, progress=False)))
+
+
+def test_resume_of_a_finished_run_and_of_none(tmp_path: Path):
+    run = fit(TINY, tmp_path / "run", {"optim.epochs": 1}, resume=True, progress=False)
+    assert fit(TINY, tmp_path / "run", {"optim.epochs": 1}, resume=True, progress=False) == run
+
+
+def test_resume_with_another_recipe_is_refused(tmp_path: Path):
+    fit(TINY, tmp_path / "run", {"optim.epochs": 1}, progress=False)
+    with pytest.raises(ValueError, match=r"another recipe: optim\.epochs was 1, now 2; seeds was \(0,\), now \(3,\);"):
+        fit(TINY, tmp_path / "run", {"seeds": [3]}, resume=True, progress=False)
+
+
+def test_several_seeds_give_one_run_each(tmp_path: Path):
+    one = optim(epochs=1)
+    several = fit(one, tmp_path / "both", {"seeds": [0, 2]}, progress=False)
+    assert isinstance(several, list)
+    assert [run.folder for run in several] == [tmp_path / "both" / "seed-0", tmp_path / "both" / "seed-2"]
+    alone = fit(one, tmp_path / "alone", {"seeds": [2]}, progress=False)
+    assert equal(weights(several[1]), weights(alone))
+    assert not equal(weights(several[0]), weights(several[1]))
+    assert fit(one, tmp_path / "both", {"seeds": [0, 2]}, resume=True, progress=False) == several
+
+
+def test_the_random_state_of_the_user_is_left_alone(tmp_path: Path):
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1]
+    handler = signal.getsignal(signal.SIGINT)
+    fit(TINY, tmp_path / "run", {"optim.epochs": 1}, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_patience_keeps_the_best_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    accuracies = iter([0.3, 0.5, 0.4, 0.5, 0.6])
+    saved: list[bool] = []
+    plain = runs.save
+
+    def save(run: runs.Run, weights: dict[str, Tensor] | None = None) -> None:
+        saved.append(weights is not None)
+        plain(run, weights)
+
+    monkeypatch.setattr(Training, "_validate", lambda self, images, tick: (next(accuracies), 1.0))
+    monkeypatch.setattr(runs, "save", save)
+    run = fit(optim(epochs=9, patience=2), tmp_path / "run", progress=False)
+    assert isinstance(run, runs.Run)
+    assert [row["val_accuracy"] for row in run.history] == [0.3, 0.5, 0.4, 0.5]
+    assert saved == [False, True, True, False, False]
+
+
+def test_without_validation_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda asked: {"train": load(asked)["train"]})
+    run = fit(optim(epochs=1), tmp_path / "run", progress=False)
+    assert isinstance(run, runs.Run)
+    assert math.isnan(run.history[0]["val_accuracy"])
+    with pytest.raises(ValueError, match=r"^optim\.patience needs validation images; set data\.val above 0$"):
+        fit(optim(patience=3), tmp_path / "other", progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    one = fit(optim(schedule="constant"), tmp_path / "one", {"optim.epochs": 1}, progress=False)
+    plain = learning_rate
+
+    def explode(optim: Optim, step: int, steps_per_epoch: int) -> float:
+        return 1e30 if step == 3 else plain(optim, step, steps_per_epoch)
+
+    monkeypatch.setattr("sightline.training.loop.learning_rate", explode)
+    with pytest.raises(
+        ValueError, match=r"^the loss became nan in epoch 2, step 2; lower optim\.lr or set .*clip_norm$"
+    ):
+        fit(optim(schedule="constant"), tmp_path / "run", progress=False)
+    assert equal(weights(one), runs.load(tmp_path / "run").state_dict())
+
+
+def test_folders_that_cannot_take_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data, "load", lambda asked: pytest.fail("work began before the folder was checked"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="file is a file; expected a new or empty folder"):
+        fit(TINY, tmp_path / "file")
+    with pytest.raises(FileExistsError, match="is not empty; choose a new folder, or go on with --resume"):
+        fit(TINY, tmp_path)
+    with pytest.raises(OSError, match=r"^cannot write to .*: Not a directory; choose another folder$"):
+        fit(TINY, tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: Path, content: bytes) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(runs, "write", refuse)
+    with pytest.raises(PermissionError, match=r"^cannot write to .*run: Permission denied; choose another folder$"):
+        fit(TINY, tmp_path / "run")
+
+
+def test_a_disk_too_full_is_seen_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000})())
+    monkeypatch.setattr(Training, "epochs", lambda *_: pytest.fail("training began"))
+    with pytest.raises(OSError, match=r"disk too full, expected \d+ MiB free for the run, got 0 MiB"):
+        fit(TINY, tmp_path / "run", progress=False)
+
+
+def test_wrong_recipes_are_refused_before_anything_is_written(tmp_path: Path):
+    for changes, message in [
+        ({"optim.epochs": 0}, r"^optim\.epochs: expected 1 or more, got 0$"),
+        ({"model.name": "vgg_at2"}, "did you mean 'vgg_att2'"),
+        ({"optim.precision": "16-mixed"}, r"^optim\.precision: 16-mixed needs a GPU"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit(TINY, tmp_path / "run", changes, progress=False)
+        assert not any((tmp_path / "run").glob("*"))
+
+
+def test_fewer_images_than_a_batch(tmp_path: Path):
+    run = fit(optim(batch_size=500, epochs=1), tmp_path / "run", progress=False)
+    assert isinstance(run, runs.Run)
+    assert run.history[0]["train_loss"] > 0
+
+
+def test_one_line_per_epoch_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    fit(TINY, tmp_path / "run")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    lines = shown.err.splitlines()
+    assert [line[:12] for line in lines] == ["epoch 1/2  l", "epoch 2/2  l"]
+    assert "val accuracy" in lines[0]
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 13])
+def test_one_cycle_is_that_of_pytorch(epochs: int):
+    asked = Optim(epochs=epochs, lr=0.3)
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.3, epochs * 7, cycle_momentum=False)
+    for step in range(epochs * 7):
+        assert learning_rate(asked, step, 7) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-9)
+        optimiser.step()
+        theirs.step()
+
+
+def test_cosine_step_and_constant():
+    cosine = Optim(epochs=10, lr=2.0, schedule="cosine")
+    assert [learning_rate(cosine, s, 10) for s in (0, 50)] == pytest.approx([2.0, 1.0])
+    assert 0 < learning_rate(cosine, 99, 10) < 0.001
+    step = Optim(epochs=100, lr=1.0, schedule="step", step_epochs=25, step_factor=0.5)
+    assert [learning_rate(step, s, 2) for s in (0, 49, 50, 150)] == [1.0, 1.0, 0.5, 0.125]
+    warm = Optim(epochs=5, lr=1.0, schedule="constant", warmup=2.0)
+    assert [learning_rate(warm, s, 2) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_class_weights_make_classes_count_alike():
+    labels = np.array([0] * 6 + [1] * 3 + [2] * 1)
+    each = class_weights(labels, 3)
+    assert (each * torch.tensor([6, 3, 1])).tolist() == pytest.approx([10 / 3] * 3)
+
+
+def test_norms_and_biases_are_not_decayed():
+    network = models.create_model("vgg_att2", width=1 / 16)
+    decayed, plain = create_optimiser(network, Optim(weight_decay=0.1, optimizer="adamw")).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in network.named_parameters()}
+    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    assert {"features.conv1.1.weight", "features.conv1.0.bias"} <= {names[id(p)] for p in plain["params"]}
+
+
+def test_the_moving_average_takes_buffers_along():
+    old, new = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+    new(torch.tensor([[1.0], [3.0]]))
+    average(old, new, 0.5)
+    assert old.running_mean.item() == pytest.approx(0.1)
+    assert old.num_batches_tracked.item() == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_step_is_that_of_plain_pytorch(name: str, tmp_path: Path):
+    """Three steps against a bare loop: same images, same dropout, same optimiser."""
+    asked = replace(TINY, optim=Optim(epochs=1, batch_size=32, lr=0.01, optimizer=name, schedule="constant"))
+    run = fit(asked, tmp_path / "run", progress=False)
+    images = data.load(asked.data)["train"]
+    torch.manual_seed(0)
+    network = models.create_model("vgg_att2", num_classes=10, **TINY.model.options).to(
+        memory_format=torch.channels_last
+    )
+    groups = [
+        {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": 5e-4},
+        {"params": [p for p in network.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimiser = (
+        torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
+        if name == "sgd"
+        else torch.optim.AdamW(groups, lr=0.01)
+    )
+    passed = data.batches(images, 32, shuffle=(0, 0), augment=(asked.augment, 0, 0), drop_last=True)
+    for step, batch in enumerate(passed):
+        torch.manual_seed(int(np.random.SeedSequence((0, 0, step)).generate_state(1, np.uint64)[0]))
+        x = data.normalise(batch.images.to(memory_format=torch.channels_last), images.preprocess)
+        nn.functional.cross_entropy(network(x), batch.labels).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert equal(weights(run), network.state_dict())
