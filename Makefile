@@ -15,7 +15,8 @@ demo:
 # The shape checker wraps functions, which torch.compile would trace: those tests run without it.
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
-test: export SIGHTLINE_CACHE = $(CURDIR)/.cache
+test: export XDG_CACHE_HOME = $(CURDIR)/.cache
+test: export SIGHTLINE_CACHE = $(CURDIR)/.cache/sightline
 test:
 	@scripts/setup dev
 	.venv/bin/python -m pytest -n 2

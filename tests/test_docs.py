@@ -80,12 +80,16 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def parse(arguments: list[str]) -> None:
+    rest, overrides = cli._split(arguments)
+    cli._parser().parse_args(rest)
+    recipe.load(recipe.Recipe(), overrides)
+
+
 def sightline(arguments: list[str], note: str, place: str) -> None:
     private = any(word.startswith("$SIGHTLINE_DATA") for word in arguments)  # the variable is not set
     if note == "slow" or private:
-        rest, overrides = cli._split(arguments)
-        cli._parser().parse_args(rest)
-        recipe.load(recipe.Recipe(), overrides)
+        parse(arguments)
         return
     assert not note or note.startswith("with "), f"{place}: unknown note {note!r}"
     cli.main(arguments + shlex.split(note.removeprefix("with ")))
@@ -135,6 +139,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         if not target.startswith(("https://", "http://", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_recipe_says_how_it_is_run_and_what_it_reached(path: Path) -> None:
+    recipe.load(path)
+    header = dict(re.findall(r"^# (command|hardware|time|figure): (.+)$", path.read_text(), re.MULTILINE))
+    assert header.keys() == {"command", "hardware", "time", "figure"}
+    program, *arguments = shlex.split(header["command"])
+    assert program == "sightline" and f"recipes/{path.name}" in arguments
+    parse(arguments)
 
 
 def test_every_method_and_measure_is_explained() -> None:

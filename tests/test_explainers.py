@@ -265,6 +265,13 @@ def test_verdicts(images):
     assert explain(model, images, 2, ["activation_map"]).verdicts["activation_map"][3] == ["non-finite"]
 
 
+def test_a_dead_head_gives_flat_maps_at_the_last_feature_map(images):
+    model = seeded(Net)
+    nn.init.zeros_(model.fc.weight)
+    found = explain(model, images)
+    assert found.layer == "relu (8 x 5 x 4)" and found.verdicts["grad_cam"] == [["flat"]] * 4
+
+
 def test_resized(images):
     model = seeded(Net)
     found = explain(model, images, methods=["grad_cam", "edge_map"]).resized((18, 16))

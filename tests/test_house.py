@@ -166,7 +166,7 @@ def test_full_disk_is_one_line(checkout: Checkout) -> None:
     checkout.python("python3", "3.12")
     checkout.disk(gigabytes=5)
     line = checkout.refusal("train")
-    assert re.search(r"error: 5 GB free in .*/my checkout, \d+ GB needed \(plain torch", line)
+    assert re.search(r"error: 5 GB free in .*/my checkout, \d+ GB needed to install \(plain torch", line)
     assert not (checkout.folder / ".venv").exists()
 
 

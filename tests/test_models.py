@@ -13,7 +13,6 @@ from sightline.models import MODELS, create_model
 from sightline.models.vgg import with_gradient
 
 SMALL = {"width": 1 / 16, "stem_pool": 2}
-ATTENDED = ("vgg_att", "vgg_att2", "vgg_att3", "vgg_pan")
 
 
 def small(name, seed=0, **options):
@@ -70,6 +69,18 @@ def test_layers_of_a_32_pixel_image(name):
     assert shapes["conv7"] == (16, conv7, conv7)
     assert shapes["conv10"] == (32, conv10, conv10)
     assert shapes["conv13"] == (32, conv13, conv13)
+    if "conv15" in shapes:
+        assert shapes["conv14"] == (32, 4, 4) and shapes["conv15"] == (32, 2, 2)
+
+
+def test_dropout_and_batchnorm_of_the_authors():
+    rates = [0.3, 0, 0.4, 0, 0.4, 0.4, 0, 0.4, 0.4, 0, 0.4, 0.4, 0, 0.4, 0.4]
+    for factor in (1.0, 0.5, 0):
+        model = small("vgg_att3", dropout=factor)
+        convs = [layer for name, layer in model.features.named_children() if name.startswith("conv")]
+        assert [sum(m.p for m in conv if isinstance(m, nn.Dropout)) for conv in convs] == [factor * r for r in rates]
+        assert [m.p for m in model.fc1 if isinstance(m, nn.Dropout)] == [0.5]
+    assert {m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -102,18 +113,24 @@ def record(model, layers, batch):
     return found
 
 
-@pytest.mark.parametrize("name", ATTENDED)
-@pytest.mark.parametrize("read", ["before", "after"])
-def test_default_layer_is_what_the_last_attention_reads(name, read):
-    if name == "vgg_pan" and read == "after":
-        pytest.skip("vgg_pan reads before the pool")
-    model = small(name, **({} if name == "vgg_pan" else {"read": read})).eval()
-    seen = []
+@pytest.mark.parametrize(
+    ("name", "options", "layer"),
+    [
+        ("vgg_att", {}, "features.conv13"),
+        ("vgg_att2", {"compat": "none"}, "features.conv13"),
+        ("vgg_att3", {"read": "after"}, "features.pool13"),
+        ("vgg_att3", {"read": "after", "compat": "none"}, "features.pool13"),
+        ("vgg_pan", {}, "features.conv13"),
+    ],
+)
+def test_default_layer_is_what_the_last_attention_reads(name, options, layer):
+    model = small(name, **options).eval()
     last = list(model.attention.values())[-1]
+    seen = []
     last.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    out = record(model, [model.default_layer], images(2, 3, 40, 40))[model.default_layer]
-    assert model.default_layer == ("features.conv13" if read == "before" else "features.pool13")
-    assert torch.equal(out, seen[0]) and isinstance(last, LearnToPayAttention)
+    features = record(model, [layer], images(2, 3, 40, 40))[layer]
+    assert model.default_layer == layer
+    assert isinstance(last, LearnToPayAttention) and torch.equal(features, seen[0])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -241,11 +258,12 @@ def test_with_gradient():
 def test_initialisation_of_the_paper():
     torch.manual_seed(0)
     model = create_model("vgg_att", width=0.5)
-    for name in ("conv2", "conv13"):
+    for name in ("conv3", "conv8"):
         conv = model.get_submodule(f"features.{name}.0")
         assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * conv.out_channels)), rel=0.05)
         assert not conv.bias.any()
-    assert model.fc1.linear.weight.abs().max().item() <= 1 / math.sqrt(256)
+    for linear in (model.fc1.linear, model.attention.conv13.gate.u):
+        assert 0.8 / 16 < linear.weight.abs().max().item() <= 1 / math.sqrt(256)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -306,7 +324,7 @@ def test_weights_that_do_not_fit(tmp_path):
         ValueError, match=r"do not fit vgg_att3: attention.conv7.project_query.0.weight is missing \(and \d+ more\)"
     ):
         small("vgg_att3", num_classes=3, weights=tmp_path)
-    with pytest.raises(ValueError, match=r"do not fit vgg_att: attention.conv10.gate.u.weight is unknown to the model"):
+    with pytest.raises(ValueError, match=r"do not fit vgg_att: attention.conv10.gate.u.bias is unknown to the model"):
         small("vgg_att", num_classes=3, weights=tmp_path)
     with pytest.raises(OSError, match=r"expected weights in .*nothing.safetensors, found no such file"):
         small("vgg_att2", weights=tmp_path / "nothing.safetensors")
@@ -335,18 +353,21 @@ def test_weights_that_do_not_fit(tmp_path):
             {"widht": 0.5},
             "vgg_att2 has no option 'widht'; did you mean 'width'.; it has: compat, norm, head, ",
         ),
-        ("vgg", {"compat": "pc"}, "vgg has no option 'compat'; it has: width, stem_pool, official_head"),
+        ("vgg", {"compat": "pc"}, "vgg has no option 'compat'; it has: width, stem_pool, dropout, official_head"),
         ("vgg_att", {"compat": "pd"}, "option compat of vgg_att: expected 'pc' or 'dp' or 'none', got 'pd'"),
         ("vgg_att", {"head": None}, "option head of vgg_att: expected 'concat' or 'indep', got None"),
         ("vgg_att", {"width": "wide"}, "option width of vgg_att: expected float, got 'wide'"),
         ("vgg_att", {"stem_pool": True}, "option stem_pool of vgg_att: expected int, got True"),
         ("vgg_att", {"official_head": 1}, "option official_head of vgg_att: expected bool, got 1"),
         ("vgg_att", {"width": 0.0}, r"expected width above 0 .*, got 0.0"),
-        ("vgg_att", {"width": float("nan")}, r"expected width above 0 .*, got nan"),
+        ("vgg_att", {"width": math.nan}, r"expected width above 0 .*, got nan"),
+        ("vgg", {"width": math.inf}, r"expected width above 0 .*, got inf"),
+        ("vgg_pan", {"dropout": 1.5}, r"expected dropout between 0 .*, got 1.5"),
         ("vgg15", {"stem_pool": 0}, r"expected stem_pool of 1 .no pool. or more, got 0"),
         ("vgg", {"num_classes": 0}, "expected num_classes of 1 or more, got 0"),
-        ("resnet18", {"attentoin": "se"}, "timm model resnet18 does not take these options: .*attentoin"),
-        ("torchvision:resnet18", {"widht": 2}, "torchvision:resnet18 does not take these options: .*widht"),
+        ("resnet18", {"attentoin": "se"}, "timm cannot build 'resnet18': .*attentoin"),
+        ("resnet18.a1_in2k", {}, "timm cannot build 'resnet18.a1_in2k': Invalid pretrained tag"),
+        ("torchvision:resnet18", {"widht": 2}, "torchvision cannot build 'torchvision:resnet18': .*widht"),
     ],
 )
 def test_a_bad_request_is_one_clear_line(name, options, message):
@@ -363,6 +384,15 @@ def test_backbones_of_timm_and_torchvision():
     assert create_model("torchvision:resnet18", num_classes=5).eval()(batch).shape == (2, 5)
     with pytest.raises(ValueError, match="'torchvision:resnet18' has no pretrained weights, only timm models have"):
         create_model("torchvision:resnet18", weights="pretrained")
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def unreachable(*_args, **_options):
+        raise FileNotFoundError("no connection")
+
+    monkeypatch.setattr("timm.create_model", unreachable)
+    with pytest.raises(OSError, match="cannot download the weights of 'resnet18'; check the connection or give a file"):
+        create_model("resnet18", weights="pretrained")
 
 
 def test_weights_for_a_timm_backbone(tmp_path):

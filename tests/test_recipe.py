@@ -50,6 +50,8 @@ def test_overrides_change_single_fields_and_not_the_source():
         ("data.source", "2024", "2024"),
         ("model.options", "{width: 0.25}", {"width": 0.25}),
         ("seeds", "[0, 1]", (0, 1)),
+        ("seeds", "0,1", (0, 1)),
+        ("seeds", "3", (3,)),
     ],
 )
 def test_text_of_a_command_line(field: str, text: str, value: object):

@@ -45,6 +45,18 @@ def without_time(run: object) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in run.history]
 
 
+@pytest.fixture(autouse=True)
+def few_validation_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 1000 of clutter would take most of the time."""
+    load = data.load
+
+    def few(asked: Data) -> dict[str, data.ImageSet]:
+        sets = load(asked)
+        return sets | {"val": replace(sets["val"], labels=sets["val"].labels[:50], names=sets["val"].names[:50])}
+
+    monkeypatch.setattr(data, "load", few)
+
+
 @pytest.fixture
 def ctrl_c_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Have Ctrl-C pressed once, when so many steps are done."""
@@ -134,8 +146,10 @@ def test_a_crash_resumes_from_the_last_epoch(tmp_path: Path, monkeypatch: pytest
         fit(TINY, tmp_path / "crashed", progress=False)
     assert len(runs.open_run(tmp_path / "crashed").history) == 1
     runs.load(tmp_path / "crashed")
-    monkeypatch.setattr(Log, "step", plain)
+    steps: list[int] = []
+    monkeypatch.setattr(Log, "step", lambda log, done: steps.append(done))
     assert equal(weights(through), weights(fit(TINY, tmp_path / "crashed", resume=True, progress=False)))
+    assert steps[:3] == [4, 5, 6]
 
 
 def test_resume_of_a_finished_run_and_of_none(tmp_path: Path):
@@ -158,6 +172,42 @@ def test_several_seeds_give_one_run_each(tmp_path: Path):
     assert equal(weights(several[1]), weights(alone))
     assert not equal(weights(several[0]), weights(several[1]))
     assert fit(one, tmp_path / "both", {"seeds": [0, 2]}, resume=True, progress=False) == several
+
+
+def test_ctrl_c_in_one_of_several_seeds(tmp_path: Path, ctrl_c_after: Callable[[int], None]):
+    asked = replace(optim(epochs=1), seeds=(0, 2))
+    ctrl_c_after(3)
+    with pytest.raises(KeyboardInterrupt, match="stopped in epoch 1, step 3 of 3"):
+        fit(asked, tmp_path / "both", progress=False)
+    assert [path.name for path in (tmp_path / "both").iterdir()] == ["seed-0"]
+    several = fit(asked, tmp_path / "both", resume=True, progress=False)
+    assert isinstance(several, list)
+    assert [len(run.history) for run in several] == [1, 1]
+
+
+def test_images_that_are_streamed(tmp_path: Path, ctrl_c_after: Callable[[int], None]):
+    datasets = pytest.importorskip("datasets")
+    source = data.load(Data(train_size=100, test_size=10, size=24))
+    for split in ("train", "test"):
+        batch = source[split].batch(range(len(source[split])))
+        table = {
+            "image": [image.permute(1, 2, 0).numpy() for image in batch.images],
+            "label": [f"digit {label}" for label in batch.labels.tolist()],
+        }
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted({*table["label"]}))}
+        )
+        datasets.Dataset.from_dict(table, features).to_parquet(tmp_path / f"{split}.parquet")
+    asked = replace(TINY, data=Data(source=str(tmp_path), streaming=True, size=24, val=0.2))
+    through = fit(asked, tmp_path / "through", progress=False)
+    ctrl_c_after(3)
+    with pytest.raises(KeyboardInterrupt, match="stopped in epoch 2, step 1 of 2"):
+        fit(asked, tmp_path / "stopped", progress=False)
+    assert equal(weights(through), weights(fit(asked, tmp_path / "stopped", resume=True, progress=False)))
+    with pytest.raises(
+        ValueError, match=r"^optim\.class_weights needs all labels beforehand; set data\.streaming to false$"
+    ):
+        fit(asked, tmp_path / "weighted", {"optim.class_weights": True}, progress=False)
 
 
 def test_the_random_state_of_the_user_is_left_alone(tmp_path: Path):

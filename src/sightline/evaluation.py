@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from difflib import get_close_matches
 from inspect import signature
-from math import isnan, sqrt
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,13 @@ from sightline.data import ImageSet, normalise
 from sightline.explainers import EXPLAINERS, Explanation, attention_maps, explain, find_explainer
 from sightline.inference import forward
 from sightline.metrics import METRICS
+from sightline.metrics.uncertainty import Interval, mean_interval, wilson_interval
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, images done, images in all)."""
 
-_RESAMPLES = 2000
 _MEAN_MAP_SIDE = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A mean with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-    """Independent units behind it: images, or groups where a group column is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +94,7 @@ class Evaluation:
     errors: tuple[Example, ...]
     """The most confident wrong answers, most confident first."""
     mean_maps: dict[str, dict[str, Float[Array, "_ _"]]]
-    """method -> class -> mean of the maps scaled to [0, 1]."""
+    """method -> predicted class -> mean of the maps, each scaled to [0, 1]."""
     verdicts: dict[str, dict[str, int]]
     """method -> verdict -> number of images."""
     summary: tuple[str, ...]
@@ -182,183 +171,80 @@ def evaluate(
     >>> found.score("cam", "energy_in_mask").interval.value, found.chance["energy_in_mask"]
     (1.0, 1.0)
     """
-    metrics = _known(metrics, METRICS, "metric")
-    controls = _known(controls, EXPLAINERS, "control") or []
+    _check(metrics or (), METRICS, "metric")
+    _check(controls, EXPLAINERS, "control")
     for method in methods or ():
         find_explainer(method.partition("@")[0])
     report = progress or (lambda what, done, total: None)
     source = _Source(model, data, batch_size, classes)
-
-    logits: list[Tensor] = []
-    for batch in source.batches(None):
-        logits.append(forward(model, batch.images, batch_size).cpu())
-        source.collect(batch)
-        report("predicting", len(source.names), source.total)
-    if not logits:
-        raise ValueError("expected at least one image to evaluate, got none; see the list of skipped images")
-    probabilities = torch.cat(logits).softmax(1)
-    certainty, predictions = probabilities.max(1)
-    labels = torch.tensor(source.labels)
-    names = source.class_names(probabilities.shape[1])
-    n = len(labels)
-    chosen = np.sort(np.random.default_rng(seed).permutation(n)[:limit])
-
-    has_masks = source.has_masks
+    answers = _predict(model, source, report)
     if metrics is None:
-        metrics = [metric for metric in METRICS if has_masks or not _needs_masks(metric)]
-    if not has_masks and any(map(_needs_masks, metrics)):
-        needing = next(filter(_needs_masks, metrics))
-        raise ValueError(
-            f"expected masks or boxes for {needing}, got data without them; name their column or drop the metric"
-        )
+        metrics = [metric for metric in METRICS if source.has_masks or not _needs_masks(metric)]
+    for metric in metrics:
+        if _needs_masks(metric) and not source.has_masks:
+            raise ValueError(
+                f"expected masks or boxes for {metric}, got data without; name their column or drop {metric}"
+            )
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(answers.labels))[:limit])
     if methods is None:
-        methods = _methods_of(model, next(iter(source.batches(chosen[:1]))).images)
-    methods = list(dict.fromkeys([*methods, *controls]))
+        methods = _methods_of(model, next(source.batches(chosen[:1])).images)
+    methods = tuple(dict.fromkeys([*methods, *controls]))
 
-    maps = _Maps(names)
-    values: dict[tuple[str, str], list[Tensor]] = {(method, metric): [] for metric in metrics for method in methods}
-    verdicts: dict[str, Counter[str]] = {method: Counter() for method in methods}
-    layers: dict[str, str] = {}
-    areas: list[Tensor] = []
-    shown: dict[int, Example] = {}
-    wrong = [int(i) for i in certainty.argsort(descending=True) if 0 <= labels[i] != predictions[i]]
-    errors_wanted = set(wrong[: max(examples // 2, 1)])
-    examples_wanted = set(chosen[:examples].tolist())
-    needed = np.array(sorted(set(chosen.tolist()) | errors_wanted))
-    among = set(chosen.tolist())
-    done = 0
-    for batch in source.batches(needed):
-        targets = predictions[batch.rows].to(batch.images.device)
-        explanation = explain(model, batch.images, targets, methods)
-        layers |= explanation.layers
-        for place, row in enumerate(batch.rows.tolist()):
-            if row in examples_wanted | errors_wanted:
-                shown[row] = _example(explanation, place, batch, row, names, source, certainty, predictions, controls)
-        keep = torch.tensor([row in among for row in batch.rows.tolist()])
-        picked = batch.picked(keep)
-        if picked is None:
-            continue
-        if picked.masks is not None:
-            areas.append(picked.masks.float().mean((1, 2, 3)).cpu())
-        for method in methods:
-            made = explanation[method][keep.to(batch.images.device)]
-            maps.add(method, made, [names[int(predictions[row])] for row in picked.rows])
-            for place in keep.nonzero()[:, 0].tolist():
-                verdicts[method].update(explanation.verdicts[method][place])
-            named = {"model": model, "images": picked.images, "maps": made, "masks": picked.masks}
-            named |= {"targets": targets[keep.to(targets.device)]}
-            for metric in metrics:
-                options: dict[str, Any] = {} if _needs_masks(metric) else {"steps": steps, "fill": fill}
-                if fill == "black" and options:
-                    options |= {"mean": source.mean, "std": source.std}
-                wanted = METRICS[metric].function
-                inputs = {key: value for key, value in named.items() if key in _inputs(metric)}
-                values[method, metric].append(wanted(**inputs, **options).double().cpu())
-        done += int(keep.sum())
-        report("explaining and scoring", done, len(chosen))
+    labelled = answers.labels >= 0
+    wrong = np.flatnonzero(labelled & (answers.labels != answers.predictions))
+    wrong = wrong[np.argsort(-answers.certainty[wrong], kind="stable")][: max(examples // 2, 1)]
+    seen = _Seen(answers, methods, tuple(controls), tuple(metrics), source)
+    options: dict[str, Any] = {"steps": steps, "fill": fill, "batch_size": batch_size}
+    if fill == "black":
+        options |= {"mean": source.mean, "std": source.std}
+    for batch in source.batches(chosen):
+        explanation = seen.explain(model, batch)
+        seen.show(explanation, batch, chosen[:examples])
+        seen.score(model, explanation, batch, options)
+        report("explaining and scoring", seen.scored, len(chosen))
+    for batch in source.batches(np.sort(np.setdiff1d(wrong, chosen[:examples]))):
+        seen.show(seen.explain(model, batch), batch, wrong)
 
-    groups = np.array(source.groups) if source.groups else None
-    chosen_groups = None if groups is None else groups[chosen]
-    table = {key: torch.cat(value).numpy() for key, value in values.items()}
-    scores = tuple(
-        Score(
-            method=method,
-            metric=metric,
-            interval=mean_interval(table[method, metric], chosen_groups, seed),
-            undefined=int(np.isnan(table[method, metric]).sum()),
-        )
-        for method in methods
-        for metric in metrics
-    )
-    labelled = (labels >= 0).numpy()
-    accuracy = majority = confusion = None
-    if labelled.any():
-        correct = (predictions == labels).numpy()[labelled]
-        accuracy = (
-            wilson_interval(int(correct.sum()), len(correct))
-            if groups is None
-            else mean_interval(correct.astype(float), groups[labelled], seed)
-        )
-        counts = np.bincount(labels.numpy()[labelled], minlength=len(names))
-        majority = float(counts.max() / counts.sum())
-        confusion = np.zeros((len(names), len(names)), dtype=np.int64)
-        np.add.at(confusion, (labels.numpy()[labelled], predictions.numpy()[labelled]), 1)
-    area = float(torch.cat(areas).mean()) if areas else None
-    per_image: dict[str, list[Any]] = {"name": [source.names[i] for i in chosen]}
-    if source.groups:
-        per_image[source.unit] = [source.groups[i] for i in chosen]
-    per_image |= {
-        "label": [names[i] if i >= 0 else "" for i in labels[chosen].tolist()],
-        "prediction": [names[i] for i in predictions[chosen].tolist()],
-        "probability": certainty[chosen].tolist(),
-    }
-    per_image |= {f"{metric}/{method}": table[method, metric].tolist() for metric in metrics for method in methods}
+    groups = None if answers.groups is None else answers.groups[chosen]
+    table = {key: torch.cat(values).numpy() for key, values in seen.values.items()}
+    accuracy, majority, confusion = answers.quality(seed)
     found = Evaluation(
         data=name or source.name,
         split=source.split,
         model=type(model).__name__,
-        n_images=n,
+        n_images=len(answers.labels),
         unit=source.unit,
-        classes=names,
-        methods=tuple(methods),
+        classes=answers.classes,
+        methods=methods,
         controls=tuple(controls),
-        layers=layers,
+        layers=seen.layers,
         metrics=tuple(metrics),
         higher_is_better={metric: bool(METRICS[metric].higher_is_better) for metric in metrics},
-        chance={metric: area for metric in metrics if area is not None and _needs_masks(metric)},
-        scores=scores,
+        chance={metric: float(np.mean(seen.areas)) for metric in metrics if _needs_masks(metric)},
+        scores=tuple(
+            Score(
+                method=method,
+                metric=metric,
+                interval=mean_interval(table[method, metric], groups, seed),
+                undefined=int(np.isnan(table[method, metric]).sum()),
+            )
+            for method in methods
+            for metric in metrics
+        ),
         accuracy=accuracy,
         majority=majority,
         confusion=confusion,
-        per_image=per_image,
-        examples=tuple(shown[row] for row in sorted(examples_wanted)),
-        errors=tuple(shown[row] for row in wrong[: len(errors_wanted)]),
-        mean_maps=maps.means(),
-        verdicts={method: dict(counts) for method, counts in verdicts.items()},
+        per_image=answers.columns(chosen, source.unit)
+        | {f"{metric}/{method}": table[method, metric].tolist() for metric in metrics for method in methods},
+        examples=tuple(seen.examples[row] for row in chosen[:examples].tolist()),
+        errors=tuple(seen.examples[row] for row in wrong.tolist()),
+        mean_maps=seen.mean_maps(),
+        verdicts={method: dict(counts) for method, counts in seen.verdicts.items()},
         summary=(),
         skipped=tuple(source.skipped),
         provenance={"seed": str(seed), "images with maps": str(len(chosen)), **(provenance or {})},
     )
-    return replace(found, summary=tuple(_summary(found, table, chosen_groups, seed)))
-
-
-def mean_interval(values: Float[Array, " n"], groups: Array | None = None, seed: int = 0) -> Interval:
-    """Mean of the values that are not NaN, with its 95 % percentile bootstrap interval over values or groups.
-
-    >>> mean_interval(np.array([1.0, 1.0, np.nan]))
-    Interval(value=1.0, low=1.0, high=1.0, n=2)
-    """
-    defined = ~np.isnan(values)
-    values = values[defined]
-    if not len(values):
-        return Interval(value=float("nan"), low=float("nan"), high=float("nan"), n=0)
-    sums, counts = values, np.ones_like(values)
-    if groups is not None:
-        _, which = np.unique(groups[defined], return_inverse=True)
-        sums, counts = np.bincount(which, values), np.bincount(which).astype(float)
-    rng = np.random.default_rng(seed)
-    means: list[Array] = []
-    for _ in range(0, _RESAMPLES, 100):
-        draws = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=100)
-        means.append((draws @ sums) / (draws @ counts))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Interval(value=float(values.mean()), low=float(low), high=float(high), n=len(sums))
-
-
-def wilson_interval(hits: int, n: int) -> Interval:
-    """Share of hits with Wilson's 95 % interval, which is honest at 0 and 1 too.
-
-    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
-
-    >>> interval = wilson_interval(10, 10)
-    >>> interval.value, round(interval.low, 3), round(interval.high, 3)
-    (1.0, 0.722, 1.0)
-    """
-    z = 1.959963984540054
-    share = hits / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Interval(value=share, low=max(0.0, middle - reach), high=min(1.0, middle + reach), n=n)
+    return replace(found, summary=tuple(_summary(found, table, groups, seed)))
 
 
 @dataclass(frozen=True)
@@ -400,10 +286,7 @@ class _Source:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.data = data
         self.batch_size = batch_size
-        self.labels: list[int] = []
-        self.names: list[str] = []
-        self.groups: list[str] = []
-        self.has_masks = True
+        self.has_masks = False
         own = data if isinstance(data, ImageSet) else None
         if own is None and isinstance(data, Iterator):
             raise ValueError("expected data that can be read twice, got an iterator; pass a list or a DataLoader")
@@ -414,21 +297,6 @@ class _Source:
         self.skipped = list(own.skipped) if own else []
         self.mean, self.std = (own.preprocess.mean, own.preprocess.std) if own else (None, None)
         self.total = len(own) if own else 0
-
-    def class_names(self, count: int) -> tuple[str, ...]:
-        names = tuple(self.classes or map(str, range(count)))
-        if len(names) != count:
-            raise ValueError(
-                f"expected a model with {len(names)} classes like the data, got {count}; evaluate it on its own data"
-            )
-        return names
-
-    def collect(self, batch: _Known) -> None:
-        self.labels += batch.labels.tolist()
-        self.names += batch.names
-        self.groups += batch.groups or []
-        self.has_masks &= batch.masks is not None
-        self.unit = "group" if batch.groups and self.unit == "images" else self.unit
 
     def batches(self, rows: Array | None) -> Iterator[_Known]:
         """All images, or those at sorted places."""
@@ -481,54 +349,159 @@ class _Source:
         )
 
 
-class _Maps:
-    """Running means of the maps of each class."""
+@dataclass(frozen=True)
+class _Answers:
+    """What the model said of all images, and what is known of them."""
 
-    def __init__(self, classes: Sequence[str]) -> None:
-        self.classes = classes
-        self.sums: dict[tuple[str, str], Tensor] = {}
-        self.counts: Counter[tuple[str, str]] = Counter()
+    classes: tuple[str, ...]
+    labels: Int[Array, " n"]
+    predictions: Int[Array, " n"]
+    certainty: Float[Array, " n"]
+    """Softmax probability of the prediction."""
+    names: list[str]
+    groups: Array | None
 
-    def add(self, method: str, maps: Tensor, classes: Sequence[str]) -> None:
-        scaled = pixels.normalise(pixels.resize(maps, (_MEAN_MAP_SIDE, _MEAN_MAP_SIDE)))[:, 0].double().cpu()
-        for image, name in zip(scaled, classes, strict=True):
-            if image.isfinite().all():
-                self.sums[method, name] = self.sums.get((method, name), torch.zeros_like(image)) + image
-                self.counts[method, name] += 1
+    def quality(self, seed: int) -> tuple[Interval | None, float | None, Array | None]:
+        """Accuracy, share of the most frequent class, confusion matrix; of the labelled images."""
+        known = self.labels >= 0
+        if not known.any():
+            return None, None, None
+        labels, predictions = self.labels[known], self.predictions[known]
+        correct = labels == predictions
+        confusion = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
+        np.add.at(confusion, (labels, predictions), 1)
+        if self.groups is None:
+            accuracy = wilson_interval(int(correct.sum()), len(correct))
+        else:
+            accuracy = mean_interval(correct.astype(float), self.groups[known], seed)
+        return accuracy, float(confusion.sum(1).max() / len(labels)), confusion
 
-    def means(self) -> dict[str, dict[str, Array]]:
-        found: dict[str, dict[str, Array]] = {}
-        for name in self.classes:
-            for method, of in self.sums:
-                if of == name:
-                    mean = self.sums[method, name] / self.counts[method, name]
-                    found.setdefault(method, {})[name] = mean.float().numpy()
-        return found
+    def columns(self, rows: Array, unit: str) -> dict[str, list[Any]]:
+        """The first columns of the table per image."""
+        found: dict[str, list[Any]] = {"name": [self.names[row] for row in rows]}
+        if self.groups is not None:
+            found[unit] = self.groups[rows].tolist()
+        return found | {
+            "label": [self.classes[i] if i >= 0 else "" for i in self.labels[rows]],
+            "prediction": [self.classes[i] for i in self.predictions[rows]],
+            "probability": self.certainty[rows].tolist(),
+        }
 
 
-def _example(
-    explanation: Explanation,
-    place: int,
-    batch: _Known,
-    row: int,
-    names: tuple[str, ...],
-    source: _Source,
-    certainty: Tensor,
-    predictions: Tensor,
-    controls: Sequence[str],
-) -> Example:
-    label = source.labels[row]
-    methods = [method for method in explanation.maps if method not in controls]
-    return Example(
-        name=batch.names[place],
-        image=batch.pictures[place].permute(1, 2, 0).numpy(),
-        label=names[label] if label >= 0 else None,
-        prediction=names[int(predictions[row])],
-        probability=float(certainty[row]),
-        maps={method: explanation[method][place, 0].float().cpu().numpy() for method in methods},
-        verdicts={method: explanation.verdicts[method][place] for method in methods},
-        mask=None if batch.masks is None else batch.masks[place, 0].cpu().numpy(),
+def _predict(model: nn.Module, source: _Source, report: Progress) -> _Answers:
+    logits: list[Tensor] = []
+    labels: list[int] = []
+    names: list[str] = []
+    groups: list[str] = []
+    masked = True
+    for batch in source.batches(None):
+        logits.append(forward(model, batch.images, source.batch_size).cpu())
+        labels += batch.labels.tolist()
+        names += batch.names
+        groups += batch.groups or []
+        masked &= batch.masks is not None
+        report("predicting", len(names), source.total or len(names))
+    if not logits:
+        raise ValueError("expected at least one image to evaluate, got none; see the list of skipped images")
+    source.has_masks = masked
+    if groups and source.unit == "images":
+        source.unit = "group"
+    certainty, predictions = torch.cat(logits).softmax(1).max(1)
+    count = logits[0].shape[1]
+    classes = tuple(source.classes or map(str, range(count)))
+    if len(classes) != count:
+        raise ValueError(
+            f"expected a model with {len(classes)} classes like the data, got {count}; give it its own data"
+        )
+    return _Answers(
+        classes, np.array(labels), predictions.numpy(), certainty.numpy(), names, np.array(groups) if groups else None
     )
+
+
+class _Seen:
+    """Maps of the images so far: their scores, verdicts, means and the examples to show."""
+
+    def __init__(
+        self,
+        answers: _Answers,
+        methods: tuple[str, ...],
+        controls: tuple[str, ...],
+        metrics: tuple[str, ...],
+        source: _Source,
+    ) -> None:
+        self.answers, self.methods, self.controls, self.metrics, self.source = (
+            answers,
+            methods,
+            controls,
+            metrics,
+            source,
+        )
+        self.values: dict[tuple[str, str], list[Tensor]] = {(x, y): [] for x in methods for y in metrics}
+        self.verdicts: dict[str, Counter[str]] = {method: Counter() for method in methods}
+        self.layers: dict[str, str] = {}
+        self.areas: list[float] = []
+        self.examples: dict[int, Example] = {}
+        self.sums: dict[tuple[str, int], Tensor] = {}
+        self.counts: Counter[tuple[str, int]] = Counter()
+        self.scored = 0
+
+    def explain(self, model: nn.Module, batch: _Known) -> Explanation:
+        """Maps of the predicted class by every method."""
+        targets = torch.from_numpy(self.answers.predictions[batch.rows.numpy()])
+        explanation = explain(model, batch.images, targets, self.methods)
+        self.layers = explanation.layers
+        return explanation
+
+    def show(self, explanation: Explanation, batch: _Known, rows: Array) -> None:
+        """Keep those images of the batch whose row is among `rows`."""
+        answers = self.answers
+        for place, row in enumerate(batch.rows.tolist()):
+            if row not in rows:
+                continue
+            label = answers.labels[row]
+            shown = [method for method in self.methods if method not in self.controls]
+            self.examples[row] = Example(
+                name=batch.names[place],
+                image=batch.pictures[place].permute(1, 2, 0).numpy(),
+                label=answers.classes[label] if label >= 0 else None,
+                prediction=answers.classes[answers.predictions[row]],
+                probability=float(answers.certainty[row]),
+                maps={method: explanation[method][place, 0].float().cpu().numpy() for method in shown},
+                verdicts={method: explanation.verdicts[method][place] for method in shown},
+                mask=None if batch.masks is None else batch.masks[place, 0].cpu().numpy(),
+            )
+
+    def score(self, model: nn.Module, explanation: Explanation, batch: _Known, options: dict[str, Any]) -> None:
+        """Every method by every metric."""
+        self.scored += len(batch.names)
+        if batch.masks is not None:
+            self.areas += batch.masks.float().mean((1, 2, 3)).tolist()
+        known = {"model": model, "images": batch.images, "targets": explanation.targets, "masks": batch.masks}
+        for method in self.methods:
+            maps = explanation[method]
+            self.verdicts[method].update(verdict for image in explanation.verdicts[method] for verdict in image)
+            self._add_means(method, maps, batch.rows)
+            for metric in self.metrics:
+                given = {name: value for name, value in {**known, "maps": maps}.items() if name in _inputs(metric)}
+                function = METRICS[metric].function
+                values = function(**given, **(options if "steps" in signature(function).parameters else {}))
+                self.values[method, metric].append(values.double().cpu())
+
+    def _add_means(self, method: str, maps: Tensor, rows: Tensor) -> None:
+        scaled = pixels.normalise(pixels.resize(maps, (_MEAN_MAP_SIDE, _MEAN_MAP_SIDE)))[:, 0].double().cpu()
+        for image, row in zip(scaled, rows.tolist(), strict=True):
+            if image.isfinite().all():
+                key = method, int(self.answers.predictions[row])
+                self.sums[key] = self.sums.get(key, torch.zeros_like(image)) + image
+                self.counts[key] += 1
+
+    def mean_maps(self) -> dict[str, dict[str, Array]]:
+        """Mean map by method and predicted class."""
+        found: dict[str, dict[str, Array]] = {method: {} for method in self.methods}
+        for method, target in sorted(self.sums):
+            mean = self.sums[method, target] / self.counts[method, target]
+            found[method][self.answers.classes[target]] = mean.float().numpy()
+        return found
 
 
 def _methods_of(model: nn.Module, images: Tensor) -> list[str]:
@@ -609,13 +582,12 @@ def _needs_masks(metric: str) -> bool:
     return "masks" in _inputs(metric)
 
 
-def _known(names: Sequence[str] | None, among: Iterable[str], what: str) -> list[str] | None:
-    for name in names or ():
+def _check(names: Sequence[str], among: Iterable[str], what: str) -> None:
+    for name in names:
         if name not in among:
             close = get_close_matches(name, among, n=1, cutoff=0.4)
             hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(among)}"
             raise ValueError(f"expected the name of a {what}, got {name!r}; {hint}")
-    return None if names is None else list(names)
 
 
 def _plain(value: Any) -> Any:

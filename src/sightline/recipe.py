@@ -179,7 +179,7 @@ def load(source: Path | str | Recipe, overrides: Mapping[str, Any] | None = None
         TypeError: a value of the wrong type.
         ValueError: an unknown field, a value out of its range, or a file that is not YAML.
 
-    >>> load(Recipe(), {"model.options.width": 0.25, "seeds": "[0, 1]"}).seeds
+    >>> load(Recipe(), {"model.options.width": 0.25, "seeds": "0,1"}).seeds
     (0, 1)
     >>> load(Recipe(), {"optim.epoch": 3})
     Traceback (most recent call last):
@@ -269,7 +269,9 @@ def _convert(value: Any, kind: Any) -> Any:
     origin = get_origin(kind)
     if origin is UnionType:
         return None if value is None else _convert(value, get_args(kind)[0])
-    if isinstance(value, str) and (kind in (int, bool) or origin in (tuple, dict)):
+    if isinstance(value, str) and origin is tuple:
+        value = value.strip("[] ").split(",")
+    if isinstance(value, str) and (kind in (int, bool) or origin is dict):
         value = yaml.safe_load(value)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(item, int) for item in value)

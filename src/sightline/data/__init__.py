@@ -10,10 +10,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from sightline.data import clutter, hugging_face
+from sightline.data.columns import table
 from sightline.data.decoded import Decoder, OnTheFly, Stored, decode_all
 from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batches, normalise, sampled, statistics
 from sightline.data.sources import FileReader, Table, from_folder, image_files
 from sightline.data.splits import assign, check_labelled, draw
+from sightline.data.streams import stream
 from sightline.recipe import Data
 
 __all__ = [
@@ -52,10 +54,10 @@ def load(data: Data) -> dict[str, ImageSet]:
     _check(data)
     if data.source in ("clutter", "clutter-shortcut"):
         return clutter.load(data)
-    table = _find(data)
-    blank = _blank(data, table)
-    rows = assign(table.labels, table.classes, table.parts, table.groups, data)
-    sets = {split: _decoded(table, split, chosen, blank, data.strict) for split, chosen in rows.items()}
+    found = _find(data)
+    blank = _blank(data, found)
+    rows = assign(found.labels, found.classes, found.parts, found.groups, data)
+    sets = {split: _decoded(found, split, chosen, blank, data.strict) for split, chosen in rows.items()}
     train = sets["train"]
     # where the images are decoded on the fly, a few must do
     preprocess = statistics(sampled(train.store, len(train), 2000 if isinstance(train.store, Stored) else 200))
@@ -77,7 +79,7 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
     if found is None:
         _find(data)
         raise ValueError(f"data.streaming needs parquet files or a hub name, got {data.source}; set it to false")
-    streamed = hugging_face.stream(data, found)
+    streamed = stream(data, found)
     held = streamed.held
     blank = _blank(data, held)
     train = ImageStream(
@@ -118,7 +120,7 @@ def read_images(paths: Sequence[str | Path], preprocess: Preprocess, strict: boo
         if not found:
             raise FileNotFoundError(f"the folder {path} holds no image")
         files += found
-    table = Table(
+    listed = Table(
         name="images",
         classes=(),
         labels=np.full(len(files), -1),
@@ -128,7 +130,7 @@ def read_images(paths: Sequence[str | Path], preprocess: Preprocess, strict: boo
         key=None,
         size=preprocess.size[0],
     )
-    return _decoded(table, "images", np.arange(len(files)), preprocess, strict)
+    return _decoded(listed, "images", np.arange(len(files)), preprocess, strict)
 
 
 def _check(data: Data) -> None:
@@ -145,7 +147,7 @@ def _check(data: Data) -> None:
 def _find(data: Data) -> Table:
     found = hugging_face.find(data)
     if found is not None:
-        return hugging_face.table(data, found)
+        return table(data, found)
     folder = Path(data.source).expanduser()
     if folder.is_dir():
         return from_folder(data, folder)

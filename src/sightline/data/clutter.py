@@ -4,7 +4,7 @@ Source: the cluttered-MNIST protocol (Mnih et al. 2014, arXiv 1406.6247, section
 Differs: the digits are scikit-learn's 8 x 8 scans, the canvas is textured and coloured, size and colours vary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,8 +20,9 @@ Array = np.ndarray
 SPLITS = ("train", "val", "test")
 SIZES = {"train": 6000, "val": 1000, "test": 2000}
 CELLS = 10  # a scan of 8 x 8 with an empty cell around it
-FRAGMENTS = 8
+FEWEST, FRAGMENTS = 6, 8
 CHUNK = 256
+Uniform = Callable[..., Float[Array, "b ..."]]
 PATCH_COLOURS = np.array(
     [
         (230, 25, 45),
@@ -100,93 +101,85 @@ def _texture(noise: Float[Array, "b c k k"], size: int) -> Float[Array, "b c s s
     return weights @ noise @ weights.T
 
 
+def _background(uniform: Uniform, size: int) -> Float[Array, "b s s 3"]:
+    """A dark colour with soft clouds of other tints, relief and grain."""
+    base = _colour(uniform(), 0.15 + 0.4 * uniform(), 0.25 + 0.2 * uniform())[:, None, None]
+    tint, relief = _texture(uniform(3, 5, 5), size), _texture(uniform(1, 10, 10), size)
+    clouds = (0.2 * (tint - 0.5) + 0.2 * (relief - 0.5)).transpose(0, 2, 3, 1)
+    return np.clip(base + clouds + 0.06 * (uniform(size, size, 1) - 0.5), 0, 0.5)
+
+
+def _ink_colour(uniform: Uniform) -> Float[Array, "b 3"]:
+    """Lighter than any background; the same for digits and fragments, so that it tells nothing."""
+    return _colour(uniform(), 0.6 * uniform(), 0.75 + 0.25 * uniform())
+
+
+def _square(top: Int64[Array, " b"], left: Int64[Array, " b"], n: int) -> tuple[Array, Array, Array]:
+    """Index of n x n pixels in each image."""
+    steps = np.arange(n)
+    return np.arange(len(top))[:, None, None], (top[:, None] + steps)[:, :, None], (left[:, None] + steps)[:, None, :]
+
+
+def _paste(canvas: Float[Array, "b s s 3"], where: tuple[Array, Array, Array], alpha: Array, colour: Array) -> None:
+    canvas[where] += alpha[..., None] * (colour[:, None, None] - canvas[where])
+
+
 def compose(
     seed: int, split: str, indices: Sequence[int] | Int64[Array, " b"], size: int = 40, shortcut: float | None = None
 ) -> tuple[UInt8[Array, "b 3 s s"], Bool[Array, "b s s"], Bool[Array, "b s s"]]:
     """Images with the masks of their digit and of their patch; the class of an image is its index modulo 10.
 
     Each image depends on (seed, split, index) alone. With `shortcut`, a patch covers one corner: its colour is that of
-    the class in this share of the images and drawn from all ten classes otherwise. None: no patch, its mask is empty.
+    the class in this share of the images, and drawn from all ten classes in the others. None: no patch.
 
     >>> images, digit, patch = compose(0, "test", [7])
     >>> images.shape, bool(digit.any()), bool(patch.any())
     ((1, 3, 40, 40), True, False)
     """
     indices = np.asarray(indices, dtype=np.int64)
+    generators = [np.random.default_rng([seed, SPLITS.index(split), i]) for i in indices]
+
+    def uniform(*shape: int) -> Float[Array, "b ..."]:
+        return np.stack([g.random(shape, dtype=np.float32) for g in generators])
+
+    def below(n: int | Array) -> Int64[Array, " b"]:
+        return (uniform() * n).astype(np.int64)
+
     ink, classes = digits(split)
-    scans, b, unit = len(ink), len(indices), size / 40
-    count = np.bincount(classes, minlength=10)
-    parts = (20, 8 * FRAGMENTS, 75, 100, size * size)
-    drawn = np.stack(
-        [np.random.default_rng([seed, SPLITS.index(split), i]).random(sum(parts), np.float32) for i in indices]
-    )
-    u, f, coarse, fine, grain = np.split(drawn, np.cumsum(parts)[:-1], axis=1)
-    f = f.reshape(b, FRAGMENTS, 8)
+    label, count, unit = indices % 10, np.bincount(classes), size / 40
+    scan = (np.cumsum(count) - count)[label] + below(count[label])
+    largest, piece = round(28 * unit), round(7 * unit)
+    canvas = np.pad(_background(uniform, size), ((0, 0), (0, largest), (0, largest), (0, 0)))
 
-    canvas = _colour(u[:, 0], 0.15 + 0.4 * u[:, 1], 0.25 + 0.2 * u[:, 2])[:, :, None, None]
-    tint = _texture(coarse.reshape(b, 3, 5, 5), size) - 0.5
-    relief = _texture(fine.reshape(b, 1, 10, 10), size) - 0.5
-    canvas = canvas + 0.2 * tint + 0.2 * relief + 0.06 * (grain.reshape(b, 1, size, size) - 0.5)
-    canvas = np.clip(canvas, 0, 0.5)
-
-    largest = int(np.ceil(28 * unit)) + 1
-    canvas = np.pad(canvas, ((0, 0), (0, 0), (0, largest), (0, largest)))
-    image = np.arange(b)[:, None, None]
-
-    def paste(
-        alpha: Float[Array, "b m m"], top: Int64[Array, " b"], left: Int64[Array, " b"], colour: Float[Array, "b 3"]
-    ):
-        steps = np.arange(alpha.shape[1])
-        rows, columns = (top[:, None] + steps)[:, :, None], (left[:, None] + steps)[:, None, :]
-        under = canvas[image, :, rows, columns]
-        canvas[image, :, rows, columns] = under + alpha[..., None] * (colour[:, None, None, :] - under)
-        return rows, columns
-
-    label = indices % 10
-    scan = (np.cumsum(count) - count)[label] + (u[:, 3] * count[label]).astype(np.int64)
-    piece = max(3, round(7 * unit))
     for k in range(FRAGMENTS):
-        v = f[:, k]
-        other = (scan + 1 + (v[:, 0] * (scans - 1)).astype(np.int64)) % scans
-        side = (20 + 8 * v[:, 1]) * unit
-        margin = side / CELLS
-        alpha = _glyphs(
-            ink[other],
-            side,
-            margin + v[:, 2] * (side - 2 * margin - piece),
-            margin + v[:, 3] * (side - 2 * margin - piece),
-            piece,
-        )
-        if k >= 6:
-            alpha = alpha * (u[:, 4 + k - 6] < 0.5)[:, None, None]
-        place = (v[:, 4:6] * (size - piece + 1)).astype(np.int64)
-        paste(alpha, place[:, 0], place[:, 1], _colour(v[:, 6], 0.6 * u[:, 12], 0.75 + 0.25 * v[:, 7]))
+        other = (scan + 1 + below(len(ink) - 1)) % len(ink)
+        side = (20 + 8 * uniform()) * unit
+        inner = side * (1 - 2 / CELLS) - piece
+        alpha = _glyphs(ink[other], side, side / CELLS + uniform() * inner, side / CELLS + uniform() * inner, piece)
+        shown = uniform() < (1 if k < FEWEST else 0.5)
+        where = _square(below(size - piece + 1), below(size - piece + 1), piece)
+        _paste(canvas, where, alpha * shown[:, None, None], _ink_colour(uniform))
 
-    side = (20 + 8 * u[:, 6]) * unit
-    room = size - side
-    # the empty cell around the scan may hang over the edge, its ink may not
-    place = np.rint(np.stack([u[:, 7], u[:, 8]], 1) * room[:, None]).astype(np.int64)
-    zero = np.zeros(b, np.float32)
-    alpha = _glyphs(ink[scan], side.astype(np.float32), zero, zero, largest)
-    rows, columns = paste(alpha, place[:, 0], place[:, 1], _colour(u[:, 9], 0.6 * u[:, 10], 0.75 + 0.25 * u[:, 11]))
-    digit = np.zeros((b, size + largest, size + largest), dtype=bool)
-    digit[image, rows, columns] = alpha >= 0.25
-    images = np.rint(canvas[:, :, :size, :size] * 255).astype(np.uint8)
+    side = (20 + 8 * uniform()) * unit
+    edge = np.zeros_like(side)
+    alpha = _glyphs(ink[scan], side, edge, edge, largest)
+    where = _square(below(size - side + 1), below(size - side + 1), largest)
+    _paste(canvas, where, alpha, _ink_colour(uniform))
+    digit = np.zeros(canvas.shape[:3], dtype=bool)
+    digit[where] = alpha >= 0.25
+    images = np.rint(canvas[:, :size, :size] * 255).astype(np.uint8)
     digit = digit[:, :size, :size]
 
     patch = np.zeros_like(digit)
     if shortcut is not None:
-        told = u[:, 13] < shortcut
-        shown = np.where(told, label, (u[:, 14] * 10).astype(np.int64))
-        width, margin = round(5 * unit), max(1, round(unit))
-        far = size - margin - width
-        steps = np.arange(width)
-        rows = (np.where(u[:, 15] < 0.5, margin, far)[:, None] + steps)[:, :, None]
-        columns = (np.where(u[:, 16] < 0.5, margin, far)[:, None] + steps)[:, None, :]
-        patch[image, rows, columns] = True
-        images[image, :, rows, columns] = PATCH_COLOURS[shown][:, None, None, :]
+        colour = np.where(uniform() < shortcut, label, below(10))
+        width, margin = round(5 * unit), round(unit)
+        far = size - width - 2 * margin
+        where = _square(margin + below(2) * far, margin + below(2) * far, width)
+        patch[where] = True
+        images[where] = PATCH_COLOURS[colour][:, None, None]
         digit = digit & ~patch
-    return images, digit, patch
+    return images.transpose(0, 3, 1, 2), digit, patch
 
 
 class Composed:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import PIL
@@ -85,11 +85,9 @@ class Decoder:
             empty = np.zeros(self.size, dtype=bool)
             mask = empty if record.mask is None else open_mask(record.mask, self.size, (height, width))
         if self.has_boxes:
-            boxes = np.asarray([] if record.boxes is None else record.boxes, dtype=np.float32)
-            if boxes.size % 4 or boxes.ndim > 2:
-                raise UnreadableImage(f"expected boxes [x0, y0, x1, y1], got numbers of shape {boxes.shape}")
+            boxes = _boxes(record.boxes)
             scale = np.array([self.size[1] / width, self.size[0] / height], dtype=np.float32)
-            boxes = boxes.reshape(-1, 4) * np.tile(scale, 2)
+            boxes = boxes * np.tile(scale, 2)
         return Sample(np.ascontiguousarray(pixels.transpose(2, 0, 1)), mask, boxes)
 
     def attempt(self, record: Record) -> Sample | str:
@@ -98,6 +96,15 @@ class Decoder:
             return self.decode(record)
         except UnreadableImage as error:
             return str(error)
+
+
+def _boxes(cell: Any) -> Float32[Array, "_ 4"]:
+    """The boxes in a cell: one, several or none."""
+    try:
+        numbers = np.asarray([] if cell is None else cell, dtype=np.float32)
+        return numbers.reshape(-1, 4) if numbers.size else np.empty((0, 4), np.float32)
+    except (TypeError, ValueError):
+        raise UnreadableImage(f"expected boxes [x0, y0, x1, y1], got {str(cell)[:80]}") from None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,9 +116,19 @@ class OnTheFly:
     decoder: Decoder
 
     def read(self, rows: Int64[Array, " b"]) -> Pixels:
-        """The images at these places."""
+        """The images at these places.
+
+        Raises:
+            OSError: an image that could be read at first no longer can.
+        """
+        records = self.reader(self.rows[rows].tolist())
         with quiet():
-            return stack([self.decoder.decode(record) for record in self.reader(self.rows[rows].tolist())])
+            samples = [self.decoder.attempt(record) for record in records]
+        for record, sample in zip(records, samples, strict=True):
+            if isinstance(sample, str):
+                what = record.image if isinstance(record.image, Path) else "an image"
+                raise OSError(f"{what} could be read at first and no longer can: {sample}")
+        return stack([sample for sample in samples if isinstance(sample, Sample)])
 
     def attempt_all(self) -> Iterator[Sample | str]:
         """Every row decoded, or the reason why it cannot be; on all cores."""
@@ -167,7 +184,7 @@ def decode_all(source: OnTheFly, what: str, key: str | None) -> tuple[Stored | O
 
     Args:
         source: What to decode.
-        what: Its name, for the progress bar and the warning.
+        what: Its name, for the progress bar.
         key: Anything that changes when the source does. None: nothing is written.
     """
     height, width = source.decoder.size
@@ -181,9 +198,10 @@ def decode_all(source: OnTheFly, what: str, key: str | None) -> tuple[Stored | O
                 _write(source, folder, needed, what)
             return _open(source, folder)
         except OSError as error:
+            # the same text for every split, so that Python shows it once
             warnings.warn(
-                f"{cache_folder()} cannot keep the decoded images of {what} ({error.strerror or error}), so they are "
-                f"decoded anew each time; free {needed / 1e6:,.0f} MB, or set SIGHTLINE_CACHE to another folder",
+                f"{cache_folder()} cannot keep decoded images ({error.strerror or error}), so each run decodes them "
+                "anew; make room there, or set SIGHTLINE_CACHE to another folder",
                 stacklevel=2,
             )
     images, masks = io.BytesIO(), io.BytesIO()
@@ -194,7 +212,7 @@ def decode_all(source: OnTheFly, what: str, key: str | None) -> tuple[Stored | O
     return _stored(np.frombuffer(images.getbuffer(), np.uint8), np.frombuffer(masks.getbuffer(), bool), source, facts)
 
 
-def _decode_into(images: BinaryIO | None, masks: BinaryIO, source: OnTheFly, what: str) -> Facts:
+def _decode_into(images: io.BufferedIOBase | None, masks: io.BufferedIOBase, source: OnTheFly, what: str) -> Facts:
     facts = Facts([], [], [] if source.decoder.has_boxes else None)
     console = Console(stderr=True)
     samples = track(
@@ -254,7 +272,6 @@ def _stored(
     images: UInt8[Array, " _"], masks: Bool[Array, " _"], source: OnTheFly, facts: Facts
 ) -> tuple[Stored, Facts]:
     boxes = None if facts.boxes is None else [np.array(b, dtype=np.float32).reshape(-1, 4) for b in facts.boxes]
-    masks = masks.reshape(-1, *source.decoder.size)
-    return Stored(
-        images.reshape(-1, 3, *source.decoder.size), masks if source.decoder.has_masks else None, boxes
-    ), facts
+    size = source.decoder.size
+    marked = masks.reshape(-1, *size) if source.decoder.has_masks else None
+    return Stored(images.reshape(-1, 3, *size), marked, boxes), facts

@@ -123,8 +123,8 @@ class ImageStream:
     preprocess: Preprocess
     length: int
     """Number of images, with those that turn out to be unreadable."""
-    records: Callable[[tuple[int, int] | None, int], Iterator[tuple[Record, int]]]
-    """Gives undecoded images with labels, in an order by (seed, epoch), from a place on."""
+    records: Callable[[tuple[int, int] | None, int], Iterator[tuple[int, Record, int]]]
+    """Gives number, undecoded image and label of each, in an order by (seed, epoch), from a place on."""
     decoder: Decoder
     split: str = "train"
     flip_ok: bool = True
@@ -151,20 +151,22 @@ class ImageStream:
         records = self.records(shuffle, start * batch_size)
         end = self.length - self.length % batch_size if drop_last else self.length
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for first in range(start * batch_size, end, batch_size):
+            for _ in range(start * batch_size, end, batch_size):
                 found = list(islice(records, batch_size))
                 with quiet():
-                    samples = list(pool.map(self.decoder.attempt, [record for record, _ in found]))
-                kept = [i for i, sample in enumerate(samples) if isinstance(sample, Sample)]
-                bad = [(f"image {first + i} of the stream", s) for i, s in enumerate(samples) if isinstance(s, str)]
-                if bad and self.strict:
-                    raise ValueError(": ".join(bad[0]))
-                self.skipped.extend(b for b in bad if b not in self.skipped)
+                    samples = list(pool.map(self.decoder.attempt, [record for _, record, _ in found]))
+                kept: list[tuple[int, int, Sample]] = []
+                for (number, _, label), sample in zip(found, samples, strict=True):
+                    if isinstance(sample, Sample):
+                        kept.append((number, label, sample))
+                    elif self.strict:
+                        raise ValueError(f"train/{number:06d}: {sample}")
+                    elif (f"train/{number:06d}", sample) not in self.skipped:
+                        self.skipped.append((f"train/{number:06d}", sample))
                 if kept:
-                    pixels = stack([sample for sample in samples if isinstance(sample, Sample)])
-                    labels = np.array([found[i][1] for i in kept])
-                    places = np.array(kept) + first
-                    yield _batch(pixels, labels, places, [str(p) for p in places], augment, self.flip_ok)
+                    numbers, labels, usable = zip(*kept, strict=True)
+                    names = [f"train/{number:06d}" for number in numbers]
+                    yield _batch(stack(usable), np.array(labels), np.array(numbers), names, augment, self.flip_ok)
 
 
 def _batch(

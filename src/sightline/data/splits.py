@@ -126,7 +126,9 @@ def assign(
             chosen = held_out(labels[rows], share, data.seed, None if groups is None else groups[rows])
             part[rows[chosen]] = name
     if "test" not in part:
-        raise ValueError(f"expected test images or data.test above 0, got {data.test}; the scores need some")
+        raise ValueError(
+            f"expected images to test with, got none of {len(labels)} with data.test {data.test}; add images"
+        )
     rows = {name: np.flatnonzero(part == name) for name in ("train", "val", "test") if name in part}
     for name, size in (("train", data.train_size), ("test", data.test_size)):
         if size is not None:
@@ -135,9 +137,6 @@ def assign(
                     f"expected data.{name}_size of at most {len(rows[name])}, got {size}; there are no more"
                 )
             rows[name] = rows[name][draw(labels[rows[name]], size, data.seed)]
-    for name, chosen in rows.items():
-        if len(chosen) == 0:
-            raise ValueError(f"expected images for {name}, got none of {len(labels)}; add images")
     trained = np.unique(labels[rows["train"]])
     if len(trained) < 2:
         raise ValueError(

@@ -384,14 +384,15 @@ class _LastSpatial(TorchFunctionMode):
             with torch.enable_grad():
                 best = logits.amax(1).sum()
             found = torch.autograd.grad(best, [leaf[0] for leaf in leaves], allow_unused=True, retain_graph=True)
-            for (leaf, name, before, _), gradient in zip(reversed(leaves), reversed(found), strict=True):
-                if gradient is not None and gradient.any():  # pyright: ignore[reportUnnecessaryComparison]
-                    if (behind := self.layers_behind - before) > _LARGEST_HEAD:
-                        raise ValueError(
-                            f"expected a feature map close to the logits, got {name!r}, {behind} weight layers away "
-                            "(a transformer, whose tokens are no feature map?); pass layer="
-                        )
-                    return name, leaf
+            feeding = [(leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None]  # pyright: ignore[reportUnnecessaryComparison]
+            used = [leaf for leaf, gradient in feeding if gradient.any()] or [leaf for leaf, _ in feeding]
+            tensor, name, before, _ = used[-1]
+            if (behind := self.layers_behind - before) > _LARGEST_HEAD:
+                raise ValueError(
+                    f"expected a feature map close to the logits, got {name!r}, {behind} weight layers away "
+                    "(a transformer, whose tokens are no feature map?); pass layer="
+                )
+            return name, tensor
         raise ValueError(
             "expected a model in which a (b, c, h, w) tensor feeds the logits, got none that does; "
             "pass layer= (see model.named_modules())"

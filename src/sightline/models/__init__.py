@@ -52,8 +52,7 @@ def create_model(
             f"{name!r} has no pretrained weights, only timm models have; give a safetensors file or run folder"
         )
     elif name in MODELS:
-        _check_options(name, options)
-        model = MODELS[name](**classes, **options)
+        model = MODELS[name](**classes, **_checked(name, options))
     else:
         model = _torchvision(name, {**classes, **options})
     if weights is not None and not pretrained:
@@ -61,21 +60,24 @@ def create_model(
     return model
 
 
-def _check_options(name: str, options: dict[str, Any]) -> None:
+def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
     parameters = dict(inspect.signature(MODELS[name]).parameters)
     del parameters["num_classes"]
+    checked: dict[str, Any] = {}
     for option, value in options.items():
         if option not in parameters:
             raise ValueError(
                 f"{name} has no option {option!r}{_closest(option, parameters)}; it has: {', '.join(parameters)}"
             )
         wanted = parameters[option].annotation
-        if get_origin(wanted) is Literal:
-            fits, wanted = value in get_args(wanted), " or ".join(map(repr, get_args(wanted)))
-        else:
-            fits, wanted = type(value) is wanted or (wanted is float and type(value) is int), wanted.__name__
-        if not fits:
-            raise ValueError(f"option {option} of {name}: expected {wanted}, got {value!r}")
+        if wanted is float and type(value) is int:
+            value = float(value)
+        literal = get_origin(wanted) is Literal
+        if value not in get_args(wanted) if literal else type(value) is not wanted:
+            expected = " or ".join(map(repr, get_args(wanted))) if literal else wanted.__name__
+            raise ValueError(f"option {option} of {name}: expected {expected}, got {value!r}")
+        checked[option] = value
+    return checked
 
 
 def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
@@ -87,8 +89,10 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         )
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
-    except TypeError as error:
-        raise ValueError(f"timm model {name} does not take these options: {error}") from error
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"timm cannot build {name!r}: {error}") from error
+    except OSError as error:
+        raise OSError(f"cannot download the weights of {name!r}; check the connection or give a file") from error
 
 
 def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
@@ -100,7 +104,7 @@ def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
     try:
         return torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None, **options)
     except TypeError as error:
-        raise ValueError(f"{name} does not take these options: {error}") from error
+        raise ValueError(f"torchvision cannot build {name!r}: {error}") from error
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
@@ -123,7 +127,7 @@ def _load(model: nn.Module, name: str, path: Path) -> None:
         raise OSError(f"expected a safetensors file, cannot read {file} ({error}); is it complete?") from error
     wanted = model.state_dict()
     problems = [f"{key} is missing" for key in wanted if key not in found]
-    problems += [f"{key} is unknown to the model" for key in found if key not in wanted]
+    problems += [f"{key} is unknown to the model" for key in sorted(found) if key not in wanted]
     problems += [
         f"{key} has shape {tuple(found[key].shape)} instead of {tuple(value.shape)}"
         for key, value in wanted.items()

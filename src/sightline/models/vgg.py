@@ -31,25 +31,27 @@ DROPOUT = {1: 0.3, 3: 0.4, 5: 0.4, 6: 0.4, 8: 0.4, 9: 0.4, 11: 0.4, 12: 0.4, 14:
 
 def scaled(channels: int, width: float) -> int:
     """Channels of a layer in a network `width` times as wide, at least 1."""
+    if not 0 < width < math.inf:
+        raise ValueError(f"expected width above 0 (1 is the paper's), got {width}")
     return max(1, round(width * channels))
 
 
-def trunk(convs: int, pools: tuple[int, ...], width: float, stem_pool: int) -> nn.Sequential:
+def trunk(convs: int, pools: tuple[int, ...], width: float, stem_pool: int, dropout: float) -> nn.Sequential:
     """Convolutions conv1, conv2, ... up to number `convs`, each followed by a max-pool if its number is in `pools`.
 
-    >>> [name for name, _ in trunk(4, (3,), width=0.25, stem_pool=2).named_children()]
+    >>> [name for name, _ in trunk(4, (3,), width=0.25, stem_pool=2, dropout=1.0).named_children()]
     ['conv1', 'conv2', 'stem_pool', 'conv3', 'pool3', 'conv4']
     """
-    if not width > 0:
-        raise ValueError(f"expected width above 0 (1 is the paper's), got {width}")
     if stem_pool < 1:
         raise ValueError(f"expected stem_pool of 1 (no pool) or more, got {stem_pool}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"expected dropout between 0 (none) and 1 (the paper's), got {dropout}")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = (3, *(scaled(c, width) for c in CHANNELS[:convs]))
     for number, (before, after) in enumerate(pairwise(channels), start=1):
         conv = nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after, eps=1e-3), nn.ReLU(True))
-        if number in DROPOUT:
-            conv.append(nn.Dropout(DROPOUT[number]))
+        if number in DROPOUT and dropout > 0:
+            conv.append(nn.Dropout(dropout * DROPOUT[number]))
         layers[f"conv{number}"] = conv
         if number == 2 and stem_pool > 1:
             layers["stem_pool"] = nn.MaxPool2d(stem_pool, ceil_mode=True)
@@ -59,11 +61,12 @@ def trunk(convs: int, pools: tuple[int, ...], width: float, stem_pool: int) -> n
 
 
 def initialise(model: nn.Module) -> None:
-    """Draw all convolutions, u among them, from N(0, sqrt(2 / (k * k * outputs))) with bias 0.
-
-    Linear layers keep PyTorch's initialisation, which is Torch7's.
+    """Draw the convolutions from N(0, sqrt(2 / (k * k * outputs))), bias 0; linear layers keep PyTorch's, as in Torch7.
 
     Source: He et al., "Delving Deep into Rectifiers", ICCV 2015, equation 14; the authors' code.
+
+    Differs: the authors' u is a convolution with one output, hence from N(0, sqrt(2)): its softmax starts with a single
+    position and learns slowly. Ours is a linear layer.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -153,6 +156,7 @@ class VGG(nn.Module):
         num_classes: number of logits.
         width: factor of all channel numbers; 1 is the paper's.
         stem_pool: side of a max-pool after convolution 2; 1: no such pool.
+        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need less.
         official_head: BatchNorm, ReLU and Dropout before the last linear layer; no: that layer alone.
     """
 
@@ -160,11 +164,17 @@ class VGG(nn.Module):
     pools: ClassVar[tuple[int, ...]] = (2, 4, 7, 10)
 
     def __init__(
-        self, num_classes: int = 10, *, width: float = 1.0, stem_pool: int = 1, official_head: bool = True
+        self,
+        num_classes: int = 10,
+        *,
+        width: float = 1.0,
+        stem_pool: int = 1,
+        dropout: float = 1.0,
+        official_head: bool = True,
     ) -> None:
         super().__init__()
         channels = scaled(CHANNELS[-1], width)
-        self.features = trunk(self.convs, self.pools, width, stem_pool)
+        self.features = trunk(self.convs, self.pools, width, stem_pool, dropout)
         self.fc1 = global_vector(channels)
         self.head = ConcatHead([channels], num_classes, official=official_head)
         initialise(self)
@@ -193,11 +203,12 @@ class VGGGap(nn.Module):
         num_classes: number of logits.
         width: factor of all channel numbers; 1 is the paper's.
         stem_pool: side of a max-pool after convolution 2; 1: no such pool.
+        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need less.
     """
 
-    def __init__(self, num_classes: int = 10, *, width: float = 1.0, stem_pool: int = 1) -> None:
+    def __init__(self, num_classes: int = 10, *, width: float = 1.0, stem_pool: int = 1, dropout: float = 1.0) -> None:
         super().__init__()
-        self.features = trunk(13, (7, 10), width, stem_pool)
+        self.features = trunk(13, (7, 10), width, stem_pool, dropout)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(scaled(CHANNELS[-1], width), num_classes)
         initialise(self)
@@ -219,15 +230,22 @@ class VGGPan(nn.Module):
         num_classes: number of logits.
         width: factor of all channel numbers; 1 is the paper's.
         stem_pool: side of a max-pool after convolution 2; 1: no such pool.
+        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need less.
         official_head: BatchNorm, ReLU and Dropout before the last linear layer; no: that layer alone.
     """
 
     def __init__(
-        self, num_classes: int = 10, *, width: float = 1.0, stem_pool: int = 1, official_head: bool = True
+        self,
+        num_classes: int = 10,
+        *,
+        width: float = 1.0,
+        stem_pool: int = 1,
+        dropout: float = 1.0,
+        official_head: bool = True,
     ) -> None:
         super().__init__()
         channels = scaled(CHANNELS[-1], width)
-        self.features = trunk(13, (7, 10), width, stem_pool)
+        self.features = trunk(13, (7, 10), width, stem_pool, dropout)
         self.attention = nn.ModuleDict(
             {"conv10": SpatialMask(channels), "conv13": LearnToPayAttention(channels, compat="none")}
         )
@@ -256,11 +274,12 @@ class VGGAtt(nn.Module):
             are those of "none" and the same layers get no gradient.
         norm: "softmax", weights sum to 1; "sigmoid", each between 0 and 1.
         head: "concat", one classifier on all attended vectors; "indep", one for each, probabilities averaged.
-        project: at convolution 7, which has half the channels of g, bring g to the features or the features ("l") to g.
+        project: at convolution 7, which has half the channels of g: "g", g is brought to the features; "l", they to it.
         read: attend the features before or after the max-pool.
         official_head: BatchNorm, ReLU and Dropout of each vector before the last linear layer; no: that layer alone.
         width: factor of all channel numbers; 1 is the paper's.
         stem_pool: side of a max-pool after convolution 2; 1: no such pool.
+        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need less.
         average_branch_grads: average gradients where paths meet, as the authors' code does, instead of summing them.
     """
 
@@ -278,15 +297,16 @@ class VGGAtt(nn.Module):
         official_head: bool = True,
         width: float = 1.0,
         stem_pool: int = 1,
+        dropout: float = 1.0,
         average_branch_grads: bool = False,
     ) -> None:
         super().__init__()
         channels = scaled(CHANNELS[-1], width)
         if compat == "none":
-            self.features = trunk(13, (7, 10) if read == "before" else (7, 10, 13), width, stem_pool)
+            self.features = trunk(13, (7, 10) if read == "before" else (7, 10, 13), width, stem_pool, dropout)
             self.fc1 = None
         else:
-            self.features = trunk(15, (7, 10, 13, 14), width, stem_pool)
+            self.features = trunk(15, (7, 10, 13, 14), width, stem_pool, dropout)
             self.fc1 = global_vector(channels)
         self.reads = tuple(f"{'conv' if read == 'before' else 'pool'}{level}" for level in self.levels)
         self.default_layer = f"features.{self.reads[-1]}"

@@ -21,6 +21,8 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
     Raises:
         OSError: the folder cannot be written to.
     """
+    path = Path(folder) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sightline.report"),
         autoescape=True,
@@ -28,10 +30,11 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, number=number, counted=counted, words=words)
+    environment.filters.update(percent=percent, number=number, words=words)
     page = environment.get_template("report.html").render(
         evaluation=evaluation,
         run=run,
+        maps_made=len(evaluation.per_image["name"]),
         methods=[method for method in evaluation.methods if method not in evaluation.controls],
         columns={metric: tables.column(evaluation, metric) for metric in evaluation.metrics},
         doubts=[
@@ -46,8 +49,6 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
         pictures=pictures,
         tables=tables,
     )
-    path = Path(folder) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
     runs.write(path, page.encode())
     return path
 
@@ -83,19 +84,10 @@ def number(value: float | None) -> str:
     return text.replace("-", "−")
 
 
-def counted(n: int, one: str, many: str) -> str:
-    """A number with its noun.
-
-    >>> counted(1, "class", "classes"), counted(200, "class", "classes")
-    ('1 class', '200 classes')
-    """
-    return f"{n} {one if n == 1 else many}"
-
-
 def words(name: str) -> str:
     """The name of a method or metric for reading.
 
-    >>> words("grad_cam")
-    'grad cam'
+    >>> words("grad_cam"), words("attention@conv10")
+    ('grad cam', 'attention at conv10')
     """
-    return name.replace("_", " ")
+    return name.replace("_", " ").replace("@", " at ")

@@ -1,27 +1,22 @@
 """Training: `fit` builds data and network from a recipe, runs the loop and keeps a run folder."""
 
-import os
-import platform
-import shlex
 import shutil
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from errno import ENOSPC
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 from sightline import data, models, runs
-from sightline.recipe import Recipe
+from sightline.recipe import Optim, Recipe
 from sightline.recipe import load as load_recipe
 from sightline.runs import Run
 from sightline.training.log import Log
@@ -63,13 +58,29 @@ def fit(
     asked = load_recipe(recipe, overrides)
     out = Path(out)
     _check_folder(out, resume)
-    images = data.load(asked.data)
+    if asked.data.streaming:
+        train, others = data.load_stream(asked.data)
+    else:
+        others = data.load(asked.data)
+        train = others.pop("train")
+    _check_possible(asked.optim, train, others)
     folders = {seed: out / f"seed-{seed}" if len(asked.seeds) > 1 else out for seed in asked.seeds}
-    done = [_fit_one(replace(asked, seeds=(s,)), images, folder, progress) for s, folder in folders.items()]
+    with _asked_to_stop() as stop:
+        done = [
+            _fit_one(replace(asked, seeds=(seed,)), train, others, folder, progress, stop)
+            for seed, folder in folders.items()
+        ]
     return done if len(done) > 1 else done[0]
 
 
-def _fit_one(recipe: Recipe, images: dict[str, data.ImageSet], folder: Path, progress: bool) -> Run:
+def _fit_one(
+    recipe: Recipe,
+    train: data.ImageSet | data.ImageStream,
+    others: dict[str, data.ImageSet],
+    folder: Path,
+    progress: bool,
+    stop: threading.Event,
+) -> Run:
     checkpoint = folder / "checkpoint.safetensors"
     begun = runs.open_run(folder) if (folder / "run.json").exists() else None
     if begun is not None:
@@ -77,14 +88,13 @@ def _fit_one(recipe: Recipe, images: dict[str, data.ImageSet], folder: Path, pro
         if not checkpoint.exists():
             return begun
     cuda = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=cuda), warnings.catch_warnings(), _asked_to_stop() as stop:
+    with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
         torch.manual_seed(recipe.seeds[0])
-        train, val = images["train"], images.get("val")
         network = models.create_model(
             recipe.model.name, num_classes=len(train.classes), weights=recipe.model.weights, **recipe.model.options
         )
-        training = Training(network, train, val or None, recipe)
+        training = Training(network, train, others.get("val") or None, recipe)
         if checkpoint.exists():
             training.restore(*runs.unpack(checkpoint))
         run = Run(
@@ -93,9 +103,9 @@ def _fit_one(recipe: Recipe, images: dict[str, data.ImageSet], folder: Path, pro
             seed=recipe.seeds[0],
             classes=train.classes,
             preprocess=train.preprocess,
-            info=_info(training) if begun is None else begun.info,
+            info=_info(network) if begun is None else begun.info,
             history=[*training.history],
-            skipped=[skipped for split in images.values() for skipped in split.skipped],
+            skipped=_skipped(train, others),
         )
         _check_space(folder, training)
         folder.mkdir(exist_ok=True)
@@ -112,7 +122,7 @@ def _fit_one(recipe: Recipe, images: dict[str, data.ImageSet], folder: Path, pro
                 for row in training.epochs(tick):
                     seconds = sum(past["seconds"] for past in training.history)
                     info = run.info | {"wall time": f"{seconds:.1f} s"}
-                    run = replace(run, info=info, history=[*training.history])
+                    run = replace(run, info=info, history=[*training.history], skipped=_skipped(train, others))
                     runs.save(run, training.result.state_dict() if training.improved else None)
                     runs.write(checkpoint, runs.pack(*training.state()))
                     log.epoch(row)
@@ -158,6 +168,19 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise type(error)(f"cannot write to {out}: {error.strerror}; choose another folder") from error
 
 
+def _check_possible(optim: Optim, train: data.ImageSet | data.ImageStream, others: dict[str, data.ImageSet]) -> None:
+    if optim.patience is not None and not others.get("val"):
+        raise ValueError("optim.patience needs validation images; set data.val above 0")
+    if optim.class_weights and isinstance(train, data.ImageStream):
+        raise ValueError("optim.class_weights needs all labels beforehand; set data.streaming to false")
+    if optim.precision == "16-mixed" and not torch.cuda.is_available():
+        raise ValueError("optim.precision: 16-mixed needs a GPU, there is none; use bf16-mixed or 32-true")
+
+
+def _skipped(train: data.ImageSet | data.ImageStream, others: dict[str, data.ImageSet]) -> list[tuple[str, str]]:
+    return [skipped for images in (train, *others.values()) for skipped in images.skipped]
+
+
 def _check_space(folder: Path, training: Training) -> None:
     """A checkpoint (weights, two moments, average) stands twice on the disk while it is replaced, the weights too."""
     weights = sum(t.numel() * t.element_size() for t in training.network.state_dict().values())
@@ -181,14 +204,5 @@ def _check_same(recipe: Recipe, run: Run) -> None:
         raise ValueError(f"run {run.folder} was begun with another recipe: {'; '.join(changed)}; choose a new folder")
 
 
-def _info(training: Training) -> dict[str, str]:
-    device = training.fabric.device
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    packages = ("sightline", "torch", "torchvision", "timm", "lightning")
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs, {device.type}: {gpu}",
-        "versions": f"python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages),
-        "parameters": f"{sum(p.numel() for p in training.network.parameters()):,}",
-    }
+def _info(network: nn.Module) -> dict[str, str]:
+    return runs.surroundings() | {"parameters": f"{sum(p.numel() for p in network.parameters()):,}"}

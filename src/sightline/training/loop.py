@@ -32,23 +32,22 @@ class Training:
     So nothing random needs to be kept, and the user's random state is not used.
     """
 
-    def __init__(self, network: nn.Module, train: data.ImageSet, val: data.ImageSet | None, recipe: Recipe) -> None:
+    def __init__(
+        self, network: nn.Module, train: data.ImageSet | data.ImageStream, val: data.ImageSet | None, recipe: Recipe
+    ) -> None:
         optim = self.optim = recipe.optim
-        if optim.patience is not None and val is None:
-            raise ValueError("optim.patience needs validation images; set data.val above 0")
-        if optim.precision == "16-mixed" and not torch.cuda.is_available():
-            raise ValueError("optim.precision: 16-mixed needs a GPU, there is none; use bf16-mixed or 32-true")
         self.train, self.val, self.augment, self.seed = train, val, recipe.augment, recipe.seeds[0]
         self.fabric = Fabric(accelerator="auto", devices=1, precision=optim.precision)
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network.train().to(memory_format=torch.channels_last)
         self.optimizer = create_optimiser(network, optim)
         self.model, self.fabric_optimizer = self.fabric.setup(network, self.optimizer)
         self.averaged = None if optim.ema is None else copy.deepcopy(network)
-        weights = class_weights(train.labels, len(train.classes)) if optim.class_weights else None
-        self.class_weights = None if weights is None else weights.to(self.fabric.device)
+        self.class_weights = None
+        if optim.class_weights and isinstance(train, data.ImageSet):
+            self.class_weights = class_weights(train.labels, len(train.classes)).to(self.fabric.device)
         self.batch_size = min(optim.batch_size, len(train))
         self.steps = len(train) // self.batch_size
-        self.epoch = self.step = 0
+        self.epoch = self.step = self.seen = 0
         self.losses = torch.zeros(self.steps, device=self.fabric.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.fabric.device)
         self.seconds = 0.0
@@ -95,8 +94,8 @@ class Training:
             row = {
                 "epoch": self.epoch + 1.0,
                 "lr": self._learning_rate(self.steps - 1),
-                "train_loss": float(self.losses.mean()),
-                "train_accuracy": float(self.correct) / (self.steps * self.batch_size),
+                "train_loss": float(self.losses[: self.step].mean()),
+                "train_accuracy": float(self.correct) / self.seen,
                 "val_loss": loss,
                 "val_accuracy": accuracy,
                 "seconds": round(time.perf_counter() - began, 3),
@@ -104,7 +103,7 @@ class Training:
             if accuracy > self.best_accuracy:
                 self.best_epoch, self.best_accuracy = self.epoch, accuracy
             self.history.append(row)
-            self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+            self.epoch, self.step, self.seen, self.seconds = self.epoch + 1, 0, 0, 0.0
             self.losses.zero_()
             self.correct.zero_()
             yield row
@@ -126,10 +125,9 @@ class Training:
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entries.items()}
         tensors |= {"losses": self.losses, "correct": self.correct}
-        names = ("epoch", "step", "seconds", "best_epoch", "best_accuracy", "history")
-        return tensors, {name: getattr(self, name) for name in names} | {
-            "scaler": self.fabric.strategy.precision.state_dict()
-        }
+        names = ("epoch", "step", "seen", "seconds", "best_epoch", "best_accuracy", "history")
+        facts: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return tensors, facts | {"scaler": self.fabric.strategy.precision.state_dict()}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Take over what `state` gave."""
@@ -180,7 +178,7 @@ class Training:
             average(self.averaged, self.network, min(self.optim.ema, (1 + step) / (10 + step)))
         self.losses[self.step] = loss.detach()
         self.correct += (logits.detach().argmax(1) == labels).sum()
-        self.step += 1
+        self.step, self.seen = self.step + 1, self.seen + len(labels)
 
     def _inputs(self, batch: data.Batch) -> tuple[Float[Tensor, "b 3 h w"], Int64[Tensor, " b"]]:
         images = batch.images.to(self.fabric.device, memory_format=torch.channels_last, non_blocking=True)

@@ -4,8 +4,8 @@ const opacity = document.getElementById("opacity");
 if (opacity) {
   const show = () => {
     document.documentElement.style.setProperty("--opacity", opacity.value / 100);
-    opacity.nextElementSibling.value = `${opacity.value} %`;
-    opacity.setAttribute("aria-valuetext", `${opacity.value} %`);
+    opacity.nextElementSibling.value = `${opacity.value}\u202f%`;
+    opacity.setAttribute("aria-valuetext", `${opacity.value}\u202f%`);
   };
   opacity.addEventListener("input", show);
   show();

@@ -1,0 +1,181 @@
+"""Reads the columns of a dataset: which holds what, class names, and rows as undecoded records."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from sightline.data.decoded import Record
+from sightline.data.hugging_face import Found, import_datasets, silent
+from sightline.data.sources import Table, fingerprint, usual_size
+from sightline.recipe import Data
+
+if TYPE_CHECKING:
+    import datasets
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What is where in a row."""
+
+    image: str
+    label: str
+    mask: str | None
+    box: str | None
+    group: str | None
+
+
+def choose_columns(data: Data, found: Found) -> Columns:
+    """The columns that the recipe names, or else those with the usual names and types.
+
+    Raises:
+        ValueError: a column is not there, not in every split, or the choice is not clear.
+    """
+    parts, alias = found.parts, found.alias
+    features: dict[str, Any] = (parts["train"] if "train" in parts else next(iter(parts.values()))).features
+    for option in ("image", "label", "mask", "box", "group"):
+        name = getattr(data, option)
+        if name is not None and name not in features:
+            near = get_close_matches(name, features, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"columns: {', '.join(features)}"
+            raise ValueError(f"no column {name!r} (data.{option}) in {alias.hub}; {hint}")
+    mask = data.mask or ("mask" if "mask" in features else None)
+    box = data.box or ("bbox" if "bbox" in features else None)
+    images = [c for c, f in features.items() if c != mask and _is_image(f)]
+    usual = [c for c in ("image", "img") if c in features]
+    image = data.image or (usual[0] if usual else images[0] if len(images) == 1 else None)
+    if image is None:
+        raise ValueError(
+            f"cannot tell which column of {alias.hub} holds the image; "
+            f"name one by data.image: {', '.join(images or features)}"
+        )
+    kinds = [c for c, f in features.items() if type(f).__name__ == "ClassLabel"]
+    label = data.label or alias.label or ("label" if "label" in features else kinds[0] if len(kinds) == 1 else None)
+    if label is None:
+        raise ValueError(
+            f"cannot tell which column of {alias.hub} holds the class; "
+            f"name one by data.label: {', '.join(kinds or features)}"
+        )
+    for part, rows in parts.items():
+        for column in (image, label, mask, box, data.group):
+            if column is not None and column not in rows.features:
+                raise ValueError(f"the {part} images of {alias.hub} have no column {column!r}, the others do; add it")
+    return Columns(image=image, label=label, mask=mask, box=box, group=data.group)
+
+
+def _is_image(feature: Any) -> bool:
+    return type(feature).__name__ == "Image" or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Records of the rows of a dataset."""
+
+    dataset: "datasets.Dataset"
+    columns: Columns
+
+    def __call__(self, rows: Sequence[int]) -> list[Record]:
+        """The records of these rows."""
+        found = self.dataset[list(rows)]
+        nothing = [None] * len(rows)
+        masks = found[self.columns.mask] if self.columns.mask else nothing
+        boxes = found[self.columns.box] if self.columns.box else nothing
+        return [record(*cells) for cells in zip(found[self.columns.image], masks, boxes, strict=True)]
+
+
+def record(image: Any, mask: Any, boxes: Any) -> Record:
+    """A record from the cells of a row."""
+    return Record(_content(image) or b"", _content(mask), boxes)
+
+
+def _content(cell: Any) -> Any:
+    """The file or its bytes in a cell of an image column; rows of numbers stay what they are."""
+    if isinstance(cell, dict):
+        cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
+    return Path(cell) if isinstance(cell, str) else cell
+
+
+def undecoded(rows: Any, columns: Columns) -> Any:
+    """A dataset or stream with our columns alone, whose images are left as files."""
+    datasets = import_datasets()
+    used = [c for c in (columns.image, columns.label, columns.mask, columns.box, columns.group) if c is not None]
+    rows = rows.select_columns(list(dict.fromkeys(used)))
+    for column in (columns.image, columns.mask):
+        if column is not None and type(rows.features[column]).__name__ == "Image":
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
+def table(data: Data, found: Found) -> Table:
+    """What the columns tell of the images.
+
+    Raises:
+        ValueError: a column is missing or does not hold what it should.
+    """
+    datasets = import_datasets()
+    parts, alias = found.parts, found.alias
+    columns = choose_columns(data, found)
+    with silent():
+        try:
+            whole = datasets.concatenate_datasets([undecoded(rows, columns) for rows in parts.values()])
+        except ValueError as error:
+            raise ValueError(f"the columns of {' and '.join(parts)} in {alias.hub} differ in type: {error}") from error
+    part = np.repeat(list(parts), [len(rows) for rows in parts.values()])
+    classes, labels = encode_labels(whole[columns.label][:], whole.features[columns.label], columns.label)
+    groups = None
+    if columns.group is not None:
+        values = whole[columns.group][:]
+        if None in values:
+            raise ValueError(
+                f"{values.count(None)} of {len(values)} images have no {columns.group!r}; every image needs its group"
+            )
+        groups = np.array([str(v) for v in values])
+    reader = RowReader(whole, columns)
+    return Table(
+        name=data.source,
+        classes=alias.classes or classes,
+        labels=labels,
+        names=_names(parts, whole, columns.image),
+        parts=part,
+        reader=reader,
+        key=f"{fingerprint(found.files)} {columns}" if found.files else None,
+        size=alias.size or usual_size(reader, len(whole)),
+        groups=groups,
+        group_name=columns.group,
+        has_masks=columns.mask is not None,
+        has_boxes=columns.box is not None,
+        flip_ok=alias.flip_ok,
+    )
+
+
+def encode_labels(values: Sequence[Any], feature: Any, column: str) -> tuple[tuple[str, ...], Int64[Array, " n"]]:
+    """Class names and the class number of each row, -1 where there is none.
+
+    Raises:
+        ValueError: the column holds something else than classes.
+    """
+    if type(feature).__name__ == "ClassLabel":
+        return tuple(feature.names), np.array([-1 if v is None else v for v in values], dtype=np.int64)
+    known = {v for v in values if v is not None}
+    if not all(isinstance(v, str | int) for v in known):
+        raise ValueError(
+            f"expected class names or whole numbers in column {column!r}, got {feature}; name another by data.label"
+        )
+    ordered = sorted(known - {-1})
+    number = {v: i for i, v in enumerate(ordered)}
+    return tuple(str(v) for v in ordered), np.array([number.get(v, -1) for v in values], dtype=np.int64)
+
+
+def _names(parts: "Mapping[str, datasets.Dataset]", whole: "datasets.Dataset", image: str) -> list[str]:
+    """File names where the rows have them, otherwise row numbers, after the split."""
+    names = [(part, f"{i:06d}") for part, rows in parts.items() for i in range(len(rows))]
+    if _is_image(whole.features[image]):
+        paths = [path for chunk in whole.data.column(image).chunks for path in chunk.field("path").to_pylist()]
+        names = [(part, path or number) for (part, number), path in zip(names, paths, strict=True)]
+    return [name if not part or name.startswith(f"{part}/") else f"{part}/{name}" for part, name in names]

@@ -1,0 +1,178 @@
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sightline.data.images import UnreadableImage, open_image, open_mask, quiet
+
+RED = (200, 30, 10)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def middle(file: bytes | Path, size: int = 8) -> tuple[int, ...]:
+    return tuple(int(v) for v in open_image(file, (size, size))[0][size // 2, size // 2])
+
+
+def test_the_whole_image_is_resized_and_its_size_told():
+    image = np.zeros((10, 20, 3), np.uint8)
+    image[:, 10:] = 255
+    pixels, stored = open_image(encoded(Image.fromarray(image)), (5, 4))
+    assert stored == (10, 20) and pixels.shape == (5, 4, 3) and pixels.dtype == np.uint8
+    assert pixels[:, 0].max() == 0 and pixels[:, 3].min() == 255
+
+
+def test_resizing_is_antialiased():
+    stripes = np.tile(np.array([0, 255], np.uint8), (32, 16))
+    pixels, _ = open_image(encoded(Image.fromarray(stripes)), (4, 4))
+    assert abs(pixels.astype(int) - 127).max() < 16
+
+
+def test_orientation_of_the_camera_is_applied():
+    image = Image.new("RGB", (8, 4), "black")
+    image.paste("white", (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise: what was left is on top
+    for kind in ("PNG", "JPEG"):
+        pixels, stored = open_image(encoded(image, kind, exif=exif), (8, 4))
+        assert stored == (8, 4)
+        assert pixels[:3].min() > 240 and pixels[-3:].max() < 15
+    mask = open_mask(encoded(image, exif=exif), (8, 4), (8, 4))
+    assert mask[:4].all() and not mask[4:].any()
+
+
+def test_grey_palette_one_bit_and_cmyk():
+    assert middle(encoded(Image.new("L", (8, 8), 77))) == (77, 77, 77)
+    assert middle(encoded(Image.new("RGB", (8, 8), RED).quantize(4))) == RED
+    assert middle(encoded(Image.new("1", (8, 8), 1))) == (255, 255, 255)
+    red, green, blue = middle(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
+    assert red > 240 and green < 15 and blue < 15
+
+
+def test_sixteen_bits_are_scaled_to_eight():
+    for kind in ("PNG", "TIFF"):
+        for value, expected in ((65535, 255), (32896, 128), (257, 1), (0, 0)):
+            grey = Image.fromarray(np.full((8, 8), value, np.uint16))
+            assert middle(encoded(grey, kind)) == (expected,) * 3
+
+
+def test_floating_point_white_is_one_and_other_ranges_are_refused():
+    assert middle(encoded(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF")) == (128, 128, 128)
+    with pytest.raises(UnreadableImage, match="expected floating-point values in 0 to 1, got -3 to -3"):
+        middle(encoded(Image.fromarray(np.full((8, 8), -3, np.float32)), "TIFF"))
+    with pytest.raises(UnreadableImage, match="expected 16-bit values in 0 to 65535, got 70000 to 70000"):
+        middle(encoded(Image.fromarray(np.full((8, 8), 70000, np.int32)), "TIFF"))
+
+
+def test_what_is_transparent_lies_on_white():
+    assert middle(encoded(Image.new("RGBA", (8, 8), (*RED, 0)))) == (255, 255, 255)
+    assert middle(encoded(Image.new("LA", (8, 8), (0, 128)))) == (127, 127, 127)
+    palette = Image.new("P", (8, 8), 0)
+    assert middle(encoded(palette, transparency=0)) == (255, 255, 255)
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        red, _, blue = middle(encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True))
+        assert red > 240 and blue < 15
+
+
+def test_one_pixel():
+    pixels, stored = open_image(encoded(Image.new("RGB", (1, 1), RED)), (3, 3))
+    assert stored == (1, 1) and (pixels == RED).all()
+
+
+def test_a_large_jpeg_is_decoded_reduced_with_the_same_result():
+    smooth = np.linspace(0, 255, 800, dtype=np.uint8)[None, :, None] * np.ones((600, 1, 3), np.uint8)
+    file = encoded(Image.fromarray(smooth), "JPEG", quality=95)
+    reduced, stored = open_image(file, (32, 32))
+    with Image.open(io.BytesIO(file)) as image:
+        whole = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
+    assert stored == (600, 800)
+    assert abs(reduced.astype(int) - whole).max() <= 3
+
+
+def bomb(side: int) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"hello, I am a text file", "not an image of a known format"),
+        (encoded(Image.new("RGB", (64, 64), RED), "JPEG")[:-40], "truncated"),
+        (encoded(Image.effect_noise((64, 64), 50))[:1000], "truncated|broken"),
+        (bomb(30_000), "refused as a decompression bomb: .*900000000 pixels"),
+    ],
+    ids=["empty", "text", "jpeg", "png", "bomb"],
+)
+def test_unusable_files_are_refused_with_a_reason(file, reason, tmp_path):
+    with pytest.raises(UnreadableImage, match=reason) as from_bytes:
+        open_image(file, (8, 8))
+    assert "\n" not in str(from_bytes.value) and "0x" not in str(from_bytes.value)
+    (tmp_path / "image.jpg").write_bytes(file)
+    with pytest.raises(UnreadableImage, match=reason):
+        open_image(tmp_path / "image.jpg", (8, 8))
+
+
+def test_a_missing_file():
+    with pytest.raises(UnreadableImage, match="No such file"):
+        open_image(Path("nowhere.jpg"), (8, 8))
+
+
+def test_a_bomb_takes_no_memory():
+    import tracemalloc
+
+    tracemalloc.start()
+    with pytest.raises(UnreadableImage, match="bomb"):
+        open_image(bomb(30_000), (8, 8))
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+def test_large_images_short_of_a_bomb_do_not_warn():
+    with pytest.raises(UnreadableImage, match="exceeds limit"):
+        open_image(bomb(10_000), (8, 8))  # warnings are errors here
+    with quiet(), pytest.raises(UnreadableImage, match=r"truncated|broken"):
+        open_image(bomb(10_000), (8, 8))
+
+
+def test_quiet_gives_the_filters_back():
+    before = list(warnings.filters)
+    with quiet():
+        pass
+    assert warnings.filters == before
+
+
+def test_masks_keep_pixels_that_are_half_covered():
+    mask = np.zeros((4, 8), np.uint8)
+    mask[:, :3] = 2  # an index, not a grey value
+    assert open_mask(encoded(Image.fromarray(mask)), (2, 4), (4, 8)).tolist() == [[True, True, False, False]] * 2
+    assert open_mask(mask.tolist(), (2, 4), (4, 8)).tolist() == [[True, True, False, False]] * 2
+
+
+def test_masks_in_colour_and_with_alpha():
+    for mode, black, white in (("RGB", (0, 0, 0), (0, 9, 0)), ("RGBA", (0, 0, 0, 255), (1, 1, 1, 255)), ("1", 0, 1)):
+        mask = Image.new(mode, (4, 4), black)
+        mask.paste(white, (0, 0, 2, 4))
+        assert open_mask(encoded(mask), (4, 4), (4, 4)).tolist() == [[True, True, False, False]] * 4
+
+
+def test_a_mask_of_another_size_is_refused():
+    with pytest.raises(UnreadableImage, match="expected a mask as large as its image, 8 x 6 pixels, got 4 x 4"):
+        open_mask(encoded(Image.new("L", (4, 4))), (3, 3), (6, 8))

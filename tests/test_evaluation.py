@@ -1,0 +1,206 @@
+"""Methods x metrics on planted data whose answers are known."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sightline.data import ImageSet, Preprocess
+from sightline.data.sets import Pixels
+from sightline.evaluation import evaluate
+from sightline.metrics import energy_in_mask
+from sightline.metrics.uncertainty import mean_interval, wilson_interval
+from sightline.testing import PlantedAttention, PooledModel
+
+
+class Planted:
+    """Store of images in which one bright red, green or blue square is the class and the evidence."""
+
+    def __init__(self, n, side=16, square=4, seed=0):
+        rng = np.random.default_rng(seed)
+        self.labels = rng.integers(3, size=n)
+        self.images = rng.integers(0, 40, size=(n, 3, side, side), dtype=np.uint8)
+        self.masks = np.zeros((n, side, side), dtype=bool)
+        for image, mask, label in zip(self.images, self.masks, self.labels, strict=True):
+            y, x = rng.integers(0, side - square + 1, size=2)
+            image[label, y : y + square, x : x + square] = 255
+            mask[y : y + square, x : x + square] = True
+
+    def read(self, rows):
+        return Pixels(self.images[rows].copy(), self.masks[rows].copy(), None)
+
+
+def planted(n=40, groups=None, labels=None, skipped=()):
+    store = Planted(n)
+    return ImageSet(
+        name="planted",
+        split="test",
+        classes=("red", "green", "blue"),
+        preprocess=Preprocess(size=(16, 16), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        labels=store.labels.astype(np.int64) if labels is None else labels,
+        names=[f"{i}.png" for i in range(n)],
+        store=store,
+        groups=groups,
+        group_name=None if groups is None else "patient",
+        skipped=skipped,
+        has_masks=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def found():
+    return evaluate(PooledModel(torch.eye(3)), planted(), limit=30, steps=8, examples=5)
+
+
+def test_the_true_map_beats_every_control(found):
+    assert found.accuracy.value == 1 and found.accuracy.high == 1 and found.n_images == 40
+    assert found.methods == (
+        "activation_map",
+        "cam",
+        "grad_cam",
+        "random_map",
+        "centre_map",
+        "edge_map",
+        "contrast_map",
+    )
+    assert found.metrics == ("deletion_auc", "insertion_auc", "pointing_game", "energy_in_mask")
+    assert found.chance == {"pointing_game": 1 / 16, "energy_in_mask": 1 / 16}
+    cam = {metric: found.score("cam", metric).interval for metric in found.metrics}
+    assert cam["pointing_game"].value == 1
+    for control in ("random_map", "centre_map"):
+        assert cam["energy_in_mask"].low > found.score(control, "energy_in_mask").interval.high
+        assert cam["insertion_auc"].low > found.score(control, "insertion_auc").interval.high
+        assert cam["deletion_auc"].high < found.score(control, "deletion_auc").interval.low
+    assert found.layers["cam"] == "features (3 x 16 x 16)" and found.layers["random_map"] == ""
+    assert len(found.examples) == 5 and found.errors == ()
+
+
+def test_scores_are_those_of_the_functions(found):
+    data = planted()
+    rows = [data.names.index(name) for name in found.per_image["name"]]
+    batch = data.batch(rows)
+    maps = batch.images.float()[torch.arange(30), batch.labels][:, None] / 255
+    assert np.allclose(found.per_image["energy_in_mask/cam"], energy_in_mask(maps, batch.masks), atol=1e-6)
+    assert found.score("cam", "energy_in_mask").interval.value == pytest.approx(
+        np.mean(found.per_image["energy_in_mask/cam"])
+    )
+    assert len(set(rows)) == 30 and rows == sorted(rows)
+
+
+def test_batch_size_changes_nothing(found):
+    other = evaluate(PooledModel(torch.eye(3)), planted(), limit=30, steps=8, examples=5, batch_size=7)
+    for a, b in zip(found.scores, other.scores, strict=True):
+        assert a.interval.value == pytest.approx(b.interval.value, abs=1e-5)
+    assert other.per_image["name"] == found.per_image["name"]
+
+
+def test_the_summary_says_no_more_than_the_intervals(found):
+    text = "\n".join(found.summary)
+    assert "right class in 100.0%" in text and "better than always giving the most frequent answer" in text
+    assert "insertion_auc: " in text and "it beats every control" in text
+    constant = evaluate(PooledModel(torch.zeros(3, 3)), planted(), ["grad_cam"], ["energy_in_mask"], limit=20)
+    text = "\n".join(constant.summary)
+    assert "not reliably better than always" in text and "20 of 20 maps of grad_cam are flat" in text
+    assert constant.score("grad_cam", "energy_in_mask").undefined == 20
+    assert np.isnan(constant.score("grad_cam", "energy_in_mask").interval.value)
+    blind = evaluate(
+        PooledModel(torch.eye(3)), planted(), ["activation_map"], ["energy_in_mask"], controls=["contrast_map"]
+    )
+    assert len(blind.summary) == 2
+
+
+def test_mistakes_are_shown_most_confident_first():
+    weight = torch.eye(3)
+    weight[2] = -1
+    found = evaluate(PooledModel(weight), planted(), ["cam"], ["energy_in_mask"], limit=4, examples=6)
+    wrong = found.confusion.sum() - np.trace(found.confusion)
+    assert wrong == (planted().labels == 2).sum() and found.accuracy.value == pytest.approx(1 - wrong / 40)
+    assert len(found.errors) == 3 and len(found.examples) == 4
+    assert [e.label for e in found.errors] == ["blue"] * 3 and all(e.prediction != "blue" for e in found.errors)
+    assert [e.probability for e in found.errors] == sorted((e.probability for e in found.errors), reverse=True)
+    assert found.majority == np.bincount(planted().labels).max() / 40
+
+
+def test_learned_attention_is_scored_beside_the_others():
+    found = evaluate(PlantedAttention(), planted(), limit=10, steps=4)
+    assert found.methods[0] == "attention" and found.layers["attention"] == "pool (1 x 16 x 16)"
+    two = torch.nn.Sequential()
+    two.append(PlantedAttention())
+    with pytest.raises(ValueError, match="did you mean 'attention'"):
+        evaluate(two, planted(), ["atention"])
+
+
+def test_groups_are_resampled_whole():
+    groups = np.repeat([f"p{i}" for i in range(4)], 10)
+    found = evaluate(PooledModel(torch.eye(3)), planted(groups=groups), ["cam"], ["energy_in_mask"], controls=())
+    assert found.unit == "patient" and found.accuracy.n == 4
+    assert found.score("cam", "energy_in_mask").interval.n == 4
+    assert found.per_image["patient"] == groups.tolist()
+    values = np.repeat([0.0, 0.0, 1.0, 1.0], 25)
+    wide, narrow = mean_interval(values, np.repeat(list("abcd"), 25)), mean_interval(values)
+    assert (wide.low, wide.high) == (0, 1) and 0.38 < narrow.low < narrow.high < 0.62
+    uneven = mean_interval(np.array([1.0, 1.0, 1.0, 0.0]), np.array(["a", "a", "a", "b"]))
+    assert uneven.value == 0.75 and uneven.n == 2
+
+
+def test_intervals_have_their_textbook_values():
+    # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29
+    for hits, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        interval = wilson_interval(hits, n)
+        assert (interval.low, interval.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    interval = mean_interval(values)
+    reach = 1.96 * values.std() / 20
+    assert interval.low == pytest.approx(values.mean() - reach, abs=0.03)
+    assert interval.high == pytest.approx(values.mean() + reach, abs=0.03)
+    assert mean_interval(values) == interval and mean_interval(values, seed=1) != interval
+    assert np.isnan(mean_interval(np.array([np.nan])).value)
+
+
+def test_own_batches_of_tuples_and_dicts():
+    data = planted()
+    batch = data.batch(range(40))
+    images = batch.images.float() / 255
+    tuples = [(images[:25], batch.labels[:25], batch.masks[:25]), (images[25:], batch.labels[25:], batch.masks[25:])]
+    one = evaluate(PooledModel(torch.eye(3)), tuples, ["cam"], limit=30, steps=4)
+    own = evaluate(PooledModel(torch.eye(3)), data, ["cam"], limit=30, steps=4)
+    for a, b in zip(one.scores, own.scores, strict=True):
+        assert a.interval.value == pytest.approx(b.interval.value, abs=1e-5)
+    dicts = [{"images": images[:8], "names": list("abcdefgh"), "groups": list("xxxxyyyy")}]
+    found = evaluate(PooledModel(torch.eye(3)), dicts, ["cam"], steps=4)
+    assert found.accuracy is None and found.confusion is None and found.unit == "group"
+    assert found.metrics == ("deletion_auc", "insertion_auc")
+    assert found.examples[0].label is None and found.examples[0].name == "a"
+
+
+def test_files_hold_what_was_found(found, tmp_path):
+    read = json.loads(found.to_json(tmp_path / "sub" / "evaluation.json").read_text())
+    assert read["scores"][0]["method"] == "activation_map" and read["accuracy"]["value"] == 1
+    assert read["confusion"] == found.confusion.tolist()
+    rows = list(csv.DictReader(found.to_csv(tmp_path / "per_image.csv").read_text().splitlines()))
+    assert len(rows) == 30 and float(rows[3]["energy_in_mask/cam"]) == found.per_image["energy_in_mask/cam"][3]
+
+
+def test_bad_requests_say_what_to_do(unchecked):
+    model, data = PooledModel(torch.eye(3)), planted(4)
+    with pytest.raises(ValueError, match="got 'deletion'; did you mean 'deletion_auc'"):
+        evaluate(model, data, metrics=["deletion"])
+    with pytest.raises(ValueError, match="expected the name of a control, got 'noise'"):
+        evaluate(model, data, controls=["noise"])
+    with pytest.raises(ValueError, match="expected masks or boxes for energy_in_mask"):
+        evaluate(model, [(torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long))], metrics=["energy_in_mask"])
+    with pytest.raises(ValueError, match="expected at least one image"):
+        evaluate(model, [])
+    with pytest.raises(ValueError, match="expected data that can be read twice"):
+        evaluate(model, iter([(torch.rand(2, 3, 4, 4),)]))
+    with pytest.raises(ValueError, match="expected a model with 3 classes like the data, got 2"):
+        evaluate(PooledModel(torch.ones(2, 3)), data)
+    with pytest.raises(ValueError, match=r"expected batches \(images, labels"):
+        evaluate(model, ["picture"])
