@@ -10,7 +10,7 @@ help:
 
 demo:
 	@scripts/setup train
-	.venv/bin/python -m sightline demo --out runs/demo
+	.venv/bin/python -m sightline demo --out runs/demo --resume
 
 # The shape checker wraps functions, which torch.compile would trace: those tests run without it.
 test: export OMP_NUM_THREADS = 1

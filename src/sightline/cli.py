@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 DEMO = recipe.Recipe(
     data=recipe.Data(source="clutter"),
-    model=recipe.Model(name="vgg_att2", options={"width": 0.25, "stem_pool": 2}),
-    optim=recipe.Optim(epochs=8),
+    model=recipe.Model(name="vgg_att2", options={"width": 0.25, "stem_pool": 2, "dropout": 0.0}),
+    optim=recipe.Optim(epochs=4, batch_size=32, optimizer="adamw", lr=0.003, weight_decay=0.05),
 )
 _KINDS = ("datasets", "models", "attention", "explainers", "metrics")
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line per error, with a hint at what was meant; the recipe's fields below the help of the verbs that take them."""
+    """One line per error, with a hint at what was meant; the recipe's fields below the help of verbs that take them."""
 
     def format_help(self) -> str:
         return super().format_help() + (_fields() if self.get_default("recipe_fields") else "")

@@ -1,5 +1,9 @@
 """Attention blocks: plain modules whose child `gate` returns the weights, so that any hook reads the learned map."""
 
+from torch import nn
+
 from sightline.attention.pooling import CompatibilityGate, LearnToPayAttention
 
-__all__ = ["CompatibilityGate", "LearnToPayAttention"]
+__all__ = ["ATTENTION", "CompatibilityGate", "LearnToPayAttention"]
+
+ATTENTION: dict[str, type[nn.Module]] = {"ltpa": LearnToPayAttention}

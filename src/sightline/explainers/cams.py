@@ -16,7 +16,7 @@ def cam(
     linear_heads: tuple[nn.Linear, ...],
     layer: str,
 ) -> Float[Tensor, "b t h w"]:
-    r"""$\sum_k w_k^c A^k$ with the weights of the linear layer behind global average pooling; no ReLU.
+    r"""Channels weighted by the linear layer behind global average pooling, summed: $\sum_k w_k^c A^k$, no ReLU.
 
     The mean of the map plus the layer's bias is the logit, which is also how the head is recognised: a linear layer
     that reproduces the logits from the mean activations. No backward pass is needed, however many targets.
@@ -40,8 +40,9 @@ def cam(
 
 @Explainer
 def grad_cam(activations: Float[Tensor, "b k h w"], gradients: Float[Tensor, "b t k h w"]) -> Float[Tensor, "b t h w"]:
-    r"""$\mathrm{ReLU}(\sum_k \alpha_k^c A^k)$ $\alpha_k^c$ the position mean of $\partial y^c / \partial A^k$.
+    r"""Channels weighted by the mean gradient of the class's logit, summed, the positive part.
 
+    $\mathrm{ReLU}(\sum_k \alpha_k^c A^k)$, where $\alpha_k^c$ is the mean over positions of $\partial y^c / \partial A^k$.
     $y^c$ is the logit, not the probability. On a net with global average pooling and one linear layer this is
     ReLU(CAM) divided by the number of positions.
 

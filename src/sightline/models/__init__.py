@@ -10,7 +10,7 @@ from torch import nn
 
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
 
-__all__ = ["MODELS", "create_model"]
+__all__ = ["MODELS", "create_model", "input_of"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg": VGG,
@@ -58,6 +58,20 @@ def create_model(
     if weights is not None and not pretrained:
         _load(model, name, Path(weights))
     return model
+
+
+def input_of(
+    model: nn.Module,
+) -> tuple[tuple[int, int], tuple[float, float, float], tuple[float, float, float]]:
+    """Size (height, width), mean and std of the images that a timm model was trained on; 224 px ImageNet for others.
+
+    >>> input_of(nn.Identity())[0]
+    (224, 224)
+    """
+    from timm.data.config import resolve_model_data_config
+
+    known = resolve_model_data_config(model)
+    return known["input_size"][1:], known["mean"], known["std"]
 
 
 def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
