@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DEMO = recipe.Recipe(
     data=recipe.Data(source="clutter"),
     model=recipe.Model(name="vgg_att2", options={"width": 0.25, "stem_pool": 2, "dropout": 0.0}),
-    optim=recipe.Optim(epochs=4, batch_size=32, optimizer="adamw", lr=0.003, weight_decay=0.05),
+    optim=recipe.Optim(epochs=6, batch_size=32, optimizer="adamw", lr=0.006, weight_decay=0.05),
 )
 _KINDS = ("datasets", "models", "attention", "explainers", "metrics")
 
@@ -121,7 +121,8 @@ def _evaluate_run(
         raise ValueError(f"{strange[0]}: expected only data fields here, the run brings its model; leave it out")
     _check_writable(out)
     start = time.perf_counter()
-    wanted = recipe.load(replace(run.recipe, data=replace(run.recipe.data, size=run.preprocess.size[0])), overrides)
+    own = recipe.Data() if "data.source" in overrides else run.recipe.data
+    wanted = recipe.load(replace(run.recipe, data=replace(own, size=run.preprocess.size[0])), overrides)
     splits = data.load(wanted.data)
     if split not in splits or not len(splits[split]):
         raise ValueError(f"expected a split with images out of {', '.join(splits)}, got {split!r}; choose with --split")
@@ -243,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
         return new
 
     def evaluation(new: argparse.ArgumentParser) -> None:
-        new.add_argument("--limit", type=_count, default=200, metavar="N", help="images to make maps of (200)")
+        new.add_argument("--limit", type=_count, default=100, metavar="N", help="images to make maps of (100)")
 
     new = verb("demo", demo, True)
     new.add_argument("--out", default="runs/demo", metavar="FOLDER", help="run folder to write (runs/demo)")

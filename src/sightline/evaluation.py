@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -24,6 +23,7 @@ from sightline.explainers import EXPLAINERS, Explanation, attention_maps, explai
 from sightline.inference import forward
 from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import Interval, mean_interval, wilson_interval
+from sightline.runs import write
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]
@@ -121,7 +121,9 @@ class Evaluation:
         """Write everything but the pictures; values that are not finite become null."""
         left_out = ("per_image", "examples", "errors", "mean_maps")
         facts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
-        return _write(Path(path), json.dumps(_plain(facts), indent=1))
+        path = Path(path)
+        write(path, json.dumps(_plain(facts), indent=1).encode())
+        return path
 
     def to_csv(self, path: Path | str) -> Path:
         """Write the table of scores of each image, one row per image."""
@@ -129,7 +131,9 @@ class Evaluation:
         writer = csv.writer(text)
         writer.writerow(self.per_image)
         writer.writerows(zip(*self.per_image.values(), strict=True))
-        return _write(Path(path), text.getvalue())
+        path = Path(path)
+        write(path, text.getvalue().encode())
+        return path
 
 
 def evaluate(
@@ -601,11 +605,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8", newline="")
-    os.replace(partial, path)
-    return path

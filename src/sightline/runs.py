@@ -114,6 +114,7 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full or the folder is read-only.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:

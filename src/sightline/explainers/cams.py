@@ -42,7 +42,7 @@ def cam(
 def grad_cam(activations: Float[Tensor, "b k h w"], gradients: Float[Tensor, "b t k h w"]) -> Float[Tensor, "b t h w"]:
     r"""Channels weighted by the mean gradient of the class's logit, summed, the positive part.
 
-    $\mathrm{ReLU}(\sum_k \alpha_k^c A^k)$, where $\alpha_k^c$ is the mean over positions of $\partial y^c / \partial A^k$.
+    $\mathrm{ReLU}(\sum_k \alpha_k^c A^k)$, with $\alpha_k^c$ the mean over positions of $\partial y^c / \partial A^k$.
     $y^c$ is the logit, not the probability. On a net with global average pooling and one linear layer this is
     ReLU(CAM) divided by the number of positions.
 

@@ -1,0 +1,267 @@
+"""The command line as its users meet it: what it writes, what it says, what it leaves behind."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from sightline import cli, recipe, runs
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--data.train_size=120",
+    "--data.test_size=30",
+    "--model.options.width=0.0625",
+    "--model.options.stem_pool=2",
+    "--optim.epochs=1",
+    "--optim.batch_size=32",
+    "--limit=6",
+]
+
+
+def sightline(*arguments):
+    """Run a verb in this process."""
+    cli.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    """The one line that a refused command prints."""
+    with pytest.raises(SystemExit) as stop:
+        sightline(*arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "Traceback" not in said
+    return said
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    sightline("train", "--data", "clutter", "--model", "vgg_att2", "--out", out, *TINY)
+    return out
+
+
+def test_train_ends_with_weights_scores_and_a_report(run):
+    files = {path.name for path in run.iterdir()}
+    wanted = {
+        "recipe.yaml",
+        "model.safetensors",
+        "run.json",
+        "metrics.csv",
+        "evaluation.json",
+        "per_image.csv",
+        "report.html",
+    }
+    assert wanted <= files and not any(name.endswith((".tmp", ".part")) for name in files)
+    assert runs.open_run(run).recipe.model.options == {"width": 0.0625, "stem_pool": 2}
+    rows = list(csv.DictReader((run / "per_image.csv").read_text().splitlines()))
+    assert len(rows) == 6 and "energy_in_mask/attention@attention.conv10" in rows[0]
+
+
+def test_demo_is_the_recipe_in_the_repository():
+    assert recipe.load(ROOT / "recipes" / "clutter_demo.yaml") == cli.DEMO
+
+
+def test_demo_prints_the_table_and_the_report(tmp_path, capsys):
+    sightline("demo", "--out", tmp_path / "run", *TINY)
+    said = capsys.readouterr().out
+    assert "deletion_auc" in said and "random_map (control)" in said
+    assert said.strip().endswith(f"report: {tmp_path / 'run' / 'report.html'}")
+    sightline("demo", "--out", tmp_path / "run", "--resume", *TINY)
+    assert "report: " in capsys.readouterr().out
+
+
+def test_several_seeds_give_a_mean_with_its_spread(tmp_path, capsys):
+    sightline("train", "--data", "clutter", "--out", tmp_path / "runs", "--seeds", "0,1", *TINY)
+    assert "test accuracy over 2 seeds: " in capsys.readouterr().out
+    assert (tmp_path / "runs" / "seed-1" / "report.html").is_file()
+
+
+def test_evaluate_on_other_masks_and_metrics(run, tmp_path, capsys):
+    chosen = ["--methods", "grad_cam,attention@attention.conv10", "--metrics", "energy_in_mask", "--limit", 5]
+    data = ["--data", "clutter-shortcut", "--data.mask", "patch"]
+    sightline("evaluate", run, *data, *chosen, "--out", tmp_path / "patch")
+    said = capsys.readouterr().out
+    assert "deletion_auc" not in said and "vgg_att2 on clutter-shortcut (test), 5 images" in said
+    assert (tmp_path / "patch" / "report.html").is_file()
+
+
+def test_explain_writes_overlays_raw_maps_and_a_table(run, tmp_path, capsys):
+    folder = tmp_path / "images" / "sub"
+    folder.mkdir(parents=True)
+    for name, size in [("a.png", (40, 40)), ("b.jpg", (60, 50))]:
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)).save(folder / name)
+    (folder.parent / "a.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "broken.png").write_bytes(b"")
+    out = tmp_path / "maps"
+    sightline("explain", run, folder.parent, "--methods", "attention,grad_cam", "--target", 3, "--out", out)
+    said = capsys.readouterr()
+    assert "skipped" in said.err and "broken.png" in said.err and "3 images x 2 methods" in said.out
+    rows = list(csv.DictReader((out / "maps.csv").read_text().splitlines()))
+    assert len(rows) == 6 and {row["class"] for row in rows} == {"3"}
+    names = {path.name for path in out.iterdir()}
+    assert len([name for name in names if name.endswith(".npz")]) == 3
+    assert len([name for name in names if name.endswith("--grad_cam.png")]) == 3
+    raw = np.load(out / "b.npz")
+    assert set(raw) == {"attention", "grad_cam"} and raw["attention"].sum() == pytest.approx(1, abs=1e-4)
+    with Image.open(out / "b--attention.png") as picture:
+        assert picture.size == (40, 40)
+    assert "broken.png" in refused(capsys, "explain", run, folder, "--strict", "--out", tmp_path / "strict")
+
+
+def test_explain_any_model_with_its_weights(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    (tmp_path / "classes.txt").write_text("cat\ndog\nfish\n")
+    Image.new("RGB", (100, 80), "red").save(tmp_path / "red.png")
+    given = ["--weights", tmp_path / "weights.safetensors", "--classes", tmp_path / "classes.txt"]
+    sightline(
+        "explain", "resnet10t", tmp_path / "red.png", *given, "--methods", "cam,grad_cam", "--out", tmp_path / "out"
+    )
+    rows = list(csv.DictReader((tmp_path / "out" / "maps.csv").read_text().splitlines()))
+    assert {row["class"] for row in rows} <= {"cat", "dog", "fish"} and rows[0]["layer"].startswith("layer4")
+
+
+def test_print_recipe_shows_every_field_and_trains_nothing(tmp_path, capsys):
+    sightline("train", "--data", "cifar10", "--optim.epochs", "3", "--print-recipe", "--out", tmp_path / "none")
+    said = capsys.readouterr().out
+    (tmp_path / "said.yaml").write_text(said)
+    found = recipe.load(tmp_path / "said.yaml")
+    assert found.data.source == "cifar10" and found.optim.epochs == 3 and not (tmp_path / "none").exists()
+
+
+def test_list_has_one_line_for_each_thing(capsys):
+    sightline("list")
+    said = capsys.readouterr().out
+    for name in ("clutter-shortcut", "vgg_att3", "ltpa", "grad_cam", "random_map", "energy_in_mask"):
+        assert sum(line.split()[:1] == [name] for line in said.splitlines()) == 1
+    sightline("list", "metrics")
+    assert "grad_cam" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [(), ("train",), ("evaluate",), ("explain",), ("demo",), ("list",)])
+def test_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sightline(*verb, "--help")
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and said.startswith("usage: sightline")
+    assert ("--optim.label_smoothing" in said) == (verb in [("train",), ("evaluate",), ("demo",)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "did you mean train?"),
+        (["train", "--data", "cluter", "--out", "{}"], "did you mean 'clutter'"),
+        (["train", "--model", "vgg_att22", "--out", "{}"], "did you mean 'vgg_att2'"),
+        (["train", "--optim.epoch", "3", "--out", "{}"], "did you mean optim.epochs?"),
+        (["train", "--optim.epochs", "three", "--out", "{}"], "expected a whole number, got 'three'"),
+        (["train", "--optim.epochs", "--out", "{}"], "--optim.epochs: expected a value, got none"),
+        (["train", "--model.options.widht", "1", "--out", "{}"], "vgg_att2 has no option 'widht'"),
+        (["train"], "expected --out FOLDER for the run, got none"),
+        (["train", "--recipe", "nowhere.yaml", "--out", "{}"], "recipe nowhere.yaml not found"),
+        (["train", "--data", "{}/nothing", "--out", "{}"], "nothing"),
+        (["explain", "nowhere/run", "a.png", "--out", "{}"], "nowhere/run: no such run folder"),
+        (["explain", "resnet18", "a.png", "--out", "{}"], "expected --weights FILE for model 'resnet18'"),
+        (["explain", "resnet18", "a.png", "--optim.lr", "1", "--out", "{}"], "expected no recipe field with explain"),
+        (["evaluate", "nowhere"], "nowhere: no such run"),
+        (["evaluate", "nowhere", "--limit", "0"], "expected a whole number of at least 1, got '0'"),
+        (["list", "maps"], "'maps' is none of"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+    assert message in refused(capsys, *(argument.format(tmp_path / "out") for argument in arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "gradcam"], "did you mean 'grad_cam'?"),
+        (["--methods", "grad_cam@features.conv99"], "did you mean 'features.conv"),
+        (["--metrics", "deletion"], "did you mean 'deletion_auc'?"),
+        (["--split", "dev"], "expected a split with images out of train, val, test, got 'dev'"),
+        (["--fill", "grey"], "got 'grey'"),
+        (["--optim.lr", "1"], "optim.lr: expected only data fields here"),
+        (["--methods", "cam"], "for cam, got another head; use grad_cam"),
+    ],
+)
+def test_bad_evaluation_is_one_line(arguments, message, run, tmp_path, capsys):
+    assert message in refused(capsys, "evaluate", run, *arguments, "--out", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_run_without_weights_or_of_other_classes(run, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("recipe.yaml", "run.json", "metrics.csv"):
+        (bare / name).write_bytes((run / name).read_bytes())
+    assert "has no model.safetensors" in refused(capsys, "evaluate", bare)
+    for name in ("cat", "dog"):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / "animals" / name / f"{i}.png")
+    said = refused(capsys, "evaluate", run, "--data", tmp_path / "animals", "--out", tmp_path / "out")
+    assert "expected data with the classes of the run, got 'cat'" in said
+
+
+def test_output_that_cannot_be_written(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    for out in (tmp_path / "file", Path("/proc/sightline")):
+        said = refused(capsys, "explain", run, tmp_path / "a.png", "--out", out)
+        assert "is a file" in said or "cannot write to /proc/sightline" in said
+        refused(capsys, "evaluate", run, "--out", out)
+        refused(capsys, "train", "--data", "clutter", "--out", out, *TINY)
+
+
+def test_a_full_disk_leaves_no_half_written_file(run, tmp_path):
+    # every file that the process writes may grow to 4 KiB only, as on a disk that is full
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from sightline.cli import main\n"
+        f"main(['evaluate', {str(run)!r}, '--limit', '2', '--steps', '2', '--out', {str(tmp_path / 'out')!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("sightline: error: ") and "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_ctrl_c_ends_in_one_line_and_can_be_resumed(tmp_path):
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "sightline",
+        "train",
+        "--data",
+        "clutter",
+        "--out",
+        str(out),
+        *TINY,
+        "--optim.epochs=200",
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "model.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "sightline: stopped in epoch" in said and "--resume" in said
+    assert not any(path.name.endswith((".tmp", ".part")) for path in out.iterdir())
