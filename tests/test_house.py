@@ -232,7 +232,7 @@ def test_make_demo(checkout: Checkout) -> None:
         result = checkout.run("make", "demo")
         assert result.returncode == 0, result.stderr
     assert checkout.installs == [".[train]"]
-    assert checkout.folder.joinpath("runs").read_text() == "-m sightline demo --out runs/demo\n" * 2
+    assert checkout.folder.joinpath("runs").read_text() == "-m sightline demo --out runs/demo --resume\n" * 2
 
 
 def test_make_test_runs_the_suite_with_and_without_the_shape_checker(checkout: Checkout) -> None:
