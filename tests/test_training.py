@@ -23,7 +23,7 @@ TINY = Recipe(
     data=Data(train_size=96, test_size=20),
     augment=Augment(crop=2),
     model=Model(name="vgg_att2", options={"width": 1 / 16, "stem_pool": 4}),
-    optim=Optim(epochs=2, batch_size=32, lr=0.05),
+    optim=Optim(epochs=2, batch_size=32, optimizer="sgd", lr=0.05, weight_decay=5e-4),
 )
 
 
@@ -365,7 +365,9 @@ def test_the_moving_average_takes_buffers_along():
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_step_is_that_of_plain_pytorch(name: str, tmp_path: Path):
     """Three steps against a bare loop: same images, same dropout, same optimiser."""
-    asked = replace(TINY, optim=Optim(epochs=1, batch_size=32, lr=0.01, optimizer=name, schedule="constant"))
+    asked = replace(
+        TINY, optim=Optim(epochs=1, batch_size=32, lr=0.01, weight_decay=5e-4, optimizer=name, schedule="constant")
+    )
     run = fit(asked, tmp_path / "run", progress=False)
     images = data.load(asked.data)["train"]
     torch.manual_seed(0)

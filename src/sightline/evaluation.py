@@ -541,7 +541,7 @@ def _summary(found: Evaluation, table: dict[tuple[str, str], Array], groups: Arr
         if not ranked:
             continue
         best = found.score(ranked[0], metric)
-        text = f"{metric}: {best.method} is best with {_figures(best.interval)}"
+        text = METRICS[metric].sentence.format(method=best.method, score=_figures(best.interval))
         if metric in found.chance:
             times = best.interval.value / found.chance[metric]
             text += f", {times:.1f} times what a map without knowledge reaches ({found.chance[metric]:.3f})"
@@ -552,7 +552,7 @@ def _summary(found: Evaluation, table: dict[tuple[str, str], Array], groups: Arr
         ]
         if found.controls:
             rest = [control for control in found.controls if control not in beaten]
-            text += "; it beats every control" if not rest else f"; it does not reliably beat {', '.join(rest)}"
+            text += "; it beats every control map" if not rest else f"; it does not reliably beat {', '.join(rest)}"
         tied = [
             m
             for m in ranked[1:]
@@ -563,7 +563,7 @@ def _summary(found: Evaluation, table: dict[tuple[str, str], Array], groups: Arr
     made = int(found.provenance["images with maps"])
     for method in real:
         for verdict, count in found.verdicts[method].items():
-            yield f"{count} of {made} maps of {method} are {verdict}: they say nothing about where the model looks."
+            yield f"{count} of {made} maps of {method} are {verdict}: such a map does not say where the model looks."
     if found.skipped:
         yield f"{len(found.skipped)} images could not be read and were left out."
 

@@ -82,17 +82,17 @@ class Optim:
 
     epochs: int = 20
     """Passes over the training images."""
-    batch_size: int = 128
+    batch_size: int = 32
     """Images per step, fewer where there are not so many; the last incomplete batch of a pass is left out."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "adamw"
     """SGD with momentum, or AdamW."""
-    lr: float = 0.1
+    lr: float = 0.003
     """Highest learning rate."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = True
     """Nesterov's form of the momentum."""
-    weight_decay: float = 5e-4
+    weight_decay: float = 0.05
     """Weight decay; not applied to biases and normalisation layers."""
     schedule: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
     """Course of the learning rate over the whole training."""

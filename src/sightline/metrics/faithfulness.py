@@ -88,6 +88,7 @@ class DeletionAUC(PerImageMean):
     """Mean `deletion_auc`."""
 
     function = staticmethod(deletion_auc)
+    sentence = "Hiding what {method} marks brings the model's confidence down fastest (deletion AUC {score})"
     higher_is_better = False
 
 
@@ -95,6 +96,7 @@ class InsertionAUC(PerImageMean):
     """Mean `insertion_auc`."""
 
     function = staticmethod(insertion_auc)
+    sentence = "Showing only what {method} marks brings the model's confidence up fastest (insertion AUC {score})"
     higher_is_better = True
 
 

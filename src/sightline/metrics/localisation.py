@@ -62,6 +62,7 @@ class PointingGame(PerImageMean):
     """Mean `pointing_game`."""
 
     function = staticmethod(pointing_game)
+    sentence = "The highest point of {method} lies in the marked region most often (share of images {score})"
     higher_is_better = True
 
 
@@ -69,6 +70,7 @@ class EnergyInMask(PerImageMean):
     """Mean `energy_in_mask`."""
 
     function = staticmethod(energy_in_mask)
+    sentence = "{method} has the largest share of its weight in the marked region ({score})"
     higher_is_better = True
 
 

@@ -17,6 +17,8 @@ class PerImageMean(Metric):
     """
 
     function: ClassVar[Callable[..., Tensor]]
+    sentence: ClassVar[str]
+    """What the best `{method}` of a table does, with its `{score}`, in plain words."""
     full_state_update = False
     is_differentiable = False
 
