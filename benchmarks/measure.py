@@ -74,7 +74,7 @@ def hardware() -> str:
 
 def save(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write `results/<name>.json`: the rows, the versions and the hardware they were measured with."""
-    packages = ("torch", "torchvision", "timm", "numpy", "lightning", "datasets", "jsonargparse")
+    packages = ("torch", "torchvision", "timm", "numpy", "lightning", "datasets")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {

@@ -61,7 +61,7 @@ def test_train_ends_with_weights_scores_and_a_report(run):
         "report.html",
     }
     assert wanted <= files and not any(name.endswith((".tmp", ".part")) for name in files)
-    assert runs.open_run(run).recipe.model.options == {"width": 0.0625, "stem_pool": 2}
+    assert runs.open_run(run).recipe.model.options == {"width": 0.0625, "stem_pool": 2, "dropout": 0.0}
     rows = list(csv.DictReader((run / "per_image.csv").read_text().splitlines()))
     assert len(rows) == 6 and "energy_in_mask/attention@attention.conv10" in rows[0]
 
@@ -110,6 +110,7 @@ def test_explain_writes_overlays_raw_maps_and_a_table(run, tmp_path, capsys):
     names = {path.name for path in out.iterdir()}
     assert len([name for name in names if name.endswith(".npz")]) == 3
     assert len([name for name in names if name.endswith("--grad_cam.png")]) == 3
+    assert sorted({row["maps"] for row in rows}) == ["a", "a-2", "b"]
     raw = np.load(out / "b.npz")
     assert set(raw) == {"attention", "grad_cam"} and raw["attention"].sum() == pytest.approx(1, abs=1e-4)
     with Image.open(out / "b--attention.png") as picture:
@@ -177,6 +178,10 @@ def test_help(verb, capsys):
         (["explain", "resnet18", "a.png", "--optim.lr", "1", "--out", "{}"], "expected no recipe field with explain"),
         (["evaluate", "nowhere"], "nowhere: no such run"),
         (["evaluate", "nowhere", "--limit", "0"], "expected a whole number of at least 1, got '0'"),
+        (
+            ["train", "--data.size", "100000", "--data.train_size", "20", "--data.test_size", "10", "--out", "{}"],
+            "allocate",
+        ),
         (["list", "maps"], "'maps' is none of"),
     ],
 )
@@ -265,3 +270,7 @@ def test_ctrl_c_ends_in_one_line_and_can_be_resumed(tmp_path):
     assert process.returncode == 130 and "Traceback" not in said
     assert "sightline: stopped in epoch" in said and "--resume" in said
     assert not any(path.name.endswith((".tmp", ".part")) for path in out.iterdir())
+
+
+def test_images_of_one_name_keep_maps_of_their_own():
+    assert cli._unique(["a", "a", "a-2", "b", "a"]) == ["a", "a-2", "a-2-2", "b", "a-3"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sightline.data import ImageSet
-    from sightline.evaluation import Evaluation
+    from sightline.evaluation import Evaluation, Score
     from sightline.runs import Run
 
 SMALL = {"width": 0.25, "stem_pool": 2, "dropout": 0.0}
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError, MemoryError, AssertionError) as error:
         print(f"sightline: error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
@@ -183,7 +183,7 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     methods = _names(options.methods) or ["grad_cam"]
     layer = options.layer
     rows: list[list[Any]] = []
-    stems = _unique([Path(name).stem for name in images.names])
+    stems = _unique(Path(name).stem for name in images.names)
     out.mkdir(parents=True, exist_ok=True)
     with _Bar() as bar:
         for batch in data.batches(images, 16):
@@ -204,11 +204,13 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
                     probability = f"{float(certainty[place, target]):.4f}"
                     low, high = float(raw[method].min()), float(raw[method].max())
                     where = found.layers[method]
-                    rows.append([batch.names[place], name, probability, method, where, low, high, verdicts])
+                    rows.append(
+                        [batch.names[place], stems[index], name, probability, method, where, low, high, verdicts]
+                    )
             bar.update("explaining", len(rows) // len(found.maps), len(images))
     table = io.StringIO()
     writer = csv.writer(table)
-    writer.writerow(["image", "class", "probability", "method", "layer", "lowest", "highest", "verdicts"])
+    writer.writerow(["image", "maps", "class", "probability", "method", "layer", "lowest", "highest", "verdicts"])
     writer.writerows(rows)
     runs.write(out / "maps.csv", table.getvalue().encode())
     doubtful = sum(bool(row[-1]) for row in rows)
@@ -409,13 +411,19 @@ def _print_table(found: "Evaluation") -> None:
     for metric in found.metrics:
         table.add_column(f"{metric} {'↑' if found.higher_is_better[metric] else '↓'}", justify="right")
     for method in found.methods:
-        cells = [found.score(method, metric).interval for metric in found.metrics]
+        cells = [found.score(method, metric) for metric in found.metrics]
         label = f"{method} (control)" if method in found.controls else method
-        table.add_row(label, *(f"{c.value:.3f} [{c.low:.3f}, {c.high:.3f}]" for c in cells))
+        table.add_row(label, *map(_cell, cells))
     if found.chance:
         table.add_row("chance", *(f"{found.chance[m]:.3f}" if m in found.chance else "" for m in found.metrics))
     console = Console()
     Console(width=console.width if console.is_terminal else 140).print(table)
+
+
+def _cell(score: "Score") -> str:
+    found = score.interval
+    text = f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"{text}, {score.undefined} undefined" if score.undefined else text
 
 
 def _check_writable(folder: Path) -> None:
@@ -433,12 +441,12 @@ def _check_writable(folder: Path) -> None:
 
 
 def _unique(names: Iterable[str]) -> list[str]:
-    seen: dict[str, int] = {}
-    found: list[str] = []
+    found: dict[str, None] = {}
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        found.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
-    return found
+        name = "".join(c if c.isprintable() else "_" for c in name)
+        free = (name, *(f"{name}-{n}" for n in range(2, len(found) + 3)))
+        found[next(choice for choice in free if choice not in found)] = None
+    return list(found)
 
 
 def _file_name(method: str) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from difflib import get_close_matches
 from inspect import signature
-from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being done, images done, images in all)."""
 
 _MEAN_MAP_SIDE = 32
+_FEW_GROUPS = 20
+_UNDEFINED_SHARE = 0.1  # of the images; a method with more is not compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +190,8 @@ def evaluate(
             raise ValueError(
                 f"expected masks or boxes for {metric}, got data without; name their column or drop {metric}"
             )
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(answers.labels))[:limit])
+    drawn = np.random.default_rng(seed).permutation(len(answers.labels))[:limit]
+    chosen, gallery = np.sort(drawn), np.sort(drawn[:examples])
     if methods is None:
         methods = _methods_of(model, next(source.batches(chosen[:1])).images)
     methods = tuple(dict.fromkeys([*methods, *controls]))
@@ -203,10 +205,10 @@ def evaluate(
         options |= {"mean": source.mean, "std": source.std}
     for batch in source.batches(chosen):
         explanation = seen.explain(model, batch)
-        seen.show(explanation, batch, chosen[:examples])
+        seen.show(explanation, batch, gallery)
         seen.score(model, explanation, batch, options)
         report("explaining and scoring", seen.scored, len(chosen))
-    for batch in source.batches(np.sort(np.setdiff1d(wrong, chosen[:examples]))):
+    for batch in source.batches(np.sort(np.setdiff1d(wrong, gallery))):
         seen.show(seen.explain(model, batch), batch, wrong)
 
     groups = None if answers.groups is None else answers.groups[chosen]
@@ -240,7 +242,7 @@ def evaluate(
         confusion=confusion,
         per_image=answers.columns(chosen, source.unit)
         | {f"{metric}/{method}": table[method, metric].tolist() for metric in metrics for method in methods},
-        examples=tuple(seen.examples[row] for row in chosen[:examples].tolist()),
+        examples=tuple(seen.examples[row] for row in gallery.tolist()),
         errors=tuple(seen.examples[row] for row in wrong.tolist()),
         mean_maps=seen.mean_maps(),
         verdicts={method: dict(counts) for method, counts in seen.verdicts.items()},
@@ -479,7 +481,8 @@ class _Seen:
         """Every method by every metric."""
         self.scored += len(batch.names)
         if batch.masks is not None:
-            self.areas += batch.masks.float().mean((1, 2, 3)).tolist()
+            areas = batch.masks.float().mean((1, 2, 3))
+            self.areas += areas[areas > 0].tolist()  # an empty mask is undefined for the score too
         known = {"model": model, "images": batch.images, "targets": explanation.targets, "masks": batch.masks}
         for method in self.methods:
             maps = explanation[method]
@@ -511,14 +514,18 @@ class _Seen:
 def _methods_of(model: nn.Module, images: Tensor) -> list[str]:
     """Every method that this model has evidence for."""
     gates = [name for name, gate in attention_maps(model, images).items() if gate.shape[2] * gate.shape[3] > 1]
+    reasons: list[str] = []
     methods = [f"attention@{name}" for name in gates] if len(gates) > 1 else ["attention"] * len(gates)
     for method, explainer in EXPLAINERS.items():
         if method != "attention" and not explainer.is_control:
             try:
                 explainer(model, images)
-            except ValueError:
-                continue
-            methods.append(method)
+            except ValueError as error:
+                reasons.append(str(error))
+            else:
+                methods.append(method)
+    if not methods:
+        raise ValueError(f"expected at least one method that fits this model, got none: {reasons[0]}")
     return methods
 
 
@@ -531,39 +538,39 @@ def _summary(found: Evaluation, table: dict[tuple[str, str], Array], groups: Arr
             f"always giving the most frequent answer ({found.majority:.1%})."
         )
     real = [method for method in found.methods if method not in found.controls]
+    made = int(found.provenance["images with maps"])
+    units = found.scores[0].interval.n if found.scores else 0
+    if found.unit != "images" and units < _FEW_GROUPS:
+        yield f"Only {units} groups ({found.unit}) stand behind the intervals, which therefore are too narrow."
     for metric in found.metrics:
         sign = 1 if found.higher_is_better[metric] else -1
-        ranked = sorted(
-            (m for m in real if not isnan(found.score(m, metric).interval.value)),
-            key=lambda m: sign * found.score(m, metric).interval.value,
-            reverse=True,
-        )
-        if not ranked:
+
+        def beats(a: str, b: str, metric: str = metric, sign: int = sign) -> bool:
+            return mean_interval(sign * (table[a, metric] - table[b, metric]), groups, seed).low > 0
+
+        defined = [m for m in real if found.score(m, metric).undefined <= _UNDEFINED_SHARE * made]
+        for method in set(real) - set(defined):
+            left = made - found.score(method, metric).undefined
+            yield f"{metric} of {method} is defined for {left} of {made} images only and is not compared."
+        if not defined:
             continue
-        best = found.score(ranked[0], metric)
-        text = METRICS[metric].sentence.format(method=best.method, score=_figures(best.interval))
-        if metric in found.chance:
-            times = best.interval.value / found.chance[metric]
+        best = max(defined, key=lambda m: sign * found.score(m, metric).interval.value)
+        score = found.score(best, metric).interval
+        unbeaten = [control for control in found.controls if not beats(best, control)]
+        tied = [m for m in defined if m != best and not beats(best, m)]
+        if unbeaten:
+            yield f"No map reliably beats {', '.join(unbeaten)} in {metric}; the best is {best} with {_figures(score)}."
+            continue
+        text = METRICS[metric].sentence.format(method=" and ".join([best, *tied]), score=_figures(score))
+        if metric in found.chance and score.low > found.chance[metric]:
+            times = score.value / found.chance[metric]
             text += f", {times:.1f} times what a map without knowledge reaches ({found.chance[metric]:.3f})"
-        beaten = [
-            control
-            for control in found.controls
-            if mean_interval(sign * (table[best.method, metric] - table[control, metric]), groups, seed).low > 0
-        ]
-        if found.controls:
-            rest = [control for control in found.controls if control not in beaten]
-            text += "; it beats every control map" if not rest else f"; it does not reliably beat {', '.join(rest)}"
-        tied = [
-            m
-            for m in ranked[1:]
-            if not mean_interval(sign * (table[best.method, metric] - table[m, metric]), groups, seed).low > 0
-        ]
-        text += f"; {', '.join(tied)} cannot be told apart from it." if tied else "."
-        yield text
-    made = int(found.provenance["images with maps"])
+        if tied:
+            text += f"; the figures are those of {best}, the others cannot be told apart from it"
+        yield text + ("; every control map is beaten." if found.controls else ".")
     for method in real:
         for verdict, count in found.verdicts[method].items():
-            yield f"{count} of {made} maps of {method} are {verdict}: such a map does not say where the model looks."
+            yield f"{count} of {made} maps of {method} are {verdict}."
     if found.skipped:
         yield f"{len(found.skipped)} images could not be read and were left out."
 

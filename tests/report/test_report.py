@@ -212,7 +212,7 @@ def test_training_unread_images_and_provenance(page: Page, run: runs.Run):
     assert "In the images of the training run: 1." in text and "train/gone.png zero bytes" in text
     text = page.text_of("provenance")
     assert "sightline evaluate runs/demo" in text and "torch 2.15.0" in text and "1,292,370" in text
-    assert "weight_decay: 0.0005" in text
+    assert "weight_decay: 0.05" in text
 
 
 def test_names_are_text_and_never_markup(evaluation: Evaluation, run: runs.Run, tmp_path: Path):

@@ -109,6 +109,9 @@ def explain(
     made: dict[str, Tensor] = {}
     layers: dict[str, str] = {}
     for (name, method, options, _), evidence in zip(asked, found, strict=True):
+        name = name if name is not None else f"{method.name}@{evidence.layer}"
+        if name in made:
+            raise ValueError(f"expected every map to have a name of its own, got {name!r} twice; ask for it once")
         made[name] = method.map_of(evidence, **options)
         source = evidence.gate if evidence.gate is not None else evidence.activations
         shape = " x ".join(map(str, source.shape[1:])) if source is not None else ""
@@ -132,12 +135,12 @@ def find_explainer(name: str) -> Explainer:
 
 def _requests(
     methods: Sequence[Method], layer: Layer | Sequence[str | nn.Module]
-) -> list[tuple[str, Explainer, dict[str, Any], Layer]]:
+) -> list[tuple[str | None, Explainer, dict[str, Any], Layer]]:
     if isinstance(methods, str) or not methods:
         raise ValueError(f"expected a list of methods, got {methods!r}; write methods=['grad_cam']")
     several = not (layer is None or isinstance(layer, str | nn.Module))
     layers: Sequence[Layer] = [layer] if layer is None or isinstance(layer, str | nn.Module) else layer
-    asked: list[tuple[str, Explainer, dict[str, Any], Layer]] = []
+    asked: list[tuple[str | None, Explainer, dict[str, Any], Layer]] = []
     for method in methods:
         options: dict[str, Any] = {}
         own: Sequence[Layer] = []
@@ -145,8 +148,9 @@ def _requests(
             base, _, at = method.partition("@")
             name, method, own = method, find_explainer(base), [at] if at else []
         elif isinstance(method, partial):
-            options = dict(method.keywords)
-            method = method.func
+            name, args, options, method = str(method.func), method.args, dict(method.keywords), method.func
+            if args:
+                raise ValueError(f"expected options of {name} by keyword, got {args[0]!r} by position; name it")
             if not isinstance(method, Explainer):
                 raise ValueError(f"expected a partial of an explainer, got one of {method!r}; see sightline.EXPLAINERS")
             name = f"{method.name}({', '.join(f'{key}={value}' for key, value in options.items())})"
@@ -156,7 +160,7 @@ def _requests(
             choices = ", ".join(sorted(method.options)) or "none"
             raise ValueError(f"expected options of {method.name} out of: {choices}, got {min(unknown)!r}")
         for at in own or ([None] if method.is_control else layers):
-            label = f"{name}@{at}" if several and not own and not method.is_control else name
+            label = None if several and not own and not method.is_control else name
             asked.append((label, method, options, at))
     return asked
 

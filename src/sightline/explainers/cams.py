@@ -31,7 +31,8 @@ def cam(
         if head.in_features == means.shape[1]:
             weight = head.weight.detach().to(means)
             bias = None if head.bias is None else head.bias.detach().to(means)  # pyright: ignore[reportUnnecessaryComparison]
-            if torch.allclose(linear(means, weight, bias), logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+            close = 8 * torch.finfo(head.weight.dtype).eps + 1e-3
+            if torch.allclose(linear(means, weight, bias), logits, rtol=close, atol=close * float(logits.abs().max())):
                 return torch.einsum("btk,bkhw->bthw", weight[targets], activations)
     raise ValueError(
         f"expected global average pooling and one linear layer behind {layer!r} for cam, got another head; use grad_cam"

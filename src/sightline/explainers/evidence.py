@@ -11,6 +11,7 @@ from typing import Any, TypeGuard, overload
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -60,7 +61,7 @@ class Explainer:
     @property
     def is_control(self) -> bool:
         """Whether the map is made without looking at what the model does."""
-        return not self.needs & {"activations", "gradients", "gate"}
+        return self.needs <= {"images", "targets"}
 
     def __call__(
         self,
@@ -75,7 +76,8 @@ class Explainer:
 
     def map_of(self, evidence: Evidence, **options: Any) -> Float[Tensor, "b t h w"]:
         """The formula on evidence that is already there."""
-        return self.formula(**{name: getattr(evidence, name) for name in self.needs}, **options)
+        with torch.autocast(evidence.images.device.type, enabled=False):
+            return self.formula(**{name: getattr(evidence, name) for name in self.needs}, **options)
 
 
 def resolve_targets(targets: Targets, logits: Float[Tensor, "b n"]) -> Int[Tensor, "b t"]:
@@ -160,7 +162,7 @@ def gather(
             f"shape {tuple(images.shape)}; for one image pass images[None]"
         )
     with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
-        images = images.clone() if images.is_inference() else images
+        images = images.clone() if images.is_inference() else images.detach()
         reads = [bool(needs & {"activations", "gradients"}) for _, needs in requests]
         default = getattr(net, "default_layer", None)
         layers = [default if layer is None else layer for (layer, _), read in zip(requests, reads, strict=True) if read]
@@ -287,12 +289,14 @@ class _Capture:
     def _keep_gate(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.ndim == 4:
-                self.gates[name] = output
+                if name in self.gates:
+                    raise ValueError(f"expected an attention block that runs once, got {name!r}, which runs twice")
+                self.gates[name] = output.detach().clone()
 
         return hook
 
     def gradients(self, logits: Tensor, targets: Tensor) -> list[Tensor]:
-        chosen = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)[targets.T]
+        chosen = one_hot(targets.T, logits.shape[1]).to(logits.dtype)
         if not logits.requires_grad:
             raise ValueError(f"expected a layer that the logits depend on, got {self.names[0]!r}; choose another")
         inputs = {id(tensor): (name, tensor) for name, tensor in zip(self.names, self.tensors, strict=True)}

@@ -74,7 +74,8 @@ def insertion_auc(
         ValueError: shapes that do not fit, an unknown `fill` or `score`.
 
     Source: Petsiuk et al. 2018 (1806.07421).
-    Differs: the default fill is the one of deletion; `fill="blur"` is the paper's.
+    Differs: the paper starts from a blurred image, here the default fill is that of deletion; `fill="blur"` is a
+    Gaussian of a fifth of the shorter side (at least 9 pixels, odd), sigma a quarter of that.
 
     >>> from sightline.testing import LinearModel
     >>> image = torch.tensor([[[[0.4, 0.3], [0.2, 0.1]]]])

@@ -1,7 +1,7 @@
 """Is the map where the evidence is? Scores against masks of the evidence."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from sightline import maps as pixels
@@ -9,7 +9,7 @@ from sightline.metrics.per_image import PerImageMean
 
 
 def pointing_game(
-    maps: Float[Tensor, "b 1 h w"], masks: Bool[Tensor, "b 1 H W"], *, tolerance: int = 0
+    maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"], *, tolerance: int = 0
 ) -> Float[Tensor, " b"]:
     """1 where the highest value of the map lies in the mask, else 0. Chance: the mask's share of the image.
 
@@ -38,7 +38,7 @@ def pointing_game(
     return share.where(_defined(maps, masks), torch.nan)
 
 
-def energy_in_mask(maps: Float[Tensor, "b 1 h w"], masks: Bool[Tensor, "b 1 H W"]) -> Float[Tensor, " b"]:
+def energy_in_mask(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"]) -> Float[Tensor, " b"]:
     """Share of the map's positive values that lies in the mask, 0 to 1. Chance: the mask's share of the image.
 
     The map is resized bilinearly to the mask; negative values count as 0. An empty mask, a map without a positive value
@@ -80,7 +80,11 @@ def _fit(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
             f"expected maps and masks of shape (b, 1, h, w), got {tuple(maps.shape)} and {tuple(masks.shape)}; "
             "score one target at a time"
         )
-    return pixels.resize(maps, (masks.shape[2], masks.shape[3])), masks.to(maps.device)
+    if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
+        raise ValueError(
+            f"expected masks that are bool or 0 and 1, got values up to {masks.max()}; compare them with 0"
+        )
+    return pixels.resize(maps, (masks.shape[2], masks.shape[3])), masks.to(maps.device).bool()
 
 
 def _defined(maps: Tensor, masks: Tensor) -> Tensor:

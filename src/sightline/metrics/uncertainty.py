@@ -35,6 +35,8 @@ def mean_interval(values: Float[Array, " n"], groups: Shaped[Array, " n"] | None
     if groups is not None:
         _, which = np.unique(groups[defined], return_inverse=True)
         sums, counts = np.bincount(which, values), np.bincount(which).astype(float)
+    if len(sums) < 2:
+        return Interval(value=float(values.mean()), low=float("nan"), high=float("nan"), n=1)
     rng = np.random.default_rng(seed)
     means: list[Array] = []
     for _ in range(0, _RESAMPLES, 100):
