@@ -84,8 +84,8 @@ def train(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
 def _small(name: str | None) -> recipe.Recipe:
     from sightline.models import MODELS
 
-    model = recipe.Model() if name is None else recipe.Model(name=name)
-    return recipe.Recipe(model=recipe.Model(name=model.name, options=SMALL if model.name in MODELS else {}))
+    name = name or recipe.Model.name
+    return recipe.Recipe(model=recipe.Model(name=name, options=SMALL if name in MODELS else {}))
 
 
 def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[str, Any]) -> None:

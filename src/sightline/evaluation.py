@@ -199,16 +199,16 @@ def evaluate(
     labelled = answers.labels >= 0
     wrong = np.flatnonzero(labelled & (answers.labels != answers.predictions))
     wrong = wrong[np.argsort(-answers.certainty[wrong], kind="stable")][: max(examples // 2, 1)]
-    seen = _Seen(answers, methods, tuple(controls), tuple(metrics), source)
+    seen = _Seen(answers, methods, tuple(controls), tuple(metrics))
     options: dict[str, Any] = {"steps": steps, "fill": fill, "batch_size": batch_size}
     if fill == "black":
         options |= {"mean": source.mean, "std": source.std}
     for batch in source.batches(chosen):
         explanation = seen.explain(model, batch)
-        seen.show(explanation, batch, gallery)
+        seen.show(explanation, batch, np.union1d(gallery, wrong))
         seen.score(model, explanation, batch, options)
         report("explaining and scoring", seen.scored, len(chosen))
-    for batch in source.batches(np.sort(np.setdiff1d(wrong, gallery))):
+    for batch in source.batches(np.setdiff1d(wrong, chosen)):
         seen.show(seen.explain(model, batch), batch, wrong)
 
     groups = None if answers.groups is None else answers.groups[chosen]
@@ -226,7 +226,7 @@ def evaluate(
         layers=seen.layers,
         metrics=tuple(metrics),
         higher_is_better={metric: bool(METRICS[metric].higher_is_better) for metric in metrics},
-        chance={metric: float(np.mean(seen.areas)) for metric in metrics if _needs_masks(metric)},
+        chance={metric: float(np.mean(seen.areas)) for metric in metrics if _needs_masks(metric) and seen.areas},
         scores=tuple(
             Score(
                 method=method,
@@ -428,20 +428,9 @@ class _Seen:
     """Maps of the images so far: their scores, verdicts, means and the examples to show."""
 
     def __init__(
-        self,
-        answers: _Answers,
-        methods: tuple[str, ...],
-        controls: tuple[str, ...],
-        metrics: tuple[str, ...],
-        source: _Source,
+        self, answers: _Answers, methods: tuple[str, ...], controls: tuple[str, ...], metrics: tuple[str, ...]
     ) -> None:
-        self.answers, self.methods, self.controls, self.metrics, self.source = (
-            answers,
-            methods,
-            controls,
-            metrics,
-            source,
-        )
+        self.answers, self.methods, self.controls, self.metrics = answers, methods, controls, metrics
         self.values: dict[tuple[str, str], list[Tensor]] = {(x, y): [] for x in methods for y in metrics}
         self.verdicts: dict[str, Counter[str]] = {method: Counter() for method in methods}
         self.layers: dict[str, str] = {}
