@@ -2,14 +2,16 @@
 
 import csv
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from sightline import explainers
 from sightline.data import ImageSet, Preprocess
 from sightline.data.sets import Pixels
-from sightline.evaluation import evaluate
+from sightline.evaluation import Standing, evaluate, standing_of
 from sightline.metrics import energy_in_mask
 from sightline.metrics.uncertainty import mean_interval, wilson_interval
 from sightline.testing import PlantedAttention, PooledModel
@@ -98,7 +100,7 @@ def test_batch_size_changes_nothing(found):
 
 def test_the_summary_says_no_more_than_the_intervals(found):
     text = "\n".join(found.summary)
-    assert "right class in 100.0%" in text and "better than always giving the most frequent answer" in text
+    assert "right class in 100.0 % [" in text and "better than always giving the most frequent answer" in text
     assert "(insertion AUC 0." in text and "every control map is beaten" in text
     constant = evaluate(PooledModel(torch.zeros(3, 3)), planted(), ["grad_cam"], ["energy_in_mask"], limit=20)
     text = "\n".join(constant.summary)
@@ -180,6 +182,46 @@ def test_own_batches_of_tuples_and_dicts():
     assert found.examples[0].label is None and found.examples[0].name == "a"
 
 
+def test_methods_may_be_explainers_and_partials(found):
+    methods = [explainers.cam, partial(explainers.activation_map, norm="mean"), "centre_map"]
+    own = evaluate(PooledModel(torch.eye(3)), planted(), methods, ["energy_in_mask"], limit=30, controls=["edge_map"])
+    assert own.methods == ("cam", "activation_map(norm=mean)", "centre_map", "edge_map")
+    assert own.controls == ("centre_map", "edge_map") and set(own.examples[0].maps) == set(own.methods[:2])
+    for method in ("cam", "centre_map"):
+        assert own.score(method, "energy_in_mask") == found.score(method, "energy_in_mask")
+
+
+def test_the_best_is_said_with_what_it_does_not_beat(found):
+    standing = found.standings["energy_in_mask"]
+    assert standing.best in ("cam", "grad_cam") and standing.unbeaten == ()
+    values = {"a": np.full(20, 0.9), "b": np.full(20, 0.8), "control": np.full(20, 0.5), "none": np.full(20, np.nan)}
+    assert standing_of(values, ["control"]) == Standing(best="a", tied=(), unbeaten=())
+    assert standing_of(values, ["control"], higher_is_better=False) == Standing(
+        best="b", tied=(), unbeaten=("control",)
+    )
+    assert standing_of(values, ["control"], chance=0.9) == Standing(best="a", tied=(), unbeaten=("chance",))
+    assert standing_of(values, ["none"]) == Standing(best="a", tied=(), unbeaten=("none",))
+    assert standing_of({"none": values["none"]}) is None and standing_of(values, list(values)) is None
+    values["a"][:3] = np.nan  # undefined for more than a tenth: not compared
+    assert standing_of(values, ["control"]).best == "b"
+
+
+def test_a_model_of_another_type_gets_images_of_its_type(found):
+    half = evaluate(PooledModel(torch.eye(3)).bfloat16(), planted(), ["cam"], ["energy_in_mask"], limit=30)
+    expected = found.score("cam", "energy_in_mask").interval.value
+    assert half.score("cam", "energy_in_mask").interval.value == pytest.approx(expected, abs=0.01)
+
+
+def test_images_and_classes_without_answer_are_counted():
+    labels = planted(20).labels.copy()
+    labels[labels == 2] = -1
+    found = evaluate(PooledModel(torch.eye(3)), planted(20, labels=labels), ["cam"], ["energy_in_mask"])
+    text = "\n".join(found.summary)
+    assert f"of {(labels >= 0).sum()} images, better than" in text
+    assert f"{(labels < 0).sum()} of 20 images have no label and count for no accuracy." in text
+    assert "No image shows blue: nothing is known of the accuracy there." in text
+
+
 def test_files_hold_what_was_found(found, tmp_path):
     read = json.loads(found.to_json(tmp_path / "sub" / "evaluation.json").read_text())
     assert read["scores"][0]["method"] == "activation_map" and read["accuracy"]["value"] == 1
@@ -192,8 +234,12 @@ def test_bad_requests_say_what_to_do(unchecked):
     model, data = PooledModel(torch.eye(3)), planted(4)
     with pytest.raises(ValueError, match="got 'deletion'; did you mean 'deletion_auc'"):
         evaluate(model, data, metrics=["deletion"])
-    with pytest.raises(ValueError, match="expected the name of a control, got 'noise'"):
+    with pytest.raises(ValueError, match="expected the name of an explainer, got 'noise'"):
         evaluate(model, data, controls=["noise"])
+    with pytest.raises(ValueError, match="expected controls that never look at the model, got 'cam'"):
+        evaluate(model, data, controls=["cam"])
+    with pytest.raises(ValueError, match="expected a model with a logit per class, got a single one"):
+        evaluate(PooledModel(torch.ones(1, 3)), [(torch.rand(2, 3, 4, 4),)])
     with pytest.raises(ValueError, match="expected masks or boxes for energy_in_mask"):
         evaluate(model, [(torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long))], metrics=["energy_in_mask"])
     with pytest.raises(ValueError, match="expected at least one image"):
@@ -204,3 +250,24 @@ def test_bad_requests_say_what_to_do(unchecked):
         evaluate(PooledModel(torch.ones(2, 3)), data)
     with pytest.raises(ValueError, match=r"expected batches \(images, labels"):
         evaluate(model, ["picture"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.rand(2, 3, 4, 4), torch.tensor([0, 3])), r"expected labels in 0..2, or -1 where unknown, got 3"),
+        ((torch.rand(2, 3, 4, 4), torch.tensor([0.0, 1.0])), "expected 2 class numbers as labels .* got torch.float32"),
+        ((torch.rand(2, 3, 4, 4), torch.eye(2).long()), r"starts with image 2, got torch.int64 of shape \(2, 2\)"),
+        ((torch.rand(2, 3, 4, 4), torch.tensor([0])), r"expected 2 class numbers as labels .* of shape \(1,\)"),
+        (
+            (torch.rand(2, 3, 4, 4), torch.tensor([0, 1]), torch.ones(2, 4, 4)),
+            r"expected masks of shape \(2, 1, 4, 4\)",
+        ),
+        ((torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])), "expected float images of shape"),
+        ({"images": torch.rand(2, 3, 4, 4), "names": ["a"]}, "expected 2 names in the batch .*, got 1"),
+    ],
+)
+def test_bad_batches_say_what_to_do(batch, message, unchecked):
+    good = (torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=message):
+        evaluate(PooledModel(torch.eye(3)), [good, batch], ["cam"], ["deletion_auc"])

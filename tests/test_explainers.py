@@ -56,6 +56,19 @@ class FlatHead(Net):
         return self.fc(torch.flatten(self.relu(self.conv2(self.conv1(x))), 1))
 
 
+class ListHead(Net):
+    """Max and mean of the last feature map, joined by a list; nothing behind the map is a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.conv2(self.conv1(x)))
+        high, _ = F.adaptive_max_pool2d(x, 1, return_indices=True)
+        return self.fc(torch.cat([high.flatten(1), x.mean((2, 3))], 1))
+
+
 class Tokens(nn.Module):
     """A small transformer: its patches are a feature map, its tokens are not."""
 
@@ -67,6 +80,25 @@ class Tokens(nn.Module):
 
     def forward(self, x):
         return self.fc(self.blocks(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Half(nn.Module):
+    """Forgets every other image."""
+
+    def forward(self, x):
+        return x[::2]
+
+
+class Twins(nn.Module):
+    """The same features of an image and of its mirror image."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Conv2d(3, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.features(x).mean((2, 3)) + self.features(x.flip(3)).mean((2, 3)))
 
 
 @pytest.fixture
@@ -117,6 +149,28 @@ def test_the_automatic_layer_is_the_last_feature_map_before_the_logits(build, na
     assert automatic.layer == named.layer == f"{name} (8 x 5 x 4)"
     for method in ("grad_cam", "activation_map"):
         assert torch.equal(automatic[method], named[method])
+
+
+def test_the_automatic_layer_is_found_through_lists_and_pairs(images):
+    model = seeded(ListHead, torch.float64)
+    found = explain(model, images.double(), 2, ["grad_cam"])
+    assert found.layer == "input of adaptive_max_pool2d_with_indices (8 x 5 x 4)"
+    features = F.relu(model.conv2(model.conv1(images.double()))).requires_grad_()
+    high = F.adaptive_max_pool2d(features, 1).flatten(1)
+    logits = model.fc(torch.cat([high, features.mean((2, 3))], 1))
+    gradients = torch.autograd.grad(logits[:, 2].sum(), features)[0]
+    assert gradients.abs().max() > 0
+    slow = [reference.grad_cam(a, g) for a, g in zip(features.detach(), gradients, strict=True)]
+    assert close(torch.stack(slow)[:, None], found["grad_cam"])
+
+
+def test_an_automatic_and_a_named_layer_in_one_call(images):
+    model = seeded(ListHead)
+    both = explain(model, images, 2, ["grad_cam", "edge_map", "grad_cam@conv1", "activation_map"])
+    alone = explain(model, images, 2, ["grad_cam"]), explain(model, images, 2, ["grad_cam"], layer="conv1")
+    assert torch.equal(both["grad_cam"], alone[0]["grad_cam"]) and both.layers["edge_map"] == ""
+    assert torch.equal(both["grad_cam@conv1"], alone[1]["grad_cam"])
+    assert both.layers["activation_map"] == both.layer == "input of adaptive_max_pool2d_with_indices (8 x 5 x 4)"
 
 
 def test_a_layer_read_inplace_afterwards_is_captured_as_it_was(images):
@@ -371,6 +425,12 @@ def test_half_precision_gives_float32_maps(images):
             r"options of activation_map out of: norm, got 'power'",
         ),
         ({"methods": [partial(explainers.activation_map, norm="l1")]}, r"expected norm 'l2' or 'mean', got 'l1'"),
+        ({"layer": []}, "expected at least one layer, got an empty list"),
+        ({"methods": ["grad_cam@"]}, "expected the name of a layer after @, got 'grad_cam@'"),
+        ({"methods": [3]}, "expected a method by name, an explainer or a functools.partial of one, got 3"),
+        ({"methods": [partial(explain)]}, "expected a method by name, an explainer or a functools.partial of one"),
+        ({"methods": ["nope"]}, "got 'nope'; choose from attention, "),
+        ({"targets": torch.empty(4, 0, dtype=torch.long)}, r"one row per image, got \(4, 0\)"),
         ({"methods": ["cam"], "layer": "bn"}, r"behind 'bn' for cam, got another head; use grad_cam"),
     ],
 )
@@ -391,6 +451,18 @@ def test_bad_models_and_images_say_what_to_do(images, unchecked):
             nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)).requires_grad_(False)[1:],
             torch.randn(1, 3, 1, 1),
         )
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got function"):
+        explain(F.relu, images)
+    with pytest.raises(TypeError, match=r"expected a tensor of images \(b, c, h, w\), got ndarray"):
+        explain(seeded(Net), images.numpy())
+    with pytest.raises(RuntimeError, match=r"images that Net can take, got 4 x 1 x 9 x 8, torch.float32 on cpu: "):
+        explain(seeded(Net), images[:, :1])
+    with pytest.raises(RuntimeError, match=r"expected images that Net can take, .* torch.float64 on cpu: "):
+        explain(seeded(Net), images.double())
+    with pytest.raises(ValueError, match="expected one row of logits per image, got 2 for 4 images"):
+        explain(nn.Sequential(seeded(Net), Half()), images)
+    with pytest.raises(ValueError, match="'features', which the forward calls twice; pass layer="):
+        explain(seeded(Twins), images)
     twice = seeded(Net)
     twice.bn = nn.Identity()
     twice.conv1 = nn.Sequential(twice.conv1, twice.bn)
@@ -413,3 +485,10 @@ def test_logits_are_found_in_tuples_dicts_and_objects(images):
     expected = explain(model, images, 1)["grad_cam"]
     for wrap in (lambda y: (y, None), lambda y: {"logits": y}, lambda y: type("Output", (), {"logits": y})()):
         assert torch.equal(explain(Wrapped(model, wrap), images, 1)["grad_cam"], expected)
+
+
+def test_an_explainer_shows_its_options_in_its_signature():
+    from inspect import signature
+
+    assert list(signature(explainers.activation_map).parameters) == ["model", "images", "targets", "layer", "norm"]
+    assert list(signature(explainers.cam).parameters) == ["model", "images", "targets", "layer"]

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sightline.attention import LearnToPayAttention
+from sightline.explainers import explain
 from sightline.models import MODELS, create_model
 from sightline.models.vgg import with_gradient
 
@@ -400,3 +401,15 @@ def test_weights_for_a_timm_backbone(tmp_path):
     save_file(trained.state_dict(), tmp_path / "model.safetensors")
     model = create_model("resnet18", num_classes=3, weights=tmp_path)
     assert torch.equal(model.fc.weight, trained.fc.weight)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_has_maps_at_its_own_layer(name):
+    model = create_model(name, num_classes=4, width=1 / 16, dropout=0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data = torch.rand_like(parameter) * 0.2
+    found = explain(model, torch.rand(2, 3, 32, 32), methods=["grad_cam", "activation_map"])
+    side = 2 if name == "vgg" else 8
+    assert found.layer.endswith(f" x {side} x {side})") and found["activation_map"].amax() > 0

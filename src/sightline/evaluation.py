@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 
 from sightline import maps as pixels
 from sightline.data import ImageSet, normalise
-from sightline.explainers import EXPLAINERS, Explanation, attention_maps, explain, find_explainer
-from sightline.inference import forward
+from sightline.explainers import EXPLAINERS, Explanation, Method, attention_maps, explain, named
+from sightline.inference import check_images, forward
 from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import Interval, mean_interval, wilson_interval
 from sightline.runs import write
@@ -42,6 +42,20 @@ class Score:
     interval: Interval
     undefined: int
     """Images that this metric leaves out (an empty mask, a flat map, a non-finite value)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """The best method of a metric, controls left out, and what it does not beat.
+
+    One beats another if the 95 % interval of their difference, image by image, lies above 0.
+    """
+
+    best: str
+    tied: tuple[str, ...]
+    """Methods that cannot be told apart from it."""
+    unbeaten: tuple[str, ...]
+    """Controls, and `chance`, that it does not beat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +112,8 @@ class Evaluation:
     """method -> predicted class -> mean of the maps, each scaled to [0, 1]."""
     verdicts: dict[str, dict[str, int]]
     """method -> verdict -> number of images."""
+    standings: dict[str, Standing]
+    """metric -> how its best method stands to the others; left out where no method is defined for enough images."""
     summary: tuple[str, ...]
     """Sentences in plain words, none stronger than its interval."""
     skipped: tuple[tuple[str, str], ...]
@@ -140,10 +156,10 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     data: ImageSet | Iterable[Any],
-    methods: Sequence[str] | None = None,
+    methods: Sequence[Method] | None = None,
     metrics: Sequence[str] | None = None,
     *,
-    controls: Sequence[str] = ("random_map", "centre_map", "edge_map", "contrast_map"),
+    controls: Sequence[Method] = ("random_map", "centre_map", "edge_map", "contrast_map"),
     limit: int = 500,
     steps: int = 32,
     fill: str | float = "zero",
@@ -160,7 +176,8 @@ def evaluate(
     `data` is an `ImageSet`, or batches of normalised images: tuples (images, labels) or (images, labels, masks), or
     dicts with `images` and, as known, `labels`, `masks`, `names`, `groups`. Accuracy counts all images; maps are made
     for `limit` of them, drawn by `seed`. The predicted class is explained. `methods=None` takes every method that this
-    model has evidence for, each attention block for itself; `metrics=None` every metric that the data has masks for.
+    model has evidence for, each attention block for itself; they are given as in `explain`. `metrics=None` takes every
+    metric that the data has masks for. What never looks at the model is a control, wherever it is named.
 
     Intervals are 95 % percentile bootstrap (2,000 resamples, seeded) of images, or of whole groups where there are
     groups; with fewer than about 20 groups they come out too narrow. The interval of an accuracy without groups is
@@ -177,9 +194,10 @@ def evaluate(
     (1.0, 1.0)
     """
     _check(metrics or (), METRICS, "metric")
-    _check(controls, EXPLAINERS, "control")
-    for method in methods or ():
-        find_explainer(method.partition("@")[0])
+    asked = {named(method)[0]: method for method in [*(methods or ()), *controls]}
+    blind = tuple(name for name, method in asked.items() if named(method)[1].is_control)
+    if looking := [name for name in map(_name, controls) if name not in blind]:
+        raise ValueError(f"expected controls that never look at the model, got {looking[0]!r}; give it as a method")
     report = progress or (lambda what, done, total: None)
     source = _Source(model, data, batch_size, classes)
     answers = _predict(model, source, report)
@@ -193,13 +211,15 @@ def evaluate(
     drawn = np.random.default_rng(seed).permutation(len(answers.labels))[:limit]
     chosen, gallery = np.sort(drawn), np.sort(drawn[:examples])
     if methods is None:
-        methods = _methods_of(model, next(source.batches(chosen[:1])).images)
-    methods = tuple(dict.fromkeys([*methods, *controls]))
+        own = _methods_of(model, next(source.batches(chosen[:1])).images)
+        asked = {**dict.fromkeys(own), **asked}
+        asked = {name: method or name for name, method in asked.items()}
+    names = tuple(asked)
 
     labelled = answers.labels >= 0
     wrong = np.flatnonzero(labelled & (answers.labels != answers.predictions))
     wrong = wrong[np.argsort(-answers.certainty[wrong], kind="stable")][: max(examples // 2, 1)]
-    seen = _Seen(answers, methods, tuple(controls), tuple(metrics))
+    seen = _Seen(answers, asked, blind, tuple(metrics))
     options: dict[str, Any] = {"steps": steps, "fill": fill, "batch_size": batch_size}
     if fill == "black":
         options |= {"mean": source.mean, "std": source.std}
@@ -221,8 +241,8 @@ def evaluate(
         n_images=len(answers.labels),
         unit=source.unit,
         classes=answers.classes,
-        methods=methods,
-        controls=tuple(controls),
+        methods=names,
+        controls=blind,
         layers=seen.layers,
         metrics=tuple(metrics),
         higher_is_better={metric: bool(METRICS[metric].higher_is_better) for metric in metrics},
@@ -234,23 +254,35 @@ def evaluate(
                 interval=mean_interval(table[method, metric], groups, seed),
                 undefined=int(np.isnan(table[method, metric]).sum()),
             )
-            for method in methods
+            for method in names
             for metric in metrics
         ),
         accuracy=accuracy,
         majority=majority,
         confusion=confusion,
         per_image=answers.columns(chosen, source.unit)
-        | {f"{metric}/{method}": table[method, metric].tolist() for metric in metrics for method in methods},
+        | {f"{metric}/{method}": table[method, metric].tolist() for metric in metrics for method in names},
         examples=tuple(seen.examples[row] for row in gallery.tolist()),
         errors=tuple(seen.examples[row] for row in wrong.tolist()),
         mean_maps=seen.mean_maps(),
         verdicts={method: dict(counts) for method, counts in seen.verdicts.items()},
+        standings={},
         summary=(),
         skipped=tuple(source.skipped),
         provenance={"seed": str(seed), "images with maps": str(len(chosen)), **(provenance or {})},
     )
-    return replace(found, summary=tuple(_summary(found, table, groups, seed)))
+    for metric in metrics:
+        standing = standing_of(
+            {method: table[method, metric] for method in names},
+            blind,
+            higher_is_better=found.higher_is_better[metric],
+            chance=found.chance.get(metric),
+            groups=groups,
+            seed=seed,
+        )
+        if standing is not None:
+            found.standings[metric] = standing
+    return replace(found, summary=tuple(_summary(found, answers)))
 
 
 @dataclass(frozen=True)
@@ -289,7 +321,8 @@ class _Source:
     """The data to evaluate, and what is learned of it on the first pass."""
 
     def __init__(self, model: nn.Module, data: Any, batch_size: int, classes: Sequence[str] | None) -> None:
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        weights = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
+        self.device, self.dtype = weights.device, weights.dtype
         self.data = data
         self.batch_size = batch_size
         self.has_masks = False
@@ -324,7 +357,7 @@ class _Source:
             pictures = batch.images
             batch = batch.to(self.device)
             yield _Known(
-                images=normalise(batch.images, images.preprocess),
+                images=normalise(batch.images, images.preprocess).to(self.dtype),
                 labels=batch.labels.cpu(),
                 masks=batch.regions,
                 names=batch.names,
@@ -340,13 +373,29 @@ class _Source:
             raise ValueError(
                 f"expected batches (images, labels[, masks]) or dicts with 'images', got {type(batch).__name__}"
             )
+        where = f"the batch that starts with image {start}"
+        check_images(batch["images"])
         images, masks = batch["images"].to(self.device), batch.get("masks")
         count = len(images)
+        labels = torch.as_tensor(batch.get("labels", [-1] * count)).cpu()
+        if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(
+                f"expected {count} class numbers as labels in {where}, got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}; give one whole number per image, -1 where it is unknown"
+            )
+        if masks is not None and masks.shape != (count, 1, *images.shape[2:]):
+            raise ValueError(
+                f"expected masks of shape {(count, 1, *images.shape[2:])} in {where}, got {tuple(masks.shape)}; "
+                "make them as large as the images"
+            )
+        for key in ("names", "groups"):
+            if key in batch and len(batch[key]) != count:
+                raise ValueError(f"expected {count} {key} in {where}, got {len(batch[key])}; give one per image")
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         pictures = ((images - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8).cpu()
         return _Known(
             images=images,
-            labels=torch.as_tensor(batch.get("labels", [-1] * count)).cpu(),
+            labels=labels.long(),
             masks=None if masks is None else masks.to(self.device).bool(),
             names=list(batch.get("names", [f"image {start + i}" for i in range(count)])),
             groups=[str(group) for group in batch["groups"]] if "groups" in batch else None,
@@ -414,11 +463,15 @@ def _predict(model: nn.Module, source: _Source, report: Progress) -> _Answers:
         source.unit = "group"
     certainty, predictions = torch.cat(logits).softmax(1).max(1)
     count = logits[0].shape[1]
+    if count < 2:
+        raise ValueError("expected a model with a logit per class, got a single one; make it two (-x and x)")
     classes = tuple(source.classes or map(str, range(count)))
     if len(classes) != count:
         raise ValueError(
             f"expected a model with {len(classes)} classes like the data, got {count}; give it its own data"
         )
+    if strange := [label for label in labels if not -1 <= label < count]:
+        raise ValueError(f"expected labels in 0..{count - 1}, or -1 where unknown, got {strange[0]}; count them from 0")
     return _Answers(
         classes, np.array(labels), predictions.numpy(), certainty.numpy(), names, np.array(groups) if groups else None
     )
@@ -428,9 +481,10 @@ class _Seen:
     """Maps of the images so far: their scores, verdicts, means and the examples to show."""
 
     def __init__(
-        self, answers: _Answers, methods: tuple[str, ...], controls: tuple[str, ...], metrics: tuple[str, ...]
+        self, answers: _Answers, asked: dict[str, Method], controls: tuple[str, ...], metrics: tuple[str, ...]
     ) -> None:
-        self.answers, self.methods, self.controls, self.metrics = answers, methods, controls, metrics
+        self.answers, self.asked, self.controls, self.metrics = answers, asked, controls, metrics
+        self.methods = methods = tuple(asked)
         self.values: dict[tuple[str, str], list[Tensor]] = {(x, y): [] for x in methods for y in metrics}
         self.verdicts: dict[str, Counter[str]] = {method: Counter() for method in methods}
         self.layers: dict[str, str] = {}
@@ -443,7 +497,7 @@ class _Seen:
     def explain(self, model: nn.Module, batch: _Known) -> Explanation:
         """Maps of the predicted class by every method."""
         targets = torch.from_numpy(self.answers.predictions[batch.rows.numpy()])
-        explanation = explain(model, batch.images, targets, self.methods)
+        explanation = explain(model, batch.images, targets, list(self.asked.values()))
         self.layers = explanation.layers
         return explanation
 
@@ -518,44 +572,83 @@ def _methods_of(model: nn.Module, images: Tensor) -> list[str]:
     return methods
 
 
-def _summary(found: Evaluation, table: dict[tuple[str, str], Array], groups: Array | None, seed: int) -> Iterator[str]:
+def standing_of(
+    values: dict[str, Float[Array, " n"]],
+    controls: Sequence[str] = (),
+    *,
+    higher_is_better: bool = True,
+    chance: float | None = None,
+    groups: Shaped[Array, " n"] | None = None,
+    seed: int = 0,
+) -> Standing | None:
+    """Who is best in a metric, from its values per image (NaN where undefined); None if no method can be compared.
+
+    A method that is undefined for more than a tenth of the images is not compared.
+
+    >>> hard = np.random.default_rng(0).normal(size=50)  # images differ more than methods do
+    >>> noise = np.tile([0.3, -0.3], 25)
+    >>> standing_of({"a": hard + 0.1, "b": hard, "c": hard + 0.05 + noise, "edges": hard}, ["edges"])
+    Standing(best='a', tied=('c',), unbeaten=())
+    """
+    sign = 1 if higher_is_better else -1
+    means = {
+        method: sign * float(np.nanmean(of))
+        for method, of in values.items()
+        if method not in controls and np.isnan(of).mean() <= _UNDEFINED_SHARE
+    }
+    if not means:
+        return None
+
+    def beats(a: str, b: str) -> bool:
+        return mean_interval(sign * (values[a] - values[b]), groups, seed).low > 0
+
+    best = max(means, key=lambda method: means[method])
+    unbeaten = [control for control in controls if not beats(best, control)]
+    if chance is not None and not mean_interval(sign * (values[best] - chance), groups, seed).low > 0:
+        unbeaten.append("chance")
+    tied = tuple(method for method in means if method != best and not beats(best, method))
+    return Standing(best=best, tied=tied, unbeaten=tuple(unbeaten))
+
+
+def _summary(found: Evaluation, answers: "_Answers") -> Iterator[str]:
     """What the numbers say in plain words; nothing that its interval does not bear."""
     if found.accuracy is not None and found.majority is not None:
         better = "better than" if found.accuracy.low > found.majority else "not reliably better than"
+        labelled = int((answers.labels >= 0).sum())
         yield (
-            f"The model names the right class in {_percent(found.accuracy)} of {found.n_images:,} images, {better} "
-            f"always giving the most frequent answer ({found.majority:.1%})."
+            f"The model names the right class in {_percent(found.accuracy)} of {labelled:,} images, {better} "
+            f"always giving the most frequent answer ({_share(found.majority)})."
         )
-    real = [method for method in found.methods if method not in found.controls]
+        if labelled < found.n_images:
+            yield f"{found.n_images - labelled:,} of {found.n_images:,} images have no label and count for no accuracy."
+        absent = [name for i, name in enumerate(found.classes) if not (answers.labels == i).any()]
+        if absent:
+            yield f"No image shows {_few(absent)}: nothing is known of the accuracy there."
     made = int(found.provenance["images with maps"])
     units = found.scores[0].interval.n if found.scores else 0
     if found.unit != "images" and units < _FEW_GROUPS:
         yield f"Only {units} groups ({found.unit}) stand behind the intervals, which therefore are too narrow."
+    real = [method for method in found.methods if method not in found.controls]
     for metric in found.metrics:
-        sign = 1 if found.higher_is_better[metric] else -1
-
-        def beats(a: str, b: str, metric: str = metric, sign: int = sign) -> bool:
-            return mean_interval(sign * (table[a, metric] - table[b, metric]), groups, seed).low > 0
-
-        defined = [m for m in real if found.score(m, metric).undefined <= _UNDEFINED_SHARE * made]
-        for method in set(real) - set(defined):
+        for method in real:
             left = made - found.score(method, metric).undefined
-            yield f"{metric} of {method} is defined for {left} of {made} images only and is not compared."
-        if not defined:
+            if left < (1 - _UNDEFINED_SHARE) * made:
+                yield f"{metric} of {method} is defined for {left} of {made} images only and is not compared."
+        if metric not in found.standings:
             continue
-        best = max(defined, key=lambda m: sign * found.score(m, metric).interval.value)
-        score = found.score(best, metric).interval
-        unbeaten = [control for control in found.controls if not beats(best, control)]
-        tied = [m for m in defined if m != best and not beats(best, m)]
-        if unbeaten:
-            yield f"No map reliably beats {', '.join(unbeaten)} in {metric}; the best is {best} with {_figures(score)}."
+        standing = found.standings[metric]
+        score = found.score(standing.best, metric).interval
+        if standing.unbeaten:
+            rivals = ", ".join(standing.unbeaten)
+            yield f"No map reliably beats {rivals} in {metric}; the best is {standing.best} with {_figures(score)}."
             continue
-        text = METRICS[metric].sentence.format(method=" and ".join([best, *tied]), score=_figures(score))
-        if metric in found.chance and score.low > found.chance[metric]:
+        best = " and ".join([standing.best, *standing.tied])
+        text = METRICS[metric].sentence.format(method=best, score=_figures(score))
+        if metric in found.chance:
             times = score.value / found.chance[metric]
             text += f", {times:.1f} times what a map without knowledge reaches ({found.chance[metric]:.3f})"
-        if tied:
-            text += f"; the figures are those of {best}, the others cannot be told apart from it"
+        if standing.tied:
+            text += f"; the figures are those of {standing.best}, the others cannot be told apart from it"
         yield text + ("; every control map is beaten." if found.controls else ".")
     for method in real:
         for verdict, count in found.verdicts[method].items():
@@ -564,12 +657,24 @@ def _summary(found: Evaluation, table: dict[tuple[str, str], Array], groups: Arr
         yield f"{len(found.skipped)} images could not be read and were left out."
 
 
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} other classes" if len(names) > 5 else "")
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def _percent(interval: Interval) -> str:
-    return f"{interval.value:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+    return f"{_share(interval.value)} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
 def _figures(interval: Interval) -> str:
     return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _name(method: Method) -> str:
+    return named(method)[0]
 
 
 def _inputs(metric: str) -> set[str]:
@@ -585,7 +690,7 @@ def _needs_masks(metric: str) -> bool:
 def _check(names: Sequence[str], among: Iterable[str], what: str) -> None:
     for name in names:
         if name not in among:
-            close = get_close_matches(name, among, n=1, cutoff=0.4)
+            close = get_close_matches(name, among, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(among)}"
             raise ValueError(f"expected the name of a {what}, got {name!r}; {hint}")
 

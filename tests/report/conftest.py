@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sightline import data, runs
-from sightline.evaluation import Evaluation, Example, Interval, Score
+from sightline.evaluation import Evaluation, Example, Interval, Score, Standing
 from sightline.recipe import Recipe
 
 METHODS = ("attention", "activation_map", "cam", "grad_cam")
@@ -110,6 +110,10 @@ def evaluation_of(side: int, n: int = 24, errors: int = 6) -> Evaluation:
             for method in METHODS
         },
         verdicts={method: {"flat": 3} if method == "grad_cam" else {} for method in METHODS},
+        standings={
+            metric: Standing(best="cam", tied=(), unbeaten=("edge_map",) if metric == "deletion_auc" else ())
+            for metric in METRICS
+        },
         summary=(
             "The model classifies 97.2 % of 400 images correctly, and cam finds the digit better than any control.",
             "Accuracy lies between 95.3 % and 98.6 %; always answering the most frequent class would give 11.8 %.",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sightline import report, runs
-from sightline.evaluation import Evaluation, Interval, Score, evaluate
+from sightline.evaluation import Evaluation, Interval, evaluate
 from sightline.report import pictures, tables
 from sightline.testing import PooledModel
 
@@ -147,38 +147,10 @@ def test_the_best_is_marked_only_where_it_leaves_the_controls_behind(page: Page)
     assert [float(cell["data-value"]) for cell in marked] == [0.78, 0.97, 0.61]
 
 
-def score(method: str, value: float, half: float = 0.05) -> Score:
-    interval = Interval(value=value, low=value - half, high=value + half, n=9)
-    return Score(method=method, metric="m", interval=interval, undefined=0)
-
-
-@pytest.mark.parametrize(
-    ("scores", "higher", "chance", "best"),
-    [
-        ({"a": 0.9, "b": 0.8, "control": 0.5}, True, {}, "a"),
-        ({"a": 0.9, "b": 0.8, "control": 0.5}, False, {}, None),
-        ({"a": 0.1, "b": 0.2, "control": 0.5}, False, {}, "a"),
-        ({"a": 0.59, "b": 0.2, "control": 0.5}, True, {}, None),  # the intervals touch
-        ({"a": 0.9, "b": 0.8, "control": 0.5}, True, {"m": 0.87}, None),  # chance lies in the interval
-        ({"a": float("nan"), "b": 0.8, "control": 0.5}, True, {}, "b"),
-        ({"a": 0.9, "b": 0.8, "control": float("nan")}, True, {}, None),
-        ({"a": 0.9, "b": 0.8}, True, {}, None),  # no control to be better than
-        ({"control": 0.5}, True, {}, None),
-    ],
-)
-def test_best(
-    evaluation: Evaluation, scores: dict[str, float], higher: bool, chance: dict[str, float], best: str | None
-):
-    small = replace(
-        evaluation,
-        metrics=("m",),
-        methods=tuple(scores),
-        controls=tuple(set(scores) & {"control"}),
-        higher_is_better={"m": higher},
-        chance=chance,
-        scores=tuple(score(method, value) for method, value in scores.items()),
-    )
-    assert tables.best(small, "m") == best
+def test_best_needs_controls(evaluation: Evaluation):
+    assert tables.best(evaluation, "insertion_auc") == "cam" and tables.best(evaluation, "deletion_auc") is None
+    assert tables.best(replace(evaluation, controls=()), "insertion_auc") is None
+    assert tables.best(replace(evaluation, standings={}), "insertion_auc") is None
 
 
 def test_gallery_says_what_it_shows(page: Page, evaluation: Evaluation):

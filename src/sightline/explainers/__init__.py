@@ -127,10 +127,42 @@ def find_explainer(name: str) -> Explainer:
         ValueError: there is none; the closest names are shown.
     """
     if name not in EXPLAINERS:
-        close = get_close_matches(name, EXPLAINERS, n=1, cutoff=0.4)
+        close = get_close_matches(name, EXPLAINERS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(EXPLAINERS)}"
         raise ValueError(f"expected the name of an explainer, got {name!r}; {hint}")
     return EXPLAINERS[name]
+
+
+def named(method: Method) -> tuple[str, Explainer, dict[str, Any], Layer]:
+    """Name, explainer, options and layer of its own, if any, of a method however it is given.
+
+    Raises:
+        ValueError: there is no such method, or it has no such option.
+        TypeError: neither a name, an explainer nor a partial of one.
+
+    >>> named(partial(activation_map, norm="mean"))[0], named("cam@features")[0]
+    ('activation_map(norm=mean)', 'cam@features')
+    """
+    if isinstance(method, str):
+        base, at, layer = method.partition("@")
+        if at and not layer:
+            raise ValueError(f"expected the name of a layer after @, got {method!r}; write {base}@LAYER")
+        return method, find_explainer(base), {}, layer or None
+    if isinstance(method, Explainer):
+        return method.name, method, {}, None
+    if not isinstance(method, partial) or not isinstance(method.func, Explainer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected a method by name, an explainer or a functools.partial of one, got {method!r}; "
+            "see sightline.explainers.EXPLAINERS"
+        )
+    explainer, options = method.func, dict(method.keywords)
+    if method.args:
+        raise ValueError(f"expected options of {explainer.name} by keyword, got {method.args[0]!r}; name it")
+    if unknown := set(options) - explainer.options:
+        choices = ", ".join(sorted(explainer.options)) or "none"
+        raise ValueError(f"expected options of {explainer.name} out of: {choices}, got {min(unknown)!r}")
+    text = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"{explainer.name}({text})", explainer, options, None
 
 
 def _requests(
@@ -138,30 +170,16 @@ def _requests(
 ) -> list[tuple[str | None, Explainer, dict[str, Any], Layer]]:
     if isinstance(methods, str) or not methods:
         raise ValueError(f"expected a list of methods, got {methods!r}; write methods=['grad_cam']")
+    layers: list[Layer] = [layer] if layer is None or isinstance(layer, str | nn.Module) else [*layer]
     several = not (layer is None or isinstance(layer, str | nn.Module))
-    layers: Sequence[Layer] = [layer] if layer is None or isinstance(layer, str | nn.Module) else layer
+    if not layers:
+        raise ValueError("expected at least one layer, got an empty list; leave it out for the model's own")
     asked: list[tuple[str | None, Explainer, dict[str, Any], Layer]] = []
     for method in methods:
-        options: dict[str, Any] = {}
-        own: Sequence[Layer] = []
-        if isinstance(method, str):
-            base, _, at = method.partition("@")
-            name, method, own = method, find_explainer(base), [at] if at else []
-        elif isinstance(method, partial):
-            name, args, options, method = str(method.func), method.args, dict(method.keywords), method.func
-            if args:
-                raise ValueError(f"expected options of {name} by keyword, got {args[0]!r} by position; name it")
-            if not isinstance(method, Explainer):
-                raise ValueError(f"expected a partial of an explainer, got one of {method!r}; see sightline.EXPLAINERS")
-            name = f"{method.name}({', '.join(f'{key}={value}' for key, value in options.items())})"
-        else:
-            name = method.name
-        if unknown := set(options) - method.options:
-            choices = ", ".join(sorted(method.options)) or "none"
-            raise ValueError(f"expected options of {method.name} out of: {choices}, got {min(unknown)!r}")
-        for at in own or ([None] if method.is_control else layers):
-            label = None if several and not own and not method.is_control else name
-            asked.append((label, method, options, at))
+        name, explainer, options, own = named(method)
+        by_layer = several and own is None and not explainer.is_control
+        places = layers if own is None and not explainer.is_control else [own]
+        asked += [(None if by_layer else name, explainer, options, at) for at in places]
     return asked
 
 

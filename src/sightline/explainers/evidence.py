@@ -1,11 +1,11 @@
 """The one forward and the one head-only backward that every map is computed from."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial, update_wrapper
-from inspect import signature
+from inspect import Parameter, Signature, signature
 from typing import Any, TypeGuard, overload
 
 import torch
@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from sightline.inference import logits_of, untouched
+from sightline.inference import check_images, run, untouched
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | None
 Layer = str | nn.Module | None
@@ -56,7 +57,10 @@ class Explainer:
         self.formula = formula
         parameters = signature(formula).parameters.values()
         self.needs = frozenset(p.name for p in parameters if p.default is p.empty)
-        self.options = frozenset(p.name for p in parameters if p.default is not p.empty)
+        own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters if p.default is not p.empty]
+        self.options = frozenset(p.name for p in own)
+        called = [p for p in signature(type(self).__call__).parameters.values() if p.name not in ("self", "options")]
+        self.__signature__ = Signature([*called, *own])
 
     @property
     def is_control(self) -> bool:
@@ -97,7 +101,7 @@ def resolve_targets(targets: Targets, logits: Float[Tensor, "b n"]) -> Int[Tenso
         found = torch.full((batch, 1), targets, device=logits.device)
     elif isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool:
         found = targets.to(logits.device, torch.long)
-        if found.ndim not in (1, 2) or len(found) != batch:
+        if found.ndim not in (1, 2) or len(found) != batch or not found.numel():
             raise ValueError(
                 f"expected targets of shape ({batch},) or ({batch}, t), one row per image, got {tuple(targets.shape)}; "
                 "pass an int to explain the same class in every image"
@@ -106,7 +110,7 @@ def resolve_targets(targets: Targets, logits: Float[Tensor, "b n"]) -> Int[Tenso
     else:
         got = f"a {targets.dtype} tensor" if isinstance(targets, Tensor) else f"{targets!r}"
         raise TypeError(f"expected targets None, an int or an integer tensor, got {got}; pass class indices")
-    if found.numel() and not (0 <= int(found.min()) and int(found.max()) < classes):
+    if not (0 <= int(found.min()) and int(found.max()) < classes):
         raise ValueError(
             f"expected targets in 0..{classes - 1}, got {int(found.min())}..{int(found.max())}; "
             f"the model has {classes} classes, counted from 0"
@@ -127,7 +131,7 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
     if isinstance(layer, str):
         if layer and layer in modules:
             return layer, modules[layer]
-        close = get_close_matches(layer, modules, n=3, cutoff=0.4)
+        close = get_close_matches(layer, modules, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.named_modules()"
         raise ValueError(f"expected the name of a layer of {type(model).__name__}, got {layer!r}; {hint}")
     for name, module in modules.items():
@@ -154,21 +158,16 @@ def gather(
 
     Raises:
         ValueError: bad images, targets or layer.
-        TypeError: targets that are no class indices.
+        TypeError: targets that are no class indices, a model that is none.
     """
-    if images.ndim != 4 or not images.is_floating_point() or not images.numel():
-        raise ValueError(
-            f"expected float images of shape (b, c, h, w), normalised as the model wants them, got {images.dtype} of "
-            f"shape {tuple(images.shape)}; for one image pass images[None]"
-        )
+    check_images(images)
     with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
         images = images.clone() if images.is_inference() else images.detach()
         reads = [bool(needs & {"activations", "gradients"}) for _, needs in requests]
         default = getattr(net, "default_layer", None)
         layers = [default if layer is None else layer for (layer, _), read in zip(requests, reads, strict=True) if read]
         if None in layers and any(layer is not None for layer in layers):
-            automatic = gather(net, images[:1], [(None, frozenset({"activations"}))])[0].layer
-            layers = [automatic if layer is None else layer for layer in layers]
+            return _apart(net, images, requests, targets)
         capture = _Capture(net, layers, gates=any(needs & {"gate", "gates"} for _, needs in requests))
         logits = capture.run(images)
         classes = resolve_targets(targets, logits)
@@ -196,6 +195,18 @@ def gather(
             )
         )
     return found
+
+
+def _apart(
+    model: nn.Module, images: Tensor, requests: Sequence[tuple[Layer, frozenset[str]]], targets: Targets
+) -> list[Evidence]:
+    """One forward for the named layers, another for the automatic one: it may be the output of no module."""
+    automatic = [layer is None and bool(needs & {"activations", "gradients"}) for layer, needs in requests]
+    found: dict[bool, Iterator[Evidence]] = {}
+    for choice in (False, True):
+        half = [request for request, chosen in zip(requests, automatic, strict=True) if chosen == choice]
+        found[choice] = iter(gather(model, images, half, targets))
+    return [next(found[choice]) for choice in automatic]
 
 
 def _find_block(model: nn.Module, gates: dict[str, Tensor], layer: Layer) -> str:
@@ -237,10 +248,10 @@ class _Capture:
                     if isinstance(gate, nn.Module):
                         handles.append(gate.register_forward_hook(self._keep_gate(name)))
             if head is None:
-                logits = logits_of(self.model(images))
+                logits = run(self.model, images)
             else:
                 with head:
-                    logits = logits_of(self.model(images))
+                    logits = run(self.model, images)
         finally:
             for handle in handles:
                 handle.remove()
@@ -298,7 +309,10 @@ class _Capture:
     def gradients(self, logits: Tensor, targets: Tensor) -> list[Tensor]:
         chosen = one_hot(targets.T, logits.shape[1]).to(logits.dtype)
         if not logits.requires_grad:
-            raise ValueError(f"expected a layer that the logits depend on, got {self.names[0]!r}; choose another")
+            raise ValueError(
+                f"expected a layer that the logits depend on, got {self.names[0]!r}; choose another, "
+                "and see that the forward does not switch gradients off"
+            )
         inputs = {id(tensor): (name, tensor) for name, tensor in zip(self.names, self.tensors, strict=True)}
         one = len(chosen) == 1
         found = torch.autograd.grad(
@@ -351,18 +365,19 @@ class _LastSpatial(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         maps = [a for a in tensors if self._is_map(a)]
         carries = any(a.requires_grad and not isinstance(a, nn.Parameter) for a in tensors)
         if maps or not carries:
             output = func(*args, **kwargs)
-            if not maps or not isinstance(output, Tensor) or not output.is_floating_point() or self._is_map(output):
+            first = output[0] if isinstance(output, tuple) and output else output  # a pooling may add its indices
+            if not maps or not isinstance(first, Tensor) or not first.is_floating_point() or self._is_map(first):
                 return output
-            if not output.ndim or output.shape[0] != self.batch:
+            if not first.ndim or first.shape[0] != self.batch:
                 return output
             with torch.enable_grad():
                 leaf = partial(self._leaf, func)
-                return func(*map(leaf, args), **{key: leaf(value) for key, value in kwargs.items()})
+                return func(*tree_map(leaf, args), **tree_map(leaf, kwargs))
         self.layers_behind += func.__name__ in ("linear", "conv2d")
         with torch.enable_grad():
             output = func(*args, **kwargs)
@@ -391,6 +406,10 @@ class _LastSpatial(TorchFunctionMode):
             feeding = [(leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None]  # pyright: ignore[reportUnnecessaryComparison]
             used = [leaf for leaf, gradient in feeding if gradient.any()] or [leaf for leaf, _ in feeding]
             tensor, name, before, _ = used[-1]
+            if sum(leaf[1] == name for leaf in used) > 1:
+                raise ValueError(
+                    f"expected a layer that runs once, got {name!r}, which the forward calls twice; pass layer="
+                )
             if (behind := self.layers_behind - before) > _LARGEST_HEAD:
                 raise ValueError(
                     f"expected a feature map close to the logits, got {name!r}, {behind} weight layers away "

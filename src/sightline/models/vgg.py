@@ -187,11 +187,13 @@ class VGG(nn.Module):
 class VGG15(VGG):
     """The trunk of the attended networks, 15 convolutions, without attention: the control.
 
-    It differs from `vgg_att` in one thing: the head classifies the global vector g, not the attended one.
+    It differs from `vgg_att` in one thing: the head classifies the global vector g, not the attended one. Maps are read
+    at convolution 13, as there.
     """
 
     convs = 15
     pools = (7, 10, 13, 14)
+    default_layer = "features.conv13"
 
 
 class VGGGap(nn.Module):

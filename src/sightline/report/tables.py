@@ -41,27 +41,12 @@ def column(evaluation: Evaluation, metric: str) -> Column:
 
 
 def best(evaluation: Evaluation, metric: str) -> str | None:
-    """The method with the best mean, if its whole interval lies beyond that of every control, and beyond chance.
+    """The method with the best mean, if it beats every control and chance.
 
     None without controls: there is nothing to be better than.
     """
-    sign = 1 if evaluation.higher_is_better[metric] else -1
-    intervals = {score.method: score.interval for score in evaluation.scores if score.metric == metric}
-    means = {
-        method: sign * interval.value
-        for method, interval in intervals.items()
-        if method not in evaluation.controls and math.isfinite(interval.value)
-    }
-    controls = [intervals[method] for method in evaluation.controls if method in intervals]
-    if not means or not controls:
-        return None
-    winner = max(means, key=lambda method: means[method])
-    own = intervals[winner]
-    bars = [end for control in controls for end in (control.low, control.high)]
-    if metric in evaluation.chance:
-        bars.append(evaluation.chance[metric])
-    beyond = all(sign * end > sign * bar for end in (own.low, own.high) for bar in bars)
-    return winner if beyond else None
+    standing = evaluation.standings.get(metric)
+    return standing.best if standing and evaluation.controls and not standing.unbeaten else None
 
 
 def row_shares(confusion: Int[Array, "c c"]) -> Float[Array, "c c"]:
