@@ -84,7 +84,7 @@ def test_text_of_a_command_line(field: str, text: str, value: object):
         ("optim.lr", float("nan"), ValueError, r"^optim\.lr: expected a finite number above 0, got nan$"),
         ("data.val", 1.0, ValueError, r"^data\.val: expected 0 or more and below 1, got 1\.0$"),
         ("data.shortcut", 1.5, ValueError, r"^data\.shortcut: expected between 0 and 1, got 1\.5$"),
-        ("seeds", [], ValueError, r"^seeds: expected different whole numbers, 0 or more, got \[\]$"),
+        ("seeds", [], ValueError, r"^seeds: expected different whole numbers from 0 to 2\*\*32 - 1, got \[\]$"),
         ("seeds", [1, 1], ValueError, r"^seeds: expected different whole numbers"),
     ],
 )

@@ -26,6 +26,7 @@ DEMO = recipe.Recipe(
     model=recipe.Model(name="vgg_att2", options=SMALL),
     optim=recipe.Optim(epochs=6, lr=0.006),
 )
+_LISTED = 20  # unreadable images named on the terminal; the report names all
 _KINDS = ("datasets", "models", "attention", "explainers", "metrics")
 
 
@@ -91,8 +92,9 @@ def _small(name: str | None) -> recipe.Recipe:
 def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from sightline.training import fit
 
-    found = fit(start, options.out, overrides, resume=options.resume)
+    found = fit(start, _folder(options.out), overrides, resume=options.resume)
     runs = found if isinstance(found, list) else [found]
+    _list_skipped(runs[0].skipped)
     evaluations = [_evaluate_run(run, {}, "test", run.folder, options.limit, {}) for run in runs]
     if len(runs) > 1:
         import numpy as np
@@ -111,8 +113,12 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     if options.strict:
         overrides["data.strict"] = True
     run = open_run(options.run)
-    out = Path(options.out or run.folder)
-    chosen = {"methods": _names(options.methods), "metrics": _names(options.metrics), "steps": options.steps}
+    out = run.folder if options.out is None else _folder(options.out)
+    chosen = {
+        "methods": _names(options.methods),
+        "metrics": _names(options.metrics),
+        "steps": options.steps,
+    }
     fill = options.fill
     chosen["fill"] = float(fill) if fill.replace(".", "", 1).lstrip("-").isdigit() else fill
     _evaluate_run(run, overrides, options.split, out, options.limit, chosen)
@@ -128,7 +134,7 @@ def _evaluate_run(
 
     if strange := [name for name in overrides if not name.startswith("data.")]:
         raise ValueError(f"{strange[0]}: expected only data fields here, the run brings its model; leave it out")
-    _check_writable(out)
+    runs.check_writable(out)
     start = time.perf_counter()
     own = recipe.Data() if "data.source" in overrides else run.recipe.data
     wanted = recipe.load(replace(run.recipe, data=replace(own, size=run.preprocess.size[0])), overrides)
@@ -171,20 +177,23 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     from sightline import data, maps, runs
     from sightline.explainers import explain
 
-    out = Path(options.out)
-    _check_writable(out)
+    out = _folder(options.out)
+    runs.check_writable(out)
+    if any(Path(path).is_dir() and out.resolve() == Path(path).resolve() for path in options.images):
+        raise ValueError(f"expected another folder than that of the images, got --out {out}; choose a new one")
     model, preprocess, classes = _model_of(options)
     images = data.read_images(options.images, preprocess, strict=options.strict)
-    for name, reason in images.skipped:
-        print(f"skipped {name}: {reason}", file=sys.stderr)
+    _list_skipped(images.skipped)
     if not len(images):
         raise ValueError(f"expected at least one readable image in {', '.join(options.images)}, got none")
     model = _on_best_device(model)
     methods = _names(options.methods) or ["grad_cam"]
+    if options.layer == "":
+        raise ValueError("expected --layer NAME, got an empty one; leave it out for the model's own")
+    before = set(out.iterdir()) if out.is_dir() else set[Path]()
     layer = options.layer
     rows: list[list[Any]] = []
     stems = _unique(Path(name).stem for name in images.names)
-    out.mkdir(parents=True, exist_ok=True)
     with _Bar() as bar:
         for batch in data.batches(images, 16):
             inputs = data.normalise(batch.images.to(next(model.parameters()).device), preprocess)
@@ -214,7 +223,12 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     writer.writerows(rows)
     runs.write(out / "maps.csv", table.getvalue().encode())
     doubtful = sum(bool(row[-1]) for row in rows)
-    print(f"{len(images)} images x {len(methods)} methods in {out}; {doubtful} maps with a verdict, see maps.csv")
+    counts = f"{_counted(len(images), 'image')} x {_counted(len(rows) // len(images), 'method')}"
+    print(f"{counts} in {out}; {_counted(doubtful, 'map')} with a verdict, see maps.csv")
+    written = {out / f"{stem}.npz" for stem in stems} | {out / "maps.csv"}
+    written |= {out / f"{stem}--{_file_name(method)}.png" for stem in stems for method in {row[4] for row in rows}}
+    if old := len(before - written):
+        print(f"{_counted(old, 'file')} of before still in {out}", file=sys.stderr)
 
 
 def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
@@ -349,9 +363,18 @@ def _model_of(options: argparse.Namespace) -> tuple["nn.Module", Any, Sequence[s
         )
     if not options.weights:
         raise ValueError(f"expected --weights FILE for model {options.run!r}, got none; untrained maps mean nothing")
-    classes = [] if options.classes is None else Path(options.classes).read_text(encoding="utf-8").split("\n")
-    classes = [line.strip() for line in classes if line.strip()]
-    model = models.create_model(options.run, num_classes=len(classes) or None, weights=options.weights)
+    classes: list[str] = []
+    if options.classes is not None:
+        try:
+            lines = Path(options.classes).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{options.classes}: expected a text file with one class name per line") from error
+        classes = [line.strip() for line in lines if line.strip()]
+    try:
+        model = models.create_model(options.run, num_classes=len(classes) or None, weights=options.weights)
+    except ValueError as error:
+        hint = "" if classes else "; name the classes it was trained on by --classes FILE"
+        raise ValueError(f"{error}{hint}" if "num_classes" in str(error) else str(error)) from error
     size, mean, std = models.input_of(model)
     return model, data.Preprocess(size=size, mean=mean, std=std), classes
 
@@ -426,18 +449,21 @@ def _cell(score: "Score") -> str:
     return f"{text}, {score.undefined} undefined" if score.undefined else text
 
 
-def _check_writable(folder: Path) -> None:
-    """Fail before the work, not after it."""
-    from sightline import runs
+def _list_skipped(skipped: Sequence[tuple[str, str]]) -> None:
+    for name, reason in skipped[:_LISTED]:
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    if len(skipped) > _LISTED:
+        print(f"skipped {len(skipped) - _LISTED} more", file=sys.stderr)
 
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; expected a folder to write to")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        runs.write(folder / ".writable", b"")
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise type(error)(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise ValueError("expected --out FOLDER, got an empty name; write . for the current folder")
+    return Path(text)
 
 
 def _unique(names: Iterable[str]) -> list[str]:
@@ -454,7 +480,10 @@ def _file_name(method: str) -> str:
 
 
 def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    found = None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    if found == []:
+        raise ValueError(f"expected one name or several, A,B,..., got {text!r}; see sightline list")
+    return found
 
 
 def _count(text: str) -> int:

@@ -145,7 +145,7 @@ _LIMITS: dict[str, _Limit] = {
     "data.test": _PART,
     "data.train_size": _COUNT,
     "data.test_size": _COUNT,
-    "data.seed": _NOT_NEGATIVE,
+    "data.seed": ("a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     "data.shortcut": _SHARE,
     "augment.crop": _NOT_NEGATIVE,
     "augment.scale": ("above 0 and at most 1", lambda x: 0 < x <= 1),
@@ -162,7 +162,10 @@ _LIMITS: dict[str, _Limit] = {
     "optim.clip_norm": _POSITIVE,
     "optim.ema": _PART,
     "optim.patience": _COUNT,
-    "seeds": ("different whole numbers, 0 or more", lambda x: len(x) > 0 and len(set(x)) == len(x) and min(x) >= 0),
+    "seeds": (
+        "different whole numbers from 0 to 2**32 - 1",
+        lambda x: len(x) > 0 and len(set(x)) == len(x) and min(x) >= 0 and max(x) < 2**32,
+    ),
 }
 
 

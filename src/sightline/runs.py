@@ -126,6 +126,22 @@ def write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Fail before the work, not after it, where a folder cannot be made or written; nothing is left there.
+
+    Raises:
+        OSError: a file is in the way, or the disk is full or read-only.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is a file; expected a folder to write to")
+    try:
+        write(nearest / ".writable", b"")
+        (nearest / ".writable").unlink()
+    except OSError as error:
+        raise type(error)(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+
+
 def pack(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bytes:
     """Tensors as a safetensors file with JSON in its header.
 

@@ -58,7 +58,9 @@ def load(data: Data) -> dict[str, ImageSet]:
     blank = _blank(data, found)
     rows = assign(found.labels, found.classes, found.parts, found.groups, data)
     sets = {split: _decoded(found, split, chosen, blank, data.strict) for split, chosen in rows.items()}
-    train = sets["train"]
+    train = sets["train"] = replace(sets["train"], skipped=found.skipped + sets["train"].skipped)
+    if data.strict and train.skipped:
+        raise ValueError(": ".join(train.skipped[0]))
     # where the images are decoded on the fly, a few must do
     preprocess = statistics(sampled(train.store, len(train), 2000 if isinstance(train.store, Stored) else 200))
     return {split: replace(images, preprocess=preprocess) for split, images in sets.items()}
@@ -77,7 +79,8 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
     _check(data)
     found = hugging_face.find(data)
     if found is None:
-        _find(data)
+        if data.source not in DATASETS:
+            _find(data)
         raise ValueError(f"data.streaming needs parquet files or a hub name, got {data.source}; set it to false")
     streamed = stream(data, found)
     held = streamed.held

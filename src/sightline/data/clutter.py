@@ -205,8 +205,11 @@ def load(data: Data) -> dict[str, ImageSet]:
     """The three splits of `clutter` or `clutter-shortcut`; test patches tell nothing about the class.
 
     Raises:
-        ValueError: a mask that the source does not have, or a canvas too small for its parts.
+        ValueError: a column or mask that the source does not have, or a canvas too small for its parts.
     """
+    for option in ("image", "label", "box", "group"):
+        if getattr(data, option) is not None:
+            raise ValueError(f"data.{option} names a column, but {data.source} is composed and has none; leave it out")
     patched = data.source == "clutter-shortcut"
     kinds = ("digit", "patch") if patched else ("digit",)
     mask = data.mask or kinds[-1]

@@ -62,11 +62,37 @@ def choose_columns(data: Data, found: Found) -> Columns:
             f"cannot tell which column of {alias.hub} holds the class; "
             f"name one by data.label: {', '.join(kinds or features)}"
         )
+    _check_kinds(features, {"image": image, "label": label, "mask": mask, "group": data.group})
     for part, rows in parts.items():
         for column in (image, label, mask, box, data.group):
             if column is not None and column not in rows.features:
                 raise ValueError(f"the {part} images of {alias.hub} have no column {column!r}, the others do; add it")
     return Columns(image=image, label=label, mask=mask, box=box, group=data.group)
+
+
+def _check_kinds(features: Mapping[str, Any], chosen: Mapping[str, str | None]) -> None:
+    """Refuse a column of classes or groups that holds images or lists, and a column of images that holds numbers."""
+    for option, name in chosen.items():
+        if name is None:
+            continue
+        feature = features[name]
+        kind = getattr(feature, "dtype", "") if type(feature).__name__ == "Value" else ""
+        text_or_number = type(feature).__name__ == "ClassLabel" or kind
+        if option in ("label", "group"):
+            if not text_or_number:
+                raise ValueError(
+                    f"expected text or whole numbers in column {name!r}, got {_words(feature)}; "
+                    f"name another by data.{option}"
+                )
+        elif text_or_number and not any(word in kind for word in ("string", "binary")):
+            raise ValueError(
+                f"expected images, or their paths, in column {name!r}, got {_words(feature)}; "
+                f"name another by data.{option}"
+            )
+
+
+def _words(feature: Any) -> str:
+    return "images" if _is_image(feature) else "classes" if hasattr(feature, "names") else str(feature)
 
 
 def _is_image(feature: Any) -> bool:

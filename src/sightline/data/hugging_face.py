@@ -106,11 +106,11 @@ def import_datasets() -> ModuleType:
 
 @contextmanager
 def silent() -> Generator[None]:
-    """Local files need neither the progress bars nor the warnings of `datasets`; what the user set is put back."""
+    """Nobody needs the progress bars, warnings and errors of `datasets` beside ours; what the user set is put back."""
     datasets = import_datasets()
     shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         with quiet():
             yield

@@ -62,11 +62,14 @@ def open_mask(file: Any, size: tuple[int, int], image_size: tuple[int, int]) -> 
         UnreadableImage: it cannot be decoded, or its size is not that of its image.
     """
     if isinstance(file, Path | bytes):
-        with _opened(file) as image:
-            upright = ImageOps.exif_transpose(image)
-            values = np.asarray(upright)
-            if "A" in upright.getbands():
-                values = values[..., :-1]
+        try:
+            with _opened(file) as image:
+                upright = ImageOps.exif_transpose(image)
+                values = np.asarray(upright)
+                if "A" in upright.getbands():
+                    values = values[..., :-1]
+        except UnreadableImage as error:
+            raise UnreadableImage(f"its mask cannot be read: {error}") from error
     else:
         values = np.asarray(file)
     inside = values.any(-1) if values.ndim == 3 else values != 0
@@ -107,7 +110,7 @@ def _reason(error: Exception, file: Path | bytes) -> str:
         empty = len(file) == 0 if isinstance(file, bytes) else file.stat().st_size == 0
         return "the file is empty" if empty else "not an image of a known format"
     if isinstance(error, Image.DecompressionBombError):
-        return f"refused as a decompression bomb: {error}"
+        return f"refused as a decompression bomb, more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -45,6 +45,8 @@ class Table:
     has_masks: bool = False
     has_boxes: bool = False
     flip_ok: bool = True
+    skipped: tuple[tuple[str, str], ...] = ()
+    """Name and reason of files that belong to no class or are not there."""
 
 
 def from_folder(data: Data, folder: Path) -> Table:
@@ -52,25 +54,27 @@ def from_folder(data: Data, folder: Path) -> Table:
     for option in ("image", "label", "mask", "box", "group"):
         if getattr(data, option) is not None:
             raise ValueError(f"data.{option} names a column, but {folder} is a folder of images, which has none")
-    train = [d for d in _subfolders(folder) if PARTS.get(d.name.lower()) == "train" and _subfolders(d)]
-    roots = (
-        [(PARTS[d.name.lower()], d) for d in _subfolders(folder) if d.name.lower() in PARTS]
-        if train
-        else [("", folder)]
-    )
+    split = [(PARTS[d.name.lower()], d) for d in _subfolders(folder) if d.name.lower() in PARTS]
+    if not any(_subfolders(d) for _, d in split):
+        split = []  # classes that bear such a name
+    if split and "train" not in dict(split):
+        raise ValueError(f"expected training images in {folder}, got only {split[0][1].name}; add a folder train")
+    roots = split or [("", folder)]
     files: list[Path] = []
     parts: list[str] = []
     labels: list[str] = []
+    skipped: list[tuple[str, str]] = []
     for part, root in roots:
         found = _subfolders(root)
+        loose = sorted(f for f in root.iterdir() if _is_image(f))
         if not found:
-            loose = sum(f.suffix.lower() in SUFFIXES for f in root.iterdir())
-            raise ValueError(
-                f"expected a sub-folder per class in {root}, got {loose} images without a class; "
-                "sort them into such folders"
-            )
+            got = f"got {len(loose)} images without a class; sort them into such folders" if loose else "it is empty"
+            raise ValueError(f"expected a sub-folder of images per class in {root}, {got}")
+        skipped += [(f.relative_to(folder).as_posix(), "lies in no class folder") for f in loose]
         for kind in found:
             images = image_files(kind)
+            gone = [f for f in kind.rglob("*") if f.is_symlink() and not f.exists()]
+            skipped += [(f.relative_to(folder).as_posix(), "a link to a file that is not there") for f in sorted(gone)]
             if not images:
                 raise ValueError(f"the class folder {kind} holds no image; add some or remove the folder")
             files += images
@@ -87,6 +91,7 @@ def from_folder(data: Data, folder: Path) -> Table:
         reader=reader,
         key=fingerprint(files),
         size=usual_size(reader, len(files)),
+        skipped=tuple(skipped),
     )
 
 
@@ -96,9 +101,11 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def image_files(folder: Path) -> list[Path]:
     """All image files below a folder, sorted; hidden ones are left out."""
-    return sorted(
-        f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and not f.name.startswith(".")
-    )
+    return sorted(f for f in folder.rglob("*") if _is_image(f))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def fingerprint(files: Sequence[Path]) -> str:

@@ -1,5 +1,6 @@
 """Training: `fit` builds data and network from a recipe, runs the loop and keeps a run folder."""
 
+import copy
 import shutil
 import signal
 import threading
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from sightline import data, models, runs
-from sightline.recipe import Optim, Recipe
+from sightline.recipe import Recipe
 from sightline.recipe import load as load_recipe
 from sightline.runs import Run
 from sightline.training.log import Log
@@ -63,7 +64,7 @@ def fit(
     else:
         others = data.load(asked.data)
         train = others.pop("train")
-    _check_possible(asked.optim, train, others)
+    _check_possible(asked, train, others)
     folders = {seed: out / f"seed-{seed}" if len(asked.seeds) > 1 else out for seed in asked.seeds}
     with _asked_to_stop() as stop:
         done = [
@@ -94,6 +95,7 @@ def _fit_one(
         network = models.create_model(
             recipe.model.name, num_classes=len(train.classes), weights=recipe.model.weights, **recipe.model.options
         )
+        _try(network, recipe, train.preprocess.size)
         training = Training(network, train, others.get("val") or None, recipe)
         if checkpoint.exists():
             training.restore(*runs.unpack(checkpoint))
@@ -108,7 +110,7 @@ def _fit_one(
             skipped=_skipped(train, others),
         )
         _check_space(folder, training)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         runs.write(checkpoint, runs.pack(*training.state()))
         runs.save(run)
         with Log(folder, recipe.optim.epochs, training.steps, progress) as log:
@@ -156,25 +158,34 @@ def _asked_to_stop() -> Generator[threading.Event]:
 
 
 def _check_folder(out: Path, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file; expected a new or empty folder for the run")
+    runs.check_writable(out)
     if not resume and out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose a new folder, or go on with --resume (fit: resume=True)")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        runs.write(out / "checkpoint.test", b"")
-        (out / "checkpoint.test").unlink()
-    except OSError as error:
-        raise type(error)(f"cannot write to {out}: {error.strerror}; choose another folder") from error
 
 
-def _check_possible(optim: Optim, train: data.ImageSet | data.ImageStream, others: dict[str, data.ImageSet]) -> None:
+def _check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, others: dict[str, data.ImageSet]) -> None:
+    optim, side = recipe.optim, min(train.preprocess.size)
+    if recipe.augment.crop >= side:
+        raise ValueError(f"augment.crop: expected less than the side of the images, {side}, got {recipe.augment.crop}")
     if optim.patience is not None and not others.get("val"):
         raise ValueError("optim.patience needs validation images; set data.val above 0")
     if optim.class_weights and isinstance(train, data.ImageStream):
         raise ValueError("optim.class_weights needs all labels beforehand; set data.streaming to false")
     if optim.precision == "16-mixed" and not torch.cuda.is_available():
         raise ValueError("optim.precision: 16-mixed needs a GPU, there is none; use bf16-mixed or 32-true")
+
+
+def _try(network: nn.Module, recipe: Recipe, size: tuple[int, int]) -> None:
+    """One pass through a copy of the network, before anything is written."""
+    batch = min(recipe.optim.batch_size, 2)
+    try:
+        with torch.no_grad():
+            copy.deepcopy(network).train()(torch.zeros(batch, 3, *size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{recipe.model.name} cannot be trained on batches of {recipe.optim.batch_size} images of {size[1]} x "
+            f"{size[0]} pixels: {' '.join(str(error).split())}; change data.size or optim.batch_size"
+        ) from error
 
 
 def _skipped(train: data.ImageSet | data.ImageStream, others: dict[str, data.ImageSet]) -> list[tuple[str, str]]:
@@ -184,7 +195,8 @@ def _skipped(train: data.ImageSet | data.ImageStream, others: dict[str, data.Ima
 def _check_space(folder: Path, training: Training) -> None:
     """A checkpoint (weights, two moments, average) stands twice on the disk while it is replaced, the weights too."""
     weights = sum(t.numel() * t.element_size() for t in training.network.state_dict().values())
-    needed, free = 10 * weights, shutil.disk_usage(folder.parent).free
+    existing = next(path for path in folder.absolute().parents if path.exists())
+    needed, free = 10 * weights, shutil.disk_usage(existing).free
     if free < needed:
         room = f"expected {needed / 2**20:.0f} MiB free for the run, got {free / 2**20:.0f} MiB"
         raise OSError(ENOSPC, f"disk too full, {room}", str(folder))
