@@ -103,7 +103,9 @@ def test_an_empty_class_folder(tmp_path):
 def test_test_images_without_class_folders(tmp_path):
     make_folder(tmp_path / "train", {"a": 5, "b": 5})
     make_folder(tmp_path, {"test": 3})
-    with pytest.raises(ValueError, match=r"a sub-folder of images per class in .*test, got 3 images without a class; sort them"):
+    with pytest.raises(
+        ValueError, match=r"a sub-folder of images per class in .*test, got 3 images without a class; sort them"
+    ):
         load(Data(source=str(tmp_path)))
 
 

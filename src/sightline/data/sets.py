@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -245,9 +246,16 @@ def normalise(images: UInt8[Tensor, "b 3 h w"], preprocess: Preprocess) -> Float
     >>> normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), grey).flatten().tolist()
     [1.0, 1.0, 1.0]
     """
-    mean = torch.tensor(preprocess.mean, device=images.device)[:, None, None]
-    std = torch.tensor(preprocess.std, device=images.device)[:, None, None]
+    mean, std = _statistics_on(preprocess, images.device)
     return (images / 255 - mean) / std
+
+
+@lru_cache(maxsize=16)
+def _statistics_on(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation on a device; copied there once, so that no step waits for it."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    return mean, std
 
 
 def sampled(store: Store, n: int, size: int) -> Iterator[UInt8[Array, "_ 3 h w"]]:

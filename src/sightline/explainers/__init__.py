@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -116,7 +117,7 @@ def explain(
         source = evidence.gate if evidence.gate is not None else evidence.activations
         shape = " x ".join(map(str, source.shape[1:])) if source is not None else ""
         layers[name] = f"{evidence.layer} ({shape})" if shape else ""
-    verdicts = {name: [_verdicts(image) for image in value] for name, value in made.items()}
+    verdicts = {name: _verdicts(value) for name, value in made.items()}
     return Explanation(maps=made, targets=found[0].targets, logits=found[0].logits, layers=layers, verdicts=verdicts)
 
 
@@ -183,13 +184,12 @@ def _requests(
     return asked
 
 
-def _verdicts(values: Float[Tensor, "t h w"]) -> list[str]:
-    if not bool(values.isfinite().all()):
-        return ["non-finite"]
-    found: list[str] = []
-    spread = values.amax((1, 2)) - values.amin((1, 2))
-    if bool((spread <= 1e-6 * values.abs().amax((1, 2))).any()):
-        found.append("flat")
-    if bool((values.amax((1, 2)) < 0).any()):
-        found.append("all-negative")
-    return found
+def _verdicts(values: Float[Tensor, "b t h w"]) -> list[list[str]]:
+    """What to distrust in the maps of each image; the device is asked once."""
+    low, high = values.amin((2, 3)), values.amax((2, 3))
+    finite = values.isfinite().all((1, 2, 3))
+    flat = (high - low <= 1e-6 * values.abs().amax((2, 3))).any(1)
+    negative = (high < 0).any(1)
+    signs = torch.stack([~finite, finite & flat, finite & negative], 1).tolist()
+    names = ("non-finite", "flat", "all-negative")
+    return [[name for name, found in zip(names, row, strict=True) if found] for row in signs]

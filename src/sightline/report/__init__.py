@@ -7,6 +7,7 @@ import jinja2
 
 from sightline import recipe, runs
 from sightline.evaluation import Evaluation
+from sightline.metrics import METRICS
 from sightline.report import pictures, tables
 
 
@@ -43,6 +44,7 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
             for verdict, count in found.items()
             if count
         ],
+        meanings={metric: _first_line(METRICS[metric].function) for metric in evaluation.metrics},
         masked=any(example.mask is not None for example in (*evaluation.examples, *evaluation.errors)),
         training={"seed": run.seed, **run.info} if run else {},
         recipe=recipe.dump(run.recipe) if run else "",
@@ -51,6 +53,10 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
     )
     runs.write(path, page.encode())
     return path
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0].replace("`", "")
 
 
 def percent(share: float) -> str:
