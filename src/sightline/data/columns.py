@@ -164,7 +164,7 @@ def table(data: Data, found: Found) -> Table:
         groups = np.array([str(v) for v in values])
     reader = RowReader(whole, columns)
     return Table(
-        name=data.source,
+        name=Path(data.source).resolve().name if found.files and Path(data.source).exists() else data.source,
         classes=alias.classes or classes,
         labels=labels,
         names=_names(parts, whole, columns.image),
