@@ -17,6 +17,7 @@ from sightline import data, models
 from sightline.data.sets import Pixels
 from sightline.recipe import Augment, Data, Optim, Recipe
 from sightline.training import Training
+from sightline.training.losses import Loss
 
 SIZE, BATCH = 32, 128
 
@@ -68,7 +69,7 @@ def main() -> None:
 
     recipe = Recipe(augment=Augment(flip=False), optim=Optim(epochs=1000, batch_size=BATCH, schedule="constant"))
     resident = one_batch(sets["clutter"])
-    training = Training(network(), resident, None, recipe)
+    training = Training(network(), resident, None, recipe, Loss(recipe.optim))
     ours = partial(next, training.epochs(lambda: None))
 
     bare = network().to(training.fabric.device, memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ from sightline import data, models, runs
 from sightline.recipe import Augment, Data, Model, Optim, Recipe
 from sightline.training import Training, fit
 from sightline.training.log import Log
-from sightline.training.losses import class_weights
+from sightline.training.losses import Loss, class_weights, distillation
 from sightline.training.optimisers import average, create_optimiser
 from sightline.training.schedule import learning_rate
 
@@ -391,3 +391,44 @@ def test_a_step_is_that_of_plain_pytorch(name: str, tmp_path: Path):
         optimiser.step()
         optimiser.zero_grad()
     assert equal(weights(run), network.state_dict())
+
+
+def test_distillation_is_hintons_loss_by_hand():
+    student, teacher = torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([[0.0, 4.0], [1.0, 3.0]])
+    # at T = 2 the first teacher says 1 and e^2 over 1 + e^2, the student 1/2 and 1/2; the second pair agrees
+    p = math.exp(2) / (1 + math.exp(2))
+    by_hand = 4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))) / 2
+    assert float(distillation(student, teacher, 2.0)) == pytest.approx(by_hand, rel=1e-6)
+    labels = torch.tensor([1, 1])
+    table = nn.Linear(2, 2, bias=False)
+    table.weight.data = torch.eye(2)
+    images = teacher[:, :, None, None]
+    loss = Loss(replace(TINY.optim, alpha=0.25, temperature=2.0), None, nn.Sequential(nn.Flatten(), table))
+    wanted = 0.25 * torch.nn.functional.cross_entropy(student, labels) + 0.75 * by_hand
+    assert float(loss(images, student, labels)) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_a_student_that_hears_its_teacher_alone_comes_near_it(tmp_path: Path):
+    teacher = fit(TINY, tmp_path / "teacher", progress=False)
+    assert isinstance(teacher, runs.Run)
+    before = (tmp_path / "teacher" / "model.safetensors").read_bytes()
+    heard = {"optim.teacher": str(teacher.folder), "optim.alpha": 0.0, "optim.epochs": 3, "seeds": "1"}
+    calm = heard | {"model.options.dropout": 0.0, "optim.epochs": 12, "augment.crop": 0}
+    student = fit(TINY, tmp_path / "student", calm, progress=False)
+    assert isinstance(student, runs.Run) and student.recipe.optim.teacher == str(teacher.folder)
+    assert student.history[-1]["train_loss"] < 0.5 * student.history[0]["train_loss"]
+    assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == before
+    deaf = fit(TINY, tmp_path / "deaf", heard | {"optim.alpha": 1.0}, progress=False)
+    alone = fit(TINY, tmp_path / "alone", {"optim.epochs": 3, "seeds": "1"}, progress=False)
+    assert equal(weights(deaf), weights(alone))
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path: Path):
+    fit(TINY, tmp_path / "teacher", progress=False)
+    run = tmp_path / "teacher" / "run.json"
+    run.write_text(run.read_text().replace('"9"', '"nine"'))
+    with pytest.raises(ValueError, match=r"optim.teacher: expected a run on the 10 classes of the data"):
+        fit(TINY, tmp_path / "student", {"optim.teacher": str(tmp_path / "teacher")}, progress=False)
+    with pytest.raises(FileNotFoundError, match="no such run"):
+        fit(TINY, tmp_path / "student", {"optim.teacher": str(tmp_path / "nobody")}, progress=False)
+    assert not (tmp_path / "student").exists()

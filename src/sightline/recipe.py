@@ -112,6 +112,12 @@ class Optim:
     """Decay of an exponential moving average of the weights, which is then validated and saved. None: no average."""
     patience: int | None = None
     """Stop after so many epochs without a better validation accuracy; the best weights stay. None: train to the end."""
+    teacher: str | None = None
+    """Run folder of a trained network whose answers this one learns too (distillation). None: labels alone."""
+    temperature: float = 4.0
+    """teacher: its logits are divided by this before they become probabilities; higher shows more of the small ones."""
+    alpha: float = 0.6
+    """teacher: share of the labels in the loss; the teacher has the rest."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Arithmetic of the training step."""
 
@@ -162,6 +168,8 @@ _LIMITS: dict[str, _Limit] = {
     "optim.clip_norm": _POSITIVE,
     "optim.ema": _PART,
     "optim.patience": _COUNT,
+    "optim.temperature": _POSITIVE,
+    "optim.alpha": _SHARE,
     "seeds": (
         "different whole numbers from 0 to 2**32 - 1",
         lambda x: len(x) > 0 and len(set(x)) == len(x) and min(x) >= 0 and max(x) < 2**32,

@@ -22,6 +22,7 @@ from sightline.recipe import load as load_recipe
 from sightline.runs import Run
 from sightline.training.log import Log
 from sightline.training.loop import Training
+from sightline.training.losses import Loss, class_weights
 
 
 class _Stop(Exception):
@@ -65,10 +66,11 @@ def fit(
         others = data.load(asked.data)
         train = others.pop("train")
     _check_possible(asked, train, others)
+    teacher = None if asked.optim.teacher is None else _teacher(asked.optim.teacher, train)
     folders = {seed: out / f"seed-{seed}" if len(asked.seeds) > 1 else out for seed in asked.seeds}
     with _asked_to_stop() as stop:
         done = [
-            _fit_one(replace(asked, seeds=(seed,)), train, others, folder, progress, stop)
+            _fit_one(replace(asked, seeds=(seed,)), train, others, teacher, folder, progress, stop)
             for seed, folder in folders.items()
         ]
     return done if len(done) > 1 else done[0]
@@ -78,6 +80,7 @@ def _fit_one(
     recipe: Recipe,
     train: data.ImageSet | data.ImageStream,
     others: dict[str, data.ImageSet],
+    teacher: nn.Module | None,
     folder: Path,
     progress: bool,
     stop: threading.Event,
@@ -96,7 +99,10 @@ def _fit_one(
             recipe.model.name, num_classes=len(train.classes), weights=recipe.model.weights, **recipe.model.options
         )
         _try(network, recipe, train.preprocess.size)
-        training = Training(network, train, others.get("val") or None, recipe)
+        weights = None
+        if recipe.optim.class_weights and isinstance(train, data.ImageSet):
+            weights = class_weights(train.labels, len(train.classes))
+        training = Training(network, train, others.get("val") or None, recipe, Loss(recipe.optim, weights, teacher))
         if checkpoint.exists():
             training.restore(*runs.unpack(checkpoint))
         run = Run(
@@ -173,6 +179,21 @@ def _check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, oth
         raise ValueError("optim.class_weights needs all labels beforehand; set data.streaming to false")
     if optim.precision == "16-mixed" and not torch.cuda.is_available():
         raise ValueError("optim.precision: 16-mixed needs a GPU, there is none; use bf16-mixed or 32-true")
+
+
+def _teacher(folder: str, train: data.ImageSet | data.ImageStream) -> nn.Module:
+    run = runs.open_run(folder)
+    if run.classes != train.classes:
+        raise ValueError(
+            f"optim.teacher: expected a run on the {len(train.classes)} classes of the data, got {folder} with "
+            f"{len(run.classes)} others; train one on this data"
+        )
+    if (run.preprocess.mean, run.preprocess.std) != (train.preprocess.mean, train.preprocess.std):
+        raise ValueError(
+            f"optim.teacher: expected a run on images normalised alike, got {folder} with mean {run.preprocess.mean}; "
+            "train one on this data"
+        )
+    return runs.load(folder)
 
 
 def _try(network: nn.Module, recipe: Recipe, size: tuple[int, int]) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sightline import data
 from sightline.inference import logits_of, untouched
 from sightline.recipe import Recipe
-from sightline.training.losses import class_weights
+from sightline.training.losses import Loss
 from sightline.training.optimisers import average, create_optimiser
 from sightline.training.schedule import learning_rate
 
@@ -33,7 +33,12 @@ class Training:
     """
 
     def __init__(
-        self, network: nn.Module, train: data.ImageSet | data.ImageStream, val: data.ImageSet | None, recipe: Recipe
+        self,
+        network: nn.Module,
+        train: data.ImageSet | data.ImageStream,
+        val: data.ImageSet | None,
+        recipe: Recipe,
+        loss: Loss,
     ) -> None:
         optim = self.optim = recipe.optim
         self.train, self.val, self.augment, self.seed = train, val, recipe.augment, recipe.seeds[0]
@@ -42,16 +47,13 @@ class Training:
         self.optimizer = create_optimiser(network, optim)
         self.model, self.fabric_optimizer = self.fabric.setup(network, self.optimizer)
         self.averaged = None if optim.ema is None else copy.deepcopy(network)
-        self.class_weights = None
-        if optim.class_weights and isinstance(train, data.ImageSet):
-            self.class_weights = class_weights(train.labels, len(train.classes)).to(self.fabric.device)
+        self.loss = loss.to(self.fabric.device)
         self.batch_size = min(optim.batch_size, len(train))
         self.steps = len(train) // self.batch_size
         self.epoch = self.step = self.seen = 0
         self.losses = torch.zeros(self.steps, device=self.fabric.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.fabric.device)
-        self.seconds = 0.0
-        self.best_epoch, self.best_accuracy = -1, -math.inf
+        self.best_epoch, self.best_accuracy, self.seconds = -1, -math.inf, 0.0
         self.history: list[dict[str, float]] = []
 
     @property
@@ -150,10 +152,9 @@ class Training:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.losses.copy_(tensors["losses"])
         self.correct.copy_(tensors["correct"])
-        facts = dict(facts)
-        self.fabric.strategy.precision.load_state_dict(facts.pop("scaler"))
-        for name, value in facts.items():
-            setattr(self, name, value)
+        self.fabric.strategy.precision.load_state_dict(facts["scaler"])
+        for name in facts.keys() - {"scaler"}:
+            setattr(self, name, facts[name])
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(self.optim, self.epoch * self.steps + step, self.steps)
@@ -165,7 +166,8 @@ class Training:
             group["lr"] = self._learning_rate(self.step)
         images, labels = self._inputs(batch)
         logits = logits_of(self.model(images)).float()
-        loss = F.cross_entropy(logits, labels, self.class_weights, label_smoothing=self.optim.label_smoothing)
+        with self.fabric.autocast():
+            loss = self.loss(images, logits, labels)
         self.fabric.backward(loss)
         if self.optim.clip_norm is not None:
             self.fabric.clip_gradients(

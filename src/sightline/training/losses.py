@@ -3,7 +3,11 @@
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sightline.inference import logits_of
+from sightline.recipe import Optim
 
 
 def class_weights(labels: Int[np.ndarray, " n"], classes: int) -> Float[Tensor, " classes"]:
@@ -16,3 +20,38 @@ def class_weights(labels: Int[np.ndarray, " n"], classes: int) -> Float[Tensor, 
     """
     counts = np.bincount(labels, minlength=classes)
     return torch.from_numpy(len(labels) / (classes * counts.clip(min=1))).float()
+
+
+def distillation(student: Float[Tensor, "b n"], teacher: Float[Tensor, "b n"], temperature: float) -> Float[Tensor, ""]:
+    """How far the student's answers are from the teacher's: T^2 KL(teacher || student) of the logits divided by T.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2.
+
+    Differs: the slides of BR-NPA print KL(student || teacher) without temperature; its code has this form.
+
+    >>> round(float(distillation(torch.zeros(1, 2), torch.tensor([[0.0, np.log(3)]]), 1.0)), 4)
+    0.1308
+    """
+    log_student, log_teacher = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
+    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+class Loss(nn.Module):
+    """Cross entropy with the labels, and with a teacher's answers where there is a teacher."""
+
+    def __init__(self, optim: Optim, weights: Float[Tensor, " n"] | None = None, teacher: nn.Module | None = None):
+        super().__init__()
+        self.optim = optim
+        self.weights = weights if weights is None else nn.Buffer(weights)
+        self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
+
+    def forward(
+        self, images: Float[Tensor, "b c h w"], logits: Float[Tensor, "b n"], labels: Int[Tensor, " b"]
+    ) -> Float[Tensor, ""]:
+        """Mean loss of the student's logits; the teacher sees the same images."""
+        loss = F.cross_entropy(logits, labels, self.weights, label_smoothing=self.optim.label_smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            taught = logits_of(self.teacher(images)).float()
+        return self.optim.alpha * loss + (1 - self.optim.alpha) * distillation(logits, taught, self.optim.temperature)
