@@ -23,6 +23,7 @@ NAMES = {
     "explain",
     "explainers",
     "fit",
+    "insert",
     "load",
     "maps",
     "metrics",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sightline import attention, data, explainers, maps, metrics, models, recipe, report, runs, testing
+    from sightline.attention import insert
     from sightline.evaluation import evaluate
     from sightline.explainers import attention_maps, explain
     from sightline.models import create_model
@@ -20,6 +21,7 @@ __all__ = [
     "explain",
     "explainers",
     "fit",
+    "insert",
     "load",
     "maps",
     "metrics",
@@ -36,6 +38,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "explain": "explainers",
     "fit": "training",
+    "insert": "attention",
     "load": "runs",
 }
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sightline.runs import Run
 
 SMALL = {"width": 0.25, "stem_pool": 2, "dropout": 0.0}
-"""Options of our own networks where nothing else is said: a size that two CPU cores train in minutes."""
+"""Options of the VGG networks where nothing else is said: a size that two CPU cores train in minutes."""
 DEMO = recipe.Recipe(
     data=recipe.Data(source="clutter"),
     model=recipe.Model(name="vgg_att2", options=SMALL),
@@ -86,7 +86,9 @@ def _small(name: str | None) -> recipe.Recipe:
     from sightline.models import MODELS
 
     name = name or recipe.Model.name
-    return recipe.Recipe(model=recipe.Model(name=name, options=SMALL if name in MODELS else {}))
+    return recipe.Recipe(
+        model=recipe.Model(name=name, options=SMALL if name in MODELS and name.startswith("vgg") else {})
+    )
 
 
 def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[str, Any]) -> None:
@@ -235,6 +237,11 @@ def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
     """List data sets, models, attention blocks, explainers and metrics, one line each."""
     from sightline import attention, data, explainers, metrics, models
 
+    if options.compare:
+        if options.kind != "attention":
+            raise ValueError("expected --compare with `list attention`, got another list; leave it out")
+        _compare(options.compare)
+        return
     tables: dict[str, dict[str, Any]] = {
         "datasets": data.DATASETS,
         "models": models.MODELS,
@@ -246,10 +253,49 @@ def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
         print(f"{kind}:")
         width = max(map(len, tables[kind]))
         for name, thing in tables[kind].items():
+            thing = getattr(thing, "func", thing)  # of a partial
             line = thing if isinstance(thing, str) else (thing.__doc__ or "").strip().splitlines()[0]
             print(f"  {name:<{width}}  {line}")
         if kind == "models":
             print(f"  {'any timm model':<{width}}  by its timm name, for example resnet18 or convnext_tiny")
+
+
+def _compare(name: str) -> None:
+    """What each attention block costs in a network."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from sightline import attention, models
+    from sightline.models.costs import costs
+
+    plain = models.create_model(name)
+    size, _, _ = models.input_of(plain)
+    compared = {"none": plain}
+    left_out: list[str] = []
+    for block in attention.ATTENTION:
+        options: dict[str, Any] = {"project": 64} if block == "bilinear" else {}
+        try:
+            compared[block] = attention.insert(plain, block, init="fresh", **options)
+        except ValueError as error:
+            left_out.append(f"{block}: {error}")
+    found = costs(compared, torch.randn(1, 3, *size), rounds=5)
+    table = Table(title=f"{name}, {size[1]} x {size[0]} pixels, each block at its paper's places")
+    for column in ("block", "parameters", "GMACs / image", "forward, 1 image", "kept for backward"):
+        table.add_column(column, justify="left" if column == "block" else "right")
+    own = found["none"]
+    for block, cost in found.items():
+        table.add_row(
+            block,
+            f"{cost.parameters:,} ({cost.parameters / own.parameters - 1:+.1%})",
+            f"{cost.macs / 1e9:.3f}",
+            f"{1000 * cost.seconds:.0f} ms ({cost.seconds / own.seconds:.2f} x)",
+            f"{cost.saved / 2**20:.0f} MiB ({cost.saved / own.saved:.2f} x)",
+        )
+    console = Console()
+    Console(width=console.width if console.is_terminal else 140).print(table)
+    for line in left_out:
+        print(f"left out: {line}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -312,6 +358,7 @@ def _parser() -> argparse.ArgumentParser:
 
     new = verb("list", show, False)
     new.add_argument("kind", nargs="?", choices=_KINDS, metavar="KIND", help=", ".join(_KINDS))
+    new.add_argument("--compare", metavar="MODEL", help="list attention: what each block costs in a timm network")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial, update_wrapper
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from sightline.explainers.tokens import patch_maps
 from sightline.inference import check_images, run, untouched
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | None
@@ -40,7 +42,8 @@ class Evidence:
     gate: Float[Tensor, "b _ _ _"] | None
     """Learned weights of the attention block."""
     gates: dict[str, Float[Tensor, "b _ _ _"]]
-    """Learned weights of all blocks: the 4-D outputs of every child module called `gate`, by the name of its block."""
+    """Learned weights of all blocks: the 4-D outputs of every child module called `gate`, by the name of its block, and
+    the attention of timm's vision transformers, by the name of its module."""
     linear_heads: tuple[nn.Linear, ...]
     """Linear layers of the model that yield as many numbers as there are classes."""
 
@@ -247,11 +250,9 @@ class _Capture:
                     gate = getattr(module, "gate", None)
                     if isinstance(gate, nn.Module):
                         handles.append(gate.register_forward_hook(self._keep_gate(name)))
-            if head is None:
+            attention = patch_maps(self.model, self._keep_gate) if self.read_gates else nullcontext()
+            with attention, head or nullcontext():
                 logits = run(self.model, images)
-            else:
-                with head:
-                    logits = run(self.model, images)
         finally:
             for handle in handles:
                 handle.remove()

@@ -12,8 +12,10 @@ from sightline.explainers.evidence import Explainer, gather
 def attention_maps(model: nn.Module, images: Float[Tensor, "b c H W"]) -> dict[str, Float[Tensor, "b _ _ _"]]:
     """Every learned attention map of a model, by the dotted name of its block, each of shape (b, k, h, w).
 
-    A block is any module with a child called `gate` that returns a 4-D tensor, whoever wrote it. The model runs once,
-    in eval mode, and is left as it was.
+    A block is any module with a child called `gate` that returns a 4-D tensor, whoever wrote it, or the attention of a
+    timm vision transformer: (b, heads, h, w), what each patch receives from the class token if the head reads that
+    token, else from all patches on average (see `sightline.explainers.tokens`). The model runs once, in eval mode, and
+    is left as it was; a fused attention kernel, which shows no weights, is off for this run.
 
     >>> from sightline.testing import PlantedAttention
     >>> attention_maps(PlantedAttention(), torch.ones(1, 3, 2, 2))["pool"].flatten().tolist()

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from torch import nn
+from torch import Tensor, nn
 
+from sightline.attention.insertion import MARK, Block, insert
+from sightline.models.resnet import keep_resolution
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
+from sightline.models.vit import TinyViT
 
 __all__ = ["MODELS", "create_model", "input_of"]
 
@@ -20,22 +23,38 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg_att": VGGAtt,
     "vgg_att2": VGGAtt2,
     "vgg_att3": VGGAtt3,
+    "tiny_vit": TinyViT,
 }
 
 
 def create_model(
-    name: str, *, num_classes: int | None = None, weights: str | Path | None = None, **options: Any
+    name: str,
+    *,
+    num_classes: int | None = None,
+    weights: str | Path | None = None,
+    attention: Block | None = None,
+    attention_options: dict[str, Any] | None = None,
+    high_resolution: int = 0,
+    **options: Any,
 ) -> nn.Module:
-    """Build a network by name, with fresh weights or those of a file.
+    """Build a network by name, with fresh weights or those of a file, and attention if wanted.
+
+    Blocks come to the paper's places, see `sightline.attention.insertion.insert`. With fresh weights they start as in
+    their papers; beside weights that know no blocks, pretrained ones for example, they start as the identity, so that
+    the logits are those of the weights. Weights of another resolution fit.
 
     Args:
         name: a key of `MODELS`, a timm model, or "torchvision:" and a torchvision classifier.
         num_classes: number of logits. None: 10 for a key of `MODELS`, the model's own (mostly 1000) otherwise.
         weights: a safetensors file, a run folder, or "pretrained" for timm's own weights, which are downloaded.
+        attention: a key of `sightline.attention.ATTENTION`, or a callable that makes a block for a number of channels.
+        attention_options: keyword arguments of the block; with `at`, the layers to insert at.
+        high_resolution: number of last stages of a ResNet whose stride becomes 1; 2 at 448 px: 56 x 56 positions
+            instead of 14 x 14.
         options: keyword arguments of the network, for example `width=0.25`.
 
     Raises:
-        ValueError: unknown name or option, or weights of another network.
+        ValueError: unknown name or option, weights of another network, or no ResNet for `high_resolution`.
         OSError: weights that cannot be read or downloaded.
 
     >>> sum(p.numel() for p in create_model("vgg_att2", num_classes=10).parameters())
@@ -55,8 +74,19 @@ def create_model(
         model = MODELS[name](**classes, **_checked(name, options))
     else:
         model = _torchvision(name, {**classes, **options})
-    if weights is not None and not pretrained:
-        _load(model, name, Path(weights))
+    if high_resolution:
+        keep_resolution(model, high_resolution)
+    if attention_options and attention is None:
+        raise ValueError(f"expected attention to go with attention_options {attention_options}, got none; name a block")
+    found = None if weights is None or pretrained else _read(Path(weights))
+    blockless = pretrained or (found is not None and not _problems(model, found))
+    if attention is not None and not blockless:
+        init = "identity" if any(key.endswith(f".{MARK}") for key in found or ()) else "fresh"
+        model = insert(model, attention, init=init, inplace=True, **attention_options or {})
+    if found is not None:
+        _load(model, name, found, weights)
+    if attention is not None and blockless:
+        model = insert(model, attention, init="identity", inplace=True, **attention_options or {})
     return model
 
 
@@ -126,7 +156,7 @@ def _closest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
-def _load(model: nn.Module, name: str, path: Path) -> None:
+def _read(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -136,9 +166,12 @@ def _load(model: nn.Module, name: str, path: Path) -> None:
             f"expected weights in {file}, found no such file; give a safetensors file or a run folder"
         )
     try:
-        found = load_file(file)
+        return load_file(file)
     except SafetensorError as error:
         raise OSError(f"expected a safetensors file, cannot read {file} ({error}); is it complete?") from error
+
+
+def _problems(model: nn.Module, found: dict[str, Tensor]) -> list[str]:
     wanted = model.state_dict()
     problems = [f"{key} is missing" for key in wanted if key not in found]
     problems += [f"{key} is unknown to the model" for key in sorted(found) if key not in wanted]
@@ -147,9 +180,15 @@ def _load(model: nn.Module, name: str, path: Path) -> None:
         for key, value in wanted.items()
         if key in found and found[key].shape != value.shape
     ]
+    return problems
+
+
+def _load(model: nn.Module, name: str, found: dict[str, Tensor], source: str | Path | None) -> None:
+    problems = _problems(model, found)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(
-            f"weights in {file} do not fit {name}: {problems[0]}{more}; give the num_classes and options they belong to"
+            f"weights in {source} do not fit {name}: {problems[0]}{more}; "
+            "give the num_classes and options they belong to"
         )
     model.load_state_dict(found)

@@ -1,0 +1,125 @@
+"""A network learns to write a sequence backwards, and its attention shows how it does it.
+
+    python examples/sequence_reversal.py --out alignment.png
+
+The task: read ten letters, write them in reverse order. The encoder, a recurrent network, turns each letter into a
+vector that also knows its surroundings: the *key*. The decoder, another one, writes one letter at a time. Each time its
+state is the *query*: which of the letters do I need now? An *alignment function* scores each key for that query, a
+softmax makes the scores weights that sum to 1, and the decoder reads the weighted mean of the letters, the *values*.
+
+Nobody tells the network where to look. Once it can do the task, it looks at the last letter first and at the first
+letter last: the weights, drawn with one row for each letter written, lie on the antidiagonal.
+
+Two alignment functions, as translation first used them:
+- Bahdanau et al. 2015 (1409.0473): additive, w^T tanh(W1 q + W2 k + b); the decoder looks, then makes its step.
+- Luong et al. 2015 (1508.04025): general, q^T W k; the decoder makes its step, then looks.
+
+Printed for new sequences: the share of letters written correctly, and the share of letters written for which the
+largest weight lies on the antidiagonal. Chance is 1 in 10 for both.
+
+In both papers the keys are the values too, and the decoder's state has a say in what is written. A key knows its
+neighbours and the state remembers, so that a network may look elsewhere and still write the right letter: built that
+way, the first one here wrote 98 % of the letters correctly with 79 % of its looks on the antidiagonal. Hence the values
+here are the letters themselves, and what is written depends on nothing but what is read.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+
+from sightline.attention.alignment import Additive, Alignment, Attend, General
+
+ALPHABET = "ABCDEFGHIJ"
+LETTERS, LENGTH, SIZE = len(ALPHABET), 10, 32
+
+
+class Reverser(nn.Module):
+    """Letters (b, length) to scores (b, length, letters) of the letters to write."""
+
+    def __init__(self, alignment: Alignment, *, look_first: bool) -> None:
+        super().__init__()
+        self.look_first = look_first
+        self.embed = nn.Embedding(LETTERS + 1, SIZE)  # one more for "nothing written yet"
+        self.encoder = nn.GRU(SIZE, SIZE // 2, batch_first=True, bidirectional=True)
+        self.attend = Attend(alignment)
+        self.step = nn.GRUCell(2 * SIZE, SIZE)
+        self.write = nn.Linear(SIZE, LETTERS)
+
+    def forward(self, letters: Tensor, answer: Tensor | None = None) -> Tensor:
+        """In training the decoder is told the right letter before (`answer`); later it goes by what it wrote itself."""
+        values = self.embed(letters)
+        keys, _ = self.encoder(values)
+        state = read = torch.zeros_like(values[:, 0])
+        last = torch.full_like(letters[:, 0], LETTERS)
+        written: list[Tensor] = []
+        for place in range(letters.shape[1]):
+            if self.look_first:
+                read = self.attend(state[:, None], keys, values)[:, 0]
+            state = self.step(torch.cat([self.embed(last), read], 1), state)
+            if not self.look_first:
+                read = self.attend(state[:, None], keys, values)[:, 0]
+            written.append(self.write(read))
+            last = written[-1].argmax(1) if answer is None else answer[:, place]
+        return torch.stack(written, 1)
+
+
+def train(model: Reverser, steps: int) -> None:
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        letters = torch.randint(LETTERS, (64, LENGTH))
+        answer = letters.flip(1)
+        loss = nn.functional.cross_entropy(model(letters, answer).flatten(0, 1), answer.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description="A network learns to write a sequence backwards.")
+    parser.add_argument("--out", default="alignment.png", help="file of the picture")
+    parser.add_argument("--steps", type=int, default=300, help="batches of 64 sequences to train on")
+    args = parser.parse_args(argv)
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    torch.manual_seed(0)
+    models = {
+        "bahdanau": Reverser(Additive(SIZE, SIZE, hidden=SIZE), look_first=True),
+        "luong": Reverser(General(SIZE, SIZE), look_first=False),
+    }
+    letters = torch.randint(LETTERS, (500, LENGTH))
+    antidiagonal = torch.arange(LENGTH).flip(0)
+    figure, axes = plt.subplots(1, len(models), figsize=(9, 4.5), layout="constrained")
+    result: dict[str, float] = {}
+    for axis, (name, model) in zip(axes, models.items(), strict=True):
+        train(model, args.steps)
+
+        looks: list[Tensor] = []  # the gate returns the weights, so that a hook sees where the network looks
+        hook = model.attend.gate.register_forward_hook(lambda gate, inputs, weights, looks=looks: looks.append(weights))
+        with torch.no_grad():
+            written = model(letters).argmax(2)
+        hook.remove()
+        weights = torch.cat(looks, 1)
+        result[f"{name}_accuracy"] = (written == letters.flip(1)).float().mean().item()
+        result[f"{name}_antidiagonal"] = (weights.argmax(2) == antidiagonal).float().mean().item()
+
+        axis.imshow(weights[0].numpy(), cmap="gray", vmin=0, vmax=1)
+        axis.set(title=name.capitalize(), xlabel="letter read", ylabel="letter written")
+        axis.set_xticks(range(LENGTH), [ALPHABET[letter] for letter in letters[0]])
+        axis.set_yticks(range(LENGTH), [ALPHABET[letter] for letter in written[0]])
+    figure.savefig(args.out, dpi=120)
+    plt.close(figure)
+
+    for name, share in result.items():
+        print(f"{name:22} {share:.3f}")
+    print(f"picture: {args.out}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

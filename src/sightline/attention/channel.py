@@ -1,0 +1,206 @@
+"""Channel attention: what a whole feature map says about its channels decides what each of them counts."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def hidden_width(channels: int, reduction: int) -> int:
+    """Channels of a bottleneck, rounded down: `channels` need not be divisible by `reduction`.
+
+    Raises:
+        ValueError: `reduction` below 1 or above `channels`.
+
+    >>> hidden_width(100, 16)
+    6
+    """
+    if not 1 <= reduction <= channels:
+        raise ValueError(f"expected reduction between 1 and the {channels} channels, got {reduction}; choose another")
+    return channels // reduction
+
+
+def zero(layer: nn.Module) -> None:
+    """Fill a layer's weight and bias with zeros."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+def bottleneck(
+    channels: int,
+    hidden: int,
+    *,
+    norm: Callable[[int], nn.Module] = nn.Identity,
+    bias: bool = True,
+    zero_init: bool = False,
+) -> nn.Sequential:
+    """Linear, norm, ReLU, Linear: from a vector of channels to one as long; `zero_init`: it returns 0 at the start.
+
+    >>> bottleneck(4, 2, zero_init=True)(torch.ones(1, 4)).abs()
+    tensor([[0., 0., 0., 0.]], grad_fn=<AbsBackward0>)
+    """
+    last = nn.Linear(hidden, channels, bias=bias)
+    if zero_init:
+        zero(last)
+    return nn.Sequential(nn.Linear(channels, hidden, bias=bias), norm(hidden), nn.ReLU(), last)
+
+
+class Gating(nn.Module):
+    """Multiplies a feature map by the weights that the child `gate` returns, or by twice these weights.
+
+    With `identity`, weights of 0.5 leave the features as they are.
+
+    >>> Gating(nn.Sigmoid(), identity=True)(torch.zeros(1, 1, 1, 1)).item()
+    0.0
+    """
+
+    def __init__(self, gate: nn.Module, *, identity: bool) -> None:
+        super().__init__()
+        self.gate = gate
+        self.identity = identity
+
+    def factor(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b _ _ _"]:
+        """What the features are multiplied by."""
+        weights = self.gate(features)
+        return 2 * weights if self.identity else weights
+
+    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Features with their weights applied."""
+        return features * self.factor(features)
+
+
+class SqueezeExciteWeights(nn.Module):
+    """One weight per channel, sigmoid(W2 relu(W1 z)), from the channels' averages z.
+
+    >>> SqueezeExciteWeights(nn.Identity())(torch.zeros(1, 2, 3, 3)).flatten()
+    tensor([0.5000, 0.5000])
+    """
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 1 1"]:
+        """Weight of every channel."""
+        return self.mlp(features.mean((2, 3))).sigmoid()[:, :, None, None]
+
+
+class SqueezeExcite(Gating):
+    """Weighs each channel by what the averages of all channels say, through a bottleneck.
+
+    Args:
+        channels: channels of the feature map.
+        reduction: the bottleneck has `channels // reduction` units.
+        bias: biases in its two layers.
+        identity: a new block returns its input: weights count twice and the second layer starts at zero.
+
+    Raises:
+        ValueError: `reduction` below 1 or above `channels`.
+
+    Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, equations 2 to 4.
+
+    Differs: the paper writes no biases; published SE-ResNets have them.
+
+    >>> SqueezeExcite(4, reduction=2, identity=True)(torch.full((1, 4, 1, 1), 3.0)).flatten().tolist()
+    [3.0, 3.0, 3.0, 3.0]
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 16, bias: bool = True, identity: bool = False) -> None:
+        mlp = bottleneck(channels, hidden_width(channels, reduction), bias=bias, zero_init=identity)
+        super().__init__(SqueezeExciteWeights(mlp), identity=identity)
+
+
+class EfficientChannelWeights(nn.Module):
+    """One weight per channel, from the averages of the `kernel` channels around it.
+
+    >>> EfficientChannelWeights(3)(torch.zeros(1, 2, 3, 3)).flatten().tolist()
+    [0.5, 0.5]
+    """
+
+    def __init__(self, kernel: int, *, zero_init: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
+        if zero_init:
+            zero(self.conv)
+
+    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 1 1"]:
+        """Weight of every channel."""
+        return self.conv(features.mean((2, 3)).unsqueeze(1)).sigmoid().transpose(1, 2).unsqueeze(3)
+
+
+class EfficientChannelAttention(Gating):
+    """Weighs each channel by the averages of its neighbouring channels: one convolution along the channels.
+
+    Args:
+        channels: channels of the feature map.
+        kernel: how many neighbours count, itself included; odd. None: the odd number next to (log2(channels) + 1) / 2.
+        identity: a new block returns its input: weights count twice and the convolution starts at zero.
+
+    Raises:
+        ValueError: an even `kernel` or one below 1.
+
+    Source: Wang et al., "ECA-Net", CVPR 2020 (1910.03151), section 3.2, gamma 2 and b 1; ties go up, as in its code.
+
+    >>> [EfficientChannelAttention(c).gate.conv.weight.numel() for c in (64, 256, 1024, 2048)]
+    [3, 5, 5, 7]
+    """
+
+    def __init__(self, channels: int, *, kernel: int | None = None, identity: bool = False) -> None:
+        if kernel is None:
+            kernel = int((math.log2(channels) + 1) / 2) | 1
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"expected an odd kernel of 1 or more, got {kernel}; choose another")
+        super().__init__(EfficientChannelWeights(kernel, zero_init=identity), identity=identity)
+
+
+class ContextWeights(nn.Module):
+    """Weight of every position, softmax of <u, x> over the image.
+
+    >>> ContextWeights(2)(torch.ones(1, 2, 1, 4)).flatten().tolist()
+    [0.25, 0.25, 0.25, 0.25]
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.u = nn.Linear(channels, 1, bias=False)
+
+    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
+        """Weight of every position."""
+        u = self.u.weight.expand(features.shape[0], 1, -1)
+        return torch.bmm(u, features.flatten(2)).softmax(2).unflatten(2, features.shape[2:])
+
+
+class GlobalContext(nn.Module):
+    """Adds one vector to every position: the image's context, an attention-weighted mean, through a bottleneck.
+
+    The child `gate` returns the weights of the positions, which sum to 1.
+
+    Args:
+        channels: channels of the feature map.
+        reduction: the bottleneck has `channels // reduction` units, at least 2.
+        identity: a new block returns its input: the last layer starts at zero, as in the authors' code.
+
+    Raises:
+        ValueError: `reduction` below 1 or above `channels`.
+
+    Source: Cao et al., "GCNet", ICCVW 2019 (1904.11492), global context block.
+
+    Differs: no bias in the softmax, where it cancels; at least 2 units, because the LayerNorm of a single one is
+    constant.
+
+    >>> GlobalContext(4, reduction=2, identity=True)(torch.full((1, 4, 1, 1), 3.0)).flatten().tolist()
+    [3.0, 3.0, 3.0, 3.0]
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 16, identity: bool = False) -> None:
+        super().__init__()
+        self.gate = ContextWeights(channels)
+        hidden = max(2, hidden_width(channels, reduction))
+        self.transform = bottleneck(channels, hidden, norm=nn.LayerNorm, zero_init=identity)
+
+    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Features with their context added."""
+        context = torch.bmm(self.gate(features).flatten(2), features.flatten(2).transpose(1, 2)).squeeze(1)
+        return features + self.transform(context)[:, :, None, None]

@@ -1,0 +1,79 @@
+"""What a network costs: parameters, multiplications, time, and memory kept for the backward pass."""
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """One network, for one batch."""
+
+    parameters: int
+    macs: int
+    """Multiply-accumulate operations of convolutions and matrix products, per image."""
+    seconds: float
+    """Median time of a forward pass in eval mode."""
+    saved: int
+    """Bytes of distinct tensors that a training forward keeps for its backward pass, parameters left out."""
+
+
+def costs(models: Mapping[str, nn.Module], images: Float[Tensor, "b c h w"], rounds: int = 9) -> dict[str, Costs]:
+    """Costs of networks side by side: their forward passes are timed in turns, so that all meet the same machine.
+
+    The models are copied, not changed.
+
+    >>> found = costs({"one": nn.Conv2d(3, 4, 1)}, torch.zeros(2, 3, 5, 5), rounds=1)["one"]
+    >>> found.parameters, found.macs
+    (16, 300)
+    """
+    own = {name: copy.deepcopy(model).to(images.device) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in own}
+    with torch.random.fork_rng(), torch.inference_mode():
+        for turn in range(rounds + 1):
+            for name, model in own.items():
+                start = time.perf_counter()
+                model.eval()(images)
+                if images.is_cuda:
+                    torch.cuda.synchronize(images.device)
+                if turn:  # the first warms up
+                    times[name].append(time.perf_counter() - start)
+    return {
+        name: Costs(
+            parameters=sum(p.numel() for p in model.parameters()),
+            macs=_macs(model, images[:1]),
+            seconds=median(times[name]),
+            saved=_saved(model, images),
+        )
+        for name, model in own.items()
+    }
+
+
+def _macs(model: nn.Module, image: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(image)
+    return counter.get_total_flops() // 2
+
+
+def _saved(model: nn.Module, images: Tensor) -> int:
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.random.fork_rng(), torch.enable_grad():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = model.train()(images)
+        del result
+    return sum(kept.values())
