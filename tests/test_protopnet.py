@@ -188,8 +188,7 @@ def test_the_schedule_is_the_authors():
         hook.remove()
     warming, joint, head = [3e-3], [1e-4, 3e-3], [1e-4]
     expected = [warming] * 2 + [joint] * 2 + [head] + [joint] * 3 + [[1e-5, 3e-4], head]
-    assert [len(one) for one in rates] == [len(one) for one in expected]
-    assert sum(rates, []) == pytest.approx(sum(expected, []))
+    assert all(got == pytest.approx(wanted) for got, wanted in zip(rates, expected, strict=True))
 
 
 def planted(n, seed, side=32):

@@ -68,7 +68,7 @@ def _held_out_groups(
     names, group = np.unique(groups, return_inverse=True)
     if len(names) < 2:
         raise ValueError(
-            f"expected at least two groups to split by, got one ({names[0]!r}); name another group column or none"
+            f"expected at least two groups to split by, got one ({str(names[0])!r}); name another group column or none"
         )
     classes, label = np.unique(labels, return_inverse=True)
     shares = np.zeros((len(names), len(classes)))

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from torch import Tensor, nn
 
 from sightline.attention.insertion import MARK, Block, insert
+from sightline.models.protopnet import ProtoPNet
 from sightline.models.resnet import keep_resolution
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
 from sightline.models.vit import TinyViT
@@ -24,6 +25,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg_att2": VGGAtt2,
     "vgg_att3": VGGAtt3,
     "tiny_vit": TinyViT,
+    "protopnet": ProtoPNet,
 }
 
 
