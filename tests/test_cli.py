@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sightline import cli, recipe, runs
+from sightline import attention, cli, recipe, runs
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -274,3 +274,19 @@ def test_ctrl_c_ends_in_one_line_and_can_be_resumed(tmp_path):
 
 def test_images_of_one_name_keep_maps_of_their_own():
     assert cli._unique(["a", "a", "a-2", "b", "a"]) == ["a", "a-2", "a-2-2", "b", "a-3"]
+
+
+def test_compare_counts_what_each_block_adds(capsys):
+    import timm
+
+    own = sum(parameter.numel() for parameter in timm.create_model("resnet10t").parameters())
+    sightline("list", "attention", "--compare", "resnet10t")
+    said = capsys.readouterr().out
+    for block in attention.ATTENTION:
+        assert f"│ {block} " in said
+    plain, se = (next(line for line in said.splitlines() if line.startswith(f"│ {name} ")) for name in ("none", "se"))
+    assert f"{own:,} (+0.0%)" in plain
+    # four residual branches of 64, 128, 256 and 512 channels; two layers with biases each
+    added = sum(2 * c * (c // 16) + c // 16 + c for c in (64, 128, 256, 512))
+    assert f"{own + added:,} (" in se
+    assert "expected --compare with `list attention`" in refused(capsys, "list", "models", "--compare", "resnet10t")

@@ -279,9 +279,9 @@ def _compare(name: str) -> None:
             compared[block] = attention.insert(plain, block, init="fresh", **options)
         except ValueError as error:
             left_out.append(f"{block}: {error}")
-    found = costs(compared, torch.randn(1, 3, *size), rounds=5)
+    found = costs(compared, torch.randn(2, 3, *size), rounds=5)
     table = Table(title=f"{name}, {size[1]} x {size[0]} pixels, each block at its paper's places")
-    for column in ("block", "parameters", "GMACs / image", "forward, 1 image", "kept for backward"):
+    for column in ("block", "parameters", "GMACs / image", "forward, 2 images", "kept for backward"):
         table.add_column(column, justify="left" if column == "block" else "right")
     own = found["none"]
     for block, cost in found.items():
