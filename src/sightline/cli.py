@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sightline import recipe
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import nn
 
     from sightline.data import ImageSet
@@ -263,7 +264,6 @@ def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
 def _compare(name: str) -> None:
     """What each attention block costs in a network."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from sightline import attention, models
@@ -292,8 +292,7 @@ def _compare(name: str) -> None:
             f"{1000 * cost.seconds:.0f} ms ({cost.seconds / own.seconds:.2f} x)",
             f"{cost.saved / 2**20:.0f} MiB ({cost.saved / own.saved:.2f} x)",
         )
-    console = Console()
-    Console(width=console.width if console.is_terminal else 140).print(table)
+    _print(table)
     for line in left_out:
         print(f"left out: {line}")
 
@@ -473,7 +472,6 @@ class _Bar:
 
 
 def _print_table(found: "Evaluation") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{found.model} on {found.data} ({found.split}), {found.provenance['images with maps']} images")
@@ -486,6 +484,13 @@ def _print_table(found: "Evaluation") -> None:
         table.add_row(label, *map(_cell, cells))
     if found.chance:
         table.add_row("chance", *(f"{found.chance[m]:.3f}" if m in found.chance else "" for m in found.metrics))
+    _print(table)
+
+
+def _print(table: "Table") -> None:
+    """As wide as the terminal; 140 columns where there is none."""
+    from rich.console import Console
+
     console = Console()
     Console(width=console.width if console.is_terminal else 140).print(table)
 

@@ -196,7 +196,7 @@ def evaluate(
     _check(metrics or (), METRICS, "metric")
     asked = {named(method)[0]: method for method in [*(methods or ()), *controls]}
     blind = tuple(name for name, method in asked.items() if named(method)[1].is_control)
-    if looking := [name for name in map(_name, controls) if name not in blind]:
+    if looking := [name for name in (named(control)[0] for control in controls) if name not in blind]:
         raise ValueError(f"expected controls that never look at the model, got {looking[0]!r}; give it as a method")
     report = progress or (lambda what, done, total: None)
     source = _Source(model, data, batch_size, classes)
@@ -212,8 +212,7 @@ def evaluate(
     chosen, gallery = np.sort(drawn), np.sort(drawn[:examples])
     if methods is None:
         own = _methods_of(model, next(source.batches(chosen[:1])).images)
-        asked = {**dict.fromkeys(own), **asked}
-        asked = {name: method or name for name, method in asked.items()}
+        asked = {name: name for name in own} | asked
     names = tuple(asked)
 
     labelled = answers.labels >= 0
@@ -671,10 +670,6 @@ def _percent(interval: Interval) -> str:
 
 def _figures(interval: Interval) -> str:
     return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def _name(method: Method) -> str:
-    return named(method)[0]
 
 
 def _inputs(metric: str) -> set[str]:

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sightline.inference import untouched
+
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
@@ -28,19 +30,18 @@ class Costs:
 def costs(models: Mapping[str, nn.Module], images: Float[Tensor, "b c h w"], rounds: int = 9) -> dict[str, Costs]:
     """Costs of networks side by side: their forward passes are timed in turns, so that all meet the same machine.
 
-    The models are copied, not changed.
+    The models, on the device of the images, are left as they were.
 
     >>> found = costs({"one": nn.Conv2d(3, 4, 1)}, torch.zeros(2, 3, 5, 5), rounds=1)["one"]
     >>> found.parameters, found.macs
     (16, 300)
     """
-    own = {name: copy.deepcopy(model).to(images.device) for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in own}
-    with torch.random.fork_rng(), torch.inference_mode():
-        for turn in range(rounds + 1):
-            for name, model in own.items():
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            with untouched(model), torch.inference_mode():
                 start = time.perf_counter()
-                model.eval()(images)
+                model(images)
                 if images.is_cuda:
                     torch.cuda.synchronize(images.device)
                 if turn:  # the first warms up
@@ -52,17 +53,18 @@ def costs(models: Mapping[str, nn.Module], images: Float[Tensor, "b c h w"], rou
             seconds=median(times[name]),
             saved=_saved(model, images),
         )
-        for name, model in own.items()
+        for name, model in models.items()
     }
 
 
 def _macs(model: nn.Module, image: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(image)
+    with untouched(model), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
     return counter.get_total_flops() // 2
 
 
 def _saved(model: nn.Module, images: Tensor) -> int:
+    model = copy.deepcopy(model).train()  # a training forward moves the statistics of BatchNorm
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -74,6 +76,6 @@ def _saved(model: nn.Module, images: Tensor) -> int:
 
     with torch.random.fork_rng(), torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = model.train()(images)
+            result = model(images)
         del result
     return sum(kept.values())
