@@ -1,9 +1,16 @@
 """The pages under examples/, with fewer steps: they run, and what they say is true."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+import sightline as sl
+from sightline.bench import Bench, Maps, Measured
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -24,3 +31,102 @@ def test_spatial_and_channel(tmp_path):
     assert found["accuracy"] > 0.9 and found["energy"] > 1.5 * found["area"]
     assert found["shift"] < 1e-5 and found["channel"] < 1e-5
     assert (tmp_path / "both.png").is_file()
+
+
+def test_soft_and_hard(tmp_path, capsys):
+    import soft_and_hard
+
+    found = soft_and_hard.main(["--steps", "100", "--out", str(tmp_path / "hard.png")])
+    assert (
+        found["soft"]["soft"] > 0.95 and found["REINFORCE"]["best"] > 0.85 and found["straight-through"]["best"] > 0.8
+    )
+    for name in ("soft", "REINFORCE", "straight-through"):
+        assert found[name]["energy"] > 0.7  # 0.17 by chance
+        assert found[name]["hits"] == pytest.approx(found[name]["energy"], abs=0.04)  # 500 draws
+        assert found[name]["own"] < 1e-4  # read as it was trained, it gives its own logits
+    assert found["REINFORCE"]["positions"] < found["soft"]["positions"] > found["straight-through"]["positions"]
+    assert found["soft"]["drawn"] < found["soft"]["soft"]
+
+    together = found["same scores"]
+    assert together["sum"] < 1e-5 and together["not one-hot"] == 0
+    assert together["distance"] == pytest.approx(together["sampling error"], rel=0.25)
+    cooling = [together[f"T = {t:g}"] for t in soft_and_hard.COOLING]
+    assert cooling == sorted(cooling, reverse=True) and cooling[0] > 0.3 and cooling[-1] < 0.02
+    assert (tmp_path / "hard.png").stat().st_size > 10_000 and "one draw" in capsys.readouterr().out
+
+
+def test_bam_se_cbam(tmp_path, capsys):
+    import bam_se_cbam
+
+    maps = Maps(energy={}, sparsity={}, activation_energy=0.1, similarity=float("nan"))
+    rest = dict(majority=0.1, area=0.1, parameters=1, seconds=1.0, before=maps, after=maps)
+    runs = [Measured(row="BAM", seed=seed, accuracy=0.5 + seed / 4, **rest) for seed in (0, 1)]
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(asdict(Bench(rows=("control", "BAM"), measured=tuple(runs), failed={}))))
+    options = ["--steps", "80", "--pixels", "64", "--bench", str(file)]
+    found = bam_se_cbam.main([*options, "--out", str(tmp_path / "three.png")])
+
+    def of(what):
+        return [found[name].get(what) for name in ("none", "SE", "CBAM", "BAM")]
+
+    assert of("parameters") == [25_557_032, 28_088_024, 28_089_624, 25_915_099]
+    assert of("single") == [0, 8_464, 8_564, 17_361] and of("places") == [0, 16, 16, 3]
+    assert of("macs") == sorted(of("macs"))  # SE multiplies least, BAM most
+    assert found["BAM"]["saved"] < found["SE"]["saved"] < found["CBAM"]["saved"]
+    assert min(of("accuracy")) > 0.9
+    assert max(of("error")[1:]) < 1e-5  # the equations of the page are those of the blocks
+    assert max(found["SE"]["high"], found["CBAM"]["high"]) < 1 <= found["BAM"]["low"] < found["BAM"]["high"] <= 2
+    assert found["CBAM"]["contrast"] > 1.2 and found["BAM"]["contrast"] > 1.2 and "contrast" not in found["SE"]
+    printed = capsys.readouterr().out
+    assert "BAM     62.5 %, mean of 2 seeds" in printed and "CBAM    not in it" in printed
+    assert (tmp_path / "three.png").stat().st_size > 10_000
+
+
+STUDY = """
+data: {train_size: 64, test_size: 40}
+model: {name: cifar_resnet, options: {depth: 8, stem_stride: 2}}
+optim: {epochs: 1}
+seeds: [0, 1]
+rows:
+  control: {}
+  SE: {model.options.attention: se}
+  CBAM: {model.options.attention: cbam}
+  BAM: {model.options.attention: bam}
+  parts: {model.options.attention: brnpa}
+"""
+
+
+def test_noise(tmp_path, capsys):
+    import noise
+
+    images = torch.full((1, 3, 100, 100), 100, dtype=torch.uint8)
+    assert torch.equal(noise.noisy(images, 0.0, 0), images)
+    added = noise.noisy(images, 0.05, 0).float() - 100
+    assert added.std() == pytest.approx(0.05 * 255, rel=0.02) and abs(added.mean()) < 0.2
+    assert noise.noisy(images, 3.0, 0).unique().tolist()[::255] == [0, 255]
+    (tmp_path / "study.yaml").write_text(STUDY)
+    found = noise.main(["--study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "runs")])
+    assert found.keys() == {(row, sigma) for row in noise.ROWS for sigma in noise.SIGMAS}
+    for seed, accuracy in enumerate(found["SE", 0.0]):
+        assert (
+            json.loads((tmp_path / "runs" / "SE" / f"seed-{seed}" / "measured.json").read_text())["accuracy"]
+            == accuracy
+        )
+    printed = capsys.readouterr().out
+    assert "| BAM | " in printed and "difference to the control" in printed
+
+
+def test_vectors(tmp_path, capsys):
+    import vectors
+
+    (tmp_path / "study.yaml").write_text(STUDY)
+    found = vectors.main(["--study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "runs"), "--row", "parts"])
+    assert list(found) == list(vectors.PAPER) and all(len(values) == 2 for values in found.values())
+    assert "| (1, 2) | " in capsys.readouterr().out
+    model = sl.load(tmp_path / "runs" / "parts" / "seed-0")
+    images = sl.data.load(sl.recipe.Data(train_size=64, test_size=40))["test"]
+    kept, labels = vectors.vectors(model, images)
+    batch = images.batch(np.arange(40))
+    logits = model(sl.data.normalise(batch.images, images.preprocess))
+    torch.testing.assert_close(model.fc(torch.from_numpy(kept).flatten(1)), logits)
+    assert labels.tolist() == batch.labels.tolist()

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sightline.explainers as explainers
+from sightline.attention import LearnToPayAttention
 from sightline.explainers import attention_maps, explain
 from sightline.explainers.evidence import gather
 from sightline.testing import PlantedAttention, PooledModel
@@ -162,6 +163,19 @@ def test_the_automatic_layer_is_found_through_lists_and_pairs(images):
     assert gradients.abs().max() > 0
     slow = [reference.grad_cam(a, g) for a, g in zip(features.detach(), gradients, strict=True)]
     assert close(torch.stack(slow)[:, None], found["grad_cam"])
+
+
+def test_attention_weights_are_no_features_and_pass_the_gradient_on(images):
+    """Pooled with weights that are made from the features: both feed the logits, only one is a feature map."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), LearnToPayAttention(6, compat="none"), nn.Linear(6, 5))
+    model, images = model.double().eval(), images.double()
+    found = explain(model, images, 2, ["grad_cam", "attention", "activation_map"])
+    assert found.layer == found.layers["activation_map"] == "1 (6 x 7 x 6)"
+    features = model[:2](images).requires_grad_()
+    gradients = torch.autograd.grad(model[2:](features)[:, 2].sum(), features)[0]
+    slow = [reference.grad_cam(a, g) for a, g in zip(features.detach(), gradients, strict=True)]
+    assert close(torch.stack(slow)[:, None], found["grad_cam"]) and found["grad_cam"].max() > 0
 
 
 def test_an_automatic_and_a_named_layer_in_one_call(images):

@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 import sightline.attention
+import sightline.models
 from sightline.attention.insertion import WithMaps, insert, remove
 from sightline.explainers import attention_maps, explain
 
@@ -266,6 +267,13 @@ def test_a_pooling_takes_the_place_of_the_global_pool(name, place, head):
     assert inserted(images()).shape == (2, 7)
     removed = remove(inserted)
     assert list(removed.state_dict()) == list(old) and torch.equal(removed(images()), model(images()))
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "cifar_resnet", "resnet18"])
+def test_a_pooling_is_tried_on_the_features_not_on_their_mean(name):
+    model = sightline.models.create_model(name, num_classes=7, attention="brnpa").eval()
+    (maps,) = attention_maps(model, torch.rand(2, 3, 96, 96)).values()
+    assert maps.shape[1] == 3 and maps.shape[2] * maps.shape[3] > 3
 
 
 def test_a_pooling_reads_the_last_features_and_feeds_the_classifier():

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 NAMES = {
     "attention",
     "attention_maps",
+    "bench",
     "create_model",
     "data",
     "evaluate",

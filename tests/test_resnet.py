@@ -206,3 +206,46 @@ def test_a_stage_that_still_shrinks_is_refused():
     model.layer4 = nn.Sequential(model.layer4, nn.MaxPool2d(2, stride=(2, 1)))
     with pytest.raises(ValueError, match=r"cannot keep the resolution of ResNet: a stage still turns \(4, 4\) into"):
         keep_resolution(model, 1)
+
+
+def test_stages_of_one_resolution_are_stages():
+    for name, stages in (("cifar_resnet", 2), ("resnet18", 2)):
+        plain, fine = (
+            create_model(name, num_classes=5, high_resolution=high, attention="bam", attention_options={"reduction": 8})
+            for high in (0, stages)
+        )
+        assert list(fine.state_dict()) == list(plain.state_dict())  # or weights of the one would not fit the other
+        assert any(key.startswith("layer3.1.attention") for key in fine.state_dict()) == (name == "resnet18")
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(8, 78_042), (20, 272_474), (56, 855_770)])
+def test_cifar_resnet(depth, parameters):
+    model = create_model("cifar_resnet", num_classes=10, depth=depth)
+    # 432 + 32 in the stem; a block of c channels: 18 c^2 + 4 c; the first of a stage: 13.5 c^2 + 4 c and 0.5 c^2 + 2 c
+    n = depth // 6
+    by_hand = 464 + 650 + n * (18 * 256 + 64)
+    by_hand += sum(14 * c * c + 6 * c + (n - 1) * (18 * c * c + 4 * c) for c in (32, 64))
+    assert sum(p.numel() for p in model.parameters()) == by_hand == parameters
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(convolutions) + 1 == depth
+    shapes = []
+    for stage in (model.layer1, model.layer2, model.layer3):
+        stage.register_forward_hook(lambda layer, inputs, output: shapes.append(tuple(output.shape[1:])))
+    model(torch.zeros(1, 3, 32, 32))
+    create_model("cifar_resnet", depth=depth, stem_stride=2, high_resolution=2, attention="eca", width=0.5)
+    assert shapes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"depth": 18}, "expected a depth of 6n + 2, got 18"),
+        ({"depth": 2}, "expected a depth of 6n + 2, got 2"),
+        ({"width": 0.01}, "expected a width of 1/16 or more, got 0.01"),
+        ({"stem_stride": 0}, "expected a stem_stride of 1 or more, got 0"),
+        ({"high_resolution": 3}, "expected high_resolution of 1 to 2 stages, got 3"),
+    ],
+)
+def test_cifar_resnets_that_are_none(options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        create_model("cifar_resnet", **options)

@@ -1,5 +1,6 @@
 """Run folders: what is written comes back, and what is no run is refused in one line."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,3 +126,10 @@ def test_pack_and_unpack(tmp_path: Path):
     (tmp_path / "c").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match="is damaged"):
         runs.unpack(tmp_path / "c")
+
+
+def test_a_folder_is_tried_without_touching_what_is_in_it(tmp_path: Path):
+    (tmp_path / ".writable").write_text("mine")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(runs.check_writable, [tmp_path / f"run-{i}" for i in range(200)]))
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]

@@ -65,7 +65,14 @@ def test_self_attention_equals_the_equation_query_by_query(relative):
 def test_non_local_equals_the_equation_query_by_query():
     x, attention = features(), block(NonLocal, reduction=4)
     norm = attention.norm
-    of = (attention.qkv.weight, attention.project.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    of = (
+        attention.qkv.weight.flatten(1),
+        attention.project.weight.flatten(1),
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+    )
     received, output = non_local(*(a.detach().numpy() for a in (x, *of)), norm.eps)
     got, weights = with_map(attention, x)
     equal(weights, received)
@@ -105,8 +112,8 @@ def test_non_local_is_timms_without_biases():
     official = NonLocalAttn(16, use_scale=False, rd_ratio=1 / 2).double().eval()
     with torch.no_grad():
         for part, conv in zip(attention.qkv.weight.chunk(3), (official.t, official.p, official.g), strict=True):
-            conv.weight.copy_(part[:, :, None, None])
-        official.z.weight.copy_(attention.project.weight[:, :, None, None])
+            conv.weight.copy_(part)
+        official.z.weight.copy_(attention.project.weight)
     official.norm.load_state_dict(attention.norm.state_dict())
     equal(attention(x), official(x))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline import data, models, runs
+from sightline.attention import HardAttention
 from sightline.recipe import Augment, Data, Model, Optim, Recipe
 from sightline.training import Training, fit
 from sightline.training.log import Log
@@ -276,10 +277,10 @@ def test_folders_that_cannot_take_a_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(path: Path, content: bytes) -> None:
+    def refuse(dir: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(runs, "write", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(PermissionError, match=r"^cannot write to .*run: Permission denied; choose another folder$"):
         fit(TINY, tmp_path / "run")
 
@@ -406,6 +407,26 @@ def test_distillation_is_hintons_loss_by_hand():
     loss = Loss(replace(TINY.optim, alpha=0.25, temperature=2.0), None, nn.Sequential(nn.Flatten(), table))
     wanted = 0.25 * torch.nn.functional.cross_entropy(student, labels) + 0.75 * by_hand
     assert float(loss(images, student, labels)) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_hard_attention_is_trained_by_reinforce():
+    """By hand: the cross entropy, and each image's reward above that of the others times its log-probability."""
+    network = nn.Sequential(HardAttention(2, mixed=0.0), nn.Linear(2, 3))
+    images, labels = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 2])
+    loss = Loss(TINY.optim, network=network)
+    logits = network(images)
+    gate = network[0].gate
+    reward = logits.detach().log_softmax(1)[torch.arange(4), labels]
+    by_hand = -logits.log_softmax(1)[torch.arange(4), labels].mean() - 0.002 * gate.entropy.mean()
+    for i in range(4):
+        others = torch.stack([reward[j] for j in range(4) if j != i]).mean()
+        by_hand = by_hand - (reward[i] - others) * gate.log_prob[i] / 4
+    torch.testing.assert_close(loss(images, logits, labels), by_hand)
+    loss(images, logits, labels).backward()
+    assert gate.u.weight.grad.abs().sum() > 0
+    plain = Loss(TINY.optim)(images, logits, labels)
+    torch.testing.assert_close(Loss(TINY.optim, network=network.eval()[1:])(images, logits, labels), plain)
+    assert not list(loss.parameters())
 
 
 def test_a_student_that_hears_its_teacher_alone_comes_near_it(tmp_path: Path):

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sightline import attention, data, explainers, maps, metrics, models, recipe, report, runs, testing
+    from sightline import attention, bench, data, explainers, maps, metrics, models, recipe, report, runs, testing
     from sightline.attention import insert
     from sightline.evaluation import evaluate
     from sightline.explainers import attention_maps, explain
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "attention",
     "attention_maps",
+    "bench",
     "create_model",
     "data",
     "evaluate",

@@ -107,6 +107,36 @@ def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[st
         print(f"test accuracy over {len(scores)} seeds: {np.mean(scores):.2%} ± {spread:.2%} (standard deviation)")
 
 
+def bench(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """Train the rows of a study with every seed, a control among them, and compare: accuracy, maps, cost."""
+    from rich.table import Table
+
+    from sightline import bench
+
+    study = bench.load(options.study, {"seeds": options.seeds} | overrides if options.seeds else overrides)
+    with _Bar() as bar:
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(what, done, total)
+            if not sys.stderr.isatty():
+                print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+
+        found = bench.bench(study, _folder(options.out), options.row, options.jobs, tell)
+    columns, lines = found.table()
+    table = Table(title=f"{Path(options.study).stem}, {_counted(len(study.recipe.seeds), 'seed')}, mean ± deviation")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "network" else "right")
+    for line in lines:
+        table.add_row(*line)
+    _print(table)
+    for run, reason in found.failed.items():
+        print(f"failed: {run}: {reason}", file=sys.stderr)
+    if options.row is None:
+        print(f"table: {Path(options.out) / 'bench.md'}")
+    if found.failed:
+        sys.exit(1)
+
+
 def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Score a trained run's maps by every metric, with intervals and controls, and write the report."""
     from sightline.runs import open_run
@@ -259,6 +289,14 @@ def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
             print(f"  {name:<{width}}  {line}")
         if kind == "models":
             print(f"  {'any timm model':<{width}}  by its timm name, for example resnet18 or convnext_tiny")
+        if kind == "attention":
+            print(
+                "  not for insertion: sl.attention.SpatialTransformer (in front of a network), Glimpse, Attend with the"
+            )
+            print(f"    alignment functions {', '.join(attention.ALIGNMENT)};")
+            print(
+                "    networks of their own: vgg_att3 (Learn To Pay Attention), protopnet, tiny_vit, timm's transformers"
+            )
 
 
 def _compare(name: str) -> None:
@@ -279,7 +317,8 @@ def _compare(name: str) -> None:
             compared[block] = attention.insert(plain, block, init="fresh", **options)
         except ValueError as error:
             left_out.append(f"{block}: {error}")
-    found = costs(compared, torch.randn(2, 3, *size), rounds=5)
+    with _Bar() as bar:
+        found = costs(compared, torch.randn(2, 3, *size), rounds=5, progress=bar.update)
     table = Table(title=f"{name}, {size[1]} x {size[0]} pixels, each block at its paper's places")
     for column in ("block", "parameters", "GMACs / image", "forward, 2 images", "kept for backward"):
         table.add_column(column, justify="left" if column == "block" else "right")
@@ -342,6 +381,15 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--classes", metavar="FILE", help="text file with one class name per line")
     new.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     new.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
+
+    new = verb("bench", bench, True)
+    new.add_argument("study", metavar="FILE", help="YAML file: a recipe with one part more, `rows`")
+    new.add_argument("--out", required=True, metavar="FOLDER", help="folder of all runs; what is done there stays")
+    new.add_argument(
+        "--row", action="append", metavar="NAME", help="only this row (may be given several times); no bench.md"
+    )
+    new.add_argument("--seeds", metavar="A,B,...", help="one run per seed and row (seeds)")
+    new.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at a time, sharing the cores (1)")
 
     new = verb("evaluate", evaluate, True)
     new.add_argument("run", metavar="RUN", help="run folder")

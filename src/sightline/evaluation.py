@@ -5,7 +5,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -22,7 +22,7 @@ from sightline.explainers import EXPLAINERS, Explanation, Method, attention_maps
 from sightline.inference import check_images, forward
 from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import Interval, mean_interval, wilson_interval
-from sightline.runs import write
+from sightline.runs import plain, write
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]
@@ -139,7 +139,7 @@ class Evaluation:
         left_out = ("per_image", "examples", "errors", "mean_maps")
         facts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         path = Path(path)
-        write(path, json.dumps(_plain(facts), indent=1).encode())
+        write(path, json.dumps(plain(facts), indent=1).encode())
         return path
 
     def to_csv(self, path: Path | str) -> Path:
@@ -688,16 +688,3 @@ def _check(names: Sequence[str], among: Iterable[str], what: str) -> None:
             close = get_close_matches(name, among, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(among)}"
             raise ValueError(f"expected the name of a {what}, got {name!r}; {hint}")
-
-
-def _plain(value: Any) -> Any:
-    """JSON's own types; NaN and infinities become None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -177,11 +177,11 @@ _LIMITS: dict[str, _Limit] = {
 }
 
 
-def load(source: Path | str | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load(source: Path | str | Recipe | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe from YAML (or take one as it is), change single fields, and check every field.
 
     Args:
-        source: a YAML file, in which any field may be left out, or a Recipe.
+        source: a YAML file, in which any field may be left out, what such a file holds, or a Recipe.
         overrides: dotted field -> value, as in `{"optim.epochs": 3}`. Text (of a command line) is read as YAML where
             the field is not text itself; `null` is None.
 
@@ -196,7 +196,9 @@ def load(source: Path | str | Recipe, overrides: Mapping[str, Any] | None = None
     Traceback (most recent call last):
     ValueError: optim.epoch: no such field in a recipe; did you mean optim.epochs?
     """
-    values = _flat(asdict(source) if isinstance(source, Recipe) else _read(Path(source)))
+    if isinstance(source, Recipe):
+        source = asdict(source)
+    values = _flat(source if isinstance(source, Mapping) else read(Path(source)))
     for name, value in (overrides or {}).items():
         if name.startswith("model.options."):
             option = {name.removeprefix("model.options."): yaml.safe_load(value) if isinstance(value, str) else value}
@@ -226,7 +228,13 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(asdict(recipe), sort_keys=False, width=120)
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is not YAML.
+    """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected a recipe, which is a YAML file")
     if not path.exists():
@@ -241,7 +249,7 @@ def _read(path: Path) -> Any:
 
 
 def _flat(fields: Any) -> dict[str, Any]:
-    if not isinstance(fields, dict):
+    if not isinstance(fields, Mapping):
         raise TypeError(f"expected a recipe with the parts {', '.join(_SECTIONS)}, seeds; got {fields!r}")
     values: dict[str, Any] = {}
     for key, value in fields.items():

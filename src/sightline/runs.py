@@ -3,16 +3,19 @@
 import csv
 import io
 import json
+import math
 import os
 import platform
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -136,8 +139,8 @@ def check_writable(folder: Path) -> None:
     if not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is a file; expected a folder to write to")
     try:
-        write(nearest / ".writable", b"")
-        (nearest / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=nearest):  # of no name: others may ask for the same folder at the same time
+            pass
     except OSError as error:
         raise type(error)(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
 
@@ -167,6 +170,23 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, facts
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete the run and train it anew") from error
+
+
+def plain(value: Any) -> Any:
+    """JSON's own types; NaN and infinities, which JSON does not have, become None.
+
+    >>> plain({"a": (1, float("nan"))})
+    {'a': [1, None]}
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def surroundings() -> dict[str, str]:

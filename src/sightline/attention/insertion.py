@@ -224,7 +224,7 @@ def _maker(block: Block, options: dict[str, Any]) -> tuple[str, Callable[..., nn
     if isinstance(block, str):
         if block not in ATTENTION:
             raise ValueError(
-                f"unknown attention {block!r}{_closest(block, ATTENTION)}; it is one of {', '.join(ATTENTION)}"
+                f"unknown attention {block!r}{closest(block, ATTENTION)}; it is one of {', '.join(ATTENTION)}"
             )
         name, make = block, ATTENTION[block]
     else:
@@ -234,7 +234,7 @@ def _maker(block: Block, options: dict[str, Any]) -> tuple[str, Callable[..., nn
     for option in options:
         if option not in known and not any_option:
             raise ValueError(
-                f"{name or 'the block'} has no option {option!r}{_closest(option, known)}; "
+                f"{name or 'the block'} has no option {option!r}{closest(option, known)}; "
                 f"it has: {', '.join(list(known)[1:]) or 'none'}"
             )
     return name, make
@@ -345,11 +345,12 @@ def _loops(layer: nn.Module, call: _Call) -> bool:
 
 def _pools(make: Callable[..., nn.Module], options: dict[str, Any], call: _Call) -> bool:
     """Whether a block turns a map into one vector per image."""
-    shape = call.given if _is_map(call.given) else call.taken
-    if shape is None or len(shape) != 4:
+    maps = sorted(filter(_is_map, (call.given, call.taken)), key=_is_wide)
+    if not maps:
         raise ValueError(
             f"expected a layer that yields (b, c, h, w), got {call.kind} from {call.name!r}; name another layer"
         )
+    shape = maps[-1]
     devices = [call.device] if call.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         made = make(shape[1], **options).to(call.device, call.dtype).eval()
@@ -440,8 +441,11 @@ def _branch_end(name: str, block: nn.Module, ended: dict[str, int]) -> str | Non
 
 
 def _stages(model: nn.Module, calls: list[_Call]) -> list[str]:
-    """The last unit at each resolution: of those made of blocks, or, where nothing is, of the layers."""
+    """A ResNet's stages; else the last unit at each resolution: of those made of blocks, or of the layers."""
     found = {call.name: call for call in calls}
+    own = [name for name in found if re.fullmatch(r"layer\d", name)]
+    if len(own) > 2:  # at high resolution several are of one size
+        return own
     last: dict[torch.Size, str] = {}
     deep: dict[torch.Size, str] = {}
     for call in _units(model, found[""], found):
@@ -494,15 +498,20 @@ def _matches(model: nn.Module, patterns: Sequence[str]) -> list[str]:
             if name.count(".") == len(parts) - 1 and all(map(fnmatchcase, name.split("."), parts))
         ]
         if not matching:
-            raise ValueError(f"no layer is named {pattern!r}{_closest(pattern, names)}")
+            raise ValueError(f"no layer is named {pattern!r}{closest(pattern, names, cutoff=0.3)}")
         found |= dict.fromkeys(matching)
     if not found:
         raise ValueError("expected at least one layer to insert at, got none; leave `at` out for the paper's places")
     return list(found)
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3)
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A hint at the names that were perhaps meant; nothing where none is near.
+
+    >>> closest("brnap", ["se", "brnpa"])
+    "; did you mean 'brnpa'?"
+    """
+    found = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Compat = Literal["pc", "dp", "none"]
 Norm = Literal["softmax", "sigmoid"]
@@ -46,13 +47,13 @@ class CompatibilityGate(nn.Module):
             ValueError: "pc" or "dp" without a query.
         """
         if self.compat == "none":
-            return self._products(features, self.u.weight) + self.u.bias
+            return self._linear(features) + self.u.bias
         if query is None:
             raise ValueError(f"expected a query of shape (batch, channels) for compat={self.compat!r}, got none")
         if self.compat == "dp":
             return self._products(features, query)
         # u is linear: <u, l + g> = <u, l> + <u, g> needs no second map of the features' size.
-        return self._products(features, self.u.weight) + self.u(query)[:, :, None, None]
+        return self._linear(features) + self.u(query)[:, :, None, None]
 
     def forward(
         self, features: Float[Tensor, "b c h w"], query: Float[Tensor, "b c"] | None = None
@@ -63,11 +64,16 @@ class CompatibilityGate(nn.Module):
             return scores.sigmoid()
         return scores.flatten(2).softmax(2).unflatten(2, features.shape[2:])
 
+    def _linear(self, features: Tensor) -> Tensor:
+        local = features.flatten(2).mT
+        if local.is_contiguous():  # channels-last, in which the gradient of the other form would not be
+            return F.linear(local, self.u.weight).mT.unflatten(2, features.shape[2:])
+        return self._products(features, self.u.weight.expand(features.shape[0], -1))
+
     @staticmethod
     def _products(features: Tensor, vector: Tensor) -> Tensor:
         # On a CPU up to four times as fast as a 1x1 convolution with one output channel.
-        rows = vector.unsqueeze(1).expand(features.shape[0], -1, -1)
-        return torch.bmm(rows, features.flatten(2)).unflatten(2, features.shape[2:])
+        return torch.bmm(vector.unsqueeze(1), features.flatten(2)).unflatten(2, features.shape[2:])
 
 
 class LearnToPayAttention(nn.Module):

@@ -204,16 +204,18 @@ class NonLocal(nn.Module):
         super().__init__()
         if reduction < 1 or channels % reduction:
             raise ValueError(f"expected a reduction that divides {channels} channels, got {reduction}; choose another")
-        self.qkv = nn.Linear(channels, 3 * (channels // reduction), bias=False)
+        self.qkv = nn.Conv2d(channels, 3 * (channels // reduction), 1, bias=False)
         self.gate = ReceivedAttention(scale=1.0)
-        self.project = nn.Linear(channels // reduction, channels, bias=False)
+        self.project = nn.Conv2d(channels // reduction, channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(channels)
         nn.init.zeros_(self.norm.weight)
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Features plus what each position gathered from all."""
         size = features.shape[2], features.shape[3]
-        qkv = self.qkv(features.flatten(2).transpose(1, 2)).unflatten(2, (3, 1, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
-        attended = self.gate.attend(query, key, value, size).squeeze(1)
-        return features + self.norm(self.project(attended).transpose(1, 2).unflatten(2, size))
+        query, key, value = self.qkv(features).flatten(2).mT.unsqueeze(1).chunk(3, 3)
+        attended = self.gate.attend(query, key, value, size).squeeze(1).mT.unflatten(2, size)
+        # In the features' own layout, or the norm and the sum would mix two.
+        last = features.is_contiguous(memory_format=torch.channels_last)
+        attended = attended.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return features + self.norm(self.project(attended))

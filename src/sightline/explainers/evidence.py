@@ -266,8 +266,14 @@ class _Capture:
                 )
             found[index] = name, self.captured[name]
         if head is not None:
-            last = head.last(logits)
-            found |= dict.fromkeys(self.automatic, last)
+            name, tensor, alone = head.last(logits)
+            if not alone and name in dict(self.model.named_modules()):
+                # Attention weights feed the logits too and are made from it: named, it gets their gradient as well.
+                self.wanted = dict.fromkeys(self.automatic, find_layer(self.model, name))
+                self.automatic = []
+                self.gates.clear()
+                return self.run(images)
+            found |= dict.fromkeys(self.automatic, (name, tensor))
         self.names = [found[index][0] for index in range(len(found))]
         self.tensors = [found[index][1] for index in range(len(found))]
         for name, tensor in zip(self.names, self.tensors, strict=True):
@@ -345,7 +351,8 @@ class _LastSpatial(TorchFunctionMode):
         self.leaves: dict[tuple[int, int], tuple[Tensor, str, int, Tensor]] = {}
         self.layers_behind = 0
         self.producers: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-        self.handles = [m.register_forward_hook(self._produced(name)) for name, m in model.named_modules() if name]
+        named = [(name, m) for name, m in model.named_modules() if name and not isinstance(m, nn.Identity)]
+        self.handles = [module.register_forward_hook(self._produced(name)) for name, module in named]
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -398,7 +405,8 @@ class _LastSpatial(TorchFunctionMode):
             self.leaves[key] = leaf, name, self.layers_behind, value  # the value is kept so that its id stays its own
         return self.leaves[key][0]
 
-    def last(self, logits: Tensor) -> tuple[str, Tensor]:
+    def last(self, logits: Tensor) -> tuple[str, Tensor, bool]:
+        """Name and leaf of the last feature map, and whether nothing else feeds the logits; weights are no features."""
         leaves = list(self.leaves.values())
         if logits.requires_grad and leaves:
             with torch.enable_grad():
@@ -406,7 +414,8 @@ class _LastSpatial(TorchFunctionMode):
             found = torch.autograd.grad(best, [leaf[0] for leaf in leaves], allow_unused=True, retain_graph=True)
             feeding = [(leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None]  # pyright: ignore[reportUnnecessaryComparison]
             used = [leaf for leaf, gradient in feeding if gradient.any()] or [leaf for leaf, _ in feeding]
-            tensor, name, before, _ = used[-1]
+            features = [leaf for leaf in used if "gate" not in leaf[1].split(".")]
+            tensor, name, before, _ = (features or used)[-1]
             if sum(leaf[1] == name for leaf in used) > 1:
                 raise ValueError(
                     f"expected a layer that runs once, got {name!r}, which the forward calls twice; pass layer="
@@ -416,7 +425,7 @@ class _LastSpatial(TorchFunctionMode):
                     f"expected a feature map close to the logits, got {name!r}, {behind} weight layers away "
                     "(a transformer, whose tokens are no feature map?); pass layer="
                 )
-            return name, tensor
+            return name, tensor, len(used) == 1
         raise ValueError(
             "expected a model in which a (b, c, h, w) tensor feeds the logits, got none that does; "
             "pass layer= (see model.named_modules())"

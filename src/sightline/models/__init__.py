@@ -1,16 +1,15 @@
 """Networks by name: plain modules, normalised images in, logits out."""
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from torch import Tensor, nn
 
-from sightline.attention.insertion import MARK, Block, insert
+from sightline.attention.insertion import MARK, Block, closest, insert
 from sightline.models.protopnet import ProtoPNet
-from sightline.models.resnet import keep_resolution
+from sightline.models.resnet import CifarResNet, keep_resolution
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
 from sightline.models.vit import TinyViT
 
@@ -24,6 +23,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg_att": VGGAtt,
     "vgg_att2": VGGAtt2,
     "vgg_att3": VGGAtt3,
+    "cifar_resnet": CifarResNet,
     "tiny_vit": TinyViT,
     "protopnet": ProtoPNet,
 }
@@ -113,7 +113,7 @@ def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
     for option, value in options.items():
         if option not in parameters:
             raise ValueError(
-                f"{name} has no option {option!r}{_closest(option, parameters)}; it has: {', '.join(parameters)}"
+                f"{name} has no option {option!r}{closest(option, parameters)}; it has: {', '.join(parameters)}"
             )
         wanted = parameters[option].annotation
         if wanted is float and type(value) is int:
@@ -131,7 +131,7 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 
     if not timm.is_model(name):
         raise ValueError(
-            f"unknown model {name!r}{_closest(name, [*MODELS, *timm.list_models()])}; see `sightline list models`"
+            f"unknown model {name!r}{closest(name, [*MODELS, *timm.list_models()])}; see `sightline list models`"
         )
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
@@ -146,16 +146,11 @@ def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
 
     known = [f"torchvision:{known}" for known in torchvision.models.list_models(torchvision.models)]
     if name not in known:
-        raise ValueError(f"unknown model {name!r}{_closest(name, known)}; see `torchvision.models.list_models()`")
+        raise ValueError(f"unknown model {name!r}{closest(name, known)}; see `torchvision.models.list_models()`")
     try:
         return torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None, **options)
     except TypeError as error:
         raise ValueError(f"torchvision cannot build {name!r}: {error}") from error
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -27,16 +27,23 @@ class Costs:
     """Bytes of distinct tensors that a training forward keeps for its backward pass, parameters left out."""
 
 
-def costs(models: Mapping[str, nn.Module], images: Float[Tensor, "b c h w"], rounds: int = 9) -> dict[str, Costs]:
+def costs(
+    models: Mapping[str, nn.Module],
+    images: Float[Tensor, "b c h w"],
+    rounds: int = 9,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Costs]:
     """Costs of networks side by side: their forward passes are timed in turns, so that all meet the same machine.
 
-    The models, on the device of the images, are left as they were.
+    The models, on the device of the images, are left as they were. `progress` is called with (what is being done,
+    networks done, networks in all).
 
     >>> found = costs({"one": nn.Conv2d(3, 4, 1)}, torch.zeros(2, 3, 5, 5), rounds=1)["one"]
     >>> found.parameters, found.macs
     (16, 300)
     """
     times: dict[str, list[float]] = {name: [] for name in models}
+    report = progress or (lambda what, done, total: None)
     for turn in range(rounds + 1):
         for name, model in models.items():
             with untouched(model), torch.inference_mode():
@@ -46,15 +53,17 @@ def costs(models: Mapping[str, nn.Module], images: Float[Tensor, "b c h w"], rou
                     torch.cuda.synchronize(images.device)
                 if turn:  # the first warms up
                     times[name].append(time.perf_counter() - start)
-    return {
-        name: Costs(
+        report("timing", turn + 1, rounds + 1)
+    found: dict[str, Costs] = {}
+    for name, model in models.items():
+        found[name] = Costs(
             parameters=sum(p.numel() for p in model.parameters()),
             macs=_macs(model, images[:1]),
             seconds=median(times[name]),
             saved=_saved(model, images),
         )
-        for name, model in models.items()
-    }
+        report("counting", len(found), len(models))
+    return found
 
 
 def _macs(model: nn.Module, image: Tensor) -> int:

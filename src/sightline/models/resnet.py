@@ -1,13 +1,74 @@
-"""ResNets whose last stages keep their resolution."""
+"""ResNets for small images, and ResNets whose last stages keep their resolution."""
 
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from sightline.inference import untouched
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+class CifarResNet(nn.Module):
+    """ResNet for small images: three stages of 16, 32 and 64 channels, at full, half and a quarter of the resolution.
+
+    Args:
+        num_classes: number of logits.
+        depth: number of layers with weights, 6n + 2 for n blocks per stage: 20, 32, 44, 56, 110, but also 8 or 14.
+        width: factor of the number of channels.
+        stem_stride: 2 halves all resolutions: quick training, larger images.
+
+    Raises:
+        ValueError: a depth that is not 6n + 2, a width that leaves no channel, a stride below 1.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+
+    Differs: the shortcut of a stage's first block is a 1 x 1 convolution with BatchNorm (option B), not padding (A).
+
+    >>> model = CifarResNet(10, depth=20)
+    >>> model(torch.zeros(2, 3, 32, 32)).shape, sum(p.numel() for p in model.parameters())
+    (torch.Size([2, 10]), 272474)
+    """
+
+    def __init__(self, num_classes: int = 10, *, depth: int = 20, width: float = 1.0, stem_stride: int = 1) -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"expected a depth of 6n + 2, got {depth}; take 8, 14, 20, 32, 44, 56 or 110")
+        if width < 1 / 16:
+            raise ValueError(f"expected a width of 1/16 or more, got {width}; 1 is the paper's")
+        if stem_stride < 1:
+            raise ValueError(f"expected a stem_stride of 1 or more, got {stem_stride}; 1 is the paper's")
+        first, second, third = (round(channels * width) for channels in (16, 32, 64))
+        blocks = depth // 6
+        self.conv1 = nn.Conv2d(3, first, 3, stem_stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(first, first, blocks, 1)
+        self.layer2 = _stage(first, second, blocks, 2)
+        self.layer3 = _stage(second, third, blocks, 2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(third, num_classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
+        """Logits."""
+        features = self.relu(self.bn1(self.conv1(images)))
+        features = self.layer3(self.layer2(self.layer1(features)))
+        return self.fc(self.flatten(self.avgpool(features)))
+
+
+def _stage(channels: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+    shortcut = None
+    if stride > 1:
+        shortcut = nn.Sequential(nn.Conv2d(channels, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+    first = BasicBlock(channels, planes, stride, shortcut)
+    return nn.Sequential(first, *(BasicBlock(planes, planes) for _ in range(blocks - 1)))
 
 
 def keep_resolution(model: nn.Module, stages: int) -> nn.Module:
@@ -17,7 +78,7 @@ def keep_resolution(model: nn.Module, stages: int) -> nn.Module:
     the resolution down, become identities.
 
     Args:
-        model: a ResNet of torchvision or timm, or another network with the stages `layer1` to `layer4`.
+        model: a ResNet, or another network with the stages `layer1`, `layer2`, `layer3`, mostly `layer4`.
         stages: how many of the last stages; each doubles the height and width of the final map.
 
     Raises:
@@ -30,13 +91,15 @@ def keep_resolution(model: nn.Module, stages: int) -> nn.Module:
     [(1, 1), (1, 1)]
     """
     found = [(name, layer) for name, layer in model.named_children() if name in STAGES]
-    if len(found) != len(STAGES):
+    if len(found) < 3:
         raise ValueError(
             f"expected a ResNet with stages layer1 to layer4 for high_resolution, got {type(model).__name__}; "
             "take a ResNet or leave high_resolution out"
         )
-    if not 1 <= stages <= 3:
-        raise ValueError(f"expected high_resolution of 1 to 3 stages, got {stages}; layer1 has no stride to change")
+    if not 1 <= stages < len(found):
+        raise ValueError(
+            f"expected high_resolution of 1 to {len(found) - 1} stages, got {stages}; layer1 has no stride to change"
+        )
     for name, stage in found[-stages:]:
         strided = [(path, layer) for path, layer in stage.named_modules() if getattr(layer, "stride", 1) in (2, (2, 2))]
         for path, layer in strided:

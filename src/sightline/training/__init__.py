@@ -102,7 +102,8 @@ def _fit_one(
         weights = None
         if recipe.optim.class_weights and isinstance(train, data.ImageSet):
             weights = class_weights(train.labels, len(train.classes))
-        training = Training(network, train, others.get("val") or None, recipe, Loss(recipe.optim, weights, teacher))
+        loss = Loss(recipe.optim, weights, teacher, network)
+        training = Training(network, train, others.get("val") or None, recipe, loss)
         if checkpoint.exists():
             training.restore(*runs.unpack(checkpoint))
         run = Run(

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sightline.attention import HardAttention, reinforce_loss
 from sightline.inference import logits_of
 from sightline.recipe import Optim
 
@@ -37,11 +38,27 @@ def distillation(student: Float[Tensor, "b n"], teacher: Float[Tensor, "b n"], t
 
 
 class Loss(nn.Module):
-    """Cross entropy with the labels, and with a teacher's answers where there is a teacher."""
+    """Cross entropy with the labels, with a teacher's answers where there is a teacher, and REINFORCE for the network.
 
-    def __init__(self, optim: Optim, weights: Float[Tensor, " n"] | None = None, teacher: nn.Module | None = None):
+    A network with hard attention that draws its positions ("reinforce") gets `reinforce_loss` added: the reward of an
+    image is the log-probability of its label, the baseline the mean reward of the other images in the batch.
+
+    Source: Xu et al., "Show, Attend and Tell", 2015, section 4.1.
+
+    Differs: their baseline is a moving average over batches, whose state a training would have to keep.
+    """
+
+    def __init__(
+        self,
+        optim: Optim,
+        weights: Float[Tensor, " n"] | None = None,
+        teacher: nn.Module | None = None,
+        network: nn.Module | None = None,
+    ):
         super().__init__()
         self.optim = optim
+        modules = () if network is None else network.modules()
+        self.drawing = tuple(m.gate for m in modules if isinstance(m, HardAttention))  # a tuple: not part of the loss
         self.weights = weights if weights is None else nn.Buffer(weights)
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
 
@@ -50,6 +67,11 @@ class Loss(nn.Module):
     ) -> Float[Tensor, ""]:
         """Mean loss of the student's logits; the teacher sees the same images."""
         loss = F.cross_entropy(logits, labels, self.weights, label_smoothing=self.optim.label_smoothing)
+        for gate in self.drawing:
+            if gate.log_prob is not None and gate.entropy is not None and len(labels) > 1:
+                reward = -F.cross_entropy(logits.detach(), labels, reduction="none")
+                others = (reward.sum() - reward) / (len(reward) - 1)
+                loss = loss + reinforce_loss(gate.log_prob, reward - others, 0.0, gate.entropy)
         if self.teacher is None:
             return loss
         with torch.no_grad():
