@@ -58,6 +58,7 @@ def measured(row: str, seed: int, accuracy: float, **maps: float) -> Measured:
 
 def test_the_table_by_hand():
     found = Bench(
+        control="control",
         rows=("control", "block", "lost"),
         measured=(
             measured("control", 0, 0.90),
@@ -71,6 +72,7 @@ def test_the_table_by_hand():
     # differences of the seeds that both have: .03 and .07, so .05 ± 12.7062 * .0282843 / sqrt(2)
     assert found.difference("block") == pytest.approx((0.05 - 0.254124, 0.05 + 0.254124), abs=1e-6)
     assert found.difference("control") is None
+    assert replace(found, control="another").difference("block") is None  # only these rows were asked for
     columns, lines = found.table()
     assert columns == [
         "network",
@@ -138,6 +140,13 @@ def test_a_teacher_that_is_a_row_is_its_run_of_the_same_seed(tmp_path: Path):
     )
 
 
+def test_a_transformer_has_attention_and_no_activation_map(tmp_path: Path):
+    rows = {"vit": {"model.name": "tiny_vit", "model.options": {"depth": 2}}}
+    (found,) = bench.bench(Study(recipe=replace(SMALL, seeds=(0,)), rows=rows), tmp_path).measured
+    assert list(found.after.energy) == ["blocks.0.attention", "blocks.1.attention"]
+    assert all(0 < share < 0.5 for share in found.after.energy.values()) and math.isnan(found.after.activation_energy)
+
+
 def test_fresh_is_the_network_before_training(tmp_path: Path):
     still = replace(SMALL, seeds=(5,), optim=Optim(epochs=1, lr=1e-30, weight_decay=0.0))
     run = fit(still, tmp_path / "run", {"model.options.attention": "eca"}, progress=False)
@@ -168,6 +177,10 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path):
         ("rows: {}", "expected a part `rows`"),
         ("rows: {control: {}, se: {model.option: 1}}", "row 'se': model.option: no such field"),
         ("rows: {control: {}, se: {optim.epochs: many}}", "row 'se': optim.epochs: expected a whole number"),
+        (
+            "rows: {a: {}, b: {optim.teacher: a}, c: {optim.teacher: b}}",
+            "row 'c': expected a teacher that has no row as",
+        ),
         ("rows: {a b: {}, a/b: {}}", "expected names of rows that differ in more than signs, got 'a b' twice"),
     ],
 )

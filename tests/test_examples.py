@@ -62,7 +62,9 @@ def test_bam_se_cbam(tmp_path, capsys):
     rest = dict(majority=0.1, area=0.1, parameters=1, seconds=1.0, before=maps, after=maps)
     runs = [Measured(row="BAM", seed=seed, accuracy=0.5 + seed / 4, **rest) for seed in (0, 1)]
     file = tmp_path / "bench.json"
-    file.write_text(json.dumps(asdict(Bench(rows=("control", "BAM"), measured=tuple(runs), failed={}))))
+    file.write_text(
+        json.dumps(asdict(Bench(control="control", rows=("control", "BAM"), measured=tuple(runs), failed={})))
+    )
     options = ["--steps", "80", "--pixels", "64", "--bench", str(file)]
     found = bam_se_cbam.main([*options, "--out", str(tmp_path / "three.png")])
 

@@ -56,7 +56,7 @@ class Maps:
     sparsity: dict[str, float]
     """block -> `sightline.metrics.complexity.sparsity` of its maps."""
     activation_energy: float
-    """Share in the mask of the norm of the last feature map, which every network has."""
+    """Share in the mask of the norm of the last feature map; a transformer has none."""
     similarity: float
     """Representative vectors only: cosine of an image's vectors with one another."""
 
@@ -104,8 +104,9 @@ class Summary(NamedTuple):
 class Bench:
     """All runs of a study. `table` sums them up."""
 
+    control: str
+    """The study's first row, also where only others were asked for."""
     rows: tuple[str, ...]
-    """In order; the first is the control."""
     measured: tuple[Measured, ...]
     failed: dict[str, str]
     """Run -> why there is no figure of it."""
@@ -134,9 +135,9 @@ class Bench:
         It is Student's, over seeds: what another training of the same two networks may give.
         """
         own = {of.seed: of.accuracy for of in self.measured if of.row == row}
-        control = {of.seed: of.accuracy for of in self.measured if of.row == self.rows[0]}
+        control = {of.seed: of.accuracy for of in self.measured if of.row == self.control}
         pairs = [own[seed] - control[seed] for seed in own.keys() & control.keys()]
-        return None if row == self.rows[0] else student_interval(pairs)
+        return None if row == self.control else student_interval(pairs)
 
     def _line(self, row: str) -> dict[str, str]:
         own = [run for run in self.measured if run.row == row]
@@ -218,6 +219,9 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Study:
             study.of(name, 0, Path())
         except (TypeError, ValueError) as error:
             raise type(error)(f"row {name!r}: {error}") from error
+        teacher = study.rows[name].get("optim.teacher")
+        if teacher in study.rows and study.rows[teacher].get("optim.teacher") in study.rows:
+            raise ValueError(f"row {name!r}: expected a teacher that has no row as its own teacher, got {teacher!r}")
     return study
 
 
@@ -266,7 +270,8 @@ def bench(
             if progress:
                 progress("training and measuring", len(found) + len(failed), len(rows) * len(seeds))
     order = [(row, seed) for row in rows for seed in seeds]
-    result = Bench(rows=tuple(rows), measured=tuple(found[run] for run in order if run in found), failed=failed)
+    measured = tuple(found[run] for run in order if run in found)
+    result = Bench(control=next(iter(study.rows)), rows=tuple(rows), measured=measured, failed=failed)
     if only is None:
         runs.write(out / "bench.json", json.dumps(runs.plain(result), indent=1).encode())
         runs.write(out / "bench.md", result.markdown().encode())
@@ -324,15 +329,15 @@ def _prepare(threads: int) -> None:
 def _train_and_measure(row: str, wanted: Recipe, where: Path) -> Measured | str:
     try:
         run = fit(wanted, where, resume=True, progress=False)
-    except (ValueError, OSError) as error:
-        return str(error)
-    assert isinstance(run, Run)
-    file = where / "measured.json"
-    if file.is_file():
-        known = _with_nan(json.loads(file.read_text(encoding="utf-8")))
-        return Measured(**known | {"before": Maps(**known["before"]), "after": Maps(**known["after"])})
-    found = measure(row, run)
-    runs.write(file, json.dumps(runs.plain(found), indent=1).encode())
+        assert isinstance(run, Run)
+        file = where / "measured.json"
+        if file.is_file():
+            known = _with_nan(json.loads(file.read_text(encoding="utf-8")))
+            return Measured(**known | {"before": Maps(**known["before"]), "after": Maps(**known["after"])})
+        found = measure(row, run)
+        runs.write(file, json.dumps(runs.plain(found), indent=1).encode())
+    except (ValueError, OSError, RuntimeError) as error:
+        return " ".join(str(error).split())
     return found
 
 
@@ -383,7 +388,10 @@ def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
             if weights.shape[2] * weights.shape[3] > 1:
                 sparsities.setdefault(name, []).append(sparsity(weights))
                 energies.setdefault(name, []).append(_energy(weights.mean(1, keepdim=True), masks))
-        norms = explain(model, inputs, methods=["activation_map"])["activation_map"]
+        try:
+            norms = explain(model, inputs, methods=["activation_map"])["activation_map"]
+        except ValueError:  # a transformer has no feature map
+            norms = inputs.new_full((len(inputs), 1, 1, 1), math.nan)
         activation.append(_energy(norms, masks))
         cosines += _similarities(model, inputs)
     return Maps(

@@ -351,8 +351,7 @@ class _LastSpatial(TorchFunctionMode):
         self.leaves: dict[tuple[int, int], tuple[Tensor, str, int, Tensor]] = {}
         self.layers_behind = 0
         self.producers: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-        named = [(name, m) for name, m in model.named_modules() if name and not isinstance(m, nn.Identity)]
-        self.handles = [module.register_forward_hook(self._produced(name)) for name, module in named]
+        self.handles = [m.register_forward_hook(self._produced(name)) for name, m in model.named_modules() if name]
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -360,7 +359,7 @@ class _LastSpatial(TorchFunctionMode):
 
     def _produced(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and not (isinstance(module, nn.Identity) and self._name(output)):
                 self.producers[id(output)] = weakref.ref(output), name
 
         return hook
