@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -238,5 +239,18 @@ def test_sparsity_by_hand():
     maps[2, 0, 0, 0], maps[2, 1] = 1.0, torch.tensor([[4.0, 2, 0], [-9, 0, 0]])
     maps[3, 0, 0, 0] = torch.nan
     found = sparsity(maps)
-    torch.testing.assert_close(found[:3], torch.tensor([1.0, 6.0, (6 + 4) / 2]))
+    torch.testing.assert_close(found[:3], torch.tensor([1.0, 6.0, 2 / (1 / 6 + 1 / 4)]))
     assert found[3:].isnan().all()  # not finite; nothing above 0
+
+
+def test_sparsity_gives_the_numbers_of_the_official_code():
+    known = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "golden" / "sparsity.npz").items()}
+    norms = torch.linalg.vector_norm(known["features"], dim=1, keepdim=True).double()
+    maps = known["maps"] * norms / norms.amax((2, 3), keepdim=True)
+    highest = maps.amax((2, 3))
+    shares = torch.stack([1 / sparsity(one) for one in maps.split(1, dim=1)], 1)
+    torch.testing.assert_close(1 / sparsity(maps), shares.mean(1))
+    official = (shares * highest / (highest + 1e-5)).mean(1)  # its code adds this to the largest value
+    torch.testing.assert_close(official, known["mean_over_max_with_norm"], rtol=0, atol=1e-5)
+    whole = 1 / sparsity(norms)
+    torch.testing.assert_close(whole, known["activation_map_mean_over_max"].double(), rtol=0, atol=1e-5)
