@@ -9,8 +9,6 @@ Options are for a look in between: only a run without them writes the results.
 """
 
 import argparse
-import ctypes
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -18,7 +16,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from measure import Ratio, pairs, save
+from measure import Ratio, keep_freed_memory, pairs, save
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
 from timm.layers.cbam import CbamModule, ChannelAttn, SpatialAttn
 from timm.layers.eca import EcaModule
@@ -274,18 +272,6 @@ def overhead(name: str, rounds: int) -> Ratio:
     plain = timm.create_model("resnet50")
     with_block = sl.insert(plain, name, init="fresh", **OPTIONS.get(name, {}))
     return pairs(training(with_block), training(plain), rounds)
-
-
-def keep_freed_memory() -> None:
-    """Stop glibc from handing large tensors back to the system.
-
-    Whether it does depends on what happens to lie behind them, and to fetch them again takes as long as a light block.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 2**25)
 
 
 def report(what: str, ratio: Ratio, bar: float | None) -> dict[str, object]:

@@ -9,9 +9,8 @@ from functools import partial
 from itertools import product
 
 import torch
-from measure import pairs, save
+from measure import pairs, peak, save
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import sightline as sl
 
@@ -49,19 +48,6 @@ def products(features: Tensor, k: int = 3) -> Tensor:
         vectors.append(torch.bmm(f, weights.unsqueeze(2)).squeeze(2))
         scores = (1 - cosines) * scores
     return torch.cat(vectors, 1)
-
-
-def peak(call: Callable[[], object]) -> int:
-    """Highest number of bytes that a call holds at once, beyond what it is given."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        result = call()
-    del result
-    held = highest = 0
-    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            highest = max(highest, held)
-    return highest
 
 
 def forward(pooling: Pooling, features: Tensor) -> None:

@@ -1,31 +1,170 @@
-"""Three maps from one call beside one plain forward: grad_cam, activation_map and cam of ResNet-50 at 224 px, batch 16.
+"""Maps beside the forwards and backwards that they cannot do without, and beside the same maps of other libraries.
 
-The weights are random: the time of a map does not depend on what the net has learned.
+ResNet-50 at 224 px, batch 16; Score-CAM and RISE: ResNet-18 at 64 px, batch 2. The weights are random: the time of a
+map does not depend on what the net has learned. `--rounds 3` is a quick look; `--only WORD` picks rows; the results are
+written when all rows ran.
 """
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 
 import timm
 import torch
-from measure import pairs, save
+from measure import Ratio, keep_freed_memory, pairs, peak, save
+from torch import Tensor, nn
 
 import sightline as sl
 
-METHODS = ("grad_cam", "activation_map", "cam")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CAMS = ("grad_cam", "grad_cam_plus_plus", "xgrad_cam", "layer_cam", "hires_cam", "eigen_cam")
+GUIDED = ("guided_grad_cam", "guided_grad_cam_plus_plus", "saliency")
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+BATCH = 64
+"""Images per forward of Score-CAM and RISE."""
+
+Call = Callable[[], object]
+
+
+def waits(call: Call) -> Call:
+    """The call and the end of its work on the accelerator."""
+
+    def whole() -> None:
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return whole
+
+
+def plain(model: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        model(images)
+
+
+def stages_by_hand(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Grad-CAM of the predicted class at all four stages, as one would write it for this net alone."""
+    with torch.no_grad():
+        x = model.maxpool(model.act1(model.bn1(model.conv1(images))))
+        x = model.layer1(x)
+    activations = [x.requires_grad_()]
+    for name in STAGES[1:]:
+        activations.append(model.get_submodule(name)(activations[-1]))
+    logits = model.fc(model.global_pool(activations[-1]))
+    gradients = torch.autograd.grad(logits.amax(1).sum(), activations)
+    return [
+        torch.einsum("bk,bkhw->bhw", gradient.mean((2, 3)), activation.detach()).relu()
+        for activation, gradient in zip(activations, gradients, strict=True)
+    ]
+
+
+def two_backwards(model: nn.Module, images: Tensor) -> None:
+    """What saliency and guided backpropagation need at the least: one forward, two backwards to the images."""
+    leaf = images.detach().requires_grad_()
+    score = model(leaf).amax(1).sum()
+    torch.autograd.grad(score, leaf, retain_graph=True)
+    torch.autograd.grad(score, leaf)
+
+
+def batches_of(model: nn.Module, call: Call) -> list[int]:
+    """How many images each forward of the call sees."""
+    seen: list[int] = []
+    handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    call()
+    handle.remove()
+    return seen
+
+
+def bare(model: nn.Module, images: Tensor, sizes: list[int]) -> None:
+    with torch.no_grad():
+        for size in sizes:
+            model(images[:size])
+
+
+def grad_cam_library(model: nn.Module, images: Tensor) -> None:
+    import pytorch_grad_cam as peer
+
+    kinds = (peer.GradCAM, peer.GradCAMPlusPlus, peer.XGradCAM, peer.LayerCAM, peer.HiResCAM, peer.EigenCAM)
+    for kind in kinds:
+        with kind(model=model, target_layers=[model.layer4]) as method:
+            method(input_tensor=images)
+
+
+def torchcam_library(model: nn.Module, images: Tensor) -> None:
+    from torchcam import methods as peer
+
+    for kind in (peer.GradCAM, peer.GradCAMpp, peer.XGradCAM, peer.LayerCAM):
+        with kind(model, target_layer="layer4") as method:
+            method(model(images).argmax(1).tolist(), model(images))
+
+
+def captum_library(model: nn.Module, images: Tensor) -> None:
+    from captum.attr import LayerGradCam
+
+    for _ in CAMS:
+        LayerGradCam(model, model.layer4).attribute(images, target=0)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=21, metavar="N", help="interleaved rounds of a row (21)")
+    parser.add_argument("--only", default="", metavar="WORD", help="rows whose name holds the word; writes nothing")
+    arguments = parser.parse_args()
+    keep_freed_memory()
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    model = timm.create_model("resnet50").eval()
-    images = torch.randn(16, 3, 224, 224)
+    model = timm.create_model("resnet50").eval().to(DEVICE)
+    images = torch.randn(16, 3, 224, 224, device=DEVICE)
+    small = timm.create_model("resnet18").eval().to(DEVICE)
+    pair = torch.randn(2, 3, 64, 64, device=DEVICE)
+    many = torch.randn(BATCH, 3, 64, 64, device=DEVICE)
+    every = torch.arange(1000, device=DEVICE).expand(16, -1)
+    forward = partial(plain, model, images)
+    explain = partial(sl.explain, model, images)
+    rows: list[dict[str, object]] = []
 
-    def plain() -> None:
-        with torch.no_grad():
-            model(images)
+    def row(what: str, ours: Call, reference: Call, bar: float | None, rounds: int) -> None:
+        if arguments.only not in what:
+            return
+        ratio = pairs(waits(ours), waits(reference), rounds)
+        report(what, ratio, bar)
+        rows.append({"what": what, "rounds": rounds, **ratio._asdict(), "bar": bar})
 
-    ratio = pairs(lambda: sl.explain(model, images, methods=METHODS), plain)
-    what = "grad_cam + activation_map + cam / one forward, resnet50, 224 px, batch 16, cpu, 2 threads, automatic layer"
-    print(f"three maps / forward {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  A/A {ratio.aa:.3f}  bar 1.10")
-    print(save("explain", [{"what": what, **ratio._asdict(), "bar": 1.10}]))
+    n = arguments.rounds
+    row("six CAM methods / forward", lambda: explain(methods=CAMS), forward, 1.05, n)
+    row("cam + grad_cam, 1,000 classes / forward", lambda: explain(every, ["cam", "grad_cam"]), forward, 1.10, n)
+    row("grad_cam, layer3 + layer4 / forward", lambda: explain(layer=STAGES[2:]), forward, 1.25, n)
+    by_hand = partial(stages_by_hand, model, images)
+    row("grad_cam, four stages / by hand", lambda: explain(layer=STAGES), by_hand, 1.05, n)
+    back = partial(two_backwards, model, images)
+    row("guided x 2 + saliency / forward + two backwards", lambda: explain(methods=GUIDED), back, 1.05, n)
+    row("six CAM methods, compile=True / forward", lambda: explain(methods=CAMS, compile=True), forward, 1.0, n)
+    for method in ("score_cam", partial(sl.explainers.rise, masks=500)):
+        name = method if isinstance(method, str) else "rise"
+        ours = partial(sl.explain, small, pair, methods=[method], batch_size=BATCH)
+        sizes = batches_of(small, ours)
+        reference = partial(bare, small, many, sizes)
+        row(f"{name} / its {sum(sizes):,} bare forwards, resnet18, 64 px", ours, reference, 1.05, n)
+        if arguments.only in f"{name} memory" and DEVICE == "cpu":
+            memory = peak(ours) / peak(reference)
+            rows.append({"what": f"{name}, peak memory / that of the bare forwards", "median": memory, "bar": None})
+            print(f"{rows[-1]['what']:62} {memory:.3f}", flush=True)
+    peers = {
+        "pytorch_grad_cam": ("grad-cam, the same six methods / forward", grad_cam_library),
+        "torchcam": ("torchcam, four of them / forward", torchcam_library),
+        "captum": ("captum, six calls of LayerGradCam / forward", captum_library),
+    }
+    for package, (what, library) in peers.items():
+        if find_spec(package) is not None:
+            row(what, partial(library, model, images), forward, None, min(n, 3))
+    if not arguments.only:
+        print(save("explain", [{"where": f"resnet50, 224 px, batch 16, {DEVICE}, 2 threads"}, *rows]))
+
+
+def report(what: str, ratio: Ratio, bar: float | None) -> None:
+    said = "" if bar is None else f"  bar {bar:.2f}"
+    print(f"{what:62} {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  A/A {ratio.aa:.3f}{said}", flush=True)
 
 
 if __name__ == "__main__":

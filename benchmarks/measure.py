@@ -1,9 +1,11 @@
 """How every speed in this folder is measured and stored."""
 
+import ctypes
 import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,6 +62,31 @@ def pairs(ours: Callable[[], object], reference: Callable[[], object], n: int = 
         ratios.append(mine / first)
         same.append(second / first)
     return Ratio(statistics.median(ratios), *interval(ratios), statistics.median(same))
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Highest number of bytes that a call holds at once, beyond what it is given."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = call()
+    del result
+    held = highest = 0
+    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
+
+
+def keep_freed_memory() -> None:
+    """Stop glibc from handing large tensors back to the system.
+
+    Whether it does depends on what happens to lie behind them, and to fetch them again takes as long as a light block.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**25)
 
 
 def hardware() -> str:

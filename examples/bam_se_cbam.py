@@ -40,9 +40,8 @@ from statistics import mean
 
 import matplotlib
 import torch
-from spatial_and_channel import CLASSES, squares
+from spatial_and_channel import CHANNELS, CLASSES, squares, trained
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import sightline as sl
 from sightline.attention import BAM, CBAM, SqueezeExcite
@@ -52,7 +51,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 
-CHANNELS = 16
 BLOCKS: dict[str, type[nn.Module]] = {"SE": SqueezeExcite, "CBAM": CBAM, "BAM": BAM}
 EQUATIONS = {
     "SE": r"$x \cdot \sigma(C(x))$",
@@ -87,26 +85,6 @@ def by_hand(block: nn.Module, x: Tensor) -> Tensor:
         y = x * (mlp(x.mean((2, 3))) + mlp(x.amax((2, 3)))).sigmoid()[:, :, None, None]
         return y * norm(conv(torch.cat([y.amax(1, keepdim=True), y.mean(1, keepdim=True)], 1))).sigmoid()
     return x + x * (layer("gate.channel")(x) + layer("gate.spatial")(x)).sigmoid()
-
-
-def trained(block: nn.Module, steps: int) -> nn.Sequential:
-    """A network of one convolution and the block, that names the colour of a square."""
-    model = nn.Sequential(
-        nn.Conv2d(3, CHANNELS, 3, padding=1, padding_mode="circular"),
-        nn.ReLU(),
-        block,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.BatchNorm1d(CHANNELS),  # or the gates would open wide only to make their sums larger
-        nn.Linear(CHANNELS, len(CLASSES)),
-    )
-    optimiser = torch.optim.AdamW(model.parameters(), 0.01)
-    for step in range(steps):
-        images, labels, _ = squares(64, seed=step)
-        optimiser.zero_grad()
-        F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
-        optimiser.step()
-    return model.eval()
 
 
 def study(file: Path) -> None:
@@ -151,7 +129,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     where: dict[str, Tensor] = {}
     what: dict[str, Tensor] = {}
     for name, block in blocks.items():
-        model = trained(block, options.steps)
+        model = trained(block, steps=options.steps)
         with torch.no_grad():
             result[name]["accuracy"] = float((model(images).argmax(1) == labels).float().mean())
             if name == "none":

@@ -47,18 +47,24 @@ def squares(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return images, labels, masks
 
 
-def network() -> nn.Sequential:
-    """A convolution, a channel gate, a spatial gate, the mean over positions, a linear layer."""
-    return nn.Sequential(
+def trained(*blocks: nn.Module, steps: int) -> nn.Sequential:
+    """A convolution, the blocks, the mean over positions, a linear layer: trained to name the colour of a square."""
+    model = nn.Sequential(
         nn.Conv2d(3, CHANNELS, 3, padding=1, padding_mode="circular"),
         nn.ReLU(),
-        sl.attention.SqueezeExcite(CHANNELS, reduction=4),
-        sl.attention.SpatialGate(CHANNELS, kernel=5, zero_init=False),
+        *blocks,
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.BatchNorm1d(CHANNELS),  # or the gates would open wide only to make their sums larger
         nn.Linear(CHANNELS, len(CLASSES)),
     )
+    optimiser = torch.optim.AdamW(model.parameters(), 0.01)
+    for step in range(steps):
+        images, labels, _ = squares(64, seed=step)
+        optimiser.zero_grad()
+        F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
+        optimiser.step()
+    return model.eval()
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -69,14 +75,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    model = network()
-    optimiser = torch.optim.AdamW(model.parameters(), 0.01)
-    for step in range(options.steps):
-        images, labels, _ = squares(64, seed=step)
-        optimiser.zero_grad()
-        F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
-        optimiser.step()
-
+    channel = sl.attention.SqueezeExcite(CHANNELS, reduction=4)
+    spatial = sl.attention.SpatialGate(CHANNELS, kernel=5, zero_init=False)
+    model = trained(channel, spatial, steps=options.steps)
     images, labels, masks = squares(120, seed=10_000)
     accuracy = float((model.eval()(images).argmax(1) == labels).float().mean())
     channel, spatial = sl.attention_maps(model, images).values()  # (120, 16, 1, 1) and (120, 1, 24, 24)

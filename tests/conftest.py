@@ -1,7 +1,12 @@
 """What several test files share."""
 
+from dataclasses import replace
+
 import jaxtyping
 import pytest
+
+from sightline import data
+from sightline.recipe import Data
 
 
 @pytest.fixture
@@ -10,3 +15,15 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def few_validation_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 1000 of clutter would take most of the time."""
+    load = data.load
+
+    def few(asked: Data) -> dict[str, data.ImageSet]:
+        sets = load(asked)
+        return sets | {"val": replace(sets["val"], labels=sets["val"].labels[:50], names=sets["val"].names[:50])}
+
+    monkeypatch.setattr(data, "load", few)

@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sightline import attention, cli, recipe, runs
+from sightline import attention, cli, maps, recipe, runs
+from sightline.explainers import EXPLAINERS
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -118,6 +119,51 @@ def test_explain_writes_overlays_raw_maps_and_a_table(run, tmp_path, capsys):
     assert "broken.png" in refused(capsys, "explain", run, folder, "--strict", "--out", tmp_path / "strict")
 
 
+def test_explain_by_every_method_that_fits(run, tmp_path, capsys):
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    out = tmp_path / "maps"
+    images = [tmp_path / "0.png", tmp_path / "1.png"]
+    sightline("explain", run, *images, "--methods", "all", "--batch-size", 100, "--out", out)
+    said = capsys.readouterr()
+    left_out = dict(line.removeprefix("left out: ").split(": ", 1) for line in said.err.splitlines())
+    assert left_out.keys() == {"cam", "attention_rollout", "gradient_rollout"} and "another head" in left_out["cam"]
+    rows = list(csv.DictReader((out / "maps.csv").read_text().splitlines()))
+    made = list(dict.fromkeys(row["method"] for row in rows))
+    assert sorted([*made, *left_out]) == sorted(EXPLAINERS) and f"2 images x {len(made)} methods" in said.out
+    assert "  guided_backprop: rectifiers intercepted: " in said.out and "(2 images)\n" in said.out
+    assert "  saliency:" not in said.out
+    raw = np.load(out / "0.npz")
+    image = torch.from_numpy(np.array(Image.open(images[0]))).movedim(-1, 0)[None]
+    for method, signed in (("input_x_gradient", True), ("occlusion", True), ("saliency", False), ("eigen_cam", False)):
+        expected = maps.overlay(image, torch.from_numpy(raw[method])[None, None], signed=signed)[0, 0]
+        assert np.array_equal(np.array(Image.open(out / f"0--{method}.png")), expected.movedim(0, -1).numpy()), method
+
+
+def test_explain_reports_progress_within_the_batch_size(run, tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    told = []
+    monkeypatch.setattr(cli._Bar, "update", lambda bar, *what: told.append(what))
+    given = [run, tmp_path / "red.png", "--methods", "occlusion,grad_cam", "--batch-size", 100]
+    sightline("explain", *given, "--out", tmp_path / "maps")
+    assert told == [*(("occlusion", done, 362) for done in (100, 200, 300, 362)), ("explaining", 1, 1)]
+
+
+def test_verdicts_are_counted_and_keep_a_figure_that_is_always_the_same():
+    said = cli._doubts(
+        {
+            "lrp": ["conservation gap: 12%", "flat; conservation gap: 30%", ""],
+            "grad_cam": ["", "", ""],
+            "guided_backprop": ["rectifiers intercepted: 49"] * 3,
+        }
+    )
+    assert list(said) == [
+        "  lrp: conservation gap (2 images), flat (1 image)",
+        "  guided_backprop: rectifiers intercepted: 49 (3 images)",
+    ]
+
+
 def test_explain_any_model_with_its_weights(tmp_path):
     import timm
 
@@ -176,6 +222,8 @@ def test_help(verb, capsys):
         (["explain", "nowhere/run", "a.png", "--out", "{}"], "nowhere/run: no such run folder"),
         (["explain", "resnet18", "a.png", "--out", "{}"], "expected --weights FILE for model 'resnet18'"),
         (["explain", "resnet18", "a.png", "--optim.lr", "1", "--out", "{}"], "expected no recipe field with explain"),
+        (["explain", "resnet18", "a.png", "--batch-size", "0", "--out", "{}"], "expected a whole number of at least 1"),
+        (["explain", "resnet18", "a.png", "--steps", "3", "--out", "{}"], "unrecognized arguments: --steps 3"),
         (["evaluate", "nowhere"], "nowhere: no such run"),
         (["evaluate", "nowhere", "--limit", "0"], "expected a whole number of at least 1, got '0'"),
         (

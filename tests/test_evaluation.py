@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sightline import explainers
 from sightline.data import ImageSet, Preprocess
@@ -230,6 +231,37 @@ def test_files_hold_what_was_found(found, tmp_path):
     assert len(rows) == 30 and float(rows[3]["energy_in_mask/cam"]) == found.per_image["energy_in_mask/cam"][3]
 
 
+def test_a_single_logit_counts_as_two_classes():
+    model, images = PooledModel(torch.tensor([[1.0, -1.0, 0.0]])), torch.rand(6, 3, 4, 4)
+    labels = (model(images)[:, 0] > 0).long()
+    found = evaluate(model, [(images, labels)], ["grad_cam"], ["insertion_auc"], controls=[])
+    assert found.classes == ("0", "1") and found.accuracy.value == 1
+    certainty = torch.tensor(found.per_image["probability"])
+    assert torch.allclose(certainty, model(images)[:, 0].abs().sigmoid())
+    two = nn.Sequential(model, Both())
+    expected = evaluate(two, [(images, labels)], ["grad_cam"], ["insertion_auc"], controls=[])
+    assert found.score("grad_cam", "insertion_auc") == expected.score("grad_cam", "insertion_auc")
+
+
+@explainers.Explainer
+def of_my_own(activations, targets):
+    """As a user would write one."""
+    return activations.amax(1, keepdim=True).expand(-1, targets.shape[1], -1, -1)
+
+
+def test_an_explainer_of_ones_own_is_scored_like_any():
+    found = evaluate(PooledModel(torch.eye(3)), planted(8), [of_my_own, "cam"], ["energy_in_mask"])
+    assert found.methods[:2] == ("of_my_own", "cam")
+    assert found.verdicts["of_my_own"] == {"class-independent": 8} and "of_my_own are" not in "".join(found.summary)
+
+
+class Both(nn.Module):
+    """Two logits that say what one said."""
+
+    def forward(self, logits):
+        return torch.cat([-logits / 2, logits / 2], 1)
+
+
 def test_bad_requests_say_what_to_do(unchecked):
     model, data = PooledModel(torch.eye(3)), planted(4)
     with pytest.raises(ValueError, match="got 'deletion'; did you mean 'deletion_auc'"):
@@ -238,8 +270,6 @@ def test_bad_requests_say_what_to_do(unchecked):
         evaluate(model, data, controls=["noise"])
     with pytest.raises(ValueError, match="expected controls that never look at the model, got 'cam'"):
         evaluate(model, data, controls=["cam"])
-    with pytest.raises(ValueError, match="expected a model with a logit per class, got a single one"):
-        evaluate(PooledModel(torch.ones(1, 3)), [(torch.rand(2, 3, 4, 4),)])
     with pytest.raises(ValueError, match="expected masks or boxes for energy_in_mask"):
         evaluate(model, [(torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long))], metrics=["energy_in_mask"])
     with pytest.raises(ValueError, match="expected at least one image"):
@@ -271,3 +301,14 @@ def test_bad_batches_say_what_to_do(batch, message, unchecked):
     good = (torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=message):
         evaluate(PooledModel(torch.eye(3)), [good, batch], ["cam"], ["deletion_auc"])
+
+
+def test_mean_maps_of_signed_methods_keep_their_zero():
+    images = torch.zeros(1, 3, 2, 2)
+    images[0, 0, 0], images[0, 1, 0, 0] = torch.tensor([4.0, 2.0]), 6.0  # red minus green is -2 and 2, else 0
+    model = PooledModel(torch.tensor([[1.0, -1.0, 0.0], [-1.0, 0.0, 0.0], [-2.0, 0.0, 0.0]]))
+    found = evaluate(model, [(images, torch.tensor([0]))], methods=["cam", "grad_cam"], metrics=[], steps=1)
+    assert found.signed == ("cam",)
+    (cam,), (grad_cam,) = (list(found.mean_maps[name].values()) for name in ("cam", "grad_cam"))
+    assert (cam[0, 0], cam[0, -1], cam[-1, 0]) == (-1, 1, 0) and cam.min() == -1
+    assert (grad_cam[0, 0], grad_cam[0, -1], grad_cam[-1, 0]) == (0, 1, 0)

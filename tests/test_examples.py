@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sightline as sl
 from sightline.bench import Bench, Maps, Measured
@@ -132,3 +133,31 @@ def test_vectors(tmp_path, capsys):
     logits = model(sl.data.normalise(batch.images, images.preprocess))
     torch.testing.assert_close(model.fc(torch.from_numpy(kept).flatten(1)), logits)
     assert labels.tolist() == batch.labels.tolist()
+
+
+def test_page_of_maps(tmp_path, capsys):
+    import page_of_maps
+
+    start = sl.recipe.Recipe(
+        data=sl.recipe.Data(train_size=64, test_size=60),
+        model=sl.recipe.Model(name="cifar_resnet", options={"depth": 8, "width": 0.25, "stem_stride": 2}),
+        optim=sl.recipe.Optim(epochs=1),
+    )
+    sl.fit(start, tmp_path / "run")
+    found = page_of_maps.main([str(tmp_path / "run"), "--images", "2", "--out", str(tmp_path / "page.png")])
+    printed = capsys.readouterr().out
+    missing = {"attention", "attention_rollout", "gradient_rollout"}
+    assert set(found["methods"]) == set(sl.explainers.EXPLAINERS) - missing
+    assert all(f"left out: {name}: expected" in printed for name in missing)
+
+    model, images = sl.load(tmp_path / "run"), sl.data.load(start.data)["test"]
+    chosen = images.batch(np.array([images.names.index(name) for name in found["images"]]))
+    inputs = sl.data.normalise(chosen.images, images.preprocess)
+    assert model(inputs).argmax(1).tolist() == chosen.labels.tolist() and len(set(found["images"])) == 2
+    with Image.open(tmp_path / "page.png") as page:
+        rows = -(-len(found["methods"]) // page_of_maps.COLUMNS)
+        assert page.width == 12 * 100 - 4 and page.height > rows * 2 * 100 and page.mode == "P"
+    pictures = sl.maps.resize(chosen.images.float(), (96, 96)).round().to(torch.uint8)
+    cam = sl.explain(model, inputs, methods=["cam"])
+    expected = sl.maps.overlay(pictures, cam["cam"], opacity=0.75, signed=True)[1, 0]
+    assert torch.equal(page_of_maps.panel(pictures, cam, ["cam"])[:, -96:, -96:], expected)

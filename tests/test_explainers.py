@@ -12,6 +12,7 @@ import sightline.explainers as explainers
 from sightline.attention import LearnToPayAttention
 from sightline.explainers import attention_maps, explain
 from sightline.explainers.evidence import gather
+from sightline.models.vit import TinyViT
 from sightline.testing import PlantedAttention, PooledModel
 
 
@@ -328,7 +329,7 @@ def test_verdicts(images):
     found = explain(model, images, torch.tensor([0, 1, 2, 2]), ["grad_cam", "cam", "activation_map"])
     assert found.verdicts["grad_cam"][:2] == [["flat"], ["flat"]]
     assert found.verdicts["cam"][1][-1:] == ["all-negative"] or found["cam"][1].max() == 0
-    assert found.verdicts["activation_map"] == [[], [], [], []]
+    assert found.verdicts["activation_map"] == [["class-independent"]] * 4
     images[3, 0, 0, 0] = torch.nan
     assert explain(model, images, 2, ["activation_map"]).verdicts["activation_map"][3] == ["non-finite"]
 
@@ -362,9 +363,16 @@ def assert_same_state(before, after):
     assert before[2:4] == after[2:4] and torch.equal(before[4], after[4]) and before[5] == after[5]
 
 
+def model_for(method):
+    """A network that the method has evidence for."""
+    if "rollout" in method:
+        return TinyViT(num_classes=5, size=8, patch=2, width=8, depth=2, heads=2)
+    return PlantedAttention() if method == "attention" else seeded(Net)
+
+
 @pytest.mark.parametrize("method", list(explainers.EXPLAINERS))
 def test_the_model_is_left_as_it_was(method, images):
-    model = seeded(Net) if method != "attention" else PlantedAttention()
+    model = model_for(method)
     model.train()
     for module in list(model.modules())[1:2]:
         module.eval()
@@ -409,7 +417,7 @@ def test_frozen_no_grad_and_inference_mode_change_nothing(images):
 
 def test_no_graph_of_the_trunk_is_kept(images):
     model = seeded(Net)
-    evidence = gather(model, images, [(None, frozenset({"activations", "gradients"}))])[0]
+    ((evidence,),) = gather(model, images, [(None, frozenset({"activations", "gradients"}))]).blocks()
     assert not any(value.requires_grad for value in (evidence.logits, evidence.activations, evidence.gradients))
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -433,7 +441,10 @@ def test_half_precision_gives_float32_maps(images):
         ({"layer": nn.ReLU()}, r"expected a module of Net, got another ReLU"),
         ({"targets": 5}, r"expected targets in 0..4, got 5..5"),
         ({"targets": torch.tensor([1])}, r"expected targets of shape \(4,\) or \(4, t\).*got \(1,\)"),
-        ({"targets": torch.ones(4)}, r"expected targets None, an int or an integer tensor, got a torch.float32 tensor"),
+        (
+            {"targets": torch.ones(4)},
+            r"expected targets None, an int, an integer tensor or a function, got a torch",
+        ),
         (
             {"methods": [partial(explainers.activation_map, power=2)]},
             r"options of activation_map out of: norm, got 'power'",
@@ -458,8 +469,6 @@ def test_bad_requests_say_what_to_do(arguments, message, images, unchecked):
 def test_bad_models_and_images_say_what_to_do(images, unchecked):
     with pytest.raises(ValueError, match=r"for one image pass images\[None\]"):
         gather(seeded(Net), images.long(), [(None, frozenset())])
-    with pytest.raises(ValueError, match=r"got 'patches', \d+ weight layers away \(a transformer"):
-        explain(seeded(Tokens), torch.randn(1, 3, 8, 8))
     with pytest.raises(ValueError, match="expected a model in which a"):
         explain(
             nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)).requires_grad_(False)[1:],
@@ -475,7 +484,7 @@ def test_bad_models_and_images_say_what_to_do(images, unchecked):
         explain(seeded(Net), images.double())
     with pytest.raises(ValueError, match="expected one row of logits per image, got 2 for 4 images"):
         explain(nn.Sequential(seeded(Net), Half()), images)
-    with pytest.raises(ValueError, match="'features', which the forward calls twice; pass layer="):
+    with pytest.raises(ValueError, match="'features', which the forward calls twice; choose one by layer="):
         explain(seeded(Twins), images)
     twice = seeded(Net)
     twice.bn = nn.Identity()
@@ -506,3 +515,28 @@ def test_an_explainer_shows_its_options_in_its_signature():
 
     assert list(signature(explainers.activation_map).parameters) == ["model", "images", "targets", "layer", "norm"]
     assert list(signature(explainers.cam).parameters) == ["model", "images", "targets", "layer"]
+
+
+def test_signed_maps_are_those_that_go_below_zero(images):
+    model = seeded(Net)
+    fit, _ = explainers.fitting(model, images)
+    found = explain(model, images, targets=torch.arange(5).expand(len(images), 5), methods=fit)
+    for name in fit:
+        assert explainers.EXPLAINERS[name].is_signed == bool((found[name] < 0).any()), name
+    assert not explainers.attention_rollout.is_signed and not explainers.gradient_rollout.is_signed
+
+
+def test_what_does_not_fit_is_named_with_its_reason(images, unchecked):
+    model = seeded(Net)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    fit, reasons = explainers.fitting(model, images)
+    assert sorted([*fit, *reasons]) == sorted(explainers.EXPLAINERS)
+    assert reasons.keys() == {"attention", "attention_rollout", "gradient_rollout"}
+    assert "expected an attention block with a spatial map" in reasons["attention"]
+    assert sum(seen) < 1000  # RISE alone would look at 2,000 changed images
+    fit, reasons = explainers.fitting(nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 3), nn.GELU()), images)
+    assert {"lrp", "saliency", "rise"} <= set(fit) and {"cam", "guided_backprop"} <= reasons.keys()
+    for wrong in ({"targets": 7}, {"layer": "nowhere"}):
+        with pytest.raises(ValueError, match="expected at least one method that fits this model, got none: expected"):
+            explainers.fitting(model, images, **wrong)

@@ -1,16 +1,20 @@
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from tests.reference import maps as reference
 
 from sightline import maps
 
 # the published table of inferno: #000004, #bc3754, #fcffa4
 LOWEST, MIDDLE, HIGHEST = [0, 0, 4], [188, 55, 84], [252, 255, 164]
+# the ends of ColorBrewer's RdBu: #053061, #67001f
+BLUE, RED = [5, 48, 97], [103, 0, 31]
 
 
 def test_colours_at_0_half_and_1():
@@ -48,8 +52,9 @@ def test_resize_by_hand():
 
 
 def test_resize_averages_where_it_shrinks():
-    stripes = torch.tensor([0.0, 1.0]).repeat(1, 1, 64, 32)
-    torch.testing.assert_close(maps.resize(stripes, (8, 8)), torch.full((1, 1, 8, 8), 0.5), atol=0.02, rtol=0)
+    stripes = torch.tensor([0.0, 0, 0, 1, 1, 0, 0, 0]).repeat(1, 1, 64, 8)  # taken at the centres it would be 1
+    for shrunk in (maps.resize(stripes, (8, 8))[..., 1:-1], maps.resize(stripes.mT, (8, 8))[..., 1:-1, :]):
+        torch.testing.assert_close(shrunk, torch.full_like(shrunk, 0.25))
 
 
 def test_resize_keeps_sign_size_and_gradient():
@@ -63,6 +68,54 @@ def test_resize_keeps_sign_size_and_gradient():
 def test_resize_to_nothing():
     with pytest.raises(ValueError, match="at least 1 x 1 pixels, got 0 x 5"):
         maps.resize(torch.zeros(1, 1, 2, 2), (0, 5))
+    with pytest.raises(ValueError, match=r"at least 1 x 1 x 1 pixels, got 3 x 0 x 5; give \(depth, height, width\)"):
+        maps.resize(torch.zeros(1, 1, 2, 2, 2), (3, 0, 5))
+
+
+@pytest.mark.parametrize(("shape", "size"), [((1, 1, 2, 2), (2, 2, 2)), ((1, 1, 2, 2, 2), (4, 4)), ((1, 1, 2), (4,))])
+def test_resize_needs_one_side_per_axis(unchecked: None, shape: tuple[int, ...], size: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"one side for each axis of the map.*, got \(.*\) for maps of shape"):
+        maps.resize(torch.zeros(shape), size)
+
+
+def test_resize_in_an_unknown_mode(unchecked: None):
+    with pytest.raises(ValueError, match="expected mode to be one of bilinear, nearest; got 'bicubic'"):
+        maps.resize(torch.zeros(1, 1, 2, 2), (4, 4), mode="bicubic")  # type: ignore[arg-type]
+
+
+def along_each_axis(values: torch.Tensor, size: tuple[int, ...], at) -> torch.Tensor:
+    """Values (b, t, *grid) at another size, one axis after the other by a function of lists."""
+    resized = values.numpy()
+    for axis, side in enumerate(size, start=2):
+        resized = np.apply_along_axis(lambda line, n=side: np.array(at(line.tolist(), n)), axis, resized)
+    return torch.from_numpy(resized)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (3, 4), (7, 4), (4, 5, 9), (2, 3, 4), (2, 8, 4), (5, 3, 4)])
+def test_resize_enlarges_like_the_reference(size: tuple[int, ...]):
+    raw = torch.randn(2, 3, *(2, 3, 4)[-len(size) :], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        maps.resize(raw, size), along_each_axis(raw, size, reference.linear_at), atol=1e-12, rtol=0
+    )
+
+
+@pytest.mark.parametrize("size", [(5, 9), (3, 4), (1, 3), (4, 5, 9), (1, 2, 3), (5, 1, 8)])
+def test_nearest_like_the_reference(size: tuple[int, ...]):
+    raw = torch.randn(2, 3, *(2, 3, 4)[-len(size) :], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(maps.resize(raw, size, mode="nearest"), along_each_axis(raw, size, reference.nearest_at))
+
+
+def test_trilinear_is_torchs():
+    raw = torch.randn(2, 3, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(raw, size=(9, 5, 7), mode="trilinear", align_corners=False)
+    torch.testing.assert_close(maps.resize(raw, (9, 5, 7)), expected)
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_resize_in_3d_averages_where_it_shrinks(axis: int):
+    stripes = torch.tensor([0.0, 0, 0, 1, 1, 0, 0, 0]).repeat(1, 1, 4, 4, 8).transpose(axis, 4)
+    shrunk = maps.resize(stripes, tuple(8 if i == axis else 4 for i in (2, 3, 4))).narrow(axis, 1, 6)
+    torch.testing.assert_close(shrunk, torch.full_like(shrunk, 0.25))
 
 
 def test_normalise_by_hand():
@@ -74,6 +127,41 @@ def test_normalise_by_hand():
 def test_normalise_of_non_finite_values():
     assert str(maps.normalise(torch.tensor([[1.0, torch.inf, 3.0, torch.nan]])).tolist()) == "[[0.0, nan, 1.0, nan]]"
     assert maps.normalise(torch.full((2, 2), torch.nan)).isnan().all()
+
+
+def test_normalise_signed_by_hand():
+    raw = torch.tensor([[[-4.0, 0.0, 2.0]], [[1.0, 0.0, 4.0]], [[0.0, 0.0, 0.0]], [[-3e38, 1.5e38, 3e38]]])
+    expected = torch.tensor([[[-1.0, 0.0, 0.5]], [[0.25, 0.0, 1.0]], [[0.0, 0.0, 0.0]], [[-1.0, 0.5, 1.0]]])
+    assert torch.equal(maps.normalise(raw, signed=True), expected)
+    broken = maps.normalise(torch.tensor([[1.0, -torch.inf, -2.0, torch.nan]]), signed=True)
+    assert str(broken.tolist()) == "[[0.5, nan, -1.0, nan]]"
+
+
+def test_signed_colours():
+    from matplotlib import colormaps
+
+    values = torch.linspace(-1, 1, 1001)
+    rgb = maps.colour(values[None], signed=True)[:, 0].T
+    np.testing.assert_allclose(rgb / 255, colormaps["RdBu_r"]((values.numpy() + 1) / 2)[:, :3], atol=0.5001 / 255)
+    assert rgb[0].tolist() == BLUE and rgb[-1].tolist() == RED
+    assert rgb[500].min() >= 245  # 0 is white
+    assert not (rgb == 128).all(1).any()
+    assert maps.colour(torch.tensor([[torch.nan]]), signed=True).flatten().tolist() == [128, 128, 128]
+
+
+@pytest.mark.parametrize("bad", [-1.01, 1.01])
+def test_signed_colour_refuses_what_is_not_normalised(bad: float):
+    with pytest.raises(ValueError, match=r"expected values in \[-1, 1\].*normalise\(\.\.\., signed=True\) first"):
+        maps.colour(torch.tensor([[0.5, bad]]), signed=True)
+
+
+def test_signed_overlay_shows_0_as_white_whatever_the_range():
+    black = torch.zeros(2, 3, 1, 3, dtype=torch.uint8)
+    raw = torch.tensor([[[[-7.0, 0.0, 3.5]]], [[[-1.0, 0.0, 7.0]]]])
+    out = maps.overlay(black, raw, 1.0, signed=True)[:, 0]
+    assert out[0, :, 0, 0].tolist() == BLUE and out[1, :, 0, 2].tolist() == RED
+    assert (out[:, :, 0, 1] >= 245).all()
+    assert torch.equal(maps.overlay(black, raw, 0.5, signed=True)[0, 0, :, 0, 0], torch.tensor([2, 24, 48]).byte())
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=20))
@@ -119,6 +207,278 @@ def test_colour_bar_runs_from_left_to_right():
     bar = maps.colour_bar(4, 257)
     assert bar.shape == (3, 4, 257)
     assert bar[:, 0, 0].tolist() == LOWEST and bar[:, 3, 128].tolist() == MIDDLE and bar[:, 0, -1].tolist() == HIGHEST
+
+
+def test_signed_colour_bar_runs_from_blue_through_white_to_red():
+    bar = maps.colour_bar(2, 257, signed=True)
+    assert bar[:, 0, 0].tolist() == BLUE and bar[:, 1, -1].tolist() == RED and bar[:, 0, 128].min() >= 245
+
+
+def spiral(side: int) -> torch.Tensor:
+    """One path of ones, one cell wide, from the corner to the middle; zeros between its turns."""
+    grid = torch.zeros(side, side)
+    y, x, steps = 0, 0, [(0, 1), (1, 0), (0, -1), (-1, 0)]
+    lengths = [side - 1] * 3 + [n for n in range(side - 3, 1, -2) for _ in range(2)]
+    grid[0, 0] = 1
+    for turn, length in enumerate(lengths):
+        dy, dx = steps[turn % 4]
+        for _ in range(length):
+            y, x = y + dy, x + dx
+            grid[y, x] = 1
+    return grid
+
+
+def snake(side: int) -> torch.Tensor:
+    """Rows joined alternately at their right and left ends."""
+    grid = torch.zeros(side, side)
+    grid[::2] = 1
+    grid[1::4, -1] = 1
+    grid[3::4, 0] = 1
+    return grid
+
+
+@pytest.mark.parametrize("shape", [spiral(33), spiral(33).flip(0), spiral(33).T, snake(34), snake(34).T])
+def test_box_of_a_long_component(shape: torch.Tensor):
+    from scipy.ndimage import label
+
+    assert label(shape.numpy(), np.ones((3, 3)))[1] == 1, "one component"
+    ys, xs = shape.nonzero().T
+    expected = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    assert maps.boxes(shape[None, None])[0, 0].tolist() == [int(side) for side in expected]
+    cut = shape.clone()
+    cut[:4] = 0  # several components now
+    labels, n = label(cut.numpy(), np.ones((3, 3)))
+    largest = 1 + int(np.argmax([(labels == i + 1).sum() for i in range(n)]))
+    ys, xs = np.nonzero(labels == largest)
+    assert maps.boxes(cut[None, None])[0, 0].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.41, 0.5])
+def test_components_are_scipys(share: float):
+    from scipy.ndimage import label
+
+    inside = torch.rand(3, 40, 57, generator=torch.Generator().manual_seed(0)) < share
+    for mask, labels in zip(inside, maps._components(inside).unflatten(1, (40, 57)), strict=True):
+        expected, n = label(mask.numpy(), np.ones((3, 3)))
+        pairs = {*zip(labels[mask].tolist(), expected[mask.numpy()].tolist(), strict=True)}
+        assert len(pairs) == len({own for own, _ in pairs}) == n > 1
+
+
+@pytest.mark.parametrize("shape", [spiral(101), snake(101)])
+def test_a_long_component_takes_few_rounds(shape: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
+    rounds, equal = [], torch.equal
+    monkeypatch.setattr(torch, "equal", lambda one, other: rounds.append(1) or equal(one, other))
+    maps.boxes(shape[None, None])
+    assert 0 < len(rounds) <= 2 * np.log2(shape.sum().item())  # cell by cell: more than 100
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.15, 0.2, 0.5, 0.8, 0.95, 1.0])
+def test_boxes_like_the_reference(threshold: float):
+    generator = torch.Generator().manual_seed(0)
+    # few levels, so that sizes and peaks are often equal; sparse maps, so that there are components
+    raw = torch.randint(-3, 5, (6, 5, 7, 9), generator=generator).float()
+    raw *= torch.rand(raw.shape, generator=generator) < 0.5
+    raw[0, 0, 3, 4], raw[1, 1], raw[2, 2] = torch.nan, -1.0, 2.0
+    expected = [[reference.box(one.tolist(), threshold) for one in image] for image in raw]
+    assert maps.boxes(raw, threshold).tolist() == expected
+
+
+def test_boxes_by_hand():
+    raw = torch.tensor([[10.0, 0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 0.0, 2.0, 1.9], [0.0, -9.0, 1.0, 0.0, 0.0]])[None, None]
+    assert maps.boxes(raw).tolist() == [[[3, 0, 5, 2]]], "2.0 is in (>=), 1.9 is out, the largest is not the highest"
+    assert maps.boxes(raw, 0.1).tolist() == [[[2, 0, 5, 3]]], "corners touch"
+    assert maps.boxes(raw, 0.15).tolist() == [[[3, 0, 5, 2]]]
+    assert maps.boxes(raw, 1.0).tolist() == [[[0, 0, 1, 1]]]
+    assert maps.boxes(raw, 0.0).tolist() == [[[0, 0, 5, 3]]]
+    negative = torch.tensor([[[[-1.0, 2.0, -1.0]]]])
+    assert maps.boxes(negative, 0.0).tolist() == [[[0, 0, 3, 1]]], "a negative value counts as 0"
+
+
+def test_equally_large_components():
+    lower, higher = torch.tensor([[[[2.0, 0.0, 3.0]]]]), torch.tensor([[[[3.0, 0.0, 3.0]]]])
+    assert maps.boxes(lower, 0.5).tolist() == [[[2, 0, 3, 1]]], "the higher peak"
+    assert maps.boxes(higher, 0.5).tolist() == [[[0, 0, 1, 1]]], "then the first in reading order"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, torch.nan, torch.inf])
+def test_a_map_that_shows_nothing_has_an_empty_box_and_leaves_its_neighbours_alone(value: float):
+    raw = torch.zeros(1, 2, 3, 3)
+    raw[0, 0] = value
+    raw[0, 1, 1, 2] = 1.0
+    assert maps.boxes(raw).tolist() == [[[0, 0, 0, 0], [2, 1, 3, 2]]]
+    one_bad_cell = torch.ones(1, 1, 2, 2)
+    one_bad_cell[0, 0, 0, 0] = value
+    assert (maps.boxes(one_bad_cell)[0, 0].tolist() == [0, 0, 2, 2]) == (value in (0.0, -1.0))
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-40, 1e38])
+def test_boxes_do_not_depend_on_the_scale(scale: float):
+    raw = torch.tensor([[[[1.0, 1.0, 0.0, 0.0]]]]) * scale
+    assert maps.boxes(raw).tolist() == [[[0, 0, 2, 1]]]
+
+
+def test_box_of_a_flat_positive_map_is_the_whole_map():
+    assert maps.boxes(torch.full((1, 1, 3, 4), 0.1)).tolist() == [[[0, 0, 4, 3]]]
+
+
+def test_boxes_take_maps_that_carry_a_graph_and_half_precision():
+    raw = torch.tensor([[[[0.0, 1.0]]]])
+    assert maps.boxes(raw.requires_grad_()).tolist() == [[[1, 0, 2, 1]]]
+    assert maps.boxes(raw.bfloat16()).tolist() == [[[1, 0, 2, 1]]]
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), 20.0])
+def test_boxes_refuse_a_threshold_outside_0_to_1(threshold: float):
+    with pytest.raises(ValueError, match="expected a threshold from 0 to 1, got"):
+        maps.boxes(torch.ones(1, 1, 2, 2), threshold)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_parts_like_the_reference(k: int, with_norm: bool):
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.rand(2, k, 4, 5, dtype=torch.float64, generator=generator)
+    raw *= torch.tensor([0.01, 30.0]).view(2, 1, 1, 1)
+    norm = torch.rand(2, 1, 4, 5, dtype=torch.float64, generator=generator) * 7 if with_norm else None
+    picture = maps.parts(raw, norm)
+    assert picture.dtype == torch.uint8
+    for i in range(2):
+        expected = reference.parts(raw[i].tolist(), None if norm is None else norm[i, 0].tolist())
+        assert picture[i].movedim(0, -1).tolist() == expected
+
+
+def test_parts_of_the_official_br_npa():
+    golden = np.load(Path(__file__).parent / "golden" / "brnpa.npz")
+    raw = torch.from_numpy(golden["maps"])
+    norm = torch.linalg.vector_norm(torch.from_numpy(golden["features"]), dim=1, keepdim=True)
+    picture = maps.parts(raw, norm)
+    peak = norm.flatten(1).argmax(1)
+    # the first representative is the position of the largest norm, where map 1 is at its maximum too: full red
+    assert picture.flatten(2)[range(3), 0, peak].tolist() == [255, 255, 255]
+    for i in range(3):
+        expected = reference.parts(raw[i].double().tolist(), norm[i, 0].double().tolist())
+        assert torch.equal(picture[i].movedim(0, -1), torch.tensor(expected, dtype=torch.uint8))
+
+
+def test_parts_of_maps_of_zeros_and_of_values_that_are_not_finite():
+    raw = torch.tensor([[[[0.0, 0.0, 0.0]], [[torch.nan, 1.0, torch.inf]]]])
+    assert maps.parts(raw)[0, :, 0].T.tolist() == [[128, 128, 128], [0, 255, 0], [128, 128, 128]]
+
+
+def test_parts_refuses_negative_values():
+    good = torch.ones(1, 2, 1, 2)
+    with pytest.raises(ValueError, match="of at least 0, got a negative value; show signed maps with overlay"):
+        maps.parts(-good)
+    with pytest.raises(ValueError, match="of at least 0, got a negative value"):
+        maps.parts(good, -good[:, :1])
+
+
+def test_parts_refuses_a_norm_of_another_layer(unchecked: None):
+    with pytest.raises(ValueError, match=r"norm of shape \(2, 1, 4, 4\), got \(2, 1, 8, 8\); read it at the layer"):
+        maps.parts(torch.ones(2, 3, 4, 4), torch.ones(2, 1, 8, 8))
+
+
+def cells_of(figure: torch.Tensor, height: int, width: int, rows: int, columns: int) -> torch.Tensor:
+    """Cells (rows, columns, 3, height, width) of a figure with gaps of 4 pixels, which must be white."""
+    grid = figure[:, figure.shape[1] - rows * (height + 4) + 4 :]
+    assert grid.shape[2] == columns * (width + 4) - 4
+    gaps = torch.ones(grid.shape[1:], dtype=torch.bool)
+    cells = []
+    for y in range(0, rows * (height + 4), height + 4):
+        for x in range(0, columns * (width + 4), width + 4):
+            cells.append(grid[:, y : y + height, x : x + width])
+            gaps[y : y + height, x : x + width] = False
+    assert (grid[:, gaps] == 255).all()
+    return torch.stack(cells).unflatten(0, (rows, columns))
+
+
+def test_side_by_side_cell_by_cell():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 255, (2, 3, 120, 100), dtype=torch.uint8, generator=generator)
+    raw = torch.rand(2, 1, 7, 5, generator=generator)
+    same_size = torch.randint(0, 255, (2, 3, 120, 100), dtype=torch.uint8, generator=generator)
+    small = maps.parts(torch.rand(2, 3, 30, 25, generator=generator))
+    figure = maps.side_by_side(images, {"map": raw, "picture": same_size, "small": small}, opacity=0.3)
+    cells = cells_of(figure, 120, 100, 2, 4)
+    assert torch.equal(cells[:, 0], images)
+    assert torch.equal(cells[:, 1], maps.overlay(images, raw, 0.3)[:, 0])
+    assert torch.equal(cells[:, 2], same_size)
+    assert torch.equal(cells[:, 3], maps.resize(small.float(), (120, 100)).round().byte())
+
+
+@pytest.mark.parametrize(("side", "factor"), [(1, 96), (32, 3), (64, 2), (95, 2), (96, 1)])
+def test_side_by_side_enlarges_small_images_by_a_whole_factor(side: int, factor: int):
+    images = torch.arange(side * (side + 5)).view(1, 1, side, side + 5).expand(1, 3, -1, -1).to(torch.uint8)
+    cells = cells_of(maps.side_by_side(images, {"same": images}), factor * side, factor * (side + 5), 1, 2)
+    for row in range(factor):
+        for column in range(factor):
+            assert torch.equal(cells[0, 0, :, row::factor, column::factor], images[0])
+    assert torch.equal(cells[0, 1], cells[0, 0])
+
+
+def header(titles: list[str], side: int = 96) -> torch.Tensor:
+    """The dark pixels above the first row (title, y, x), for each title over its column and half of both gaps."""
+    blank = torch.zeros(1, 1, 2, 2)
+    figure = maps.side_by_side(torch.zeros(1, 3, side, side, dtype=torch.uint8), dict.fromkeys(titles, blank))
+    above = figure[0, : figure.shape[1] - side]
+    return torch.nn.functional.pad(above, (2, 2), value=255).unfold(1, side + 4, side + 4).movedim(1, 0) < 200
+
+
+LONG = ["guided_grad_cam_plus_plus", "W" * 60, "lrp_epsilon_alpha2_beta1, a sentence as long as this", "Grad-CAM++"]
+
+
+@pytest.mark.parametrize("side", [96, 224])
+def test_titles_stand_in_their_columns(side: int):
+    written = header(LONG, side)
+    assert len(written) == 1 + len(LONG) and written.any(2).any(1).all()
+    assert not written[:, :, :4].any() and not written[:, :, -4:].any(), "at least 8 pixels between two titles"
+    assert not written[:, :1].any() and not written[:, -2:].any(), "not cut off above, nor touching the pictures"
+    middles = [column.any(0).nonzero().float().mean() for column in written]
+    assert all(abs(middle - (side + 4) / 2) < 8 for middle in middles)
+
+
+def test_a_title_is_written_in_full():
+    font = ImageFont.load_default(12)
+    for title in ("Grad-CAM", "BR-NPA"):
+        expected = Image.new("L", (100, 30), 255)
+        ImageDraw.Draw(expected).text((50, 20), title, 0, font, anchor="md")
+        ink = torch.from_numpy(np.array(expected) < 200)
+        assert header([title])[1].sum() == ink.sum()
+
+
+def test_an_underscore_is_written_as_a_space():
+    assert torch.equal(header(["grad_cam"]), header(["grad cam"]))
+
+
+def test_side_by_side_without_columns_or_title():
+    images = torch.zeros(2, 3, 96, 96, dtype=torch.uint8)
+    assert torch.equal(cells_of(maps.side_by_side(images, {}), 96, 96, 2, 1)[:, 0], images)
+    assert not header([""])[1].any()
+
+
+def test_side_by_side_leaves_its_arguments_alone_and_takes_a_graph():
+    images = torch.full((1, 3, 96, 96), 7, dtype=torch.uint8)
+    raw = torch.rand(1, 1, 3, 3, requires_grad=True)
+    before = raw.detach().clone()
+    figure = maps.side_by_side(images, {"map": raw})
+    assert not figure.requires_grad and torch.equal(raw, before) and (images == 7).all()
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        torch.zeros(2, 2, 7, 7),
+        torch.zeros(1, 1, 7, 7),
+        torch.zeros(2, 3, 7, 7),
+        torch.zeros(2, 1, 7, 7, dtype=torch.uint8),
+        torch.zeros(2, 3, 7, 7, dtype=torch.long),
+        torch.zeros(1, 3, 7, 7, dtype=torch.uint8),
+        torch.zeros(2, 7, 7),
+    ],
+)
+def test_side_by_side_refuses_what_is_neither_map_nor_picture(unchecked: None, column: torch.Tensor):
+    with pytest.raises(ValueError, match=r"expected column 'x' to be a float map \(2, 1, h, w\) or a uint8 picture"):
+        maps.side_by_side(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {"x": column})
 
 
 def test_png_reads_back_pixel_by_pixel():

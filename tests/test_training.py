@@ -20,6 +20,8 @@ from sightline.training.losses import Loss, class_weights, distillation
 from sightline.training.optimisers import average, create_optimiser
 from sightline.training.schedule import learning_rate
 
+pytestmark = pytest.mark.usefixtures("few_validation_images")
+
 TINY = Recipe(
     data=Data(train_size=96, test_size=20),
     augment=Augment(crop=2),
@@ -44,18 +46,6 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def without_time(run: object) -> list[dict[str, float]]:
     assert isinstance(run, runs.Run)
     return [{name: value for name, value in row.items() if name != "seconds"} for row in run.history]
-
-
-@pytest.fixture(autouse=True)
-def few_validation_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The 1000 of clutter would take most of the time."""
-    load = data.load
-
-    def few(asked: Data) -> dict[str, data.ImageSet]:
-        sets = load(asked)
-        return sets | {"val": replace(sets["val"], labels=sets["val"].labels[:50], names=sets["val"].names[:50])}
-
-    monkeypatch.setattr(data, "load", few)
 
 
 @pytest.fixture

@@ -17,16 +17,13 @@ from torch import Tensor, nn
 
 from sightline import data, models, recipe, runs
 from sightline.attention import RepresentativeVectors
-from sightline.explainers import attention_maps, explain
+from sightline.explainers import Progress, attention_maps, explain
 from sightline.inference import forward, untouched
 from sightline.metrics import energy_in_mask
 from sightline.metrics.complexity import sparsity
 from sightline.recipe import Recipe
 from sightline.runs import Run
-from sightline.training import fit
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, runs done, runs in all)."""
+from sightline.training import begin, fit
 
 _BATCH = 250
 
@@ -285,12 +282,8 @@ def folder(out: Path, row: str, seed: int) -> Path:
 
 def fresh(run: Run) -> nn.Module:
     """The network of a run with the weights that its training began with."""
-    wanted = run.recipe.model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        return models.create_model(
-            wanted.name, num_classes=len(run.classes), weights=wanted.weights, **wanted.options
-        ).eval()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        return begin(run.recipe.model, len(run.classes), run.seed).eval()
 
 
 def _check(row: str, wanted: Recipe) -> None:

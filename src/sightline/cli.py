@@ -5,7 +5,7 @@ import ast
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -208,7 +208,7 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     import numpy as np
 
     from sightline import data, maps, runs
-    from sightline.explainers import explain
+    from sightline.explainers import explain, fitting, named
 
     out = _folder(options.out)
     runs.check_writable(out)
@@ -220,17 +220,25 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     if not len(images):
         raise ValueError(f"expected at least one readable image in {', '.join(options.images)}, got none")
     model = _on_best_device(model)
+    device = next(model.parameters()).device
     methods = _names(options.methods) or ["grad_cam"]
     if options.layer == "":
         raise ValueError("expected --layer NAME, got an empty one; leave it out for the model's own")
+    if methods == ["all"]:
+        first = data.normalise(next(data.batches(images, 1)).images.to(device), preprocess)
+        methods, reasons = fitting(model, first, targets=options.target, layer=options.layer)
+        for name, reason in reasons.items():
+            print(f"left out: {name}: {' '.join(reason.split())}", file=sys.stderr)
     before = set(out.iterdir()) if out.is_dir() else set[Path]()
     layer = options.layer
     rows: list[list[Any]] = []
     stems = _unique(Path(name).stem for name in images.names)
     with _Bar() as bar:
-        for batch in data.batches(images, 16):
-            inputs = data.normalise(batch.images.to(next(model.parameters()).device), preprocess)
-            found = explain(model, inputs, options.target, methods, layer)
+        for batch in data.batches(images, min(16, options.batch_size)):
+            inputs = data.normalise(batch.images.to(device), preprocess)
+            found = explain(
+                model, inputs, options.target, methods, layer, batch_size=options.batch_size, progress=bar.update
+            )
             certainty = found.logits.softmax(1)
             for place, index in enumerate(batch.indices.tolist()):
                 target = int(found.targets[place, 0])
@@ -240,7 +248,9 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
                 np.savez_compressed(packed, allow_pickle=False, **raw)
                 runs.write(out / f"{stems[index]}.npz", packed.getvalue())
                 for method, value in found.maps.items():
-                    picture = maps.overlay(batch.images[place][None], value[place : place + 1, :1].cpu())[0, 0]
+                    drawn = value[place : place + 1, :1].cpu()
+                    signed = named(method)[1].is_signed
+                    picture = maps.overlay(batch.images[place][None], drawn, signed=signed)[0, 0]
                     runs.write(out / f"{stems[index]}--{_file_name(method)}.png", maps.png(picture))
                     verdicts = "; ".join(found.verdicts[method][place])
                     probability = f"{float(certainty[place, target]):.4f}"
@@ -258,10 +268,26 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     doubtful = sum(bool(row[-1]) for row in rows)
     counts = f"{_counted(len(images), 'image')} x {_counted(len(rows) // len(images), 'method')}"
     print(f"{counts} in {out}; {_counted(doubtful, 'map')} with a verdict, see maps.csv")
+    for line in _doubts({method: [row[-1] for row in rows if row[4] == method] for method in methods}):
+        print(line)
     written = {out / f"{stem}.npz" for stem in stems} | {out / "maps.csv"}
     written |= {out / f"{stem}--{_file_name(method)}.png" for stem in stems for method in {row[4] for row in rows}}
     if old := len(before - written):
         print(f"{_counted(old, 'file')} of before still in {out}", file=sys.stderr)
+
+
+def _doubts(verdicts: dict[str, list[str]]) -> Iterator[str]:
+    """For each method with a doubtful map: what is said, with its figure where it is always the same, and how often."""
+    for method, images in verdicts.items():
+        figures: dict[str, list[str]] = {}
+        for verdict in (verdict for image in images if image for verdict in image.split("; ")):
+            figures.setdefault(verdict.partition(":")[0], []).append(verdict)
+        said = [
+            f"{found[0] if len(set(found)) == 1 else name} ({_counted(len(found), 'image')})"
+            for name, found in figures.items()
+        ]
+        if said:
+            yield f"  {method}: {', '.join(said)}"
 
 
 def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
@@ -374,9 +400,14 @@ def _parser() -> argparse.ArgumentParser:
     new = verb("explain", explain, False)
     new.add_argument("run", metavar="RUN_OR_MODEL", help="run folder, or a timm / torchvision: model with --weights")
     new.add_argument("images", nargs="+", metavar="IMAGE", help="files or folders")
-    new.add_argument("--methods", metavar="A,B,...", help="see sightline list explainers (grad_cam)")
+    new.add_argument(
+        "--methods", metavar="A,B,...", help="see sightline list explainers; all = every one that fits (grad_cam)"
+    )
     new.add_argument("--layer", metavar="NAME", help="layer or attention block (the last that feeds the logits)")
     new.add_argument("--target", type=int, metavar="CLASS", help="class index to explain (the predicted one)")
+    new.add_argument(
+        "--batch-size", type=_count, default=64, metavar="N", help="images per forward; less takes less memory (64)"
+    )
     new.add_argument("--weights", metavar="FILE", help="safetensors weights of a timm / torchvision: model")
     new.add_argument("--classes", metavar="FILE", help="text file with one class name per line")
     new.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from inspect import signature
@@ -18,18 +18,17 @@ from torch import Tensor, nn
 
 from sightline import maps as pixels
 from sightline.data import ImageSet, normalise
-from sightline.explainers import EXPLAINERS, Explanation, Method, attention_maps, explain, named
-from sightline.inference import check_images, forward
+from sightline.explainers import EXPLAINERS, Explanation, Method, Progress, attention_maps, explain, named
+from sightline.inference import check_images, either, forward
 from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import Interval, mean_interval, wilson_interval
 from sightline.runs import plain, write
 
 Array = np.ndarray
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, images done, images in all)."""
 
 _MEAN_MAP_SIDE = 32
 _FEW_GROUPS = 20
+_OF_ANY_MODEL = ("activation_map", "cam", "grad_cam")
 _UNDEFINED_SHARE = 0.1  # of the images; a method with more is not compared
 
 
@@ -90,6 +89,8 @@ class Evaluation:
     methods: tuple[str, ...]
     controls: tuple[str, ...]
     """Those of `methods` that never look at the model."""
+    signed: tuple[str, ...] = ()
+    """Those of `methods` whose negative values speak against the class."""
     layers: dict[str, str]
     """method -> where its map was read, for example `features.conv13 (512 x 5 x 5)`."""
     metrics: tuple[str, ...]
@@ -109,7 +110,7 @@ class Evaluation:
     errors: tuple[Example, ...]
     """The most confident wrong answers, most confident first."""
     mean_maps: dict[str, dict[str, Float[Array, "_ _"]]]
-    """method -> predicted class -> mean of the maps, each scaled to [0, 1]."""
+    """method -> predicted class -> mean of the maps, each scaled to [0, 1], signed ones to [-1, 1]."""
     verdicts: dict[str, dict[str, int]]
     """method -> verdict -> number of images."""
     standings: dict[str, Standing]
@@ -175,9 +176,10 @@ def evaluate(
 
     `data` is an `ImageSet`, or batches of normalised images: tuples (images, labels) or (images, labels, masks), or
     dicts with `images` and, as known, `labels`, `masks`, `names`, `groups`. Accuracy counts all images; maps are made
-    for `limit` of them, drawn by `seed`. The predicted class is explained. `methods=None` takes every method that this
-    model has evidence for, each attention block for itself; they are given as in `explain`. `metrics=None` takes every
-    metric that the data has masks for. What never looks at the model is a control, wherever it is named.
+    for `limit` of them, drawn by `seed`. The predicted class is explained. `methods=None` takes the attention of each
+    block, and activation map, CAM and Grad-CAM as far as this model has evidence for them; they are given as in
+    `explain`. `metrics=None` takes every metric that the data has masks for. What never looks at the model is a
+    control, wherever it is named.
 
     Intervals are 95 % percentile bootstrap (2,000 resamples, seeded) of images, or of whole groups where there are
     groups; with fewer than about 20 groups they come out too narrow. The interval of an accuracy without groups is
@@ -242,6 +244,7 @@ def evaluate(
         classes=answers.classes,
         methods=names,
         controls=blind,
+        signed=seen.signed,
         layers=seen.layers,
         metrics=tuple(metrics),
         higher_is_better={metric: bool(METRICS[metric].higher_is_better) for metric in metrics},
@@ -281,7 +284,8 @@ def evaluate(
         )
         if standing is not None:
             found.standings[metric] = standing
-    return replace(found, summary=tuple(_summary(found, answers)))
+    by_class = {name for name, method in asked.items() if not named(method)[1].is_blind_to_class}
+    return replace(found, summary=tuple(_summary(found, answers, by_class)))
 
 
 @dataclass(frozen=True)
@@ -460,10 +464,9 @@ def _predict(model: nn.Module, source: _Source, report: Progress) -> _Answers:
     source.has_masks = masked
     if groups and source.unit == "images":
         source.unit = "group"
-    certainty, predictions = torch.cat(logits).softmax(1).max(1)
-    count = logits[0].shape[1]
-    if count < 2:
-        raise ValueError("expected a model with a logit per class, got a single one; make it two (-x and x)")
+    scores = either(torch.cat(logits))
+    certainty, predictions = scores.softmax(1).max(1)
+    count = scores.shape[1]
     classes = tuple(source.classes or map(str, range(count)))
     if len(classes) != count:
         raise ValueError(
@@ -484,6 +487,7 @@ class _Seen:
     ) -> None:
         self.answers, self.asked, self.controls, self.metrics = answers, asked, controls, metrics
         self.methods = methods = tuple(asked)
+        self.signed = tuple(name for name, method in asked.items() if named(method)[1].is_signed)
         self.values: dict[tuple[str, str], list[Tensor]] = {(x, y): [] for x in methods for y in metrics}
         self.verdicts: dict[str, Counter[str]] = {method: Counter() for method in methods}
         self.layers: dict[str, str] = {}
@@ -528,7 +532,8 @@ class _Seen:
         known = {"model": model, "images": batch.images, "targets": explanation.targets, "masks": batch.masks}
         for method in self.methods:
             maps = explanation[method]
-            self.verdicts[method].update(verdict for image in explanation.verdicts[method] for verdict in image)
+            found = (verdict.partition(":")[0] for image in explanation.verdicts[method] for verdict in image)
+            self.verdicts[method].update(found)
             self._add_means(method, maps, batch.rows)
             for metric in self.metrics:
                 given = {name: value for name, value in {**known, "maps": maps}.items() if name in _inputs(metric)}
@@ -537,7 +542,8 @@ class _Seen:
                 self.values[method, metric].append(values.double().cpu())
 
     def _add_means(self, method: str, maps: Tensor, rows: Tensor) -> None:
-        scaled = pixels.normalise(pixels.resize(maps, (_MEAN_MAP_SIDE, _MEAN_MAP_SIDE)))[:, 0].double().cpu()
+        resized = pixels.resize(maps, (_MEAN_MAP_SIDE, _MEAN_MAP_SIDE))[:, 0]
+        scaled = pixels.normalise(resized, signed=method in self.signed).double().cpu()
         for image, row in zip(scaled, rows.tolist(), strict=True):
             if image.isfinite().all():
                 key = method, int(self.answers.predictions[row])
@@ -554,18 +560,17 @@ class _Seen:
 
 
 def _methods_of(model: nn.Module, images: Tensor) -> list[str]:
-    """Every method that this model has evidence for."""
+    """Attention of every block, and what costs no more than the forward, as far as this model has evidence for it."""
     gates = [name for name, gate in attention_maps(model, images).items() if gate.shape[2] * gate.shape[3] > 1]
     reasons: list[str] = []
     methods = [f"attention@{name}" for name in gates] if len(gates) > 1 else ["attention"] * len(gates)
-    for method, explainer in EXPLAINERS.items():
-        if method != "attention" and not explainer.is_control:
-            try:
-                explainer(model, images)
-            except ValueError as error:
-                reasons.append(str(error))
-            else:
-                methods.append(method)
+    for method in _OF_ANY_MODEL:
+        try:
+            EXPLAINERS[method](model, images)
+        except ValueError as error:
+            reasons.append(str(error))
+        else:
+            methods.append(method)
     if not methods:
         raise ValueError(f"expected at least one method that fits this model, got none: {reasons[0]}")
     return methods
@@ -609,8 +614,8 @@ def standing_of(
     return Standing(best=best, tied=tied, unbeaten=tuple(unbeaten))
 
 
-def _summary(found: Evaluation, answers: "_Answers") -> Iterator[str]:
-    """What the numbers say in plain words; nothing that its interval does not bear."""
+def _summary(found: Evaluation, answers: "_Answers", by_class: set[str]) -> Iterator[str]:
+    """What the numbers say in plain words; nothing that its interval does not bear. `by_class`: methods that ask it."""
     if found.accuracy is not None and found.majority is not None:
         better = "better than" if found.accuracy.low > found.majority else "not reliably better than"
         labelled = int((answers.labels >= 0).sum())
@@ -651,7 +656,8 @@ def _summary(found: Evaluation, answers: "_Answers") -> Iterator[str]:
         yield text + ("; every control map is beaten." if found.controls else ".")
     for method in real:
         for verdict, count in found.verdicts[method].items():
-            yield f"{count} of {made} maps of {method} are {verdict}."
+            if verdict != "rectifiers intercepted" and (verdict != "class-independent" or method in by_class):
+                yield f"{count} of {made} maps of {method} {'have a' if ' ' in verdict else 'are'} {verdict}."
     if found.skipped:
         yield f"{len(found.skipped)} images could not be read and were left out."
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 
 from sightline import report, runs
@@ -17,6 +18,7 @@ from sightline.report import pictures, tables
 from sightline.testing import PooledModel
 
 EVIL = "<script>alert('x')</script> \"quoted\" & </style>"
+LONG = "rectifiers intercepted: 3 of 49 activations, 40 silu, 6 hardswish are not"
 VOID = {"meta", "link", "br", "img", "input"}
 
 
@@ -339,6 +341,29 @@ def test_pictures_are_true():
     assert half[0, 0].tolist() == [0, 0, 4] and half[0, 3].tolist() == [252, 255, 164]
     assert (pixels(pictures.heat(np.full((2, 2), 0.5), ends=(0.0, 1.0))) == [188, 55, 84]).all()
     assert (pixels(pictures.heat(np.full((2, 2), np.nan))) == 128).all()
+    scale = (255 * colormaps["RdBu_r"](range(256))[:, :3]).round()
+    drawn = pixels(pictures.heat(np.array([[-2.0, 0.0, 4.0]]), side=3, signed=True))
+    assert drawn[0].tolist() == scale[[64, 128, 255]].tolist()
+    drawn = pixels(pictures.heat(np.array([[-2.0, 0.0, 4.0]]), ends=(-8.0, 8.0), side=3, signed=True))
+    assert drawn[0].tolist() == scale[[96, 128, 192]].tolist()
+
+
+def test_signed_maps_are_drawn_and_labelled_around_zero(evaluation: Evaluation, tmp_path: Path):
+    raw = np.array([[-0.5, 2.0]], np.float32)
+    example = replace(evaluation.examples[0], maps={"cam": raw, "grad_cam": raw}, verdicts={"cam": [LONG]})
+    means = {method: {"zero": raw} for method in ("cam", "grad_cam")}
+    found = replace(evaluation, signed=("cam",), examples=(example,), errors=(), mean_maps=means)
+    html = report.write(found, tmp_path).read_text()
+    page = Page(html)
+    bars = [" ".join(bar["text"].split()) for bar in page.with_class("bar")]
+    assert bars == ["−2.000 2.000", "−0.500 2.000"] * 2
+    assert [bar["parent"]["text"].split()[0] for bar in page.with_class("signed")] == ["−2.000", "−2.000"]
+    for signed in (True, False):
+        assert pictures.heat(raw, signed=signed) in html
+        assert pictures.heat(raw, (-2.0, 2.0) if signed else (-0.5, 2.0), 48, signed) in html
+    assert "blue (against) over white (0) to red (for)" in html
+    assert [verdict["text"] for verdict in page.with_class("doubt")] == [LONG]
+    assert "blue (against)" not in report.write(evaluation, tmp_path / "unsigned").read_text()
 
 
 def test_outline_encloses_the_mask():

@@ -11,25 +11,78 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sightline import maps
-from sightline.explainers.cams import cam, grad_cam
+from sightline.explainers.cams import (
+    cam,
+    eigen_cam,
+    finer_cam,
+    grad_cam,
+    grad_cam_plus_plus,
+    hires_cam,
+    layer_cam,
+    xgrad_cam,
+)
+from sightline.explainers.capture import Layer
 from sightline.explainers.controls import centre_map, contrast_map, edge_map, random_map
-from sightline.explainers.evidence import Explainer, Layer, Targets, gather
+from sightline.explainers.evidence import Evidence, Explainer, gather
+from sightline.explainers.gradients import (
+    deconvolution,
+    guided_backprop,
+    guided_grad_cam,
+    guided_grad_cam_plus_plus,
+    input_x_gradient,
+    integrated_gradients,
+    saliency,
+    smooth_grad,
+    var_grad,
+)
 from sightline.explainers.intrinsic import activation_map, attention, attention_maps
+from sightline.explainers.perturbation import ablation_cam, occlusion, rise, score_cam
+from sightline.explainers.relevance import lrp, lrp_epsilon_alpha2_beta1, lrp_epsilon_gamma_box, lrp_epsilon_plus_flat
+from sightline.explainers.rollout import attention_rollout, gradient_rollout
+from sightline.explainers.scorer import Progress, Targets
+from sightline.explainers.verdicts import verdicts_of
 
 __all__ = [
     "EXPLAINERS",
     "Explainer",
     "Explanation",
+    "Progress",
+    "ablation_cam",
     "activation_map",
     "attention",
     "attention_maps",
+    "attention_rollout",
     "cam",
     "centre_map",
     "contrast_map",
+    "deconvolution",
     "edge_map",
+    "eigen_cam",
     "explain",
+    "finer_cam",
+    "fitting",
     "grad_cam",
+    "grad_cam_plus_plus",
+    "gradient_rollout",
+    "guided_backprop",
+    "guided_grad_cam",
+    "guided_grad_cam_plus_plus",
+    "hires_cam",
+    "input_x_gradient",
+    "integrated_gradients",
+    "layer_cam",
+    "lrp",
+    "lrp_epsilon_alpha2_beta1",
+    "lrp_epsilon_gamma_box",
+    "lrp_epsilon_plus_flat",
+    "occlusion",
     "random_map",
+    "rise",
+    "saliency",
+    "score_cam",
+    "smooth_grad",
+    "var_grad",
+    "xgrad_cam",
 ]
 
 EXPLAINERS: dict[str, Explainer] = {
@@ -37,6 +90,31 @@ EXPLAINERS: dict[str, Explainer] = {
     "activation_map": activation_map,
     "cam": cam,
     "grad_cam": grad_cam,
+    "grad_cam_plus_plus": grad_cam_plus_plus,
+    "xgrad_cam": xgrad_cam,
+    "layer_cam": layer_cam,
+    "hires_cam": hires_cam,
+    "eigen_cam": eigen_cam,
+    "score_cam": score_cam,
+    "ablation_cam": ablation_cam,
+    "finer_cam": finer_cam,
+    "saliency": saliency,
+    "input_x_gradient": input_x_gradient,
+    "integrated_gradients": integrated_gradients,
+    "smooth_grad": smooth_grad,
+    "var_grad": var_grad,
+    "guided_backprop": guided_backprop,
+    "deconvolution": deconvolution,
+    "guided_grad_cam": guided_grad_cam,
+    "guided_grad_cam_plus_plus": guided_grad_cam_plus_plus,
+    "lrp": lrp,
+    "lrp_epsilon_plus_flat": lrp_epsilon_plus_flat,
+    "lrp_epsilon_gamma_box": lrp_epsilon_gamma_box,
+    "lrp_epsilon_alpha2_beta1": lrp_epsilon_alpha2_beta1,
+    "occlusion": occlusion,
+    "rise": rise,
+    "attention_rollout": attention_rollout,
+    "gradient_rollout": gradient_rollout,
     "random_map": random_map,
     "centre_map": centre_map,
     "edge_map": edge_map,
@@ -50,7 +128,7 @@ Method = str | Explainer | partial[Any]
 class Explanation:
     """Maps of a batch, with what was explained and where. `explanation["grad_cam"]` is the raw map."""
 
-    maps: dict[str, Float[Tensor, "b t _ _"]]
+    maps: dict[str, Float[Tensor, "b t ..."]]
     """Raw float32 maps by method; larger = more important; `method@layer` where several layers were asked for."""
     targets: Int[Tensor, "b t"]
     logits: Float[Tensor, "b n"]
@@ -64,14 +142,14 @@ class Explanation:
         """Where the first map was read that has a layer."""
         return next((layer for layer in self.layers.values() if layer), "")
 
-    def __getitem__(self, key: str | tuple[str, str]) -> Float[Tensor, "b t h w"]:
+    def __getitem__(self, key: str | tuple[str, str]) -> Float[Tensor, "b t ..."]:
         name = "@".join(key) if isinstance(key, tuple) else key
         if name not in self.maps:
             raise KeyError(f"expected one of {', '.join(self.maps)}, got {name!r}; name it in methods= of explain")
         return self.maps[name]
 
-    def resized(self, size: tuple[int, int]) -> "Explanation":
-        """The same explanation with every map at another size (height, width)."""
+    def resized(self, size: tuple[int, ...]) -> "Explanation":
+        """The same explanation with every map at another size (height, width; of volumes depth, height, width)."""
         resized = {name: maps.resize(value, size) for name, value in self.maps.items()}
         return Explanation(
             maps=resized, targets=self.targets, logits=self.logits, layers=self.layers, verdicts=self.verdicts
@@ -80,19 +158,41 @@ class Explanation:
 
 def explain(
     model: nn.Module,
-    images: Float[Tensor, "b c H W"],
+    images: Float[Tensor, "b c *grid"],
     targets: Targets = None,
     methods: Sequence[Method] = ("grad_cam",),
     layer: Layer | Sequence[str | nn.Module] = None,
+    *,
+    call: int | None = None,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+    differentiable: bool = False,
+    compile: bool = False,
 ) -> Explanation:
-    """All maps of all methods for a batch, from one forward and at most one backward through the head.
+    """All maps of all methods for a batch, from one forward and at most one backward of each kind.
 
     A method is a name from `EXPLAINERS`, an explainer, or a `functools.partial` of one for its options; `name@layer`
     asks for one method at a layer of its own. `layer` is a dotted name, a module, or a list of them (then the maps are
-    found as `explanation[method, layer]`); None is the model's `default_layer`, else the last feature map that feeds
-    the logits. `targets`: None = predicted class, an int, or an integer tensor (b,) or (b, t).
+    found as `explanation[method, layer]`); None is the model's `default_layer`, else the last feature map, or the last
+    tokens of a transformer's patches, that feeds the logits. A layer may yield (b, c, h, w), (b, h, w, c) or tokens.
 
     The model, its flags and gradients, and the random state are left as they were.
+
+    Args:
+        model: any classifier that takes (b, c, h, w), or (b, c, d, h, w), and returns logits: a tensor, or one in a
+            tuple, a dict or an object with `.logits`.
+        images: normalised as the model wants them.
+        targets: None = the predicted class, an int = that class in every image, class indices (b,) or (b, t), or a
+            function from whatever the model returns to one score per image, (b,) or (b, t). A single logit counts as
+            two classes; a softmax or sigmoid at the very end of the model is undone.
+        methods: what to make; several share the forward and the backward.
+        layer: where to read.
+        call: which run of a layer that the forward calls several times, from 0.
+        batch_size: images per forward of the methods that look at many changed images; bounds their memory.
+        progress: called by these with (what, images done, images in all).
+        differentiable: keep the graph, so that maps and logits can stand in a loss. The model is in eval mode.
+        compile: class activation maps of a model that ends in pooling and one linear layer, by a compiled copy of it;
+            the first call takes a minute or so, and needs a C++ compiler on a CPU.
 
     Raises:
         ValueError: an unknown method or layer, targets out of range, a method that this model has no evidence for.
@@ -106,19 +206,83 @@ def explain(
     ('features (3 x 2 x 2)', [['flat']])
     """
     asked = _requests(methods, layer)
-    found = gather(model, images, [(at, method.needs) for _, method, _, at in asked], targets)
-    made: dict[str, Tensor] = {}
+    requests = [(at, method.needs) for _, method, _, at in asked]
+    gathered = gather(
+        model,
+        images,
+        requests,
+        targets,
+        call=call,
+        batch_size=batch_size,
+        progress=progress,
+        differentiable=differentiable,
+        compile=compile,
+    )
+    pieces: list[list[tuple[Tensor, Tensor | None, Evidence]]] = [[] for _ in asked]
+    for block in gathered.blocks():
+        for own, (_, method, options, _), evidence in zip(pieces, asked, block, strict=True):
+            if evidence is not None:
+                rival = None if evidence.rival is None else method.map_of(evidence.rival, **options)
+                own.append((method.map_of(evidence, **options), rival, evidence))
+    found: dict[str, Tensor] = {}
     layers: dict[str, str] = {}
-    for (name, method, options, _), evidence in zip(asked, found, strict=True):
+    verdicts: dict[str, list[list[str]]] = {}
+    for own, (name, method, _, _) in zip(pieces, asked, strict=True):
+        _, rival, evidence = own[0]
         name = name if name is not None else f"{method.name}@{evidence.layer}"
-        if name in made:
+        if name in found:
             raise ValueError(f"expected every map to have a name of its own, got {name!r} twice; ask for it once")
-        made[name] = method.map_of(evidence, **options)
+        found[name] = torch.cat([value for value, _, _ in own], 1)
         source = evidence.gate if evidence.gate is not None else evidence.activations
         shape = " x ".join(map(str, source.shape[1:])) if source is not None else ""
         layers[name] = f"{evidence.layer} ({shape})" if shape else ""
-    verdicts = {name: _verdicts(value) for name, value in made.items()}
-    return Explanation(maps=made, targets=found[0].targets, logits=found[0].logits, layers=layers, verdicts=verdicts)
+        verdicts[name] = verdicts_of(method, found[name], rival, evidence)
+    return Explanation(
+        maps=found, targets=gathered.scorer.targets, logits=gathered.logits, layers=layers, verdicts=verdicts
+    )
+
+
+def fitting(
+    model: nn.Module,
+    images: Float[Tensor, "b c *grid"],
+    methods: Sequence[str] = tuple(EXPLAINERS),
+    targets: Targets = None,
+    layer: Layer = None,
+) -> tuple[list[str], dict[str, str]]:
+    """Names of those methods that a model has evidence for, and for each of the others why not.
+
+    Each is tried on the first image; a method that looks at many changed images only until it has seen the first.
+
+    Raises:
+        ValueError: none fits.
+
+    >>> from sightline.testing import PooledModel
+    >>> found, reasons = fitting(PooledModel(torch.eye(3)), torch.ones(1, 3, 2, 2), ["cam", "attention", "rise"])
+    >>> found, list(reasons)
+    (['cam', 'rise'], ['attention'])
+    """
+
+    class Started(Exception):
+        pass
+
+    def started(what: str, done: int, total: int) -> None:
+        raise Started
+
+    found: list[str] = []
+    reasons: dict[str, str] = {}
+    first = targets[:1] if isinstance(targets, Tensor) else targets
+    for method in methods:
+        try:
+            explain(model, images[:1], first, [method], layer, progress=started)
+        except Started:
+            found.append(method)
+        except (ValueError, RuntimeError) as error:
+            reasons[method] = str(error)
+        else:
+            found.append(method)
+    if not found:
+        raise ValueError(f"expected at least one method that fits this model, got none: {next(iter(reasons.values()))}")
+    return found, reasons
 
 
 def find_explainer(name: str) -> Explainer:
@@ -179,17 +343,6 @@ def _requests(
     for method in methods:
         name, explainer, options, own = named(method)
         by_layer = several and own is None and not explainer.is_control
-        places = layers if own is None and not explainer.is_control else [own]
+        places = layers if own is None and not (several and explainer.is_control) else [own]
         asked += [(None if by_layer else name, explainer, options, at) for at in places]
     return asked
-
-
-def _verdicts(values: Float[Tensor, "b t h w"]) -> list[list[str]]:
-    """What to distrust in the maps of each image; the device is asked once."""
-    low, high = values.amin((2, 3)), values.amax((2, 3))
-    finite = values.isfinite().all((1, 2, 3))
-    flat = (high - low <= 1e-6 * values.abs().amax((2, 3))).any(1)
-    negative = (high < 0).any(1)
-    signs = torch.stack([~finite, finite & flat, finite & negative], 1).tolist()
-    names = ("non-finite", "flat", "all-negative")
-    return [[name for name, found in zip(names, row, strict=True) if found] for row in signs]

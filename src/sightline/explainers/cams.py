@@ -1,46 +1,44 @@
 """Class activation maps: channels of one layer, weighted by what they do for a class."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 
 from sightline.explainers.evidence import Explainer
+from sightline.explainers.scorer import rows_of
 
 
-@Explainer
+@partial(Explainer, is_signed=True)
 def cam(
-    activations: Float[Tensor, "b k h w"],
-    logits: Float[Tensor, "b n"],
+    activations: Float[Tensor, "b k *grid"],
     targets: Int[Tensor, "b t"],
-    linear_heads: tuple[nn.Linear, ...],
+    head: Float[Tensor, "n k"] | None,
     layer: str,
-) -> Float[Tensor, "b t h w"]:
+) -> Float[Tensor, "b t *grid"]:
     r"""Channels weighted by the linear layer behind global average pooling, summed: $\sum_k w_k^c A^k$, no ReLU.
 
-    The mean of the map plus the layer's bias is the logit, which is also how the head is recognised: a linear layer
-    that reproduces the logits from the mean activations. No backward pass is needed, however many targets.
+    The mean of the map plus the layer's bias is the logit. The head is read off the graph of the logits: a mean over
+    all positions and one linear layer, nothing else. No backward pass is needed, however many targets.
 
     Raises:
         ValueError: the head is another one.
 
     Source: Zhou et al. 2016 (1512.04150), eq. 2.
     """
-    means = activations.mean((2, 3))
-    for head in linear_heads:
-        if head.in_features == means.shape[1]:
-            weight = head.weight.detach().to(means)
-            bias = None if head.bias is None else head.bias.detach().to(means)  # pyright: ignore[reportUnnecessaryComparison]
-            close = 8 * torch.finfo(head.weight.dtype).eps + 1e-3
-            if torch.allclose(linear(means, weight, bias), logits, rtol=close, atol=close * float(logits.abs().max())):
-                return torch.einsum("btk,bkhw->bthw", weight[targets], activations)
-    raise ValueError(
-        f"expected global average pooling and one linear layer behind {layer!r} for cam, got another head; use grad_cam"
-    )
+    if head is None:
+        raise ValueError(
+            f"expected global average pooling and one linear layer behind {layer!r} for cam, got another head; "
+            "use grad_cam"
+        )
+    return _weighted(rows_of(head, targets), activations)
 
 
 @Explainer
-def grad_cam(activations: Float[Tensor, "b k h w"], gradients: Float[Tensor, "b t k h w"]) -> Float[Tensor, "b t h w"]:
+def grad_cam(
+    activations: Float[Tensor, "b k *grid"], mean_gradients: Float[Tensor, "b t k"]
+) -> Float[Tensor, "b t *grid"]:
     r"""Channels weighted by the mean gradient of the class's logit, summed, the positive part.
 
     $\mathrm{ReLU}(\sum_k \alpha_k^c A^k)$, with $\alpha_k^c$ the mean over positions of $\partial y^c / \partial A^k$.
@@ -49,9 +47,169 @@ def grad_cam(activations: Float[Tensor, "b k h w"], gradients: Float[Tensor, "b 
 
     Source: Selvaraju et al. 2017 (1610.02391), eqs. 1 and 2.
 
-    >>> activations = torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]])
-    >>> gradients = torch.tensor([[[[[2.0, 0.0]], [[-1.0, -1.0]]]]])
-    >>> grad_cam.formula(activations, gradients).tolist()  # weights 1 and -1
+    >>> grad_cam.formula(torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]]), torch.tensor([[[1.0, -1.0]]])).tolist()
     [[[[0.0, 2.0]]]]
     """
-    return torch.einsum("btk,bkhw->bthw", gradients.mean((-2, -1)), activations).relu()
+    return _weighted(mean_gradients, activations).relu()
+
+
+@Explainer
+def grad_cam_plus_plus(
+    activations: Float[Tensor, "b k *grid"], gradients: Float[Tensor, "b t k *grid"], normalise_alpha: bool = False
+) -> Float[Tensor, "b t *grid"]:
+    r"""Channels weighted by their positive gradients, each with a factor of its own, summed, the positive part.
+
+    $\mathrm{ReLU}(\sum_k w_k^c A^k)$ with $w_k^c = \sum_{ij} \alpha_{ij}^{kc} \, \mathrm{ReLU}(g_{ij}^{kc})$. The
+    factor $\alpha = g^2 / (2 g^2 + \sum_{ab} A_{ab}^k \, g^3)$ is computed as $1 / (2 + \sum_{ab} A_{ab}^k \, g)$ and
+    is 0 where the denominator is: no third power of a small gradient is lost, and no epsilon decides.
+    With `normalise_alpha` a channel's factors are divided by their sum over its positions with a positive gradient.
+
+    Source: Chattopadhyay et al. 2018 (1710.11063), eqs. 5 and 19; `normalise_alpha`: the authors' code.
+
+    Differs: without the factor $e^{y^c}$ of the whole map, which comes from explaining $e^{y^c}$ and can overflow.
+
+    >>> activations, gradients = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[[2.0, -1.0]]]]])
+    >>> grad_cam_plus_plus.formula(activations, gradients).tolist()  # weight 2 / (2 + 3 * 2)
+    [[[[0.25, 0.5]]]]
+    """
+    flat = activations.flatten(2)
+    distinct = _distinct(gradients)
+    alphas = _ratio((distinct > 0).to(distinct), 2 + flat.sum(2)[:, None, :, None] * distinct)
+    weights = (alphas * distinct).sum(3)
+    weights = _ratio(weights, alphas.sum(3)) if normalise_alpha else weights * (flat.shape[2] // distinct.shape[3])
+    return _weighted(weights, activations).relu()
+
+
+@Explainer
+def xgrad_cam(
+    activations: Float[Tensor, "b k *grid"], gradients: Float[Tensor, "b t k *grid"]
+) -> Float[Tensor, "b t *grid"]:
+    r"""Channels weighted by the mean of their gradients, each counted by its activation, summed, the positive part.
+
+    $\mathrm{ReLU}(\sum_k w_k^c A^k)$ with $w_k^c = \sum_{ij} A_{ij}^k g_{ij}^{kc} / \sum_{ij} A_{ij}^k$, and 0 for a
+    channel whose sum is 0. Before the ReLU the map sums to $\sum_k \sum_{ij} A_{ij}^k g_{ij}^{kc}$. Meant for
+    activations behind a ReLU: where a channel's values cancel out, its weight is large.
+
+    Source: Fu et al. 2020 (2008.02312).
+
+    Differs: the authors' code adds an epsilon to the denominator.
+
+    >>> activations, gradients = torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[[[2.0, 4.0]]]]])
+    >>> xgrad_cam.formula(activations, gradients).tolist()  # weight (2 + 12) / 4
+    [[[[3.5, 10.5]]]]
+    """
+    distinct = _distinct(gradients)
+    parts = activations.flatten(2).unflatten(2, (distinct.shape[3], -1)).sum(3)
+    weights = _ratio((distinct * parts[:, None]).sum(3), parts.sum(2)[:, None])
+    return _weighted(weights, activations).relu()
+
+
+@Explainer
+def layer_cam(
+    activations: Float[Tensor, "b k *grid"], gradients: Float[Tensor, "b t k *grid"]
+) -> Float[Tensor, "b t *grid"]:
+    r"""Each activation weighted by its own positive gradient, summed over channels, the positive part.
+
+    $\mathrm{ReLU}(\sum_k \mathrm{ReLU}(g^{kc}_{ij}) A^k_{ij})$.
+
+    Source: Jiang et al. 2021, "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization".
+
+    >>> activations, gradients = torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[[[2.0, -4.0]]]]])
+    >>> layer_cam.formula(activations, gradients).tolist()
+    [[[[2.0, 0.0]]]]
+    """
+    return _products(_distinct(gradients).relu(), activations).relu()
+
+
+@partial(Explainer, is_signed=True)
+def hires_cam(
+    activations: Float[Tensor, "b k *grid"], gradients: Float[Tensor, "b t k *grid"]
+) -> Float[Tensor, "b t *grid"]:
+    r"""Activation times gradient, summed over channels: $\sum_k g^{kc}_{ij} A^k_{ij}$, no ReLU.
+
+    If all behind the layer is linear, the sum of the map plus the biases' share is the logit.
+
+    Source: Draelos and Carin 2020 (2011.08891).
+
+    >>> activations, gradients = torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[[[2.0, -4.0]]]]])
+    >>> hires_cam.formula(activations, gradients).tolist()
+    [[[[2.0, -12.0]]]]
+    """
+    return _products(_distinct(gradients), activations)
+
+
+@Explainer
+def eigen_cam(activations: Float[Tensor, "b k *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
+    r"""Activations projected on their first principal component, the same for every target.
+
+    $A v_1$ with $v_1$ the first right singular vector of the activations $A$ (positions x channels), not centred. A
+    singular vector has no sign: the one is taken with which the map's sum is not negative.
+
+    Source: Muhammad and Yeasin 2020 (2008.00299).
+
+    >>> eigen_cam.formula(torch.tensor([[[[3.0, 0.0]], [[4.0, 0.0]]]]), torch.tensor([[0]])).round(decimals=5).tolist()
+    [[[[5.0, 0.0]]]]
+    """
+    columns = activations.flatten(2)
+    few_channels = columns.shape[1] < columns.shape[2]
+    gram = columns @ columns.mT if few_channels else columns.mT @ columns
+    # One image with a non-finite value must not make eigh refuse the batch; its own map stays non-finite.
+    gram = gram.masked_fill(~gram.isfinite(), 0)
+    first = torch.linalg.eigh(gram)[1][:, :, -1:]
+    if not few_channels:
+        first = columns @ first
+        first = _ratio(first, torch.linalg.vector_norm(first, dim=1, keepdim=True))
+    found = first.mT @ columns
+    found = torch.where(found.sum(2, keepdim=True) < 0, -found, found)
+    return found.unflatten(2, activations.shape[2:]).expand(-1, targets.shape[1], *activations.shape[2:])
+
+
+@Explainer
+def finer_cam(
+    activations: Float[Tensor, "b k *grid"],
+    mean_gradients: Float[Tensor, "b t k"],
+    rival_gradients: Float[Tensor, "b t k *grid"],
+    gamma: float = 1.0,
+) -> Float[Tensor, "b t *grid"]:
+    r"""Grad-CAM of what speaks for the class and not for its strongest rival: of $y^c - \gamma y^d$.
+
+    The rival $d$ is the class with the highest other logit; `gamma` is how much of it is taken away, 0 is Grad-CAM.
+
+    Source: Zhang et al. 2025 (2501.11309); `gamma`: the authors' code compares two classes with 1.
+
+    Differs: one rival, where the authors' code can also average several; it ranks them by the distance of their logit
+    from the target's, which for the predicted class is the same.
+
+    >>> activations = torch.tensor([[[[1.0, 1.0]], [[0.0, 1.0]]]])
+    >>> rival = torch.tensor([[[[[1.0, 1.0]], [[0.0, 0.0]]]]])
+    >>> finer_cam.formula(activations, torch.tensor([[[1.0, 1.0]]]), rival).tolist()  # weights 0 and 1
+    [[[[0.0, 1.0]]]]
+    """
+    return _weighted(mean_gradients - gamma * _distinct(rival_gradients).mean(3), activations).relu()
+
+
+def _weighted(weights: Float[Tensor, "b t k"], activations: Float[Tensor, "b k *grid"]) -> Float[Tensor, "b t *grid"]:
+    if weights.stride(0) == 0 < len(weights) - 1:  # the same for all images: one product, not one for each
+        columns = activations.transpose(0, 1).flatten(1)
+        return (weights[0] @ columns).unflatten(1, (len(activations), *activations.shape[2:])).transpose(0, 1)
+    return torch.einsum("btk,bk...->bt...", weights, activations)
+
+
+def _distinct(gradients: Float[Tensor, "b t k *grid"]) -> Float[Tensor, "b t k p"]:
+    """Gradients by position: p = 1 where one number is expanded over the grid (average pooling), else all positions."""
+    flat = gradients.flatten(3)
+    return flat[..., :1] if flat.stride(3) == 0 else flat
+
+
+def _products(
+    gradients: Float[Tensor, "b t k p"], activations: Float[Tensor, "b k *grid"]
+) -> Float[Tensor, "b t *grid"]:
+    """Sum over the channels of gradient times activation; the first as `_distinct` gives it."""
+    if gradients.shape[3] == 1:
+        return _weighted(gradients[..., 0], activations)
+    return (gradients * activations.flatten(2)[:, None]).sum(2).unflatten(2, activations.shape[2:])
+
+
+def _ratio(numerators: Tensor, denominators: Tensor) -> Tensor:
+    """Quotient, 0 where the denominator is 0, with a finite gradient there."""
+    return numerators / denominators.masked_fill(denominators == 0, torch.inf)

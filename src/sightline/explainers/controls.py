@@ -5,16 +5,15 @@ import zlib
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, conv2d, pad
 
 from sightline.explainers.evidence import Explainer
 
 
 @Explainer
 def random_map(
-    images: Float[Tensor, "b c H W"], targets: Int[Tensor, "b t"], seed: int = 0, cells: int = 8
-) -> Float[Tensor, "b t h w"]:
-    """Uniform random numbers in [0, 1) on a grid of `cells` x `cells`, as coarse as the maps of a deep layer.
+    images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"], seed: int = 0, cells: int = 8
+) -> Float[Tensor, "b t *cells"]:
+    """Uniform random numbers in [0, 1) on a grid of `cells` along each side, as coarse as the maps of a deep layer.
 
     Drawn from a generator seeded by `seed` and the pixels of each image: the same image gets the same map in any batch,
     and the global random state is left alone.
@@ -23,43 +22,55 @@ def random_map(
     for image in images:
         pixels = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes())
         generator = torch.Generator().manual_seed((seed << 32) + pixels)
-        maps.append(torch.rand(targets.shape[1], cells, cells, generator=generator))
+        maps.append(torch.rand(targets.shape[1], *[cells] * (images.ndim - 2), generator=generator))
     return torch.stack(maps).to(images.device)
 
 
 @Explainer
 def centre_map(
-    images: Float[Tensor, "b c H W"], targets: Int[Tensor, "b t"], sigma: float = 0.25
-) -> Float[Tensor, "b t h w"]:
+    images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"], sigma: float = 0.25
+) -> Float[Tensor, "b t *grid"]:
     """A Gaussian blob in the middle of the image; `sigma` is a share of the side. Photographers centre their objects.
 
     >>> from sightline.testing import LinearModel
     >>> centre_map(LinearModel(torch.ones(2, 3, 3, 3)), torch.zeros(1, 3, 3, 3), sigma=1.0)[0, 0, 1, 1].item()
     1.0
     """
-    *_, height, width = images.shape
-    y = (torch.arange(height, device=images.device) + 0.5) / height - 0.5
-    x = (torch.arange(width, device=images.device) + 0.5) / width - 0.5
-    blob = torch.exp(-(y[:, None] ** 2 + x**2) / (2 * sigma**2))
-    return blob.expand(*targets.shape, -1, -1)
+    sides = [(torch.arange(side, device=images.device) + 0.5) / side - 0.5 for side in images.shape[2:]]
+    distances = sum(place**2 for place in torch.meshgrid(*sides, indexing="ij"))
+    blob = torch.exp(-torch.as_tensor(distances) / (2 * sigma**2))
+    return blob.expand(*targets.shape, *blob.shape)
 
 
 @Explainer
-def edge_map(images: Float[Tensor, "b c H W"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t h w"]:
+def edge_map(images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
     """Size of the Sobel gradient, summed over the colour channels: an edge detector knows no class."""
-    images = images.to(torch.promote_types(images.dtype, torch.float32))
-    across = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
-    kernels = torch.stack([across, across.T])[:, None]
-    batch, channels, height, width = images.shape
-    planes = pad(images.reshape(-1, 1, height, width), (1, 1, 1, 1), mode="replicate")
-    edges = conv2d(planes, kernels).square().sum(1).sqrt().reshape(batch, channels, height, width).sum(1, keepdim=True)
-    return edges.expand(-1, targets.shape[1], -1, -1)
+    planes = images.to(torch.promote_types(images.dtype, torch.float32))
+    sides = range(2, images.ndim)
+    slopes: list[Tensor] = []
+    for along in sides:
+        slope = planes
+        for side in sides:
+            slope = _three(slope, side, (-0.5, 0.0, 0.5) if side == along else (0.25, 0.5, 0.25))
+        slopes.append(slope)
+    edges = torch.stack(slopes).square().sum(0).sqrt().sum(1, keepdim=True)
+    return edges.expand(-1, targets.shape[1], *images.shape[2:])
+
+
+def _three(planes: Tensor, side: int, weights: tuple[float, float, float]) -> Tensor:
+    """Three neighbours along one side, weighted; the border is repeated."""
+    length = planes.shape[side]
+    at = torch.arange(length, device=planes.device)
+    before, after = (planes.index_select(side, at.add(step).clamp(0, length - 1)) for step in (-1, 1))
+    return weights[0] * before + weights[1] * planes + weights[2] * after
 
 
 @Explainer
-def contrast_map(images: Float[Tensor, "b c H W"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t h w"]:
-    """How far each pixel's colour lies from the mean colour of its image, smoothed over 3 x 3 pixels."""
-    images = images.to(torch.promote_types(images.dtype, torch.float32))
-    distance = (images - images.mean((2, 3), keepdim=True)).square().sum(1, keepdim=True).sqrt()
-    smooth = avg_pool2d(pad(distance, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    return smooth.expand(-1, targets.shape[1], -1, -1)
+def contrast_map(images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
+    """How far each pixel's colour lies from the mean colour of its image, smoothed over 3 pixels along each side."""
+    planes = images.to(torch.promote_types(images.dtype, torch.float32))
+    mean = planes.flatten(2).mean(2).reshape(*planes.shape[:2], *[1] * (images.ndim - 2))
+    smooth = (planes - mean).square().sum(1, keepdim=True).sqrt()
+    for side in range(2, images.ndim):
+        smooth = _three(smooth, side, (1 / 3, 1 / 3, 1 / 3))
+    return smooth.expand(-1, targets.shape[1], *images.shape[2:])

@@ -13,15 +13,15 @@ def attention_maps(model: nn.Module, images: Float[Tensor, "b c H W"]) -> dict[s
     """Every learned attention map of a model, by the dotted name of its block, each of shape (b, k, h, w).
 
     A block is any module with a child called `gate` that returns a 4-D tensor, whoever wrote it, or the attention of a
-    timm vision transformer: (b, heads, h, w), what each patch receives from the class token if the head reads that
-    token, else from all patches on average (see `sightline.explainers.tokens`). The model runs once, in eval mode, and
-    is left as it was; a fused attention kernel, which shows no weights, is off for this run.
+    vision transformer between all its tokens: (b, heads, h, w), what each patch receives from the class token if the
+    head reads that token, else from all patches on average (see `sightline.explainers.tokens`). The model runs once, in
+    eval mode, and is left as it was; the weights that a fused kernel does not show are computed beside it.
 
     >>> from sightline.testing import PlantedAttention
     >>> attention_maps(PlantedAttention(), torch.ones(1, 3, 2, 2))["pool"].flatten().tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
-    return gather(model, images, [(None, frozenset({"gates"}))])[0].gates
+    return gather(model, images, [(None, frozenset({"gates"}))]).gates
 
 
 @Explainer
@@ -40,8 +40,8 @@ def attention(gate: Float[Tensor, "b k h w"], targets: Int[Tensor, "b t"]) -> Fl
 
 @Explainer
 def activation_map(
-    activations: Float[Tensor, "b k h w"], targets: Int[Tensor, "b t"], norm: Literal["l2", "mean"] = "l2"
-) -> Float[Tensor, "b t h w"]:
+    activations: Float[Tensor, "b k *grid"], targets: Int[Tensor, "b t"], norm: Literal["l2", "mean"] = "l2"
+) -> Float[Tensor, "b t *grid"]:
     r"""Size of the activations at each position, the same for every target.
 
     $\|A_{:ij}\|_2$ (`norm="l2"`), or the mean over the channels, which can be negative (`norm="mean"`).
@@ -54,4 +54,4 @@ def activation_map(
     if norm not in ("l2", "mean"):
         raise ValueError(f"expected norm 'l2' or 'mean', got {norm!r}; choose one of them")
     size = torch.linalg.vector_norm if norm == "l2" else torch.mean
-    return size(activations, dim=1, keepdim=True).expand(-1, targets.shape[1], -1, -1)
+    return size(activations, dim=1, keepdim=True).expand(-1, targets.shape[1], *activations.shape[2:])

@@ -1,17 +1,33 @@
-"""Attention of timm's vision transformers as maps of the image."""
+"""Attention between the tokens of a vision transformer, whoever wrote it, as maps of the image."""
 
+import inspect
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from math import prod
+from types import FunctionType
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+Grid = tuple[int, ...]
+
+# To a mode the function behind nn.MultiheadAttention is one call; without its first question a mode sees what it does.
+_multi_head_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},  # pyright: ignore[reportUnknownLambdaType]
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+_MANY_REGISTERS = 16  # of tokens before the patches there may be as many, or as many as patches
+_CALL = nn.Module._call_impl.__code__  # pyright: ignore[reportPrivateUsage]
 
 
-def patch_map(
-    weights: Float[Tensor, "b heads n n"], grid: tuple[int, int], *, from_first: bool
-) -> Float[Tensor, "b heads h w"]:
+def patch_map(weights: Float[Tensor, "b heads n n"], grid: Grid, *, from_first: bool) -> Float[Tensor, "b heads *grid"]:
     """Attention that each patch receives from the first token, or from all patches on average; `grid` (h, w).
 
     The patches are the last h * w tokens. What the tokens before them receive is left out: a map sums to 1 less that.
@@ -20,60 +36,179 @@ def patch_map(
     >>> patch_map(torch.tensor([[[[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]]), (1, 2), from_first=True)
     tensor([[[[0.2500, 0.2500]]]])
     """
-    patches = grid[0] * grid[1]
+    patches = prod(grid)
     received = weights[:, :, 0] if from_first else weights[:, :, -patches:].mean(2)
     return received[:, :, -patches:].unflatten(2, grid)
 
 
 @contextmanager
 def patch_maps(model: nn.Module, keep: Callable[[str], Callable[..., None]]) -> Generator[None]:
-    """While the model runs, hand the maps of each attention block to the hook `keep(its name)`.
+    """Once the model has run in this context, hand the maps of each attention block to the hook `keep(its name)`.
 
-    A block is a module with `fused_attn` and a Dropout `attn_drop` in a timm model with a patch embedding, whose
-    weights are between all its tokens: windows, subsampled keys and channels are passed over. The fused kernel, which
-    shows no weights, is off until the model has run.
-    The maps are those of the class token's query if the head reads that token, else the mean over the patches' queries.
+    A block is a module that attends between all its tokens, once (see `AttentionWeights`). One with a child `gate`
+    yields its map itself and is passed over.
+    The maps are those of the first token's query if the head reads that token, else the mean over the patches' queries.
     """
-    fused: list[tuple[Any, bool]] = []
-    handles: list[RemovableHandle] = []
-    try:
-        for path, vit in model.named_modules():
-            if not hasattr(getattr(vit, "patch_embed", None), "dynamic_feat_size"):
-                continue
-            grid = _Grid(vit)
-            handles.append(grid.embedding.register_forward_pre_hook(grid.measure))
-            for name, block in vit.named_modules(prefix=path):
-                drop = getattr(block, "attn_drop", None)
-                if hasattr(block, "fused_attn") and isinstance(drop, nn.Module):
-                    fused.append((block, bool(block.fused_attn)))
-                    handles.append(drop.register_forward_hook(grid.hand_to(keep(name))))
-        for block, _ in fused:
-            block.fused_attn = False
+
+    def both(weights: Tensor, grid: Grid) -> Tensor:  # who reads is known at the end, and n x n is too much to keep
+        return torch.stack([patch_map(weights, grid, from_first=first) for first in (False, True)])
+
+    with AttentionWeights(model, both) as seen:
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for block, was in fused:
-            block.fused_attn = was
+    modules = dict(model.named_modules())
+    times = Counter(name for name, _ in seen.weights)
+    for name, maps in seen.weights:
+        gate = getattr(modules[name], "gate", None)
+        if times[name] == 1 and (not isinstance(gate, nn.Module) or isinstance(gate, nn.Linear)):
+            keep(name)(modules[name], (), maps[int(seen.from_first)])
 
 
-class _Grid:
-    """Patches of the images that a transformer is looking at."""
+class AttentionWeights(TorchFunctionMode):
+    """Sees every attention between all tokens of the images while a model runs in this context.
 
-    def __init__(self, vit: Any) -> None:
-        self.embedding = vit.patch_embed
-        self.prefix: int = getattr(vit, "num_prefix_tokens", 0)
-        has_class = getattr(vit, "cls_token", None) is not None and self.prefix > 0
-        self.from_first = has_class and getattr(vit, "global_pool", "token") == "token"
-        self.size = 0, 0
+    Seen are `scaled_dot_product_attention`, whose weights are computed here so that they exist and carry gradients, the
+    softmax of scores (b, heads, n, n) or (b * heads, n, n), and both inside `nn.MultiheadAttention`, whose own kernels
+    for eval mode PyTorch leaves out while any mode watches. The model itself, its flags and hooks are not touched, and
+    its results are the same to float tolerance.
+    The patches are the last tokens: a feature map that was flattened before the first attention. Attention with other
+    queries than keys (windows, subsampled keys, channels, a pooling token) is passed over.
 
-    def measure(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.size = self.embedding.dynamic_feat_size(tuple(inputs[0].shape[2:]))
+    Args:
+        model: gives the names.
+        of: what to keep of the weights (b, heads, n, n), given the grid of patches too. None: the weights.
+    """
 
-    def hand_to(self, keep: Callable[..., None]) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            tokens = self.prefix + self.size[0] * self.size[1]
-            if output.ndim == 4 and output.shape[2:] == (tokens, tokens):
-                keep(module, inputs, patch_map(output, self.size, from_first=self.from_first))
+    weights: list[tuple[str, Tensor]]
+    """In order of the calls: dotted name of the innermost running module, and what was kept."""
+    grid: Grid
+    """Rows and columns of patches."""
+    prefix: int
+    """Tokens before the patches: class token, distillation token, registers."""
+    from_first: bool
+    """Whether the first token was picked out behind the last attention, as a head that reads a class token does."""
+    obstacle: str
+    """What else mixes the tokens, if anything does: an attention passed over, two in one module, or a convolution."""
 
-        return hook
+    def __init__(self, model: nn.Module, of: Callable[[Tensor, Grid], Tensor] | None = None) -> None:
+        super().__init__()
+        self.weights, self.grid, self.prefix, self.from_first, self.obstacle = [], (), 0, False, ""
+        self._names = {module: name for name, module in model.named_modules()}
+        self._of = of
+        self._flattened: list[tuple[int, Grid]] = []
+        self._begun = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _multi_head_attention(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        output = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        first = args[0] if args else None
+        if not isinstance(output, Tensor) or not isinstance(first, Tensor):
+            return output
+        if name == "softmax":
+            last = kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, output.ndim - 1)
+            if last and (output.ndim > 3 or (output.ndim == 3 and output.shape[1] == output.shape[2])):
+                place = self._place(output.shape)
+                return output if place is None else self._keep(*place, output)
+        elif name in ("flatten", "reshape", "view") and not self._begun and output.ndim == 3 and first.ndim > 3:
+            self._flattened += [(len(first), grid) for grid in _grids(first.shape, output.shape)]
+        elif name in ("__getitem__", "select", "narrow", "index_select") and self.weights and first.ndim == 3:
+            self.from_first |= self._picks_first(first, lambda tokens: func(tokens, *args[1:], **kwargs))
+        elif name.startswith("conv") and self.weights:
+            self.obstacle = self.obstacle or f"a convolution behind the attention of {self.weights[-1][0]!r}"
+        return output
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        place = self._place(torch.Size((*query.shape[:-1], key.shape[-2])))
+        if place is None:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if enable_gqa:
+            key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))
+        scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        return F.dropout(self._keep(*place, scores.softmax(-1)), dropout_p) @ value
+
+    def _place(self, shape: torch.Size) -> tuple[str, int] | None:
+        """Name of the running module and number of images, if weights of this shape are between all tokens of each."""
+        name, batch = self._running()
+        if name.rpartition(".")[2] == "gate":
+            return None
+        self._begun = True
+        rows, queries, keys = shape[0], *shape[-2:]
+        if not self.weights:
+            fitting = [
+                grid
+                for images, grid in self._flattened
+                if images == batch and 0 <= keys - prod(grid) <= max(prod(grid), _MANY_REGISTERS)
+            ]
+            self.grid = fitting[-1] if fitting else ()
+            self.prefix = keys - prod(self.grid)
+        whole = rows == batch or (len(shape) == 3 and batch and rows % batch == 0)
+        if self.grid and whole and queries == keys == self.prefix + prod(self.grid):
+            return name, batch
+        self.obstacle = self.obstacle or f"{queries} queries and {keys} keys in {name or 'itself'!r}"
+        return None
+
+    def _keep(self, name: str, batch: int, weights: Tensor) -> Tensor:
+        """The weights again, by way of the tensor that is kept, so that gradients flow through that one."""
+        seen = weights.reshape(batch, -1, *weights.shape[-2:])
+        if self._of is None and torch.is_grad_enabled() and not seen.requires_grad:
+            seen = seen.detach().requires_grad_()
+        if name in dict(self.weights):
+            self.obstacle = self.obstacle or f"two attentions in {name!r}"
+        self.weights.append((name, seen if self._of is None else self._of(seen, self.grid)))
+        self.from_first = False
+        return seen.reshape(weights.shape)
+
+    def _running(self) -> tuple[str, int]:
+        """Name of the innermost running module, and the number of images that the outermost one was called with."""
+        names: list[str] = []
+        batch = 0
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code is _CALL and frame.f_locals["self"] in self._names:
+                if not isinstance(frame.f_locals["self"], nn.Softmax):
+                    names.append(self._names[frame.f_locals["self"]])
+                given = tree_leaves((frame.f_locals["args"], frame.f_locals["kwargs"]))
+                batch = next((len(leaf) for leaf in given if isinstance(leaf, Tensor) and leaf.ndim), 0)
+            frame = frame.f_back
+        return names[0] if names else "", batch
+
+    def _picks_first(self, tokens: Tensor, pick: Callable[[Tensor], Tensor]) -> bool:
+        if not self.prefix:
+            return False
+        places = torch.arange(self.prefix + prod(self.grid), device=tokens.device)
+        return any(
+            tokens.shape[axis] == len(places) and not bool(pick(places.view(shape).expand_as(tokens)).any())
+            for axis, shape in enumerate([(-1, 1, 1), (1, -1, 1)])  # (n, b, c) or (b, n, c)
+        )
+
+
+def _grids(before: torch.Size, after: torch.Size) -> list[Grid]:
+    """Grids that a reshape of (b, k, *grid) to (b, k, n), or of (b, *grid, ...) to (b, n, k), may have flattened."""
+    if len(before) > 3 and after == (*before[:2], prod(before[2:])):
+        return [tuple(before[2:])]
+    return [tuple(before[1:i]) for i in range(3, len(before)) if after[:2] == (before[0], prod(before[1:i]))]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from sightline import maps as pixels
-from sightline.inference import forward
+from sightline.inference import either, forward
 from sightline.metrics.per_image import PerImageMean
 
 Fill = str | float | Tensor
@@ -156,7 +156,7 @@ def _score(logits: Tensor, targets: Tensor, score: Score) -> Tensor:
         return score(logits, targets)
     if score not in ("probability", "logit"):
         raise ValueError(f"expected score 'probability', 'logit' or a function, got {score!r}")
-    return (logits.softmax(1) if score == "probability" else logits).gather(1, targets[:, None])[:, 0]
+    return (either(logits).softmax(1) if score == "probability" else logits).gather(1, targets[:, None])[:, 0]
 
 
 def _substitute(images: Tensor, fill: Fill, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:

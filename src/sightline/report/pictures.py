@@ -31,29 +31,33 @@ def picture(image: UInt8[Array, "h w 3"], side: int = 256) -> str:
     return _uri("jpeg", file.getvalue())
 
 
-def heat(raw: Float[Array, "h w"], ends: tuple[float, float] | None = None, side: int = 96) -> str:
+def heat(
+    raw: Float[Array, "h w"], ends: tuple[float, float] | None = None, side: int = 96, signed: bool = False
+) -> str:
     """A data URI of a map in colours, `side` pixels square. `ends`: values of the first and last colour; None: its own.
+
+    `signed`: on the diverging scale, whose middle is 0; `ends` then lie as far above it as below.
 
     >>> heat(np.eye(2))[:22]
     'data:image/png;base64,'
     """
     values = torch.from_numpy(raw.astype(np.float64))
     if ends is None:
-        values = maps.normalise(values)
+        values = maps.normalise(values, signed)
     else:
-        low, high = ends
+        low, high = (0.0, ends[1]) if signed else ends
         values = (values - low) / (high - low) if high > low else 0 * values
-    drawn = maps.resize(values[None, None], (side, side))[0, 0].clamp(0, 1)
-    return _uri("png", maps.png(maps.colour(drawn)))
+    drawn = maps.resize(values[None, None], (side, side))[0, 0].clamp(-1 if signed else 0, 1)
+    return _uri("png", maps.png(maps.colour(drawn, signed)))
 
 
-def colour_stops(n: int = 17) -> list[str]:
-    """The colours of the map from 0 to 1 in `n` equal steps, for a gradient.
+def colour_stops(n: int = 17, signed: bool = False) -> list[str]:
+    """The colours of the map from 0 to 1, from -1 if `signed`, in `n` equal steps, for a gradient.
 
     >>> colour_stops(3)
     ['#000004', '#bc3754', '#fcffa4']
     """
-    return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in maps.colour_bar(1, n)[:, 0].T.tolist()]
+    return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in maps.colour_bar(1, n, signed)[:, 0].T.tolist()]
 
 
 def outline(mask: Bool[Array, "h w"]) -> str:
@@ -82,14 +86,17 @@ def curve(x: Float[Array, " n"], y: Float[Array, " n"]) -> str:
     return path
 
 
-def span(*raw: Float[Array, "..."]) -> tuple[float, float] | None:
-    """Lowest and highest finite value of all these arrays, None where there is none.
+def span(*raw: Float[Array, "..."], signed: bool = False) -> tuple[float, float] | None:
+    """Lowest and highest finite value of all these arrays, None where there is none; `signed`: as far below 0 as above.
 
-    >>> span(np.array([[1.0, np.inf]]), np.array([[3.0]]))
-    (1.0, 3.0)
+    >>> span(np.array([[1.0, np.inf]]), np.array([[3.0]])), span(np.array([-2.0, 1.0]), signed=True)
+    ((1.0, 3.0), (-2.0, 2.0))
     """
     finite = np.concatenate([values[np.isfinite(values)] for values in raw])
-    return (float(finite.min()), float(finite.max())) if finite.size else None
+    if not finite.size:
+        return None
+    largest = float(np.abs(finite).max())
+    return (-largest, largest) if signed else (float(finite.min()), float(finite.max()))
 
 
 def in_words(raw: Float[Array, "h w"]) -> str:

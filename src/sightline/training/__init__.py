@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sightline import data, models, runs
-from sightline.recipe import Recipe
+from sightline.recipe import Model, Recipe
 from sightline.recipe import load as load_recipe
 from sightline.runs import Run
 from sightline.training.log import Log
@@ -76,6 +76,12 @@ def fit(
     return done if len(done) > 1 else done[0]
 
 
+def begin(wanted: Model, num_classes: int, seed: int) -> nn.Module:
+    """The network that training begins with; the global random state goes on from `seed`."""
+    torch.manual_seed(seed)
+    return models.create_model(wanted.name, num_classes=num_classes, weights=wanted.weights, **wanted.options)
+
+
 def _fit_one(
     recipe: Recipe,
     train: data.ImageSet | data.ImageStream,
@@ -94,10 +100,7 @@ def _fit_one(
     cuda = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
-        torch.manual_seed(recipe.seeds[0])
-        network = models.create_model(
-            recipe.model.name, num_classes=len(train.classes), weights=recipe.model.weights, **recipe.model.options
-        )
+        network = begin(recipe.model, len(train.classes), recipe.seeds[0])
         _try(network, recipe, train.preprocess.size)
         weights = None
         if recipe.optim.class_weights and isinstance(train, data.ImageSet):

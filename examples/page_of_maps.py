@@ -1,0 +1,84 @@
+"""Every map side by side: a few images of a run's test split, and what each method that fits the network makes of them.
+
+The images are drawn at random among those that the network gets right, and the class it names is explained. Each map is
+coloured from its own lowest to its own highest value; where negative values speak against the class, blue is below 0,
+white is 0 and red is above. A method that does not fit the network is named on the terminal, with the reason.
+
+    python examples/page_of_maps.py runs/glas --data $SIGHTLINE_DATA/glas_tiles --out page.png
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+import sightline as sl
+from sightline import data, maps, runs
+from sightline.explainers import EXPLAINERS, Explanation, fitting
+from sightline.inference import forward
+
+COLUMNS = 11  # of maps in one panel
+CELL = 96
+
+
+def drawn(model: torch.nn.Module, images: data.ImageSet, count: int, seed: int) -> np.ndarray:
+    """Indices of images that the model gets right, in random order."""
+    order = np.random.default_rng(seed).permutation(len(images))
+    found: list[int] = []
+    for start in range(0, len(order), 100):
+        batch = images.batch(order[start : start + 100])
+        right = forward(model, data.normalise(batch.images, images.preprocess)).argmax(1) == batch.labels
+        found += batch.indices[right].tolist()
+        if len(found) >= count:
+            break
+    return np.array(found[:count])
+
+
+def panel(pictures: Tensor, found: Explanation, methods: list[str]) -> Tensor:
+    """The images beside the maps of some methods."""
+    columns = {
+        name: maps.overlay(pictures, found[name].cpu(), opacity=0.75, signed=EXPLAINERS[name].is_signed)[:, 0]
+        for name in methods
+    }
+    return maps.side_by_side(pictures, columns)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
+    """Draw the page; return the methods on it and the names of the images."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--data", help="where the run's data lie now (the run's own)")
+    parser.add_argument("--images", type=int, default=5, help="images on the page (5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    parser.add_argument("--out", default="page.png", help="PNG file to write (page.png)")
+    options = parser.parse_args(arguments)
+
+    run = runs.open_run(options.run)
+    source = replace(run.recipe.data, source=options.data or run.recipe.data.source)
+    images = replace(data.load(source)["test"], preprocess=run.preprocess)
+    model = sl.load(options.run)
+    batch = images.batch(drawn(model, images, options.images, options.seed))
+    inputs = data.normalise(batch.images, run.preprocess)
+    methods, reasons = fitting(model, inputs)
+    for name, reason in reasons.items():
+        print(f"left out: {name}: {reason}")
+    found = sl.explain(model, inputs, methods=methods)
+    for name, shares in zip(batch.names, found.logits.softmax(1), strict=True):
+        print(f"{name}: {run.classes[int(shares.argmax())]}, {float(shares.max()):.0%}")
+
+    pictures = maps.resize(batch.images.float(), (CELL, CELL)).round().to(torch.uint8)
+    panels = [panel(pictures, found, methods[i : i + COLUMNS]) for i in range(0, len(methods), COLUMNS)]
+    width = max(each.shape[2] for each in panels)
+    page = torch.cat([F.pad(each, (0, width - each.shape[2], 0, 12), value=255) for each in panels], 1)
+    Image.fromarray(page.movedim(0, -1).numpy()).quantize(256, kmeans=3).save(options.out, optimize=True)
+    print(f"{len(methods)} methods: {Path(options.out)}")
+    return {"methods": methods, "images": batch.names}
+
+
+if __name__ == "__main__":
+    main()

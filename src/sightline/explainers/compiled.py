@@ -1,0 +1,95 @@
+"""A forward compiled once, for maps of many batches of the same model."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from sightline.explainers.capture import Capture, Captured, Layout
+from sightline.explainers.scorer import Scorer
+from sightline.inference import logits_of, output_of, run
+
+
+@dataclass(frozen=True)
+class _WithHead(Captured):
+    """A layer whose head is known without a graph."""
+
+    weights: Tensor
+
+    def head(self, logits: Tensor) -> Tensor | None:
+        return self.weights
+
+
+class _Both(nn.Module):
+    """Logits and the output of one layer."""
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.model = model
+        self.kept: Any = None
+        model.get_submodule(layer).register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.kept = output
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return logits_of(self.model(images)), self.kept
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    key: tuple[Any, ...]
+    call: Callable[[Tensor], tuple[Tensor, Tensor]]
+    name: str
+    layout: Layout
+    head: Tensor
+
+
+_COMPILED: WeakKeyDictionary[nn.Module, _Compiled] = WeakKeyDictionary()
+
+
+class CompiledCapture:
+    """What `Capture` finds, by a compiled forward without any graph: the head must be pooling and one linear layer.
+
+    A copy of the model, channels last, its weights frozen into the code, is compiled at the first call and kept as long
+    as the model lives and its weights stay what they are.
+    """
+
+    def __init__(self, model: nn.Module, scorer: Scorer, layer: Any, images: Tensor, places: int) -> None:
+        self.model = model
+        self.scorer = scorer
+        self.call = None
+        self.gates: dict[str, Tensor] = {}
+        weights = [*model.parameters(), *model.buffers()]
+        key = (
+            layer,
+            [(id(weight), weight.data_ptr(), weight._version) for weight in weights],
+            images.dtype,
+            images.device,
+        )
+        if model not in _COMPILED or _COMPILED[model].key != key:
+            _COMPILED[model] = self._compile(key, layer, images)
+        made = _COMPILED[model]
+        with torch.no_grad():
+            logits, features = made.call(images.contiguous(memory_format=torch.channels_last))
+        self.scores = scorer.take(logits.clone())
+        self.captured: list[Captured] = [_WithHead(made.name, features, made.layout, made.head)] * places
+
+    def _compile(self, key: tuple[Any, ...], layer: Any, images: Tensor) -> _Compiled:
+        capture = Capture(self.model, Scorer(self.model, None), [layer], call=None, gates=False, whole=False)
+        capture.run(images)
+        (found,) = capture.captured
+        head = found.head(capture.scorer.logits)
+        output = logits_of(output_of(self.model, images))
+        if head is None or found.name not in capture.modules or not torch.equal(output, run(self.model, images)):
+            raise ValueError(
+                "expected a model whose last feature map is a module's output, pooled into one linear layer that "
+                f"yields the logits, for compile=True, got {type(self.model).__name__}; leave compile out"
+            )
+        copied = _Both(copy.deepcopy(self.model).to(memory_format=torch.channels_last), found.name)
+        call = torch.compile(copied, options={"freezing": True})
+        return _Compiled(key, call, found.name, found.layout, head.detach().clone())

@@ -1,0 +1,265 @@
+"""Maps from the gradient of the score with respect to the image's own pixels."""
+
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from numpy.polynomial.legendre import leggauss
+from torch import Tensor
+
+from sightline import maps
+from sightline.explainers.cams import grad_cam, grad_cam_plus_plus
+from sightline.explainers.evidence import Explainer
+from sightline.explainers.scorer import Scorer
+
+
+@Explainer
+def saliency(input_gradients: Float[Tensor, "b t c *grid"]) -> Float[Tensor, "b t *grid"]:
+    r"""How strongly a pixel could change the score: $\max_c |\partial y / \partial x_c|$ over its colours.
+
+    Source: Simonyan et al. 2013 (1312.6034), section 3.1.
+
+    >>> saliency.formula(torch.tensor([[[[[1.0, 0.0]], [[-3.0, 0.5]]]]])).tolist()
+    [[[[3.0, 0.5]]]]
+    """
+    return input_gradients.abs().amax(2)
+
+
+@partial(Explainer, is_signed=True)
+def input_x_gradient(
+    images: Float[Tensor, "b c *grid"], input_gradients: Float[Tensor, "b t c *grid"]
+) -> Float[Tensor, "b t *grid"]:
+    r"""What a pixel contributes to the score to first order: $\sum_c x_c \, \partial y / \partial x_c$.
+
+    On a piecewise linear net without biases the map sums to the score.
+
+    Source: Shrikumar et al. 2016 (1605.01713), section 3.2.
+
+    >>> images = torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]])
+    >>> input_x_gradient.formula(images, torch.tensor([[[[[1.0, 1.0]], [[-1.0, 5.0]]]]])).tolist()
+    [[[[-2.0, 2.0]]]]
+    """
+    return (images[:, None] * input_gradients).sum(2)
+
+
+@partial(Explainer, is_signed=True)
+def integrated_gradients(
+    images: Float[Tensor, "b c *grid"], score: Scorer, steps: int = 32, baseline: float | Tensor = 0.0
+) -> Float[Tensor, "b t *grid"]:
+    r"""What each pixel adds on the straight way from the baseline $x'$ to the image $x$, summed over its colours.
+
+    $(x - x') \int_0^1 \frac{\partial y}{\partial x}(x' + \alpha (x - x')) \, d\alpha$. The map sums to the score of the
+    image less that of the baseline (completeness), but for the error of the integral.
+
+    The integral is taken by the Gauss-Legendre rule, whose completeness error is the smallest by far on smooth nets
+    (SiLU, GELU: 1e-10 of the score with 16 steps, where midpoints leave 1e-4). Where ReLUs put jumps into the gradient
+    no rule is better than the others, and more steps are the only help.
+
+    Options:
+        steps: gradients per image.
+        baseline: the image without information, in the model's own (normalised) values: a number, one per colour (c,),
+            an image (c, ...), or one for each image (b, c, ...).
+
+    Raises:
+        ValueError: less than one step, a baseline of another shape.
+
+    Source: Sundararajan et al. 2017 (1703.01365), eq. 1.
+
+    Differs: Gauss-Legendre nodes and weights, where the paper's eq. 3 sums equal steps from the right.
+    """
+    if steps < 1:
+        raise ValueError(f"expected at least one step, got steps={steps}; take 32")
+    start = _baseline(images, baseline)
+    points, shares = leggauss(steps)
+    wide = _wide(images)
+    places, weights = (torch.as_tensor(each).to(wide) / 2 for each in (points + 1, shares))
+    total = wide.new_zeros(len(images), score.targets.shape[1], *images.shape[1:])
+
+    def on_the_way(items: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        rows = items // steps
+        there = _over(places[items % steps], images).to(images)
+        return start[rows] + there * (images - start)[rows], rows
+
+    for items, found in score.stream("integrated_gradients", len(images) * steps, on_the_way, score.gradients):
+        total.index_add_(0, items // steps, found.to(total) * _over(weights[items % steps], found))
+    return ((images - start)[:, None] * total).sum(2)
+
+
+@Explainer
+def smooth_grad(
+    images: Float[Tensor, "b c *grid"], score: Scorer, samples: int = 25, noise: float = 0.15, seed: int = 0
+) -> Float[Tensor, "b t *grid"]:
+    r"""Saliency of the mean gradient of noisy copies: $\max_c |\frac{1}{n} \sum_i g_c(x + \epsilon_i)|$.
+
+    One copy without noise gives `saliency`.
+
+    Options:
+        samples: noisy copies of each image.
+        noise: standard deviation of the Gaussian noise, as a share of the image's own range (maximum - minimum).
+        seed: of the noise, which is the same for every image but for its scale.
+
+    Raises:
+        ValueError: less than one sample, negative noise.
+
+    Source: Smilkov et al. 2017 (1706.03825), section 2.1; the absolute value, which they recommend for display,
+    section 3.1.
+    """
+    return _moments("smooth_grad", images, score, samples, noise, seed)[0].abs().amax(2)
+
+
+@Explainer
+def var_grad(
+    images: Float[Tensor, "b c *grid"], score: Scorer, samples: int = 25, noise: float = 0.15, seed: int = 0
+) -> Float[Tensor, "b t *grid"]:
+    r"""How much the gradient varies between noisy copies: $\sum_c \mathrm{Var}_i \, g_c(x + \epsilon_i)$.
+
+    The variance is that of the copies themselves (divided by their number), which are those of `smooth_grad`.
+
+    Options:
+        samples: noisy copies of each image.
+        noise: standard deviation of the Gaussian noise, as a share of the image's own range (maximum - minimum).
+        seed: of the noise, which is the same for every image but for its scale.
+
+    Raises:
+        ValueError: less than one sample, negative noise.
+
+    Source: Adebayo et al. 2018 (1810.03307), section 2.
+    """
+    return _moments("var_grad", images, score, samples, noise, seed)[1].sum(2)
+
+
+@partial(Explainer, is_signed=True)
+def guided_backprop(guided_gradients: Float[Tensor, "b t c *grid"]) -> Float[Tensor, "b t *grid"]:
+    """Gradient of which every rectifier lets only the positive part through, as in the forward; summed over colours.
+
+    Warning: known to fail randomisation tests: it draws the image's edges, whatever the last layers have learned
+    (Adebayo et al. 2018, 1810.03292). Sharp is not the same as right.
+
+    Source: Springenberg et al. 2014 (1412.6806), section 3.4.
+
+    >>> guided_backprop.formula(torch.tensor([[[[[1.0, 0.0]], [[-3.0, 0.5]]]]])).tolist()
+    [[[[-2.0, 0.5]]]]
+    """
+    return guided_gradients.sum(2)
+
+
+@partial(Explainer, is_signed=True)
+def deconvolution(deconvolved_gradients: Float[Tensor, "b t c *grid"]) -> Float[Tensor, "b t *grid"]:
+    """Gradient that every rectifier rectifies, whether it was on in the forward or not; summed over colours.
+
+    Warning: like `guided_backprop` it hardly depends on the class or on what the last layers have learned, and fails
+    randomisation tests (Adebayo et al. 2018, 1810.03292; Nie et al. 2018, 1805.07039).
+
+    Source: Zeiler and Fergus 2014 (1311.2901), section 2.1.
+
+    >>> deconvolution.formula(torch.tensor([[[[[1.0, 0.0]], [[-3.0, 0.5]]]]])).tolist()
+    [[[[-2.0, 0.5]]]]
+    """
+    return deconvolved_gradients.sum(2)
+
+
+@partial(Explainer, is_signed=True)
+def guided_grad_cam(
+    activations: Float[Tensor, "b k *cells"],
+    mean_gradients: Float[Tensor, "b t k"],
+    guided_gradients: Float[Tensor, "b t c *grid"],
+    interpolation: maps.Mode = "bilinear",
+) -> Float[Tensor, "b t *grid"]:
+    """Guided backpropagation times Grad-CAM, which is first brought to the size of the image.
+
+    Warning: its detail is that of `guided_backprop`, which fails randomisation tests (Adebayo et al. 2018, 1810.03292);
+    what it says about the class is the coarse `grad_cam`.
+
+    Options:
+        interpolation: how Grad-CAM is resized, "bilinear" or "nearest" (see `sightline.maps.resize`).
+
+    Raises:
+        ValueError: another interpolation.
+
+    Source: Selvaraju et al. 2017 (1610.02391), section 3.2.
+    """
+    return _guided(grad_cam.formula(activations, mean_gradients), guided_gradients, interpolation)
+
+
+@partial(Explainer, is_signed=True)
+def guided_grad_cam_plus_plus(
+    activations: Float[Tensor, "b k *cells"],
+    gradients: Float[Tensor, "b t k *cells"],
+    guided_gradients: Float[Tensor, "b t c *grid"],
+    interpolation: maps.Mode = "bilinear",
+) -> Float[Tensor, "b t *grid"]:
+    """Guided backpropagation times Grad-CAM++, which is first brought to the size of the image.
+
+    Warning: its detail is that of `guided_backprop`, which fails randomisation tests (Adebayo et al. 2018, 1810.03292);
+    what it says about the class is the coarse `grad_cam_plus_plus`.
+
+    Options:
+        interpolation: how Grad-CAM++ is resized, "bilinear" or "nearest" (see `sightline.maps.resize`).
+
+    Raises:
+        ValueError: another interpolation.
+
+    Source: Chattopadhyay et al. 2018 (1710.11063), eq. 20.
+    """
+    return _guided(grad_cam_plus_plus.formula(activations, gradients), guided_gradients, interpolation)
+
+
+def _guided(
+    cams: Float[Tensor, "b t *cells"], guided_gradients: Float[Tensor, "b t c *grid"], interpolation: maps.Mode
+) -> Float[Tensor, "b t *grid"]:
+    return maps.resize(cams, tuple(guided_gradients.shape[3:]), interpolation) * guided_gradients.sum(2)
+
+
+def _moments(
+    name: str, images: Float[Tensor, "b c *grid"], score: Scorer, samples: int, noise: float, seed: int
+) -> tuple[Float[Tensor, "b t c *grid"], Float[Tensor, "b t c *grid"]]:
+    """Mean and variance of the gradients of noisy copies, in one pass (Welford 1962)."""
+    if samples < 1 or noise < 0:
+        raise ValueError(
+            f"expected at least one sample and noise of 0 or more, got samples={samples}, noise={noise}; "
+            "take samples=25, noise=0.15"
+        )
+    batch = len(images)
+    pixels = images.flatten(1)
+    scales = _over(noise * (pixels.amax(1) - pixels.amin(1)), images)
+    seeds: list[int] = torch.randint(2**62, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def noisy(items: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        rows, copies = items % batch, items // batch
+        first, last = int(copies[0]), int(copies[-1])
+        drawn = [
+            torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seeds[copy]))
+            for copy in range(first, last + 1)
+        ]
+        return images[rows] + scales[rows] * torch.stack(drawn).to(images)[copies - first], rows
+
+    mean = _wide(images).new_zeros(batch, score.targets.shape[1], *images.shape[1:])
+    squares = torch.zeros_like(mean)
+    for items, found in score.stream(name, batch * samples, noisy, score.gradients):
+        for item, gradient in zip(items.tolist(), found.to(mean), strict=True):
+            row, count = item % batch, item // batch + 1
+            step = gradient - mean[row]
+            mean[row] += step / count
+            squares[row] += step * (gradient - mean[row])
+    return mean, squares / samples
+
+
+def _baseline(images: Float[Tensor, "b c *grid"], baseline: float | Tensor) -> Float[Tensor, "b c *grid"]:
+    start = torch.as_tensor(baseline).to(images)
+    try:
+        return _over(start, images[0]).expand_as(images) if start.ndim == 1 else start.expand_as(images)
+    except RuntimeError:
+        raise ValueError(
+            f"expected a baseline that is a number, {tuple(images.shape[1:2])}, {tuple(images.shape[1:])} or "
+            f"{tuple(images.shape)}, got shape {tuple(start.shape)}; give it in the model's own values"
+        ) from None
+
+
+def _over(values: Float[Tensor, " n"], like: Tensor) -> Tensor:
+    """One value for each entry of the first axis."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _wide(images: Tensor) -> Tensor:
+    """In float32 at least, in which the sums are taken."""
+    return images.to(torch.promote_types(images.dtype, torch.float32))

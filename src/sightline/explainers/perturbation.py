@@ -1,0 +1,311 @@
+"""Maps from what the model says of changed images: parts covered, masked, or channels of a layer switched off."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from sightline.explainers.evidence import Explainer
+from sightline.explainers.scorer import Scorer, rows_of
+from sightline.inference import untouched
+
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+@partial(Explainer, is_signed=True)
+def occlusion(
+    images: Float[Tensor, "b c *grid"],
+    score: Scorer,
+    patch: int | None = None,
+    stride: int | None = None,
+    fill: float = 0.0,
+) -> Float[Tensor, "b t *grid"]:
+    """By how much the logit falls when a patch is covered; a pixel gets the mean over the patches that hold it.
+
+    Args:
+        patch: side of the square patches in pixels. None: an eighth of each side of the image.
+        stride: step between patches. None: half the patch.
+        fill: value of a covered pixel, in the model's input (0 = the mean colour of normalised images).
+
+    Raises:
+        ValueError: a patch larger than the image, or a stride that leaves pixels between the patches.
+
+    Source: Zeiler and Fergus 2014 (1311.2901), section 4.2.
+
+    Differs: the paper plots the probability at the centre of the patch; here the fall of the logit is shared by the
+    patch's pixels, and the last patches are moved inwards so that they lie in the image as a whole.
+
+    >>> from sightline.testing import LinearModel
+    >>> images, model = torch.tensor([[[[1.0, 2.0]]]]), LinearModel(torch.tensor([[[[3.0, 5.0]]]]).repeat(2, 1, 1, 1))
+    >>> score = Scorer(model, 0)
+    >>> _ = score.begin(images)
+    >>> occlusion.formula(images, score).tolist()  # weight x image
+    [[[[3.0, 10.0]]]]
+    """
+    sides = images.shape[2:]
+    if patch is not None and not 1 <= patch <= min(sides):
+        raise ValueError(f"expected patch in 1..{min(sides)}, the shortest side of the images, got {patch}")
+    inside: list[Tensor] = []  # per axis (positions, side): which pixels a patch covers
+    for side in sides:
+        length = patch or max(1, round(side / 8))
+        step = max(1, length // 2) if stride is None else stride
+        if not 1 <= step <= length:
+            raise ValueError(f"expected stride in 1..{length}, the side of a patch, got {step}; it leaves gaps")
+        pixels = torch.arange(side, device=images.device)
+        starts = torch.arange(0, side - length + step, step, device=images.device).clamp(max=side - length)[:, None]
+        inside.append((pixels >= starts) & (pixels < starts + length))
+    positions = torch.Size([len(table) for table in inside])
+    patches = positions.numel()
+
+    def occluded(items: Tensor) -> tuple[Tensor, Tensor]:
+        rows, index = items // (patches + 1), items % (patches + 1)
+        holes = index < patches  # the item behind an image's patches is the image itself
+        for axis, at in enumerate(torch.unravel_index(index.clamp(max=patches - 1), positions)):
+            holes = holes[..., None] & inside[axis][at].view(len(items), *[1] * axis, -1)
+        return torch.where(holes[:, None], fill, images[rows]), rows
+
+    scores = _scores(score, "occlusion", len(images) * (patches + 1), occluded, score).unflatten(0, (len(images), -1))
+    maps = (scores[:, -1:] - scores[:, :-1]).mT.unflatten(2, positions)
+    for table in inside:  # the patches over a pixel are a product of its rows and columns: so is their mean
+        maps = torch.einsum("btp...,ps->bt...s", maps, table.to(maps) / table.sum(0))
+    return maps
+
+
+@Explainer
+def rise(
+    images: Float[Tensor, "b c *grid"],
+    score: Scorer,
+    masks: int = 2000,
+    cells: int = 8,
+    keep: float = 0.5,
+    seed: int = 0,
+) -> Float[Tensor, "b t *grid"]:
+    r"""Random masks, each weighted by the class's probability in the image that it leaves, summed.
+
+    $\frac{1}{Np} \sum_i f(x \odot M_i) \, M_i$ with $f$ the softmax probability. A mask is a coarse grid of zeros and
+    ones, enlarged bilinearly and shifted at random; all images get the same masks. The map estimates the probability
+    given that the pixel is seen, so it is positive where nothing matters, too.
+
+    Args:
+        masks: how many, $N$.
+        cells: cells of the grid along each side.
+        keep: probability $p$ that a cell is kept.
+        seed: of the masks; the global random state is left alone.
+
+    Raises:
+        ValueError: fewer than one mask or cell, or `keep` outside (0, 1].
+
+    Source: Petsiuk et al. 2018 (1806.07421), eq. 6 and section 3.2.
+
+    Differs: cells are $\lceil H/h \rceil$ pixels large, as in the authors' code, where the paper rounds down.
+    """
+    if min(masks, cells) < 1 or not 0 < keep <= 1:
+        raise ValueError(f"expected masks and cells of at least 1 and keep in (0, 1], got {masks}, {cells} and {keep}")
+    sides = images.shape[2:]
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    grids = (torch.rand(masks, *[cells] * len(sides), generator=generator) < keep).to(images.device, dtype)
+    ramps: list[tuple[Tensor, Tensor]] = []  # per axis: weight of each cell in each pixel by shift, and the shifts
+    for side in sides:
+        cell = -(-side // cells)
+        ramp = F.interpolate(torch.eye(cells, dtype=dtype)[None], (cells + 1) * cell, mode="linear")[0]
+        shifts = torch.randint(cell, (masks,), generator=generator)
+        ramps.append((ramp.unfold(1, side, 1).to(images.device), shifts.to(images.device)))
+
+    def mask(chosen: Tensor) -> Tensor:
+        enlarged = grids[chosen]
+        for ramp, shifts in ramps:
+            enlarged = torch.einsum("nk...,kns->n...s", enlarged, ramp[:, shifts[chosen]])
+        return enlarged
+
+    def masked(items: Tensor) -> tuple[Tensor, Tensor]:
+        rows = items % len(images)
+        return images[rows] * mask(items // len(images))[:, None].to(images.dtype), rows
+
+    shares = _scores(score, "rise", masks * len(images), masked, score.probabilities).unflatten(0, (masks, -1))
+    chunks = torch.arange(masks, device=images.device).split(score.batch_size)
+    parts = (torch.einsum("nbt,n...->bt...", shares[chunk], mask(chunk).to(shares.dtype)) for chunk in chunks)
+    return sum(parts, shares.new_zeros(())) / (masks * keep)
+
+
+@Explainer
+def score_cam(
+    images: Float[Tensor, "b c *grid"],
+    activations: Float[Tensor, "b k *small"],
+    score: Scorer,
+    channels: int | None = None,
+) -> Float[Tensor, "b t *small"]:
+    r"""Channels weighted by the logit of the image seen through them, $\mathrm{ReLU}(\sum_k w_k^c A^k)$.
+
+    Each channel, enlarged bilinearly to the image and scaled to [0, 1], is multiplied onto the image; the weights are
+    the softmax over the channels of the logits that the model then gives. A channel that is the same everywhere shows
+    nothing of the image: it gets weight 0 and no share of the softmax.
+
+    Args:
+        channels: only so many channels, those with the largest norm in each image. None: all.
+
+    Raises:
+        ValueError: fewer than one channel.
+
+    Source: Wang et al. 2020 (1910.01279), algorithm 1. Its baseline $f(X_b)$ is the same for all channels and cancels.
+
+    Differs: from the authors' code, whose weights are the class's probabilities, not a softmax over channels; from
+    pytorch-grad-cam, which enlarges with aligned corners, and torch-cam, which scales before it enlarges: both give
+    flat channels a share.
+    """
+    if channels is not None and channels < 1:
+        raise ValueError(f"expected channels of at least 1, got {channels}; leave it out for all")
+    flat = activations.flatten(2)
+    chosen = flat.amax(2) - flat.amin(2) > 8 * torch.finfo(flat.dtype).eps * flat.abs().amax(2)
+    if channels is not None and channels < flat.shape[1]:
+        most = flat.norm(dim=2).where(chosen, -1).topk(channels, dim=1).indices
+        chosen = chosen & torch.zeros_like(chosen).scatter(1, most, True)
+    rows, of = chosen.nonzero(as_tuple=True)
+
+    def seen(items: Tensor) -> tuple[Tensor, Tensor]:
+        row = rows[items]
+        small = activations[row, of[items], None]
+        masks = F.interpolate(small, images.shape[2:], mode=_INTERPOLATION[small.ndim - 2], align_corners=False)
+        dims = tuple(range(2, masks.ndim))
+        low, high = masks.amin(dims, keepdim=True), masks.amax(dims, keepdim=True)
+        masks = (masks - low) / (high - low).clamp(min=torch.finfo(masks.dtype).tiny)
+        return images[row] * masks.to(images.dtype), row
+
+    scores = activations.new_full((*chosen.shape, score.targets.shape[1]), torch.finfo(activations.dtype).min)
+    if len(rows):
+        scores[rows, of] = _scores(score, "score_cam", len(rows), seen, score).to(scores.dtype)
+    weights = scores.softmax(1).where(chosen[..., None], 0)
+    return torch.einsum("bkt,bk...->bt...", weights, activations).relu()
+
+
+@Explainer
+def ablation_cam(
+    images: Float[Tensor, "b c *grid"],
+    activations: Float[Tensor, "b k *small"],
+    head: Float[Tensor, "n k"] | None,
+    logits: Float[Tensor, "b n"],
+    layer: str,
+    call: int,
+    score: Scorer,
+) -> Float[Tensor, "b t *small"]:
+    r"""Channels weighted by the share of the logit that is lost without them, $\mathrm{ReLU}(\sum_k w_k^c A^k)$.
+
+    $w_k^c = (y^c - y_k^c) / y^c$, with $y_k^c$ the logit when channel $k$ of the layer is set to 0. Behind global
+    average pooling and one linear layer that is $w_k \, \mathrm{mean}(A^k) / y^c$. Otherwise the part of the model
+    before the layer runs on one image, and the part behind it on that image's ablated versions; where the model does
+    not allow it (it joins the layer's output with something of before), the whole model runs on copies of the image.
+
+    A logit below 0 turns the sign of the weights, and of a logit that is exactly 0 there is no share: weights 0.
+
+    Raises:
+        ValueError: the layer is no module, and what is behind it is not global average pooling and one linear layer.
+
+    Source: Desai and Ramaswamy 2020, "Ablation-CAM: Visual Explanations for Deep Convolutional Network via
+    Gradient-free Localization", eqs. 3 and 4.
+
+    Differs: from pytorch-grad-cam, which sets a channel to its layer's minimum less 1e7 where the layer has negative
+    values.
+    """
+    if head is not None:
+        lost = activations.flatten(2).mean(2)[:, :, None] * rows_of(head, score.targets).mT
+        whole = logits.gather(1, score.targets)[:, None]
+    else:
+        scores = _ablated_scores(images, activations, layer, call, score)
+        whole = scores[:, -1:].to(activations.dtype)
+        lost = whole - scores[:, :-1]
+    shares = torch.where(whole != 0, lost / whole, 0)
+    return torch.einsum("bkt,bk...->bt...", shares, activations).relu()
+
+
+def _scores(
+    score: Scorer,
+    what: str,
+    total: int,
+    make: Callable[[Tensor], tuple[Tensor, Tensor]],
+    of: Callable[[Tensor, Tensor], Tensor],
+    group: int | None = None,
+) -> Float[Tensor, "total t"]:
+    answers = torch.cat([answer for _, answer in score.stream(what, total, make, of, group=group)])
+    return answers.to(torch.promote_types(answers.dtype, torch.float32))
+
+
+def _ablated_scores(
+    images: Float[Tensor, "b c *grid"], activations: Float[Tensor, "b k *small"], layer: str, call: int, score: Scorer
+) -> Float[Tensor, "b k+1 t"]:
+    """Scores of each image without its first, second, ... channel, and then with all of them."""
+    group = activations.shape[1] + 1
+    with untouched(score.model) as net:
+        module = dict(net.named_modules()).get(layer)
+    if module is None:
+        raise ValueError(
+            f"expected a layer that is a module of the model for ablation_cam, got {layer!r}; pass layer= "
+            "(see model.named_modules())"
+        )
+    copies = False
+
+    def ablated(items: Tensor, rows: Tensor) -> Tensor:
+        nonlocal copies
+        inputs = images[rows[:1]].expand(len(items), *images.shape[1:])
+        if not copies:
+            try:
+                with _ablating(module, call, items % group, activations), _first_only(net):
+                    return score(inputs, rows)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # whatever it is that does not fit; a model that fails anyway fails again
+                copies = True
+        with _ablating(module, call, items % group, activations):
+            return score(inputs, rows)
+
+    total = len(images) * group
+    scores = _scores(score, "ablation_cam", total, lambda items: (items, items // group), ablated, group)
+    return scores.unflatten(0, (len(images), group))
+
+
+@contextmanager
+def _first_only(model: nn.Module) -> Generator[None]:
+    """The model sees the first image of its batch only."""
+    handle = model.register_forward_pre_hook(lambda module, inputs: (inputs[0][:1], *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _ablating(
+    module: nn.Module, call: int, channels: Int[Tensor, " n"], activations: Float[Tensor, "b k *small"]
+) -> Generator[None]:
+    """In that run of the module the n-th row of its output lacks the n-th channel, if there is such a channel."""
+    count, grid = activations.shape[1], activations.shape[2:]
+    keep = torch.arange(count, device=channels.device) != channels[:, None]
+
+    calls = iter(range(call + 1))
+
+    def ablate(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if next(calls, None) != call:
+            return None
+        leaves, spec = tree_flatten(output)
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.ndim > 2:
+                first = leaf.shape[1:] == (count, *grid)
+                if first or (leaf.shape[-1] == count and leaf.shape[1:-1].numel() >= grid.numel()):
+                    kept = keep.view(len(keep), *[1] * (leaf.ndim - 2), count)
+                    leaves[index] = leaf.where(kept.movedim(-1, 1) if first else kept, 0)
+                    return tree_unflatten(leaves, spec)
+        raise ValueError(
+            f"expected a layer that yields {count} channels on a grid of {' x '.join(map(str, grid))}, got none in its "
+            "output; choose another"
+        )
+
+    handle = module.register_forward_hook(ablate)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,218 @@
+"""The numbers that a map explains, as a function of images."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sightline.inference import either, output_of, run, untouched
+
+Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor] | None
+"""None = the predicted class; an int = that class for every image; class indices per image; or a function from whatever
+the model returns to one score per image, (b,) or (b, t)."""
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, steps done, steps in all)."""
+
+
+def resolve_targets(targets: int | Tensor | None, logits: Float[Tensor, "b n"]) -> Int[Tensor, "b t"]:
+    """Class indices as (batch, targets): None = the predicted class, an int = that class for every image.
+
+    Raises:
+        ValueError: another length than the batch, or a class that does not exist.
+        TypeError: neither None, an int, nor an integer tensor.
+
+    >>> resolve_targets(None, torch.tensor([[0.0, 3.0], [2.0, 1.0]])).tolist()
+    [[1], [0]]
+    """
+    batch, classes = logits.shape
+    if targets is None:
+        return logits.argmax(1, keepdim=True)
+    if isinstance(targets, int) and not isinstance(targets, bool):
+        found = torch.full((batch, 1), targets, device=logits.device)
+    elif isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool:
+        found = targets.to(logits.device, torch.long)
+        if found.ndim not in (1, 2) or len(found) != batch or not found.numel():
+            raise ValueError(
+                f"expected targets of shape ({batch},) or ({batch}, t), one row per image, got {tuple(targets.shape)}; "
+                "pass an int to explain the same class in every image"
+            )
+        found = found.reshape(batch, -1)
+    else:
+        got = f"a {targets.dtype} tensor" if isinstance(targets, Tensor) else f"{targets!r}"
+        raise TypeError(
+            f"expected targets None, an int, an integer tensor or a function, got {got}; pass class indices"
+        )
+    if not (0 <= int(found.min()) and int(found.max()) < classes):
+        raise ValueError(
+            f"expected targets in 0..{classes - 1}, got {int(found.min())}..{int(found.max())}; "
+            f"the model has {classes} classes, counted from 0"
+        )
+    return found
+
+
+class Scorer:
+    """The explained numbers of images: the logit of each target, or what a function of the model's output says.
+
+    `begin` fixes the targets (the predicted classes, where none were given); from then on the scorer is a function of
+    images. Of a binary head with one logit z, class 1 is explained by z and class 0 by -z.
+    """
+
+    targets: Int[Tensor, "b t"]
+    logits: Float[Tensor, "b n"]
+    """Of the images that it began with; a function's scores stand for them."""
+    scale: int
+    """What turns one of these logits into the score."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        *,
+        batch_size: int = 64,
+        progress: Progress | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        self.model = model
+        self.asked = targets
+        self.batch_size = batch_size
+        self.progress = progress or (lambda what, done, total: None)
+        self.differentiable = differentiable
+
+    def begin(self, images: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b t"]:
+        """Scores of the images to explain, in the caller's grad mode; fixes the targets.
+
+        Raises:
+            ValueError, TypeError: targets that are none, images or a model that do not fit.
+        """
+        return self._fix(*self._logits(images))
+
+    def take(self, logits: Float[Tensor, "b n"]) -> Float[Tensor, "b t"]:
+        """The same from logits that are there already.
+
+        Raises:
+            ValueError, TypeError: as `begin`.
+        """
+        return self._fix(either(logits), 2 if logits.shape[1] == 1 else 1)
+
+    def _fix(self, logits: Tensor, scale: int) -> Tensor:
+        self.logits, self.scale = logits, scale
+        if isinstance(self.asked, int | Tensor | None):
+            self.targets = resolve_targets(self.asked, logits)
+        else:
+            self.targets = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape)
+        return self.of(self.targets)
+
+    def of(self, classes: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+        """Scores of these classes of the images that it began with."""
+        return self.logits.gather(1, classes) * self.scale
+
+    def rivals(self) -> Int[Tensor, "b t"]:
+        """For each target the highest-scoring other class.
+
+        Raises:
+            ValueError: there is a single score.
+        """
+        if self.logits.shape[1] < 2:
+            raise ValueError(
+                "expected at least two classes to compare, got a single score; pass class indices as targets"
+            )
+        first, second = self.logits.topk(2).indices[:, :, None].unbind(1)
+        return torch.where(first == self.targets, second, first)
+
+    def __call__(
+        self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n t"]:
+        """Scores of other images, in the caller's grad mode; `rows` names the first image whose targets each takes."""
+        logits, scale = self._logits(images)
+        return logits.gather(1, self._targets_of(rows)) * scale
+
+    def probabilities(
+        self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n t"]:
+        """Softmax probability of each target; where a function makes the scores, the scores."""
+        logits, _ = self._logits(images)
+        shares = logits.softmax(1) if isinstance(self.asked, int | Tensor | None) else logits
+        return shares.gather(1, self._targets_of(rows))
+
+    def gradients(
+        self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n t c *grid"]:
+        """Gradient of each target's score with respect to the images."""
+        with torch.enable_grad():
+            leaf = images if self.differentiable and images.requires_grad else images.detach().requires_grad_()
+            found = gradients_of(self(leaf, rows), [leaf], create_graph=self.differentiable)[0]
+        return leaf.new_zeros(len(leaf), self.targets.shape[1], *leaf.shape[1:]) if found is None else found
+
+    def stream(
+        self,
+        what: str,
+        total: int,
+        make: Callable[[Int[Tensor, " n"]], tuple[Tensor, Int[Tensor, " n"]]],
+        of: Callable[[Tensor, Tensor], Tensor],
+        *,
+        group: int | None = None,
+    ) -> Iterator[tuple[Int[Tensor, " n"], Tensor]]:
+        """Items 0 to total - 1, at most `batch_size` at a time, each with `of` (a method of this scorer) of its image.
+
+        `make(items)` returns their images and rows. Memory is that of one batch; progress is reported after each.
+        No batch holds items of two groups, where every `group` items are one.
+        """
+        group = group or max(total, 1)
+        groups = (range(first, min(first + group, total), self.batch_size) for first in range(0, total, group))
+        for start in (start for batches in groups for start in batches):
+            stop = min(start + self.batch_size, start - start % group + group, total)
+            items = torch.arange(start, stop, device=self.targets.device)
+            with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable):
+                answer = of(*make(items))
+            yield items, answer
+            self.progress(what, stop, total)
+
+    def _targets_of(self, rows: Tensor | None) -> Tensor:
+        return self.targets if rows is None else self.targets[rows]
+
+    def _logits(self, images: Tensor) -> tuple[Tensor, int]:
+        """Logits of at least two classes, and what turns one of them into the score."""
+        with untouched(self.model) as net:
+            if isinstance(self.asked, int | Tensor | None):
+                logits = run(net, images)
+                return either(logits), 2 if logits.shape[1] == 1 else 1
+            scores = self.asked(output_of(net, images))
+        if not isinstance(scores, Tensor) or scores.ndim not in (1, 2) or len(scores) != len(images):  # pyright: ignore[reportUnnecessaryIsInstance]
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"expected the function in targets to return ({len(images)},) scores, got {got}; mend it")
+        return scores.reshape(len(images), -1), 1
+
+
+def rows_of(weights: Float[Tensor, "n k"], classes: Int[Tensor, "b t"]) -> Float[Tensor, "b t k"]:
+    """Each class's row; held once where all images have the same classes."""
+    if (classes == classes[:1]).all():
+        return weights[classes[0]].expand(len(classes), -1, -1)
+    return weights[classes]
+
+
+def gradients_of(
+    scores: Float[Tensor, "b t"], tensors: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool = False
+) -> list[Tensor | None]:
+    """Gradient of every column of the scores at every tensor (b, ...), as (b, t, ...); None where none flows.
+
+    One backward for all columns. Each image's score must depend on that image alone, as in eval mode it does.
+    """
+    keep = retain_graph or create_graph
+    if scores.shape[1] == 1:
+        single = torch.autograd.grad(
+            scores.sum(), tensors, allow_unused=True, create_graph=create_graph, retain_graph=keep
+        )
+        return [g if g is None else g[:, None] for g in single]  # pyright: ignore[reportUnnecessaryComparison]
+    columns = torch.eye(scores.shape[1]).to(scores)[:, None].expand(-1, len(scores), -1)
+    found = torch.autograd.grad(
+        scores,
+        tensors,
+        columns,
+        is_grads_batched=True,
+        allow_unused=True,
+        create_graph=create_graph,
+        retain_graph=keep,
+    )
+    return [g if g is None else g.transpose(0, 1) for g in found]  # pyright: ignore[reportUnnecessaryComparison]
