@@ -337,6 +337,36 @@ def test_tokens_of_patches_are_a_map_whatever_stands_before_them(prefix):
     assert close(slow, automatic["hires_cam"])
 
 
+class Biased(Tokens):
+    """Attention with a learned bias (1, heads, n, n), as BEiT has: with one image in the batch it looks like a map."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1, 2, 25, 25))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            q, k, v = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in (block.norm1(x), x, x))
+            x = block.norm2(x + ((q @ k.mT + self.bias).softmax(3) @ v).transpose(1, 2).flatten(2))
+            x = x + block.linear2(block.linear1(x).relu())
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_bias_of_attention_is_no_feature_map(batch):
+    images = torch.randn(batch, 3, 8, 12)
+    assert explain(seeded(Biased).eval(), images, 1).layer == "blocks.5.norm2 (8 x 4 x 6)"
+
+
+def test_a_head_of_zeros_reads_the_last_tokens():
+    model = seeded(Tokens).eval()
+    nn.init.zeros_(model.fc.weight)
+    found = explain(model, torch.randn(1, 3, 8, 12), 1)
+    assert found.layer == "blocks.5 (8 x 4 x 6)" and found.verdicts["grad_cam"] == [["flat"]]
+
+
 def test_a_layer_used_twice_is_chosen_by_call(images, unchecked):
     model = seeded(Twice).eval()
     message = r"'relu', which the forward calls 2 times \(call=0 yields 6 x 8 x 6, call=1 yields 8 x 4 x 3\); .* call="

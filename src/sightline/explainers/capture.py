@@ -274,7 +274,7 @@ def _first(output: Any) -> Tensor | None:
     return first if isinstance(first, Tensor) else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Leaf:
     tensor: Tensor
     name: str
@@ -301,7 +301,9 @@ class _LastFeatures(TorchFunctionMode):
         self.layers = 0
         self.producers: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self.sources: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
-        self.tokens: list[tuple[str, Tensor, int]] = []
+        self.tokens: list[tuple[str, Tensor, int, frozenset[int]]] = []
+        self.of_images: dict[int, weakref.ref[Tensor]] = {id(images): weakref.ref(images)}
+        """What is made from the images, kept for a batch of one: there a parameter (1, c, h, w) looks like a map."""
 
     def produced(self, name: str) -> Callable[..., None]:
         """Forward hook of the module of that name."""
@@ -311,8 +313,9 @@ class _LastFeatures(TorchFunctionMode):
             if tensor is None or (isinstance(module, nn.Identity) and self._name(tensor)):
                 return
             self.producers[id(tensor)] = weakref.ref(tensor), name
-            if tensor.ndim == 3 and self._sources(tensor) and not isinstance(module, nn.Linear):
-                self.tokens.append((name, tensor, tensor._version))
+            sources = self._sources(tensor)
+            if tensor.ndim == 3 and sources and not isinstance(module, nn.Linear):
+                self.tokens.append((name, tensor, tensor._version, sources))
 
         return hook
 
@@ -328,7 +331,16 @@ class _LastFeatures(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        output = self._watch(func, args, kwargs or {})
+        if len(self.images) == 1 and any(self._is_of_images(a) for a in tree_leaves((args, kwargs))):
+            made = [made for made in tree_leaves(output) if isinstance(made, Tensor)]
+            self.of_images |= {id(tensor): weakref.ref(tensor) for tensor in made}
+        return output
+
+    def _is_of_images(self, value: Any) -> bool:
+        return id(value) in self.of_images and self.of_images[id(value)]() is value
+
+    def _watch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.leaves:  # nothing is made from a summary yet: the next one is all that matters
             output = func(*args, **kwargs)
             if not self._is_summary(_first(output)):
@@ -337,7 +349,7 @@ class _LastFeatures(TorchFunctionMode):
         if not tensors:
             return func(*args, **kwargs)  # switching gradients on and off, too
         sources = frozenset[int]().union(*map(self._sources, tensors))
-        maps = [a for a in tensors if self._is_map(a) and not self._sources(a)]
+        maps = [a for a in tensors if self._is_feature_map(a)]
         self.layers += bool(sources) and func.__name__ in ("linear", "conv2d")
         with torch.set_grad_enabled(torch.is_grad_enabled() or bool(sources and not maps)):
             output = func(*args, **kwargs)
@@ -363,7 +375,15 @@ class _LastFeatures(TorchFunctionMode):
 
     def _is_map(self, value: Tensor) -> bool:
         is_vector = value.ndim > 2 and math.prod(value.shape[1:-1]) == 1  # (b, 1, 1, c)
-        return _is_spatial(value, self.images.ndim) and value.shape[0] == len(self.images) and not is_vector
+        if not _is_spatial(value, self.images.ndim) or value.shape[0] != len(self.images) or is_vector:
+            return False
+        return _layout(tuple(value.shape), tuple(self.images.shape[2:])) is not None
+
+    def _is_feature_map(self, value: Tensor) -> bool:
+        """Whether it is a map that is made from the images, and not from a summary of another."""
+        if not self._is_map(value) or self._sources(value):
+            return False
+        return len(self.images) > 1 or self._is_of_images(value)
 
     def _is_summary(self, value: Tensor | None) -> TypeGuard[Tensor]:
         if value is None or not value.ndim or value.shape[0] != len(self.images):
@@ -380,7 +400,7 @@ class _LastFeatures(TorchFunctionMode):
         return tuple(value.shape[2:]) in grids or tuple(value.shape[1:-1]) in grids
 
     def _leaf(self, func: Callable[..., Any], made: set[int], value: Any) -> Any:
-        if not isinstance(value, Tensor) or not self._is_map(value) or self._sources(value):
+        if not isinstance(value, Tensor) or not self._is_feature_map(value):
             return value
         same = (i for i, leaf in enumerate(self.leaves) if leaf.value is value and leaf.version == value._version)
         place = next(same, len(self.leaves))
@@ -412,7 +432,7 @@ class _LastFeatures(TorchFunctionMode):
             )
         layout = layout_of(leaf.name, leaf.tensor, self.images, ())
         if (behind := self.layers - leaf.layers_before) > _LARGEST_HEAD:
-            if (tokens := self._last_tokens(best, layout)) is not None:
+            if (tokens := self._last_tokens(best, layout, self.leaves.index(leaf))) is not None:
                 return tokens, True
             raise ValueError(
                 f"expected a feature map close to the logits, got {leaf.name!r}, {behind} weight layers away; "
@@ -420,17 +440,26 @@ class _LastFeatures(TorchFunctionMode):
             )
         return Captured(leaf.name, leaf.tensor, layout), len(used) == 1
 
-    def _last_tokens(self, best: Tensor, patches: Layout) -> Captured | None:
-        """The last tokens of the patches, as wide as the first ones, through which the gradient is not zero."""
+    def _last_tokens(self, best: Tensor, patches: Layout, leaf: int) -> Captured | None:
+        """The last tokens of the patches, as wide as the first ones, through which the gradient is not zero.
+
+        Of a head that is all zeros, as it may be before training, the last ones that it reads.
+        """
+        read: Captured | None = None
         cells = math.prod(patches.grid)
-        fitting = [(name, t, v) for name, t, v in self.tokens if 0 <= t.shape[1] - cells <= _LARGEST_PREFIX]
+        of_leaf = [(name, t, v) for name, t, v, sources in self.tokens if leaf in sources]
+        fitting = [(name, t, v) for name, t, v in of_leaf if 0 <= t.shape[1] - cells <= _LARGEST_PREFIX]
         for name, tensor, version in reversed(fitting):
             if tensor._version == version and tensor.shape[2] == fitting[0][1].shape[2]:
                 (gradient,) = torch.autograd.grad(best, [tensor], allow_unused=True, retain_graph=True)
+                if gradient is None:  # pyright: ignore[reportUnnecessaryComparison]
+                    continue
                 prefix = tensor.shape[1] - cells
-                if gradient is not None and gradient[:, prefix:].any():  # pyright: ignore[reportUnnecessaryComparison]
-                    return Captured(name, tensor, Layout(patches.grid, prefix=prefix))
-        return None
+                found = Captured(name, tensor, Layout(patches.grid, prefix=prefix))
+                if gradient[:, prefix:].any():
+                    return found
+                read = read or found
+        return read
 
 
 def _is_spatial(value: Tensor, ndim: int) -> bool:
