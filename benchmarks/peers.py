@@ -621,15 +621,13 @@ def cases() -> Iterator[Case]:
         (Reason("poolings", exact_poolings), not_conserved(tiny, captum_lrp)),
     )
 
-    def library(name: str, method: str, formula: Any, *own: Reason) -> Case:
-        return Case(
-            "grad-cam",
-            name,
-            relu_of(name),
-            lambda net: grad_cam_library(net, method),
-            cam_reasons("grad-cam", formula, *own),
-        )
+    def maker(peer: str, ours: Any, run: Any) -> Callable[..., Case]:
+        def case(name: str, method: str, formula: Any, *own: Reason) -> Case:
+            return Case(peer, name, ours(name), lambda net: run(net, method), cam_reasons(peer, formula, *own))
 
+        return case
+
+    library = maker("grad-cam", relu_of, grad_cam_library)
     yield library("grad_cam", "GradCAM", mean_weights)
     yield library("grad_cam_plus_plus", "GradCAMPlusPlus", epsilon_plus_plus, on_layer("epsilon", epsilon_plus_plus))
     epsilon = partial(epsilon_x, 1e-7)
@@ -691,15 +689,7 @@ def cases() -> Iterator[Case]:
         ),
     )
 
-    def torch_cam(name: str, method: str, formula: Any, *own: Reason) -> Case:
-        return Case(
-            "torchcam",
-            name,
-            of(name),
-            lambda net: torchcam_library(net, method),
-            cam_reasons("torchcam", formula, *own),
-        )
-
+    torch_cam = maker("torchcam", of, torchcam_library)
     yield torch_cam("grad_cam", "GradCAM", mean_weights)
     yield torch_cam("grad_cam_plus_plus", "GradCAMpp", undivided_plus_plus, on_layer("undivided", undivided_plus_plus))
     epsilon = partial(epsilon_x, 1e-8)

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from tests.same import assert_same_state, close, state_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,11 +47,6 @@ def seeded(build, *arguments, **options):
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
         return model
-
-
-def close(one, other):
-    scale = max(float(one.abs().max()), 1e-30)
-    return float((one - other).abs().max()) <= scale * (1e-10 if one.dtype == torch.float64 else 1e-5)
 
 
 class Net(nn.Module):
@@ -534,21 +530,6 @@ NOT_FOR = {
     "deconvolution": ("convnext", "vit", "swin", "efficientnet"),
     "rollout": ("resnet", "vgg", "densenet", "mobilenet", "efficientnet", "convnext", "swin"),
 }
-
-
-def state_of(model):
-    parameters = {name: (p, p.detach().clone(), p.grad, p.requires_grad) for name, p in model.named_parameters()}
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    modules = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), set(vars(m))) for m in model.modules()]
-    return parameters, buffers, modules, torch.get_rng_state(), torch.is_grad_enabled()
-
-
-def assert_same_state(before, after):
-    for name, (p, value, grad, requires_grad) in before[0].items():
-        other, other_value, other_grad, other_requires = after[0][name]
-        assert p is other and torch.equal(value, other_value) and grad is other_grad and requires_grad == other_requires
-    assert all(torch.equal(value, after[1][name]) for name, value in before[1].items())
-    assert before[2] == after[2] and torch.equal(before[3], after[3]) and before[4] == after[4]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from tests.reference import cams as reference
+from tests.same import assert_same_state, close, state_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -112,11 +113,6 @@ def seeded(build, dtype=torch.float32):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return build().to(dtype).eval()
-
-
-def close(a, b):
-    scale = max(float(a.abs().max()), 1e-30)
-    return float((a - b).abs().max()) <= scale * (1e-10 if a.dtype == torch.float64 else 1e-5)
 
 
 def slow_evidence(model, image, target, layer):
@@ -345,22 +341,6 @@ def test_resized(images):
     model = seeded(Net)
     found = explain(model, images, methods=["grad_cam", "edge_map"]).resized((18, 16))
     assert {value.shape[2:] for value in found.maps.values()} == {(18, 16)}
-
-
-def state_of(model):
-    parameters = {name: (p, p.detach().clone(), p.grad, p.requires_grad) for name, p in model.named_parameters()}
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    flags = [m.training for m in model.modules()]
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
-    return parameters, buffers, flags, hooks, torch.get_rng_state(), torch.is_grad_enabled()
-
-
-def assert_same_state(before, after):
-    for name, (p, value, grad, requires_grad) in before[0].items():
-        other, other_value, other_grad, other_requires = after[0][name]
-        assert p is other and torch.equal(value, other_value) and grad is other_grad and requires_grad == other_requires
-    assert all(torch.equal(value, after[1][name]) for name, value in before[1].items())
-    assert before[2:4] == after[2:4] and torch.equal(before[4], after[4]) and before[5] == after[5]
 
 
 def model_for(method):

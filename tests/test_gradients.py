@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.reference import cams as cams_reference
 from tests.reference import gradients as reference
+from tests.same import close
 from torch import nn
 from torch.nn import functional as F
 
@@ -95,12 +96,6 @@ def images():
 
 
 TARGETS = torch.tensor([[0, 3], [1, 1], [2, 0]])
-
-
-def close(expected, found):
-    scale = max(float(expected.abs().max()), 1e-30)
-    tolerance = 1e-10 if expected.dtype == torch.float64 else 1e-5
-    return expected.shape == found.shape and float((expected - found).abs().max()) <= scale * tolerance
 
 
 def gathered(model, images, targets, layer=None):

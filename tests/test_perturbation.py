@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from tests.reference import perturbation as reference
+from tests.same import close
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,11 +133,6 @@ def output_of(model, layer, images):
         model(images)
     handle.remove()
     return kept[0]
-
-
-def close(a, b):
-    scale = max(float(a.abs().max()), 1e-30)
-    return a.shape == b.shape and float((a - b).abs().max()) <= scale * (1e-10 if a.dtype == torch.float64 else 1e-5)
 
 
 @pytest.fixture
@@ -304,9 +300,9 @@ def test_flat_channels_neither_count_nor_cost_a_forward(images):
 
 
 def test_a_channel_that_is_flat_in_the_image_alone_covers_all_of_it():
-    images, activations = torch.ones(1, 1, 1, 2), torch.tensor([[[[1.0, 0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0, 1.0]]]])
+    images, activations = torch.ones(1, 1, 1, 2), torch.tensor([[[[0.0, 1.0, 1.0, 0.0]], [[0.0, 0.0, 1.0, 1.0]]]])
     score = begun(LinearModel(torch.ones(2, 1, 1, 2)), images, 0)
-    shares = torch.tensor([0.0, 1.0]).softmax(0)  # enlarged to two pixels: (0.5, 0.5) and (0, 1)
+    shares = torch.tensor([0.0, 1.0]).softmax(0)  # in two pixels: (a, a) and (0, 1)
     assert close((shares[:, None, None] * activations[0]).sum(0), score_cam.formula(images, activations, score)[0, 0])
 
 

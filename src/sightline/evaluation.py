@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sightline import maps as pixels
 from sightline.data import ImageSet, normalise
-from sightline.explainers import EXPLAINERS, Explanation, Method, Progress, attention_maps, explain, named
+from sightline.explainers import Explanation, Method, Progress, attention_maps, explain, fitting, named
 from sightline.inference import check_images, either, forward
 from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import Interval, mean_interval, wilson_interval
@@ -28,7 +28,6 @@ Array = np.ndarray
 
 _MEAN_MAP_SIDE = 32
 _FEW_GROUPS = 20
-_OF_ANY_MODEL = ("activation_map", "cam", "grad_cam")
 _UNDEFINED_SHARE = 0.1  # of the images; a method with more is not compared
 
 
@@ -561,19 +560,9 @@ class _Seen:
 
 def _methods_of(model: nn.Module, images: Tensor) -> list[str]:
     """Attention of every block, and what costs no more than the forward, as far as this model has evidence for it."""
+    methods, _ = fitting(model, images, ("attention", "activation_map", "cam", "grad_cam"))
     gates = [name for name, gate in attention_maps(model, images).items() if gate.shape[2] * gate.shape[3] > 1]
-    reasons: list[str] = []
-    methods = [f"attention@{name}" for name in gates] if len(gates) > 1 else ["attention"] * len(gates)
-    for method in _OF_ANY_MODEL:
-        try:
-            EXPLAINERS[method](model, images)
-        except ValueError as error:
-            reasons.append(str(error))
-        else:
-            methods.append(method)
-    if not methods:
-        raise ValueError(f"expected at least one method that fits this model, got none: {reasons[0]}")
-    return methods
+    return [f"attention@{name}" for name in gates] + methods[1:] if len(gates) > 1 else methods
 
 
 def standing_of(

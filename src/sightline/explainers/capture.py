@@ -16,12 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from sightline.explainers.scorer import Scorer
-from sightline.explainers.tokens import patch_maps
+from sightline.explainers.tokens import MANY_REGISTERS, patch_maps
 
 Layer = str | nn.Module | None
 _LARGEST_STRETCH = 2.5  # of a map's height/width against the image's; rounding 3 pixels to 2 and 1 gives 2
 _LARGEST_HEAD = 8  # weight layers; VGG has three, LTPA one per level
-_LARGEST_PREFIX = 16  # tokens before the patches: class, distillation, registers
 _LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}  # node -> place of its input
 _POOLED = ("MeanBackward1", "AdaptiveAvgPool2DBackward0", "AvgPool2DBackward0", "AdaptiveAvgPool3DBackward0")
 _RESHAPED = (
@@ -235,7 +234,7 @@ def layout_of(name: str, tensor: Tensor, images: Tensor, grids: Sequence[tuple[i
     if tensor.ndim == images.ndim and (layout := _layout(shape, size)) is not None:
         return layout
     if tensor.ndim == 3:
-        fitting = [grid for grid in grids if 0 <= shape[1] - math.prod(grid) <= _LARGEST_PREFIX]
+        fitting = [grid for grid in grids if 0 <= shape[1] - math.prod(grid) <= MANY_REGISTERS]
         for grid in [*fitting[-1:], *_grids_like(shape[1], size)]:
             if math.prod(grid) > 1:
                 return Layout(grid, prefix=shape[1] - math.prod(grid))
@@ -265,7 +264,7 @@ def _grids_like(tokens: int, size: Sequence[int]) -> list[tuple[int, ...]]:
     scale = math.gcd(*size)
     unit = [side // scale for side in size]
     cells = [math.prod(unit) * n ** len(size) for n in range(1, tokens + 1)]
-    near = [n for n, count in enumerate(cells, 1) if 0 <= tokens - count <= _LARGEST_PREFIX]
+    near = [n for n, count in enumerate(cells, 1) if 0 <= tokens - count <= MANY_REGISTERS]
     return [tuple(side * n for side in unit) for n in reversed(near)]
 
 
@@ -374,10 +373,12 @@ class _LastFeatures(TorchFunctionMode):
         return output
 
     def _is_map(self, value: Tensor) -> bool:
-        is_vector = value.ndim > 2 and math.prod(value.shape[1:-1]) == 1  # (b, 1, 1, c)
-        if not _is_spatial(value, self.images.ndim) or value.shape[0] != len(self.images) or is_vector:
+        if value.ndim != self.images.ndim or len(value) != len(self.images):
             return False
-        return _layout(tuple(value.shape), tuple(self.images.shape[2:])) is not None
+        if not value.is_floating_point() or math.prod(value.shape[2:]) <= 1:
+            return False
+        is_vector = math.prod(value.shape[1:-1]) == 1  # (b, 1, 1, c)
+        return not is_vector and _layout(tuple(value.shape), tuple(self.images.shape[2:])) is not None
 
     def _is_feature_map(self, value: Tensor) -> bool:
         """Whether it is a map that is made from the images, and not from a summary of another."""
@@ -448,7 +449,7 @@ class _LastFeatures(TorchFunctionMode):
         read: Captured | None = None
         cells = math.prod(patches.grid)
         of_leaf = [(name, t, v) for name, t, v, sources in self.tokens if leaf in sources]
-        fitting = [(name, t, v) for name, t, v in of_leaf if 0 <= t.shape[1] - cells <= _LARGEST_PREFIX]
+        fitting = [(name, t, v) for name, t, v in of_leaf if 0 <= t.shape[1] - cells <= MANY_REGISTERS]
         for name, tensor, version in reversed(fitting):
             if tensor._version == version and tensor.shape[2] == fitting[0][1].shape[2]:
                 (gradient,) = torch.autograd.grad(best, [tensor], allow_unused=True, retain_graph=True)
@@ -460,7 +461,3 @@ class _LastFeatures(TorchFunctionMode):
                     return found
                 read = read or found
         return read
-
-
-def _is_spatial(value: Tensor, ndim: int) -> bool:
-    return value.ndim == ndim and value.is_floating_point() and math.prod(value.shape[2:]) > 1

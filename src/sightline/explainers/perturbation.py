@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from sightline import maps
 from sightline.explainers.evidence import Explainer
 from sightline.explainers.scorer import Scorer, rows_of
 from sightline.inference import untouched
-
-_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @partial(Explainer, is_signed=True)
@@ -71,10 +70,10 @@ def occlusion(
         return torch.where(holes[:, None], fill, images[rows]), rows
 
     scores = _scores(score, "occlusion", len(images) * (patches + 1), occluded, score).unflatten(0, (len(images), -1))
-    maps = (scores[:, -1:] - scores[:, :-1]).mT.unflatten(2, positions)
+    falls = (scores[:, -1:] - scores[:, :-1]).mT.unflatten(2, positions)
     for table in inside:  # the patches over a pixel are a product of its rows and columns: so is their mean
-        maps = torch.einsum("btp...,ps->bt...s", maps, table.to(maps) / table.sum(0))
-    return maps
+        falls = torch.einsum("btp...,ps->bt...s", falls, table.to(falls) / table.sum(0))
+    return falls
 
 
 @Explainer
@@ -170,8 +169,7 @@ def score_cam(
 
     def seen(items: Tensor) -> tuple[Tensor, Tensor]:
         row = rows[items]
-        small = activations[row, of[items], None]
-        masks = F.interpolate(small, images.shape[2:], mode=_INTERPOLATION[small.ndim - 2], align_corners=False)
+        masks = maps.resize(activations[row, of[items], None], tuple(images.shape[2:]))
         dims = tuple(range(2, masks.ndim))
         low, high = masks.amin(dims, keepdim=True), masks.amax(dims, keepdim=True)
         masks = (masks - low) / (high - low).clamp(min=torch.finfo(masks.dtype).tiny)

@@ -23,7 +23,7 @@ _multi_head_attention = FunctionType(
     {**vars(F), "has_torch_function": lambda tensors: False},  # pyright: ignore[reportUnknownLambdaType]
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
-_MANY_REGISTERS = 16  # of tokens before the patches there may be as many, or as many as patches
+MANY_REGISTERS = 16  # of tokens before the patches there may be as many, or as many as patches
 _CALL = nn.Module._call_impl.__code__  # pyright: ignore[reportPrivateUsage]
 
 
@@ -162,7 +162,7 @@ class AttentionWeights(TorchFunctionMode):
             fitting = [
                 grid
                 for images, grid in self._flattened
-                if images == batch and 0 <= keys - prod(grid) <= max(prod(grid), _MANY_REGISTERS)
+                if images == batch and 0 <= keys - prod(grid) <= max(prod(grid), MANY_REGISTERS)
             ]
             self.grid = fitting[-1] if fitting else ()
             self.prefix = keys - prod(self.grid)
