@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import timm
 import torch
-from measure import Ratio, keep_freed_memory, pairs, peak, save
+from measure import bare, batches_of, keep_freed_memory, pairs, peak, report, save
 from torch import Tensor, nn
 
 import sightline as sl
@@ -67,28 +67,13 @@ def two_backwards(model: nn.Module, images: Tensor) -> None:
     torch.autograd.grad(score, leaf)
 
 
-def batches_of(model: nn.Module, call: Call) -> list[int]:
-    """How many images each forward of the call sees."""
-    seen: list[int] = []
-    handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    call()
-    handle.remove()
-    return seen
-
-
-def bare(model: nn.Module, images: Tensor, sizes: list[int]) -> None:
-    with torch.no_grad():
-        for size in sizes:
-            model(images[:size])
-
-
 def grad_cam_library(model: nn.Module, images: Tensor) -> None:
     import pytorch_grad_cam as peer
 
     kinds = (peer.GradCAM, peer.GradCAMPlusPlus, peer.XGradCAM, peer.LayerCAM, peer.HiResCAM, peer.EigenCAM)
     for kind in kinds:
         with kind(model=model, target_layers=[model.layer4]) as method:
-            method(input_tensor=images)
+            method(input_tensor=images, targets=None)
 
 
 def torchcam_library(model: nn.Module, images: Tensor) -> None:
@@ -96,7 +81,8 @@ def torchcam_library(model: nn.Module, images: Tensor) -> None:
 
     for kind in (peer.GradCAM, peer.GradCAMpp, peer.XGradCAM, peer.LayerCAM):
         with kind(model, target_layer="layer4") as method:
-            method(model(images).argmax(1).tolist(), model(images))
+            logits = model(images)
+            method(logits.argmax(1).tolist(), logits)
 
 
 def captum_library(model: nn.Module, images: Tensor) -> None:
@@ -160,11 +146,6 @@ def main() -> None:
             row(what, partial(library, model, images), forward, None, min(n, 3))
     if not arguments.only:
         print(save("explain", [{"where": f"resnet50, 224 px, batch 16, {DEVICE}, 2 threads"}, *rows]))
-
-
-def report(what: str, ratio: Ratio, bar: float | None) -> None:
-    said = "" if bar is None else f"  bar {bar:.2f}"
-    print(f"{what:62} {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  A/A {ratio.aa:.3f}{said}", flush=True)
 
 
 if __name__ == "__main__":

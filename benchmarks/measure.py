@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,6 +77,26 @@ def peak(call: Callable[[], object]) -> int:
             held += event.nbytes()
             highest = max(highest, held)
     return highest
+
+
+def batches_of(model: nn.Module, call: Callable[[], object]) -> list[int]:
+    """How many images each forward of the call sees."""
+    seen: list[int] = []
+    handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    call()
+    handle.remove()
+    return seen
+
+
+def bare(model: nn.Module, images: Tensor, sizes: list[int]) -> None:
+    with torch.no_grad():
+        for size in sizes:
+            model(images[:size])
+
+
+def report(what: str, ratio: Ratio, bar: float | None) -> None:
+    said = "" if bar is None else f"  bar {bar:.2f}"
+    print(f"{what:62} {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  A/A {ratio.aa:.3f}{said}", flush=True)
 
 
 def keep_freed_memory() -> None:

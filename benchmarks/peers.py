@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import version
 from io import StringIO
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -551,9 +552,12 @@ def not_conserved(ours: Any, theirs: Callable[[Net, nn.Module], Tensor]) -> Reas
     def proof(net: Net, _: Tensor | None, __: Tensor) -> float:
         bare = without_biases(net)
         mine = conservation(bare, bare.ours(ours))
-        return conservation(bare, theirs(bare, bare.copy(inplace=False))) / max(mine, 1e-3)
+        if not isfinite(mine):
+            raise ValueError(f"our relevance misses the logit by {mine}, which proves nothing about the peer's")
+        left = conservation(bare, theirs(bare, bare.copy(inplace=False))) / max(mine, 1e-3)
+        return left if isfinite(left) else inf  # a peer's nan is no conservation either
 
-    return Reason("not conserved", proof, lambda ratio: not ratio <= 10)  # a nan is no conservation either
+    return Reason("not conserved", proof, lambda ratio: ratio > 10)
 
 
 def relu_of(method: Any, **options: Any) -> Callable[[Net], Tensor]:
@@ -795,6 +799,7 @@ def measure(net: Net, case: Case) -> dict[str, Any]:
     ours, refusal = None, ""
     try:
         ours = case.ours(net)
+        assert ours.isfinite().all(), f"our {case.method} is not finite: no reason of a peer's explains that"
     except ValueError as error:
         refusal = line_of(error)
     try:
@@ -830,7 +835,7 @@ def main() -> None:
         for case in cases():
             begun = time.perf_counter()
             cell = cells.setdefault(case.peer, {})[case.method] = measure(net, case)
-            if "reason" not in cell and cell.get("difference", 1) > EQUAL:
+            if "reason" not in cell and not cell.get("difference", 1) <= EQUAL:
                 print(f"  {name} {case.peer} {case.method}: {cell}  {time.perf_counter() - begun:.1f} s", flush=True)
         stored[name] = {"layer": net.layer, "early_layer": net.early, "cells": cells}
         save({name: stored[name] for name in EARLY if name in stored})

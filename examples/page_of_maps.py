@@ -1,8 +1,9 @@
 """Every map side by side: a few images of a run's test split, and what each method that fits the network makes of them.
 
 The images are drawn at random among those that the network gets right, and the class it names is explained. Each map is
-coloured from its own lowest to its own highest value; where negative values speak against the class, blue is below 0,
-white is 0 and red is above. A method that does not fit the network is named on the terminal, with the reason.
+coloured from its own lowest to its own highest value, but for a few extreme pixels (see `sightline.maps.overlay`);
+where negative values speak against the class, blue is below 0, white is 0 and red is above. A method that does not fit
+the network is named on the terminal, with the reason, and of every other how like the others its maps are.
 
     python examples/page_of_maps.py runs/glas --data $SIGHTLINE_DATA/glas_tiles --out page.png
 """
@@ -15,14 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 import sightline as sl
 from sightline import data, maps, runs
 from sightline.explainers import EXPLAINERS, Explanation, fitting
 from sightline.inference import forward
 
-COLUMNS = 11  # of maps in one panel
+COLUMNS = 11  # of maps beside the images; the others stand below
 CELL = 96
 
 
@@ -39,13 +39,17 @@ def drawn(model: torch.nn.Module, images: data.ImageSet, count: int, seed: int) 
     return np.array(found[:count])
 
 
-def panel(pictures: Tensor, found: Explanation, methods: list[str]) -> Tensor:
-    """The images beside the maps of some methods."""
-    columns = {
-        name: maps.overlay(pictures, found[name].cpu(), opacity=0.75, signed=EXPLAINERS[name].is_signed)[:, 0]
-        for name in methods
-    }
-    return maps.side_by_side(pictures, columns)
+def page_of(pictures: Tensor, found: Explanation) -> Tensor:
+    """The images beside their maps."""
+    signed = [name for name in found.maps if EXPLAINERS[name].is_signed]
+    return maps.side_by_side(pictures, found.maps, 0.75, signed=signed, per_row=COLUMNS)
+
+
+def correlations(found: Explanation, methods: list[str], size: tuple[int, ...]) -> Tensor:
+    """Of the positive parts of the maps of each two methods, at one size, mean over the images; (methods, methods)."""
+    resized = found.resized(size)
+    values = torch.stack([resized[name][:, 0].cpu().double().relu().flatten(1) for name in methods], 1)
+    return torch.stack([torch.corrcoef(each) for each in values]).nanmean(0)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
@@ -71,10 +75,15 @@ def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
     for name, shares in zip(batch.names, found.logits.softmax(1), strict=True):
         print(f"{name}: {run.classes[int(shares.argmax())]}, {float(shares.max()):.0%}")
 
+    table = correlations(found, methods, tuple(inputs.shape[2:]))
+    controls = [name for name in ("centre_map", "edge_map") if name in methods]
+    for name, row in zip(methods, table, strict=True):
+        order = [place for place in row.argsort(descending=True).tolist() if methods[place] != name]
+        shown = [methods[place] for place in (order[0], order[-1])] + controls
+        print(f"{name:28}" + ", ".join(f"{other} {float(row[methods.index(other)]):.2f}" for other in shown))
+
     pictures = maps.resize(batch.images.float(), (CELL, CELL)).round().to(torch.uint8)
-    panels = [panel(pictures, found, methods[i : i + COLUMNS]) for i in range(0, len(methods), COLUMNS)]
-    width = max(each.shape[2] for each in panels)
-    page = torch.cat([F.pad(each, (0, width - each.shape[2], 0, 12), value=255) for each in panels], 1)
+    page = page_of(pictures, found)
     Image.fromarray(page.movedim(0, -1).numpy()).quantize(256, kmeans=3).save(options.out, optimize=True)
     print(f"{len(methods)} methods: {Path(options.out)}")
     return {"methods": methods, "images": batch.names}

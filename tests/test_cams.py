@@ -4,11 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from tests.hand import one_conv
 from tests.reference import cams as reference
 from tests.same import close
 from torch import nn
 
-from sightline.explainers import cams
+from sightline.explainers import cams, explain
+from sightline.explainers.evidence import gather
 from sightline.explainers.intrinsic import activation_map
 
 GRIDS = [(3, 4), (2, 3, 2)]
@@ -45,32 +47,10 @@ def apply(explainer, fields, **options):
 
 
 def capture(model, layer, images, targets):
-    """Activations and gradients of a plain forward and one plain backward per class."""
-    kept = []
-
-    def keep(module, inputs, output):
-        kept.append(output.detach().clone().requires_grad_())
-        return kept[0].clone()
-
-    if layer is None:
-        kept.append(images.clone().requires_grad_())
-        logits = model(kept[0])
-    else:
-        handle = model.get_submodule(layer).register_forward_hook(keep)
-        logits = model(images)
-        handle.remove()
-    ranked = logits.argsort(1, descending=True)
-    others = [[next(int(c) for c in row if c != t) for t in own] for row, own in zip(ranked, targets, strict=True)]
-
-    def of(classes):
-        columns = classes.T
-        found = [
-            torch.autograd.grad(logits.gather(1, c[:, None]).sum(), kept[0], retain_graph=True)[0] for c in columns
-        ]
-        return torch.stack(found, 1)
-
-    fields = fields_of(kept[0].detach(), of(targets), of(torch.tensor(others)), targets)
-    return fields | {"logits": logits.detach(), "layer": layer or "input"}
+    """What the engine reads at a layer."""
+    needs = {"activations", "gradients", "mean_gradients", "rival_gradients", "logits", "targets", "layer"}
+    ((evidence,),) = gather(model, images, [(layer, frozenset(needs))], targets).blocks()
+    return {name: getattr(evidence, name) for name in needs}
 
 
 METHODS = {
@@ -188,37 +168,19 @@ def test_the_weights_and_map_of_xplique():
     assert apply(cams.grad_cam, fields).tolist() == [[[[1.9375, 1.6875], [1.0, 1.0]]]]
 
 
-class OneConv(nn.Module):
-    """Two channels of 3x3 sums, less 50 and 75; four equal logits: five features count +1, three -1."""
-
-    def __init__(self, inplace=False):
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 2, 3)
-        self.relu1 = nn.ReLU(inplace)
-        self.fc1 = nn.Linear(8, 4)
-        self.relu2 = nn.ReLU(inplace)
-        with torch.no_grad():
-            self.conv1.weight.fill_(1)
-            self.conv1.bias.copy_(torch.tensor([-50.0, -75.0]))
-            self.fc1.weight.copy_(torch.tensor([1.0] * 5 + [-1.0] * 3).expand(4, -1))
-            self.fc1.bias.zero_()
-
-    def forward(self, x):
-        return self.relu2(self.fc1(self.relu1(self.conv1(x)).flatten(1)))
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_values_of_captum(frozen, inplace):
-    model = OneConv(inplace).requires_grad_(not frozen)
+    model = one_conv(partial(nn.ReLU, inplace)).requires_grad_(not frozen)
     images, targets = torch.arange(16.0).view(1, 1, 4, 4), torch.tensor([[0]])
+    expected = {"conv1": [[11.25, 13.5], [20.25, 22.5]], "relu1": [[0.0, 4.0], [28.0, 32.5]]}
+    for layer, values in expected.items():
+        assert explain(model, images, 0, layer=layer)["grad_cam"].tolist() == [[values]]
+    assert torch.equal(explain(model, images, 0, layer="input")["grad_cam"], 0.5625 * images)
     fields = capture(model, "conv1", images, targets)
-    assert apply(cams.grad_cam, fields).tolist() == [[[[11.25, 13.5], [20.25, 22.5]]]]
     for k, values in enumerate([[[-3.75, 3.0], [23.25, 30.0]], [[15.0, 10.5], [-3.0, -7.5]]]):
         channel = fields["activations"][:, k : k + 1], fields["mean_gradients"][:, :, k : k + 1]
         assert cams.grad_cam.formula(*channel).tolist() == [[torch.tensor(values).relu().tolist()]]
-    assert apply(cams.grad_cam, capture(model, "relu1", images, targets)).tolist() == [[[[0.0, 4.0], [28.0, 32.5]]]]
-    assert torch.equal(apply(cams.grad_cam, capture(model, None, images, targets)), 0.5625 * images)
 
 
 def test_the_case_of_pair():

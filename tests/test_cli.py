@@ -95,7 +95,7 @@ def test_evaluate_on_other_masks_and_metrics(run, tmp_path, capsys):
     assert (tmp_path / "patch" / "report.html").is_file()
 
 
-def test_explain_writes_overlays_raw_maps_and_a_table(run, tmp_path, capsys):
+def test_explain_writes_a_page_per_image_raw_maps_and_a_table(run, tmp_path, capsys):
     folder = tmp_path / "images" / "sub"
     folder.mkdir(parents=True)
     for name, size in [("a.png", (40, 40)), ("b.jpg", (60, 50))]:
@@ -108,14 +108,14 @@ def test_explain_writes_overlays_raw_maps_and_a_table(run, tmp_path, capsys):
     assert "skipped" in said.err and "broken.png" in said.err and "3 images x 2 methods" in said.out
     rows = list(csv.DictReader((out / "maps.csv").read_text().splitlines()))
     assert len(rows) == 6 and {row["class"] for row in rows} == {"3"}
+    stems = ["a", "a-2", "b"]
+    assert sorted({row["maps"] for row in rows}) == stems
     names = {path.name for path in out.iterdir()}
-    assert len([name for name in names if name.endswith(".npz")]) == 3
-    assert len([name for name in names if name.endswith("--grad_cam.png")]) == 3
-    assert sorted({row["maps"] for row in rows}) == ["a", "a-2", "b"]
+    assert names == {"maps.csv", *(f"{stem}{end}" for stem in stems for end in (".npz", "--page.png"))}
     raw = np.load(out / "b.npz")
     assert set(raw) == {"attention", "grad_cam"} and raw["attention"].sum() == pytest.approx(1, abs=1e-4)
-    with Image.open(out / "b--attention.png") as picture:
-        assert picture.size == (40, 40)
+    with Image.open(out / "b--page.png") as page:  # 50 x 60 pixels, enlarged twice
+        assert page.width == 3 * (2 * 50 + 4) - 4 and page.height > 2 * 60
     assert "broken.png" in refused(capsys, "explain", run, folder, "--strict", "--out", tmp_path / "strict")
 
 
@@ -132,13 +132,90 @@ def test_explain_by_every_method_that_fits(run, tmp_path, capsys):
     rows = list(csv.DictReader((out / "maps.csv").read_text().splitlines()))
     made = list(dict.fromkeys(row["method"] for row in rows))
     assert sorted([*made, *left_out]) == sorted(EXPLAINERS) and f"2 images x {len(made)} methods" in said.out
-    assert "  guided_backprop: rectifiers intercepted: " in said.out and "(2 images)\n" in said.out
-    assert "  saliency:" not in said.out
+    assert "rectifiers intercepted" not in said.out and "  saliency:" not in said.out
+    verdicts = {row["method"]: row["verdicts"] for row in rows}
+    assert verdicts["guided_backprop"].startswith("rectifiers intercepted: ")
+    doubtful = sum(row["verdicts"] != "" and "intercepted" not in row["verdicts"] for row in rows)
+    assert f"; {doubtful} maps with a verdict" in said.out
+    signed = {row["method"] for row in rows if EXPLAINERS[row["method"]].is_signed}
+    assert {"input_x_gradient", "occlusion"} < signed and not {"saliency", "eigen_cam"} & signed
     raw = np.load(out / "0.npz")
     image = torch.from_numpy(np.array(Image.open(images[0]))).movedim(-1, 0)[None]
-    for method, signed in (("input_x_gradient", True), ("occlusion", True), ("saliency", False), ("eigen_cam", False)):
-        expected = maps.overlay(image, torch.from_numpy(raw[method])[None, None], signed=signed)[0, 0]
-        assert np.array_equal(np.array(Image.open(out / f"0--{method}.png")), expected.movedim(0, -1).numpy()), method
+    name, share = rows[0]["class"], float(rows[0]["probability"])
+    doubts = {row["method"]: row["verdicts"] for row in rows[: len(made)]}
+    titles = {name: name if not said or "intercepted" in said else f"{name}: {said}" for name, said in doubts.items()}
+    expected = maps.side_by_side(
+        image,
+        {titles[method]: torch.from_numpy(raw[method])[None, None] for method in made},
+        signed=[titles[method] for method in made if method in signed],
+        scales=True,
+        per_row=6,
+        title=f"explained: {name} ({share:.0%})",
+    )
+    assert np.array_equal(np.array(Image.open(out / "0--page.png")), expected.movedim(0, -1).numpy())
+
+
+def test_explain_draws_on_the_image_as_it_is(run, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = np.kron(rng.integers(0, 255, (6, 13, 3), np.uint8), np.ones((100, 100, 1), np.uint8))
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    turned = Image.fromarray(pixels)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be shown turned by a quarter
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    given = [run, tmp_path / "wide.png", tmp_path / "turned.jpg", "--methods", "grad_cam,input_x_gradient"]
+    sightline("explain", *given, "--overlays", "--out", tmp_path / "maps")
+    size = (512, round(512 * 600 / 1300))
+    picture = torch.from_numpy(np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)))
+    raw = np.load(tmp_path / "maps" / "wide.npz")
+    for method, signed in (("grad_cam", False), ("input_x_gradient", True)):
+        with Image.open(tmp_path / "maps" / f"wide--{method}.png") as drawn:
+            expected = maps.overlay(
+                picture.movedim(-1, 0)[None], torch.from_numpy(raw[method])[None, None], 0.5, signed
+            )
+            assert drawn.size == size and np.array_equal(np.array(drawn), expected[0, 0].movedim(0, -1).numpy())
+        with Image.open(tmp_path / "maps" / f"turned--{method}.png") as drawn:
+            assert drawn.size == size[::-1]
+    with Image.open(tmp_path / "maps" / "wide--page.png") as page:
+        cell = np.array(page)[-(size[1] + 4 + 12 + 34) :, : size[0]]
+        assert page.width == 3 * (512 + 4) - 4 and (cell[: size[1]] == picture.numpy()).all()
+
+
+def test_a_map_lands_where_the_network_saw_it(run, tmp_path):
+    pixels = np.full((60, 300, 3), 90, np.uint8)
+    pixels[20:30, 230:260] = 250
+    Image.fromarray(pixels).save(tmp_path / "dot.png")
+    given = [run, tmp_path / "dot.png", "--methods", "contrast_map", "--overlays"]
+    sightline("explain", *given, "--out", tmp_path / "maps")
+    drawn = np.array(Image.open(tmp_path / "maps" / "dot--contrast_map.png")).astype(int)
+    assert drawn.shape == (60, 300, 3)
+    ys, xs = np.nonzero(drawn[..., 0] - drawn[..., 2] > 50)  # red and yellow, the upper half of the scale
+    assert abs(ys.mean() - 24.5) < 2 and abs(xs.mean() - 244.5) < 6 and 100 < len(ys) < 1500
+
+
+def test_explain_a_class_by_its_name_beside_the_prediction(tmp_path, capsys):
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3)
+    model.get_classifier().bias.data[:] = torch.tensor([0.0, 30.0, 0.0])
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    (tmp_path / "classes.txt").write_text("cat\ndog\nfish\n")
+    Image.new("RGB", (90, 80), "red").save(tmp_path / "red.png")
+    given = ["explain", "resnet10t", tmp_path / "red.png", "--weights", tmp_path / "weights.safetensors"]
+    given += ["--classes", tmp_path / "classes.txt", "--out", tmp_path / "out"]
+    for layer in ("layer3", "layer3 (256 x 10 x 10)"):  # as the explanation has it
+        sightline(*given, "--target", "fish", "--layer", layer)
+        (row,) = csv.DictReader((tmp_path / "out" / "maps.csv").read_text().splitlines())
+        assert (row["class"], row["prediction"], row["layer"]) == ("fish", "dog", "layer3")
+        assert float(row["prediction_probability"]) > 0.99 > 0.01 > float(row["probability"])
+        assert row["shape"].startswith("256 x ")
+    sightline(*given, "--target", "0")
+    (row,) = csv.DictReader((tmp_path / "out" / "maps.csv").read_text().splitlines())
+    assert row["class"] == "cat"
+    said = refused(capsys, *given, "--target", "fisch")
+    assert "expected --target CLASS by name or index, one of 3 classes such as cat, dog, fish; got 'fisch'" in said
+    assert "did you mean 'fish'?" in said
 
 
 def test_explain_reports_progress_within_the_batch_size(run, tmp_path, monkeypatch):
@@ -147,21 +224,23 @@ def test_explain_reports_progress_within_the_batch_size(run, tmp_path, monkeypat
     monkeypatch.setattr(cli._Bar, "update", lambda bar, *what: told.append(what))
     given = [run, tmp_path / "red.png", "--methods", "occlusion,grad_cam", "--batch-size", 100]
     sightline("explain", *given, "--out", tmp_path / "maps")
-    assert told == [*(("occlusion", done, 362) for done in (100, 200, 300, 362)), ("explaining", 1, 1)]
+    assert told == [*(("occlusion", done, 361) for done in (100, 200, 300, 361)), ("explaining", 1, 1)]
 
 
 def test_verdicts_are_counted_and_keep_a_figure_that_is_always_the_same():
     said = cli._doubts(
         {
-            "lrp": ["conservation gap: 12%", "flat; conservation gap: 30%", ""],
-            "grad_cam": ["", "", ""],
-            "guided_backprop": ["rectifiers intercepted: 49"] * 3,
+            "lrp": [["conservation gap: 12%"], ["flat", "conservation gap: 30%"], []],
+            "grad_cam": [[], [], []],
+            "rollout": [["gap: 49"]] * 3,
         }
     )
-    assert list(said) == [
-        "  lrp: conservation gap (2 images), flat (1 image)",
-        "  guided_backprop: rectifiers intercepted: 49 (3 images)",
-    ]
+    assert list(said) == ["  lrp: conservation gap (2 images), flat (1 image)", "  rollout: gap: 49 (3 images)"]
+
+
+def test_that_every_rectifier_was_intercepted_is_no_doubt():
+    assert not cli._is_doubt("rectifiers intercepted: 49") and not cli._is_doubt("")
+    assert cli._is_doubt("rectifiers intercepted: 3 of 49 activations, 46 silu are not") and cli._is_doubt("flat")
 
 
 def test_explain_any_model_with_its_weights(tmp_path):
@@ -193,6 +272,11 @@ def test_list_has_one_line_for_each_thing(capsys):
     said = capsys.readouterr().out
     for name in ("clutter-shortcut", "vgg_att3", "ltpa", "grad_cam", "random_map", "energy_in_mask"):
         assert sum(line.split()[:1] == [name] for line in said.splitlines()) == 1
+    assert "$" not in said and "\\" not in said
+    assert (
+        "  cam                        Channels weighted by the linear layer behind global average pooling, summed, no"
+        in said
+    )
     sightline("list", "metrics")
     assert "grad_cam" not in capsys.readouterr().out
 
@@ -252,6 +336,21 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
 def test_bad_evaluation_is_one_line(arguments, message, run, tmp_path, capsys):
     assert message in refused(capsys, "evaluate", run, *arguments, "--out", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_data_that_lie_elsewhere_now(tmp_path, monkeypatch, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "here" / "animals" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / "here" / "animals" / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path / "here")
+    small = ["--model.options.width=0.0625", "--model.options.stem_pool=2", "--optim.epochs=1", "--data.size=32"]
+    sightline("train", "--data", "animals", "--out", tmp_path / "run", *small, "--limit=2")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    said = refused(capsys, "evaluate", tmp_path / "run")
+    assert "'animals'" in said and "the run was trained on animals: pass --data PATH" in said
+    assert "the run was" not in refused(capsys, "evaluate", tmp_path / "run", "--data", "beasts")
 
 
 def test_a_run_without_weights_or_of_other_classes(run, tmp_path, capsys):

@@ -57,6 +57,15 @@ def test_compile_gives_the_same_maps_and_notices_other_weights() -> None:
         state = copy.deepcopy(model.state_dict())
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of PyTorch needs one of C++")
+def test_compile_notices_other_sizes_of_images() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=7)
+    for images in (torch.randn(2, 3, 64, 64), torch.randn(2, 3, 96, 96), torch.randn(2, 3, 64, 96)):
+        plain = sl.explain(model, images, 1, CAMS)
+        assert_same(plain, sl.explain(model, images, 1, CAMS, compile=True))
+
+
 def test_compile_says_what_it_cannot_do() -> None:
     images = torch.randn(1, 3, 32, 32)
     pooled = timm.create_model("test_resnet", num_classes=7)

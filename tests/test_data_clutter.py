@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from sightline.data import load
-from sightline.data.clutter import PATCH_COLOURS, SPLITS, compose, digits
+from sightline.data import clutter, load
+from sightline.data.clutter import PARTS, PATCH_COLOURS, SPLITS, compose, digits
 from sightline.recipe import Data
 
 
@@ -108,6 +109,117 @@ def test_patched_images_are_those_of_clutter_elsewhere():
     patched, visible, patch = compose(0, "test", range(50), shortcut=0.0)
     np.testing.assert_array_equal(np.where(patch[:, None], 0, plain), np.where(patch[:, None], 0, patched))
     np.testing.assert_array_equal(visible, digit & ~patch)
+
+
+def test_the_images_that_results_were_published_with_stay():
+    for shortcut, sums in ((None, [400979, 449867, 479088]), (0.9, [404570, 452822, 492924])):
+        images = compose(0, "train", [0, 17, 5998], shortcut=shortcut)[0]
+        # another order of additions may round a few pixels the other way
+        np.testing.assert_allclose(images.sum((1, 2, 3), dtype=np.int64), sums, rtol=0, atol=20)
+
+
+TWO = ("clutter-pair", "clutter-twice")
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_digits_lie_everywhere_with_an_exact_mask(name):
+    images, mask, patch = compose(0, "train", range(720), parts=PARTS[name])
+    assert images.shape == (720, 3, 40, 40) and not patch.any()
+    assert 0.06 < mask.mean() < 0.12
+    pieces = np.array([ndimage.label(m, np.ones((3, 3)))[1] for m in mask])
+    assert (pieces == 2).mean() > 0.9
+    assert (mask.mean(0)[6:34, 6:34] > 0.005).all()  # in the middle least: it lies between the two
+    lighter = images.max(1) > 0.5 * 255
+    assert 0.8 < lighter[mask].mean() < 1
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_an_image_with_two_digits_depends_on_seed_split_and_index_alone(name):
+    together = compose(3, "train", [4, 5, 6], parts=PARTS[name])
+    alone = compose(3, "train", [5], parts=PARTS[name])
+    for many, one in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(many[1], one[0])
+    for other in (compose(4, "train", [5], parts=PARTS[name]), compose(3, "val", [5], parts=PARTS[name])):
+        assert (other[0] != alone[0]).any()
+
+
+def scans_shown(monkeypatch, name, n=500):
+    """Numbers of the scans of the digits, the fragments aside: first and second of each image."""
+    drawn = []
+    glyphs = clutter._glyphs
+
+    def spy(ink, side, top, left, n):
+        drawn.append(ink)
+        return glyphs(ink, side, top, left, n)
+
+    monkeypatch.setattr(clutter, "_glyphs", spy)
+    compose(0, "train", range(n), parts=PARTS[name])
+    ink, classes = digits("train")
+    place = {scan.tobytes(): i for i, scan in enumerate(ink)}
+    return np.array([[place[scan.tobytes()] for scan in scans] for scans in drawn[-2:]]), classes
+
+
+def test_neither_digit_of_a_pair_alone_tells_the_class(monkeypatch):
+    scans, classes = scans_shown(monkeypatch, "clutter-pair", 540)
+    labels, shown = np.arange(540) % 9, classes[scans]
+    np.testing.assert_array_equal(shown, [labels // 3, 3 + labels % 3])
+    joint = np.zeros((3, 3))
+    np.add.at(joint, (shown[0], shown[1] - 3), 1)
+    assert (joint == 60).all()  # whichever the one digit, the three classes that hold it are equally many
+    assert len(np.unique(scans)) > 0.6 * np.bincount(classes)[:6].sum()
+
+
+def test_twice_shows_two_different_scans_of_the_class(monkeypatch):
+    scans, classes = scans_shown(monkeypatch, "clutter-twice")
+    np.testing.assert_array_equal(classes[scans], np.tile(np.arange(500) % 10, (2, 1)))
+    assert (scans[0] != scans[1]).all()
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_digits_never_overlap_and_the_mask_is_both(monkeypatch, name):
+    glyphs, square = clutter._glyphs, clutter._square
+    drawn, corners = [], []
+
+    def spy_glyphs(*args):
+        drawn.append(glyphs(*args))
+        return drawn[-1]
+
+    def spy_square(top, left, n):
+        corners.append(np.stack([top, left]))
+        return square(top, left, n)
+
+    monkeypatch.setattr(clutter, "_glyphs", spy_glyphs)
+    monkeypatch.setattr(clutter, "_square", spy_square)
+    for size in (24, 29, 40, 65):
+        mask = compose(0, "train", range(400), size, parts=PARTS[name])[1]
+        digit = np.zeros((2, 400, 2 * size, 2 * size), dtype=bool)
+        for part, alphas, places in zip(digit, drawn[-2:], corners[-2:], strict=True):
+            for one, alpha, (top, left) in zip(part, alphas, places.T, strict=True):
+                one[top : top + len(alpha), left : left + len(alpha)] = alpha >= 0.25
+        assert not (digit[0] & digit[1]).any() and digit.any((2, 3)).all()
+        assert not digit[:, :, size:].any() and not digit[:, :, :, size:].any()
+        np.testing.assert_array_equal(mask, digit.any(0)[:, :size, :size])
+        first, second = corners[-2:]
+        gap = np.abs(first - second)
+        assert (gap.max(0) >= 15 * size / 40).all()  # apart by a digit at least, down or across
+        across = gap.argmax(0)
+        ahead = np.take_along_axis(first < second, across[None], 0)
+        assert 0.35 < across.mean() < 0.65 and 0.4 < ahead.mean() < 0.6  # neither direction nor order tells anything
+
+
+def test_two_digits_are_loaded_with_their_classes_and_masks():
+    pair = load(Data(source="clutter-pair", train_size=20, test_size=12))
+    assert pair["train"].classes == ("0+3", "0+4", "0+5", "1+3", "1+4", "1+5", "2+3", "2+4", "2+5")
+    assert pair["test"].labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]
+    twice = load(Data(source="clutter-twice", train_size=20, test_size=12))
+    assert twice["train"].classes == tuple("0123456789") and not twice["train"].flip_ok
+    for name, sets in (("clutter-pair", pair), ("clutter-twice", twice)):
+        batch = sets["test"].batch([11])
+        images, mask, _ = compose(0, "test", [11], parts=PARTS[name])
+        np.testing.assert_array_equal(batch.images.numpy(), images)
+        np.testing.assert_array_equal(batch.masks[:, 0].numpy(), mask)
+        with pytest.raises(ValueError, match=rf"expected data\.mask of {name} to be digit, got 'patch'"):
+            load(Data(source=name, mask="patch"))
 
 
 def test_the_mask_can_be_chosen():

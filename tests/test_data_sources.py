@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from sightline.data import DATASETS, Preprocess, batches, decoded, hugging_face, load, load_stream, read_images
+from sightline.data.clutter import PARTS
 from sightline.recipe import Augment, Data
 
 GREY = Preprocess(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -124,7 +125,7 @@ def test_unknown_sources():
         FileNotFoundError, match=r"no folder, parquet file or data set 'cluter'; did you mean 'clutter'\?"
     ):
         load(Data(source="cluter"))
-    with pytest.raises(FileNotFoundError, match=r"no folder.*'/no/where'; names: clutter, clutter-shortcut, cifar10"):
+    with pytest.raises(FileNotFoundError, match=r"'/no/where'; names: clutter, clutter-shortcut, clutter-pair"):
         load(Data(source="/no/where"))
     with pytest.raises(
         ValueError, match=r"expected a folder, a \.parquet file or the name of a data set, got the file"
@@ -443,7 +444,7 @@ def at_hub(tmp_path: Path, monkeypatch, name: str) -> None:
 
 def test_every_alias_has_a_layout_and_a_line():
     assert LAYOUTS.keys() == hugging_face.ALIASES.keys()
-    assert DATASETS.keys() == {"clutter", "clutter-shortcut"} | hugging_face.ALIASES.keys()
+    assert DATASETS.keys() == PARTS.keys() | hugging_face.ALIASES.keys()
     assert all(line and "\n" not in line for line in DATASETS.values())
 
 

@@ -161,6 +161,16 @@ def test_every_method_and_measure_is_explained() -> None:
     assert [name for name in METRICS if f"`{name}`" not in measures] == []
 
 
+def test_what_a_formula_may_ask_for_is_listed() -> None:
+    from dataclasses import fields
+
+    from sightline.explainers.evidence import Evidence
+
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("### What a formula may ask for")[2].partition("\n#")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert sorted(listed) == sorted(field.name for field in fields(Evidence))
+
+
 def test_a_broken_example_is_found(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = reader / "page.md"
     monkeypatch.setitem(globals(), "ROOT", reader)

@@ -13,7 +13,8 @@ from sightline import explainers
 from sightline.data import ImageSet, Preprocess
 from sightline.data.sets import Pixels
 from sightline.evaluation import Standing, evaluate, standing_of
-from sightline.metrics import energy_in_mask
+from sightline.evaluation import budget as planning
+from sightline.metrics import METRICS, Hiding, energy_in_mask
 from sightline.metrics.uncertainty import mean_interval, wilson_interval
 from sightline.testing import PlantedAttention, PooledModel
 
@@ -68,7 +69,13 @@ def test_the_true_map_beats_every_control(found):
         "edge_map",
         "contrast_map",
     )
-    assert found.metrics == ("deletion_auc", "insertion_auc", "pointing_game", "energy_in_mask")
+    assert found.metrics == (
+        "insertion_auc",
+        "deletion_auc",
+        "pointing_game",
+        "energy_in_mask",
+        "parameter_randomisation",
+    )
     assert found.chance == {"pointing_game": 1 / 16, "energy_in_mask": 1 / 16}
     cam = {metric: found.score("cam", metric).interval for metric in found.metrics}
     assert cam["pointing_game"].value == 1
@@ -102,7 +109,7 @@ def test_batch_size_changes_nothing(found):
 def test_the_summary_says_no_more_than_the_intervals(found):
     text = "\n".join(found.summary)
     assert "right class in 100.0 % [" in text and "better than always giving the most frequent answer" in text
-    assert "(insertion AUC 0." in text and "every control map is beaten" in text
+    assert "(insertion AUC 0." in text and "beats every control" in text
     constant = evaluate(PooledModel(torch.zeros(3, 3)), planted(), ["grad_cam"], ["energy_in_mask"], limit=20)
     text = "\n".join(constant.summary)
     assert "not reliably better than always" in text and "20 of 20 maps of grad_cam are flat" in text
@@ -179,7 +186,7 @@ def test_own_batches_of_tuples_and_dicts():
     dicts = [{"images": images[:8], "names": list("abcdefgh"), "groups": list("xxxxyyyy")}]
     found = evaluate(PooledModel(torch.eye(3)), dicts, ["cam"], steps=4)
     assert found.accuracy is None and found.confusion is None and found.unit == "group"
-    assert found.metrics == ("deletion_auc", "insertion_auc")
+    assert found.metrics == ("insertion_auc", "deletion_auc", "parameter_randomisation")
     assert found.examples[0].label is None and found.examples[0].name == "a"
 
 
@@ -312,3 +319,174 @@ def test_mean_maps_of_signed_methods_keep_their_zero():
     (cam,), (grad_cam,) = (list(found.mean_maps[name].values()) for name in ("cam", "grad_cam"))
     assert (cam[0, 0], cam[0, -1], cam[-1, 0]) == (-1, 1, 0) and cam.min() == -1
     assert (grad_cam[0, 0], grad_cam[0, -1], grad_cam[-1, 0]) == (0, 1, 0)
+
+
+class Counting(PooledModel):
+    """Counts the images it sees."""
+
+    seen = 0
+
+    def forward(self, images):
+        type(self).seen += len(images)
+        return super().forward(images)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
+    asked = {"methods": ["cam"], "metrics": ["insertion_auc", "energy_in_mask"], "limit": 20, "batch_size": 8}
+    asked |= {"steps": 4, "examples": 6}
+    whole = evaluate(PooledModel(torch.eye(3)), planted(), **asked)
+
+    def stop(what, done, total):
+        if what == "explaining and scoring" and done >= 16:
+            raise KeyboardInterrupt
+
+    model = Counting(torch.eye(3))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, planted(), partial_results=tmp_path / "parts", progress=stop, **asked)
+    kept = sorted((tmp_path / "parts").iterdir())
+    assert len(kept) == 2
+    kept[1].write_bytes(kept[1].read_bytes()[:100])  # half-written: made again
+    Counting.seen = 0
+    found = evaluate(model, planted(), partial_results=tmp_path / "parts", **asked)
+    resumed, Counting.seen = Counting.seen, 0
+    assert not (tmp_path / "parts").exists()
+    evaluate(model, planted(), **asked)
+    assert resumed < Counting.seen
+    assert found.scores == whole.scores and found.per_image == whole.per_image and found.summary == whole.summary
+    for one, other in zip((*found.examples, *found.worst["cam"]), (*whole.examples, *whole.worst["cam"]), strict=True):
+        assert one.name == other.name and np.array_equal(one.maps["cam"], other.maps["cam"])
+    assert found.mean_maps["cam"].keys() == whole.mean_maps["cam"].keys()
+
+
+def test_another_question_does_not_take_the_kept_answers(tmp_path):
+    parts = tmp_path / "parts"
+
+    def stop(what, done, total):
+        if what == "explaining and scoring":
+            raise KeyboardInterrupt
+
+    for change in ({"steps": 8}, {"seed": 1}, {"fill": "mean"}, {"methods": ["activation_map"]}):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(
+                PooledModel(torch.eye(3)),
+                planted(),
+                **{"methods": ["cam"], "limit": 8, "steps": 4} | change,
+                partial_results=parts,
+                progress=stop,
+            )
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(PooledModel(2 * torch.eye(3)), planted(), ["cam"], limit=8, partial_results=parts, progress=stop)
+    assert len(list(parts.iterdir())) == 5
+
+
+def test_pairs_of_methods_are_compared_and_corrected(found):
+    pairs = [pair for pair in found.comparisons if pair.metric == "energy_in_mask"]
+    names = (*found.methods, "chance")
+    undefined = {m for m in found.methods if found.score(m, "energy_in_mask").undefined > 3}
+    left = len(names) - len(undefined)
+    assert len(pairs) == left * (left - 1) / 2
+    for pair in pairs:
+        assert pair.p <= pair.adjusted <= 1 and pair.difference.low <= pair.difference.value <= pair.difference.high
+    cam = next(p for p in pairs if (p.method, p.other) == ("cam", "random_map"))
+    assert cam.adjusted < 0.05 and cam.difference.low > 0
+    of = {m: found.score(m, "energy_in_mask").interval.value for m in ("cam", "random_map")}
+    assert cam.difference.value == pytest.approx(of["cam"] - of["random_map"], abs=1e-6)
+
+
+def test_three_images_prove_nothing():
+    found = evaluate(PooledModel(torch.eye(3)), planted(), ["cam"], ["energy_in_mask"], limit=3)
+    assert found.standings["energy_in_mask"].unbeaten == (*found.controls, "chance")
+    assert "No map reliably beats" in "\n".join(found.summary)
+
+
+def test_curves_are_those_behind_the_areas(found):
+    for kind in ("deletion", "insertion"):
+        for method in found.methods:
+            curve = found.curves[kind][method]
+            area = np.trapezoid(curve.mean, curve.shares)
+            assert area == pytest.approx(found.score(method, f"{kind}_auc").interval.value, abs=1e-6)
+            assert (curve.low <= curve.mean).all() and (curve.mean <= curve.high).all()
+    assert found.curves["deletion"]["cam"].mean[0] == pytest.approx(found.curves["insertion"]["cam"].mean[-1])
+
+
+def test_the_map_of_the_runner_up_is_a_control():
+    controls = ["random_map", "other_class"]
+    found = evaluate(
+        PooledModel(torch.eye(3)), planted(), ["cam", "activation_map"], controls=controls, limit=20, steps=4
+    )
+    assert found.methods == ("cam", "activation_map", "random_map", "cam of another class")
+    assert found.controls == ("random_map", "cam of another class")
+    own, other = (found.score(m, "energy_in_mask").interval for m in ("cam", "cam of another class"))
+    assert own.low > 0.4 > 0.1 > other.high
+    assert "cam of another class" not in found.examples[0].maps
+
+
+def test_agreement_of_metrics_methods_and_images(found):
+    table = found.metric_agreement
+    assert table.shape == (5, 5) and np.allclose(np.diag(table), 1) and np.allclose(table, table.T)
+    alike = found.method_agreement
+    assert alike.shape == (7, 7) and np.allclose(np.diag(alike), 1)
+    i = found.methods.index
+    assert alike[i("cam"), i("grad_cam")] > 0.99  # ReLU ties what was negative: nothing here is
+    assert abs(alike[i("random_map"), i("centre_map")]) < 0.2
+    assert set(found.reliability) == set(found.standings)
+    assert found.reliability["energy_in_mask"] > 0.5
+
+
+def test_worst_images_are_the_worst(found):
+    values = dict(zip(found.per_image["name"], found.per_image["insertion_auc/cam"], strict=True))
+    assert [example.name for example in found.worst["cam"]] == sorted(values, key=values.get)[:3]
+    assert set(found.worst) == {"activation_map", "cam", "grad_cam"}
+    assert all(set(example.maps) == {"cam"} for example in found.worst["cam"])
+
+
+def test_maps_that_ignore_the_weights_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    found = evaluate(model, planted(), ["activation_map"], ["parameter_randomisation"], limit=20, controls=["edge_map"])
+    score = found.score("activation_map", "parameter_randomisation").interval
+    assert ("Do not use here" in "\n".join(found.summary)) == (score.low > 0.5)
+    assert found.score("edge_map", "parameter_randomisation").interval.value == pytest.approx(1)
+
+
+def test_everything_that_the_model_and_the_data_allow():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.append(nn.Linear(4, 3))
+    found = evaluate(model, planted(6), "all", "all", limit=4, steps=4, examples=1, controls=["random_map"])
+    assert {"grad_cam", "rise", "lrp", "occlusion", "guided_backprop"} < set(found.methods)
+    assert "attention" not in found.methods and "attention_rollout" not in found.methods
+    assert set(found.metrics) == set(METRICS)
+    with pytest.raises(ValueError, match="expected a list of methods or 'all', got 'cam'"):
+        evaluate(model, planted(6), "cam")
+
+
+def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
+    model = PooledModel(torch.eye(3))
+    costs = {"cam": 0.001, "grad_cam": 0.001, "rise": 10.0, "random_map": 0.0}
+    monkeypatch.setattr(planning, "_seconds", lambda model, images, targets, method: costs[method])
+    monkeypatch.setattr(planning, "_forward_seconds", lambda model, images: 0.001)
+    images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+
+    def planned(budget, metrics=("energy_in_mask", "deletion_auc", "max_sensitivity"), limit=500):
+        methods = {name: name for name in costs}
+        return planning.plan(model, images, targets, methods, ["random_map"], metrics, Hiding(), limit, budget)
+
+    everything = planned(1e6)
+    assert everything.limit == 500 and everything.left_out == {} and len(everything.methods) == 4
+    fewer = planned(11 * 10.5 * 60)
+    assert 50 < fewer.limit < 500 and fewer.left_out == {}
+    assert fewer.seconds <= 11 * 10.5 * 60
+    cheap = planned(30.0)
+    assert cheap.methods == ("cam", "grad_cam", "random_map") and list(cheap.left_out) == ["rise"]
+    assert "of 30 s for everything" in cheap.left_out["rise"]
+    tight = planned(0.2)
+    assert set(tight.left_out) >= {"rise", "deletion_auc"} and len(tight.metrics) >= 1
+    assert planned(1e-9).limit == 1
+
+
+def test_a_budget_is_kept_and_said():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    found = evaluate(model, planted(), ["cam", "rise"], ["energy_in_mask"], controls=["random_map"], budget=0.05)
+    assert "rise" in found.left_out and "rise" not in found.methods
+    assert "Left out, since the time would not have been enough: rise" in "\n".join(found.summary)

@@ -160,4 +160,10 @@ def test_page_of_maps(tmp_path, capsys):
     pictures = sl.maps.resize(chosen.images.float(), (96, 96)).round().to(torch.uint8)
     cam = sl.explain(model, inputs, methods=["cam"])
     expected = sl.maps.overlay(pictures, cam["cam"], opacity=0.75, signed=True)[1, 0]
-    assert torch.equal(page_of_maps.panel(pictures, cam, ["cam"])[:, -96:, -96:], expected)
+    assert torch.equal(page_of_maps.page_of(pictures, cam)[:, -96:, -96:], expected)
+    pair = sl.explain(model, inputs, methods=["hires_cam", "saliency"])
+    table = page_of_maps.correlations(pair, ["hires_cam", "saliency"], tuple(inputs.shape[2:]))
+    one, two = (sl.maps.resize(pair[name], tuple(inputs.shape[2:])).relu().flatten(1) for name in pair.maps)
+    slow = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(one.numpy(), two.numpy(), strict=True)])
+    assert float(table[0, 1]) == pytest.approx(slow, abs=1e-5) and table.diag().tolist() == pytest.approx([1, 1])
+    assert all(f"\n{name:28}" in printed for name in found["methods"][1:]) and "centre_map" in printed

@@ -218,27 +218,6 @@ def test_grad_cam_agrees_with_captum(images):
     assert close(theirs.detach(), ours)
 
 
-def test_hand_values_of_captums_one_convolution():
-    class OneConv(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1 = nn.Conv2d(1, 2, 3)
-            self.relu1 = nn.ReLU()
-            self.fc1 = nn.Linear(8, 4)
-            self.conv1.weight = nn.Parameter(torch.ones(2, 1, 3, 3))
-            self.conv1.bias = nn.Parameter(torch.tensor([-50.0, -75.0]))
-            self.fc1.weight = nn.Parameter(torch.cat([torch.ones(4, 5), -torch.ones(4, 3)], 1))
-            self.fc1.bias = nn.Parameter(torch.zeros(4))
-
-        def forward(self, x):
-            return self.fc1(self.relu1(self.conv1(x)).flatten(1))
-
-    x = torch.arange(16.0).view(1, 1, 4, 4)
-    model = OneConv()
-    assert explain(model, x, 0, layer="conv1")["grad_cam"][0, 0].tolist() == [[11.25, 13.5], [20.25, 22.5]]
-    assert explain(model, x, 0, layer="relu1")["grad_cam"][0, 0].tolist() == [[0, 4], [28, 32.5]]
-
-
 def test_several_targets_and_single_images_give_the_same_maps(images):
     model = seeded(Net)
     targets = torch.tensor([[0, 1, 2]]).expand(4, 3)
@@ -504,6 +483,13 @@ def test_signed_maps_are_those_that_go_below_zero(images):
     for name in fit:
         assert explainers.EXPLAINERS[name].is_signed == bool((found[name] < 0).any()), name
     assert not explainers.attention_rollout.is_signed and not explainers.gradient_rollout.is_signed
+
+
+def test_memory_that_runs_out_is_no_reason(images):
+    model = seeded(Net)
+    model.forward = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("too much"))
+    with pytest.raises(torch.OutOfMemoryError, match="too much"):
+        explainers.fitting(model, images)
 
 
 def test_what_does_not_fit_is_named_with_its_reason(images, unchecked):

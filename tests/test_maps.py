@@ -181,9 +181,11 @@ def test_normalise_keeps_the_type(dtype: torch.dtype):
 def test_overlay_at_0_half_and_1():
     images = torch.tensor([100, 150, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 1, 2)
     raw = torch.tensor([[[[-7.0, 3.0]]]])
-    assert torch.equal(maps.overlay(images, raw, 0.0)[:, 0], images)
+    grey = 0.299 * 100 + 0.587 * 150 + 0.114 * 200
+    assert (maps.overlay(images, raw, 0.0) == round(grey)).all()
     assert maps.overlay(images, raw, 1.0)[0, 0, :, 0].T.tolist() == [LOWEST, HIGHEST]
-    assert maps.overlay(images, raw, 0.5)[0, 0, :, 0].T.tolist() == [[50, 75, 102], [176, 202, 182]]
+    expected = [[round((grey + channel) / 2) for channel in colour] for colour in (LOWEST, HIGHEST)]
+    assert maps.overlay(images, raw, 0.5)[0, 0, :, 0].T.tolist() == expected
 
 
 def test_overlay_neither_wraps_nor_mixes_images_and_targets():
@@ -201,6 +203,80 @@ def test_overlay_neither_wraps_nor_mixes_images_and_targets():
 def test_overlay_refuses_an_opacity_outside_0_to_1(opacity: float):
     with pytest.raises(ValueError, match="opacity from 0 to 1, got"):
         maps.overlay(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, 1, 2, 2), opacity)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_few_extreme_pixels_do_not_take_all_the_colours(signed: bool):
+    black = torch.zeros(1, 3, 10, 30, dtype=torch.uint8)
+    raw = torch.linspace(-0.5 if signed else 0, 1, 300).view(1, 1, 10, 30)
+    extreme = raw.clone()
+    extreme[0, 0, -1, -3:] = torch.tensor([2.0, 3.0, 8.0])  # 1 % of the pixels
+    drawn = maps.overlay(black, extreme, 1.0, signed)[0, 0]
+    assert drawn[:, -1, -4:].T.tolist() == [RED if signed else HIGHEST] * 4
+    expected = maps.colour((raw / raw[0, 0, -1, -4]).clamp(max=1), signed)[0, 0]  # the next is the end of the scale
+    assert torch.equal(drawn, expected)
+    few = extreme[..., -9:, -10:]  # of 90 none is left out
+    assert maps.overlay(black[..., :9, :10], few, 1.0)[0, 0, :, 0, 0].tolist() == LOWEST
+    assert (
+        maps.overlay(black[..., :9, :10], few, 1.0)[0, 0, :, -1, -2].tolist()
+        == maps.colour(maps.normalise(few)[0, 0, -1:, -2:-1]).flatten().tolist()
+    )
+
+
+def test_what_is_almost_zero_is_not_brightened_more_than_tenfold():
+    black = torch.zeros(1, 3, 20, 20, dtype=torch.uint8)
+    raw = 1e-9 * torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+    raw[0, 0, 3, 4] = 1
+    drawn = maps.overlay(black, raw, 1.0)[0, 0]
+    assert drawn[:, 3, 4].tolist() == HIGHEST and (drawn.flatten(1).T == torch.tensor(LOWEST)).all(1).sum() == 399
+    raw[0, 0, 5, 5] = 0.05
+    half = maps.overlay(black, raw, 1.0)[0, 0, :, 5, 5]
+    assert (half.int() - torch.tensor(MIDDLE)).abs().max() <= 2
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_value_that_is_not_finite_is_grey_and_leaves_the_rest_alone(value: float, signed: bool):
+    black = torch.zeros(1, 3, 40, 40, dtype=torch.uint8)
+    raw = torch.linspace(0.5, 1, 400).view(1, 1, 20, 20).clone()
+    whole = maps.overlay(black, raw, 1.0, signed)[0, 0]
+    raw[0, 0, 0, 0] = value
+    drawn = maps.overlay(black, raw, 1.0, signed)[0, 0]
+    assert (drawn[:, :2, :2] == 128).all() and not (drawn[:, 3:] == 128).all(0).any()
+    assert (drawn[:, 3:].int() - whole[:, 3:].int()).abs().max() <= 8  # 1 % of 399 is 3, of 400 it is 4
+    assert (maps.overlay(black, torch.full_like(raw, value), 1.0, signed) == 128).all()
+
+
+RGB = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+MAPS = torch.zeros(2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: maps.overlay(RGB / 255, MAPS), TypeError, "images as bytes, torch.uint8 from 0 to 255, got torch.fl"),
+        (lambda: maps.side_by_side(RGB / 255, {}), TypeError, r"\(255 \* images\).round\(\).byte\(\)"),
+        (lambda: maps.overlay(RGB.numpy(), MAPS), TypeError, "got ndarray; torch.from_numpy makes one of an array"),
+        (lambda: maps.overlay(RGB, MAPS.numpy()), TypeError, r"expected maps as a tensor \(b, t, h, w\), got ndarray"),
+        (lambda: maps.overlay(RGB.movedim(1, -1), MAPS), ValueError, r"move the channels: .movedim\(-1, -3\)"),
+        (lambda: maps.overlay(RGB[:, :1], MAPS), ValueError, r"got \(2, 1, 8, 8\); give red, green and blue"),
+        (lambda: maps.overlay(RGB[0], MAPS), ValueError, r"images of shape \(b, 3, h, w\), got \(3, 8, 8\)"),
+        (lambda: maps.overlay(RGB, MAPS[:, 0]), ValueError, r"maps of shape \(b, t, h, w\), got \(2, 4, 4\)"),
+        (lambda: maps.overlay(RGB, MAPS[:1]), ValueError, "as many maps as images, got 1 and 2"),
+        (lambda: maps.png(RGB), ValueError, r"one image of shape \(3, h, w\), got \(2, 3, 8, 8\)"),
+        (lambda: maps.png(RGB[0] / 255), TypeError, "one image as bytes, torch.uint8"),
+        (lambda: maps.boxes(MAPS.numpy()), TypeError, "expected maps as a tensor"),
+        (lambda: maps.boxes(MAPS[0]), ValueError, r"maps of shape \(b, t, h, w\), got \(1, 4, 4\)"),
+        (lambda: maps.resize(MAPS.numpy(), (8, 8)), TypeError, "expected maps as a tensor"),
+        (lambda: maps.resize(MAPS, 224), ValueError, r"got 224 for maps of shape .*; give \(height, width\)"),
+        (lambda: maps.side_by_side(RGB, {"x": MAPS}, signed=["y"]), ValueError, "signed columns out of x; got 'y'"),
+        (lambda: maps.side_by_side(RGB, {"x": MAPS.numpy()}), TypeError, "expected column 'x' as a tensor"),
+    ],
+)
+def test_what_is_no_picture_or_map_is_one_line(unchecked: None, call, error: type[Exception], message: str):
+    with pytest.raises(error, match=message) as refused:
+        call()
+    assert "\n" not in str(refused.value)
 
 
 def test_colour_bar_runs_from_left_to_right():
@@ -416,6 +492,65 @@ def test_side_by_side_enlarges_small_images_by_a_whole_factor(side: int, factor:
     assert torch.equal(cells[0, 1], cells[0, 0])
 
 
+def test_side_by_side_colours_maps_with_negative_values_as_signed():
+    images = torch.randint(0, 255, (2, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    positive = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    columns = {"grad_cam": positive, "hires_cam": positive - torch.tensor([0.5, 0.0]).view(2, 1, 1, 1)}
+
+    def drawn(**options):
+        return cells_of(maps.side_by_side(images, columns, **options), 96, 96, 2, 3)
+
+    as_signed = [maps.overlay(images, values, signed=True)[:, 0] for values in columns.values()]
+    plain = [maps.overlay(images, values)[:, 0] for values in columns.values()]
+    for found, one, two in (
+        (drawn(), plain[0], as_signed[1]),
+        (drawn(signed=["grad_cam"]), as_signed[0], plain[1]),
+        (drawn(signed=[]), plain[0], plain[1]),
+    ):
+        assert torch.equal(found[:, 1], one) and torch.equal(found[:, 2], two)
+
+
+def test_scales_show_the_colours_below_each_map_with_their_ends():
+    images = torch.zeros(2, 3, 96, 96, dtype=torch.uint8)
+    raw = torch.tensor([[[[-4.0, 1.0]]], [[[0.5, 2.0]]]])
+    columns = {"signed": raw, "plain": raw.abs(), "picture": images}
+    figure = maps.side_by_side(images, columns, scales=True)
+    height = 96 + 4 + 4 + 15
+    cells = cells_of(figure, height, 96, 2, 4)
+    assert torch.equal(cells[:, :, :, :96], cells_of(maps.side_by_side(images, columns), 96, 96, 2, 4)), (
+        "the maps themselves are the same"
+    )
+    below = cells[:, :, :, 96:]
+    assert (below[:, (0, 3)] == 255).all()
+    for row in range(2):
+        assert torch.equal(below[row, 1, :, 4:8], maps.colour_bar(4, 96, signed=True))
+        assert torch.equal(below[row, 2, :, 4:8], maps.colour_bar(4, 96))
+    font = ImageFont.load_default(10)
+    for row, column, ends in ((0, 1, ("-4", "4")), (1, 1, ("-2", "2")), (0, 2, ("1", "4")), (1, 2, ("0.5", "2"))):
+        expected = Image.new("L", (96, 15), 255)
+        draw = ImageDraw.Draw(expected)
+        draw.text((4, 15), ends[0], 0, font, anchor="ld")
+        draw.text((92, 15), ends[1], 0, font, anchor="rd")
+        assert (below[row, column, 0, 8:].int() - torch.from_numpy(np.array(expected)).int()).abs().max() <= 1
+
+
+def test_columns_go_on_below_beside_the_images_again():
+    images = torch.randint(0, 255, (2, 3, 96, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    columns = {name: torch.rand(2, 1, 5, 5) - int(name == "c") for name in "abcde"}
+    figure = maps.side_by_side(images, columns, per_row=2, title="cell", signed=["b"])
+    panels = [
+        maps.side_by_side(images, {name: columns[name] for name in names}, title="cell", signed=set("b") & set(names))
+        for names in ("ab", "cd", "e")
+    ]
+    assert figure.shape[2] == 3 * 104 - 4
+    top = 0
+    for panel in panels:
+        assert torch.equal(figure[:, top : top + panel.shape[1], : panel.shape[2]], panel)
+        top += panel.shape[1] + 12
+    assert figure.shape[1] == top
+    assert torch.equal(maps.side_by_side(images, columns, per_row=5), maps.side_by_side(images, columns))
+
+
 def header(titles: list[str], side: int = 96) -> torch.Tensor:
     """The dark pixels above the first row (title, y, x), for each title over its column and half of both gaps."""
     blank = torch.zeros(1, 1, 2, 2)
@@ -485,3 +620,13 @@ def test_png_reads_back_pixel_by_pixel():
     image = torch.arange(2 * 3 * 3, dtype=torch.uint8).view(3, 2, 3) * 13
     with Image.open(io.BytesIO(maps.png(image))) as file:
         assert file.mode == "RGB" and np.array_equal(np.asarray(file), image.movedim(0, -1))
+
+
+def test_a_flat_map_stays_flat_and_none_leaves_its_range():
+    for value in (0.1, -0.7, 1e-9, 3.3):
+        flat = torch.full((1, 1, 7, 7), value)
+        for size in ((40, 33), (224, 224), (3, 5)):
+            assert (maps.resize(flat, size) == value).all()
+    raw = torch.rand(2, 3, 7, 5, generator=torch.Generator().manual_seed(0))
+    wide = maps.resize(raw, (50, 64))
+    assert (wide.amax((2, 3)) <= raw.amax((2, 3))).all() and (wide.amin((2, 3)) >= raw.amin((2, 3))).all()

@@ -141,7 +141,7 @@ def images():
 
 
 def ablate(images, activations, head, layer, score):
-    return ablation_cam.formula(images, activations, head, score.logits, layer, 0, score)
+    return ablation_cam.formula(images, activations, head, layer, 0, score)
 
 
 METHODS = {
@@ -443,6 +443,31 @@ def test_no_tensor_is_larger_than_a_batch_of_images(name):
     assert largest.elements <= 5 * 3 * 24 * 20
 
 
+def test_occlusion_does_not_look_at_the_image_itself_again(images):
+    model = seeded(Net)
+    score = begun(model, images, 0, batch_size=5)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    occlusion.formula(images, score, patch=3, stride=3)
+    assert not any(torch.equal(one, image) for one in torch.cat(seen) for image in images)
+
+
+def test_a_model_that_fails_for_a_reason_of_its_own_is_not_tried_again(images):
+    """Ablation-CAM falls back to whole copies where the model does not fit one image and many channels, no more."""
+    model = seeded(Net)
+    score = begun(model, images, 0)
+    calls = []
+
+    def fail(module, inputs):
+        calls.append(1)
+        raise KeyError("a defect of the model")
+
+    model.fc.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="a defect"):
+        ablate(images, output_of(seeded(Net), "conv2", images), None, "conv2", score)
+    assert len(calls) == 1
+
+
 def test_ablation_cam_runs_the_part_before_the_layer_on_one_image_only(images):
     model = seeded(Skip)
     score = begun(model, images, 0, batch_size=6)
@@ -451,7 +476,7 @@ def test_ablation_cam_runs_the_part_before_the_layer_on_one_image_only(images):
     model.conv1.register_forward_pre_hook(lambda module, inputs: trunk.append(len(inputs[0])))
     model.fc.register_forward_pre_hook(lambda module, inputs: head.append(len(inputs[0])))
     ablate(images, activations, None, "conv2", score)
-    assert trunk == [1] * 6 and head == [6, 1] * 3  # six channels and none, for each of three images
+    assert trunk == [1] * 3 and head == [6] * 3  # six channels of each of three images
 
 
 def test_the_seed_alone_decides_the_masks(images):

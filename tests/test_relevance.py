@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from tests.hand import one_conv
 from tests.reference import relevance as reference
 from torch import nn
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from zennit.rules import Norm
 from zennit.torchvision import ResNetCanonizer, VGGCanonizer
 from zennit.types import AvgPool
 
+from sightline.explainers import explain
 from sightline.explainers.relevance import (
     AlphaBeta,
     Composite,
@@ -130,13 +132,8 @@ def calibrated(net, bias_free):
 
 
 def test_one_convolution_by_hand():
-    """Captum's case: relevance of 45 + 54 + 81 - 50 ... reaches only pixels of the one position that is positive."""
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4), nn.ReLU())
-    net[0].weight.data.fill_(1)
-    net[0].bias.data = torch.tensor([-50.0, -75.0])
-    net[3].weight.data = torch.cat([torch.ones(4, 5), -torch.ones(4, 3)], 1)
-    net[3].bias.data.zero_()
-    found = ZERO(net, torch.arange(16.0).view(1, 1, 4, 4), targets=0)
+    """Relevance of 45 + 54 + 81 - 50 ... reaches only pixels of the one position that is positive."""
+    found = ZERO(one_conv(), torch.arange(16.0).view(1, 1, 4, 4), targets=0)
     assert found[0, 0].tolist() == [[0, 1, 2, 3], [0, 5, 6, 7], [0, 9, 10, 11], [0, 0, 0, 0]]
 
 
@@ -324,7 +321,17 @@ def test_a_divisor_is_a_constant():
     assert close(ZERO(net, images, 1).sum((1, 2, 3)), net(images)[:, 1].detach())
 
 
-@pytest.mark.parametrize("f", [F.silu, F.gelu, F.hardswish, torch.tanh, F.relu6, F.leaky_relu, torch.square])
+def written_out_gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+ACTIVATIONS = [F.silu, F.gelu, F.hardswish, torch.tanh, F.relu6, F.leaky_relu, torch.square, F.logsigmoid]
+ACTIVATIONS += [torch.expm1, torch.exp2, torch.sin, torch.log1p, torch.erf, torch.reciprocal, written_out_gelu]
+ACTIVATIONS += [lambda x: 2**x, lambda x: 1 / x, lambda x: torch.div(other=x, input=torch.tensor(3.0))]
+ACTIVATIONS += [lambda x: x.square().rsqrt(), lambda x: x.mul(1).exp_(), lambda x: (x * 1).pow_(3)]
+
+
+@pytest.mark.parametrize("f", ACTIVATIONS)
 def test_an_activation_hands_on_all_its_relevance(f):
     first, second = (seeded(lambda k=k: nn.Linear(k, 4, bias=False)) for k in (12, 4))
 
@@ -337,6 +344,8 @@ def test_an_activation_hands_on_all_its_relevance(f):
             return self.second(f(self.first(x.flatten(1))))
 
     images = noise(1, 3, 2, 2)
+    if f is torch.log1p:
+        first.weight.data.mul_(0.1)
     stages = [
         (lambda x: first(x.flatten(1)), partial(reference.epsilon, epsilon=1e-6)),
         (f, None),
@@ -345,6 +354,78 @@ def test_an_activation_hands_on_all_its_relevance(f):
     found = lrp(Activated(), images, 0)[0, 0]
     assert close(found, reference.lrp(stages, images[0], 0))
     assert close(found.sum(), second(f(first(images.flatten(1))))[0, 0].detach(), 1e-3)
+
+
+class Then(nn.Module):
+    """A convolution, a function of its output, a linear layer."""
+
+    def __init__(self, f, channels=4):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 1, bias=False), nn.Linear(channels, 3, bias=False)
+        self.f = f
+
+    def forward(self, x):
+        return self.fc(self.f(self.conv(x)).mean((2, 3)))
+
+
+def test_half_of_a_glu_is_a_gate():
+    by_hand = seeded(lambda: Then(lambda x: x[:, :2] * x[:, 2:].sigmoid(), channels=2))
+    images = noise(2, 3, 4, 4)
+    expected = ZERO(by_hand, images, 1)
+    assert close(expected.sum((1, 2, 3)), by_hand(images)[:, 1].detach())
+    for f in (lambda x: F.glu(x, 1), lambda x: F.glu(input=x, dim=1), nn.GLU(dim=1)):
+        assert close(ZERO(seeded(lambda f=f: Then(f, channels=2)), images, 1), expected)
+
+
+KEYWORDS = {
+    "div": (lambda x: x / x.norm(), lambda x: torch.div(input=x, other=x.norm())),
+    "in place": (lambda x: x / x.norm(), lambda x: (x * 1).div_(other=x.norm())),
+    "attention": (
+        lambda x: F.scaled_dot_product_attention(x, 2 * x, 3 * x),
+        lambda x: F.scaled_dot_product_attention(value=3 * x, query=x, key=2 * x),
+    ),
+    "half": (
+        lambda x: F.scaled_dot_product_attention(x, 2 * x, 3 * x),
+        lambda x: F.scaled_dot_product_attention(x, value=3 * x, key=2 * x),
+    ),
+    "silu": (F.silu, lambda x: F.silu(input=x)),
+    "norm": (lambda x: F.group_norm(x, 2), lambda x: F.group_norm(num_groups=2, input=x)),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_arguments_by_keyword(name):
+    images = noise(2, 3, 4, 4)
+    expected, found = (ZERO(seeded(lambda f=f: Then(f)), images, 1) for f in KEYWORDS[name])
+    assert close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("f", "names"),
+    [
+        (lambda x: x.cumprod(1), "1 cumprod"),
+        (lambda x: F.local_response_norm(F.local_response_norm(x.logcumsumexp(1), 2), 2), "2 local_response_norm, "),
+        (lambda x: torch.baddbmm(*[x.flatten(2)] * 3).unflatten(2, (4, -1)), "1 baddbmm"),
+        (lambda x: x ** x.sigmoid(), "1 pow"),
+    ],
+)
+def test_what_no_rule_knows_is_named(f, names):
+    found = explain(seeded(lambda: Then(f)), noise(2, 3, 2, 2).abs(), torch.tensor([[0, 1]] * 2), ["lrp", "saliency"])
+    assert all(any(said.startswith(f"plain gradient: {names}") for said in each) for each in found.verdicts["lrp"])
+    assert not any("plain" in said for each in found.verdicts["saliency"] for said in each)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x / x.norm(dim=1, keepdim=True),
+        lambda x: x * x.std((2, 3), keepdim=True),
+        lambda x: x.flip(2).roll(1, 3),
+    ],
+)
+def test_what_no_relevance_flows_through_is_not_named(f):
+    found = explain(seeded(lambda: Then(f)), noise(2, 3, 2, 2), 0, ["lrp"])
+    assert found.verdicts["lrp"] == [[]] * 2
 
 
 class Equals(nn.Module):

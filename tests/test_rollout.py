@@ -14,6 +14,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from sightline.explainers import explain
 from sightline.explainers.rollout import attention_rollout, gradient_rollout
 from sightline.explainers.scorer import Scorer
 from sightline.explainers.tokens import AttentionWeights, patch_maps
@@ -517,3 +518,15 @@ def test_other_networks_are_one_clear_line(explainer, build, size, found):
 def test_unknown_heads_are_one_clear_line():
     with pytest.raises(ValueError, match="expected heads 'mean', 'max' or 'min', got 'sum'; choose one of them"):
         maps_of(attention_rollout, drawn(build_timm), images(), heads="sum")
+
+
+def test_a_map_that_ignores_the_class_is_said_to():
+    found = explain(
+        drawn(build_tiny, dtype=torch.float32).eval(),
+        images(dtype=torch.float32),
+        0,
+        [attention_rollout, gradient_rollout],
+    )
+    assert found.verdicts["attention_rollout"] == [["class-independent"]] * 2
+    assert not any("class-independent" in said for said in found.verdicts["gradient_rollout"])
+    assert found.unchecked == ("gradient_rollout",)

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 import sys
 import textwrap
 import time
@@ -27,6 +28,7 @@ DEMO = recipe.Recipe(
     model=recipe.Model(name="vgg_att2", options=SMALL),
     optim=recipe.Optim(epochs=6, lr=0.006),
 )
+_PER_ROW, _SIDE = 6, 512  # maps in a row of a page, and longest side of an image on it; half where there are more rows
 _LISTED = 20  # unreadable images named on the terminal; the report names all
 _KINDS = ("datasets", "models", "attention", "explainers", "metrics")
 
@@ -137,6 +139,25 @@ def bench(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
         sys.exit(1)
 
 
+def sight(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """Which explainer finds evidence that is known, and which metric would have told so without knowing."""
+    from sightline.sight import sight_test
+
+    with _Bar() as bar:
+        found = sight_test(
+            _folder(options.out),
+            DEMO,
+            overrides,
+            sets=_names(options.sets),
+            known=options.known,
+            limit=options.limit,
+            budget=options.budget,
+            progress=bar.update,
+        )
+    print(found.markdown(), end="")
+    print(f"tables: {Path(options.out) / 'sight.md'}")
+
+
 def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Score a trained run's maps by every metric, with intervals and controls, and write the report."""
     from sightline.runs import open_run
@@ -148,9 +169,11 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     run = open_run(options.run)
     out = run.folder if options.out is None else _folder(options.out)
     chosen = {
-        "methods": _names(options.methods),
-        "metrics": _names(options.metrics),
+        "methods": _names_or_all(options.methods),
+        "metrics": _names_or_all(options.metrics),
+        "controls": _names(options.controls),
         "steps": options.steps,
+        "budget": options.budget,
     }
     fill = options.fill
     chosen["fill"] = float(fill) if fill.replace(".", "", 1).lstrip("-").isdigit() else fill
@@ -171,7 +194,12 @@ def _evaluate_run(
     start = time.perf_counter()
     own = recipe.Data() if "data.source" in overrides else run.recipe.data
     wanted = recipe.load(replace(run.recipe, data=replace(own, size=run.preprocess.size[0])), overrides)
-    splits = data.load(wanted.data)
+    try:
+        splits = data.load(wanted.data)
+    except FileNotFoundError as error:
+        if "data.source" in overrides:
+            raise
+        raise FileNotFoundError(f"{error}; the run was trained on {wanted.data.source}: pass --data PATH") from error
     if split not in splits or not len(splits[split]):
         raise ValueError(f"expected a split with images out of {', '.join(splits)}, got {split!r}; choose with --split")
     images = replace(splits[split], preprocess=run.preprocess)
@@ -183,6 +211,7 @@ def _evaluate_run(
             limit=limit,
             seed=run.seed,
             progress=bar.update,
+            partial_results=out / ".evaluation",
             provenance={"run": str(run.folder), **runs.surroundings()},
             **{key: value for key, value in chosen.items() if value is not None},
         )
@@ -193,7 +222,9 @@ def _evaluate_run(
     found.to_json(out / "evaluation.json")
     found.to_csv(out / "per_image.csv")
     page = report.write(found, out, run)
-    _print_table(found)
+    _print_tables(found)
+    for what, why in found.left_out.items():
+        print(f"left out: {what}: {why}", file=sys.stderr)
     for sentence in found.summary:
         print(textwrap.fill(f"- {sentence}", 100, subsequent_indent="  "))
     print(f"report: {page}")
@@ -201,20 +232,24 @@ def _evaluate_run(
 
 
 def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
-    """Write maps of where a model looks: overlays as PNG, raw maps as .npz, a table as CSV."""
+    """Draw where a model looks: a page per image as PNG, the raw maps as .npz, a table as CSV."""
     import csv
     import io
 
     import numpy as np
+    import torch
 
     from sightline import data, maps, runs
+    from sightline.data.images import open_image, quiet
     from sightline.explainers import explain, fitting, named
+    from sightline.inference import probabilities_of
 
     out = _folder(options.out)
     runs.check_writable(out)
     if any(Path(path).is_dir() and out.resolve() == Path(path).resolve() for path in options.images):
         raise ValueError(f"expected another folder than that of the images, got --out {out}; choose a new one")
     model, preprocess, classes = _model_of(options)
+    target = _class_index(options.target, classes)
     images = data.read_images(options.images, preprocess, strict=options.strict)
     _list_skipped(images.skipped)
     if not len(images):
@@ -224,63 +259,97 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     methods = _names(options.methods) or ["grad_cam"]
     if options.layer == "":
         raise ValueError("expected --layer NAME, got an empty one; leave it out for the model's own")
+    layer = None if options.layer is None else options.layer.partition(" (")[0]  # as `explanation.layer` shows it
     if methods == ["all"]:
         first = data.normalise(next(data.batches(images, 1)).images.to(device), preprocess)
-        methods, reasons = fitting(model, first, targets=options.target, layer=options.layer)
+        methods, reasons = fitting(model, first, targets=target, layer=layer)
         for name, reason in reasons.items():
             print(f"left out: {name}: {' '.join(reason.split())}", file=sys.stderr)
     before = set(out.iterdir()) if out.is_dir() else set[Path]()
-    layer = options.layer
-    rows: list[list[Any]] = []
+    rows: list[dict[str, Any]] = []
+    written = {out / "maps.csv"}
     stems = _unique(Path(name).stem for name in images.names)
     with _Bar() as bar:
         for batch in data.batches(images, min(16, options.batch_size)):
             inputs = data.normalise(batch.images.to(device), preprocess)
-            found = explain(
-                model, inputs, options.target, methods, layer, batch_size=options.batch_size, progress=bar.update
-            )
-            certainty = found.logits.softmax(1)
+            found = explain(model, inputs, target, methods, layer, batch_size=options.batch_size, progress=bar.update)
+            certainty = probabilities_of(found.logits)
             for place, index in enumerate(batch.indices.tolist()):
-                target = int(found.targets[place, 0])
-                name = classes[target] if target < len(classes) else str(target)
+                pair = [int(found.targets[place, 0]), int(certainty[place].argmax())]
+                names = [classes[i] if i < len(classes) else str(i) for i in pair]
+                shares = [float(certainty[place, i]) for i in pair]
                 raw = {method: value[place, 0].float().cpu().numpy() for method, value in found.maps.items()}
                 packed = io.BytesIO()
                 np.savez_compressed(packed, allow_pickle=False, **raw)
-                runs.write(out / f"{stems[index]}.npz", packed.getvalue())
-                for method, value in found.maps.items():
-                    drawn = value[place : place + 1, :1].cpu()
-                    signed = named(method)[1].is_signed
-                    picture = maps.overlay(batch.images[place][None], drawn, signed=signed)[0, 0]
-                    runs.write(out / f"{stems[index]}--{_file_name(method)}.png", maps.png(picture))
-                    verdicts = "; ".join(found.verdicts[method][place])
-                    probability = f"{float(certainty[place, target]):.4f}"
-                    low, high = float(raw[method].min()), float(raw[method].max())
-                    where = found.layers[method]
+                files = {f"{stems[index]}.npz": packed.getvalue()}
+                side = _SIDE if len(raw) < _PER_ROW else _SIDE // 2
+                with quiet():
+                    pixels = open_image(Path(batch.names[place]), side)[0]
+                picture = torch.from_numpy(pixels).movedim(-1, 0)[None]  # the network saw all of it
+                columns: dict[str, torch.Tensor] = {}
+                signed: list[str] = []
+                for method, values in raw.items():
+                    verdicts = found.verdicts[method][place]
+                    at, *shape = found.layers[method].removesuffix(")").split(" (")
                     rows.append(
-                        [batch.names[place], stems[index], name, probability, method, where, low, high, verdicts]
+                        {
+                            "image": batch.names[place],
+                            "maps": stems[index],
+                            "class": names[0],
+                            "probability": f"{shares[0]:.4f}",
+                            "prediction": names[1],
+                            "prediction_probability": f"{shares[1]:.4f}",
+                            "method": method,
+                            "layer": at,
+                            "shape": "".join(shape),
+                            "lowest": float(values.min()),
+                            "highest": float(values.max()),
+                            "verdicts": "; ".join(verdicts),
+                        }
                     )
+                    doubts = "; ".join(filter(_is_doubt, verdicts))
+                    title = f"{method}: {doubts}" if doubts else method
+                    columns[title] = torch.from_numpy(values)[None, None]
+                    if named(method)[1].is_signed:
+                        signed.append(title)
+                    if options.overlays:
+                        alone = maps.overlay(picture, columns[title], signed=title in signed)[0, 0]
+                        files[f"{stems[index]}--{_file_name(method)}.png"] = maps.png(alone)
+                said = [f"{name} ({share:.0%})" for name, share in zip(names, shares, strict=True)]
+                title = f"explained: {said[0]}" + (f"; predicted: {said[1]}" if pair[0] != pair[1] else "")
+                page = maps.side_by_side(picture, columns, signed=signed, scales=True, per_row=_PER_ROW, title=title)
+                files[f"{stems[index]}--page.png"] = maps.png(page)
+                for file, content in files.items():
+                    runs.write(out / file, content)
+                    written.add(out / file)
             bar.update("explaining", len(rows) // len(found.maps), len(images))
     table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(["image", "maps", "class", "probability", "method", "layer", "lowest", "highest", "verdicts"])
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
     writer.writerows(rows)
     runs.write(out / "maps.csv", table.getvalue().encode())
-    doubtful = sum(bool(row[-1]) for row in rows)
-    counts = f"{_counted(len(images), 'image')} x {_counted(len(rows) // len(images), 'method')}"
+    said_of: dict[str, list[list[str]]] = {}
+    for row in rows:
+        said_of.setdefault(row["method"], []).append([*filter(_is_doubt, row["verdicts"].split("; "))])
+    doubtful = sum(bool(doubts) for images_of in said_of.values() for doubts in images_of)
+    counts = f"{_counted(len(images), 'image')} x {_counted(len(said_of), 'method')}"
     print(f"{counts} in {out}; {_counted(doubtful, 'map')} with a verdict, see maps.csv")
-    for line in _doubts({method: [row[-1] for row in rows if row[4] == method] for method in methods}):
+    for line in _doubts(said_of):
         print(line)
-    written = {out / f"{stem}.npz" for stem in stems} | {out / "maps.csv"}
-    written |= {out / f"{stem}--{_file_name(method)}.png" for stem in stems for method in {row[4] for row in rows}}
     if old := len(before - written):
         print(f"{_counted(old, 'file')} of before still in {out}", file=sys.stderr)
 
 
-def _doubts(verdicts: dict[str, list[str]]) -> Iterator[str]:
+def _is_doubt(verdict: str) -> bool:
+    """Whether a verdict speaks against the map; that all rectifiers were intercepted does not."""
+    return not re.fullmatch(r"(rectifiers intercepted: \d+)?", verdict)
+
+
+def _doubts(verdicts: dict[str, list[list[str]]]) -> Iterator[str]:
     """For each method with a doubtful map: what is said, with its figure where it is always the same, and how often."""
     for method, images in verdicts.items():
         figures: dict[str, list[str]] = {}
-        for verdict in (verdict for image in images if image for verdict in image.split("; ")):
+        for verdict in (verdict for image in images for verdict in image):
             figures.setdefault(verdict.partition(":")[0], []).append(verdict)
         said = [
             f"{found[0] if len(set(found)) == 1 else name} ({_counted(len(found), 'image')})"
@@ -288,6 +357,24 @@ def _doubts(verdicts: dict[str, list[str]]) -> Iterator[str]:
         ]
         if said:
             yield f"  {method}: {', '.join(said)}"
+
+
+def _class_index(text: str | None, classes: Sequence[str]) -> int | None:
+    """A class by its name, or else by its index."""
+    if text is None:
+        return None
+    if text in classes:
+        return list(classes).index(text)
+    if text.removeprefix("-").isdecimal():
+        return int(text)
+    close = get_close_matches(text, classes, n=1)
+    known = (
+        f"one of {len(classes)} classes such as {', '.join(classes[:3])}" if classes else "an index, there are no names"
+    )
+    raise ValueError(
+        f"expected --target CLASS by name or index, {known}; got {text!r}"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+    )
 
 
 def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
@@ -312,6 +399,7 @@ def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
         for name, thing in tables[kind].items():
             thing = getattr(thing, "func", thing)  # of a partial
             line = thing if isinstance(thing, str) else (thing.__doc__ or "").strip().splitlines()[0]
+            line = re.sub(r"[:,]?( of)? \$[^$]*\$", "", line)  # formulas are for the pages of the documentation
             print(f"  {name:<{width}}  {line}")
         if kind == "models":
             print(f"  {'any timm model':<{width}}  by its timm name, for example resnet18 or convnext_tiny")
@@ -404,12 +492,13 @@ def _parser() -> argparse.ArgumentParser:
         "--methods", metavar="A,B,...", help="see sightline list explainers; all = every one that fits (grad_cam)"
     )
     new.add_argument("--layer", metavar="NAME", help="layer or attention block (the last that feeds the logits)")
-    new.add_argument("--target", type=int, metavar="CLASS", help="class index to explain (the predicted one)")
+    new.add_argument("--target", metavar="CLASS", help="class to explain, by name or index (the predicted one)")
     new.add_argument(
         "--batch-size", type=_count, default=64, metavar="N", help="images per forward; less takes less memory (64)"
     )
     new.add_argument("--weights", metavar="FILE", help="safetensors weights of a timm / torchvision: model")
     new.add_argument("--classes", metavar="FILE", help="text file with one class name per line")
+    new.add_argument("--overlays", action="store_true", help="a picture of each map alone, too")
     new.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     new.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
 
@@ -426,12 +515,29 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("run", metavar="RUN", help="run folder")
     new.add_argument("--data", metavar="PATH_OR_NAME", help="other data than the run's own")
     new.add_argument("--split", default="test", metavar="SPLIT", help="train, val or test (test)")
-    new.add_argument("--methods", metavar="A,B,...", help="see sightline list explainers; name@layer (all that fit)")
-    new.add_argument("--metrics", metavar="A,B,...", help="see sightline list metrics (all that the data allows)")
+    new.add_argument(
+        "--methods", metavar="A,B,...", help="see sightline list explainers; name@layer; all = every one that fits"
+    )
+    new.add_argument("--metrics", metavar="A,B,...", help="see sightline list metrics; all = all that the data allows")
+    new.add_argument(
+        "--controls", metavar="A,B,...", help="maps that know nothing; other_class = the runner-up's (the first four)"
+    )
+    new.add_argument(
+        "--budget", type=_seconds, metavar="TIME", help="such as 90s, 10min, 2h: do what fits, say what does not"
+    )
     new.add_argument("--steps", type=_count, metavar="N", help="points of the deletion and insertion curves (32)")
     new.add_argument("--fill", default="zero", help="what replaces a pixel: zero, mean, blur, black, a number (zero)")
     new.add_argument("--out", metavar="FOLDER", help="folder to write (the run's own)")
     new.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
+    evaluation(new)
+
+    new = verb("sight", sight, True)
+    new.add_argument("--out", required=True, metavar="FOLDER", help="folder of all networks; what is done there stays")
+    new.add_argument("--sets", metavar="A,B,...", help="planted sets (all four)")
+    new.add_argument(
+        "--known", action="store_true", help="train nothing: models that are built to use the planted pixels"
+    )
+    new.add_argument("--budget", type=_seconds, metavar="TIME", help="for the maps and scores of one set")
     evaluation(new)
 
     new = verb("list", show, False)
@@ -550,20 +656,26 @@ class _Bar:
         self.progress.stop()
 
 
-def _print_table(found: "Evaluation") -> None:
+_COLUMNS = 4  # metrics side by side
+
+
+def _print_tables(found: "Evaluation") -> None:
     from rich.table import Table
 
-    table = Table(title=f"{found.model} on {found.data} ({found.split}), {found.provenance['images with maps']} images")
-    table.add_column("method")
-    for metric in found.metrics:
-        table.add_column(f"{metric} {'↑' if found.higher_is_better[metric] else '↓'}", justify="right")
-    for method in found.methods:
-        cells = [found.score(method, metric) for metric in found.metrics]
-        label = f"{method} (control)" if method in found.controls else method
-        table.add_row(label, *map(_cell, cells))
-    if found.chance:
-        table.add_row("chance", *(f"{found.chance[m]:.3f}" if m in found.chance else "" for m in found.metrics))
-    _print(table)
+    for start in range(0, len(found.metrics), _COLUMNS):
+        metrics = found.metrics[start : start + _COLUMNS]
+        images = found.provenance["images with maps"]
+        table = Table(title=None if start else f"{found.model} on {found.data} ({found.split}), {images} images")
+        table.add_column("method")
+        for metric in metrics:
+            table.add_column(f"{metric} {'↑' if found.higher_is_better[metric] else '↓'}", justify="right")
+        for method in found.methods:
+            cells = [found.score(method, metric) for metric in metrics]
+            label = f"{method} (control)" if method in found.controls else method
+            table.add_row(label, *map(_cell, cells))
+        if found.chance.keys() & set(metrics):
+            table.add_row("chance", *(f"{found.chance[m]:.3f}" if m in found.chance else "" for m in metrics))
+        _print(table)
 
 
 def _print(table: "Table") -> None:
@@ -615,6 +727,18 @@ def _names(text: str | None) -> list[str] | None:
     if found == []:
         raise ValueError(f"expected one name or several, A,B,..., got {text!r}; see sightline list")
     return found
+
+
+def _names_or_all(text: str | None) -> list[str] | str | None:
+    return "all" if text == "all" else _names(text)
+
+
+def _seconds(text: str) -> float:
+    number, unit = text.rstrip("hmins"), text.lstrip("0123456789.")
+    scale = {"s": 1, "min": 60, "h": 3600}.get(unit)
+    if scale is None or not number.replace(".", "", 1).isdigit() or not float(number):
+        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10min or 2h, got {text!r}")
+    return scale * float(number)
 
 
 def _count(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def untouched(model: nn.Module) -> Generator[nn.Module]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})):
         try:
-            model.eval()
+            for module, _ in flags:  # eval() may be the model's own, and do more, as merging weights
+                module.training = False
             for module in in_place:
                 del module.__dict__["_compiled_call_impl"]  # that of the class is None
             yield model
@@ -70,27 +72,78 @@ def untouched(model: nn.Module) -> Generator[nn.Module]:
                 module.training = training
 
 
-_LINKS = ("softmax", "log_softmax", "sigmoid")
+_LINKS = {name: name for name in ("softmax", "log_softmax", "sigmoid")} | {"expit": "sigmoid"}
+_MOVES = set("squeeze unsqueeze flatten view reshape contiguous clone to type float double half bfloat16".split())
+_BOUNDS = set("clamp clip clamp_min clamp_max nan_to_num".split())
+_PICKS = {"__getitem__", "select"}
+
+
+@dataclass(frozen=True, eq=False)
+class _Link:
+    """A tensor, in one version, that is a softmax or sigmoid of `logits()`."""
+
+    output: Tensor
+    version: int
+    name: str
+    logits: Callable[[], Tensor]
 
 
 class _LastLink(TorchFunctionMode):
-    """Remembers the last softmax or sigmoid of a forward, and what it was applied to."""
+    """Remembers the last softmax or sigmoid of a forward, what it was applied to, and its result however reshaped."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.applied: tuple[Any, Any] = None, None
+        self.links: list[_Link] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in _LINKS:
-            self.applied = output, args[0] if args else (kwargs or {})["input"]
+        kwargs = kwargs or {}
+        name: str = getattr(func, "__name__", "")
+        link = _LINKS.get(name.removeprefix("special_").removesuffix("_"))
+        given, rest = (args[0], args[1:]) if args else (kwargs.get("input"), ())
+        if link is not None and isinstance(given, Tensor):
+            before = given.clone() if name.endswith("_") else given
+            output = func(*args, **kwargs)
+            self.links = [_Link(output, version_of(output), link, lambda: before)]
+            return output
+        made = self._link_of(given)  # an operation in place makes another version of it
+        output = func(*args, **kwargs)
+        if made is not None and isinstance(output, Tensor) and (follows := _following(func, name, made, rest, kwargs)):
+            self.links.append(_Link(output, version_of(output), *follows))
         return output
 
-    def undone(self, output: Tensor) -> Tensor:
-        """What the last link was applied to if the output is its result, else the output."""
-        return self.applied[1] if self.applied[0] is output else output
+    def _link_of(self, tensor: Any) -> _Link | None:
+        return next((link for link in self.links if link.output is tensor and link.version == version_of(tensor)), None)
+
+    def undone(self, output: Tensor) -> tuple[Tensor, str]:
+        """What the last link was applied to if the output is its result, and its name; else the output."""
+        link = self._link_of(output)
+        return (output, "") if link is None else (link.logits(), link.name)
+
+
+def _following(
+    func: Callable[..., Any], name: str, link: _Link, rest: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[str, Callable[[], Tensor]] | None:
+    """The link, and the logits, of what an operation makes of probabilities; None if that is neither's."""
+    if name.removesuffix("_") in _BOUNDS:
+        return link.name, link.logits
+    if name == "log" and link.name == "softmax":
+        return "log_softmax", link.logits
+    if name in _MOVES or (name in _PICKS and link.name == "sigmoid"):
+        return link.name, lambda: func(link.logits(), *rest, **options)
+    if name in _PICKS and link.name == "softmax" and link.output.ndim == 2 and link.output.shape[1] == 2:
+        return "sigmoid", lambda: func(link.logits() - link.logits().flip(1), *rest, **options)
+    return None
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was changed in place; 0 for those of inference mode, which do not count.
+
+    >>> version_of(torch.zeros(1)), version_of(torch.zeros(1).add_(1))
+    (0, 1)
+    """
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def logits_of(output: Any) -> Float[Tensor, "b n"]:
@@ -153,14 +206,31 @@ def run(model: nn.Module, images: Float[Tensor, "b c *grid"]) -> Float[Tensor, "
     >>> run(nn.Sequential(nn.Flatten(), nn.Linear(12, 2), nn.Softmax(1)), torch.zeros(3, 3, 2, 2)).shape
     torch.Size([3, 2])
     """
-    with _LastLink() as link:
+    return run_with_link(model, images)[0]
+
+
+def run_with_link(model: nn.Module, images: Float[Tensor, "b c *grid"]) -> tuple[Float[Tensor, "b n"], str]:
+    """The same, and the name of what was undone; empty if nothing was. See `probabilities_of`."""
+    with _LastLink() as seen:
         output = output_of(model, images)
-        logits = link.undone(logits_of(link.undone(output) if isinstance(output, Tensor) else output))
+        inner, first = seen.undone(output) if isinstance(output, Tensor) else (output, "")
+        logits, second = seen.undone(logits_of(inner))
     if len(logits) != len(images):
         raise ValueError(
             f"expected one row of logits per image, got {len(logits)} for {len(images)} images; wrap the model"
         )
-    return logits
+    return logits, first or second
+
+
+def probabilities_of(logits: Float[Tensor, "b n"], link: str = "") -> Float[Tensor, "b classes"]:
+    """Probability of each class: of its own where the model ended in a sigmoid over several, else by softmax.
+
+    The logits are those that `run_with_link` returns, before `either`.
+
+    >>> probabilities_of(torch.zeros(1, 4), "sigmoid"), probabilities_of(torch.zeros(1, 4))
+    (tensor([[0.5000, 0.5000, 0.5000, 0.5000]]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
+    """
+    return logits.sigmoid() if link == "sigmoid" and logits.shape[1] > 1 else either(logits).softmax(1)
 
 
 def forward(model: nn.Module, images: Float[Tensor, "b c h w"], batch_size: int = 64) -> Float[Tensor, "b n"]:
@@ -169,5 +239,22 @@ def forward(model: nn.Module, images: Float[Tensor, "b c h w"], batch_size: int 
     >>> forward(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.zeros(3, 3, 2, 2), batch_size=2).shape
     torch.Size([3, 2])
     """
+    return answers(model, images, batch_size)[0]
+
+
+def answers(
+    model: nn.Module, images: Float[Tensor, "b c h w"], batch_size: int = 64
+) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b classes"]]:
+    """The same logits and, beside them, the probability of each class.
+
+    >>> logits, probabilities = answers(nn.Sequential(nn.Flatten(), nn.Linear(12, 1)), torch.zeros(3, 3, 2, 2))
+    >>> logits.shape, probabilities.shape
+    (torch.Size([3, 1]), torch.Size([3, 2]))
+    """
+    found: list[tuple[Tensor, Tensor]] = []
     with untouched(model) as m, torch.inference_mode(False), torch.no_grad():
-        return torch.cat([run(m, chunk).float() for chunk in images.split(batch_size)])
+        for chunk in images.split(batch_size):
+            logits, link = run_with_link(m, chunk)
+            found.append((logits.float(), probabilities_of(logits.float(), link)))
+    logits, probabilities = zip(*found, strict=True)
+    return torch.cat(logits), torch.cat(probabilities)

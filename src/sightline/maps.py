@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Literal, get_args
 
@@ -18,6 +18,10 @@ UNDEFINED = 128
 
 
 Mode = Literal["bilinear", "nearest"]
+
+_GREY = (0.299, 0.587, 0.114)  # brightness of red, green and blue (ITU-R BT.601)
+_SHARE = 100  # one position of so many may lie beyond the colours of an overlay
+_GAP = 4  # pixels between the cells of a figure
 
 
 @cache
@@ -38,6 +42,7 @@ def resize(
     "nearest": each new pixel takes the old one that holds its centre, also if the map shrinks.
 
     Raises:
+        TypeError: the maps are no tensor.
         ValueError: `size` has not one side per axis of the map, or one below 1; an unknown `mode`.
 
     >>> resize(torch.tensor([[[[0.0, 1.0]]]]), (1, 4))
@@ -45,7 +50,8 @@ def resize(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"expected mode to be one of {', '.join(get_args(Mode))}; got {mode!r}")
-    if len(size) != maps.ndim - 2 or len(size) not in (2, 3):
+    _check_tensor("maps", maps, "(b, t, h, w)")
+    if not isinstance(size, Sequence) or len(size) != maps.ndim - 2 or len(size) not in (2, 3):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
             f"expected a size with one side for each axis of the map after (b, t), 2 or 3 of them, got {size} for maps "
             f"of shape {tuple(maps.shape)}; give (height, width) or (depth, height, width)"
@@ -61,7 +67,11 @@ def resize(
     if mode == "nearest":
         return F.interpolate(maps, size=size, mode="nearest-exact")
     shrinks = size[0] < maps.shape[-2] or size[1] < maps.shape[-1]
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+    found = F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+    # rounding may leave the map's range, and would give a flat map a highest pixel
+    undefined = maps.isnan()
+    low = maps.where(~undefined, torch.inf).amin((2, 3), keepdim=True)
+    return found.clamp(low, maps.where(~undefined, -torch.inf).amax((2, 3), keepdim=True))
 
 
 def normalise(maps: Float[Tensor, "*b h w"], signed: bool = False) -> Float[Tensor, "*b h w"]:
@@ -122,10 +132,16 @@ def overlay(
 ) -> UInt8[Tensor, "b t 3 h w"]:
     """Raw maps, each stretched to its own range and resized, laid over their images with an `opacity` of 0 to 1.
 
-    `signed` as in `normalise` and `colour`: for a map with negative values, whose 0 would otherwise get any colour.
+    The images become grey: every colour is the map's, also on stained tissue. `signed` as in `normalise` and `colour`:
+    for a map with negative values, whose 0 would otherwise get any colour.
+
+    Of 100 positions the one with the highest value (signed: farthest from 0) may lie beyond the scale and gets its last
+    colour, where a few extreme pixels would otherwise leave none for the others; but no map is brightened more than
+    tenfold, so that rounding errors stay dark. Maps of fewer than 100 positions have their whole range on the scale.
 
     Raises:
-        ValueError: `opacity` outside [0, 1].
+        TypeError: images that are not uint8, something that is no tensor.
+        ValueError: `opacity` outside [0, 1]; shapes that are no images and maps, or not equally many of them.
 
     >>> black = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
     >>> overlay(black, torch.tensor([[[[0.0, 1.0]]]]), opacity=1.0).flatten().tolist()
@@ -133,9 +149,27 @@ def overlay(
     """
     if not 0 <= opacity <= 1:
         raise ValueError(f"expected an opacity from 0 to 1, got {opacity}; 0 shows the image alone, 1 the map alone")
+    _check_images(images)
+    _check_tensor("maps", maps, "(b, t, h, w)", 4)
+    if len(maps) != len(images):
+        raise ValueError(
+            f"expected as many maps as images, got {len(maps)} and {len(images)}; pick the same rows of both"
+        )
     height, width = images.shape[-2:]
-    above = colour(resize(normalise(maps, signed), (height, width)).clamp(-1 if signed else 0, 1), signed).float()
-    return torch.lerp(images.unsqueeze(1).float(), above, opacity).round().to(torch.uint8)
+    shares = resize(normalise(_cut(maps.to(images.device), signed), signed), (height, width))
+    above = colour(shares.clamp(-1 if signed else 0, 1), signed).float()
+    grey = torch.einsum("bchw,c->bhw", images.float(), above.new_tensor(_GREY))
+    return torch.lerp(grey[:, None, None], above, opacity).round().to(torch.uint8)
+
+
+def _cut(maps: Float[Tensor, "*b h w"], signed: bool) -> Float[Tensor, "*b h w"]:
+    """Maps without their highest 1 % (signed: farthest from 0), which are brought down to the end of the scale."""
+    finite = maps.isfinite()
+    values = (maps.abs() if signed else maps).where(finite, -torch.inf)
+    highest = values.flatten(-2).topk(maps.shape[-2] * maps.shape[-1] // _SHARE + 1).values.unsqueeze(-1)
+    low = 0 * highest[..., :1, :] if signed else maps.where(finite, torch.inf).amin((-2, -1), keepdim=True)
+    end = torch.maximum(highest[..., -1:, :], 0.9 * low + 0.1 * highest[..., :1, :])
+    return maps.clamp(-end if signed else low, end).where(finite, torch.nan)
 
 
 def colour_bar(height: int, width: int, signed: bool = False) -> UInt8[Tensor, "3 h w"]:
@@ -185,56 +219,124 @@ def side_by_side(
     images: UInt8[Tensor, "b 3 h w"],
     columns: Mapping[str, Float[Tensor, "b 1 _ _"] | UInt8[Tensor, "b 3 _ _"]],
     opacity: float = 0.5,
+    *,
+    signed: Collection[str] | None = None,
+    scales: bool = False,
+    per_row: int | None = None,
+    title: str = "image",
 ) -> UInt8[Tensor, "3 H W"]:
     """One figure: a row per image, first the image, then each column under its title.
 
     A raw map (b, 1, h, w) is laid over the images; a picture (b, 3, h, w), from `parts` for example, is resized and
-    shown as it is. So for a signed map give `overlay(images, map, signed=True)[:, 0]`. Images below 96 pixels are
-    enlarged by a whole factor. Titles are wrapped, with spaces for underscores.
+    shown as it is. Images below 96 pixels are enlarged by a whole factor. Titles are wrapped, with spaces for
+    underscores.
+
+    Args:
+        images: as they look, not normalised.
+        columns: what to show, by title; `explanation.maps` for example.
+        opacity: as for `overlay`.
+        signed: titles of the maps whose negative values speak against the class; None: all with a negative value.
+        scales: below each map its colours, with the values of the first and the last one.
+        per_row: so many columns beside the images, the others below, beside the images again.
+        title: over the images.
 
     Raises:
-        ValueError: a column that is neither, or not of as many rows as there are images; `opacity` outside [0, 1].
+        TypeError: images that are not uint8, or no tensor.
+        ValueError: a column that is neither, or not of as many rows as there are images; a title in `signed` that is no
+            column; `opacity` outside [0, 1].
 
     >>> images = torch.zeros(2, 3, 100, 100, dtype=torch.uint8)
     >>> side_by_side(images, {"Grad-CAM": torch.zeros(2, 1, 7, 7)}).shape[2]
     204
     """
+    _check_images(images)
+    if unknown := [name for name in signed or () if name not in columns]:
+        raise ValueError(f"expected signed columns out of {', '.join(columns)}; got {unknown[0]!r}")
+    if per_row is not None and len(columns) > per_row:
+        names = list(columns)
+        rows = [names[i : i + per_row] for i in range(0, len(names), per_row)]
+        panels = [
+            side_by_side(
+                images,
+                {name: columns[name] for name in row},
+                opacity,
+                signed=None if signed is None else [name for name in row if name in signed],
+                scales=scales,
+                title=title,
+            )
+            for row in rows
+        ]
+        width = panels[0].shape[2]
+        return torch.cat([F.pad(panel, (0, width - panel.shape[2], 0, 3 * _GAP), value=255) for panel in panels], 1)
     factor = max(1, -(-96 // min(images.shape[2:])))
     cells = [images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)]
     height, width = cells[0].shape[2:]
-    for title, column in columns.items():
-        if column.is_floating_point() and column.shape == (len(images), 1, *column.shape[-2:]):
-            cells.append(overlay(cells[0], column.to(images.device), opacity)[:, 0])
-        elif column.dtype == torch.uint8 and column.shape == (len(images), 3, *column.shape[-2:]):
-            mode = "nearest" if column.shape == images.shape else "bilinear"
-            cells.append(resize(column.to(images.device).float(), (height, width), mode).round().to(torch.uint8))
-        else:
+    below = [_scale(None, len(images), width)]
+    for name, column in columns.items():
+        _check_tensor(f"column {name!r}", column, f"({len(images)}, 1, h, w)")
+        of_map = column.is_floating_point()
+        if column.shape != (len(images), 1 if of_map else 3, *column.shape[-2:]) or not (
+            of_map or column.dtype == torch.uint8
+        ):
             raise ValueError(
-                f"expected column {title!r} to be a float map ({len(images)}, 1, h, w) or a uint8 picture "
+                f"expected column {name!r} to be a float map ({len(images)}, 1, h, w) or a uint8 picture "
                 f"({len(images)}, 3, h, w), got {column.dtype} {tuple(column.shape)}; choose one target and image rows"
             )
-    gap = 4
-    grid = F.pad(torch.stack(cells, 1), (0, gap, 0, gap), value=255).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    return torch.cat([_titles(["image", *columns], width, gap).to(grid.device), grid[:, :-gap, :-gap]], 1)
+        column = column.to(images.device)
+        if of_map:
+            as_signed = bool((column < 0).any()) if signed is None else name in signed
+            cells.append(overlay(cells[0], column, opacity, as_signed)[:, 0])
+            below.append(_scale(_cut(column.detach(), as_signed), len(images), width, as_signed))
+        else:
+            mode = "nearest" if column.shape == images.shape else "bilinear"
+            cells.append(resize(column.float(), (height, width), mode).round().to(torch.uint8))
+            below.append(below[0])
+    if scales:
+        cells = [torch.cat([cell, scale.to(cell.device)], 2) for cell, scale in zip(cells, below, strict=True)]
+    grid = F.pad(torch.stack(cells, 1), (0, _GAP, 0, _GAP), value=255).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return torch.cat([_titles([title, *columns], width).to(grid.device), grid[:, :-_GAP, :-_GAP]], 1)
 
 
-def _titles(titles: Sequence[str], width: int, gap: int) -> UInt8[Tensor, "3 h w"]:
+def _scale(
+    maps: Float[Tensor, "b 1 h w"] | None, count: int, width: int, signed: bool = False
+) -> UInt8[Tensor, "b 3 _ width"]:
+    """For each map its colours with the values of the first and the last one; white for what is no map."""
+    letters = max(10, width // 22)
+    font = ImageFont.load_default(letters)
+    bar, line = max(4, width // 40), round(1.5 * letters)
+    strips = torch.full((count, 3, _GAP + bar + line, width), 255, dtype=torch.uint8)
+    if maps is None:
+        return strips
+    strips[:, :, _GAP : _GAP + bar] = colour_bar(bar, width, signed)
+    for strip, values in zip(strips, maps.cpu(), strict=True):
+        values = values[values.isfinite()]
+        ends = (float(values.min()), float(values.max())) if len(values) else (torch.nan, torch.nan)
+        low, high = (-max(map(abs, ends)), max(map(abs, ends))) if signed else ends
+        picture = Image.new("RGB", (width, line), "white")
+        draw = ImageDraw.Draw(picture)
+        draw.text((_GAP, line), f"{low:.2g}", "black", font, anchor="ld")
+        draw.text((width - _GAP, line), f"{high:.2g}", "black", font, anchor="rd")
+        strip[:, -line:] = torch.from_numpy(np.array(picture)).movedim(-1, 0)
+    return strips
+
+
+def _titles(titles: Sequence[str], width: int) -> UInt8[Tensor, "3 h w"]:
     font = ImageFont.load_default(max(12, width // 14))
 
     def wrapped(title: str) -> str:
         for length in range(len(title), 1, -1):
             text = textwrap.fill(title, length, break_on_hyphens=False)
-            if max(map(font.getlength, text.splitlines()), default=0) <= width - gap:
+            if max(map(font.getlength, text.splitlines()), default=0) <= width - _GAP:
                 return text
         return title
 
     texts = [wrapped(title.replace("_", " ")) for title in titles]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    height = gap + round(max(ruler.multiline_textbbox((0, 0), text, font)[3] for text in texts))
-    picture = Image.new("RGB", (len(titles) * (width + gap) - gap, height + gap), "white")
+    height = _GAP + round(max(ruler.multiline_textbbox((0, 0), text, font)[3] for text in texts))
+    picture = Image.new("RGB", (len(titles) * (width + _GAP) - _GAP, height + _GAP), "white")
     draw = ImageDraw.Draw(picture)
     for i, text in enumerate(texts):
-        middle = i * (width + gap) + width / 2
+        middle = i * (width + _GAP) + width / 2
         draw.multiline_text((middle, height), text, "black", font, anchor="md", align="center")
     return torch.from_numpy(np.array(picture)).movedim(-1, 0)
 
@@ -242,9 +344,14 @@ def _titles(titles: Sequence[str], width: int, gap: int) -> UInt8[Tensor, "3 h w
 def png(image: UInt8[Tensor, "3 h w"]) -> bytes:
     """One RGB image as the bytes of a PNG file.
 
+    Raises:
+        TypeError: no tensor, or none of uint8.
+        ValueError: not of shape (3, h, w).
+
     >>> png(colour_bar(1, 2))[1:4]
     b'PNG'
     """
+    _check_images(image, "one image", "(3, h, w)")
     file = io.BytesIO()
     Image.fromarray(image.movedim(0, -1).cpu().numpy()).save(file, "PNG", optimize=True)
     return file.getvalue()
@@ -259,7 +366,8 @@ def boxes(maps: Float[Tensor, "b t h w"], threshold: float = 0.2) -> Int[Tensor,
     is empty (0, 0, 0, 0). A flat positive map gives the whole map. For a box in pixels `resize` the map first.
 
     Raises:
-        ValueError: `threshold` outside [0, 1].
+        TypeError: the maps are no tensor.
+        ValueError: `threshold` outside [0, 1]; maps of another shape.
 
     Source: Zhou et al. 2016 (1512.04150), section 3.2: 20 % of the maximum for CAM; Selvaraju et al. 2017 (1610.02391)
     take 15 % for Grad-CAM. 8 neighbours and the empty box as in the evaluation code of Choe et al. 2020 (2001.07437).
@@ -271,6 +379,7 @@ def boxes(maps: Float[Tensor, "b t h w"], threshold: float = 0.2) -> Int[Tensor,
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"expected a threshold from 0 to 1, got {threshold}; it is a share of the map's maximum")
+    _check_tensor("maps", maps, "(b, t, h, w)", 4)
     height, width = maps.shape[2:]
     values = maps.flatten(0, 1).flatten(1).clamp(min=0)
     highest = values.amax(1, keepdim=True)
@@ -282,10 +391,20 @@ def boxes(maps: Float[Tensor, "b t h w"], threshold: float = 0.2) -> Int[Tensor,
     largest = sizes == sizes.amax(1, keepdim=True)
     best = largest & (peaks == peaks.where(largest, -1.0).amax(1, keepdim=True))
     chosen = best.int().argmax(1, keepdim=True)
-    component = (inside & (labels == chosen)).unflatten(1, (height, width))
-    columns, rows = component.any(1).int(), component.any(2).int()
-    box = [columns.argmax(1), rows.argmax(1), width - columns.flip(1).argmax(1), height - rows.flip(1).argmax(1)]
-    return (torch.stack(box, 1) * has_box).unflatten(0, maps.shape[:2])
+    component = inside & has_box & (labels == chosen)
+    return box_around(component.unflatten(1, (height, width))).unflatten(0, maps.shape[:2])
+
+
+def box_around(inside: Bool[Tensor, "*b h w"]) -> Int[Tensor, "*b 4"]:
+    """Box (x_min, y_min, x_max, y_max), half-open, around all cells inside; (0, 0, 0, 0) if there is none.
+
+    >>> box_around(torch.tensor([[False, True, True], [False, False, True]])).tolist()
+    [1, 0, 3, 2]
+    """
+    height, width = inside.shape[-2:]
+    columns, rows = inside.any(-2).int(), inside.any(-1).int()
+    box = [columns.argmax(-1), rows.argmax(-1), width - columns.flip(-1).argmax(-1), height - rows.flip(-1).argmax(-1)]
+    return torch.stack(box, -1) * inside.any((-2, -1)).unsqueeze(-1)
 
 
 def _components(inside: Bool[Tensor, "n h w"]) -> Int[Tensor, "n cells"]:
@@ -299,9 +418,33 @@ def _components(inside: Bool[Tensor, "n h w"]) -> Int[Tensor, "n cells"]:
     labels = torch.arange(n, device=inside.device).expand(cells.shape)
     while True:
         around = F.pad(labels.where(cells, n).view(inside.shape), (1, 1, 1, 1), value=n)
-        around = around.unfold(1, 3, 1).amin(-1).unfold(2, 3, 1).amin(-1).flatten(1)
-        joined = labels.scatter_reduce(1, labels, around.where(cells, labels), "amin")
+        around = torch.minimum(torch.minimum(around[:, :-2], around[:, 1:-1]), around[:, 2:])
+        around = torch.minimum(torch.minimum(around[..., :-2], around[..., 1:-1]), around[..., 2:])
+        joined = labels.scatter_reduce(1, labels, around.flatten(1).where(cells, labels), "amin")
         joined = joined.gather(1, joined)
         if torch.equal(joined, labels):
             return labels
         labels = joined
+
+
+def _check_tensor(name: str, value: object, shape: str, axes: int | None = None) -> None:
+    """Say what is wrong with an argument before PyTorch does."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"expected {name} as a tensor {shape}, got {type(value).__name__}; torch.from_numpy makes one of an array"
+        )
+    if axes is not None and value.ndim != axes:
+        raise ValueError(f"expected {name} of shape {shape}, got {tuple(value.shape)}; index or unsqueeze it")
+
+
+def _check_images(images: Tensor, name: str = "images", shape: str = "(b, 3, h, w)") -> None:
+    axes = shape.count(",") + 1
+    _check_tensor(name, images, shape, axes)
+    if images.shape[-3] != 3:
+        hint = "move the channels: .movedim(-1, -3)" if images.shape[-1] == 3 else "give red, green and blue"
+        raise ValueError(f"expected {name} of shape {shape}, got {tuple(images.shape)}; {hint}")
+    if images.dtype != torch.uint8:
+        raise TypeError(
+            f"expected {name} as bytes, torch.uint8 from 0 to 255, got {images.dtype}; give what was there before "
+            "normalising, or (255 * images).round().byte() of values from 0 to 1"
+        )

@@ -13,7 +13,8 @@ from matplotlib import colormaps
 from PIL import Image
 
 from sightline import report, runs
-from sightline.evaluation import Evaluation, Interval, evaluate
+from sightline.evaluation import Curve, Evaluation, Example, evaluate
+from sightline.metrics.uncertainty import Interval
 from sightline.report import pictures, tables
 from sightline.testing import PooledModel
 
@@ -75,7 +76,7 @@ def page(html: str) -> Page:
 
 
 def pixels(uri: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
 
 
 def test_the_file_needs_nothing_but_itself(html: str, page: Page):
@@ -170,11 +171,12 @@ def test_gallery_says_what_it_shows(page: Page, evaluation: Evaluation):
     assert f"grad cam of {first.name}: it is flat, 0 everywhere" in labels
     assert f"{first.name}, with the outline of its mask" in labels
     assert all("✗ wrong" in card["text"] for card in cards[len(evaluation.examples) :])
-    assert len(page.with_class("outline")) == 2 * 5 * len(cards)
+    in_cards = [line for line in page.with_class("outline") if line["parent"]["parent"]["parent"]["parent"] in cards]
+    assert len(in_cards) == 2 * 5 * len(cards)
 
 
 def test_training_unread_images_and_provenance(page: Page, run: runs.Run):
-    charts = page.with_class("chart")
+    charts = [chart for chart in page.with_class("chart") if "epoch" in chart["text"]]
     assert len(charts) == 2
     assert "Loss per epoch" in charts[0]["text"]
     assert (
@@ -206,6 +208,12 @@ def test_names_are_text_and_never_markup(evaluation: Evaluation, run: runs.Run, 
             for e in evaluation.examples[:2]
         ),
         mean_maps={EVIL: dict(zip(classes, evaluation.mean_maps["cam"].values(), strict=True))},
+        worst={EVIL: (replace(evaluation.examples[5], name=EVIL, label=EVIL, maps={EVIL: np.eye(3)}),)},
+        standings={metric: replace(of, best=EVIL) for metric, of in evaluation.standings.items()},
+        comparisons=tuple(replace(pair, method=EVIL) for pair in evaluation.comparisons[:9]),
+        curves={kind: {EVIL: of["cam"]} for kind, of in evaluation.curves.items()},
+        method_agreement=evaluation.method_agreement[:5, :5],
+        left_out={EVIL: EVIL},
         verdicts={EVIL: {EVIL: 3}},
         summary=(EVIL, EVIL),
         skipped=((EVIL, EVIL),),
@@ -215,7 +223,8 @@ def test_names_are_text_and_never_markup(evaluation: Evaluation, run: runs.Run, 
     assert len(page.all("script")) == len(page.all("style")) == 1
     assert "alert" not in page.all("script")[0]["text"]
     assert page.all("h1")[0]["text"] == f"Where {EVIL} looks on {EVIL}"
-    assert page.all("h3")[1]["text"] == EVIL
+    assert sum(title["text"] == EVIL for title in page.all("h3")) == 4  # two cards, the worst images, the mean map
+    assert sum(title["text"] == EVIL for title in page.all("title")) == 4  # two lines, a dot in two scatters
     boxes = [box["value"] for box in page.all("input") if box["type"] == "checkbox"]
     assert boxes == [EVIL]
 
@@ -228,10 +237,12 @@ def test_unlabelled_images(evaluation: Evaluation, tmp_path: Path):
         confusion=None,
         errors=(),
         examples=tuple(replace(example, label=None, mask=None) for example in evaluation.examples[:3]),
+        worst={},
+        quality=None,
     )
     page = Page(report.write(unlabelled, tmp_path).read_text())
     assert "no labels" in page.text_of("accuracy")
-    absent = {"errors", "confusion", "training"}
+    absent = {"errors", "confusion", "training", "worst"}
     assert not absent & {element.get("id") for element in page.elements}
     assert not absent & {(link.get("href") or "")[1:] for link in page.all("a")}
     assert not page.with_class("outline") and "mask" not in page.text_of("gallery")
@@ -246,7 +257,8 @@ def test_a_real_evaluation(tmp_path: Path):
     found = evaluate(model, data, ["cam", "grad_cam"], ["energy_in_mask"], classes=classes)
     page = Page(report.write(found, tmp_path).read_text())
     assert len(page.with_class("card")) == len(found.examples) + len(found.errors) >= 8
-    assert page.text_of("methods").count("1.000 [1.000, 1.000]") == len(found.methods) == 6
+    table = page.with_class("scores")[0]
+    assert " ".join(table["text"].split()).count("1.000 [") == len(found.methods) == 6
     assert "images of the split" not in page.all("header")[0]["text"]
 
 
@@ -276,12 +288,25 @@ def test_no_metrics_no_examples_no_summary(evaluation: Evaluation, tmp_path: Pat
         controls=(),
         verdicts={},
         skipped=(),
+        standings={},
+        comparisons=(),
+        curves={},
+        worst={},
+        reliability={},
+        metric_agreement=None,
+        method_agreement=None,
+        quality=None,
+        left_out={},
     )
     page = Page(report.write(bare, tmp_path).read_text())
     assert "No metric" in page.text_of("methods")
     assert "There is no wrong answer to show." in page.text_of("errors")
     assert "In the evaluated images: none." in page.text_of("unread")
     assert not page.with_class("tools") and not page.with_class("verdict")
+    absent = {"curves", "agreement", "worst"}
+    assert not absent & {element.get("id") for element in page.elements}
+    assert not absent & {(link.get("href") or "")[1:] for link in page.all("a")}
+    assert "F1" not in page.text_of("accuracy") and "Left out" not in page.text_of("methods")
 
 
 @pytest.mark.parametrize("n", [2, tables.LARGEST, 200])
@@ -291,7 +316,9 @@ def test_confusion_from_2_to_200_classes(evaluation: Evaluation, tmp_path: Path,
     counts[0, 1] = 3
     counts[1] = 0
     maps = {"cam": dict.fromkeys(names, np.eye(3, dtype=np.float32))}
-    path = report.write(replace(evaluation, classes=names, confusion=counts, mean_maps=maps, examples=()), tmp_path)
+    bare = replace(evaluation, classes=names, confusion=counts, mean_maps=maps, examples=(), quality=None)
+    bare = replace(bare, metric_agreement=None, method_agreement=None)
+    path = report.write(bare, tmp_path)
     page = Page(path.read_text())
     text = page.text_of("confusion")
     assert "000.Black_footed_Albatross 8 5 (62.5 %) 001.Black_footed_Albatross (3 ×)" in text
@@ -405,3 +432,344 @@ def test_curves_leave_out_what_is_not_finite(run: runs.Run):
     loss = pictures.charts(run.history)[0]
     assert loss.y_ticks == {"0": 200.0, "0.5": 150.0, "1": 100.0, "1.5": 50.0, "2": 0.0}
     assert loss.lines["train"].startswith("M0.0 ") and loss.lines["train"].count("L") == 11
+
+
+def row_of(page: Page, section: str, first: str) -> list[list[str]]:
+    """Cells of all rows in a section whose first cell is this one."""
+    found = []
+    for row in page.all("tr"):
+        above, element = [], row["parent"]
+        while element:
+            above.append(element.get("id"))
+            element = element["parent"]
+        cells = [" ".join(cell["text"].split()) for cell in page.all("th", "td") if cell["parent"] is row]
+        if section in above and cells[0] == first:
+            found.append(cells)
+    return found
+
+
+def test_chance_and_reliability_stand_in_the_foot(page: Page):
+    (foot,) = page.all("tfoot")
+    text = " ".join(foot["text"].split())
+    assert text.startswith("chance – – 0.068 0.068 reliability Krippendorff’s alpha: 1 if all images rank the methods")
+    assert text.endswith("as chance would 0.310 0.620 −0.040 0.870")
+
+
+def test_the_best_stands_against_every_other(page: Page):
+    text = page.text_of("methods")
+    assert "deletion auc: cam is better than 6 of 7" in text and "pointing game: cam is better than 7 of 7" in text
+    assert "cam minus each other one" in text and "Lower is better" in text
+    rows = [row for row in row_of(page, "methods", "edge map control") if len(row) == 4]
+    assert rows[0] == ["edge map control", "−0.010 [−0.025, 0.005]", "0.200", "cannot be told apart"]
+    rows = row_of(page, "methods", "attention")
+    assert rows[0] == ["attention", "−0.070 [−0.085, −0.055]", "<0.001", "better"]  # in the data: attention minus cam
+    assert rows[1][1] == "0.070 [0.055, 0.085]"
+
+
+def test_rivals_are_sorted_and_judged_by_the_metrics_direction(evaluation: Evaluation):
+    deletion = tables.rivals(evaluation, "deletion_auc")
+    assert [rival.other for rival in deletion[:3]] == ["edge_map", "grad_cam", "attention"]
+    assert [rival.outcome for rival in deletion[:3]] == ["cannot be told apart", "better", "better"]
+    worse = replace(evaluation, higher_is_better=dict.fromkeys(evaluation.metrics, True))
+    assert {rival.outcome for rival in tables.rivals(worse, "deletion_auc")} == {"cannot be told apart", "worse"}
+    undefined = replace(evaluation, comparisons=tuple(replace(c, adjusted=np.nan) for c in evaluation.comparisons))
+    assert {rival.outcome for rival in tables.rivals(undefined, "deletion_auc")} == {"–"}
+
+
+def test_curves_and_their_numbers(page: Page, evaluation: Evaluation):
+    insertion, deletion = (chart for chart in page.with_class("chart") if "pixels" in chart["text"])
+    assert "cam 0 with 0 %, 0.84 with 50 %, 0.9 with 100 %; grad_cam" in insertion["text"]
+    assert "100 % of the pixels deleted" in deletion["text"]
+    for chart in (insertion, deletion):
+        lines = [path for path in page.all("path") if path["parent"] is chart]
+        kinds = [path["class"] for path in lines]
+        best_last = [f"series-{i}" for i in (4, 3, 2, 1)]
+        assert kinds == [*(f"band {of}" for of in best_last), *["thin"] * 4, *(f"line {of}" for of in best_last)]
+        assert [" ".join(path["text"].split()) for path in lines[8:]] == [
+            "activation map",
+            "attention",
+            "grad cam",
+            "cam",
+        ]
+    assert [item["text"].strip() for item in page.all("li") if item["parent"] in page.with_class("legend")] == [
+        "cam",
+        "grad cam",
+        "attention",
+        "activation map",
+        "controls",
+    ]
+    rows = row_of(page, "curves", "cam")
+    line = evaluation.curves["deletion"]["cam"]
+    assert rows[1] == ["cam", report.number(float(np.trapezoid(line.mean, line.shares))), "0.900", *rows[1][3:]]
+    assert rows[1][-3:] == [report.number(0.9 * 0.5 ** (1 / 0.24)), report.number(0.9 * 0.25 ** (1 / 0.24)), "0.000"]
+
+
+def test_six_methods_have_a_colour(evaluation: Evaluation, tmp_path: Path):
+    x = np.linspace(0.0, 1.0, 3)
+    lines = {f"m{i}": Curve(shares=x, mean=i * x, low=i * x, high=i * x) for i in range(9)}
+    kinds = {"insertion": lines, "deletion": lines}
+    many = replace(evaluation, methods=tuple(lines), controls=("m8",), curves=kinds | {"deletion": {}})
+    assert tables.foremost(many) == ["m7", "m6", "m5", "m4", "m3", "m2"]
+    assert tables.foremost(replace(many, curves=kinds | {"insertion": {}})) == ["m0", "m1", "m2", "m3", "m4", "m5"]
+    assert len(tables.foremost(replace(many, curves=kinds))) == 6
+    page = Page(report.write(replace(many, scores=(), worst={}, method_agreement=None), tmp_path).read_text())
+    (chart,) = (chart for chart in page.with_class("chart") if "pixels" in chart["text"])
+    assert sum("line" in path["class"] for path in page.all("path") if path["parent"] is chart) == 6
+    assert "best 6 of 8 methods" in page.text_of("curves")
+
+
+def test_curves_with_holes():
+    nan, x = np.nan, np.linspace(0.0, 1.0, 5)
+    mean = np.array([1.0, nan, 0.5, 0.5, 0.0])
+    holed = Curve(shares=x, mean=mean, low=np.array([1.0, nan, 0.5, nan, 0.0]), high=mean)
+    (chart,) = pictures.courses({"deletion": {"cam": holed}}, ["cam"], [])
+    assert chart.lines["cam"] == "M0.0 0.0h0M200.0 100.0h0L300.0 100.0L400.0 200.0"
+    assert chart.bands["cam"] == "M0.0 0.0L0.0 0.0zM200.0 100.0L200.0 100.0zM400.0 200.0L400.0 200.0z"
+    assert chart.text == "cam 1 with 0 %, 0.5 with 50 %, 0 with 100 % of the pixels deleted"
+    assert chart.y_ticks == {"0": 200.0, "0.2": 160.0, "0.4": 120.0, "0.6": 80.0, "0.8": 40.0, "1": 0.0}
+    nothing = replace(holed, mean=nan * x, low=nan * x, high=nan * x)
+    assert np.isnan(tables.along(nothing)).all()
+    assert pictures.courses({"deletion": {"cam": nothing}}, [], ["cam"]) == []
+
+
+def test_agreement_of_metrics(page: Page, evaluation: Evaluation):
+    (cells,) = (row for row in row_of(page, "agreement", "pointing game"))
+    found = evaluation.metric_agreement
+    assert cells == ["pointing game", *(report.hundredths(value) for value in found[2].tolist())]
+    assert cells[3] == "1.00"
+    charts = page.with_class("scatter")
+    assert " ".join(charts[0]["text"].split()).startswith("deletion auc and pointing game: 0.")
+    assert "insertion auc and energy in mask: " in " ".join(charts[1]["text"].split())
+    dots = [dot for dot in page.all("circle") if dot.get("class") in ("mean", "hollow") and dot["text"].strip()]
+    assert len(dots) == 2 * 8 and sum(dot["class"] == "hollow" for dot in dots) == 2 * 4
+    assert {dot["text"].strip() for dot in dots if dot["class"] == "hollow"} == {
+        report.words(m) for m in evaluation.controls
+    }
+    labels = [label["text"] for label in page.with_class("label")]
+    assert sorted(labels) == sorted(2 * ["attention", "activation map", "cam", "grad cam"])
+
+
+def test_agreement_of_methods(page: Page):
+    text = page.text_of("agreement")
+    assert "Most alike are attention and activation map (0.40), least alike attention and contrast map (−0.02)" in text
+    (row,) = row_of(page, "agreement", "attention")
+    assert row == ["attention", "1.00", "0.40", "0.31", "0.23", "0.16", "0.09", "0.03", "−0.02"]
+    assert not row_of(page, "agreement", "edge map")  # controls only across
+    cells = [cell for cell in page.all("td") if cell["text"] in ("0.40", "−0.02")]
+    assert {(cell["text"], cell.get("class"), cell["style"]) for cell in cells} == {
+        ("0.40", None, "--share: 40%"),
+        ("−0.02", "against", "--share: 2%"),
+    }
+
+
+def test_two_controls_are_never_the_most_alike():
+    table = np.array([[1.0, 0.2, 0.3], [0.2, 1.0, 0.9], [0.3, 0.9, 1.0]])
+    assert tables.extremes(["cam", "edges", "noise"], table, ["cam"]) == [("cam", "edges", 0.2), ("cam", "noise", 0.3)]
+    assert tables.extremes(["cam", "edges"], table, ["cam"]) == [("cam", "edges", 0.2)]
+    assert tables.extremes(["cam", "edges"], table * np.nan, ["cam"]) == []
+
+
+def test_a_scatter_points_to_the_better_side():
+    better = pictures.scatter({"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 1.0}, (True, True), ["a", "b"])
+    assert [(dot.x, dot.y) for dot in better.dots] == [(0.0, 300.0), (300.0, 0.0)]
+    assert [dot.label for dot in better.dots] == [(7.0, 300.0), (293.0, 4.0)]
+    turned = pictures.scatter({"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 1.0}, (False, True), [])
+    assert [(dot.x, dot.y) for dot in turned.dots] == [(300.0, 300.0), (0.0, 0.0)]
+    assert turned.x_ticks == {"0": 300.0, "0.2": 240.0, "0.4": 180.0, "0.6": 120.0, "0.8": 60.0, "1": 0.0}
+    assert {dot.label for dot in turned.dots} == {None}
+    equal = {f"m{i}": 0.5 for i in range(9)}
+    crowd = pictures.scatter(dict(list(equal.items())[:8]), equal, (True, True), list(equal))
+    heights = sorted(dot.label[1] for dot in crowd.dots)
+    assert min(np.diff(heights)) >= 15 and heights[-1] <= 300
+    top = pictures.scatter(
+        {f"m{i}": i / 8 for i in range(8)}, dict.fromkeys(equal, 1.0) | {"m0": 0.0}, (True, True), list(equal)
+    )
+    assert min(dot.label[1] for dot in top.dots) == 4
+    assert {dot.label for dot in pictures.scatter(equal, equal, (True, True), list(equal)).dots} == {None}
+    assert pictures.scatter({"a": np.nan}, {"a": 1.0}, (True, True), []) is None
+
+
+def test_worst_images(page: Page, evaluation: Evaluation, html: str):
+    text = page.text_of("worst")
+    assert "Where a method does worst in deletion auc" in text
+    tiles = [
+        e["aria-label"]
+        for e in page.all("svg")
+        if e["parent"]["parent"]["parent"]["parent"] in page.with_class("worst")
+    ]
+    assert len(tiles) == 3 * 4 and tiles[0].startswith("attention of test/00000.png: ")
+    assert "test/00001.png 0.004 true" in text  # activation map, by its own score of this image
+    assert f"test/00900.png – true {evaluation.worst['cam'][2].label}" in text
+
+
+def test_an_image_is_drawn_once(html: str, evaluation: Evaluation, tmp_path: Path):
+    everywhere = (*evaluation.examples, *evaluation.errors, *(e for of in evaluation.worst.values() for e in of))
+    different = {pictures.picture(example.image) for example in everywhere}
+    assert len(different) == 31 and all(html.count(uri) == 1 for uri in different)
+    apart = replace(evaluation.examples[0], mask=None, maps={})
+    found = replace(evaluation, examples=(evaluation.examples[0], apart), errors=(), worst={}, mean_maps={})
+    assert report.write(found, tmp_path).read_text().count(pictures.picture(apart.image)) == 2  # its mask is another
+    unlabelled = replace(evaluation, accuracy=None, errors=evaluation.worst["cam"], examples=())
+    page = Page(report.write(unlabelled, tmp_path).read_text())
+    ids = {element.get("id") for element in page.elements}
+    assert {use["href"][1:] for use in page.all("use")} <= ids  # what stands with the errors is drawn elsewhere
+
+
+def test_quality_of_the_classifier(page: Page, evaluation: Evaluation):
+    found = evaluation.quality
+    f1, error = found.macro_f1, found.calibration_error
+    text = page.text_of("accuracy")
+    assert f"{f1.value:.3f} [{f1.low:.3f}, {f1.high:.3f}]" in text
+    assert f"{100 * error.value:.1f} % [{100 * error.low:.1f} %, {100 * error.high:.1f} %]" in " ".join(text.split())
+    for name, one in zip(evaluation.classes, found.per_class, strict=True):
+        (row,) = (row for row in row_of(page, "confusion", name) if len(row) == 6)
+        shown = [report.percent(one.precision), report.number(one.f1)]
+        assert row[1] == str(one.n) and row[3:5] == [" ".join(value.split()) for value in shown]
+        ends = f"[{report.percent(one.recall.low)}, {report.percent(one.recall.high)}]"
+        assert row[2].endswith(" ".join(ends.split()))
+
+
+def test_what_was_left_out_is_named(page: Page):
+    assert "Left out, for want of time rise 312 s for 50 images, of 600 s for everything" in page.text_of("methods")
+
+
+def test_a_long_summary_has_headings(evaluation: Evaluation, tmp_path: Path):
+    found = [f"method {i} shows most (insertion_auc 0.9)." for i in range(12)]
+    flawed = ["3 of 9 maps of cam are flat.", "cam is not shown to be better than edge_map in insertion_auc."]
+    missing = ["Left out, since the time would not have been enough: rise."]
+    assert tables.grouped([*flawed, *found, *missing]) == {
+        "What was found": found,
+        "What to distrust": flawed,
+        "What is missing": missing,
+    }
+    page = Page(report.write(replace(evaluation, summary=("First.", *found, *flawed)), tmp_path).read_text())
+    text = page.text_of("summary")
+    assert "What was found" in text and "4 more" in text and "What is missing" not in text
+    assert all(sentence in text for sentence in (*found, *flawed))
+
+
+def nowhere(evaluation: Evaluation) -> Evaluation:
+    """Not one number is defined."""
+    nan = np.nan
+    nothing = Interval(value=nan, low=nan, high=nan, n=0)
+    curve = Curve(shares=np.full(3, nan), mean=np.full(3, nan), low=np.full(3, nan), high=np.full(3, nan))
+    blank = replace(evaluation.examples[0], maps={"cam": np.full((3, 3), nan)}, probability=nan)
+    return replace(
+        evaluation,
+        scores=tuple(replace(score, interval=nothing) for score in evaluation.scores),
+        chance=dict.fromkeys(evaluation.metrics, nan),
+        accuracy=nothing,
+        majority=nan,
+        comparisons=tuple(replace(c, difference=nothing, p=nan, adjusted=nan) for c in evaluation.comparisons),
+        curves={kind: dict.fromkeys(of, curve) for kind, of in evaluation.curves.items()},
+        reliability=dict.fromkeys(evaluation.metrics, nan),
+        metric_agreement=np.full((4, 4), nan),
+        method_agreement=np.full((8, 8), nan),
+        quality=replace(
+            evaluation.quality,
+            macro_f1=nothing,
+            calibration_error=nothing,
+            per_class=tuple(replace(c, precision=nan, recall=nothing, f1=nan) for c in evaluation.quality.per_class),
+        ),
+        examples=(blank,),
+        errors=(blank,),
+        worst={"cam": (blank,), "grad_cam": ()},
+        mean_maps={"cam": {"zero": np.full((3, 3), nan)}},
+        per_image={"name": [blank.name], "deletion_auc/cam": [nan]},
+    )
+
+
+def only(evaluation: Evaluation, methods: tuple[str, ...], metrics: tuple[str, ...]) -> Evaluation:
+    """What is left of an evaluation with few methods and metrics."""
+    i = [evaluation.methods.index(method) for method in methods]
+    j = [evaluation.metrics.index(metric) for metric in metrics]
+    return replace(
+        evaluation,
+        methods=methods,
+        controls=tuple(control for control in evaluation.controls if control in methods),
+        metrics=metrics,
+        scores=tuple(s for s in evaluation.scores if s.method in methods and s.metric in metrics),
+        comparisons=tuple(c for c in evaluation.comparisons if {c.method, c.other} <= set(methods)),
+        standings={m: of for m, of in evaluation.standings.items() if m in metrics},
+        curves={kind: {m: of[m] for m in methods} for kind, of in evaluation.curves.items()},
+        metric_agreement=evaluation.metric_agreement[np.ix_(j, j)],
+        method_agreement=evaluation.method_agreement[np.ix_(i, i)],
+        worst={m: of for m, of in evaluation.worst.items() if m in methods},
+        mean_maps={m: of for m, of in evaluation.mean_maps.items() if m in methods},
+    )
+
+
+def test_nothing_defined_draws_nothing(evaluation: Evaluation, tmp_path: Path):
+    html = report.write(nowhere(evaluation), tmp_path).read_text()
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", html).lower().replace("provenance", "")
+    page = Page(html)
+    ids = {element.get("id") for element in page.elements}
+    assert not {"curves", "agreement"} & ids and "worst" in ids
+    assert not page.with_class("interval") and not page.with_class("mean") and not page.with_class("best")
+    assert "cam is better than 0 of 7" in page.text_of("methods")
+
+
+def test_no_controls(evaluation: Evaluation, tmp_path: Path):
+    page = Page(report.write(only(evaluation, evaluation.methods[:4], evaluation.metrics), tmp_path).read_text())
+    assert not page.with_class("thin") and not page.with_class("hollow") and not page.with_class("best")
+    assert "controls" not in page.text_of("curves") and "hollow" not in page.text_of("agreement")
+    assert "Most alike are attention and activation map" in page.text_of("agreement")
+
+
+def test_one_method_and_one_metric(evaluation: Evaluation, tmp_path: Path):
+    page = Page(report.write(only(evaluation, ("cam",), ("insertion_auc",)), tmp_path).read_text())
+    assert "agreement" not in {element.get("id") for element in page.elements}
+    assert len(page.with_class("band")) == 2
+    assert "The best against every other" not in page.text_of("methods")
+    assert page.text_of("worst").startswith("Worst images of each method Where a method does worst in insertion auc")
+
+
+def test_two_metrics_have_one_scatter(evaluation: Evaluation, tmp_path: Path):
+    page = Page(report.write(only(evaluation, evaluation.methods, evaluation.metrics[:2]), tmp_path).read_text())
+    assert len(page.with_class("scatter")) == 1 and "agree least" not in page.text_of("agreement")
+    assert not page.with_class("dense") and not page.with_class("tall")
+
+
+def wide(evaluation: Evaluation, n: int = 25) -> Evaluation:
+    """25 methods, half of them noise in every pixel, 25 metrics, 24 examples."""
+    rng = np.random.default_rng(0)
+    methods = tuple(f"method_{i}" for i in range(n))
+    metrics = tuple(f"metric_{i}" for i in range(25))
+    side = evaluation.examples[0].image.shape[0]
+    sizes = [(10, 10) if i % 2 else (side, side) for i in range(n)]
+
+    def one(example: Example, *names: str) -> Example:
+        maps = {m: rng.normal(size=sizes[methods.index(m)]).astype(np.float32) for m in names}
+        return replace(example, maps=maps, verdicts={})
+
+    template = evaluation.scores[0]
+    every = (*methods, *evaluation.controls)
+    return replace(
+        evaluation,
+        methods=every,
+        signed=methods[::2],
+        metrics=metrics,
+        layers={},
+        higher_is_better=dict.fromkeys(metrics, True),
+        scores=tuple(replace(template, method=method, metric=metric) for method in every for metric in metrics),
+        standings={},
+        comparisons=(),
+        examples=tuple(one(example, *methods) for example in evaluation.examples),
+        errors=tuple(one(example, *methods) for example in evaluation.errors),
+        worst={m: tuple(one(e, m) for e in evaluation.examples[i % 20 : i % 20 + 3]) for i, m in enumerate(methods)},
+        curves={kind: {m: of["cam"] for m in every} for kind, of in evaluation.curves.items()},
+        mean_maps={m: evaluation.mean_maps["cam"] for m in methods},
+        metric_agreement=np.corrcoef(rng.normal(size=(25, 6))),
+        method_agreement=np.corrcoef(rng.normal(size=(len(every), 6))),
+        reliability={},
+    )
+
+
+def test_25_methods_and_metrics_stay_small_and_fold(photos: Evaluation, tmp_path: Path):
+    path = report.write(wide(photos), tmp_path)
+    assert path.stat().st_size < 15e6
+    page = Page(path.read_text())
+    assert page.with_class("dense") and page.with_class("tall")
+    folded = [" ".join(summary["text"].split()) for summary in page.all("summary")]
+    assert {"25 methods", "20 more", "8 more"} <= set(folded)
+    assert len(page.with_class("label")) == 0 and len(page.with_class("hollow")) == 2 * 4

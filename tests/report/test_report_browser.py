@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from sightline import report, runs
-from sightline.evaluation import Evaluation, Interval
+from sightline.evaluation import Evaluation
+from sightline.metrics.uncertainty import Interval
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run
@@ -203,6 +204,49 @@ def test_a_method_can_be_hidden(browser: Browser, page: Path):
     assert len(visible()) == 5
 
 
+def test_a_hidden_method_takes_its_worst_images_with_it(browser: Browser, page: Path):
+    browser.open(page)
+    heights = "[...document.querySelectorAll('.worst article')].map(part => part.offsetHeight > 0)"
+    assert browser.run(heights) == [True] * 4
+    browser.run("document.querySelector('.shows[value=cam]').click()")
+    assert browser.run(heights) == [True, True, False, True]
+
+
+@pytest.fixture(scope="module")
+def wide_page(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 methods x 24 metrics."""
+    methods, metrics = [f"method_{i}" for i in range(30)], [f"metric_{i}" for i in range(24)]
+    scores = [replace(evaluation.scores[0], method=a, metric=b) for a in methods for b in metrics]
+    wide = replace(
+        evaluation,
+        methods=(*methods, *evaluation.controls),
+        metrics=tuple(metrics),
+        higher_is_better=dict.fromkeys(metrics, True),
+        scores=tuple(scores),
+        examples=(),
+        errors=(),
+        worst={},
+        metric_agreement=np.eye(24),
+        method_agreement=np.eye(34),
+    )
+    return report.write(wide, tmp_path_factory.mktemp("wide"))
+
+
+@pytest.mark.parametrize("width", [420, 1280])
+def test_a_long_table_keeps_its_head_and_first_column_in_sight(browser: Browser, wide_page: Path, width: int):
+    browser.open(wide_page, width=width)
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    at = "(cell => { const r = cell.getBoundingClientRect(); return [r.x, r.y].map(Math.round) })"
+    browser.run("box = document.querySelector('.tall'); table = box.querySelector('table'); box.scrollTo(700, 900)")
+    assert browser.run("[box.scrollLeft, box.scrollTop]") == [700, 900]
+    left, top = browser.run("[box.getBoundingClientRect().x, box.getBoundingClientRect().y].map(Math.round)")
+    assert browser.run(f"{at}(table.tHead.rows[0].cells[0])") == [left, top]
+    assert browser.run(f"{at}(table.tHead.rows[0].cells[9])[1]") == top
+    assert browser.run(f"{at}(table.tBodies[0].rows[20].cells[0])[0]") == left
+    assert browser.run("box.offsetHeight < innerHeight && table.offsetHeight > innerHeight")
+    assert browser.run("table.tBodies[0].rows[1].offsetHeight") <= 64
+
+
 def test_sorting_with_the_keyboard(browser: Browser, page: Path):
     browser.open(page)
     as_written = [
@@ -244,8 +288,9 @@ def test_undefined_scores_are_sorted_to_the_end(browser: Browser, evaluation: Ev
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_is_readable(browser: Browser, page: Path, scheme: str):
-    browser.open(page, scheme=scheme)
+def test_every_text_is_readable(browser: Browser, evaluation: Evaluation, run: runs.Run, tmp_path: Path, scheme: str):
+    strongest = (-1.0) ** np.add.outer(np.arange(8), np.arange(8))  # the deepest colours of a correlation
+    browser.open(report.write(replace(evaluation, method_agreement=strongest), tmp_path, run), scheme=scheme)
     browser.run("document.querySelectorAll('details').forEach(part => part.open = true)")
     assert browser.run(CONTRASTS) == []
 

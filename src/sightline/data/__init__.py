@@ -34,6 +34,8 @@ __all__ = [
 DATASETS = {
     "clutter": "embedded: a handwritten digit among fragments of other digits, 10 classes with masks, 40 px",
     "clutter-shortcut": "clutter with a coloured corner patch that tells the class in training only, with its mask",
+    "clutter-pair": "clutter with two digits that tell the class only together, 9 classes with masks",
+    "clutter-twice": "clutter with two scans of the digit, either of which tells the class, with masks",
     **{name: alias.line for name, alias in hugging_face.ALIASES.items()},
 }
 
@@ -52,7 +54,7 @@ def load(data: Data) -> dict[str, ImageSet]:
     if data.streaming:
         return load_stream(data)[1]
     _check(data)
-    if data.source in ("clutter", "clutter-shortcut"):
+    if data.source in clutter.PARTS:
         return clutter.load(data)
     found = _find(data)
     blank = _blank(data, found)

@@ -1,4 +1,11 @@
-"""The embedded data set: a handwritten digit on a textured canvas among fragments of other digits.
+"""The embedded data sets: handwritten digits on a textured canvas among fragments of other digits.
+
+What is planted in each, so that a map can be compared with what there is to be seen:
+
+- `clutter`: one digit, which is the class.
+- `clutter-shortcut`: the same, and a coloured patch that tells the class in training only.
+- `clutter-pair`: one digit of {0, 1, 2} and one of {3, 4, 5}; the class names both, neither alone tells it.
+- `clutter-twice`: two different scans of the digit that is the class; either alone tells it.
 
 Source: the cluttered-MNIST protocol (Mnih et al. 2014, arXiv 1406.6247, section 4.1).
 Differs: the digits are scikit-learn's 8 x 8 scans, the canvas is textured and coloured, size and colours vary.
@@ -22,6 +29,14 @@ SIZES = {"train": 6000, "val": 1000, "test": 2000}
 CELLS = 10  # a scan of 8 x 8 with an empty cell around it
 FEWEST, FRAGMENTS = 6, 8
 CHUNK = 256
+_SINGLE = tuple((k,) for k in range(10))
+PARTS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "clutter": _SINGLE,
+    "clutter-shortcut": _SINGLE,
+    "clutter-pair": tuple((a, b) for a in (0, 1, 2) for b in (3, 4, 5)),
+    "clutter-twice": tuple((k, k) for k in range(10)),
+}
+"""The digits that the images of each class show, one or two."""
 Uniform = Callable[..., Float[Array, "b ..."]]
 PATCH_COLOURS = np.array(
     [
@@ -124,13 +139,30 @@ def _paste(canvas: Float[Array, "b s s 3"], where: tuple[Array, Array, Array], a
     canvas[where] += alpha[..., None] * (colour[:, None, None] - canvas[where])
 
 
-def compose(
-    seed: int, split: str, indices: Sequence[int] | Int64[Array, " b"], size: int = 40, shortcut: float | None = None
-) -> tuple[UInt8[Array, "b 3 s s"], Bool[Array, "b s s"], Bool[Array, "b s s"]]:
-    """Images with the masks of their digit and of their patch; the class of an image is its index modulo 10.
+def _separate(
+    corners: Int64[Array, "2 2 b"], sides: Int64[Array, "2 b"], size: int, below: Callable[..., Int64[Array, " b"]]
+) -> None:
+    """Move two squares apart, down or across, in either order; `corners` is by square and axis."""
+    axis, later = below(2), below(2)
+    near, far = np.sort([below(size - sides.sum(0) + 1), below(size - sides.sum(0) + 1)], axis=0)
+    images = np.arange(len(axis))
+    corners[0, axis, images] = np.where(later, far + sides[1], near)
+    corners[1, axis, images] = np.where(later, near, far + sides[0])
 
-    Each image depends on (seed, split, index) alone. With `shortcut`, a patch covers one corner: its colour is that of
-    the class in this share of the images, and drawn from all ten classes in the others. None: no patch.
+
+def compose(
+    seed: int,
+    split: str,
+    indices: Sequence[int] | Int64[Array, " b"],
+    size: int = 40,
+    shortcut: float | None = None,
+    parts: Sequence[tuple[int, ...]] = _SINGLE,
+) -> tuple[UInt8[Array, "b 3 s s"], Bool[Array, "b s s"], Bool[Array, "b s s"]]:
+    """Images with the masks of their digits and of their patch; the class is the index modulo the number of classes.
+
+    Each image depends on (seed, split, index) alone. `parts` holds the digits of each class: one, or two that do not
+    overlap and are drawn smaller; two of one class are different scans. With `shortcut`, a patch covers one corner: its
+    colour is that of the class in this share of the images, and drawn from ten classes in the others. None: no patch.
 
     >>> images, digit, patch = compose(0, "test", [7])
     >>> images.shape, bool(digit.any()), bool(patch.any())
@@ -146,27 +178,37 @@ def compose(
         return (uniform() * n).astype(np.int64)
 
     ink, classes = digits(split)
-    label, count, unit = indices % 10, np.bincount(classes), size / 40
-    scan = (np.cumsum(count) - count)[label] + below(count[label])
-    largest, piece = round(28 * unit), round(7 * unit)
+    label, count, unit = indices % len(parts), np.bincount(classes), size / 40
+    shown = np.array(parts)[label].T
+    chosen = [below(count[shown[0]])]
+    for other in shown[1:]:
+        again = other == shown[0]  # of one class: not the same scan
+        chosen.append((again * (chosen[0] + 1) + below(count[other] - again)) % count[other])
+    scans = (np.cumsum(count) - count)[shown] + chosen
+    low, high = (20, 28) if len(shown) == 1 else (15, 19)
+    largest, piece = round(high * unit), round(high / 4 * unit)
     canvas = np.pad(_background(uniform, size), ((0, 0), (0, largest), (0, largest), (0, 0)))
 
     for k in range(FRAGMENTS):
-        other = (scan + 1 + below(len(ink) - 1)) % len(ink)
-        side = (20 + 8 * uniform()) * unit
+        other = (scans[0] + 1 + below(len(ink) - 1)) % len(ink)
+        side = (low + (high - low) * uniform()) * unit
         inner = side * (1 - 2 / CELLS) - piece
         alpha = _glyphs(ink[other], side, side / CELLS + uniform() * inner, side / CELLS + uniform() * inner, piece)
-        shown = uniform() < (1 if k < FEWEST else 0.5)
+        visible = uniform() < (1 if k < FEWEST else 0.5)
         where = _square(below(size - piece + 1), below(size - piece + 1), piece)
-        _paste(canvas, where, alpha * shown[:, None, None], _ink_colour(uniform))
+        _paste(canvas, where, alpha * visible[:, None, None], _ink_colour(uniform))
 
-    side = (20 + 8 * uniform()) * unit
-    edge = np.zeros_like(side)
-    alpha = _glyphs(ink[scan], side, edge, edge, largest)
-    where = _square(below(size - side + 1), below(size - side + 1), largest)
-    _paste(canvas, where, alpha, _ink_colour(uniform))
+    sides = [(low + (high - low) * uniform()) * unit for _ in shown]
+    corners = np.array([(below(size - side + 1), below(size - side + 1)) for side in sides])
+    if len(shown) == 2:
+        _separate(corners, np.ceil(sides).astype(np.int64), size, below)
     digit = np.zeros(canvas.shape[:3], dtype=bool)
-    digit[where] = alpha >= 0.25
+    edge = np.zeros(len(indices), dtype=np.float32)
+    for scan, side, corner in zip(scans, sides, corners, strict=True):
+        alpha = _glyphs(ink[scan], side, edge, edge, largest)
+        where = _square(corner[0], corner[1], largest)
+        _paste(canvas, where, alpha, _ink_colour(uniform))
+        digit[where] |= alpha >= 0.25
     images = np.rint(canvas[:, :size, :size] * 255).astype(np.uint8)
     digit = digit[:, :size, :size]
 
@@ -185,8 +227,17 @@ def compose(
 class Composed:
     """Composes each image when it is first asked for, and keeps it."""
 
-    def __init__(self, seed: int, split: str, n: int, size: int, mask: str, shortcut: float | None):
-        self.seed, self.split, self.mask, self.shortcut = seed, split, mask, shortcut
+    def __init__(
+        self,
+        seed: int,
+        split: str,
+        n: int,
+        size: int,
+        mask: str,
+        shortcut: float | None,
+        parts: Sequence[tuple[int, ...]],
+    ):
+        self.seed, self.split, self.mask, self.shortcut, self.parts = seed, split, mask, shortcut, parts
         self.images = np.zeros((n, 3, size, size), dtype=np.uint8)
         self.masks = np.zeros((n, size, size), dtype=bool)
         self.done = np.zeros(n, dtype=bool)
@@ -195,14 +246,16 @@ class Composed:
         """The images of these rows with the mask asked for."""
         missing = np.unique(rows[~self.done[rows]])
         for part in np.array_split(missing, -(-len(missing) // CHUNK)) if len(missing) else []:
-            self.images[part], digit, patch = compose(self.seed, self.split, part, self.images.shape[-1], self.shortcut)
+            self.images[part], digit, patch = compose(
+                self.seed, self.split, part, self.images.shape[-1], self.shortcut, self.parts
+            )
             self.masks[part] = digit if self.mask == "digit" else patch
             self.done[part] = True
         return Pixels(self.images[rows], self.masks[rows], None)
 
 
 def load(data: Data) -> dict[str, ImageSet]:
-    """The three splits of `clutter` or `clutter-shortcut`; test patches tell nothing about the class.
+    """The three splits of a set named in `PARTS`; test patches tell nothing about the class.
 
     Raises:
         ValueError: a column or mask that the source does not have, or a canvas too small for its parts.
@@ -210,7 +263,7 @@ def load(data: Data) -> dict[str, ImageSet]:
     for option in ("image", "label", "box", "group"):
         if getattr(data, option) is not None:
             raise ValueError(f"data.{option} names a column, but {data.source} is composed and has none; leave it out")
-    patched = data.source == "clutter-shortcut"
+    parts, patched = PARTS[data.source], data.source == "clutter-shortcut"
     kinds = ("digit", "patch") if patched else ("digit",)
     mask = data.mask or kinds[-1]
     if mask not in kinds:
@@ -222,15 +275,15 @@ def load(data: Data) -> dict[str, ImageSet]:
         )
     sizes = SIZES | {k: n for k, n in (("train", data.train_size), ("test", data.test_size)) if n is not None}
     shares = {"train": data.shortcut, "val": data.shortcut, "test": 0.0}
-    stores = {s: Composed(data.seed, s, sizes[s], size, mask, shares[s] if patched else None) for s in SPLITS}
+    stores = {s: Composed(data.seed, s, sizes[s], size, mask, shares[s] if patched else None, parts) for s in SPLITS}
     preprocess = statistics(sampled(stores["train"], sizes["train"], 2000))
     return {
         split: ImageSet(
             name=data.source,
             split=split,
-            classes=tuple("0123456789"),
+            classes=tuple("+".join(map(str, dict.fromkeys(shown))) for shown in parts),
             preprocess=preprocess,
-            labels=np.arange(sizes[split]) % 10,
+            labels=np.arange(sizes[split]) % len(parts),
             names=[f"{split}-{i:05d}" for i in range(sizes[split])],
             store=stores[split],
             has_masks=True,

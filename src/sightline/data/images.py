@@ -31,8 +31,11 @@ def quiet() -> Generator[None]:
         yield
 
 
-def open_image(file: Path | bytes, size: tuple[int, int]) -> tuple[UInt8[Array, "h w 3"], tuple[int, int]]:
+def open_image(file: Path | bytes, size: tuple[int, int] | int) -> tuple[UInt8[Array, "h w 3"], tuple[int, int]]:
     """Decode an image and resize it, whole, to `size` (height, width), antialiased and bilinear.
+
+    A number as `size` is the longest side that it may have: a smaller image stays as it is, a larger one keeps its
+    shape.
 
     The camera's orientation is applied; of an animation the first frame is taken; what is transparent lies on white;
     white of a 16-bit image is 65,535, of a floating-point image 1.
@@ -46,11 +49,15 @@ def open_image(file: Path | bytes, size: tuple[int, int]) -> tuple[UInt8[Array, 
     with _opened(file) as image:
         width, height = image.size
         orientation = image.getexif().get(ORIENTATION, 1)
+        upright_size = (width, height) if orientation >= 5 else (height, width)
+        if isinstance(size, int):
+            scale = min(1.0, size / max(upright_size))
+            size = (max(1, round(scale * upright_size[0])), max(1, round(scale * upright_size[1])))
         # a large JPEG is decoded at a half, a quarter or an eighth, never at less than twice the size asked for
         image.draft(None, (2 * max(size), 2 * max(size)))
         upright = ImageOps.exif_transpose(image) if orientation > 1 else image
         pixels = np.array(_rgb(upright).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-        return pixels, (width, height) if orientation >= 5 else (height, width)
+        return pixels, upright_size
 
 
 def open_mask(file: Any, size: tuple[int, int], image_size: tuple[int, int]) -> Bool[Array, "h w"]:

@@ -1,7 +1,7 @@
-"""Maps of where a model looks. `explain` computes all of them from one forward and one head-only backward."""
+"""Maps of where a model looks. `explain` computes all of them from as few forwards and backwards as they need."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -37,16 +37,37 @@ from sightline.explainers.gradients import (
 )
 from sightline.explainers.intrinsic import activation_map, attention, attention_maps
 from sightline.explainers.perturbation import ablation_cam, occlusion, rise, score_cam
-from sightline.explainers.relevance import lrp, lrp_epsilon_alpha2_beta1, lrp_epsilon_gamma_box, lrp_epsilon_plus_flat
+from sightline.explainers.relevance import (
+    AlphaBeta,
+    Composite,
+    Epsilon,
+    Flat,
+    Gamma,
+    ZBox,
+    Zero,
+    ZPlus,
+    lrp,
+    lrp_epsilon_alpha2_beta1,
+    lrp_epsilon_gamma_box,
+    lrp_epsilon_plus_flat,
+)
 from sightline.explainers.rollout import attention_rollout, gradient_rollout
 from sightline.explainers.scorer import Progress, Targets
-from sightline.explainers.verdicts import verdicts_of
+from sightline.explainers.verdicts import signs_of, verdicts_of
 
 __all__ = [
     "EXPLAINERS",
+    "AlphaBeta",
+    "Composite",
+    "Epsilon",
     "Explainer",
     "Explanation",
+    "Flat",
+    "Gamma",
     "Progress",
+    "ZBox",
+    "ZPlus",
+    "Zero",
     "ablation_cam",
     "activation_map",
     "attention",
@@ -131,11 +152,21 @@ class Explanation:
     maps: dict[str, Float[Tensor, "b t ..."]]
     """Raw float32 maps by method; larger = more important; `method@layer` where several layers were asked for."""
     targets: Int[Tensor, "b t"]
+    """Class indices; -1 where a function made the score."""
     logits: Float[Tensor, "b n"]
+    """Two classes of a single logit z: -z/2 and z/2, whose softmax is its sigmoid; the scores that a function made."""
     layers: dict[str, str]
     """Where each map was read: name and shape, for example `features.conv13 (128 x 5 x 5)`; empty for controls."""
     verdicts: dict[str, list[list[str]]]
-    """For each method and image what to distrust; an empty list is a clean map."""
+    """For each method and image what to distrust; an empty list says that nothing was found."""
+    unchecked: tuple[str, ...] = ()
+    """Maps that were not compared with those of another class in every image, because that would have taken another
+    backward or two: that they are not said to be `class-independent` means nothing. Ask for two targets to compare."""
+
+    def __repr__(self) -> str:
+        places = {name: f" at {layer}" if layer else "" for name, layer in self.layers.items()}
+        found = ", ".join(f"{name} {tuple(value.shape)}{places[name]}" for name, value in self.maps.items())
+        return f"Explanation({found})"
 
     @property
     def layer(self) -> str:
@@ -151,9 +182,7 @@ class Explanation:
     def resized(self, size: tuple[int, ...]) -> "Explanation":
         """The same explanation with every map at another size (height, width; of volumes depth, height, width)."""
         resized = {name: maps.resize(value, size) for name, value in self.maps.items()}
-        return Explanation(
-            maps=resized, targets=self.targets, logits=self.logits, layers=self.layers, verdicts=self.verdicts
-        )
+        return replace(self, maps=resized)
 
 
 def explain(
@@ -169,14 +198,17 @@ def explain(
     differentiable: bool = False,
     compile: bool = False,
 ) -> Explanation:
-    """All maps of all methods for a batch, from one forward and at most one backward of each kind.
+    """All maps of all methods for a batch, from one forward and one backward of each kind that they need.
+
+    docs/maps.md, "Cost", counts them.
 
     A method is a name from `EXPLAINERS`, an explainer, or a `functools.partial` of one for its options; `name@layer`
     asks for one method at a layer of its own. `layer` is a dotted name, a module, or a list of them (then the maps are
     found as `explanation[method, layer]`); None is the model's `default_layer`, else the last feature map, or the last
     tokens of a transformer's patches, that feeds the logits. A layer may yield (b, c, h, w), (b, h, w, c) or tokens.
 
-    The model, its flags and gradients, and the random state are left as they were.
+    The model, its flags and gradients, and the random state are left as they were. Until then they are not: explain one
+    model in one thread at a time.
 
     Args:
         model: any classifier that takes (b, c, h, w), or (b, c, d, h, w), and returns logits: a tensor, or one in a
@@ -226,7 +258,7 @@ def explain(
                 own.append((method.map_of(evidence, **options), rival, evidence))
     found: dict[str, Tensor] = {}
     layers: dict[str, str] = {}
-    verdicts: dict[str, list[list[str]]] = {}
+    signs: list[Tensor] = []
     for own, (name, method, _, _) in zip(pieces, asked, strict=True):
         _, rival, evidence = own[0]
         name = name if name is not None else f"{method.name}@{evidence.layer}"
@@ -236,9 +268,16 @@ def explain(
         source = evidence.gate if evidence.gate is not None else evidence.activations
         shape = " x ".join(map(str, source.shape[1:])) if source is not None else ""
         layers[name] = f"{evidence.layer} ({shape})" if shape else ""
-        verdicts[name] = verdicts_of(method, found[name], rival, evidence)
+        signs.append(signs_of(method, found[name], rival, evidence))
+    read = dict(zip(found, torch.stack(signs).tolist(), strict=True))
+    methods_of = zip(found, asked, pieces, strict=True)
     return Explanation(
-        maps=found, targets=gathered.scorer.targets, logits=gathered.logits, layers=layers, verdicts=verdicts
+        maps=found,
+        targets=gathered.scorer.classes_of(gathered.scorer.targets),
+        logits=gathered.logits,
+        layers=layers,
+        verdicts={name: verdicts_of(method, own[0][2], read[name]) for name, (_, method, _, _), own in methods_of},
+        unchecked=tuple(name for name, rows in read.items() if not all(row[-1] for row in rows)),
     )
 
 
@@ -255,6 +294,7 @@ def fitting(
 
     Raises:
         ValueError: none fits.
+        torch.OutOfMemoryError: memory ran out, which says nothing about the method.
 
     >>> from sightline.testing import PooledModel
     >>> found, reasons = fitting(PooledModel(torch.eye(3)), torch.ones(1, 3, 2, 2), ["cam", "attention", "rise"])
@@ -276,6 +316,8 @@ def fitting(
             explain(model, images[:1], first, [method], layer, progress=started)
         except Started:
             found.append(method)
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, RuntimeError) as error:
             reasons[method] = str(error)
         else:
@@ -335,8 +377,8 @@ def _requests(
 ) -> list[tuple[str | None, Explainer, dict[str, Any], Layer]]:
     if isinstance(methods, str) or not methods:
         raise ValueError(f"expected a list of methods, got {methods!r}; write methods=['grad_cam']")
-    layers: list[Layer] = [layer] if layer is None or isinstance(layer, str | nn.Module) else [*layer]
-    several = not (layer is None or isinstance(layer, str | nn.Module))
+    several = isinstance(layer, Sequence) and not isinstance(layer, str)
+    layers: list[Layer] = [*layer] if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]
     if not layers:
         raise ValueError("expected at least one layer, got an empty list; leave it out for the model's own")
     asked: list[tuple[str | None, Explainer, dict[str, Any], Layer]] = []

@@ -19,14 +19,19 @@ def cam(
 ) -> Float[Tensor, "b t *grid"]:
     r"""Channels weighted by the linear layer behind global average pooling, summed: $\sum_k w_k^c A^k$, no ReLU.
 
-    The mean of the map plus the layer's bias is the logit. The head is read off the graph of the logits: a mean over
-    all positions and one linear layer, nothing else. No backward pass is needed, however many targets.
+    The mean of the map plus the layer's bias is the logit; of a single logit z that is z for class 1 and -z for class
+    0. The head is read off the graph of the logits: a mean over all positions and one linear layer, nothing else. No
+    backward pass is needed, however many targets.
 
     Raises:
-        ValueError: the head is another one.
+        ValueError: the head is another one, or the targets are a function, which has no weights.
 
     Source: Zhou et al. 2016 (1512.04150), eq. 2.
     """
+    if head is None and (targets < 0).any():
+        raise ValueError(
+            "expected class indices as targets for cam, which reads their weights, got a function; use hires_cam"
+        )
     if head is None:
         raise ValueError(
             f"expected global average pooling and one linear layer behind {layer!r} for cam, got another head; "

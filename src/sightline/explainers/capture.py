@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from sightline.explainers.scorer import Scorer
 from sightline.explainers.tokens import MANY_REGISTERS, patch_maps
+from sightline.inference import version_of
 
 Layer = str | nn.Module | None
 _LARGEST_STRETCH = 2.5  # of a map's height/width against the image's; rounding 3 pixels to 2 and 1 gives 2
 _LARGEST_HEAD = 8  # weight layers; VGG has three, LTPA one per level
 _LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}  # node -> place of its input
-_POOLED = ("MeanBackward1", "AdaptiveAvgPool2DBackward0", "AvgPool2DBackward0", "AdaptiveAvgPool3DBackward0")
+_POOLED = ("MeanBackward1", "AvgPool2DBackward0")  # adaptive pooling to one position is a mean, too
 _RESHAPED = (
     "CloneBackward0",
     "ReshapeAliasBackward0",
@@ -31,6 +33,7 @@ _RESHAPED = (
     "SqueezeBackward2",
     "ToCopyBackward0",
     "UnsafeViewBackward0",
+    "UnsqueezeBackward0",
     "ViewBackward0",
 )
 
@@ -58,6 +61,8 @@ class Captured:
     name: str
     tensor: Tensor
     layout: Layout
+    call: int
+    """Which run of the module of that name, from 0."""
 
     def head(self, logits: Tensor) -> Tensor | None:
         """Weights (n, k) if the logits are one linear layer on the mean over the positions, read off their graph."""
@@ -69,13 +74,19 @@ class Captured:
             if name in _LINEAR and weights is None:
                 weights, place = node._saved_mat2, _LINEAR[name]  # pyright: ignore[reportAttributeAccessIssue]
             elif name in _POOLED and weights is not None and not pooled:
-                pooled = weights.shape[0] == self.channels and (name != "MeanBackward1" or self._is_mean_of_all(node))
+                pooled = weights.shape[0] == self.channels and self._is_mean_of_all(node)
                 if not pooled:
                     return None
-            elif name not in _RESHAPED:
+            elif name not in _RESHAPED and not self._is_restrided_mean(node):
                 return None
             node = node.next_functions[place][0]
         return None
+
+    def _is_restrided_mean(self, node: Any) -> bool:
+        """What adaptive pooling does to the mean of a channels-last tensor."""
+        if node.name() != "AsStridedBackward1" or node.next_functions[0][0].name() != "MeanBackward1":
+            return False
+        return tuple(node._saved_stride[:2]) == (self.channels, 1) and not node._saved_storage_offset
 
     @property
     def channels(self) -> int:
@@ -83,6 +94,9 @@ class Captured:
         return self.layout.maps(self.tensor.detach()).shape[1]
 
     def _is_mean_of_all(self, node: Any) -> bool:
+        if node.name() == "AvgPool2DBackward0":
+            whole = tuple(node._saved_self.shape[1:]) == (self.channels, *node._saved_kernel_size)
+            return whole and not any(node._saved_padding) and node._saved_divisor_override is None
         shape = list(node._saved_self_sym_sizes)
         dims = {dim % 2**64 - 2**64 if dim >= 2**63 else dim for dim in node._saved_dim}
         dims = {dim % len(shape) for dim in dims}
@@ -101,6 +115,8 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
     """
     modules = dict(model.named_modules())
     if isinstance(layer, str):
+        if layer not in modules:  # DataParallel and torch.compile are looked through
+            layer = layer.removeprefix("module.").removeprefix("_orig_mod.")
         if layer and layer in modules:
             return layer, modules[layer]
         close = get_close_matches(layer, modules, n=3)
@@ -111,6 +127,8 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
             return name, module
     raise ValueError(
         f"expected a module of {type(model).__name__}, got another {type(layer).__name__}; pass its dotted name"
+        if isinstance(layer, nn.Module)  # pyright: ignore[reportUnnecessaryIsInstance]
+        else f"expected a module of {type(model).__name__} or its dotted name as layer, got {layer!r}"
     )
 
 
@@ -160,6 +178,7 @@ class Capture:
                     handles += [
                         m.register_forward_hook(last.produced(name)) for name, m in self.modules.items() if name
                     ]
+                    handles.append(self.model.register_forward_hook(last.end))
                     modes.enter_context(last)
                 self.scores = self.scorer.begin(images)
         finally:
@@ -192,7 +211,7 @@ class Capture:
 
     def _keep(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            tensor = _first(output)
+            tensor = first = _first(output)
             if tensor is None or tensor.ndim < 3 or not tensor.is_floating_point():
                 got = f"shape {tuple(tensor.shape)}" if tensor is not None else type(output).__name__
                 raise ValueError(
@@ -205,9 +224,9 @@ class Capture:
             torch.set_grad_enabled(True)  # from here to the logits; the caller's no_grad ends it
             if not tensor.requires_grad:
                 tensor = tensor.detach().clone().requires_grad_()
-            self.found[name] = Captured(name, tensor, layout)
+            self.found[name] = Captured(name, tensor, layout, self.call or 0)
             handed = tensor.clone()  # an in-place activation behind the layer must not rewrite what was captured
-            return handed if isinstance(output, Tensor) else type(output)([handed, *output[1:]])
+            return tree_map(lambda value: handed if value is first else value, output)
 
         return hook
 
@@ -228,13 +247,19 @@ def layout_of(name: str, tensor: Tensor, images: Tensor, grids: Sequence[tuple[i
     """Where the positions are in a layer's tensor, by the images' shape and the grids of the convolutions before it.
 
     Raises:
-        ValueError: the tensor has no positions, or they are not laid out like the image.
+        ValueError: the tensor has no positions, or they are not laid out like the image, or no row for each image.
     """
     size, shape = tuple(images.shape[2:]), tuple(tensor.shape)
+    if shape[0] != len(images):
+        raise ValueError(
+            f"expected a layer that yields one row for each of {len(images)} images, got {shape[0]} rows, shape "
+            f"{shape}, from {name!r}; choose another"
+        )
     if tensor.ndim == images.ndim and (layout := _layout(shape, size)) is not None:
         return layout
     if tensor.ndim == 3:
         fitting = [grid for grid in grids if 0 <= shape[1] - math.prod(grid) <= MANY_REGISTERS]
+        fitting.sort(key=math.prod)  # a convolution that only shortens the keys leaves more tokens over
         for grid in [*fitting[-1:], *_grids_like(shape[1], size)]:
             if math.prod(grid) > 1:
                 return Layout(grid, prefix=shape[1] - math.prod(grid))
@@ -245,18 +270,21 @@ def layout_of(name: str, tensor: Tensor, images: Tensor, grids: Sequence[tuple[i
 
 
 def _layout(shape: tuple[int, ...], size: tuple[int, ...]) -> Layout | None:
-    """Channels first or last, whichever is more like the image."""
-    first, last = _stretch(shape[2:], size), _stretch(shape[1:-1], size)
-    if math.prod(shape[2:]) > 1 and first <= min(last, _LARGEST_STRETCH):
-        return Layout(shape[2:])
-    if math.prod(shape[1:-1]) > 1 and last <= _LARGEST_STRETCH:
-        return Layout(shape[1:-1], channels_last=True)
-    return None
+    """Channels first or last, whichever is more like the image, give or take a row and a column.
+
+    Where both are, a grid exactly like the image decides, else channels are first.
+    """
+    readings = [Layout(shape[2:]), Layout(shape[1:-1], channels_last=True)]
+    fitting = [r for r in readings if math.prod(r.grid) > 1 and _stretch(r.grid, size) <= _LARGEST_STRETCH]
+    return min(fitting, key=lambda r: (_stretch(r.grid, size, rounding=1), _stretch(r.grid, size) > 1), default=None)
 
 
-def _stretch(grid: Sequence[int], size: Sequence[int]) -> float:
-    shares = [cells / pixels for cells, pixels in zip(grid, size, strict=True)]
-    return max(shares) / min(shares)
+def _stretch(grid: Sequence[int], size: Sequence[int], rounding: int = 0) -> float:
+    """By how much cells are longer along one side than another, if sides may have so many cells more or less."""
+    sides = [*zip(grid, size, strict=True)]
+    shortest = [pixels / (cells + rounding) for cells, pixels in sides]
+    longest = [pixels / (cells - rounding) if cells > rounding else math.inf for cells, pixels in sides]
+    return max(1.0, max(shortest) / min(longest))
 
 
 def _grids_like(tokens: int, size: Sequence[int]) -> list[tuple[int, ...]]:
@@ -277,10 +305,20 @@ def _first(output: Any) -> Tensor | None:
 class _Leaf:
     tensor: Tensor
     name: str
+    call: int
     layers_before: int
     value: Tensor
     """What it was copied from, in this version."""
     version: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    tensor: Tensor
+    name: str
+    call: int
+    version: int
+    sources: frozenset[int]
 
 
 class _LastFeatures(TorchFunctionMode):
@@ -298,9 +336,14 @@ class _LastFeatures(TorchFunctionMode):
         self.cut = cut
         self.leaves: list[_Leaf] = []
         self.layers = 0
-        self.producers: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self.calls: Counter[str] = Counter()
+        self.producers: dict[int, tuple[weakref.ref[Tensor], int, str, int]] = {}
+        """Of the outputs of modules: as of which version, the name, and which run."""
         self.sources: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
-        self.tokens: list[tuple[str, Tensor, int, frozenset[int]]] = []
+        self.tokens: list[_Tokens] = []
+        self.ended = False
+        self.outputs: set[int] = set()
+        """Leaves that a function of the model's output, which runs behind the model, is made from."""
         self.of_images: dict[int, weakref.ref[Tensor]] = {id(images): weakref.ref(images)}
         """What is made from the images, kept for a batch of one: there a parameter (1, c, h, w) looks like a map."""
 
@@ -309,18 +352,26 @@ class _LastFeatures(TorchFunctionMode):
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensor = _first(output)
-            if tensor is None or (isinstance(module, nn.Identity) and self._name(tensor)):
+            call = self.calls[name]
+            self.calls[name] += 1
+            if tensor is None or (isinstance(module, nn.Identity) and self._producer(tensor)[0]):
                 return
-            self.producers[id(tensor)] = weakref.ref(tensor), name
+            self.producers[id(tensor)] = weakref.ref(tensor), version_of(tensor), name, call
             sources = self._sources(tensor)
-            if tensor.ndim == 3 and sources and not isinstance(module, nn.Linear):
-                self.tokens.append((name, tensor, tensor._version, sources))
+            if tensor.ndim == 3 and len(tensor) == len(self.images) and sources and not isinstance(module, nn.Linear):
+                self.tokens.append(_Tokens(tensor, name, call, version_of(tensor), sources))
 
         return hook
 
-    def _name(self, tensor: Tensor) -> str:
-        reference, name = self.producers.get(id(tensor), (None, ""))
-        return name if reference is not None and reference() is tensor else ""
+    def end(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Forward hook of the model itself."""
+        self.ended = True
+
+    def _producer(self, tensor: Tensor) -> tuple[str, int]:
+        """The module whose output it is and still is, not changed in place, and which of its runs."""
+        reference, version, name, call = self.producers.get(id(tensor), (None, 0, "", 0))
+        same = reference is not None and reference() is tensor and version == version_of(tensor)
+        return (name, call) if same else ("", 0)
 
     def _sources(self, tensor: Tensor) -> frozenset[int]:
         """Which leaves a tensor is made from."""
@@ -403,13 +454,16 @@ class _LastFeatures(TorchFunctionMode):
     def _leaf(self, func: Callable[..., Any], made: set[int], value: Any) -> Any:
         if not isinstance(value, Tensor) or not self._is_feature_map(value):
             return value
-        same = (i for i, leaf in enumerate(self.leaves) if leaf.value is value and leaf.version == value._version)
+        same = (i for i, leaf in enumerate(self.leaves) if leaf.value is value and leaf.version == version_of(value))
         place = next(same, len(self.leaves))
         if place == len(self.leaves):
             tensor = value.clone() if value.requires_grad else value.detach().clone().requires_grad_()
-            name = self._name(value) or f"input of {func.__name__}"
-            self.leaves.append(_Leaf(tensor, name, self.layers, value, value._version))
+            name, call = self._producer(value)
+            name = name or f"input of {func.__name__}"
+            self.leaves.append(_Leaf(tensor, name, call, self.layers, value, version_of(value)))
         made.add(place)
+        if self.ended:
+            self.outputs.add(place)
         return self.leaves[place].tensor
 
     def find(self, scores: Tensor, logits: Tensor) -> tuple[Captured, bool]:
@@ -422,42 +476,60 @@ class _LastFeatures(TorchFunctionMode):
             )
         with torch.enable_grad():
             best = logits.amax(1).sum()
-        found = torch.autograd.grad(best, [leaf.tensor for leaf in leaves], allow_unused=True, retain_graph=True)
-        feeding = [(leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None]  # pyright: ignore[reportUnnecessaryComparison]
-        used = [leaf for leaf, gradient in feeding if gradient.any()] or [leaf for leaf, _ in feeding] or leaves
+        used = leaves
+        if len(leaves) > 1:  # a single one is the answer, with or without a gradient
+            found = _gradients(best, [leaf.tensor for leaf in leaves])
+            feeding = [(leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None]
+            used = [leaf for leaf, gradient in feeding if gradient.any()] or [leaf for leaf, _ in feeding] or leaves
         leaf = ([leaf for leaf in used if "gate" not in leaf.name.split(".")] or used)[-1]
+        if self.leaves.index(leaf) in self.outputs:
+            raise ValueError(
+                "expected layer= for a model that returns feature maps, got none; name one before its output "
+                "(see model.named_modules())"
+            )
         if sum(other.name == leaf.name for other in used) > 1 and " " not in leaf.name:
             raise ValueError(
                 f"expected a layer that runs once, got {leaf.name!r}, which the forward calls twice; "
                 "choose one by layer= and call="
             )
         layout = layout_of(leaf.name, leaf.tensor, self.images, ())
-        if (behind := self.layers - leaf.layers_before) > _LARGEST_HEAD:
-            if (tokens := self._last_tokens(best, layout, self.leaves.index(leaf))) is not None:
+        behind = self.layers - leaf.layers_before
+        if behind > _LARGEST_HEAD or len(used) > 1:  # what joins all that feeds the logits comes after it
+            if (tokens := self._last_tokens(best, layout, {self.leaves.index(each) for each in used})) is not None:
                 return tokens, True
+        if behind > _LARGEST_HEAD:
             raise ValueError(
                 f"expected a feature map close to the logits, got {leaf.name!r}, {behind} weight layers away; "
                 "pass layer="
             )
-        return Captured(leaf.name, leaf.tensor, layout), len(used) == 1
+        return Captured(leaf.name, leaf.tensor, layout, leaf.call), len(used) == 1
 
-    def _last_tokens(self, best: Tensor, patches: Layout, leaf: int) -> Captured | None:
-        """The last tokens of the patches, as wide as the first ones, through which the gradient is not zero.
+    def _last_tokens(self, best: Tensor, patches: Layout, leaves: set[int]) -> Captured | None:
+        """The last tokens of the patches, as wide as most, made from these leaves, with a gradient that is not zero.
 
         Of a head that is all zeros, as it may be before training, the last ones that it reads.
         """
-        read: Captured | None = None
         cells = math.prod(patches.grid)
-        of_leaf = [(name, t, v) for name, t, v, sources in self.tokens if leaf in sources]
-        fitting = [(name, t, v) for name, t, v in of_leaf if 0 <= t.shape[1] - cells <= MANY_REGISTERS]
-        for name, tensor, version in reversed(fitting):
-            if tensor._version == version and tensor.shape[2] == fitting[0][1].shape[2]:
-                (gradient,) = torch.autograd.grad(best, [tensor], allow_unused=True, retain_graph=True)
-                if gradient is None:  # pyright: ignore[reportUnnecessaryComparison]
-                    continue
-                prefix = tensor.shape[1] - cells
-                found = Captured(name, tensor, Layout(patches.grid, prefix=prefix))
+        fitting = [
+            made
+            for made in self.tokens
+            if leaves <= made.sources and 0 <= made.tensor.shape[1] - cells <= MANY_REGISTERS
+        ]
+        widths = Counter(made.tensor.shape[2] for made in fitting)
+        width = max(widths, key=lambda each: widths[each], default=0)
+        wide = [m for m in reversed(fitting) if version_of(m.tensor) == m.version and m.tensor.shape[2] == width]
+        read: Captured | None = None
+        for made, gradient in zip(wide, _gradients(best, [made.tensor for made in wide]), strict=True):
+            if gradient is not None:
+                prefix = made.tensor.shape[1] - cells
+                found = Captured(made.name, made.tensor, Layout(patches.grid, prefix=prefix), made.call)
                 if gradient[:, prefix:].any():
                     return found
                 read = read or found
         return read
+
+
+def _gradients(score: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """By one backward; None where none flows."""
+    found = torch.autograd.grad(score, tensors, allow_unused=True, retain_graph=True) if tensors else []
+    return [*found]

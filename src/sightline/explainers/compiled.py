@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sightline.explainers.capture import Capture, Captured, Layout
 from sightline.explainers.scorer import Scorer
-from sightline.inference import logits_of, output_of, run
+from sightline.inference import logits_of, output_of, run, version_of
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,37 @@ class _Compiled:
     head: Tensor
 
 
+_PLAIN = (int, float, str, tuple, type(None))
 _COMPILED: WeakKeyDictionary[nn.Module, _Compiled] = WeakKeyDictionary()
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """What makes the module another one, but for its weights and children."""
+    values = vars(module)
+    plain = [(name, str(value)) for name, value in values.items() if isinstance(value, _PLAIN)]
+    return id(module), type(module), plain, [*values["_forward_hooks"], *values["_forward_pre_hooks"]]
 
 
 class CompiledCapture:
     """What `Capture` finds, by a compiled forward without any graph: the head must be pooling and one linear layer.
 
     A copy of the model, channels last, its weights frozen into the code, is compiled at the first call and kept as long
-    as the model lives and its weights stay what they are.
+    as the model lives, and its modules, their hooks and settings, its weights and the size of the images stay what they
+    are. Weights changed behind PyTorch's back, through `.data`, are noticed by the first number of each alone: change
+    them under `torch.no_grad()`.
     """
 
     def __init__(self, model: nn.Module, scorer: Scorer, layer: Any, images: Tensor, places: int) -> None:
         self.model = model
         self.scorer = scorer
-        self.call = None
         self.gates: dict[str, Tensor] = {}
         weights = [*model.parameters(), *model.buffers()]
         key = (
             layer,
-            [(id(weight), weight.data_ptr(), weight._version) for weight in weights],
+            [(id(weight), weight.data_ptr(), version_of(weight)) for weight in weights],
+            str(torch.stack([w.detach()[(0,) * w.ndim].double() for w in weights if w.numel()]).tolist()),
+            [_settings(module) for module in model.modules()],
+            images.shape[2:],  # the grid, and what an average pooling of a fixed size covers
             images.dtype,
             images.device,
         )
@@ -77,13 +89,13 @@ class CompiledCapture:
         with torch.no_grad():
             logits, features = made.call(images.contiguous(memory_format=torch.channels_last))
         self.scores = scorer.take(logits.clone())
-        self.captured: list[Captured] = [_WithHead(made.name, features, made.layout, made.head)] * places
+        self.captured: list[Captured] = [_WithHead(made.name, features, made.layout, 0, made.head)] * places
 
     def _compile(self, key: tuple[Any, ...], layer: Any, images: Tensor) -> _Compiled:
         capture = Capture(self.model, Scorer(self.model, None), [layer], call=None, gates=False, whole=False)
         capture.run(images)
         (found,) = capture.captured
-        head = found.head(capture.scorer.logits)
+        head = found.head(capture.scorer.direct)
         output = logits_of(output_of(self.model, images))
         if head is None or found.name not in capture.modules or not torch.equal(output, run(self.model, images)):
             raise ValueError(

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.explainers.evidence import Explainer
+from sightline.explainers.scorer import wide
 
 
 @Explainer
@@ -22,7 +23,8 @@ def random_map(
     for image in images:
         pixels = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes())
         generator = torch.Generator().manual_seed((seed << 32) + pixels)
-        maps.append(torch.rand(targets.shape[1], *[cells] * (images.ndim - 2), generator=generator))
+        shape = targets.shape[1], *[cells] * (images.ndim - 2)
+        maps.append(torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu"))
     return torch.stack(maps).to(images.device)
 
 
@@ -36,16 +38,17 @@ def centre_map(
     >>> centre_map(LinearModel(torch.ones(2, 3, 3, 3)), torch.zeros(1, 3, 3, 3), sigma=1.0)[0, 0, 1, 1].item()
     1.0
     """
-    sides = [(torch.arange(side, device=images.device) + 0.5) / side - 0.5 for side in images.shape[2:]]
-    distances = sum(place**2 for place in torch.meshgrid(*sides, indexing="ij"))
-    blob = torch.exp(-torch.as_tensor(distances) / (2 * sigma**2))
+    pixels = [torch.arange(side, dtype=torch.float32, device=images.device) for side in images.shape[2:]]
+    sides = [(places + 0.5) / len(places) - 0.5 for places in pixels]
+    distances = torch.stack(torch.meshgrid(*sides, indexing="ij")).square().sum(0)
+    blob = torch.exp(-distances / (2 * sigma**2))
     return blob.expand(*targets.shape, *blob.shape)
 
 
 @Explainer
 def edge_map(images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
     """Size of the Sobel gradient, summed over the colour channels: an edge detector knows no class."""
-    planes = images.to(torch.promote_types(images.dtype, torch.float32))
+    planes = images.to(wide(images))
     sides = range(2, images.ndim)
     slopes: list[Tensor] = []
     for along in sides:
@@ -68,7 +71,7 @@ def _three(planes: Tensor, side: int, weights: tuple[float, float, float]) -> Te
 @Explainer
 def contrast_map(images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
     """How far each pixel's colour lies from the mean colour of its image, smoothed over 3 pixels along each side."""
-    planes = images.to(torch.promote_types(images.dtype, torch.float32))
+    planes = images.to(wide(images))
     mean = planes.flatten(2).mean(2).reshape(*planes.shape[:2], *[1] * (images.ndim - 2))
     smooth = (planes - mean).square().sum(1, keepdim=True).sqrt()
     for side in range(2, images.ndim):

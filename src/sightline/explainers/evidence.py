@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from functools import update_wrapper
 from inspect import Parameter, Signature, signature
 from typing import Any
@@ -16,7 +17,7 @@ from sightline.explainers.capture import Capture, Captured, Layer, find_layer
 from sightline.explainers.compiled import CompiledCapture
 from sightline.explainers.rectifiers import Rectifiers, Rule
 from sightline.explainers.scorer import Progress, Scorer, Targets, gradients_of, rows_of
-from sightline.inference import check_images, untouched
+from sightline.inference import check_images, untouched, version_of
 
 _OF_LAYER = {"activations", "gradients", "mean_gradients", "rival_gradients", "head"}
 _OF_IMAGE: dict[str, Rule] = {
@@ -40,6 +41,7 @@ class Evidence:
     images: Float[Tensor, "b c *grid"]
     logits: Float[Tensor, "b n"]
     targets: Int[Tensor, "b t"]
+    """Class indices; -1 where a function of the model's output makes the score."""
     score: Scorer
     """The explained numbers as a function of images, for methods that look at other images too."""
     layer: str
@@ -55,7 +57,7 @@ class Evidence:
     rival_gradients: Float[Tensor, "b s k *cells"] | None
     """Gradient of the highest logit but the target's."""
     head: Float[Tensor, "n k"] | None
-    """Weights of the head, if it is one linear layer on the mean of the activations."""
+    """Weights of the head per class, if it is one linear layer on the mean of the activations."""
     input_gradients: Float[Tensor, "b s c *grid"] | None
     """Gradient of each target's score with respect to the images."""
     guided_gradients: Float[Tensor, "b s c *grid"] | None
@@ -77,12 +79,18 @@ class Explainer:
     """A formula over evidence, callable on a model: `(model, images, targets=None, layer=None) -> (b, t, h, w)`.
 
     The formula's parameters without default name the fields of `Evidence` that it reads; the others are its options.
-    `@partial(Explainer, is_signed=True)` says that negative values of the map speak against the target, and
-    `sums_to_score=True` that it should add up to the explained score.
+    `@partial(Explainer, is_signed=True)` says that negative values of the map speak against the target,
+    `sums_to_score=True` that it should add up to the explained score, and `ignores_class=True` that it is the same for
+    all classes though it reads something of which this cannot be seen.
     """
 
     def __init__(
-        self, formula: Callable[..., Float[Tensor, "b t ..."]], *, is_signed: bool = False, sums_to_score: bool = False
+        self,
+        formula: Callable[..., Float[Tensor, "b t ..."]],
+        *,
+        is_signed: bool = False,
+        sums_to_score: bool = False,
+        ignores_class: bool = False,
     ) -> None:
         update_wrapper(self, formula)
         self.name = formula.__name__
@@ -90,23 +98,26 @@ class Explainer:
         self.is_signed = is_signed
         """Whether 0 is the middle of the map: above it speaks for the target, below against it."""
         self.sums_to_score = sums_to_score
-        """Whether the map hands the score out to the pixels; a gap is a verdict."""
+        """Whether the map hands the score (less that of its baseline) out to the pixels; a gap is a verdict."""
         parameters = signature(formula).parameters.values()
         self.needs = frozenset(p.name for p in parameters if p.default is p.empty)
+        known = [field.name for field in fields(Evidence)]
+        if unknown := self.needs - {*known}:
+            raise ValueError(f"expected fields of Evidence out of {', '.join(known)}, got {min(unknown)!r}")
+        self.is_blind_to_class = ignores_class or self.needs <= {"images", "targets", "activations", "gate", "layer"}
+        """Whether the map is the same for all classes by construction."""
         own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters if p.default is not p.empty]
         self.options = frozenset(p.name for p in own)
         called = [p for p in signature(type(self).__call__).parameters.values() if p.name not in ("self", "options")]
         self.__signature__ = Signature([*called, *own])
 
+    def __repr__(self) -> str:
+        return f"<Explainer {self.name}>"
+
     @property
     def is_control(self) -> bool:
         """Whether the map is made without looking at what the model does."""
         return self.needs <= {"images", "targets"}
-
-    @property
-    def is_blind_to_class(self) -> bool:
-        """Whether the map is the same for all classes by construction."""
-        return self.needs <= {"images", "targets", "activations", "gate", "layer"}
 
     def __call__(
         self,
@@ -121,10 +132,30 @@ class Explainer:
         return torch.cat([self.map_of(one, **options) for (one,) in gathered.blocks() if one is not None], 1)
 
     def map_of(self, evidence: Evidence, **options: Any) -> Float[Tensor, "b t *grid"]:
-        """The formula on evidence that is already there."""
+        """The formula on evidence that is already there.
+
+        Raises:
+            ValueError: it returns something else than one map per target.
+            RuntimeError: it changes evidence in place, which other formulas read.
+        """
+        given = {name: getattr(evidence, name) for name in self.needs}
+        versions = {name: version_of(value) for name, value in given.items() if isinstance(value, Tensor)}
         autocast = torch.autocast(evidence.images.device.type, enabled=False)
-        with autocast, torch.inference_mode(False), torch.set_grad_enabled(evidence.score.differentiable):
-            return self.formula(**{name: getattr(evidence, name) for name in self.needs}, **options)
+        still = untouched(evidence.score.model) if "score" in self.needs else nullcontext()
+        with still, autocast, torch.inference_mode(False), torch.set_grad_enabled(evidence.score.differentiable):
+            found = self.formula(**given, **options)
+        if changed := [name for name, version in versions.items() if version_of(given[name]) != version]:
+            raise RuntimeError(
+                f"expected a formula that leaves its evidence alone, got {self.name}, which changes {changed[0]!r} in "
+                "place; change a clone"
+            )
+        shape, dimensions = tuple(evidence.targets.shape), evidence.images.ndim
+        is_map = isinstance(found, Tensor) and found.is_floating_point() and found.ndim == dimensions  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_map or found.shape[:2] != shape:
+            got = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+            sides = ", ".join("dhw"[5 - dimensions :])
+            raise ValueError(f"expected float maps ({shape[0]}, {shape[1]}, {sides}) from {self.name}, got {got}")
+        return found if found.dtype == evidence.logits.dtype == torch.float64 else found.float()
 
 
 class Gathered:
@@ -138,7 +169,6 @@ class Gathered:
         rectifiers: Rectifiers | None,
     ) -> None:
         self.model = capture.model
-        self.call = capture.call or 0
         self.scorer = capture.scorer
         self.scores = capture.scores
         self.requests = requests
@@ -148,7 +178,7 @@ class Gathered:
         layers = iter(capture.captured)
         self.captured = [next(layers) if needs & _OF_LAYER else None for _, needs in requests]
         self.activations = [None if c is None else self._float(c.layout.maps(c.tensor)) for c in self.captured]
-        self.heads = [None if c is None else c.head(self.scorer.logits) for c in self.captured]
+        self.heads = [None if c is None else self._head(c) for c in self.captured]
 
     def blocks(self) -> Iterator[list[Evidence | None]]:
         """Evidence of every request, for some targets at a time; one that asks the scorer comes once, with all targets.
@@ -162,7 +192,8 @@ class Gathered:
         for start in starts:
             last = start == starts[-1]
             columns = slice(start, start + size)
-            with torch.inference_mode(False), torch.enable_grad():
+            # A checkpointed part of the model runs once more in the backward: in eval mode, as the first time.
+            with untouched(self.model), torch.inference_mode(False), torch.enable_grad():
                 block = self._block(columns, last=last)
             yield [None if start and "score" in needs else block[i] for i, (_, needs) in enumerate(self.requests)]
 
@@ -171,16 +202,21 @@ class Gathered:
         """Logits of the images."""
         return self._float(self.scorer.logits)
 
+    def _head(self, captured: Captured) -> Tensor | None:
+        """Weights of each class's score; none if a function makes the scores."""
+        weights = None if callable(self.scorer.asked) else captured.head(self.scorer.direct)
+        return weights if weights is None or self.scorer.scale == 1 else torch.cat([-weights, weights])
+
     def _block_size(self) -> int:
-        """Targets whose gradients are held at once."""
-        sizes = [1]
+        """Targets whose gradients, at all layers and on the way back to the images, are held at once."""
+        sizes: dict[tuple[int, bool], int] = {}
         for (_, needs), captured, head in zip(self.requests, self.captured, self.heads, strict=True):
-            read = needs & _GRADIENTS
-            if captured is not None and read and (head is None or read - {"mean_gradients"}):
-                sizes.append(captured.tensor.numel())
-            if needs & _OF_IMAGE.keys():
-                sizes.append(_INPUT_GRAPH * self.images.numel())
-        return max(1, _LARGEST_BLOCK // max(sizes))
+            for field in needs & (_GRADIENTS if head is None else _GRADIENTS - {"mean_gradients"}):
+                if captured is not None:
+                    sizes[id(captured.tensor), field == "rival_gradients"] = captured.tensor.numel()
+        of_image = any(needs & _OF_IMAGE.keys() for _, needs in self.requests)
+        numbers = sum(sizes.values()) + of_image * _INPUT_GRAPH * self.images.numel()
+        return max(1, _LARGEST_BLOCK // max(1, numbers))
 
     def _block(self, columns: slice, *, last: bool) -> list[Evidence]:
         """One backward for each kind of gradient that is needed; the graph is let go after the last one."""
@@ -284,10 +320,10 @@ class Gathered:
         return Evidence(
             images=self.images if self.scorer.differentiable else self.images.detach(),
             logits=self.logits,
-            targets=targets,
-            score=self.scorer,
+            targets=self.scorer.classes_of(targets),
+            score=copy(self.scorer),  # on which a method may leave its remarks
             layer=name,
-            call=self.call,
+            call=0 if captured is None else captured.call,
             activations=self.activations[i],
             gradients=gradients,
             mean_gradients=self._mean(i, targets, gradients) if "mean_gradients" in needs else None,
@@ -340,7 +376,7 @@ def gather(
         default = getattr(net, "default_layer", None)
         layers = [default if layer is None else layer for layer, own in requests if own & _OF_LAYER]
         if compile:
-            _check_compiled(layers, needs, differentiable, call)
+            _check_compiled(layers, needs, targets, differentiable, call)
             return Gathered(CompiledCapture(net, scorer, layers[0], images, len(layers)), requests, images, None)
         capture = Capture(net, scorer, layers, call=call, gates=bool(needs & {"gate", "gates"}), whole=whole)
         rectifiers = Rectifiers() if needs & {"guided_gradients", "deconvolved_gradients"} else None
@@ -351,11 +387,15 @@ def gather(
         return Gathered(capture, requests, images, rectifiers)
 
 
-def _check_compiled(layers: Sequence[Layer], needs: frozenset[str], differentiable: bool, call: int | None) -> None:
+def _check_compiled(
+    layers: Sequence[Layer], needs: frozenset[str], targets: Targets, differentiable: bool, call: int | None
+) -> None:
     if missing := needs - _OF_LAYER - {"images", "targets", "logits", "layer"}:
         wrong = f"a method that reads {min(missing)}"
     elif len(set(layers)) != 1:
         wrong = f"{len(set(layers))} layers"
+    elif callable(targets):
+        wrong = "a function as targets"
     elif differentiable or call is not None:
         wrong = "differentiable=True" if differentiable else "call="
     else:

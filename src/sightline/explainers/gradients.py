@@ -10,7 +10,7 @@ from torch import Tensor
 from sightline import maps
 from sightline.explainers.cams import grad_cam, grad_cam_plus_plus
 from sightline.explainers.evidence import Explainer
-from sightline.explainers.scorer import Scorer
+from sightline.explainers.scorer import Scorer, wide
 
 
 @Explainer
@@ -42,7 +42,7 @@ def input_x_gradient(
     return (images[:, None] * input_gradients).sum(2)
 
 
-@partial(Explainer, is_signed=True)
+@partial(Explainer, is_signed=True, sums_to_score=True)
 def integrated_gradients(
     images: Float[Tensor, "b c *grid"], score: Scorer, steps: int = 32, baseline: float | Tensor = 0.0
 ) -> Float[Tensor, "b t *grid"]:
@@ -53,7 +53,7 @@ def integrated_gradients(
 
     The integral is taken by the Gauss-Legendre rule, whose completeness error is the smallest by far on smooth nets
     (SiLU, GELU: 1e-10 of the score with 16 steps, where midpoints leave 1e-4). Where ReLUs put jumps into the gradient
-    no rule is better than the others, and more steps are the only help.
+    no rule is better than the others, and more steps are the only help: a gap is a verdict.
 
     Options:
         steps: gradients per image.
@@ -71,9 +71,9 @@ def integrated_gradients(
         raise ValueError(f"expected at least one step, got steps={steps}; take 32")
     start = _baseline(images, baseline)
     points, shares = leggauss(steps)
-    wide = _wide(images)
-    places, weights = (torch.as_tensor(each).to(wide) / 2 for each in (points + 1, shares))
-    total = wide.new_zeros(len(images), score.targets.shape[1], *images.shape[1:])
+    places = torch.as_tensor((points + 1) / 2, dtype=wide(images), device=images.device)
+    weights = torch.as_tensor(shares / 2, dtype=wide(images), device=images.device)
+    total = _zeros(images, score)
 
     def on_the_way(items: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
         rows = items // steps
@@ -82,6 +82,8 @@ def integrated_gradients(
 
     for items, found in score.stream("integrated_gradients", len(images) * steps, on_the_way, score.gradients):
         total.index_add_(0, items // steps, found.to(total) * _over(weights[items % steps], found))
+    ends = score.stream("baseline of integrated_gradients", len(images), lambda rows: (start[rows], rows), score)
+    score.origin = torch.cat([end for _, end in ends])
     return ((images - start)[:, None] * total).sum(2)
 
 
@@ -222,18 +224,19 @@ def _moments(
     batch = len(images)
     pixels = images.flatten(1)
     scales = _over(noise * (pixels.amax(1) - pixels.amin(1)), images)
-    seeds: list[int] = torch.randint(2**62, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    seeds: list[int] = torch.randint(2**62, (samples,), generator=generator, device="cpu").tolist()
 
     def noisy(items: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-        rows, copies = items % batch, items // batch
+        rows, copies, sides = items % batch, items // batch, images.shape[1:]
         first, last = int(copies[0]), int(copies[-1])
         drawn = [
-            torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seeds[copy]))
-            for copy in range(first, last + 1)
+            torch.randn(sides, generator=generator.manual_seed(each), dtype=torch.float32, device="cpu")
+            for each in seeds[first : last + 1]
         ]
         return images[rows] + scales[rows] * torch.stack(drawn).to(images)[copies - first], rows
 
-    mean = _wide(images).new_zeros(batch, score.targets.shape[1], *images.shape[1:])
+    mean = _zeros(images, score)
     squares = torch.zeros_like(mean)
     for items, found in score.stream(name, batch * samples, noisy, score.gradients):
         for item, gradient in zip(items.tolist(), found.to(mean), strict=True):
@@ -245,7 +248,7 @@ def _moments(
 
 
 def _baseline(images: Float[Tensor, "b c *grid"], baseline: float | Tensor) -> Float[Tensor, "b c *grid"]:
-    start = torch.as_tensor(baseline).to(images)
+    start = torch.as_tensor(baseline, dtype=images.dtype, device=images.device)
     try:
         return _over(start, images[0]).expand_as(images) if start.ndim == 1 else start.expand_as(images)
     except RuntimeError:
@@ -260,6 +263,5 @@ def _over(values: Float[Tensor, " n"], like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def _wide(images: Tensor) -> Tensor:
-    """In float32 at least, in which the sums are taken."""
-    return images.to(torch.promote_types(images.dtype, torch.float32))
+def _zeros(images: Float[Tensor, "b c *grid"], score: Scorer) -> Float[Tensor, "b t c *grid"]:
+    return images.new_zeros(len(images), score.targets.shape[1], *images.shape[1:], dtype=wide(images))

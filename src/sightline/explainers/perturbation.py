@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sightline import maps
 from sightline.explainers.evidence import Explainer
-from sightline.explainers.scorer import Scorer, rows_of
+from sightline.explainers.scorer import Scorer, rows_of, wide
 from sightline.inference import untouched
 
 
@@ -48,6 +48,8 @@ def occlusion(
     [[[[3.0, 10.0]]]]
     """
     sides = images.shape[2:]
+    if not isinstance(fill, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"expected a number as fill of occlusion, in the model's input, got {fill!r}")
     if patch is not None and not 1 <= patch <= min(sides):
         raise ValueError(f"expected patch in 1..{min(sides)}, the shortest side of the images, got {patch}")
     inside: list[Tensor] = []  # per axis (positions, side): which pixels a patch covers
@@ -63,14 +65,14 @@ def occlusion(
     patches = positions.numel()
 
     def occluded(items: Tensor) -> tuple[Tensor, Tensor]:
-        rows, index = items // (patches + 1), items % (patches + 1)
-        holes = index < patches  # the item behind an image's patches is the image itself
-        for axis, at in enumerate(torch.unravel_index(index.clamp(max=patches - 1), positions)):
+        rows = items // patches
+        holes = torch.ones_like(items, dtype=torch.bool)
+        for axis, at in enumerate(torch.unravel_index(items % patches, positions)):
             holes = holes[..., None] & inside[axis][at].view(len(items), *[1] * axis, -1)
         return torch.where(holes[:, None], fill, images[rows]), rows
 
-    scores = _scores(score, "occlusion", len(images) * (patches + 1), occluded, score).unflatten(0, (len(images), -1))
-    falls = (scores[:, -1:] - scores[:, :-1]).mT.unflatten(2, positions)
+    scores = _scores(score, "occlusion", len(images) * patches, occluded, score).unflatten(0, (len(images), -1))
+    falls = (score.of(score.targets)[:, None] - scores).mT.unflatten(2, positions)
     for table in inside:  # the patches over a pixel are a product of its rows and columns: so is their mean
         falls = torch.einsum("btp...,ps->bt...s", falls, table.to(falls) / table.sum(0))
     return falls
@@ -87,7 +89,8 @@ def rise(
 ) -> Float[Tensor, "b t *grid"]:
     r"""Random masks, each weighted by the class's probability in the image that it leaves, summed.
 
-    $\frac{1}{Np} \sum_i f(x \odot M_i) \, M_i$ with $f$ the softmax probability. A mask is a coarse grid of zeros and
+    $\frac{1}{Np} \sum_i f(x \odot M_i) \, M_i$ with $f$ the softmax probability, or that of a sigmoid over several
+    classes if the model ends in one. A mask is a coarse grid of zeros and
     ones, enlarged bilinearly and shifted at random; all images get the same masks. The map estimates the probability
     given that the pixel is seen, so it is positive where nothing matters, too.
 
@@ -108,13 +111,14 @@ def rise(
         raise ValueError(f"expected masks and cells of at least 1 and keep in (0, 1], got {masks}, {cells} and {keep}")
     sides = images.shape[2:]
     generator = torch.Generator().manual_seed(seed)
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    grids = (torch.rand(masks, *[cells] * len(sides), generator=generator) < keep).to(images.device, dtype)
+    dtype = wide(images)
+    drawn = torch.rand(masks, *[cells] * len(sides), generator=generator, dtype=torch.float32, device="cpu") < keep
+    grids = drawn.to(images.device, dtype)
     ramps: list[tuple[Tensor, Tensor]] = []  # per axis: weight of each cell in each pixel by shift, and the shifts
     for side in sides:
         cell = -(-side // cells)
-        ramp = F.interpolate(torch.eye(cells, dtype=dtype)[None], (cells + 1) * cell, mode="linear")[0]
-        shifts = torch.randint(cell, (masks,), generator=generator)
+        ramp = F.interpolate(torch.eye(cells, dtype=dtype, device="cpu")[None], (cells + 1) * cell, mode="linear")[0]
+        shifts = torch.randint(cell, (masks,), generator=generator, device="cpu")
         ramps.append((ramp.unfold(1, side, 1).to(images.device), shifts.to(images.device)))
 
     def mask(chosen: Tensor) -> Tensor:
@@ -187,7 +191,6 @@ def ablation_cam(
     images: Float[Tensor, "b c *grid"],
     activations: Float[Tensor, "b k *small"],
     head: Float[Tensor, "n k"] | None,
-    logits: Float[Tensor, "b n"],
     layer: str,
     call: int,
     score: Scorer,
@@ -210,13 +213,11 @@ def ablation_cam(
     Differs: from pytorch-grad-cam, which sets a channel to its layer's minimum less 1e7 where the layer has negative
     values.
     """
+    whole = score.of(score.targets)[:, None].to(activations.dtype)
     if head is not None:
         lost = activations.flatten(2).mean(2)[:, :, None] * rows_of(head, score.targets).mT
-        whole = logits.gather(1, score.targets)[:, None]
     else:
-        scores = _ablated_scores(images, activations, layer, call, score)
-        whole = scores[:, -1:].to(activations.dtype)
-        lost = whole - scores[:, :-1]
+        lost = whole - _ablated_scores(images, activations, layer, call, score)
     shares = torch.where(whole != 0, lost / whole, 0)
     return torch.einsum("bkt,bk...->bt...", shares, activations).relu()
 
@@ -230,14 +231,14 @@ def _scores(
     group: int | None = None,
 ) -> Float[Tensor, "total t"]:
     answers = torch.cat([answer for _, answer in score.stream(what, total, make, of, group=group)])
-    return answers.to(torch.promote_types(answers.dtype, torch.float32))
+    return answers.to(wide(answers))
 
 
 def _ablated_scores(
     images: Float[Tensor, "b c *grid"], activations: Float[Tensor, "b k *small"], layer: str, call: int, score: Scorer
-) -> Float[Tensor, "b k+1 t"]:
-    """Scores of each image without its first, second, ... channel, and then with all of them."""
-    group = activations.shape[1] + 1
+) -> Float[Tensor, "b k t"]:
+    """Scores of each image without its first, second, ... channel."""
+    group = activations.shape[1]
     with untouched(score.model) as net:
         module = dict(net.named_modules()).get(layer)
     if module is None:
@@ -256,7 +257,8 @@ def _ablated_scores(
                     return score(inputs, rows)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # whatever it is that does not fit; a model that fails anyway fails again
+            except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
+                # One image before the layer and many behind it do not fit; a model that fails anyway fails again.
                 copies = True
         with _ablating(module, call, items % group, activations):
             return score(inputs, rows)
@@ -280,7 +282,7 @@ def _first_only(model: nn.Module) -> Generator[None]:
 def _ablating(
     module: nn.Module, call: int, channels: Int[Tensor, " n"], activations: Float[Tensor, "b k *small"]
 ) -> Generator[None]:
-    """In that run of the module the n-th row of its output lacks the n-th channel, if there is such a channel."""
+    """In that run of the module the n-th row of its output lacks the n-th of these channels."""
     count, grid = activations.shape[1], activations.shape[2:]
     keep = torch.arange(count, device=channels.device) != channels[:, None]
 

@@ -1,4 +1,4 @@
-"""Every rectifier of a model, whatever it is called, with a backward that can be changed."""
+"""The rectifiers of a model, by whatever name it calls them, with a backward that can be changed."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -21,26 +21,31 @@ _CLAMPED: dict[str, Callable[..., tuple[Any, Any, Any, bool]]] = {
     "clamp_min": lambda input, min, out=None: (input, min, inf, False),
 }
 _CLAMPED["clip"] = _CLAMPED["clamp"]
+_CLAMPED["maximum"] = lambda input, other, out=None: (
+    (other, input, inf, False) if _is_zero(input) else (input, other, inf, False)
+)
 _SMOOTH = {
-    *("celu", "elu", "gelu", "hardshrink", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "prelu"),
+    *("celu", "elu", "gelu", "hardshrink", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid", "mish", "prelu"),
     *("rrelu", "selu", "silu", "softplus", "softshrink", "softsign", "tanh", "tanhshrink"),
 }
 """Activations that are no rectifiers. Sigmoid and softmax are gates and weights far more often than activations."""
 
 
 class Rectifiers(TorchFunctionMode):
-    """While a model runs under it, every rectifier that a gradient can flow through is made to obey `rule`.
+    """While a model runs under it, its rectifiers that a gradient can flow through are made to obey `rule`.
 
-    Rectifiers are `nn.ReLU`, `F.relu`, `torch.relu`, `Tensor.relu_`, ReLU6, and hardtanh, threshold and clamp from 0,
-    in place or not; the forward is the model's own. `rule` may be changed between two backward passes through the same
-    graph:
+    Rectifiers are `nn.ReLU`, `F.relu`, `torch.relu`, `Tensor.relu_`, ReLU6, hardtanh, threshold and clamp from 0, in
+    place or not, and `torch.maximum` with zeros; the forward is the model's own.
+    `rule` may be changed between two backward passes through the same graph:
 
     - "plain": the ordinary gradient;
     - "guided": of the ordinary gradient at the rectifier's input, the positive part (Springenberg et al. 2014);
     - "deconvolution": of the gradient at its output, the positive part (Zeiler and Fergus 2014).
 
-    Differs: a clamp has gradient 0 at its ends, as ReLU has, which PyTorch before 2.15 gave 1. What TorchScript, or a
-    `torch.autograd.Function` of the model's own, computes inside is not seen.
+    Differs: a clamp has gradient 0 at its ends, as ReLU has, which PyTorch before 2.15 gave 1, and a maximum 1/2.
+
+    Not seen are rectifiers that no function names, such as `x * (x > 0)` and `torch.where`, and what TorchScript, or a
+    `torch.autograd.Function` of the model's own, computes inside. They keep their ordinary gradient.
 
     >>> x = torch.tensor([-1.0, 2.0, 3.0], requires_grad=True)
     >>> with Rectifiers() as rectifiers:
@@ -93,7 +98,7 @@ class Rectifiers(TorchFunctionMode):
         name = written.strip("_")
         if name in _CLAMPED:
             x, low, high, inplace = _CLAMPED[name](*args, **kwargs)
-            if not isinstance(low, Tensor) and low == 0 and not isinstance(high, Tensor) and _is_activation(x):
+            if _is_activation(x) and _is_zero(low, x.shape) and not isinstance(high, Tensor):
                 self.intercepted += 1
                 inplace = inplace or written.endswith("_")
                 call = (func, args, kwargs)
@@ -101,6 +106,14 @@ class Rectifiers(TorchFunctionMode):
         if name in _SMOOTH and _is_activation(args[0] if args else kwargs.get("input")):
             self.smooth[name] += 1
         return func(*args, **kwargs)
+
+
+def _is_zero(value: Any, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether it is 0, or a constant tensor of zeros that broadcasts to the shape."""
+    if not isinstance(value, Tensor):
+        return value == 0
+    fits = shape is None or torch.broadcast_shapes(value.shape, shape) == shape
+    return fits and not value.requires_grad and not value.any()
 
 
 def _is_activation(value: Any) -> bool:

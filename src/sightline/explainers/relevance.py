@@ -2,11 +2,13 @@ r"""Layer-wise relevance propagation (LRP): the logit, handed down from layer to
 
 What flows backward is not the relevance R of a tensor but R divided by the tensor, $c = R / a$. For a linear operation
 LRP-0 is then the ordinary gradient, so sums, concatenations, poolings (of a maximum the winner takes all), reshapes and
-products with constants need no rule. Everything else is intercepted where the model calls it, whether a module or a
-function does, in place or not: the model is never changed.
+products with constants need no rule. The operations named at the end of the rules are intercepted where the model calls
+them, whether a module or a function does, in place or not: the model is never changed. What is in none of these lists
+passes its plain gradient back, and a verdict names it.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import vjp
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sightline.explainers.evidence import Explainer
-from sightline.explainers.scorer import Scorer, gradients_of
+from sightline.explainers.scorer import Scorer, gradients_of, wide
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """A convolution or a linear layer as a function of input, weight and bias."""
@@ -315,7 +318,8 @@ def lrp(
     SiLU and its kind too, $c \mapsto c f(x)/x$. In a product of two tensors made from the image one is the gate, a
     constant: what came out of a sigmoid, else the one that is broadcast; two equals share their relevance. Softmax,
     attention weights, divisors and the standard deviation of layer and group normalisation are constants. What a model
-    does to the pixels before its first layer (normalising, padding, resizing) only moves relevance.
+    does to the pixels before its first layer (normalising, padding, resizing) only moves relevance. Operations that no
+    rule knows pass their plain gradient back: the verdict `plain gradient` names them.
 
     Raises:
         ValueError: no convolution or linear layer is met on the way from the images to the score, or a graph of the map
@@ -326,6 +330,8 @@ def lrp(
     gates; Achtibat et al. 2024 (2402.05602) for products of equals.
     Differs: inside `nn.MultiheadAttention` the projections of values and outputs take LRP-0, whatever the composite.
     """
+    if not isinstance(composite, Composite):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"expected a Composite as composite of lrp, got {composite!r}; see sightline.explainers")
     if score.differentiable:
         raise ValueError("expected differentiable=False for LRP, got True; its rules have no second derivative")
     with torch.inference_mode(False), torch.enable_grad():
@@ -336,6 +342,8 @@ def lrp(
             scores = score(pixels)
         propagation.check(scores)
         parts = [gradients_of(part, [leaf], retain_graph=True)[0] for part in scores.split(_TARGETS_AT_ONCE, 1)]
+    if unruled := Counter(propagation.calls[call] for call in propagation.unruled):
+        score.remarks = ("plain gradient: " + ", ".join(f"{count} {name}" for name, count in unruled.most_common()),)
     relevance = torch.cat([part.sum(2) for part in parts if part is not None], 1)
     return relevance if relevance.dtype == torch.float64 else relevance.float()
 
@@ -373,11 +381,13 @@ def lrp_epsilon_alpha2_beta1(images: Float[Tensor, "b c *grid"], score: Scorer) 
 
 
 _CONVOLUTIONS = {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)}
-_GATES = {"sigmoid", "hardsigmoid"}
+_GATES = {"sigmoid", "hardsigmoid", "erf"}  # the last is that of a GELU written out
 _POINTWISE = _GATES | set(
     "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish hardtanh hardshrink softshrink "
-    "tanhshrink softplus softsign tanh logsigmoid threshold clamp clip clamp_min clamp_max abs pow square sqrt exp "
-    "normalize rms_norm".split()
+    "tanhshrink softplus softsign tanh logsigmoid log_sigmoid threshold clamp clip clamp_min clamp_max abs absolute "
+    "pow ipow rpow float_power square sqrt rsqrt reciprocal rdiv rtruediv exp exp2 expm1 log log2 log10 log1p sin cos "
+    "tan sinh cosh asin acos atan asinh acosh atanh arcsin arccos arctan sinc erfc normalize rms_norm round floor ceil "
+    "trunc nan_to_num".split()
 )
 _MOVES = set(
     "get getitem view view_as reshape reshape_as flatten unflatten permute transpose movedim swapaxes swapdims t "
@@ -390,7 +400,28 @@ _ELEMENTWISE_PRODUCTS = {"mul", "rmul", "imul", "multiply"}
 _PRODUCTS = _ELEMENTWISE_PRODUCTS | {"matmul", "rmatmul", "bmm", "einsum"}
 _SHIFTS = _DIVISIONS | _ELEMENTWISE_PRODUCTS | {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract", "batch_norm"}
 _NORMS = {"layer_norm", "group_norm", "instance_norm"}
-_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+_CONSTANTS: dict[str, tuple[str, ...]] = {
+    "scaled_dot_product_attention": ("query", "key"),
+    "multi_head_attention_forward": ("query", "key"),
+    **dict.fromkeys(_DIVISIONS, ("", "other")),
+}
+"""Arguments that are constants: their names, in the order of the positions."""
+_MULTILINEAR = set("linear bilinear mv dot vdot inner tensordot addmm addmv addbmm baddbmm addcmul grid_sample".split())
+_SUMS_AND_CHOICES = set(
+    "neg negative pos positive sum nansum mean nanmean cumsum diff tril triu diag diagonal diag_embed adjoint ravel "
+    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d max_pool1d "
+    "max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d "
+    "adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices "
+    "adaptive_max_pool3d_with_indices max_unpool1d max_unpool2d max_unpool3d amax amin max min maximum minimum fmax "
+    "fmin median sort topk kthvalue gather take take_along_dim where index_add index_put index_fill index_copy "
+    "masked_fill masked_select masked_scatter scatter scatter_add hstack vstack dstack column_stack concatenate "
+    "tensor_split hsplit vsplit dsplit unsafe_chunk unsafe_split split_with_sizes repeat_interleave tile broadcast_to "
+    "broadcast_tensors rot90 fliplr flipud moveaxis meshgrid fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 "
+    "fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_fftshift fft_ifftshift view_as_real view_as_complex real imag fold "
+    "upsample affine_grid as_strided cpu cuda alias requires_grad".split()
+)
+_LINEAR = _MOVES | _SHIFTS | _PRODUCTS | _SUMS_AND_CHOICES
+"""Operations that hand on their relevance by the plain gradient. The multilinear ones do if one factor is constant."""
 
 
 @dataclass(frozen=True)
@@ -429,6 +460,10 @@ class _Propagation(TorchFunctionMode):
         self.composite = composite
         self.layers = 0
         self.first_layers = 0
+        self.calls: list[str] = []
+        """Operations without a rule that are not known to be linear, by name."""
+        self.unruled: set[int] = set()
+        """Those of them through which relevance has flowed."""
         self.made: Any = WeakTensorKeyDictionary()
         self.kinds: Any = WeakTensorKeyDictionary()
         """"pixels": only moved and scaled since the image, the gradient here is R, not R / pixel; "gate": a sigmoid."""
@@ -456,7 +491,7 @@ class _Propagation(TorchFunctionMode):
         name = getattr(func, "__name__", "").strip("_")
         inputs = _made_from_images(everything)
         if not inputs:
-            if name in ("get", "set") or not any(isinstance(value, Tensor) for value in tree_leaves(everything)):
+            if not any(isinstance(value, Tensor) for value in tree_leaves(everything)):
                 return func(*args, **everything[1])
             with torch.no_grad():
                 return func(*args, **everything[1])
@@ -484,21 +519,29 @@ class _Propagation(TorchFunctionMode):
     def _hidden(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """An operation on what layers made of the pixels."""
         inputs = _made_from_images((args, options))
-        if name == "batch_norm":
+        if func is F.batch_norm:
             return self._batch_norm(func, *args, **options)
-        if name in _POINTWISE and (args[0] if args else options.get("input")) is inputs[0]:
-            output = _pointwise(func, *args, **options)
+        dividend = args[0] if args else options.get("input")
+        if len(inputs) == 1 and (name in _POINTWISE or (name in _DIVISIONS and dividend is not inputs[0])):
+            output = _pointwise(func, args, options, inputs[0])
             return self._marked(output, "gate") if name in _GATES else output
         if name in _PRODUCTS and len(inputs) > 1:
             return self._product(func, name, args, options, inputs)
-        if name in _DIVISIONS and len(inputs) > 1:
-            return func(args[0], args[1].detach(), *args[2:], **options)
-        if name in _NORMS:
+        if name in _NORMS and func is getattr(F, name):
             return _normalised(func, name, *args, **options)
-        if name in _ATTENTION:
-            return func(args[0].detach(), args[1].detach(), *args[2:], **options)
+        if func is F.glu:
+            return _gated(*args, **options)
+        if name in _CONSTANTS:
+            args, options = _with_constants(_CONSTANTS[name], args, options)
         output = func(*args, **options)
-        return output.detach() if name == "softmax" else output
+        if name == "softmax":
+            return output.detach()
+        if name not in _LINEAR | _CONSTANTS.keys() | (_MULTILINEAR if len(inputs) == 1 else set()):
+            call = len(self.calls)
+            self.calls.append(name)
+            for tensor in _made_from_images(output):
+                tensor.register_hook(lambda gradient: self.unruled.add(call))
+        return output
 
     def _marked(self, output: Any, kind: str) -> Any:
         for tensor in _made_from_images(output):
@@ -613,21 +656,37 @@ def _ruled(
     rule: Rule, layer: Linear, x: Tensor, weight: Tensor, bias: Tensor | None, value: Callable[[], Tensor]
 ) -> Tensor:
     def back(x: Tensor, c: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)  # in half precision the stabiliser would vanish
-        offset = None if bias is None else bias.to(wide)
-        return rule.back(layer, x.to(wide), weight.to(wide), offset, c.to(wide)).to(x.dtype)
+        dtype = wide(x)  # in half precision the stabiliser would vanish
+        offset = None if bias is None else bias.to(dtype)
+        return rule.back(layer, x.to(dtype), weight.to(dtype), offset, c.to(dtype)).to(x.dtype)
 
     output = _Layer.apply(x, value, back)
     assert isinstance(output, Tensor)
     return output
 
 
-def _pointwise(func: Callable[..., Tensor], input: Tensor, *rest: Any, **options: Any) -> Tensor:
-    copy = input.detach().clone()
-    value = func(copy, *rest, **options)
-    x = input.detach()
+def _pointwise(func: Callable[..., Tensor], args: Any, options: Any, input: Tensor) -> Tensor:
+    x, copy = input.detach(), input.detach().clone()
+    args, options = tree_map(lambda value: copy if value is input else value, (args, options))
+    value = func(*args, **options)
     output = _with_gradient_of(value, input * torch.where(x == 0, 0, value.detach() / x))
     return input.copy_(output) if value is copy else output
+
+
+def _with_constants(names: tuple[str, ...], args: Any, options: Any) -> tuple[Any, Any]:
+    """The arguments, of which those with a name are constants; the names stand in the order of the positions."""
+    constant = [place for place, name in enumerate(names) if name]
+    args = [_constant(value) if place in constant else value for place, value in enumerate(args)]
+    return args, {name: _constant(value) if name and name in names else value for name, value in options.items()}
+
+
+def _constant(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _gated(input: Tensor, dim: int = -1) -> Tensor:
+    values, gates = input.chunk(2, dim)
+    return values * gates.detach().sigmoid()
 
 
 def _normalised(func: Callable[..., Tensor], name: str, input: Tensor, *rest: Any, **options: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """Rollout: the attention of all layers of a transformer, multiplied into one map."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -7,13 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.explainers.evidence import Explainer
-from sightline.explainers.scorer import Scorer, gradients_of
+from sightline.explainers.scorer import Scorer, gradients_of, wide
 from sightline.explainers.tokens import AttentionWeights
 
 _FUSE = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
 
 
-@Explainer
+@partial(Explainer, ignores_class=True)
 def attention_rollout(
     images: Float[Tensor, "b c *size"],
     targets: Int[Tensor, "b t"],
@@ -43,8 +44,8 @@ def attention_rollout(
     with torch.set_grad_enabled(score.differentiable):
         with AttentionWeights(score.model) as seen:
             score(images)
-        fused = [_FUSE[heads](_wide(weights, images), dim=1, keepdim=True) for _, weights in seen.weights]
-        sums = [attention + torch.eye(attention.shape[-1]).to(attention) for attention in fused]
+        fused = [_FUSE[heads](weights.to(wide(images)), dim=1, keepdim=True) for _, weights in seen.weights]
+        sums = [attention + torch.eye(attention.shape[-1], device="cpu").to(attention) for attention in fused]
         rolled = _rolled(score, seen, [both / both.sum(-1, keepdim=True) for both in sums])
     return rolled.expand(-1, targets.shape[1], *seen.grid)
 
@@ -76,8 +77,8 @@ def gradient_rollout(
     with torch.set_grad_enabled(score.differentiable):
         for attention, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
-                raising = (_wide(gradient, images) * _wide(attention, images)[:, None]).relu().mean(2)
-                factors.append(raising + torch.eye(raising.shape[-1]).to(raising))
+                raising = (gradient.to(wide(images)) * attention.to(wide(images))[:, None]).relu().mean(2)
+                factors.append(raising + torch.eye(raising.shape[-1], device="cpu").to(raising))
         return _rolled(score, seen, factors)
 
 
@@ -99,7 +100,3 @@ def _rolled(
     for factor in reversed(factors):
         row = row @ factor
     return row[..., 0, seen.prefix :].unflatten(-1, seen.grid)
-
-
-def _wide(weights: Tensor, images: Tensor) -> Tensor:
-    return weights.to(torch.promote_types(images.dtype, torch.float32))

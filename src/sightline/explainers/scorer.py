@@ -1,13 +1,14 @@
 """The numbers that a map explains, as a function of images."""
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sightline.inference import either, output_of, run, untouched
+from sightline.inference import either, output_of, probabilities_of, run, run_with_link, untouched
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor] | None
 """None = the predicted class; an int = that class for every image; class indices per image; or a function from whatever
@@ -29,10 +30,10 @@ def resolve_targets(targets: int | Tensor | None, logits: Float[Tensor, "b n"]) 
     batch, classes = logits.shape
     if targets is None:
         return logits.argmax(1, keepdim=True)
-    if isinstance(targets, int) and not isinstance(targets, bool):
-        found = torch.full((batch, 1), targets, device=logits.device)
+    if not isinstance(targets, bool) and isinstance(targets, Integral):  # NumPy's, too
+        found = torch.full((batch, 1), int(targets), device=logits.device)
     elif isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool:
-        found = targets.to(logits.device, torch.long)
+        found = targets.to(logits.device, torch.long, copy=True)  # that of inference mode has no gradient
         if found.ndim not in (1, 2) or len(found) != batch or not found.numel():
             raise ValueError(
                 f"expected targets of shape ({batch},) or ({batch}, t), one row per image, got {tuple(targets.shape)}; "
@@ -62,8 +63,14 @@ class Scorer:
     targets: Int[Tensor, "b t"]
     logits: Float[Tensor, "b n"]
     """Of the images that it began with; a function's scores stand for them."""
+    direct: Tensor
+    """The same, but of a binary head the single logit."""
     scale: int
     """What turns one of these logits into the score."""
+    origin: Float[Tensor, "b t"] | float = 0.0
+    """The score of an image without information, if the method that holds this scorer looked at one."""
+    remarks: tuple[str, ...] = ()
+    """What that method has to say about its maps; verdicts."""
 
     def __init__(
         self,
@@ -74,6 +81,8 @@ class Scorer:
         progress: Progress | None = None,
         differentiable: bool = False,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"expected at least 1 image per batch, got {batch_size}")
         self.model = model
         self.asked = targets
         self.batch_size = batch_size
@@ -86,7 +95,7 @@ class Scorer:
         Raises:
             ValueError, TypeError: targets that are none, images or a model that do not fit.
         """
-        return self._fix(*self._logits(images))
+        return self.take(self._logits(images))
 
     def take(self, logits: Float[Tensor, "b n"]) -> Float[Tensor, "b t"]:
         """The same from logits that are there already.
@@ -94,15 +103,17 @@ class Scorer:
         Raises:
             ValueError, TypeError: as `begin`.
         """
-        return self._fix(either(logits), 2 if logits.shape[1] == 1 else 1)
-
-    def _fix(self, logits: Tensor, scale: int) -> Tensor:
-        self.logits, self.scale = logits, scale
-        if isinstance(self.asked, int | Tensor | None):
-            self.targets = resolve_targets(self.asked, logits)
+        self.direct = logits
+        self.logits, self.scale = self._of_classes(logits)
+        if not callable(self.asked):
+            self.targets = resolve_targets(self.asked, self.logits)
         else:
             self.targets = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape)
         return self.of(self.targets)
+
+    def classes_of(self, targets: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+        """The targets as the caller knows them: -1 where a function makes the score, which is of no class."""
+        return torch.full_like(targets, -1) if callable(self.asked) else targets
 
     def of(self, classes: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
         """Scores of these classes of the images that it began with."""
@@ -125,25 +136,37 @@ class Scorer:
         self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n t"]:
         """Scores of other images, in the caller's grad mode; `rows` names the first image whose targets each takes."""
-        logits, scale = self._logits(images)
+        logits, scale = self._of_classes(self._logits(images))
         return logits.gather(1, self._targets_of(rows)) * scale
 
     def probabilities(
         self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n t"]:
-        """Softmax probability of each target; where a function makes the scores, the scores."""
-        logits, _ = self._logits(images)
-        shares = logits.softmax(1) if isinstance(self.asked, int | Tensor | None) else logits
+        """Probability of each target (see `probabilities_of`); where a function makes the scores, the scores."""
+        if not callable(self.asked):
+            with untouched(self.model) as net:
+                shares = probabilities_of(*run_with_link(net, images))
+        else:
+            shares = self._logits(images)
         return shares.gather(1, self._targets_of(rows))
 
     def gradients(
         self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n t c *grid"]:
-        """Gradient of each target's score with respect to the images."""
+        """Gradient of each target's score with respect to the images.
+
+        Raises:
+            ValueError: the score has no gradient there.
+        """
         with torch.enable_grad():
             leaf = images if self.differentiable and images.requires_grad else images.detach().requires_grad_()
-            found = gradients_of(self(leaf, rows), [leaf], create_graph=self.differentiable)[0]
-        return leaf.new_zeros(len(leaf), self.targets.shape[1], *leaf.shape[1:]) if found is None else found
+            scores = self(leaf, rows)
+            found = gradients_of(scores, [leaf], create_graph=self.differentiable)[0] if scores.requires_grad else None
+        if found is None:
+            raise ValueError(
+                "expected scores with a gradient at the images, got none; see that the forward does not switch it off"
+            )
+        return found
 
     def stream(
         self,
@@ -172,17 +195,24 @@ class Scorer:
     def _targets_of(self, rows: Tensor | None) -> Tensor:
         return self.targets if rows is None else self.targets[rows]
 
-    def _logits(self, images: Tensor) -> tuple[Tensor, int]:
-        """Logits of at least two classes, and what turns one of them into the score."""
+    def _of_classes(self, logits: Tensor) -> tuple[Tensor, int]:
+        """Logits of at least two classes, or a function's scores, and what turns one of them into the score."""
+        return (logits, 1) if callable(self.asked) or logits.shape[1] > 1 else (either(logits), 2)
+
+    def _logits(self, images: Tensor) -> Tensor:
         with untouched(self.model) as net:
-            if isinstance(self.asked, int | Tensor | None):
-                logits = run(net, images)
-                return either(logits), 2 if logits.shape[1] == 1 else 1
+            if not callable(self.asked):
+                return run(net, images)
             scores = self.asked(output_of(net, images))
         if not isinstance(scores, Tensor) or scores.ndim not in (1, 2) or len(scores) != len(images):  # pyright: ignore[reportUnnecessaryIsInstance]
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"expected the function in targets to return ({len(images)},) scores, got {got}; mend it")
-        return scores.reshape(len(images), -1), 1
+        return scores.reshape(len(images), -1)
+
+
+def wide(values: Tensor) -> torch.dtype:
+    """float32 at least: the type in which maps are summed."""
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def rows_of(weights: Float[Tensor, "n k"], classes: Int[Tensor, "b t"]) -> Float[Tensor, "b t k"]:
@@ -205,7 +235,7 @@ def gradients_of(
             scores.sum(), tensors, allow_unused=True, create_graph=create_graph, retain_graph=keep
         )
         return [g if g is None else g[:, None] for g in single]  # pyright: ignore[reportUnnecessaryComparison]
-    columns = torch.eye(scores.shape[1]).to(scores)[:, None].expand(-1, len(scores), -1)
+    columns = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)[:, None].expand(-1, len(scores), -1)
     found = torch.autograd.grad(
         scores,
         tensors,

@@ -1,8 +1,12 @@
-"""How concentrated is the map?"""
+"""How concentrated is the map? A map that marks one wrong pixel is as concentrated as one that marks the right one."""
+
+import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from sightline.metrics.per_image import PerImageMean
 
 
 def sparsity(maps: Float[Tensor, "b k h w"]) -> Float[Tensor, " b"]:
@@ -21,3 +25,74 @@ def sparsity(maps: Float[Tensor, "b k h w"]) -> Float[Tensor, " b"]:
     positive = maps.clamp(min=0)
     shares = positive.mean((2, 3)) / positive.amax((2, 3))
     return 1 / shares.where(maps.isfinite().all(3).all(2), torch.nan).mean(1)
+
+
+def gini(maps: Float[Tensor, "b 1 h w"]) -> Float[Tensor, " b"]:
+    """Gini index of the map's positive values: 0 for a flat map (one pixel too), 1 - 1 / (h * w) for a one-hot one.
+
+    Higher is more concentrated. Negative values count as 0. Repeating every pixel changes nothing, yet smooth
+    enlarging does: compare maps of one resolution. A map without a positive value, or with one that is not finite,
+    gives NaN.
+
+    Source: Hurley & Rickard 2009 (0811.4706), the Gini index; for explanations Chalasani et al. 2020 (1810.06583).
+    Differs: Chalasani et al. take |.|, which counts evidence against the class as evidence for it.
+
+    >>> gini(torch.tensor([[[[5.0, 0.0], [0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]]))
+    tensor([0.7500, 0.0000])
+    """
+    ascending = _shares(maps).sort(dim=1).values
+    n = ascending.shape[1]
+    places = torch.arange(1, n + 1, dtype=torch.float64, device=maps.device)
+    return _as(maps, 1 - 2 * (ascending * (n - places + 0.5)).sum(1) / n)
+
+
+def entropy(maps: Float[Tensor, "b 1 h w"]) -> Float[Tensor, " b"]:
+    """Entropy of the map's positive values over log(h * w): 1 for a flat map (one pixel too), 0 for a one-hot one.
+
+    Lower is more concentrated. Negative values count as 0; the rest is divided by its sum. Compare maps of one
+    resolution. A map without a positive value, or with one that is not finite, gives NaN.
+
+    Source: Bhatt et al. 2020 (2005.00631), complexity.
+    Differs: max(map, 0) for |.|; divided by the entropy of a flat map.
+
+    >>> entropy(torch.tensor([[[[2.0, 2.0], [0.0, 0.0]]]]))
+    tensor([0.5000])
+    """
+    shares = _shares(maps)
+    n = shares.shape[1]
+    return _as(maps, 1 - torch.xlogy(shares, n * shares).sum(1) / (math.log(n) or 1))
+
+
+class Sparsity(PerImageMean):
+    """Mean `sparsity`."""
+
+    function = staticmethod(sparsity)
+    sentence = "{method} is the most concentrated, right or wrong (maximum / mean {score})"
+    higher_is_better = True
+
+
+class Gini(PerImageMean):
+    """Mean `gini`."""
+
+    function = staticmethod(gini)
+    sentence = "{method} is the most concentrated, right or wrong (Gini index {score})"
+    higher_is_better = True
+
+
+class Entropy(PerImageMean):
+    """Mean `entropy`."""
+
+    function = staticmethod(entropy)
+    sentence = "{method} is the most concentrated, right or wrong (entropy {score} of a flat map's)"
+    higher_is_better = False
+
+
+def _shares(maps: Tensor) -> Float[Tensor, "b n"]:
+    """Positive values in float64 over their sum; a whole row of NaN where there is none, or one is not finite."""
+    positive = maps.flatten(1).double().clamp(min=0)
+    shares = positive / positive.sum(1, keepdim=True)
+    return shares.where(maps.isfinite().flatten(1).all(1, keepdim=True), torch.nan)
+
+
+def _as(maps: Tensor, scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(maps.dtype, torch.float32))

@@ -1,8 +1,9 @@
 """Is the map where the evidence is? Scores against masks of the evidence."""
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from torch.nn import functional as F
 
 from sightline import maps as pixels
 from sightline.metrics.per_image import PerImageMean
@@ -11,35 +12,34 @@ from sightline.metrics.per_image import PerImageMean
 def pointing_game(
     maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"], *, tolerance: int = 0
 ) -> Float[Tensor, " b"]:
-    """1 where the highest value of the map lies in the mask, else 0. Chance: the mask's share of the image.
+    """1 where the highest value of the map lies in the mask, else 0; higher is better. Chance: the mask's area.
 
     The map is resized bilinearly to the mask. If several pixels share the highest value, the score is their share
-    inside the mask, so that a flat map scores chance. `tolerance`: a hit may miss the mask by so many pixels along
-    each axis. An empty mask or a value that is not finite gives NaN.
+    inside the mask, so that a flat map scores chance. `tolerance`: the mask may be so many of its pixels away (a circle
+    around the highest value touches it); chance is then the area grown by as much. An empty mask or a value that is not
+    finite gives NaN.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, a negative tolerance.
 
-    Source: Zhang et al. 2016 (1608.00507), who allow 15 pixels.
+    Source: Zhang et al. 2016 (1608.00507), whose code has a circle of radius 15 at the size of the original image.
 
     >>> masks = torch.tensor([[[[True, False]]], [[[False, True]]]])
     >>> pointing_game(torch.tensor([[[[2.0, 1.0]]], [[[2.0, 1.0]]]]), masks)
     tensor([1., 0.])
     """
+    if tolerance < 0:
+        raise ValueError(f"expected a tolerance of at least 0 pixels, got {tolerance}; 15 is that of the paper")
     maps, masks = _fit(maps, masks)
-    if tolerance:
-        side = 2 * tolerance + 1
-        grown = torch.nn.functional.max_pool2d(masks.float(), side, stride=1, padding=tolerance)
-        masks_hit = grown > 0
-    else:
-        masks_hit = masks
+    squares = torch.arange(-tolerance, tolerance + 1, device=maps.device).square()
+    circle = (squares[:, None] + squares <= tolerance**2).float()
+    near = F.conv2d(masks.float(), circle[None, None], padding=tolerance) > 0.5
     highest = maps == maps.amax((2, 3), keepdim=True)
-    share = (highest & masks_hit).sum((1, 2, 3)) / highest.sum((1, 2, 3))
-    return share.where(_defined(maps, masks), torch.nan)
+    return _where_defined((highest & near).sum((1, 2, 3)).double() / highest.sum((1, 2, 3)), maps, masks)
 
 
 def energy_in_mask(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"]) -> Float[Tensor, " b"]:
-    """Share of the map's positive values that lies in the mask, 0 to 1. Chance: the mask's share of the image.
+    """Share of the map's positive values that lies in the mask, 0 to 1; higher is better. Chance: the mask's area.
 
     The map is resized bilinearly to the mask; negative values count as 0. An empty mask, a map without a positive value
     or a value that is not finite gives NaN.
@@ -53,9 +53,141 @@ def energy_in_mask(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H 
     tensor([0.7500])
     """
     maps, masks = _fit(maps, masks)
-    positive = maps.clamp(min=0)
-    inside, total = (positive * masks).sum((1, 2, 3)), positive.sum((1, 2, 3))
-    return (inside / total).where(_defined(maps, masks) & (total > 0), torch.nan)
+    positive = maps.double().clamp(min=0)
+    return _where_defined((positive * masks).sum((1, 2, 3)) / positive.sum((1, 2, 3)), maps, masks)
+
+
+def relevance_rank(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"]) -> Float[Tensor, " b"]:
+    """Of the highest pixels, as many as the mask has, the share inside it, 0 to 1; higher is better.
+
+    Chance: the mask's area. The map is resized bilinearly to the mask. Of pixels with equal values a random choice is
+    taken, whose expected share is the score, so that a flat map scores chance. A full mask gives 1; an empty one or a
+    value that is not finite NaN.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: Arras et al. 2022 (2003.07258), relevance rank accuracy.
+
+    >>> relevance_rank(torch.tensor([[[[4.0, 3.0, 2.0, 1.0]]]]), torch.tensor([[[[True, False, True, False]]]]))
+    tensor([0.5000])
+    """
+    maps, masks = _fit(maps, masks)
+    values, inside = maps.flatten(1), masks.flatten(1)
+    size = inside.sum(1, keepdim=True)
+    last = values.sort(dim=1, descending=True).values.gather(1, (size - 1).clamp(min=0))
+    above, tied = values > last, values == last
+    left = size[:, 0] - above.sum(1)
+    share_of_tied = (tied & inside).sum(1).double() / tied.sum(1)
+    return _where_defined(((above & inside).sum(1) + left * share_of_tied) / size[:, 0], maps, masks)
+
+
+def iou(
+    maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"], *, threshold: float = 0.15
+) -> Float[Tensor, " b"]:
+    """Intersection over union of the mask and the pixels of at least `threshold` times the maximum; higher is better.
+
+    0 to 1; a map that marks every pixel scores the mask's area. The map is resized bilinearly to the mask. A map
+    without a positive value or with one that is not finite gives NaN, an empty mask too.
+
+    Raises:
+        ValueError: shapes that do not fit, `threshold` outside [0, 1].
+
+    Source: the Jaccard index; 15 % of the maximum as Selvaraju et al. 2017 (1610.02391) take for Grad-CAM.
+
+    >>> iou(torch.tensor([[[[5.0, 1.0, 0.0, 0.0]]]]), torch.tensor([[[[True, True, True, False]]]]), threshold=0.2)
+    tensor([0.6667])
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"expected a threshold from 0 to 1, got {threshold}; it is a share of the map's maximum")
+    maps, masks = _fit(maps, masks)
+    highest = maps.amax((2, 3), keepdim=True)
+    marked = maps >= threshold * highest
+    shared, joined = (marked & masks).sum((1, 2, 3)), (marked | masks).sum((1, 2, 3))
+    return _where_defined((shared.double() / joined).where(highest.flatten() > 0, torch.nan), maps, masks)
+
+
+def max_box_accuracy(
+    maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"], *, iou: float = 0.5
+) -> Float[Tensor, "b thresholds"]:
+    """1 where the box of the map fits that of the mask, at 20 thresholds: 0, 0.05, ..., 0.95; higher is better.
+
+    The box around the largest connected component (`sightline.maps.boxes`) of the pixels whose value, scaled from the
+    map's minimum 0 to its maximum 1, reaches the threshold; it fits if its intersection over union with the box around
+    the mask is at least `iou`. MaxBoxAcc is the mean over all images at the best threshold, one for the data set:
+    `MaxBoxAccuracy`. Chance: at threshold 0 every map's box is the whole image, so that none scores below the share of
+    images whose object's box covers at least `iou` of the image; a flat map has that box at every threshold.
+
+    The map is resized bilinearly to the mask. An empty mask or a value that is not finite gives NaN.
+
+    Raises:
+        ValueError: shapes that do not fit, `iou` not in (0, 1].
+
+    Source: Choe et al. 2020 (2001.07437), MaxBoxAcc.
+    Differs: 20 thresholds, in the authors' code 1000; there the map has 8 bits, a box is one pixel longer, and the box
+    of any one object counts, where here one box goes around the whole mask.
+
+    >>> mask = torch.tensor([[[[True, True, False, False]]]])
+    >>> max_box_accuracy(torch.tensor([[[[8.0, 4.0, 0.0, 0.0]]]]), mask, iou=0.6)[:, ::5]
+    tensor([[0., 1., 1., 0.]])
+    """
+    if not 0 < iou <= 1:
+        raise ValueError(f"expected an iou above 0 and up to 1, got {iou}; it is the least overlap of a hit")
+    maps, masks = _fit(maps, masks)
+    flat = maps.amax((2, 3), keepdim=True) == maps.amin((2, 3), keepdim=True)
+    scaled = pixels.normalise(maps).masked_fill(flat, 1.0)
+    found = torch.cat([pixels.boxes(scaled, step / 20) for step in range(20)], 1)
+    wanted = pixels.box_around(masks)
+    corners = torch.maximum(found[..., :2], wanted[..., :2]), torch.minimum(found[..., 2:], wanted[..., 2:])
+    shared = _areas(*corners)
+    joined = _areas(found[..., :2], found[..., 2:]) + _areas(wanted[..., :2], wanted[..., 2:]) - shared
+    return _where_defined((shared >= iou * joined).double(), maps, masks)
+
+
+def mask_auc(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"]) -> Float[Tensor, " b"]:
+    """Chance that a pixel of the mask has a higher value than one outside, ties half, 0 to 1; higher is better.
+
+    The area under the ROC curve of the map as a detector of the mask. Chance: 0.5, which a flat map scores too. The map
+    is resized bilinearly to the mask. An empty or full mask (a single pixel among them) or a value that is not finite
+    gives NaN.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: Mann & Whitney 1947: the rank sum.
+
+    >>> mask_auc(torch.tensor([[[[3.0, 2.0, 2.0, 1.0]]]]), torch.tensor([[[[True, True, False, False]]]]))
+    tensor([0.8750])
+    """
+    maps, masks = _fit(maps, masks)
+    values, inside = maps.flatten(1).contiguous(), masks.flatten(1)
+    ordered = values.sort(dim=1).values
+    below, up_to = (torch.searchsorted(ordered, values, right=right).double() for right in (False, True))
+    m = inside.sum(1).double()
+    others = values.shape[1] - m
+    # the mean of ranks that are tied, from 1; inside the mask they sum to m (m + 1) / 2 at least
+    ranks = ((below + up_to + 1) / 2 * inside).sum(1)
+    return _where_defined((ranks - m * (m + 1) / 2) / (m * others), maps, masks)
+
+
+def point_biserial(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"]) -> Float[Tensor, " b"]:
+    """Pearson's correlation between the map and the mask as 0 and 1, -1 to 1; higher is better. Chance: 0.
+
+    Of the signed map, resized bilinearly to the mask. A flat map, an empty or full mask (a single pixel among them) or
+    a value that is not finite gives NaN.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: Tate 1954, the point-biserial correlation.
+
+    >>> point_biserial(torch.tensor([[[[3.0, 1.0]]]]), torch.tensor([[[[True, False]]]]))
+    tensor([1.])
+    """
+    maps, masks = _fit(maps, masks)
+    a, b = (x.double().flatten(1) for x in (pixels.normalise(maps), masks))
+    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+    return _where_defined((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)), maps, masks)
 
 
 class PointingGame(PerImageMean):
@@ -74,7 +206,48 @@ class EnergyInMask(PerImageMean):
     higher_is_better = True
 
 
-def _fit(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+class RelevanceRank(PerImageMean):
+    """Mean `relevance_rank`."""
+
+    function = staticmethod(relevance_rank)
+    sentence = "The highest values of {method} fill most of the marked region ({score})"
+    higher_is_better = True
+
+
+class IoU(PerImageMean):
+    """Mean `iou`."""
+
+    function = staticmethod(iou)
+    sentence = "What {method} marks overlaps most with the marked region (IoU {score})"
+    higher_is_better = True
+
+
+class MaxBoxAccuracy(PerImageMean):
+    """Mean `max_box_accuracy` at the threshold that is best for all images together."""
+
+    function = staticmethod(max_box_accuracy)
+    sentence = "A box around what {method} marks fits the object most often (MaxBoxAcc {score})"
+    higher_is_better = True
+
+
+class MaskAUC(PerImageMean):
+    """Mean `mask_auc`."""
+
+    function = staticmethod(mask_auc)
+    sentence = "The values of {method} tell the marked region best from the rest (ROC AUC {score})"
+    higher_is_better = True
+
+
+class PointBiserial(PerImageMean):
+    """Mean `point_biserial`."""
+
+    function = staticmethod(point_biserial)
+    sentence = "The values of {method} correlate best with the marked region ({score})"
+    higher_is_better = True
+
+
+def _fit(maps: Tensor, masks: Tensor) -> tuple[Float[Tensor, "b 1 H W"], Bool[Tensor, "b 1 H W"]]:
+    """Maps of at least 32 bits, resized to the masks, and masks as bool."""
     if maps.ndim != 4 or masks.ndim != 4 or maps.shape[1] != 1 or masks.shape[:2] != maps.shape[:2]:
         raise ValueError(
             f"expected maps and masks of shape (b, 1, h, w), got {tuple(maps.shape)} and {tuple(masks.shape)}; "
@@ -84,8 +257,15 @@ def _fit(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"expected masks that are bool or 0 and 1, got values up to {masks.max()}; compare them with 0"
         )
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     return pixels.resize(maps, (masks.shape[2], masks.shape[3])), masks.to(maps.device).bool()
 
 
-def _defined(maps: Tensor, masks: Tensor) -> Tensor:
-    return maps.isfinite().all((1, 2, 3)) & masks.any((1, 2, 3))
+def _where_defined(scores: Tensor, maps: Tensor, masks: Tensor) -> Tensor:
+    """NaN for an empty mask and for a map with a value that is not finite."""
+    defined = maps.isfinite().all((1, 2, 3)) & masks.any((1, 2, 3))
+    return scores.to(maps.dtype).where(defined.view(-1, *[1] * (scores.ndim - 1)), torch.nan)
+
+
+def _areas(low: Tensor, high: Tensor) -> Tensor:
+    return (high - low).clamp(min=0).prod(-1)

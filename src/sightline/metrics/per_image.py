@@ -12,11 +12,13 @@ from torchmetrics import Metric
 class PerImageMean(Metric):
     """Mean over all images seen of a function that gives one value per image; NaN values are counted as undefined.
 
+    Of a function that gives a row of k values per image, the best of the k means: one setting for all images.
+
     `update` takes what the function takes, by position or by keyword, and ignores keywords that the function does not
     name, so that several metrics share one `MetricCollection`. Options of the function go to the constructor.
     """
 
-    function: ClassVar[Callable[..., Tensor]]
+    function: ClassVar[Callable[..., Any]]
     sentence: ClassVar[str]
     """What the best `{method}` of a table does, with its `{score}`, in plain words."""
     full_state_update = False
@@ -42,10 +44,11 @@ class PerImageMean(Metric):
         """Add the images of one batch."""
         values = self.function(*inputs, **{k: v for k, v in named.items() if k in self.wanted}, **self.options).double()
         defined = ~values.isnan()
-        setattr(self, self.sum_name, getattr(self, self.sum_name) + values[defined].sum())
-        setattr(self, self.count_name, getattr(self, self.count_name) + defined.sum())
-        setattr(self, self.undefined_name, getattr(self, self.undefined_name) + (~defined).sum())
+        setattr(self, self.sum_name, getattr(self, self.sum_name) + values.nansum(0))
+        setattr(self, self.count_name, getattr(self, self.count_name) + defined.sum(0))
+        setattr(self, self.undefined_name, getattr(self, self.undefined_name) + (~defined).sum(0))
 
     def compute(self) -> Tensor:
         """Mean of the defined values; NaN if there is none."""
-        return getattr(self, self.sum_name) / getattr(self, self.count_name)
+        means = getattr(self, self.sum_name) / getattr(self, self.count_name)
+        return means.amax() if self.higher_is_better else means.amin()

@@ -31,12 +31,18 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, number=number, words=words)
+    environment.filters.update(percent=percent, number=number, p_value=p_value, hundredths=hundredths, words=words)
+    methods = [method for method in evaluation.methods if method not in evaluation.controls]
+    foremost = tables.foremost(evaluation)
+    worst = {method: evaluation.worst[method] for method in methods if evaluation.worst.get(method)}
+    cards = {f"gallery-{i}": example for i, example in enumerate(evaluation.examples, 1)}
+    cards |= {f"error-{i}": example for i, example in enumerate(evaluation.errors, 1) if evaluation.accuracy}
+    cards |= {f"worst-{i}-{j}": e for i, of in enumerate(worst.values(), 1) for j, e in enumerate(of, 1)}
     page = environment.get_template("report.html").render(
         evaluation=evaluation,
         run=run,
         maps_made=len(evaluation.per_image["name"]),
-        methods=[method for method in evaluation.methods if method not in evaluation.controls],
+        methods=methods,
         columns={metric: tables.column(evaluation, metric) for metric in evaluation.metrics},
         doubts=[
             (method, verdict, count)
@@ -44,8 +50,14 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
             for verdict, count in found.items()
             if count
         ],
-        meanings={metric: _first_line(METRICS[metric].function) for metric in evaluation.metrics},
-        masked=any(example.mask is not None for example in (*evaluation.examples, *evaluation.errors)),
+        meanings={metric: _first_line(METRICS[metric].function) for metric in evaluation.metrics if metric in METRICS},
+        groups=tables.grouped(evaluation.summary[1:]),
+        charts=pictures.courses(evaluation.curves, foremost, evaluation.controls),
+        foremost=foremost,
+        rivals={metric: found for metric in evaluation.metrics if (found := tables.rivals(evaluation, metric))},
+        worst=worst,
+        homes=pictures.homes(cards),
+        masked=any(example.mask is not None for example in cards.values()),
         training={"seed": run.seed, **run.info} if run else {},
         recipe=recipe.dump(run.recipe) if run else "",
         pictures=pictures,
@@ -88,6 +100,24 @@ def number(value: float | None) -> str:
     else:
         text = f"{value:.3f}" if size < 10 else f"{value:.1f}"
     return text.replace("-", "−")
+
+
+def p_value(p: float) -> str:
+    """Three decimals, never a zero.
+
+    >>> p_value(0.0004), p_value(0.25), p_value(float("nan"))
+    ('<0.001', '0.250', '–')
+    """
+    return "<0.001" if p < 0.001 else f"{p:.3f}" if math.isfinite(p) else "–"
+
+
+def hundredths(value: float) -> str:
+    """A correlation.
+
+    >>> hundredths(-0.5), hundredths(-0.001), hundredths(float("nan"))
+    ('−0.50', '0.00', '–')
+    """
+    return f"{round(value, 2) + 0:.2f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def words(name: str) -> str:

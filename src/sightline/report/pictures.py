@@ -3,7 +3,8 @@
 import base64
 import io
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from sightline import maps
+from sightline.evaluation import Curve, Example
+from sightline.report.tables import along
 
 Array = np.ndarray
 
@@ -48,7 +51,25 @@ def heat(
         low, high = (0.0, ends[1]) if signed else ends
         values = (values - low) / (high - low) if high > low else 0 * values
     drawn = maps.resize(values[None, None], (side, side))[0, 0].clamp(-1 if signed else 0, 1)
-    return _uri("png", maps.png(maps.colour(drawn, signed)))
+    return _uri("png", _png(maps.colour(drawn, signed)))
+
+
+def homes(examples: Mapping[str, Example]) -> dict[str, str]:
+    """Key of each example -> the first key with the same image and mask: the place where these are drawn.
+
+    >>> from dataclasses import replace
+    >>> one = Example(name="a", image=np.zeros((2, 2, 3), np.uint8), label=None, prediction="", probability=1.0,
+    ...     maps={}, verdicts={})
+    >>> homes({"gallery-1": one, "worst-1": replace(one), "worst-2": replace(one, image=one.image + 1)})
+    {'gallery-1': 'gallery-1', 'worst-1': 'gallery-1', 'worst-2': 'worst-2'}
+    """
+    first: dict[tuple[object, ...], str] = {}
+
+    def of(key: str, example: Example) -> str:
+        mask = None if example.mask is None else example.mask.tobytes()
+        return first.setdefault((example.image.shape, example.image.tobytes(), mask), key)
+
+    return {key: of(key, example) for key, example in examples.items()}
 
 
 def colour_stops(n: int = 17, signed: bool = False) -> list[str]:
@@ -80,9 +101,10 @@ def curve(x: Float[Array, " n"], y: Float[Array, " n"]) -> str:
     """
     path, drawing = "", False
     for at, value in zip(x, y, strict=True):
-        if np.isfinite(value):
+        finite = bool(np.isfinite(at + value))
+        if finite:
             path += f"{'L' if drawing else 'M'}{at:.1f} {value:.1f}" + ("" if drawing else "h0")
-        drawing = bool(np.isfinite(value))
+        drawing = finite
     return path
 
 
@@ -126,24 +148,28 @@ def matrix(shares: Float[Array, "c c"]) -> str:
     >>> matrix(np.eye(2))[:22]
     'data:image/png;base64,'
     """
-    return _uri("png", maps.png(maps.colour(torch.from_numpy(shares))))
+    return _uri("png", _png(maps.colour(torch.from_numpy(shares))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One quantity over the epochs, on a canvas of `WIDTH` x `HEIGHT`."""
+    """One quantity over the epochs, or along deletion or insertion, on a canvas of `WIDTH` x `HEIGHT`."""
 
     quantity: str
     text: str
     """Its course in words."""
     lines: dict[str, str]
-    """"train" and "val" -> SVG path."""
+    """"train" and "val", or methods -> SVG path."""
     x_ticks: dict[str, float]
     y_ticks: dict[str, float]
     """label -> position"""
+    bands: dict[str, str] = field(default_factory=dict)
+    """Methods -> SVG path around the 95 % interval."""
 
 
 WIDTH, HEIGHT = 400.0, 200.0
+SIDE = 300.0
+"""Of the square that a scatter is drawn on."""
 
 
 def charts(history: list[dict[str, float]]) -> list[Chart]:
@@ -153,8 +179,6 @@ def charts(history: list[dict[str, float]]) -> list[Chart]:
     >>> [chart.text for chart in charts([row])]
     ['train loss 2 in epoch 1, 2 in epoch 1', 'train accuracy 0.5 in epoch 1, 0.5 in epoch 1']
     """
-    from matplotlib.ticker import MaxNLocator
-
     epochs = np.array([row["epoch"] for row in history])
     x = WIDTH * np.linspace(0, 1, len(epochs))
     drawn: list[Chart] = []
@@ -163,7 +187,7 @@ def charts(history: list[dict[str, float]]) -> list[Chart]:
         lines = {part: line for part, line in lines.items() if np.isfinite(line).any()}
         if not lines:
             continue
-        ticks = np.array(MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(*(span(*lines.values()) or (0.0, 1.0))))
+        ticks = _ticks(*lines.values())
         y = {part: _height(line, ticks) for part, line in lines.items()}
         each = math.ceil(len(epochs) / 8)
         drawn.append(
@@ -175,14 +199,154 @@ def charts(history: list[dict[str, float]]) -> list[Chart]:
                 ),
                 lines={part: curve(x, y[part]) for part in lines},
                 x_ticks={f"{epoch:g}": float(at) for epoch, at in zip(epochs[::each], x[::each], strict=True)},
-                y_ticks={f"{tick:.4g}": float(at) for tick, at in zip(ticks, _height(ticks, ticks), strict=True)},
+                y_ticks=_labelled(ticks, _height(ticks, ticks)),
             )
         )
     return drawn
 
 
+def courses(curves: Mapping[str, Mapping[str, Curve]], foremost: Sequence[str], thin: Collection[str]) -> list[Chart]:
+    """The score along deletion and insertion: `foremost` methods with their bands and in words, under them `thin` ones.
+
+    >>> line = np.array([0.0, 1.0])
+    >>> curve = Curve(shares=line, mean=line, low=line - 0.5, high=line + 0.5)
+    >>> [chart.text for chart in courses({"insertion": {"cam": curve}}, ["cam"], [])]
+    ['cam 0 with 0 %, 0.5 with 50 %, 1 with 100 % of the pixels inserted']
+    """
+    drawn: list[Chart] = []
+    for kind, of in curves.items():
+        shown = {name: of[name] for name in (*thin, *reversed(foremost)) if name in of}
+        bands = {name: (of[name].low, of[name].high) for name in reversed(foremost) if name in of}
+        if not bands:
+            continue
+        ticks = _ticks(*(line.mean for line in shown.values()), *(end for ends in bands.values() for end in ends))
+        x = {name: WIDTH * line.shares for name, line in shown.items()}
+        drawn.append(
+            Chart(
+                quantity=kind,
+                text="; ".join(_course(name, of[name]) for name in foremost if name in of)
+                + f" of the pixels {kind.removesuffix('ion')}ed",
+                lines={name: curve(x[name], _height(line.mean, ticks)) for name, line in shown.items()},
+                bands={name: _band(x[name], *(_height(end, ticks) for end in ends)) for name, ends in bands.items()},
+                x_ticks={f"{share} %": WIDTH * share / 100 for share in (0, 25, 50, 75, 100)},
+                y_ticks=_labelled(ticks, _height(ticks, ticks)),
+            )
+        )
+    return drawn
+
+
+def _course(name: str, line: Curve) -> str:
+    start, _, middle, _, end = along(line)
+    return f"{name} {start:.3g} with 0 %, {middle:.3g} with 50 %, {end:.3g} with 100 %"
+
+
+def _band(x: Float[Array, " n"], low: Float[Array, " n"], high: Float[Array, " n"]) -> str:
+    """The area between two lines as an SVG path, one part for each stretch where both are finite."""
+    path = ""
+    for _, start, length in _runs(np.isfinite(x + low + high)[None]):
+        part = slice(start, start + length)
+        there = zip(x[part], low[part], strict=True)
+        back = zip(x[part][::-1], high[part][::-1], strict=True)
+        path += "M" + "L".join(f"{at:.1f} {value:.1f}" for at, value in (*there, *back)) + "z"
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dot:
+    """One method in a scatter."""
+
+    method: str
+    x: float
+    y: float
+    label: tuple[float, float] | None
+    """Where its name begins, or where it ends if that is left of the dot; None where there are too many names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scatter:
+    """Two metrics over methods, on a canvas of `SIDE` x `SIDE` where right and up are better."""
+
+    dots: tuple[Dot, ...]
+    x_ticks: dict[str, float]
+    y_ticks: dict[str, float]
+
+
+def scatter(
+    x: Mapping[str, float], y: Mapping[str, float], higher_is_better: tuple[bool, bool], named: Sequence[str]
+) -> Scatter | None:
+    """The methods that have both values; None where there is none. Names are written for up to 8 of `named`.
+
+    >>> scatter({"cam": 1.0, "lrp": 2.0}, {"cam": 0.0, "lrp": np.nan}, (False, True), ["cam"]).dots
+    (Dot(method='cam', x=150.0, y=150.0, label=(157.0, 154.0)),)
+    """
+    methods = [method for method in x if np.isfinite([x[method], y.get(method, np.nan)]).all()]
+    if not methods:
+        return None
+    values = [np.array([of[method] for method in methods]) for of in (x, y)]
+    x_ticks, y_ticks = (_ticks(of) for of in values)
+    across = _place(values[0], x_ticks, higher_is_better[0])
+    down = SIDE - _place(values[1], y_ticks, higher_is_better[1])
+    labels: dict[int, tuple[float, float]] = {}
+    written = [i for i, method in enumerate(methods) if method in named]
+    for is_left in (True, False) if len(written) <= 8 else ():
+        side = sorted((i for i in written if (across[i] > 0.55 * SIDE) == is_left), key=lambda i: down[i])
+        for i, height in zip(side, _apart([float(down[i]) + 4 for i in side], 15.0), strict=True):
+            labels[i] = round(float(across[i]) + (-7 if is_left else 7), 1), round(height, 1)
+    return Scatter(
+        dots=tuple(
+            Dot(method=method, x=round(float(across[i]), 1), y=round(float(down[i]), 1), label=labels.get(i))
+            for i, method in enumerate(methods)
+        ),
+        x_ticks=_labelled(x_ticks, _place(x_ticks, x_ticks, higher_is_better[0])),
+        y_ticks=_labelled(y_ticks, SIDE - _place(y_ticks, y_ticks, higher_is_better[1])),
+    )
+
+
+def _place(values: Float[Array, " n"], ticks: Float[Array, " ticks"], up: bool) -> Float[Array, " n"]:
+    share = (values - ticks[0]) / (ticks[-1] - ticks[0])
+    return SIDE * (share if up else 1 - share)
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights moved down, and up again at the end of the canvas, until they are `gap` apart."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    limit = SIDE
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], limit)
+        limit = moved[i] - gap
+    return moved
+
+
+def _ticks(*values: Float[Array, "..."]) -> Float[Array, " ticks"]:
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = span(*values) or (0.0, 1.0)
+    if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):
+        low, high = low - 0.5, high + 0.5
+    return np.array(MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(low, high))
+
+
+def _labelled(ticks: Float[Array, " n"], places: Float[Array, " n"]) -> dict[str, float]:
+    return {f"{tick + 0:.4g}".replace("-", "−"): round(float(at), 1) for tick, at in zip(ticks, places, strict=True)}
+
+
 def _height(values: Float[Array, " n"], ticks: Float[Array, " ticks"]) -> Float[Array, " n"]:
     return HEIGHT * (ticks[-1] - values) / (ticks[-1] - ticks[0])
+
+
+def _png(image: UInt8[torch.Tensor, "3 h w"]) -> bytes:
+    """A PNG file, with a table of its colours where they are few enough: a third of the size."""
+    packed = image.long().permute(1, 2, 0) @ torch.tensor([1 << 16, 1 << 8, 1])
+    colours, index = np.unique(packed.numpy(), return_inverse=True)
+    if len(colours) > 256:
+        return maps.png(image)
+    file = io.BytesIO()
+    drawn = Image.fromarray(index.reshape(packed.shape).astype(np.uint8))
+    drawn.putpalette(np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1).astype(np.uint8).tobytes())
+    drawn.save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def _uri(kind: str, content: bytes) -> str:

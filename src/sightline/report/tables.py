@@ -1,17 +1,29 @@
-"""What the page counts and compares: the methods-by-metrics table and the confusion of classes."""
+"""What the page counts and compares: methods by metrics, pairs of methods, agreement, and the confusion of classes."""
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from sightline.evaluation import Evaluation, Score
+from sightline.evaluation import Curve, Evaluation, Score
+from sightline.metrics.classification import ClassQuality
+from sightline.metrics.uncertainty import Interval
 
 Array = np.ndarray
 
 LARGEST = 24
 """Classes up to which the page shows all of them at once: the confusion matrix as counts, the mean maps unfolded."""
+MANY = 8
+"""Methods, metrics or sentences above which the page folds away what would take several screens."""
+_LEVEL = 0.05
+
+_KINDS = (
+    ("What to distrust", r"Do not |No map reliably|is not shown to be|not reliably|against one another|\d maps of "),
+    ("What is missing", r"^Left out|could not be read|is not compared|have no label|No image shows|^Only \d"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +61,111 @@ def best(evaluation: Evaluation, metric: str) -> str | None:
     return standing.best if standing and evaluation.controls and not standing.unbeaten else None
 
 
+def grouped(sentences: Sequence[str]) -> dict[str, list[str]]:
+    """Sentences under headings, in order; up to `MANY` of them under none.
+
+    >>> grouped(["cam is best.", "3 of 9 maps of cam are flat."])
+    {'': ['cam is best.', '3 of 9 maps of cam are flat.']}
+    """
+    if len(sentences) <= MANY:
+        return {"": list(sentences)} if sentences else {}
+    first = "What was found"
+    groups: dict[str, list[str]] = {first: [], **{title: [] for title, _ in _KINDS}}
+    for sentence in sentences:
+        groups[next((title for title, pattern in _KINDS if re.search(pattern, sentence)), first)].append(sentence)
+    return {title: found for title, found in groups.items() if found}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """How the best method of a metric compares with another one."""
+
+    other: str
+    difference: Interval
+    """The best minus the other."""
+    adjusted: float
+    outcome: str
+
+
+def rivals(evaluation: Evaluation, metric: str) -> list[Rival]:
+    """The best method of a metric against each other method, control and `chance`, the closest first."""
+    if metric not in evaluation.standings:
+        return []
+    best, sign = evaluation.standings[metric].best, 1 if evaluation.higher_is_better[metric] else -1
+    found: list[Rival] = []
+    for pair in evaluation.comparisons:
+        if pair.metric == metric and best in (pair.method, pair.other):
+            gap = pair.difference
+            if best == pair.other:
+                gap = Interval(value=-gap.value, low=-gap.high, high=-gap.low, n=gap.n)
+            ahead = "better" if sign * gap.value > 0 else "worse"
+            outcome = ahead if pair.adjusted < _LEVEL else "cannot be told apart"
+            other = pair.method if best == pair.other else pair.other
+            defined = math.isfinite(gap.value) and math.isfinite(pair.adjusted)
+            found.append(
+                Rival(other=other, difference=gap, adjusted=pair.adjusted, outcome=outcome if defined else "–")
+            )
+    gaps = {rival.other: sign * rival.difference.value for rival in found}
+    return sorted(found, key=lambda rival: gaps[rival.other] if math.isfinite(gaps[rival.other]) else math.inf)
+
+
+def along(curve: Curve) -> list[float]:
+    """Its values with 0, 25, 50, 75 and 100 % of the pixels changed; NaN where it has none.
+
+    >>> along(Curve(shares=np.array([0.0, 1.0]), mean=np.array([1.0, 0.0]), low=np.zeros(2), high=np.zeros(2)))
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    known = np.isfinite(curve.shares + curve.mean)
+    if not known.any():
+        return [math.nan] * 5
+    return np.interp([0, 0.25, 0.5, 0.75, 1], curve.shares[known], curve.mean[known]).tolist()
+
+
+def area(curve: Curve) -> float:
+    """Under its mean; NaN if a point is missing."""
+    return float(np.trapezoid(curve.mean, curve.shares))
+
+
+def foremost(evaluation: Evaluation, most: int = 6) -> list[str]:
+    """The methods to draw in colour, controls left out, by the mean of their places in all charts of curves."""
+    places: dict[str, list[int]] = {}
+    for kind, curves in evaluation.curves.items():
+        sign = -1 if kind == "insertion" else 1
+        areas = {name: sign * area(curve) for name, curve in curves.items() if name not in evaluation.controls}
+        ranked = sorted((name for name in areas if math.isfinite(areas[name])), key=lambda name: areas[name])
+        for place, name in enumerate(ranked):
+            places.setdefault(name, []).append(place)
+    return sorted(places, key=lambda name: sum(places[name]) / len(places[name]))[:most]
+
+
+def extremes(names: Sequence[str], table: Float[Array, "k k"], among: Sequence[str]) -> list[tuple[str, str, float]]:
+    """The pairs with one `among` them that have the lowest and the highest value; one or none if there are no more.
+
+    >>> extremes("abc", np.array([[1, 0.2, 0.9], [0.2, 1, np.nan], [0.9, np.nan, 1]]), "abc")
+    [('a', 'b', 0.2), ('a', 'c', 0.9)]
+    """
+    pairs = [
+        (a, b, float(table[i, j]))
+        for i, a in enumerate(names)
+        for j, b in enumerate(names)
+        if i < j and (a in among or b in among) and math.isfinite(table[i, j])
+    ]
+    ends = [min(pairs, key=lambda pair: pair[2]), max(pairs, key=lambda pair: pair[2])] if pairs else []
+    return list(dict.fromkeys(ends))
+
+
+def means(evaluation: Evaluation, metric: str) -> dict[str, float]:
+    """Method -> its value in the table."""
+    return {score.method: score.interval.value for score in evaluation.scores if score.metric == metric}
+
+
+def value_of(evaluation: Evaluation, metric: str, method: str, image: str) -> float:
+    """Score of one image; NaN where it has none, or where two images have this name."""
+    names = [str(name) for name in evaluation.per_image["name"]]
+    values = evaluation.per_image.get(f"{metric}/{method}")
+    return float(values[names.index(image)]) if values and names.count(image) == 1 else math.nan
+
+
 def row_shares(confusion: Int[Array, "c c"]) -> Float[Array, "c c"]:
     """Each row of counts as shares of its class; NaN for a class without images.
 
@@ -70,16 +187,20 @@ class ClassRow:
     """The most frequent wrong answer; None where there is none."""
     mistaken: int
     """How often it was given."""
+    quality: ClassQuality | None
+    """Precision, recall with its interval, F1, where they are known."""
 
 
-def per_class(classes: tuple[str, ...], confusion: Int[Array, "c c"]) -> list[ClassRow]:
+def per_class(
+    classes: tuple[str, ...], confusion: Int[Array, "c c"], quality: Sequence[ClassQuality] = ()
+) -> list[ClassRow]:
     """One row per class that has images, the least recognised first.
 
     >>> per_class(("cat", "dog"), np.array([[3, 0], [1, 1]]))[0]
-    ClassRow(name='dog', images=2, right=1, mistaken_for='cat', mistaken=1)
+    ClassRow(name='dog', images=2, right=1, mistaken_for='cat', mistaken=1, quality=None)
     """
     rows: list[ClassRow] = []
-    for i in np.flatnonzero(confusion.sum(1)):
+    for i in np.flatnonzero(confusion.sum(1)).tolist():
         wrong = confusion[i] * (np.arange(len(classes)) != i)
         rows.append(
             ClassRow(
@@ -88,6 +209,7 @@ def per_class(classes: tuple[str, ...], confusion: Int[Array, "c c"]) -> list[Cl
                 right=int(confusion[i, i]),
                 mistaken_for=classes[wrong.argmax()] if wrong.any() else None,
                 mistaken=int(wrong.max()),
+                quality=quality[i] if i < len(quality) else None,
             )
         )
     return sorted(rows, key=lambda row: row.right / row.images)

@@ -14,7 +14,7 @@ if (opacity) {
 
 for (const box of document.querySelectorAll(".shows")) {
   const show = () => {
-    for (const tile of document.querySelectorAll(".tiles [data-method]")) {
+    for (const tile of document.querySelectorAll(".viewer [data-method]")) {
       if (tile.dataset.method === box.value) tile.hidden = !box.checked;
     }
   };

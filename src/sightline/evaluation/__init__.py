@@ -1,0 +1,496 @@
+"""Methods x metrics over a data set, with intervals and controls."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sightline import maps as pixels
+from sightline.data import ImageSet
+from sightline.evaluation.budget import Plan, plan
+from sightline.evaluation.parts import Part, clear, key_of
+from sightline.evaluation.result import Comparison, Curve, Evaluation, Example, Score, Standing
+from sightline.evaluation.sentences import OF_ANOTHER_CLASS, summary
+from sightline.evaluation.source import Answers, Known, Source, predict
+from sightline.evaluation.standings import compare, comparisons, curve_of, metric_agreement, standing_of
+from sightline.explainers import EXPLAINERS, Method, Progress, attention_maps, explain, fitting, named
+from sightline.metrics import METRICS, Hiding, inputs_of, measure
+from sightline.metrics.agreement import ranks, reliability
+from sightline.metrics.classification import quality
+from sightline.metrics.hiding import Fill
+from sightline.metrics.uncertainty import mean_intervals
+
+__all__ = ["Comparison", "Curve", "Evaluation", "Example", "Score", "Standing", "evaluate", "standing_of"]
+
+Array = np.ndarray
+
+_DEFAULT = ("insertion_auc", "deletion_auc", "pointing_game", "energy_in_mask", "parameter_randomisation")
+_MEAN_MAP_SIDE = 32
+_ALIKE_SIDE = 16
+_WORST = 3
+_TRIED = 4  # images on which methods are timed
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageSet | Iterable[Any],
+    methods: Sequence[Method] | str | None = None,
+    metrics: Sequence[str] | str | None = None,
+    *,
+    controls: Sequence[Method] = ("random_map", "centre_map", "edge_map", "contrast_map"),
+    limit: int = 500,
+    budget: float | None = None,
+    steps: int = 32,
+    fill: Fill = "zero",
+    cells: bool = False,
+    batch_size: int = 64,
+    examples: int = 24,
+    seed: int = 0,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+    provenance: dict[str, str] | None = None,
+    progress: Progress | None = None,
+    partial_results: Path | str | None = None,
+) -> Evaluation:
+    """Score every method by every metric on the same images, the controls beside them.
+
+    `data` is an `ImageSet`, or batches of normalised images: tuples (images, labels) or (images, labels, masks), or
+    dicts with `images` and, as known, `labels`, `masks`, `names`, `groups`. Accuracy counts all images; maps are made
+    for `limit` of them, drawn by `seed`. The predicted class is explained.
+
+    Methods are given as in `explain`; None takes the attention of each block, and activation map, CAM and Grad-CAM as
+    far as this model has evidence for them, `"all"` every method that fits. Metrics: None takes insertion, deletion and
+    the randomisation test, and where there are masks the pointing game and the energy in the mask; `"all"` every one
+    that the data allows. What never looks at the model is a control, wherever it is named; the control
+    `"other_class"` is the map of the runner-up class, for every method that asks for the class.
+
+    Intervals are 95 % percentile bootstrap (2,000 resamples, seeded, widened for few units) of images, or of whole
+    groups where there are groups. The interval of an accuracy without groups is Wilson's. Pairs of methods are compared
+    by a sign-flip test, corrected for all pairs of a metric.
+
+    Args:
+        model: as for `explain`.
+        data: see above.
+        methods: see above.
+        metrics: see above.
+        controls: see above.
+        limit: images to make maps of.
+        budget: seconds for all maps and scores. The images become fewer, and below 50 of them the dearest method or
+            metric is left out, until they fit.
+        steps, fill, cells: see `Hiding`.
+        batch_size: images per forward.
+        examples: images to keep for the report.
+        seed: of the draw and of the intervals.
+        name: of the data.
+        classes: their names.
+        provenance: what to keep beside the numbers.
+        progress: called with (what, done, total).
+        partial_results: folder for what is done; an evaluation that asks the same goes on from there.
+
+    Raises:
+        ValueError: an unknown method or metric, a metric that needs masks where there are none, no image at all.
+
+    >>> from sightline.testing import PooledModel
+    >>> images, masks = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(8, 1, 4, 4) > 0
+    >>> data = [(images, torch.zeros(8, dtype=torch.long), masks)]
+    >>> found = evaluate(PooledModel(torch.eye(3)), data, ["cam"], ["energy_in_mask"], controls=["centre_map"])
+    >>> found.score("cam", "energy_in_mask").interval.value, found.chance["energy_in_mask"]
+    (1.0, 1.0)
+    """
+    wanted = None if metrics is None or metrics == "all" else list(metrics)
+    _check(wanted or (), METRICS, "metric")
+    with_other_class = "other_class" in controls
+    listed = [] if methods is None or isinstance(methods, str) else list(methods)
+    asked = {named(one)[0]: one for one in [*listed, *(one for one in controls if one != "other_class")]}
+    blind = [name for name, method in asked.items() if named(method)[1].is_control]
+    given = [named(control)[0] for control in controls if control != "other_class"]
+    if looking := [name for name in given if name not in blind]:
+        raise ValueError(f"expected controls that never look at the model, got {looking[0]!r}; give it as a method")
+    report = progress or (lambda what, done, total: None)
+    source = Source(model, data, batch_size, classes)
+    answers = predict(model, source, report)
+    wanted = _metrics_of(wanted, metrics == "all", source.has_masks, any(True for _ in model.parameters()))
+    drawn = np.random.default_rng(seed).permutation(len(answers.labels))
+    first = next(source.batches(np.sort(drawn[:_TRIED])))
+    if not listed:
+        if isinstance(methods, str) and methods != "all":
+            raise ValueError(f"expected a list of methods or 'all', got {methods!r}; write methods=[{methods!r}]")
+        own = _methods_of(model, first.images, everything=methods == "all")
+        asked = {name: name for name in own} | asked
+    hiding = Hiding(steps=steps, fill=fill, cells=cells, batch_size=batch_size, mean=source.mean, std=source.std)
+    planned = Plan(methods=tuple(asked), metrics=tuple(wanted), limit=limit, seconds=0.0, left_out={})
+    if budget is not None:
+        targets = torch.from_numpy(answers.predictions[first.rows.numpy()]).to(first.images.device)
+        planned = plan(model, first.images, targets, asked, blind, wanted, hiding, min(limit, len(drawn)), budget)
+        asked = {name: asked[name] for name in planned.methods}
+    chosen, gallery = np.sort(drawn[: planned.limit]), np.sort(drawn[: min(examples, planned.limit)])
+    labelled = answers.labels >= 0
+    wrong = np.flatnonzero(labelled & (answers.labels != answers.predictions))
+    wrong = wrong[np.argsort(-answers.certainty[wrong], kind="stable")][: max(examples // 2, 1)]
+
+    maker = _Maker(model, asked, tuple(blind), with_other_class, planned.metrics, hiding, answers)
+    folder = None if partial_results is None else Path(partial_results)
+    key = "" if folder is None else key_of(model, list(asked), planned.metrics, hiding, seed, answers.names, batch_size)
+    files: list[Path] = []
+    whole: Part | None = None
+    done = 0
+    for number, batch in enumerate(source.batches(chosen)):
+        part = None
+        if folder is not None:
+            files.append(folder / f"{key}-{number}-{len(batch.names)}.npz")
+            part = Part.load(files[-1])
+        if part is None:
+            part = maker.part(batch, np.union1d(gallery, wrong))
+            if folder is not None:
+                part.save(files[-1])
+        whole = part if whole is None else whole + part
+        done += len(batch.names)
+        report("explaining and scoring", done, len(chosen))
+    assert whole is not None
+    said = {method: dict(zip(chosen.tolist(), verdicts, strict=True)) for method, verdicts in whole.verdicts.items()}
+    for batch in source.batches(np.setdiff1d(wrong, chosen)):
+        maps, verdicts = maker.shown(batch)
+        whole = replace(whole, maps=whole.maps | maps)
+        for method, images in verdicts.items():
+            said[method].update(zip(batch.rows.tolist(), images, strict=True))
+    found = _found(source, answers, maker, whole, said, planned, chosen, gallery, wrong, seed, name, provenance or {})
+    if folder is not None:
+        clear(folder, files)
+    return found
+
+
+def _metrics_of(wanted: Sequence[str] | None, everything: bool, has_masks: bool, has_weights: bool) -> list[str]:
+    if wanted is None:
+        return [
+            name
+            for name in (METRICS if everything else _DEFAULT)
+            if (has_masks or not _needs_masks(name)) and (has_weights or name != "parameter_randomisation")
+        ]
+    for metric in wanted:
+        if _needs_masks(metric) and not has_masks:
+            raise ValueError(
+                f"expected masks or boxes for {metric}, got data without; name their column or drop {metric}"
+            )
+    return list(wanted)
+
+
+@dataclass
+class _Maker:
+    """Makes and scores the maps of one batch after the other."""
+
+    model: nn.Module
+    asked: dict[str, Method]
+    blind: tuple[str, ...]
+    with_other_class: bool
+    metrics: tuple[str, ...]
+    hiding: Hiding
+    answers: Answers
+
+    def __post_init__(self) -> None:
+        self.explainers = {name: named(method)[1] for name, method in self.asked.items()}
+        by_class = [name for name, method in self.explainers.items() if not method.is_blind_to_class]
+        self.of_others = [name for name in by_class if name not in self.blind] if self.with_other_class else []
+        self.by_class = frozenset(by_class)
+        self.methods = (*self.asked, *(name + OF_ANOTHER_CLASS for name in self.of_others))
+        self.controls = (*self.blind, *self.methods[len(self.asked) :])
+        self.signed = tuple(
+            name for name in self.methods if self.explainers[name.removesuffix(OF_ANOTHER_CLASS)].is_signed
+        )
+
+    def part(self, batch: Known, shown: Array) -> Part:
+        """All of a batch; the maps of rows in `shown` are kept, and of those that score worst."""
+        images, rows = batch.images, batch.rows.numpy()
+        targets = torch.from_numpy(self.answers.predictions[rows]).to(images.device)
+        explanation = explain(self.model, images, targets, list(self.asked.values()))
+        maps = dict(explanation.maps)
+        if self.of_others:
+            logits = explanation.logits
+            others = logits.scatter(1, targets[:, None], -torch.inf).argmax(1)
+            rivals = explain(self.model, images, others, [self.asked[name] for name in self.of_others])
+            maps |= {name + OF_ANOTHER_CLASS: value for name, value in rivals.maps.items()}
+
+        def again(model: nn.Module, images: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+            return explain(model, images, targets, list(self.asked.values())).maps
+
+        chosen = {name: METRICS[name] for name in self.metrics}
+        given: dict[str, Any] = {"model": self.model, "images": images, "targets": targets, "explain": again}
+        values, fields = measure(chosen, maps, **given, masks=batch.masks, hiding=self.hiding)
+        table = {key: value.double().cpu().numpy() for key, value in values.items()}
+        curves = {
+            (method, kind): read[kind].double().cpu().numpy()
+            for method, read in fields.items()
+            for kind in ("deletion", "insertion", "shares")
+            if kind in read and (kind != "shares" or {"deletion", "insertion"} & set(read))
+        }
+        areas = np.zeros(0) if batch.masks is None else batch.masks.double().mean((1, 2, 3)).cpu().numpy()
+        sums, counts = self._means(maps, rows)
+        keep = {name: np.isin(rows, shown) for name in maps}
+        for method in maps:
+            keep[method] = keep[method] | self._worst(table.get((method, self.metrics[0])) if self.metrics else None)
+        return Part(
+            values=table,
+            curves=curves,
+            sums=sums,
+            counts=counts,
+            maps=self._kept(maps, rows, keep),
+            alike=_alike(maps),
+            areas=areas[areas > 0],  # an empty mask is undefined for the score too
+            verdicts=explanation.verdicts | {name: [[] for _ in rows] for name in maps if name not in self.asked},
+            layers=explanation.layers | {name: "" for name in maps if name not in self.asked},
+        )
+
+    def shown(self, batch: Known) -> tuple[dict[tuple[str, str], Array], dict[str, list[list[str]]]]:
+        """Maps and verdicts of a batch that is only looked at."""
+        rows = batch.rows.numpy()
+        targets = torch.from_numpy(self.answers.predictions[rows]).to(batch.images.device)
+        found = explain(self.model, batch.images, targets, list(self.asked.values()))
+        return self._kept(found.maps, rows, {name: rows >= 0 for name in found.maps}), found.verdicts
+
+    def _kept(self, maps: Mapping[str, Tensor], rows: Array, keep: Mapping[str, Array]) -> dict[tuple[str, str], Array]:
+        return {
+            (method, str(rows[place])): value[place, 0].float().cpu().numpy()
+            for method, value in maps.items()
+            if method not in self.controls
+            for place in np.flatnonzero(keep[method])
+        }
+
+    def _worst(self, values: Array | None) -> Array:
+        if values is None:
+            return np.zeros((), dtype=bool)
+        badness = -values if METRICS[self.metrics[0]].higher_is_better else values
+        order = np.argsort(np.where(np.isnan(badness), -np.inf, badness))
+        return np.isin(np.arange(len(values)), order[-_WORST:])
+
+    def _means(
+        self, maps: Mapping[str, Tensor], rows: Array
+    ) -> tuple[dict[tuple[str, str], Array], dict[tuple[str, str], Array]]:
+        sums: dict[tuple[str, str], Array] = {}
+        counts: Counter[tuple[str, str]] = Counter()
+        for method, value in maps.items():
+            resized = pixels.resize(value, (_MEAN_MAP_SIDE, _MEAN_MAP_SIDE))[:, 0]
+            scaled = pixels.normalise(resized, signed=method in self.signed).double().cpu().numpy()
+            for image, row in zip(scaled, rows, strict=True):
+                if np.isfinite(image).all():
+                    key = method, str(self.answers.predictions[row])
+                    sums[key] = sums.get(key, 0) + image
+                    counts[key] += 1
+        return sums, {key: np.array(count) for key, count in counts.items()}
+
+
+def _alike(maps: Mapping[str, Tensor]) -> Array:
+    """Sum over images of the rank correlations between methods, and the number of images behind each, (2, k, k)."""
+    small = torch.cat([pixels.resize(value, (_ALIKE_SIDE, _ALIKE_SIDE)).float() for value in maps.values()], 1)
+    ranked = ranks(small.flatten(2).double())
+    centred = ranked - ranked.mean(2, keepdim=True)
+    unit = centred / centred.norm(dim=2, keepdim=True)
+    found = torch.einsum("bkn,bjn->bkj", unit, unit)
+    found = found.where(small.flatten(2).isfinite().all(2)[:, :, None], torch.nan)
+    return torch.stack([found.nansum(0), found.isfinite().double().sum(0)]).cpu().numpy()
+
+
+def _found(
+    source: Source,
+    answers: Answers,
+    maker: _Maker,
+    whole: Part,
+    said: Mapping[str, Mapping[int, list[str]]],
+    planned: Plan,
+    chosen: Array,
+    gallery: Array,
+    wrong: Array,
+    seed: int,
+    name: str | None,
+    provenance: dict[str, str],
+) -> Evaluation:
+    """All statistics over the joined parts."""
+    groups = None if answers.groups is None else answers.groups[chosen]
+    methods, metrics, report = maker.methods, maker.metrics, {m: METRICS[m] for m in maker.metrics}
+    table = {key: _one_column(values, bool(report[key[1]].higher_is_better)) for key, values in whole.values.items()}
+    missing = np.full(len(chosen), np.nan)
+    table = {(method, metric): table.get((method, metric), missing) for metric in metrics for method in methods}
+    up = {metric: bool(report[metric].higher_is_better) for metric in metrics}
+    chance = {m: float(np.mean(whole.areas)) for m in metrics if m in _CHANCE_IS_AREA and len(whole.areas)}
+    intervals = {
+        metric: dict(
+            zip(methods, mean_intervals(np.stack([table[m, metric] for m in methods], 1), groups, seed), strict=True)
+        )
+        for metric in metrics
+    }
+    scores = tuple(
+        Score(
+            method=method,
+            metric=metric,
+            interval=intervals[metric][method],
+            undefined=int(np.isnan(table[method, metric]).sum()),
+        )
+        for method in methods
+        for metric in metrics
+    )
+    units = len(chosen) if groups is None else len(np.unique(groups))
+    standings: dict[str, Standing] = {}
+    pairs: list[Comparison] = []
+    for metric in metrics:
+        values = {method: table[method, metric] for method in methods}
+        paired = compare(values, chance=chance.get(metric), groups=groups, seed=seed)
+        pairs += [] if paired is None else comparisons(metric, paired, units)
+        standing = standing_of(
+            values,
+            maker.controls,
+            higher_is_better=up[metric],
+            chance=chance.get(metric),
+            groups=groups,
+            seed=seed,
+            paired=paired,
+        )
+        if standing is not None:
+            standings[metric] = standing
+    curves = {
+        kind: {
+            method: curve
+            for method in methods
+            if (method, kind) in whole.curves
+            and (curve := curve_of(whole.curves[method, "shares"], whole.curves[method, kind], groups, seed))
+        }
+        for kind in ("insertion", "deletion")
+    }
+    means = np.array([[_mean(table[method, metric]) for metric in metrics] for method in methods])
+    accuracy, majority, confusion = answers.quality(seed)
+    looks = tuple(method for method in methods if method not in maker.controls)
+    known = answers.labels >= 0
+    worst = {method: _worst_rows(whole, table, method, metrics, up, chosen) for method in looks}
+    rows = np.unique(np.concatenate([gallery, wrong, *worst.values()])).astype(np.int64)
+    pictures = {row: (batch, place) for batch in source.batches(rows) for place, row in enumerate(batch.rows.tolist())}
+
+    def example(row: int, shown: Sequence[str]) -> Example:
+        batch, place = pictures[row]
+        label = answers.labels[row]
+        return Example(
+            name=answers.names[row],
+            image=batch.pictures[place].permute(1, 2, 0).numpy(),
+            label=answers.classes[label] if label >= 0 else None,
+            prediction=answers.classes[answers.predictions[row]],
+            probability=float(answers.certainty[row]),
+            maps={method: whole.maps[method, str(row)] for method in shown},
+            verdicts={method: said[method][row] for method in shown},
+            mask=None if batch.masks is None else batch.masks[place, 0].cpu().numpy(),
+        )
+
+    alike, counted = whole.alike
+    found = Evaluation(
+        data=name or source.name,
+        split=source.split,
+        model=type(maker.model).__name__,
+        n_images=len(answers.labels),
+        unit=source.unit,
+        classes=answers.classes,
+        methods=methods,
+        controls=maker.controls,
+        signed=maker.signed,
+        layers=whole.layers,
+        metrics=metrics,
+        higher_is_better=up,
+        chance=chance,
+        scores=scores,
+        accuracy=accuracy,
+        majority=majority,
+        confusion=confusion,
+        per_image=answers.columns(chosen, source.unit)
+        | {f"{metric}/{method}": table[method, metric].tolist() for metric in metrics for method in methods},
+        examples=tuple(example(row, looks) for row in gallery.tolist()),
+        errors=tuple(example(row, looks) for row in wrong.tolist()),
+        mean_maps={
+            method: {
+                answers.classes[target]: (whole.sums[method, str(target)] / whole.counts[method, str(target)]).astype(
+                    np.float32
+                )
+                for target in range(len(answers.classes))
+                if (method, str(target)) in whole.sums
+            }
+            for method in methods
+        },
+        verdicts={
+            method: dict(Counter(verdict.partition(":")[0] for image in images for verdict in image))
+            for method, images in whole.verdicts.items()
+        },
+        standings=standings,
+        comparisons=tuple(pairs),
+        curves={kind: of for kind, of in curves.items() if of},
+        worst={method: tuple(example(int(row), [method]) for row in of) for method, of in worst.items() if len(of)},
+        reliability={
+            metric: reliability({method: table[method, metric] for method in methods}) for metric in standings
+        },
+        metric_agreement=metric_agreement(means, list(up.values())) if len(metrics) > 1 else None,
+        method_agreement=alike / np.where(counted > 0, counted, np.nan),
+        quality=quality(
+            answers.probabilities[known],
+            answers.labels[known],
+            None if answers.groups is None else answers.groups[known],
+            seed,
+        )
+        if known.any()
+        else None,
+        left_out=planned.left_out,
+        summary=(),
+        skipped=tuple(source.skipped),
+        provenance={"seed": str(seed), "images with maps": str(len(chosen)), **provenance},
+    )
+    return replace(found, summary=tuple(summary(found, answers, maker.by_class)))
+
+
+_CHANCE_IS_AREA = ("pointing_game", "energy_in_mask", "relevance_rank")
+
+
+def _one_column(values: Array, higher_is_better: bool) -> Array:
+    """Of a metric with several columns, the one whose mean is best."""
+    if values.ndim == 1:
+        return values
+    means = np.array([_mean(column) for column in values.T])
+    return values[:, np.nanargmax(means if higher_is_better else -means)] if np.isfinite(means).any() else values[:, 0]
+
+
+def _mean(values: Array) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else np.nan
+
+
+def _worst_rows(
+    whole: Part,
+    table: Mapping[tuple[str, str], Array],
+    method: str,
+    metrics: Sequence[str],
+    up: Mapping[str, bool],
+    chosen: Array,
+) -> Array:
+    if not metrics:
+        return chosen[:0]
+    values = table[method, metrics[0]]
+    badness = np.where(np.isnan(values), -np.inf, -values if up[metrics[0]] else values)
+    order = np.argsort(-badness, kind="stable")[:_WORST]
+    return chosen[order[np.isfinite(badness[order])]]
+
+
+def _methods_of(model: nn.Module, images: Tensor, everything: bool) -> list[str]:
+    """Attention of every block, and what costs no more than the forward; or everything that the model allows."""
+    cheap = ("attention", "activation_map", "cam", "grad_cam")
+    names = [name for name, method in EXPLAINERS.items() if not method.is_control] if everything else cheap
+    methods, _ = fitting(model, images, names)
+    gates = [name for name, gate in attention_maps(model, images).items() if gate.shape[2] * gate.shape[3] > 1]
+    return [f"attention@{name}" for name in gates] + methods[1:] if len(gates) > 1 else methods
+
+
+def _needs_masks(metric: str) -> bool:
+    return "masks" in inputs_of(METRICS[metric])
+
+
+def _check(names: Sequence[str], among: Iterable[str], what: str) -> None:
+    for name in names:
+        if name not in among:
+            close = get_close_matches(name, among, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(among)}"
+            raise ValueError(f"expected the name of a {what}, got {name!r}; {hint}")

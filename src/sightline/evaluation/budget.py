@@ -1,0 +1,136 @@
+"""What of an evaluation fits into a time budget."""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sightline.explainers import Method, explain
+from sightline.inference import forward
+from sightline.metrics import METRICS, Hiding, HidingMetric, frames_of, inpaint, inputs_of
+from sightline.metrics.hiding import ROAD_SHARES
+
+_FEWEST = 50
+"""Images below which rather a method or a metric is given up than more images."""
+_ROUNDS = {"max_sensitivity": 10}
+"""How often a metric explains all images again; the others once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to do, and what not."""
+
+    methods: tuple[str, ...]
+    metrics: tuple[str, ...]
+    limit: int
+    seconds: float
+    """Expected for all of it."""
+    left_out: dict[str, str]
+    """Method or metric -> why."""
+
+
+def plan(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    methods: Mapping[str, Method],
+    controls: Collection[str],
+    metrics: Sequence[str],
+    hiding: Hiding,
+    limit: int,
+    budget: float,
+) -> Plan:
+    """As many images as fit into `budget` seconds; below 50, the dearest method or metric is left out first.
+
+    The forward and every method are timed on a few images; of a method that looks at many changed images only the
+    first batch is.
+    """
+    per_forward, per_painted = _forward_seconds(model, images), _painted_seconds(images)
+    explaining = {name: _seconds(model, images, targets, method) for name, method in methods.items()}
+    kept, measured = dict(explaining), list(metrics)
+    left_out: dict[str, str] = {}
+
+    def cost(names: Collection[str], chosen: Collection[str]) -> float:
+        """Seconds per image."""
+        needs = frozenset[str]().union(*(_needs(metric) for metric in chosen))
+        shared, each = frames_of(needs, hiding, images.shape[2:])
+        again = sum(_ROUNDS.get(metric, 1) for metric in chosen if "explain" in inputs_of(METRICS[metric]))
+        painted = len({"most_first", "least_first"} & needs) * len(ROAD_SHARES) * len(names)
+        hiding_seconds = (shared + len(names) * each) * per_forward + painted * per_painted
+        return hiding_seconds + sum(explaining[name] for name in names) * (1 + again)
+
+    fewest = min(limit, _FEWEST)
+    while cost(kept, measured) * fewest > budget:
+        whole = cost(kept, measured)
+        saved = {name: whole - cost(kept.keys() - {name}, measured) for name in kept if name not in controls}
+        saved = saved if len(saved) > 1 else {}
+        if len(measured) > 1:
+            saved |= {name: whole - cost(kept, [m for m in measured if m != name]) for name in measured}
+        saved = {name: seconds for name, seconds in saved.items() if seconds > 0}
+        if not saved:
+            break
+        dearest = max(saved, key=lambda name: saved[name])
+        left_out[dearest] = f"{saved[dearest] * fewest:,.0f} s for {fewest} images, of {budget:,.0f} s for everything"
+        kept.pop(dearest, None)
+        measured = [metric for metric in measured if metric != dearest]
+    per_image = cost(kept, measured)
+    images_made = max(min(limit, int(budget / per_image)), 1)
+    return Plan(
+        methods=tuple(kept),
+        metrics=tuple(measured),
+        limit=images_made,
+        seconds=per_image * images_made,
+        left_out=left_out,
+    )
+
+
+def _needs(metric: str) -> frozenset[str]:
+    function = METRICS[metric].function
+    return function.needs if isinstance(function, HidingMetric) else frozenset()
+
+
+def _forward_seconds(model: nn.Module, images: Tensor) -> float:
+    """Of one image."""
+    forward(model, images).cpu()
+    start = time.perf_counter()
+    forward(model, images).cpu()  # waits for the device
+    return (time.perf_counter() - start) / len(images)
+
+
+def _painted_seconds(images: Tensor) -> float:
+    """Of painting over half of one image."""
+    hole = torch.zeros_like(images[:, :1], dtype=torch.bool)
+    hole[..., : images.shape[3] // 2] = True
+    start = time.perf_counter()
+    inpaint(images, hole).cpu()
+    return (time.perf_counter() - start) / len(images)
+
+
+def _seconds(model: nn.Module, images: Tensor, targets: Tensor, method: Method) -> float:
+    """Of one image's map."""
+
+    class Started(Exception):
+        pass
+
+    expected = 0.0
+
+    def extrapolate(what: str, done: int, total: int) -> None:
+        nonlocal expected
+        expected = (time.perf_counter() - start) * total / done
+        raise Started
+
+    def run() -> None:
+        try:
+            explain(model, images, targets, [method], progress=extrapolate)
+        except Started:
+            pass
+
+    start = time.perf_counter()
+    run()
+    if expected:
+        return expected / len(images)
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) / len(images)

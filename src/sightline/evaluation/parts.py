@@ -1,0 +1,108 @@
+"""What each batch of images contributes to an evaluation, kept on disk until all are there."""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sightline.runs import write
+
+Array = np.ndarray
+_TABLES = ("values", "curves", "sums", "counts", "maps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Of the images of one batch; `+` joins two."""
+
+    values: dict[tuple[str, str], Array] = field(default_factory=dict)
+    """(method, metric) -> one value, or one row of values, per image."""
+    curves: dict[tuple[str, str], Array] = field(default_factory=dict)
+    """(method, kind) -> one curve per image."""
+    sums: dict[tuple[str, str], Array] = field(default_factory=dict)
+    """(method, class index) -> sum of the scaled maps."""
+    counts: dict[tuple[str, str], Array] = field(default_factory=dict)
+    """How many maps are in each sum."""
+    maps: dict[tuple[str, str], Array] = field(default_factory=dict)
+    """(method, row) -> raw map of an image that may be shown."""
+    alike: Array
+    """Sum over images of the rank correlations between the maps of methods."""
+    areas: Array
+    """Share of each image that its mask covers; none where it is empty."""
+    verdicts: dict[str, list[list[str]]]
+    layers: dict[str, str]
+
+    def __add__(self, other: "Part") -> "Part":
+        def joined(name: str) -> dict[tuple[str, str], Array]:
+            mine, yours = getattr(self, name), getattr(other, name)
+            return {key: np.concatenate([mine[key], yours[key]]) for key in mine}
+
+        def added(name: str) -> dict[tuple[str, str], Array]:
+            mine, yours = getattr(self, name), getattr(other, name)
+            return {key: np.asarray(mine.get(key, 0) + yours.get(key, 0)) for key in mine | yours}
+
+        return Part(
+            values=joined("values"),
+            curves=joined("curves"),
+            sums=added("sums"),
+            counts=added("counts"),
+            maps=self.maps | other.maps,
+            alike=self.alike + other.alike,
+            areas=np.concatenate([self.areas, other.areas]),
+            verdicts={method: said + other.verdicts[method] for method, said in self.verdicts.items()},
+            layers=other.layers,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all."""
+        arrays = {"alike": self.alike, "areas": self.areas}
+        for name in _TABLES:
+            arrays |= {"\t".join((name, *key)): value for key, value in getattr(self, name).items()}
+        facts = json.dumps({"verdicts": self.verdicts, "layers": self.layers})
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, facts=np.array(facts), **arrays)
+        try:
+            write(path, file.getvalue())
+        except OSError:
+            clear(path.parent, [])
+            raise
+
+    @classmethod
+    def load(cls, path: Path) -> "Part | None":
+        """What `save` wrote; None where nothing, or nothing whole, is there."""
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                arrays: dict[str, Array] = dict(stored)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+        facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
+        tables: dict[str, dict[tuple[str, str], Array]] = {name: {} for name in _TABLES}
+        for name in [name for name in arrays if "\t" in name]:
+            table, method, key = name.split("\t")
+            tables[table][method, key] = arrays.pop(name)
+        return cls(**tables, **arrays, **facts)
+
+
+def key_of(model: nn.Module, *question: Any) -> str:
+    """The same for the same weights and question, and for no other."""
+    digest = hashlib.sha256(repr(question).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def clear(folder: Path, files: Iterable[Path]) -> None:
+    """Take the files away, and the folder if nothing else is in it."""
+    for file in files:
+        file.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

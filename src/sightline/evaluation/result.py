@@ -1,0 +1,182 @@
+"""What an evaluation found, as plain frozen data."""
+
+import csv
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from sightline.metrics.classification import Quality
+from sightline.metrics.uncertainty import Interval
+from sightline.runs import plain, write
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One cell of the methods-by-metrics table."""
+
+    method: str
+    metric: str
+    interval: Interval
+    undefined: int
+    """Images that this metric leaves out (an empty mask, a flat map, a non-finite value)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """The best method of a metric, controls left out, and what it does not beat.
+
+    One beats another if its mean is better and the paired test, corrected for all pairs of the metric, says p < .05.
+    """
+
+    best: str
+    tied: tuple[str, ...]
+    """Methods that cannot be told apart from it."""
+    unbeaten: tuple[str, ...]
+    """Controls, and `chance`, that it does not beat."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two methods under one metric, image by image."""
+
+    metric: str
+    method: str
+    other: str
+    """A method, a control, or `chance`."""
+    difference: Interval
+    """Of the means, `method` minus `other`."""
+    p: float
+    """Of a paired sign-flip test, over images or whole groups."""
+    adjusted: float
+    """The same, corrected for all pairs of the metric (Holm)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """The score along deletion or insertion, mean over images."""
+
+    shares: Float[Array, " n"]
+    """Of the pixels changed."""
+    mean: Float[Array, " n"]
+    low: Float[Array, " n"]
+    high: Float[Array, " n"]
+    """Ends of the 95 % interval of the mean, point by point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One image with what the report shows of it."""
+
+    name: str
+    image: UInt8[Array, "h w 3"]
+    label: str | None
+    prediction: str
+    probability: float
+    """Probability of the prediction."""
+    maps: dict[str, Float[Array, "_ _"]]
+    """Raw map per method, at the method's own resolution; controls left out."""
+    verdicts: dict[str, list[str]]
+    """What to distrust, per method; an empty list is a clean map."""
+    mask: Bool[Array, "h w"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluate` found. `to_json` and `to_csv` write it; `sightline.report` draws it."""
+
+    data: str
+    """Name of the data set."""
+    split: str
+    model: str
+    n_images: int
+    unit: str
+    """What an interval resamples: `images`, or the name of the group column."""
+    classes: tuple[str, ...]
+    methods: tuple[str, ...]
+    controls: tuple[str, ...]
+    """Those of `methods` that never look at the model, or explain another class."""
+    signed: tuple[str, ...] = ()
+    """Those of `methods` whose negative values speak against the class."""
+    layers: dict[str, str]
+    """method -> where its map was read, for example `features.conv13 (512 x 5 x 5)`."""
+    metrics: tuple[str, ...]
+    higher_is_better: dict[str, bool]
+    chance: dict[str, float]
+    """metric -> the value that a map without knowledge is expected to reach, where there is such a value."""
+    scores: tuple[Score, ...]
+    accuracy: Interval | None
+    """None where the images have no labels."""
+    majority: float | None
+    """Accuracy of always answering the most frequent class of these images."""
+    confusion: Int[Array, "c c"] | None
+    """Counts, rows = true class, columns = predicted class."""
+    per_image: dict[str, list[str] | list[int] | list[float]]
+    """Columns of equal length: name, group, label, prediction, probability, then `metric/method`."""
+    examples: tuple[Example, ...]
+    errors: tuple[Example, ...]
+    """The most confident wrong answers, most confident first."""
+    mean_maps: dict[str, dict[str, Float[Array, "_ _"]]]
+    """method -> predicted class -> mean of the maps, each scaled to [0, 1], signed ones to [-1, 1]."""
+    verdicts: dict[str, dict[str, int]]
+    """method -> verdict -> number of images."""
+    standings: dict[str, Standing]
+    """metric -> how its best method stands to the others; left out where no method is defined for enough images."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Every pair of methods under every metric."""
+    curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
+    """`deletion` or `insertion` -> method -> curve."""
+    worst: dict[str, tuple[Example, ...]] = field(default_factory=dict)
+    """method -> the images on which it does worst in the first metric, with its map alone, worst first."""
+    reliability: dict[str, float] = field(default_factory=dict)
+    """metric -> Krippendorff's alpha: 1 if all images rank the methods alike, 0 if they agree as chance would."""
+    metric_agreement: Float[Array, "m m"] | None = None
+    """Rank correlation between metrics, better above worse, over the means of all methods and controls."""
+    method_agreement: Float[Array, "k k"] | None = None
+    """Mean rank correlation between the maps of two methods, over images."""
+    quality: Quality | None = None
+    """More on the classifier than its accuracy."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Methods and metrics that did not fit the time budget, with the reason."""
+    summary: tuple[str, ...]
+    """Sentences in plain words, none stronger than its interval."""
+    skipped: tuple[tuple[str, str], ...]
+    """Images that could not be read, with the reason."""
+    provenance: dict[str, str]
+    """command, seed, date, wall time, hardware, versions."""
+
+    def score(self, method: str, metric: str) -> Score:
+        """One cell of the table.
+
+        Raises:
+            KeyError: no such cell.
+        """
+        for score in self.scores:
+            if (score.method, score.metric) == (method, metric):
+                return score
+        raise KeyError(
+            f"expected methods {', '.join(self.methods)} x metrics {', '.join(self.metrics)}, got {(method, metric)}"
+        )
+
+    def to_json(self, path: Path | str) -> Path:
+        """Write everything but the pictures; values that are not finite become null."""
+        left_out = ("per_image", "examples", "errors", "mean_maps", "worst")
+        facts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
+        path = Path(path)
+        write(path, json.dumps(plain(facts), indent=1).encode())
+        return path
+
+    def to_csv(self, path: Path | str) -> Path:
+        """Write the table of scores of each image, one row per image."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(self.per_image)
+        writer.writerows(zip(*self.per_image.values(), strict=True))
+        path = Path(path)
+        write(path, text.getvalue().encode())
+        return path

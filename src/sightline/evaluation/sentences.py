@@ -1,0 +1,140 @@
+"""What the numbers say in plain words; nothing that its interval does not bear."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from sightline.evaluation.result import Evaluation
+from sightline.evaluation.source import Answers
+from sightline.evaluation.standings import UNDEFINED_SHARE
+from sightline.metrics import METRICS
+from sightline.metrics.uncertainty import Interval
+
+_FEW_GROUPS = 20
+_UNMOVED = 0.5  # rank correlation with the map of a randomised model
+_AT_ODDS = 0.0  # rank correlation of two metrics over methods
+OF_ANOTHER_CLASS = " of another class"
+
+
+def summary(found: Evaluation, answers: Answers, by_class: Collection[str]) -> Iterator[str]:
+    """Sentences, the most important first. `by_class`: methods that should differ between classes."""
+    yield from _accuracy(found, answers)
+    made = int(found.provenance["images with maps"])
+    units = found.scores[0].interval.n if found.scores else 0
+    if found.unit != "images" and units < _FEW_GROUPS:
+        yield f"Only {units} groups ({found.unit}) stand behind the intervals of the maps: they are wide, and rough."
+    real = [method for method in found.methods if method not in found.controls]
+    for metric in found.metrics:
+        for method in real:
+            left = made - found.score(method, metric).undefined
+            if left < (1 - UNDEFINED_SHARE) * made:
+                yield f"{metric} of {method} is defined for {left} of {made} images only and is not compared."
+        yield from _best(found, metric)
+    yield from _no_better(found, real)
+    yield from _unmoved(found, real)
+    yield from _at_odds(found)
+    for method in real:
+        for verdict, count in found.verdicts[method].items():
+            if verdict != "rectifiers intercepted" and (verdict != "class-independent" or method in by_class):
+                yield f"{count} of {made} maps of {method} {'have a' if ' ' in verdict else 'are'} {verdict}."
+    if found.left_out:
+        yield f"Left out, since the time would not have been enough: {', '.join(found.left_out)}."
+    if found.skipped:
+        yield f"{len(found.skipped)} images could not be read and were left out."
+
+
+def _accuracy(found: Evaluation, answers: Answers) -> Iterator[str]:
+    if found.accuracy is None or found.majority is None:
+        return
+    better = "better than" if found.accuracy.low > found.majority else "not reliably better than"
+    labelled = int((answers.labels >= 0).sum())
+    yield (
+        f"The model names the right class in {_percent(found.accuracy)} of {labelled:,} images, {better} "
+        f"always giving the most frequent answer ({_share(found.majority)})."
+    )
+    if labelled < found.n_images:
+        yield f"{found.n_images - labelled:,} of {found.n_images:,} images have no label and count for no accuracy."
+    absent = [name for i, name in enumerate(found.classes) if not (answers.labels == i).any()]
+    if absent:
+        yield f"No image shows {_few(absent)}: nothing is known of the accuracy there."
+
+
+def _best(found: Evaluation, metric: str) -> Iterator[str]:
+    standing = found.standings.get(metric)
+    if standing is None:
+        return
+    score = found.score(standing.best, metric).interval
+    if standing.unbeaten:
+        rivals = ", ".join(standing.unbeaten)
+        yield f"No map reliably beats {rivals} in {metric}; the best is {standing.best} with {_figures(score)}."
+        return
+    text = METRICS[metric].sentence.format(method=standing.best, score=_figures(score))
+    if metric in found.chance:
+        times = score.value / found.chance[metric]
+        text += f", {times:.1f} times what a map without knowledge reaches ({found.chance[metric]:.3f})"
+    yield text + (", and beats every control." if found.controls else ".")
+    if standing.tied:
+        yield f"Not told apart from {standing.best} in {metric}: {', '.join(standing.tied)}."
+
+
+def _no_better(found: Evaluation, real: Sequence[str]) -> Iterator[str]:
+    """Methods that under the first metric beat a control nowhere, where the best does."""
+    metric = found.metrics[0] if found.metrics else ""
+    standing = found.standings.get(metric)
+    if standing is None or standing.unbeaten:
+        return
+    up = found.higher_is_better[metric]
+    for method in real:
+        rivals: list[str] = []
+        for pair in found.comparisons:
+            if pair.metric == metric and method in (pair.method, pair.other):
+                other = pair.other if pair.method == method else pair.method
+                ahead = (pair.difference.value > 0) == (up == (pair.method == method))
+                if other in found.controls and not (ahead and pair.adjusted < 0.05):
+                    rivals.append(other)
+        if rivals:
+            yield f"{method} is not shown to be better than {', '.join(rivals)} in {metric}."
+
+
+def _unmoved(found: Evaluation, real: Sequence[str]) -> Iterator[str]:
+    if "parameter_randomisation" not in found.metrics:
+        return
+    scores = {method: found.score(method, "parameter_randomisation").interval for method in real}
+    failed = [method for method, score in scores.items() if score.low > _UNMOVED]
+    if failed:
+        figures = ", ".join(f"{method} ({_figures(scores[method])})" for method in failed)
+        yield (
+            f"Do not use here, their maps stay much the same when the model's weights are shuffled (rank correlation "
+            f"above {_UNMOVED}): {figures}."
+        )
+
+
+def _at_odds(found: Evaluation) -> Iterator[str]:
+    table = found.metric_agreement
+    if table is None:
+        return
+    pairs = [
+        f"{a} and {found.metrics[j]} ({table[i, j]:+.2f})"
+        for i, a in enumerate(found.metrics)
+        for j in range(i + 1, len(found.metrics))
+        if np.isfinite(table[i, j]) and table[i, j] < _AT_ODDS
+    ]
+    if pairs:
+        shown = ", ".join(pairs[:5]) + (f" and {len(pairs) - 5} other pairs" if len(pairs) > 5 else "")
+        yield f"These metrics rank the methods against one another: {shown}; which is best depends on which is asked."
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} other classes" if len(names) > 5 else "")
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _percent(interval: Interval) -> str:
+    return f"{_share(interval.value)} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def _figures(interval: Interval) -> str:
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

@@ -1,0 +1,122 @@
+"""Who is best in a metric, and what can be said of it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from sightline.evaluation.result import Comparison, Curve, Standing
+from sightline.metrics.agreement import ranks
+from sightline.metrics.uncertainty import Interval, Paired, mean_intervals, paired_tests
+
+Array = np.ndarray
+
+UNDEFINED_SHARE = 0.1
+"""Of the images; a method with more is not compared."""
+_LEVEL = 0.05
+
+
+def compare(
+    values: Mapping[str, Float[Array, " n"]],
+    *,
+    chance: float | None = None,
+    groups: Shaped[Array, " n"] | None = None,
+    seed: int = 0,
+) -> Paired | None:
+    """Paired tests between all methods, and `chance`; None if fewer than two can be compared."""
+    compared = {name: of for name, of in values.items() if np.isnan(of).mean() <= UNDEFINED_SHARE}
+    if compared and chance is not None:
+        compared["chance"] = np.full_like(next(iter(compared.values())), chance)
+    return paired_tests(compared, groups, seed) if len(compared) > 1 else None
+
+
+def comparisons(metric: str, paired: Paired, n: int) -> Iterator[Comparison]:
+    """Each pair of methods once."""
+    for i, method in enumerate(paired.names):
+        for j, other in enumerate(paired.names[i + 1 :], i + 1):
+            interval = Interval(
+                value=float(paired.difference[i, j]), low=float(paired.low[i, j]), high=float(paired.high[i, j]), n=n
+            )
+            yield Comparison(
+                metric=metric,
+                method=method,
+                other=other,
+                difference=interval,
+                p=float(paired.p[i, j]),
+                adjusted=float(paired.adjusted[i, j]),
+            )
+
+
+def standing_of(
+    values: Mapping[str, Float[Array, " n"]],
+    controls: Sequence[str] = (),
+    *,
+    higher_is_better: bool = True,
+    chance: float | None = None,
+    groups: Shaped[Array, " n"] | None = None,
+    seed: int = 0,
+    paired: Paired | None = None,
+) -> Standing | None:
+    """Who is best in a metric, from its values per image (NaN where undefined); None if no method can be compared.
+
+    A method that is undefined for more than a tenth of the images is not compared. `paired`: what `compare` found.
+
+    >>> hard = np.random.default_rng(0).normal(size=50)  # images differ more than methods do
+    >>> noise = np.tile([0.3, -0.3], 25)
+    >>> standing_of({"a": hard + 0.1, "b": hard, "c": hard + 0.05 + noise, "edges": hard}, ["edges"])
+    Standing(best='a', tied=('c',), unbeaten=())
+    """
+    sign = 1 if higher_is_better else -1
+    means = {
+        method: sign * float(np.nanmean(of))
+        for method, of in values.items()
+        if method not in controls and np.isnan(of).mean() <= UNDEFINED_SHARE
+    }
+    if not means:
+        return None
+    paired = paired or compare(values, chance=chance, groups=groups, seed=seed)
+    best = max(means, key=lambda method: means[method])
+
+    def beats(other: str) -> bool:
+        if paired is None or other not in paired.names:
+            return False
+        at = paired.names.index(best), paired.names.index(other)
+        return bool(sign * paired.difference[at] > 0 and paired.adjusted[at] < _LEVEL)
+
+    rivals = [*controls, *(["chance"] if chance is not None else [])]
+    return Standing(
+        best=best,
+        tied=tuple(method for method in means if method != best and not beats(method)),
+        unbeaten=tuple(rival for rival in rivals if not beats(rival)),
+    )
+
+
+def curve_of(
+    shares: Float[Array, "b n"], scores: Float[Array, "b n"], groups: Shaped[Array, " b"] | None, seed: int
+) -> Curve | None:
+    """Mean curve with its band, images without one left out; None where there is none."""
+    defined = np.isfinite(scores).all(1)
+    if not defined.any():
+        return None
+    means = mean_intervals(scores[defined], None if groups is None else groups[defined], seed)
+    mean, low, high = np.array([(point.value, point.low, point.high) for point in means]).T
+    return Curve(shares=shares[defined].mean(0), mean=mean, low=low, high=high)
+
+
+def metric_agreement(means: Float[Array, "methods metrics"], higher_is_better: Sequence[bool]) -> Float[Array, "m m"]:
+    """Rank correlation between metrics over methods; NaN where fewer than three methods have both.
+
+    >>> metric_agreement(np.array([[1.0, 9.0], [2.0, 7.0], [3.0, 6.0]]), [True, False]).tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
+    """
+    oriented = means * np.where(higher_is_better, 1, -1)
+    found = np.full((means.shape[1],) * 2, np.nan)
+    for i in range(means.shape[1]):
+        for j in range(means.shape[1]):
+            both = np.isfinite(oriented[:, i]) & np.isfinite(oriented[:, j])
+            if both.sum() > 2:
+                a, b = (ranks(oriented[both, k]) for k in (i, j))
+                a, b = a - a.mean(), b - b.mean()
+                length = np.sqrt((a @ a) * (b @ b))
+                found[i, j] = a @ b / length if length else np.nan
+    return found

@@ -1,0 +1,288 @@
+"""How good is the classifier itself? Accuracy, macro-F1, calibration, each class, and a probe of its features."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from sightline.inference import run, untouched
+from sightline.metrics.uncertainty import (
+    Interval,
+    interval_of,
+    limits,
+    mean_interval,
+    resamples,
+    wilson_interval,
+)
+
+Array = np.ndarray
+Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+_BINS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassQuality:
+    """One class against all others."""
+
+    precision: float
+    """Share of the images given this class that have it; NaN if it is never given."""
+    recall: Interval
+    """Share of the images of this class that are given it; NaN if there is none."""
+    f1: float
+    """Harmonic mean of precision and recall; NaN if the class occurs neither in the labels nor in the answers."""
+    n: int
+    """Images of this class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What a classifier is worth on labelled images; 95 % intervals over images or groups."""
+
+    accuracy: Interval
+    macro_f1: Interval
+    calibration_error: Interval
+    per_class: tuple[ClassQuality, ...]
+
+
+def quality(
+    probabilities: Float[Array, "n classes"],
+    labels: Int[Array, " n"],
+    groups: Shaped[Array, " n"] | None = None,
+    seed: int = 0,
+) -> Quality:
+    """Accuracy, macro-F1, expected calibration error and each class.
+
+    Intervals of shares are Wilson's, with groups `mean_interval`'s; the others resample images or groups. Resampling
+    adds to a calibration error as much as sampling has added, so its percentiles are mirrored at the value ("basic"
+    bootstrap), and the interval kept within 0 and 1 and made to hold the value. It holds the true error of a perfectly
+    calibrated model, 0, only about half of the time.
+
+    Raises:
+        ValueError: no image, rows that do not sum to 1, a label that is no class.
+
+    >>> found = quality(np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]), np.array([0, 1, 1]))
+    >>> round(found.accuracy.value, 3), round(found.macro_f1.value, 3), round(found.per_class[1].recall.value, 3)
+    (0.667, 0.667, 0.5)
+    """
+    _check(probabilities, labels)
+    answers = probabilities.argmax(1)
+    correct = answers == labels
+    which = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    units = int(which.max()) + 1
+    once = np.ones((1, len(labels)))
+    f1, error = (float(score(probabilities, labels, once)[0]) for score in (_macro_f1, _calibration_error))
+    draws = [
+        np.stack([score(probabilities, labels, drawn[:, which]) for score in (_macro_f1, _calibration_error)], 1)
+        for drawn in resamples(units, seed)
+    ]
+    (f1_low, low), (f1_high, high) = np.array(limits(np.concatenate(draws), np.full(2, units))).tolist()
+    mirrored = max(min(2 * error - high, error), 0.0), min(max(2 * error - low, error), 1.0)
+    hits, given, actual = (
+        np.bincount(of, minlength=probabilities.shape[1]).tolist() for of in (labels[correct], answers, labels)
+    )
+
+    def of_class(k: int) -> ClassQuality:
+        mine = labels == k
+        return ClassQuality(
+            precision=_ratio(hits[k], given[k]),
+            recall=_share(correct[mine], None if groups is None else groups[mine], seed),
+            f1=_ratio(2 * hits[k], given[k] + actual[k]),
+            n=actual[k],
+        )
+
+    return Quality(
+        accuracy=_share(correct, groups, seed),
+        macro_f1=interval_of(f1, f1_low, f1_high, units),
+        calibration_error=interval_of(error, *mirrored, units),
+        per_class=tuple(of_class(k) for k in range(probabilities.shape[1])),
+    )
+
+
+def accuracy(probabilities: Float[Array, "n classes"], labels: Int[Array, " n"]) -> float:
+    """Share of images whose most probable class is right; the first of equally probable ones is the answer.
+
+    Chance: 1 / classes; see also the share of the most frequent class.
+
+    Raises:
+        ValueError: as `quality`.
+
+    >>> accuracy(np.array([[0.9, 0.1], [0.6, 0.4]]), np.array([0, 1]))
+    0.5
+    """
+    _check(probabilities, labels)
+    return float((probabilities.argmax(1) == labels).mean())
+
+
+def macro_f1(probabilities: Float[Array, "n classes"], labels: Int[Array, " n"]) -> float:
+    """Mean F1 of the classes, each counting alike, 0 to 1; higher is better.
+
+    Classes that occur neither in the labels nor in the answers are left out; one that occurs in only one of them
+    counts 0.
+
+    Raises:
+        ValueError: as `quality`.
+
+    >>> macro_f1(np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0]]), np.array([0, 1])).__round__(4)
+    0.3333
+    """
+    _check(probabilities, labels)
+    return float(_macro_f1(probabilities, labels, np.ones((1, len(labels))))[0])
+
+
+def expected_calibration_error(probabilities: Float[Array, "n classes"], labels: Int[Array, " n"]) -> float:
+    """Mean gap between confidence and accuracy over 15 equal bins of the confidence, 0 to 1; lower is better.
+
+    Even a calibrated model scores above 0 on few images: about the root of (filled bins / images) times 0.3.
+
+    Raises:
+        ValueError: as `quality`.
+
+    Source: Guo et al. 2017 (1706.04599), equations 2, 3 and 5; bins are open below and closed above.
+
+    >>> expected_calibration_error(np.array([[0.75, 0.25], [0.75, 0.25]]), np.array([0, 1]))
+    0.25
+    """
+    _check(probabilities, labels)
+    return float(_calibration_error(probabilities, labels, np.ones((1, len(labels))))[0])
+
+
+def linear_probe(
+    model: nn.Module, train: Batches, test: Batches, *, penalty: float = 1.0, batch_size: int = 64
+) -> Interval:
+    """Accuracy on `test` of a linear classifier of the model's features, fitted on `train`, with Wilson's interval.
+
+    The features are the input of the `nn.Linear` that makes the logits. Each is scaled by its mean and standard
+    deviation over `train`. `train` and `test`: (images, labels), or batches of them, of any data set whose images the
+    model can take. `penalty`: see the source. Nothing is drawn at random, the model stays as it is.
+
+    Raises:
+        ValueError: no image, or logits that do not come straight out of an `nn.Linear`.
+
+    Source: Jetley et al. 2018 (1804.02391), section 5.3, cross-domain classification. Fitted is multinomial logistic
+    regression: the smallest summed cross-entropy + penalty / 2 x the squared weights without biases.
+
+    Differs: the paper fits linear SVMs.
+
+    >>> from sightline.testing import PooledModel
+    >>> images = torch.eye(2).repeat(20, 1)[:, :, None, None].expand(-1, -1, 4, 4)
+    >>> data = images, torch.arange(40) % 2
+    >>> linear_probe(PooledModel(torch.ones(3, 2)), data, data).value
+    1.0
+    """
+    features, labels = _features(model, train, batch_size)
+    tried, truth = _features(model, test, batch_size)
+    mean, deviation = features.mean(0), features.std(0, correction=0)
+    scale = deviation.where(deviation > 1e-12 * features.abs().amax(0), torch.inf)  # a constant feature becomes 0
+    features, tried = (features - mean) / scale, (tried - mean) / scale
+    with torch.inference_mode(False), torch.enable_grad():
+        layer = _fitted(features.clone(), labels.clone(), penalty)
+    answers = (torch.nn.functional.pad(tried, (0, 1), value=1.0) @ layer).argmax(1)
+    return wilson_interval(int((answers == truth).sum()), len(truth))
+
+
+def _check(probabilities: Array, labels: Array) -> None:
+    if not len(labels) or len(probabilities) != len(labels):
+        raise ValueError(
+            f"expected one row of probabilities per label and at least one, got {len(probabilities)} and {len(labels)}"
+        )
+    if probabilities.min() < 0 or probabilities.max() > 1 + 1e-6:
+        raise ValueError(
+            f"expected probabilities from 0 to 1, got {probabilities.min():.4g} to {probabilities.max():.4g}; "
+            "apply softmax to logits first"
+        )
+    if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
+        raise ValueError(
+            f"expected labels in 0..{probabilities.shape[1] - 1}, got {labels.min()} to {labels.max()}; "
+            "leave out images without a label"
+        )
+
+
+def _share(correct: Array, groups: Array | None, seed: int) -> Interval:
+    if groups is None and len(correct):
+        return wilson_interval(int(correct.sum()), len(correct))
+    return mean_interval(correct.astype(float), groups, seed)
+
+
+def _ratio(top: int, bottom: int) -> float:
+    return top / bottom if bottom else float("nan")
+
+
+def _macro_f1(probabilities: Array, labels: Array, weights: Float[Array, "r n"]) -> Float[Array, " r"]:
+    """For each row of weights of the images."""
+    answers, classes = probabilities.argmax(1), probabilities.shape[1]
+    hits = _totals(labels, weights * (answers == labels), classes)
+    occurs = _totals(labels, weights, classes) + _totals(answers, weights, classes)
+    return (2 * hits / np.maximum(occurs, 1)).sum(1) / (occurs > 0).sum(1)
+
+
+def _calibration_error(probabilities: Array, labels: Array, weights: Float[Array, "r n"]) -> Float[Array, " r"]:
+    confidence = probabilities.max(1).astype(float)
+    bins = np.digitize(confidence, np.arange(1, _BINS) / _BINS, right=True)
+    gaps = (probabilities.argmax(1) == labels) - confidence
+    return np.abs(_totals(bins, weights * gaps, _BINS)).sum(1) / weights.sum(1)
+
+
+def _totals(kinds: Int[Array, " n"], weights: Float[Array, "r n"], count: int) -> Float[Array, "r count"]:
+    """Sum of each row's weights over each kind."""
+    places = kinds + count * np.arange(len(weights))[:, None]
+    return np.bincount(places.ravel(), weights.ravel(), len(weights) * count).reshape(-1, count)
+
+
+def _is_pair(data: Batches) -> bool:
+    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
+
+
+def _features(model: nn.Module, data: Batches, batch_size: int) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
+    """Features in float64 on the CPU, and labels."""
+    batches = cast("Iterable[tuple[Tensor, Tensor]]", [data] if _is_pair(data) else data)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    calls: list[tuple[Tensor, Tensor]] = []
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+
+    def remember(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append((inputs[0], output))
+
+    with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
+        hooks = [part.register_forward_hook(remember) for part in net.modules() if isinstance(part, nn.Linear)]
+        try:
+            for images, of in batches:
+                for chunk in images.split(batch_size):
+                    calls.clear()
+                    logits = run(net, chunk.to(device))
+                    if not calls or not torch.equal(calls[-1][1], logits):
+                        raise ValueError(
+                            f"expected a model whose logits come straight out of an nn.Linear, got "
+                            f"{type(net).__name__}; wrap its head in one"
+                        )
+                    features.append(calls[-1][0].cpu().double())
+                labels.append(of.cpu().long())
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if not features:
+        raise ValueError("expected at least one image to fit and one to test, got none")
+    return torch.cat(features), torch.cat(labels)
+
+
+def _fitted(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], penalty: float) -> Float[Tensor, "d1 classes"]:
+    """Weights, and in the last row biases."""
+    inputs = torch.nn.functional.pad(features, (0, 1), value=1.0)
+    layer = inputs.new_zeros(inputs.shape[1], int(labels.max()) + 1, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [layer], max_iter=500, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        entropy = torch.nn.functional.cross_entropy(inputs @ layer, labels)
+        value = entropy + penalty / (2 * len(labels)) * (layer[:-1] ** 2).sum()
+        value.backward()
+        return value
+
+    solver.step(loss)  # pyright: ignore[reportArgumentType]
+    return layer.detach()

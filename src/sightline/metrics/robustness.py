@@ -1,0 +1,111 @@
+"""Does a small change of the image change the map, or the prediction?"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from sightline.inference import either, run, untouched
+from sightline.metrics.per_image import PerImageMean
+from sightline.metrics.sanity import Explain, Values
+
+
+def max_sensitivity(
+    model: nn.Module,
+    images: Float[Tensor, "b c H W"],
+    targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
+    explain: Explain,
+    *,
+    radius: float = 0.02,
+    samples: int = 10,
+    seed: int = 0,
+) -> Values:
+    """Largest relative change of the map under noise, max |map(x + noise) - map(x)| / |map(x)|; 0 is best.
+
+    `samples` times uniform noise of up to `radius`, in units of the model's input, the same for every image. A map that
+    never changes scores 0. A map of zeros, or a value that is not finite in any of the maps, gives NaN.
+
+    Raises:
+        ValueError: less than one sample, a negative radius.
+
+    Source: Yeh et al. 2019 (1901.09392), definition 3.
+    Differs: relative to the map, so that maps of any scale compare; NaN for a map of zeros.
+
+    >>> image = torch.ones(1, 1, 2, 2)
+    >>> max_sensitivity(nn.Identity(), image, torch.tensor([0]), lambda model, images, targets: 0 * images + 1)
+    tensor([0.])
+    """
+    if samples < 1 or radius < 0:
+        raise ValueError(f"expected at least 1 sample and a radius of at least 0, got {samples} and {radius}")
+    generator = torch.Generator().manual_seed(seed)
+    changes = list[Any]()
+    with untouched(model) as net:
+        maps = explain(net, images, targets)
+        for _ in range(samples):
+            noise = radius * (2 * torch.rand(images.shape[1:], generator=generator) - 1)
+            changes.append(tree_map(_change, maps, explain(net, images + noise.to(images), targets)))
+    return tree_map(lambda *values: torch.stack(values).amax(0), *changes)
+
+
+def fooling_rate(
+    model: nn.Module,
+    images: Float[Tensor, "b c H W"],
+    targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
+    *,
+    epsilon: float = 0.03,
+) -> Float[Tensor, " b"]:
+    """1 where one step of `epsilon` along the sign of the gradient of the loss flips the prediction, else 0.
+
+    `targets` are the labels; NaN where the model does not predict its label before the step. Lower is better.
+    `epsilon` is in units of the model's input.
+
+    Raises:
+        ValueError: a negative `epsilon`.
+
+    Source: Goodfellow et al. 2014 (1412.6572), fast gradient sign method, with cross-entropy.
+    Differs: the image is not clipped to valid colours, which the model's input does not tell.
+
+    >>> from sightline.testing import LinearModel
+    >>> model, image = LinearModel(torch.tensor([[[[1.0]]], [[[-1.0]]]])), torch.tensor([[[[0.5]]]])
+    >>> [fooling_rate(model, image, torch.tensor([0]), epsilon=epsilon).item() for epsilon in (0.4, 0.6)]
+    [0.0, 1.0]
+    """
+    if epsilon < 0:
+        raise ValueError(f"expected an epsilon of at least 0, got {epsilon}")
+    labels = targets.reshape(-1).to(images.device)
+    with untouched(model) as net, torch.inference_mode(False):
+        with torch.enable_grad():
+            changed = images.detach().clone().requires_grad_()
+            before = either(run(net, changed).float())
+            own = labels.long()[:, None]
+            # divides the gradient of the cross-entropy by 1 - p, which is 0 in float32 where the model is sure
+            loss = before.scatter(1, own, -torch.inf).logsumexp(1) - before.gather(1, own)[:, 0]
+            (gradient,) = torch.autograd.grad(loss.sum(), changed)
+        with torch.no_grad():
+            after = either(run(net, images + epsilon * gradient.sign()))
+    return (after.argmax(1) != labels).float().where(before.argmax(1) == labels, torch.nan)
+
+
+class MaxSensitivity(PerImageMean):
+    """Mean `max_sensitivity`."""
+
+    function = staticmethod(max_sensitivity)
+    sentence = "The maps of {method} change least under a little noise (relative change {score})"
+    higher_is_better = False
+
+
+class FoolingRate(PerImageMean):
+    """Mean `fooling_rate`: the share of correct predictions that flip."""
+
+    function = staticmethod(fooling_rate)
+    sentence = "{method} is fooled least often by one step along the gradient's sign (share of images {score})"
+    higher_is_better = False
+
+
+def _change(maps: Float[Tensor, "b 1 h w"], others: Float[Tensor, "b 1 h w"]) -> Float[Tensor, " b"]:
+    """Distance of the maps relative to the first."""
+    maps, others = maps.detach(), others.detach()
+    change = (others - maps).flatten(1).double().norm(dim=1) / maps.flatten(1).double().norm(dim=1)
+    return change.where(change.isfinite(), torch.nan).to(maps.dtype)

@@ -1,0 +1,245 @@
+"""Does the map depend on what the model learned and on the class? Does it share out the whole score?"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from sightline import maps as pixels
+from sightline.inference import either, forward, untouched
+from sightline.metrics.hiding import Fill, substitute
+from sightline.metrics.inpainting import inpaint
+from sightline.metrics.per_image import PerImageMean
+
+Order = Literal["cascading", "independent"]
+Explain = Callable[[nn.Module, Tensor, Tensor], Any]
+"""(model, images, targets) -> maps (b, 1, h, w), or a dict of such maps by method."""
+Values = Float[Tensor, " b"] | dict[str, Float[Tensor, " b"]]
+"""One value per image, or a dict of them by method where `explain` gives one."""
+
+
+def parameter_randomisation(
+    model: nn.Module,
+    images: Float[Tensor, "b c H W"],
+    targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
+    explain: Explain,
+    *,
+    order: Order = "cascading",
+    stages: int = 8,
+    seed: int = 0,
+) -> Values:
+    """Rank correlation of |map| with |map of the model with shuffled weights|, -1 to 1; near 0 is good.
+
+    Near 1 the map does not show what was learned. `order="cascading"`: all weights are shuffled, one more explanation;
+    "independent": mean over `stages` groups of modules, shuffled one at a time, where it is defined. The class stays
+    the one asked for. A map that is flat or has a value that is not finite (one pixel is flat), before or after, gives
+    NaN; ties share their mean rank.
+
+    Raises:
+        ValueError: an unknown `order`, less than one stage, a model without parameters.
+
+    Source: Adebayo et al. 2018 (1810.03292), section 3.
+    Differs: see `randomisation_curve`.
+
+    >>> from sightline.testing import LinearModel
+    >>> model, image = LinearModel(torch.rand(2, 1, 2, 2)), torch.tensor([[[[0.4, 0.3], [0.2, 0.1]]]])
+    >>> parameter_randomisation(model, image, torch.tensor([0]), lambda model, images, targets: images)
+    tensor([1.])
+    """
+    stages = 1 if order == "cascading" else stages
+    _, curves = randomisation_curve(model, images, targets, explain, order=order, stages=stages, seed=seed)
+    return tree_map(lambda curve: curve.nanmean(1), curves)
+
+
+def randomisation_curve(
+    model: nn.Module,
+    images: Float[Tensor, "b c H W"],
+    targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
+    explain: Explain,
+    *,
+    order: Order = "cascading",
+    stages: int = 8,
+    seed: int = 0,
+) -> tuple[list[str], Float[Tensor, "b n"] | dict[str, Float[Tensor, "b n"]]]:
+    """Names of n <= `stages` groups of modules, and the rank correlation of |map| after each of them was shuffled.
+
+    From the logits to the input, in the reverse order in which one forward reaches the modules. "cascading" keeps what
+    was shuffled before, "independent" puts it back. Works on copies of the model; a hook on it is copied with it.
+
+    Raises:
+        ValueError: an unknown `order`, less than one stage, a model without parameters.
+
+    Source: Adebayo et al. 2018 (1810.03292), sections 3.1 and 3.2.
+    Differs: they draw the weights anew, here the entries of each parameter are shuffled: without its trained scale a
+    batch-normalised network in eval mode explodes or vanishes, and no module needs an initialisation that we know.
+    Buffers stay, and so does a parameter whose entries are all equal.
+    """
+    if order not in get_args(Order):
+        raise ValueError(f"expected order to be one of {', '.join(get_args(Order))}; got {order!r}")
+    if stages < 1:
+        raise ValueError(f"expected at least 1 stage, got {stages}")
+    with untouched(model) as net, torch.inference_mode(False):
+        groups = _top_down(net, images[:1], stages)
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = {name: _shuffled(parameter.detach(), generator) for name, parameter in net.named_parameters()}
+        maps = explain(net, images, targets)
+        randomised, found = deepcopy(net), list[Any]()
+        for names in groups.values():
+            if order == "independent":
+                randomised = deepcopy(net)
+            with torch.no_grad():
+                for name in names:
+                    randomised.get_parameter(name).copy_(shuffled[name])
+            found.append(tree_map(_similarity, maps, explain(randomised, images, targets)))
+    return list(groups), tree_map(lambda *values: torch.stack(values, 1), *found)
+
+
+def random_logit(
+    model: nn.Module,
+    images: Float[Tensor, "b c H W"],
+    targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
+    explain: Explain,
+    *,
+    seed: int = 0,
+) -> Values:
+    """Rank correlation of |map| with |map of another class|, -1 to 1; near 1 the map is the same whatever the class.
+
+    Lower is better. The other class is random, but the same for all images of one target. Where two logits always are
+    opposite, as in a model of two classes, the map of one class rightly is that of the other up to its sign and scores
+    1. A map that is flat or has a value that is not finite (one pixel is flat) gives NaN; ties share their mean rank.
+
+    Source: Sixt et al. 2020 (1912.09818), random logit.
+    Differs: rank correlation instead of structural similarity, as in `parameter_randomisation`.
+
+    >>> from sightline.testing import LinearModel
+    >>> model, image = LinearModel(torch.tensor([[[[1.0, 2, 3]]], [[[1.0, 3, 2]]]])), torch.ones(1, 1, 1, 3)
+    >>> random_logit(model, image, torch.tensor([0]), lambda model, images, targets: model.weight[targets])
+    tensor([0.5000])
+    """
+    classes = either(forward(model, images[:1])).shape[1]
+    shifts = torch.randint(1, classes, (classes,), generator=torch.Generator().manual_seed(seed)).to(targets.device)
+    others = (targets + shifts[targets]) % classes
+    with untouched(model) as net:
+        return tree_map(_similarity, explain(net, images, targets), explain(net, images, others))
+
+
+def completeness(
+    model: nn.Module,
+    images: Float[Tensor, "b c H W"],
+    targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
+    maps: Float[Tensor, "b 1 h w"],
+    *,
+    fill: Fill = "zero",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Float[Tensor, " b"]:
+    """Gap between the sum s of the map and the difference d of the target's logit to an image of `fill`, 0 to 1.
+
+    |s - d| / (|s| + |d|): 0 is complete, 1/3 off by a factor of two, 1 of the wrong sign or a map that sums to nothing.
+    The map is summed as it is, not resized. NaN where both are 0 and for a value that is not finite. Only methods that
+    promise it (integrated gradients, LRP, input x gradient of a network without biases) need to score well.
+
+    Raises:
+        ValueError: an unknown fill, or "black" without `mean` and `std`.
+
+    Source: Sundararajan et al. 2017 (1703.01365), proposition 1.
+    Differs: the paper has the identity s = d, we the size of its failure, divided so that a small d does not dominate a
+    mean over images.
+
+    >>> from sightline.testing import LinearModel
+    >>> image = torch.tensor([[[[2.0, 4.0]]]])
+    >>> completeness(LinearModel(torch.ones(2, 1, 1, 2)), image, torch.tensor([0]), 2 * image)
+    tensor([0.3333])
+    """
+    if isinstance(fill, str) and fill == "inpaint":
+        empty = inpaint(images, torch.ones_like(images[:, :1], dtype=torch.bool))
+    else:
+        empty = substitute(images, fill, mean, std)
+    raw = forward(model, torch.cat([images, empty])).double()
+    logits = either(raw) * (2 if raw.shape[1] == 1 else 1)
+    full, none = logits.gather(1, targets.reshape(-1, 1).to(raw.device).repeat(2, 1))[:, 0].chunk(2)
+    total = maps.double().sum((1, 2, 3)).to(raw.device)
+    gap = (total - (full - none)).abs() / (total.abs() + (full - none).abs())
+    return gap.to(maps)
+
+
+class ParameterRandomisation(PerImageMean):
+    """Mean `parameter_randomisation`."""
+
+    function = staticmethod(parameter_randomisation)
+    sentence = "The maps of {method} depend most on what the model learned (similarity {score} with shuffled weights)"
+    higher_is_better = False
+
+
+class RandomLogit(PerImageMean):
+    """Mean `random_logit`."""
+
+    function = staticmethod(random_logit)
+    sentence = "The maps of {method} differ most from one class to another (similarity {score})"
+    higher_is_better = False
+
+
+class Completeness(PerImageMean):
+    """Mean `completeness`."""
+
+    function = staticmethod(completeness)
+    sentence = "The values of {method} add up best to what the image adds to the logit (gap {score})"
+    higher_is_better = False
+
+
+def _similarity(maps: Float[Tensor, "b 1 h w"], others: Float[Tensor, "b 1 _ _"]) -> Float[Tensor, " b"]:
+    """Spearman's rank correlation of the absolute values."""
+    others = pixels.resize(others.to(maps.device), (maps.shape[2], maps.shape[3]))
+    a, b = _ranks(maps), _ranks(others)
+    correlation = (a * b).sum(1) / ((a * a).sum(1) * (b * b).sum(1)).sqrt()
+    finite = maps.isfinite().all((1, 2, 3)) & others.isfinite().all((1, 2, 3))
+    return correlation.where(finite, torch.nan).to(maps.dtype)
+
+
+def _ranks(maps: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b n"]:
+    """Pixels with a lower absolute value minus pixels with a higher one: twice the rank, its mean taken away, exact."""
+    values = maps.detach().abs().flatten(1).contiguous()
+    ordered = values.sort(1).values
+    lower, not_higher = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (lower + not_higher - values.shape[1]).double()
+
+
+def _shuffled(values: Tensor, generator: torch.Generator) -> Tensor:
+    order = torch.randperm(values.numel(), generator=generator).to(values.device)
+    return values.flatten()[order].reshape(values.shape)
+
+
+def _top_down(model: nn.Module, image: Float[Tensor, "1 c H W"], stages: int) -> dict[str, list[str]]:
+    """Names of parameters in at most `stages` groups, from the logits to the input, by first and last module."""
+    owned: dict[str, list[str]] = {}
+    for parameter, _ in model.named_parameters():
+        owned.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    if not owned:
+        raise ValueError(f"expected a model with parameters, got none in {type(model).__name__}; drop this metric")
+    reached: dict[str, int] = {}
+    probe = deepcopy(model)
+
+    def mark(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            reached.setdefault(name, len(reached))
+
+        return hook
+
+    for name, module in probe.named_modules():
+        module.register_forward_pre_hook(mark(name))
+    forward(probe, image)
+
+    def place(name: str) -> int:  # weights may be read without a call, as those of the projection in nn's attention
+        while name not in reached:
+            name = name.rpartition(".")[0]
+        return reached[name]
+
+    modules = sorted(owned, key=place)[::-1]
+    count = min(stages, len(modules))
+    groups = [modules[len(modules) * i // count : len(modules) * (i + 1) // count] for i in range(count)]
+    titles = [[name or type(model).__name__ for name in dict.fromkeys((group[0], group[-1]))] for group in groups]
+    return {" to ".join(t): [p for name in group for p in owned[name]] for t, group in zip(titles, groups, strict=True)}
