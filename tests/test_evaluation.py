@@ -440,6 +440,17 @@ def test_worst_images_are_the_worst(found):
     assert all(set(example.maps) == {"cam"} for example in found.worst["cam"])
 
 
+def test_worst_of_equal_images_are_the_first_in_every_batch():
+    for batch_size in (5, 64):
+        found = evaluate(PooledModel(torch.eye(3)), planted(20), ["cam"], ["pointing_game"], batch_size=batch_size)
+        assert [example.name for example in found.worst["cam"]] == found.per_image["name"][:3]
+
+
+def test_a_metric_of_several_columns_may_come_first():
+    found = evaluate(PooledModel(torch.eye(3)), planted(12), ["cam"], ["max_box_accuracy"], batch_size=5)
+    assert found.worst == {} and found.score("cam", "max_box_accuracy").interval.value > 0.5
+
+
 def test_maps_that_ignore_the_weights_are_named():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
     found = evaluate(model, planted(), ["activation_map"], ["parameter_randomisation"], limit=20, controls=["edge_map"])

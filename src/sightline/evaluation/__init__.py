@@ -261,11 +261,9 @@ class _Maker:
         }
 
     def _worst(self, values: Array | None) -> Array:
-        if values is None:
+        if values is None or values.ndim > 1:  # which column counts is known when all images are
             return np.zeros((), dtype=bool)
-        badness = -values if METRICS[self.metrics[0]].higher_is_better else values
-        order = np.argsort(np.where(np.isnan(badness), -np.inf, badness))
-        return np.isin(np.arange(len(values)), order[-_WORST:])
+        return np.isin(np.arange(len(values)), _worst_places(values, bool(METRICS[self.metrics[0]].higher_is_better)))
 
     def _means(
         self, maps: Mapping[str, Tensor], rows: Array
@@ -363,7 +361,11 @@ def _found(
     accuracy, majority, confusion = answers.quality(seed)
     looks = tuple(method for method in methods if method not in maker.controls)
     known = answers.labels >= 0
-    worst = {method: _worst_rows(whole, table, method, metrics, up, chosen) for method in looks}
+    worst = {
+        method: chosen[_worst_places(table[method, metrics[0]], up[metrics[0]])]
+        for method in looks
+        if metrics and whole.values[method, metrics[0]].ndim == 1
+    }
     rows = np.unique(np.concatenate([gallery, wrong, *worst.values()])).astype(np.int64)
     pictures = {row: (batch, place) for batch in source.batches(rows) for place, row in enumerate(batch.rows.tolist())}
 
@@ -459,20 +461,11 @@ def _mean(values: Array) -> float:
     return float(defined.mean()) if len(defined) else np.nan
 
 
-def _worst_rows(
-    whole: Part,
-    table: Mapping[tuple[str, str], Array],
-    method: str,
-    metrics: Sequence[str],
-    up: Mapping[str, bool],
-    chosen: Array,
-) -> Array:
-    if not metrics:
-        return chosen[:0]
-    values = table[method, metrics[0]]
-    badness = np.where(np.isnan(values), -np.inf, -values if up[metrics[0]] else values)
+def _worst_places(values: Array, higher_is_better: bool) -> Array:
+    """Places of the worst values, worst first, of equal ones the first; what is not defined is none."""
+    badness = np.where(np.isnan(values), -np.inf, -values if higher_is_better else values)
     order = np.argsort(-badness, kind="stable")[:_WORST]
-    return chosen[order[np.isfinite(badness[order])]]
+    return order[np.isfinite(badness[order])]
 
 
 def _methods_of(model: nn.Module, images: Tensor, everything: bool) -> list[str]:
