@@ -365,7 +365,8 @@ def test_another_question_does_not_take_the_kept_answers(tmp_path):
         if what == "explaining and scoring":
             raise KeyboardInterrupt
 
-    for change in ({"steps": 8}, {"seed": 1}, {"fill": "mean"}, {"methods": ["activation_map"]}):
+    changes = ({"steps": 8}, {"seed": 1}, {"fill": "mean"}, {"methods": ["activation_map"]}, {"examples": 3})
+    for change in (*changes, {"controls": ["other_class"]}):
         with pytest.raises(KeyboardInterrupt):
             evaluate(
                 PooledModel(torch.eye(3)),
@@ -376,7 +377,7 @@ def test_another_question_does_not_take_the_kept_answers(tmp_path):
             )
     with pytest.raises(KeyboardInterrupt):
         evaluate(PooledModel(2 * torch.eye(3)), planted(), ["cam"], limit=8, partial_results=parts, progress=stop)
-    assert len(list(parts.iterdir())) == 5
+    assert len(list(parts.iterdir())) == 7
 
 
 def test_pairs_of_methods_are_compared_and_corrected(found):

@@ -136,7 +136,8 @@ def evaluate(
 
     maker = _Maker(model, asked, tuple(blind), with_other_class, planned.metrics, hiding, answers)
     folder = None if partial_results is None else Path(partial_results)
-    key = "" if folder is None else key_of(model, list(asked), planned.metrics, hiding, seed, answers.names, batch_size)
+    rows = [part.tobytes() for part in (chosen, gallery, wrong, answers.probabilities)]
+    key = "" if folder is None else key_of(model, maker.methods, planned.metrics, hiding, answers.names, rows)
     files: list[Path] = []
     whole: Part | None = None
     done = 0
