@@ -1,4 +1,4 @@
-"""A network whose maps can be worked out by hand; captum's tests have values for it."""
+"""A network whose maps can be worked out by hand, for which captum's tests have values; maps and masks of a quarter."""
 
 from collections import OrderedDict
 
@@ -19,3 +19,14 @@ def one_conv(relu=nn.ReLU):
     net = nn.Sequential(OrderedDict(**layers, fc1=nn.Linear(8, 4), relu2=relu()))
     net.load_state_dict(WEIGHTS)
     return net
+
+
+def quarter():
+    """Masks of a quarter of 4 x 4, and maps all in, none in, half in it."""
+    masks = torch.zeros(3, 1, 4, 4, dtype=torch.bool)
+    masks[..., :2, :2] = True
+    maps = torch.zeros(3, 1, 4, 4)
+    maps[0, 0, :2, :2] = 1
+    maps[1, 0, 2:, 2:] = 1
+    maps[2, 0, :2, :] = 1
+    return maps, masks

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import pointbiserialr
 from sklearn.metrics import roc_auc_score
+from tests.hand import quarter
 from tests.reference import localisation as reference
 from tests.reference.maps import linear_at
 from tests.same import close
@@ -33,17 +34,6 @@ SCORES = [pointing_game, energy_in_mask, relevance_rank, iou, max_box_accuracy, 
 CLASSES = [PointingGame, EnergyInMask, RelevanceRank, IoU, MaxBoxAccuracy, MaskAUC, PointBiserial]
 
 
-def planted():
-    """A mask of a quarter of 4 x 4, and maps all in, none in, half in it."""
-    masks = torch.zeros(3, 1, 4, 4, dtype=torch.bool)
-    masks[..., :2, :2] = True
-    maps = torch.zeros(3, 1, 4, 4)
-    maps[0, 0, :2, :2] = 1
-    maps[1, 0, 2:, 2:] = 1
-    maps[2, 0, :2, :] = 1
-    return maps, masks
-
-
 def random_case(dtype=torch.float64, n=6, size=(5, 7)):
     """Maps of both signs and masks of a third; every other map has five levels, so that there are ties."""
     generator = torch.Generator().manual_seed(0)
@@ -69,14 +59,14 @@ def flat_lists(maps, masks):
     ],
 )
 def test_planted_maps(score, expected):
-    maps, masks = planted()
+    maps, masks = quarter()
     assert close(score(maps, masks), torch.tensor(expected, dtype=torch.float32))
     assert close(score(maps, masks.float()), score(maps, masks)), "masks of 0 and 1"
 
 
 def test_boxes_of_planted_maps():
     # threshold 0 boxes the whole image, a quarter of which is the object
-    maps, masks = planted()
+    maps, masks = quarter()
     found = max_box_accuracy(maps, masks)
     assert found.shape == (3, 20)
     assert found[:, 0].tolist() == [0, 0, 0] and max_box_accuracy(maps, masks, iou=0.25)[:, 0].tolist() == [1, 1, 1]
@@ -213,7 +203,7 @@ def test_identities():
 @pytest.mark.parametrize("size", [(4, 4), (3, 7), (30, 50)])
 def test_flat_maps_of_any_size_score_chance(value, size):
     # 0.1 resized by rounded weights is no longer flat
-    masks = planted()[1][:1]
+    masks = quarter()[1][:1]
     flat = torch.full((1, 1, *size), value)
     assert pointing_game(flat, masks).item() == relevance_rank(flat, masks).item() == 0.25
     assert mask_auc(flat, masks).item() == 0.5
@@ -235,7 +225,7 @@ def test_undefined_is_nan_and_leaves_the_neighbours_alone(score):
 
 
 def test_full_masks_and_one_pixel():
-    maps, masks = planted()
+    maps, masks = quarter()
     full = torch.ones_like(masks)
     for score in (pointing_game, energy_in_mask, relevance_rank):
         assert score(maps, full).tolist() == [1, 1, 1]
@@ -301,4 +291,4 @@ def test_box_around():
 )
 def test_bad_inputs_say_what_to_do(call, message, unchecked):
     with pytest.raises(ValueError, match=message):
-        call(*planted())
+        call(*quarter())

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from tests.hand import quarter
 from tests.reference import curves as reference
 from torchmetrics import MetricCollection
 
@@ -143,19 +144,8 @@ def test_fills():
     assert not torch.allclose(blurred, score(images), atol=1e-2) and blurred.isfinite().all()
 
 
-def planted():
-    """Masks of a quarter of 4 x 4, and maps all in, none in, half in."""
-    masks = torch.zeros(3, 1, 4, 4, dtype=torch.bool)
-    masks[..., :2, :2] = True
-    maps = torch.zeros(3, 1, 4, 4)
-    maps[0, 0, :2, :2] = 1
-    maps[1, 0, 2:, 2:] = 1
-    maps[2, 0, :2, :] = 1
-    return maps, masks
-
-
 def test_localisation_of_planted_maps():
-    maps, masks = planted()
+    maps, masks = quarter()
     assert pointing_game(maps, masks).tolist() == [1, 0, 0.5]
     assert energy_in_mask(maps, masks).tolist() == [1, 0, 0.5]
     assert energy_in_mask(-maps, masks).isnan().all()
@@ -165,7 +155,7 @@ def test_localisation_of_planted_maps():
 
 
 def test_localisation_at_the_edges_of_its_definition():
-    maps, masks = planted()
+    maps, masks = quarter()
     flat = torch.full_like(maps, 3.0)
     assert pointing_game(flat, masks).tolist() == [0.25] * 3
     assert energy_in_mask(flat, masks).tolist() == [0.25] * 3
@@ -193,7 +183,7 @@ def test_maps_are_resized_to_the_mask():
 
 def test_classes_equal_functions_and_share_a_collection():
     model, images, targets, maps = linear_case(3, n=6, size=(4, 4))
-    _, masks = planted()
+    _, masks = quarter()
     masks = masks[:1].expand(6, -1, -1, -1)
     together = MetricCollection({name: metric() for name, metric in METRICS.items()}, compute_groups=True)
 
@@ -260,7 +250,7 @@ def test_bad_inputs_say_what_to_do(change, message, unchecked):
 
 def test_bad_masks_say_what_to_do(unchecked):
     with pytest.raises(ValueError, match=r"got \(3, 1, 4, 4\) and \(2, 1, 4, 4\)"):
-        energy_in_mask(planted()[0], planted()[1][:2])
+        energy_in_mask(quarter()[0], quarter()[1][:2])
 
 
 def test_the_model_and_the_random_state_are_left_alone():

@@ -6,7 +6,7 @@ import numpy as np
 
 from sightline.evaluation.result import Evaluation
 from sightline.evaluation.source import Answers
-from sightline.evaluation.standings import UNDEFINED_SHARE
+from sightline.evaluation.standings import LEVEL, UNDEFINED_SHARE
 from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import Interval
 
@@ -90,7 +90,7 @@ def _no_better(found: Evaluation, real: Sequence[str]) -> Iterator[str]:
             if pair.metric == metric and method in (pair.method, pair.other):
                 other = pair.other if pair.method == method else pair.method
                 ahead = (pair.difference.value > 0) == (up == (pair.method == method))
-                if other in found.controls and not (ahead and pair.adjusted < 0.05):
+                if other in found.controls and not (ahead and pair.adjusted < LEVEL):
                     rivals.append(other)
         if rivals:
             yield f"{method} is not shown to be better than {', '.join(rivals)} in {metric}."

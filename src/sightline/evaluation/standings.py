@@ -13,7 +13,8 @@ Array = np.ndarray
 
 UNDEFINED_SHARE = 0.1
 """Of the images; a method with more is not compared."""
-_LEVEL = 0.05
+LEVEL = 0.05
+"""Of a corrected p below which one method is said to be better than another."""
 
 
 def compare(
@@ -81,7 +82,7 @@ def standing_of(
         if paired is None or other not in paired.names:
             return False
         at = paired.names.index(best), paired.names.index(other)
-        return bool(sign * paired.difference[at] > 0 and paired.adjusted[at] < _LEVEL)
+        return bool(sign * paired.difference[at] > 0 and paired.adjusted[at] < LEVEL)
 
     rivals = [*controls, *(["chance"] if chance is not None else [])]
     return Standing(

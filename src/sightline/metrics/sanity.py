@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from sightline import maps as pixels
 from sightline.inference import either, forward, untouched
+from sightline.metrics.agreement import rank_correlation
 from sightline.metrics.hiding import Fill, substitute
 from sightline.metrics.inpainting import inpaint
 from sightline.metrics.per_image import PerImageMean
@@ -194,18 +195,7 @@ class Completeness(PerImageMean):
 def _similarity(maps: Float[Tensor, "b 1 h w"], others: Float[Tensor, "b 1 _ _"]) -> Float[Tensor, " b"]:
     """Spearman's rank correlation of the absolute values."""
     others = pixels.resize(others.to(maps.device), (maps.shape[2], maps.shape[3]))
-    a, b = _ranks(maps), _ranks(others)
-    correlation = (a * b).sum(1) / ((a * a).sum(1) * (b * b).sum(1)).sqrt()
-    finite = maps.isfinite().all((1, 2, 3)) & others.isfinite().all((1, 2, 3))
-    return correlation.where(finite, torch.nan).to(maps.dtype)
-
-
-def _ranks(maps: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b n"]:
-    """Pixels with a lower absolute value minus pixels with a higher one: twice the rank, its mean taken away, exact."""
-    values = maps.detach().abs().flatten(1).contiguous()
-    ordered = values.sort(1).values
-    lower, not_higher = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
-    return (lower + not_higher - values.shape[1]).double()
+    return rank_correlation(maps.detach().abs(), others.detach().abs())
 
 
 def _shuffled(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """Many metrics of many methods' maps of the same images, with nothing computed twice."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from sightline.metrics.hiding import Fields, Hiding, HidingMetric, Progress, hidden_scores
 from sightline.metrics.per_image import PerImageMean
-
-Explain = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
-"""(model, images, targets) -> maps by method."""
+from sightline.metrics.sanity import Explain
 
 
 class Measured(NamedTuple):
@@ -48,8 +46,8 @@ def measure(
 ) -> Measured:
     """Values per image of every metric and method. Metrics that hide parts of the images share every forward.
 
-    `explain` makes the maps again for metrics that change the images or the model. Options of `hiding` that a metric
-    of another kind has too (`fill`, `score`) reach it as well.
+    `explain` makes the maps again, by method, for metrics that change the images or the model. Options of `hiding`
+    that a metric of another kind has too (`fill`, `score`) reach it as well.
 
     Raises:
         ValueError: something that a metric asks for is not given.
