@@ -5,14 +5,13 @@ map does not depend on what the net has learned. `--rounds 3` is a quick look; `
 written when all rows ran.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
 import timm
 import torch
-from measure import bare, batches_of, keep_freed_memory, pairs, peak, report, save
+from measure import Rows, bare, batches_of, keep_freed_memory
 from torch import Tensor, nn
 
 import sightline as sl
@@ -93,10 +92,7 @@ def captum_library(model: nn.Module, images: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=21, metavar="N", help="interleaved rounds of a row (21)")
-    parser.add_argument("--only", default="", metavar="WORD", help="rows whose name holds the word; writes nothing")
-    arguments = parser.parse_args()
+    rows = Rows(__doc__)
     keep_freed_memory()
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -108,34 +104,26 @@ def main() -> None:
     every = torch.arange(1000, device=DEVICE).expand(16, -1)
     forward = partial(plain, model, images)
     explain = partial(sl.explain, model, images)
-    rows: list[dict[str, object]] = []
 
-    def row(what: str, ours: Call, reference: Call, bar: float | None, rounds: int) -> None:
-        if arguments.only not in what:
-            return
-        ratio = pairs(waits(ours), waits(reference), rounds)
-        report(what, ratio, bar)
-        rows.append({"what": what, "rounds": rounds, **ratio._asdict(), "bar": bar})
+    def row(what: str, ours: Call, reference: Call, bar: float | None, most: int | None = None) -> None:
+        rows.ratio(what, waits(ours), waits(reference), bar, most)
 
-    n = arguments.rounds
-    row("six CAM methods / forward", lambda: explain(methods=CAMS), forward, 1.05, n)
-    row("cam + grad_cam, 1,000 classes / forward", lambda: explain(every, ["cam", "grad_cam"]), forward, 1.10, n)
-    row("grad_cam, layer3 + layer4 / forward", lambda: explain(layer=STAGES[2:]), forward, 1.25, n)
+    row("six CAM methods / forward", lambda: explain(methods=CAMS), forward, 1.05)
+    row("cam + grad_cam, 1,000 classes / forward", lambda: explain(every, ["cam", "grad_cam"]), forward, 1.10)
+    row("grad_cam, layer3 + layer4 / forward", lambda: explain(layer=STAGES[2:]), forward, 1.25)
     by_hand = partial(stages_by_hand, model, images)
-    row("grad_cam, four stages / by hand", lambda: explain(layer=STAGES), by_hand, 1.05, n)
+    row("grad_cam, four stages / by hand", lambda: explain(layer=STAGES), by_hand, 1.05)
     back = partial(two_backwards, model, images)
-    row("guided x 2 + saliency / forward + two backwards", lambda: explain(methods=GUIDED), back, 1.05, n)
-    row("six CAM methods, compile=True / forward", lambda: explain(methods=CAMS, compile=True), forward, 1.0, n)
+    row("guided x 2 + saliency / forward + two backwards", lambda: explain(methods=GUIDED), back, 1.05)
+    row("six CAM methods, compile=True / forward", lambda: explain(methods=CAMS, compile=True), forward, 1.0)
     for method in ("score_cam", partial(sl.explainers.rise, masks=500)):
         name = method if isinstance(method, str) else "rise"
         ours = partial(sl.explain, small, pair, methods=[method], batch_size=BATCH)
         sizes = batches_of(small, ours)
         reference = partial(bare, small, many, sizes)
-        row(f"{name} / its {sum(sizes):,} bare forwards, resnet18, 64 px", ours, reference, 1.05, n)
-        if arguments.only in f"{name} memory" and DEVICE == "cpu":
-            memory = peak(ours) / peak(reference)
-            rows.append({"what": f"{name}, peak memory / that of the bare forwards", "median": memory, "bar": None})
-            print(f"{rows[-1]['what']:62} {memory:.3f}", flush=True)
+        row(f"{name} / its {sum(sizes):,} bare forwards, resnet18, 64 px", ours, reference, 1.05)
+        if DEVICE == "cpu":
+            rows.memory(f"{name}, peak memory / that of the bare forwards", ours, reference)
     peers = {
         "pytorch_grad_cam": ("grad-cam, the same six methods / forward", grad_cam_library),
         "torchcam": ("torchcam, four of them / forward", torchcam_library),
@@ -143,9 +131,8 @@ def main() -> None:
     }
     for package, (what, library) in peers.items():
         if find_spec(package) is not None:
-            row(what, partial(library, model, images), forward, None, min(n, 3))
-    if not arguments.only:
-        print(save("explain", [{"where": f"resnet50, 224 px, batch 16, {DEVICE}, 2 threads"}, *rows]))
+            row(what, partial(library, model, images), forward, None, 3)
+    rows.save("explain", f"resnet50, 224 px, batch 16, {DEVICE}, 2 threads")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How every speed in this folder is measured and stored."""
 
+import argparse
 import ctypes
 import json
 import os
@@ -94,9 +95,46 @@ def bare(model: nn.Module, images: Tensor, sizes: list[int]) -> None:
             model(images[:size])
 
 
-def report(what: str, ratio: Ratio, bar: float | None) -> None:
-    said = "" if bar is None else f"  bar {bar:.2f}"
-    print(f"{what:62} {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  A/A {ratio.aa:.3f}{said}", flush=True)
+class Rows:
+    """The rows of one script: each ratio printed as it is found, all written when none was left out."""
+
+    def __init__(self, about: str | None) -> None:
+        parser = argparse.ArgumentParser(description=about)
+        parser.add_argument("--rounds", type=int, default=21, metavar="N", help="interleaved rounds of a row (21)")
+        parser.add_argument("--only", default="", metavar="WORD", help="rows whose name holds the word; writes nothing")
+        arguments = parser.parse_args()
+        self.rounds, self.only = arguments.rounds, arguments.only
+        self.found: list[dict[str, object]] = []
+
+    def ratio(
+        self,
+        what: str,
+        ours: Callable[[], object],
+        reference: Callable[[], object],
+        bar: float | None,
+        most: int | None = None,
+    ) -> None:
+        """Measure one row, in `most` rounds at most."""
+        if self.only not in what:
+            return
+        rounds = min(self.rounds, most or self.rounds)
+        ratio = pairs(ours, reference, rounds)
+        said = "" if bar is None else f"  bar {bar:.2f}"
+        print(f"{what:62} {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  A/A {ratio.aa:.3f}{said}", flush=True)
+        self.found.append({"what": what, "rounds": rounds, **ratio._asdict(), "bar": bar})
+
+    def memory(self, what: str, ours: Callable[[], object], reference: Callable[[], object]) -> None:
+        """Peak memory beside that of the reference, on a CPU."""
+        if self.only not in what:
+            return
+        ratio = peak(ours) / peak(reference)
+        print(f"{what:62} {ratio:.3f}", flush=True)
+        self.found.append({"what": what, "median": ratio, "bar": None})
+
+    def save(self, name: str, where: str) -> None:
+        """Write all rows, if all were asked for."""
+        if not self.only:
+            print(save(name, [{"where": where}, *self.found]))
 
 
 def keep_freed_memory() -> None:
