@@ -57,11 +57,12 @@ def untouched(model: nn.Module) -> Generator[nn.Module]:
     flags = [(module, module.training) for module in model.modules()]
     in_place = [module for module in model.modules() if module.__dict__.get("_compiled_call_impl")]
     calls = [module.__dict__["_compiled_call_impl"] for module in in_place]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})):
         try:
-            for module, _ in flags:  # eval() may be the model's own, and do more, as merging weights
-                module.training = False
+            for module, training in flags:  # eval() may be the model's own, and do more, as merging weights
+                if training:
+                    module.training = False
             for module in in_place:
                 del module.__dict__["_compiled_call_impl"]  # that of the class is None
             yield model
@@ -69,7 +70,8 @@ def untouched(model: nn.Module) -> Generator[nn.Module]:
             for module, call in zip(in_place, calls, strict=True):
                 module.__dict__["_compiled_call_impl"] = call
             for module, training in flags:
-                module.training = training
+                if module.training != training:
+                    module.training = training
 
 
 _LINKS = {name: name for name in ("softmax", "log_softmax", "sigmoid")} | {"expit": "sigmoid"}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeGuard
 
 import torch
@@ -269,6 +269,7 @@ def layout_of(name: str, tensor: Tensor, images: Tensor, grids: Sequence[tuple[i
     )
 
 
+@lru_cache(maxsize=256)
 def _layout(shape: tuple[int, ...], size: tuple[int, ...]) -> Layout | None:
     """Channels first or last, whichever is more like the image, give or take a row and a column.
 
