@@ -424,7 +424,7 @@ def test_the_map_of_the_runner_up_is_a_control():
 
 def test_agreement_of_metrics_methods_and_images(found):
     table = found.metric_agreement
-    assert table.shape == (5, 5) and np.allclose(np.diag(table), 1) and np.allclose(table, table.T)
+    assert table.shape == (4, 4) and np.allclose(np.diag(table), 1) and np.allclose(table, table.T)
     alike = found.method_agreement
     assert alike.shape == (7, 7) and np.allclose(np.diag(alike), 1)
     i = found.methods.index
@@ -458,6 +458,32 @@ def test_maps_that_ignore_the_weights_are_named():
     score = found.score("activation_map", "parameter_randomisation").interval
     assert ("Do not use here" in "\n".join(found.summary)) == (score.low > 0.5)
     assert found.score("edge_map", "parameter_randomisation").interval.value == pytest.approx(1)
+
+
+@pytest.mark.parametrize("metric", ["parameter_randomisation", "random_logit", "sparsity", "gini", "entropy"])
+def test_tests_and_descriptions_rank_nothing(metric):
+    model = PooledModel(torch.eye(3))
+    found = evaluate(model, planted(), ["cam", "activation_map"], [metric, "energy_in_mask"], limit=20)
+    assert found.metrics == (metric, "energy_in_mask") and found.ranking == ("energy_in_mask",)
+    assert set(found.standings) == set(found.reliability) == {"energy_in_mask"}
+    assert {pair.metric for pair in found.comparisons} == {"energy_in_mask"} and found.metric_agreement is None
+    assert sum("beat" in sentence for sentence in found.summary) == 1
+    values = dict(zip(found.per_image["name"], found.per_image["energy_in_mask/cam"], strict=True))
+    assert [example.name for example in found.worst["cam"]] == sorted(values, key=values.get)[:3]
+
+
+def test_maps_that_are_alike_for_all_classes_are_named():
+    model = PooledModel(torch.eye(3) + 2)  # the classes share most of their evidence
+    found = evaluate(model, planted(), ["cam", "activation_map"], ["random_logit"], limit=20)
+    said = [sentence for sentence in found.summary if sentence.startswith("Do not ask why one class")]
+    assert found.score("cam", "random_logit").interval.low > 0.5
+    assert len(said) == 1 and "cam (" in said[0] and "activation_map" not in said[0]  # which nobody asks for a class
+    two = PooledModel(torch.tensor([[1.0, 0, 0], [-1, 0, 0]]))  # the map of one class rightly is that of the other
+    batch = planted().batch(range(20))
+    data = [(batch.images.float() / 255, torch.zeros(20, dtype=torch.long))]
+    found = evaluate(two, data, ["input_x_gradient"], ["random_logit"])
+    assert found.score("input_x_gradient", "random_logit").interval.value > 0.99
+    assert not any("Do not ask" in sentence for sentence in found.summary)
 
 
 def test_everything_that_the_model_and_the_data_allow():

@@ -29,7 +29,7 @@ def test_models_of_known_evidence_rank_the_explainers(found):
         truth = {m: evaluation.score(m, TRUTH).interval.value for m in evaluation.methods}
         assert truth["grad_cam"] > 0.99 and truth["saliency"] > 0.99
         assert truth["random_map"] < 2 * evaluation.chance[TRUTH]
-        assert set(result.predicts[name]) == set(evaluation.metrics) - {TRUTH, "energy_in_mask"}
+        assert set(result.predicts[name]) == set(evaluation.ranking) - {TRUTH, "energy_in_mask"}
     kept = json.loads((out / "sight.json").read_text())
     assert kept["pair"]["insertion_auc"]["value"] == result.predicts["pair"]["insertion_auc"].value
     text = (out / "sight.md").read_text()
@@ -38,7 +38,7 @@ def test_models_of_known_evidence_rank_the_explainers(found):
 
 def test_a_forecast_is_a_rank_correlation_over_methods():
     images, targets, masks = planted("clutter", 30)
-    metrics = [TRUTH, "mask_auc", "gini", "entropy"]
+    metrics = [TRUTH, "mask_auc", "insertion_auc", "deletion_auc", "gini"]
     found = evaluate(PLANTED["clutter"](), [(images, targets, masks)], METHODS, metrics, limit=30)
 
     def changed(metric, of):
@@ -46,14 +46,14 @@ def test_a_forecast_is_a_rank_correlation_over_methods():
         return replace(found, per_image=found.per_image | columns)
 
     rng = np.random.default_rng(0)
-    same = predicted(changed("gini", lambda x: 2 * x + 1), TRUTH)["gini"]
+    same = predicted(changed("insertion_auc", lambda x: 2 * x + 1), TRUTH)["insertion_auc"]
     assert (same.value, same.low, same.high) == (pytest.approx(1), pytest.approx(1), pytest.approx(1))
-    # entropy: lower is better, so that the truth itself as entropy forecasts the reverse
-    reverse = predicted(changed("entropy", lambda x: x), TRUTH)["entropy"]
+    # lower is better, so that the truth itself as deletion forecasts the reverse
+    reverse = predicted(changed("deletion_auc", lambda x: x), TRUTH)["deletion_auc"]
     assert reverse.value == pytest.approx(-1) and reverse.high == pytest.approx(-1)
-    noise = predicted(changed("gini", lambda x: rng.normal()), TRUTH)["gini"]
+    noise = predicted(changed("insertion_auc", lambda x: rng.normal()), TRUTH)["insertion_auc"]
     assert noise.low < 0.5 and noise.high - noise.low > 0.5
-    assert "mask_auc" not in predicted(found, TRUTH)  # it knows the masks
+    assert set(predicted(found, TRUTH)) == {"insertion_auc", "deletion_auc"}  # mask_auc knows masks, gini ranks nothing
 
 
 def test_a_network_is_trained_once(tmp_path, capsys):

@@ -267,12 +267,13 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
             print(f"left out: {name}: {' '.join(reason.split())}", file=sys.stderr)
     before = set(out.iterdir()) if out.is_dir() else set[Path]()
     rows: list[dict[str, Any]] = []
-    written = {out / "maps.csv"}
+    written, unchecked = {out / "maps.csv"}, dict[str, None]()
     stems = _unique(Path(name).stem for name in images.names)
     with _Bar() as bar:
         for batch in data.batches(images, min(16, options.batch_size)):
             inputs = data.normalise(batch.images.to(device), preprocess)
             found = explain(model, inputs, target, methods, layer, batch_size=options.batch_size, progress=bar.update)
+            unchecked |= dict.fromkeys(found.unchecked)
             certainty = probabilities_of(found.logits)
             for place, index in enumerate(batch.indices.tolist()):
                 pair = [int(found.targets[place, 0]), int(certainty[place].argmax())]
@@ -336,6 +337,8 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     print(f"{counts} in {out}; {_counted(doubtful, 'map')} with a verdict, see maps.csv")
     for line in _doubts(said_of):
         print(line)
+    if unchecked:
+        print(f"not compared with the map of another class: {', '.join(unchecked)}")
     if old := len(before - written):
         print(f"{_counted(old, 'file')} of before still in {out}", file=sys.stderr)
 
@@ -657,6 +660,7 @@ class _Bar:
 
 
 _COLUMNS = 4  # metrics side by side
+_ARROWS = {True: "↑", False: "↓", None: "(test)"}
 
 
 def _print_tables(found: "Evaluation") -> None:
@@ -668,7 +672,7 @@ def _print_tables(found: "Evaluation") -> None:
         table = Table(title=None if start else f"{found.model} on {found.data} ({found.split}), {images} images")
         table.add_column("method")
         for metric in metrics:
-            table.add_column(f"{metric} {'↑' if found.higher_is_better[metric] else '↓'}", justify="right")
+            table.add_column(f"{metric} {_ARROWS[found.higher_is_better[metric]]}", justify="right")
         for method in found.methods:
             cells = [found.score(method, metric) for metric in metrics]
             label = f"{method} (control)" if method in found.controls else method

@@ -111,7 +111,7 @@ def sight_test(
         raise ValueError(f"expected sets out of {', '.join(among)}, got {unknown[0]!r}")
     out = Path(out)
     runs.check_writable(out)
-    blind = [name for name in METRICS if "masks" not in inputs_of(METRICS[name])]
+    blind = [name for name, of in METRICS.items() if "masks" not in inputs_of(of) and of.higher_is_better is not None]
     evaluations: dict[str, Evaluation] = {}
     for name in sets:
         model, images, seed = _known(name, limit) if known else _trained(name, out, start, overrides or {})
@@ -151,13 +151,13 @@ def _trained(
 
 
 def predicted(found: Evaluation, truth: str, seed: int = 0) -> dict[str, Interval]:
-    """How well each metric that knows no mask ranks the methods as `truth` does: rank correlation, 95 % bootstrap.
+    """How well each ranking metric that knows no mask ranks as `truth` does: rank correlation, 95 % bootstrap.
 
     Images are resampled, for the metric and the truth alike; better counts as higher, whatever the metric's direction.
     """
     tables = {
         metric: _oriented(found, metric)
-        for metric in (truth, *found.metrics)
+        for metric in (truth, *found.ranking)
         if metric == truth or "masks" not in inputs_of(METRICS[metric])
     }
     n = len(found.per_image["name"])

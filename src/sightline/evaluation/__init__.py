@@ -1,7 +1,7 @@
 """Methods x metrics over a data set, with intervals and controls."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,17 +18,17 @@ from sightline.evaluation.parts import Part, clear, key_of
 from sightline.evaluation.result import Comparison, Curve, Evaluation, Example, Score, Standing
 from sightline.evaluation.sentences import OF_ANOTHER_CLASS, summary
 from sightline.evaluation.source import Answers, Known, Source, predict
-from sightline.evaluation.standings import compare, comparisons, curve_of, metric_agreement, standing_of
+from sightline.evaluation.standings import curve_of, league, mean, standing_of
 from sightline.explainers import EXPLAINERS, Method, Progress, attention_maps, explain, fitting, named
 from sightline.metrics import METRICS, Hiding, inputs_of, measure
-from sightline.metrics.agreement import ranks, reliability
+from sightline.metrics.agreement import ranks
 from sightline.metrics.classification import quality
 from sightline.metrics.hiding import Fill
-from sightline.metrics.uncertainty import mean_intervals
 
 __all__ = ["Comparison", "Curve", "Evaluation", "Example", "Score", "Standing", "evaluate", "standing_of"]
 
 Array = np.ndarray
+_Verdicts = Mapping[str, Mapping[int, list[str]]]  # method -> row -> what to distrust
 
 _DEFAULT = ("insertion_auc", "deletion_auc", "pointing_game", "energy_in_mask", "parameter_randomisation")
 _MEAN_MAP_SIDE = 32
@@ -129,41 +129,42 @@ def evaluate(
         targets = torch.from_numpy(answers.predictions[first.rows.numpy()]).to(first.images.device)
         planned = plan(model, first.images, targets, asked, blind, wanted, hiding, min(limit, len(drawn)), budget)
         asked = {name: asked[name] for name in planned.methods}
-    chosen, gallery = np.sort(drawn[: planned.limit]), np.sort(drawn[: min(examples, planned.limit)])
-    labelled = answers.labels >= 0
-    wrong = np.flatnonzero(labelled & (answers.labels != answers.predictions))
+    wrong = np.flatnonzero((answers.labels >= 0) & (answers.labels != answers.predictions))
     wrong = wrong[np.argsort(-answers.certainty[wrong], kind="stable")][: max(examples // 2, 1)]
+    rows = _Drawn(np.sort(drawn[: planned.limit]), np.sort(drawn[: min(examples, planned.limit)]), wrong)
 
     maker = _Maker(model, asked, tuple(blind), with_other_class, planned.metrics, hiding, answers)
     folder = None if partial_results is None else Path(partial_results)
-    rows = [part.tobytes() for part in (chosen, gallery, wrong, answers.probabilities)]
-    key = "" if folder is None else key_of(model, maker.methods, planned.metrics, hiding, answers.names, rows)
+    drawn = [part.tobytes() for part in (rows.chosen, rows.gallery, wrong, answers.probabilities)]
+    key = "" if folder is None else key_of(model, maker.methods, planned.metrics, hiding, answers.names, drawn)
     files: list[Path] = []
     whole: Part | None = None
     done = 0
-    for number, batch in enumerate(source.batches(chosen)):
+    for number, batch in enumerate(source.batches(rows.chosen)):
         part = None
         if folder is not None:
             files.append(folder / f"{key}-{number}-{len(batch.names)}.npz")
             part = Part.load(files[-1])
         if part is None:
-            part = maker.part(batch, np.union1d(gallery, wrong))
+            part = maker.part(batch, np.union1d(rows.gallery, wrong))
             if folder is not None:
                 part.save(files[-1])
         whole = part if whole is None else whole + part
         done += len(batch.names)
-        report("explaining and scoring", done, len(chosen))
+        report("explaining and scoring", done, len(rows.chosen))
     assert whole is not None
-    said = {method: dict(zip(chosen.tolist(), verdicts, strict=True)) for method, verdicts in whole.verdicts.items()}
-    for batch in source.batches(np.setdiff1d(wrong, chosen)):
+    said = {method: dict(zip(rows.chosen.tolist(), of, strict=True)) for method, of in whole.verdicts.items()}
+    for batch in source.batches(np.setdiff1d(wrong, rows.chosen)):
         maps, verdicts = maker.shown(batch)
         whole = replace(whole, maps=whole.maps | maps)
         for method, images in verdicts.items():
             said[method].update(zip(batch.rows.tolist(), images, strict=True))
-    found = _found(source, answers, maker, whole, said, planned, chosen, gallery, wrong, seed, name, provenance or {})
+    found = _found(source, answers, maker, whole, said, rows, seed)
+    known = found.provenance | (provenance or {})
+    found = replace(found, data=name or source.name, left_out=planned.left_out, provenance=known)
     if folder is not None:
         clear(folder, files)
-    return found
+    return replace(found, summary=tuple(summary(found, answers, maker.by_class)))
 
 
 def _metrics_of(wanted: Sequence[str] | None, everything: bool, has_masks: bool, has_weights: bool) -> list[str]:
@@ -200,6 +201,8 @@ class _Maker:
         self.by_class = frozenset(by_class)
         self.methods = (*self.asked, *(name + OF_ANOTHER_CLASS for name in self.of_others))
         self.controls = (*self.blind, *self.methods[len(self.asked) :])
+        ranking = [metric for metric in self.metrics if METRICS[metric].higher_is_better is not None]
+        self.lead = next(iter(ranking), None)
         self.signed = tuple(
             name for name in self.methods if self.explainers[name.removesuffix(OF_ANOTHER_CLASS)].is_signed
         )
@@ -233,7 +236,7 @@ class _Maker:
         sums, counts = self._means(maps, rows)
         keep = {name: np.isin(rows, shown) for name in maps}
         for method in maps:
-            keep[method] = keep[method] | self._worst(table.get((method, self.metrics[0])) if self.metrics else None)
+            keep[method] = keep[method] | self._worst(None if self.lead is None else table.get((method, self.lead)))
         return Part(
             values=table,
             curves=curves,
@@ -264,7 +267,8 @@ class _Maker:
     def _worst(self, values: Array | None) -> Array:
         if values is None or values.ndim > 1:  # which column counts is known when all images are
             return np.zeros((), dtype=bool)
-        return np.isin(np.arange(len(values)), _worst_places(values, bool(METRICS[self.metrics[0]].higher_is_better)))
+        assert self.lead is not None
+        return np.isin(np.arange(len(values)), _worst_places(values, METRICS[self.lead].higher_is_better))
 
     def _means(
         self, maps: Mapping[str, Tensor], rows: Array
@@ -293,62 +297,30 @@ def _alike(maps: Mapping[str, Tensor]) -> Array:
     return torch.stack([found.nansum(0), found.isfinite().double().sum(0)]).cpu().numpy()
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """Rows of the data that maps are made for."""
+
+    chosen: Array
+    gallery: Array
+    wrong: Array
+    """The most confident wrong answers, most confident first; they may lie outside `chosen`."""
+
+
 def _found(
-    source: Source,
-    answers: Answers,
-    maker: _Maker,
-    whole: Part,
-    said: Mapping[str, Mapping[int, list[str]]],
-    planned: Plan,
-    chosen: Array,
-    gallery: Array,
-    wrong: Array,
-    seed: int,
-    name: str | None,
-    provenance: dict[str, str],
+    source: Source, answers: Answers, maker: _Maker, whole: Part, verdicts: _Verdicts, rows: _Drawn, seed: int
 ) -> Evaluation:
     """All statistics over the joined parts."""
-    groups = None if answers.groups is None else answers.groups[chosen]
-    methods, metrics, report = maker.methods, maker.metrics, {m: METRICS[m] for m in maker.metrics}
-    table = {key: _one_column(values, bool(report[key[1]].higher_is_better)) for key, values in whole.values.items()}
-    missing = np.full(len(chosen), np.nan)
-    table = {(method, metric): table.get((method, metric), missing) for metric in metrics for method in methods}
-    up = {metric: bool(report[metric].higher_is_better) for metric in metrics}
-    chance = {m: float(np.mean(whole.areas)) for m in metrics if m in _CHANCE_IS_AREA and len(whole.areas)}
-    intervals = {
-        metric: dict(
-            zip(methods, mean_intervals(np.stack([table[m, metric] for m in methods], 1), groups, seed), strict=True)
-        )
-        for metric in metrics
+    methods, looks = maker.methods, tuple(method for method in maker.methods if method not in maker.controls)
+    groups = None if answers.groups is None else answers.groups[rows.chosen]
+    up = {metric: METRICS[metric].higher_is_better for metric in maker.metrics}
+    missing = np.full(len(rows.chosen), np.nan)
+    table = {
+        metric: {method: _one_column(whole.values.get((method, metric), missing), up[metric]) for method in methods}
+        for metric in maker.metrics
     }
-    scores = tuple(
-        Score(
-            method=method,
-            metric=metric,
-            interval=intervals[metric][method],
-            undefined=int(np.isnan(table[method, metric]).sum()),
-        )
-        for method in methods
-        for metric in metrics
-    )
-    units = len(chosen) if groups is None else len(np.unique(groups))
-    standings: dict[str, Standing] = {}
-    pairs: list[Comparison] = []
-    for metric in metrics:
-        values = {method: table[method, metric] for method in methods}
-        paired = compare(values, chance=chance.get(metric), groups=groups, seed=seed)
-        pairs += [] if paired is None else comparisons(metric, paired, units)
-        standing = standing_of(
-            values,
-            maker.controls,
-            higher_is_better=up[metric],
-            chance=chance.get(metric),
-            groups=groups,
-            seed=seed,
-            paired=paired,
-        )
-        if standing is not None:
-            standings[metric] = standing
+    chance = {m: float(np.mean(whole.areas)) for m in table if m in _CHANCE_IS_AREA and len(whole.areas)}
+    found = league(table, up, maker.controls, chance=chance, groups=groups, seed=seed)
     curves = {
         kind: {
             method: curve
@@ -358,35 +330,18 @@ def _found(
         }
         for kind in ("insertion", "deletion")
     }
-    means = np.array([[_mean(table[method, metric]) for metric in metrics] for method in methods])
     accuracy, majority, confusion = answers.quality(seed)
-    looks = tuple(method for method in methods if method not in maker.controls)
     known = answers.labels >= 0
     worst = {
-        method: chosen[_worst_places(table[method, metrics[0]], up[metrics[0]])]
+        method: rows.chosen[_worst_places(table[maker.lead][method], up[maker.lead])]
         for method in looks
-        if metrics and whole.values[method, metrics[0]].ndim == 1
+        if maker.lead is not None and whole.values[method, maker.lead].ndim == 1
     }
-    rows = np.unique(np.concatenate([gallery, wrong, *worst.values()])).astype(np.int64)
-    pictures = {row: (batch, place) for batch in source.batches(rows) for place, row in enumerate(batch.rows.tolist())}
-
-    def example(row: int, shown: Sequence[str]) -> Example:
-        batch, place = pictures[row]
-        label = answers.labels[row]
-        return Example(
-            name=answers.names[row],
-            image=batch.pictures[place].permute(1, 2, 0).numpy(),
-            label=answers.classes[label] if label >= 0 else None,
-            prediction=answers.classes[answers.predictions[row]],
-            probability=float(answers.certainty[row]),
-            maps={method: whole.maps[method, str(row)] for method in shown},
-            verdicts={method: said[method][row] for method in shown},
-            mask=None if batch.masks is None else batch.masks[place, 0].cpu().numpy(),
-        )
-
+    shown = np.unique(np.concatenate([rows.gallery, rows.wrong, *worst.values()])).astype(np.int64)
+    example = _examples(source, answers, whole, verdicts, shown)
     alike, counted = whole.alike
-    found = Evaluation(
-        data=name or source.name,
+    return Evaluation(
+        data=source.name,
         split=source.split,
         model=type(maker.model).__name__,
         n_images=len(answers.labels),
@@ -396,17 +351,16 @@ def _found(
         controls=maker.controls,
         signed=maker.signed,
         layers=whole.layers,
-        metrics=metrics,
+        metrics=maker.metrics,
         higher_is_better=up,
         chance=chance,
-        scores=scores,
         accuracy=accuracy,
         majority=majority,
         confusion=confusion,
-        per_image=answers.columns(chosen, source.unit)
-        | {f"{metric}/{method}": table[method, metric].tolist() for metric in metrics for method in methods},
-        examples=tuple(example(row, looks) for row in gallery.tolist()),
-        errors=tuple(example(row, looks) for row in wrong.tolist()),
+        per_image=answers.columns(rows.chosen, source.unit)
+        | {f"{metric}/{method}": values.tolist() for metric, of in table.items() for method, values in of.items()},
+        examples=tuple(example(row, looks) for row in rows.gallery.tolist()),
+        errors=tuple(example(row, looks) for row in rows.wrong.tolist()),
         mean_maps={
             method: {
                 answers.classes[target]: (whole.sums[method, str(target)] / whole.counts[method, str(target)]).astype(
@@ -421,14 +375,8 @@ def _found(
             method: dict(Counter(verdict.partition(":")[0] for image in images for verdict in image))
             for method, images in whole.verdicts.items()
         },
-        standings=standings,
-        comparisons=tuple(pairs),
         curves={kind: of for kind, of in curves.items() if of},
         worst={method: tuple(example(int(row), [method]) for row in of) for method, of in worst.items() if len(of)},
-        reliability={
-            metric: reliability({method: table[method, metric] for method in methods}) for metric in standings
-        },
-        metric_agreement=metric_agreement(means, list(up.values())) if len(metrics) > 1 else None,
         method_agreement=alike / np.where(counted > 0, counted, np.nan),
         quality=quality(
             answers.probabilities[known],
@@ -438,31 +386,48 @@ def _found(
         )
         if known.any()
         else None,
-        left_out=planned.left_out,
         summary=(),
         skipped=tuple(source.skipped),
-        provenance={"seed": str(seed), "images with maps": str(len(chosen)), **provenance},
+        provenance={"seed": str(seed), "images with maps": str(len(rows.chosen))},
+        **vars(found),
     )
-    return replace(found, summary=tuple(summary(found, answers, maker.by_class)))
+
+
+def _examples(
+    source: Source, answers: Answers, whole: Part, verdicts: _Verdicts, rows: Array
+) -> Callable[[int, Sequence[str]], Example]:
+    """(row, methods) -> what the report shows of it, for any of the rows."""
+    pictures = {row: (batch, place) for batch in source.batches(rows) for place, row in enumerate(batch.rows.tolist())}
+
+    def example(row: int, methods: Sequence[str]) -> Example:
+        batch, place = pictures[row]
+        label = answers.labels[row]
+        return Example(
+            name=answers.names[row],
+            image=batch.pictures[place].permute(1, 2, 0).numpy(),
+            label=answers.classes[label] if label >= 0 else None,
+            prediction=answers.classes[answers.predictions[row]],
+            probability=float(answers.certainty[row]),
+            maps={method: whole.maps[method, str(row)] for method in methods},
+            verdicts={method: verdicts[method][row] for method in methods},
+            mask=None if batch.masks is None else batch.masks[place, 0].cpu().numpy(),
+        )
+
+    return example
 
 
 _CHANCE_IS_AREA = ("pointing_game", "energy_in_mask", "relevance_rank")
 
 
-def _one_column(values: Array, higher_is_better: bool) -> Array:
+def _one_column(values: Array, higher_is_better: bool | None) -> Array:
     """Of a metric with several columns, the one whose mean is best."""
     if values.ndim == 1:
         return values
-    means = np.array([_mean(column) for column in values.T])
+    means = np.array([mean(column) for column in values.T])
     return values[:, np.nanargmax(means if higher_is_better else -means)] if np.isfinite(means).any() else values[:, 0]
 
 
-def _mean(values: Array) -> float:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else np.nan
-
-
-def _worst_places(values: Array, higher_is_better: bool) -> Array:
+def _worst_places(values: Array, higher_is_better: bool | None) -> Array:
     """Places of the worst values, worst first, of equal ones the first; what is not defined is none."""
     badness = np.where(np.isnan(values), -np.inf, -values if higher_is_better else values)
     order = np.argsort(-badness, kind="stable")[:_WORST]

@@ -106,7 +106,8 @@ class Evaluation:
     layers: dict[str, str]
     """method -> where its map was read, for example `features.conv13 (512 x 5 x 5)`."""
     metrics: tuple[str, ...]
-    higher_is_better: dict[str, bool]
+    higher_is_better: dict[str, bool | None]
+    """None for a test or a description, which ranks nothing."""
     chance: dict[str, float]
     """metric -> the value that a map without knowledge is expected to reach, where there is such a value."""
     scores: tuple[Score, ...]
@@ -136,7 +137,7 @@ class Evaluation:
     reliability: dict[str, float] = field(default_factory=dict)
     """metric -> Krippendorff's alpha: 1 if all images rank the methods alike, 0 if they agree as chance would."""
     metric_agreement: Float[Array, "m m"] | None = None
-    """Rank correlation between metrics, better above worse, over the means of all methods and controls."""
+    """Rank correlation between those of `ranking`, better above worse, over the means of all methods and controls."""
     method_agreement: Float[Array, "k k"] | None = None
     """Mean rank correlation between the maps of two methods, over images."""
     quality: Quality | None = None
@@ -149,6 +150,11 @@ class Evaluation:
     """Images that could not be read, with the reason."""
     provenance: dict[str, str]
     """command, seed, date, wall time, hardware, versions."""
+
+    @property
+    def ranking(self) -> tuple[str, ...]:
+        """Those of `metrics` that say which map is better."""
+        return tuple(metric for metric in self.metrics if self.higher_is_better[metric] is not None)
 
     def score(self, method: str, metric: str) -> Score:
         """One cell of the table.

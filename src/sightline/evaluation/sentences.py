@@ -1,6 +1,7 @@
 """What the numbers say in plain words; nothing that its interval does not bear."""
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import Interval
 
 _FEW_GROUPS = 20
-_UNMOVED = 0.5  # rank correlation with the map of a randomised model
+_ALIKE = 0.5  # rank correlation with the map of a shuffled model, or of another class
 _AT_ODDS = 0.0  # rank correlation of two metrics over methods
 OF_ANOTHER_CLASS = " of another class"
 
@@ -31,7 +32,7 @@ def summary(found: Evaluation, answers: Answers, by_class: Collection[str]) -> I
                 yield f"{metric} of {method} is defined for {left} of {made} images only and is not compared."
         yield from _best(found, metric)
     yield from _no_better(found, real)
-    yield from _unmoved(found, real)
+    yield from _failed(found, real, by_class)
     yield from _at_odds(found)
     for method in real:
         for verdict, count in found.verdicts[method].items():
@@ -79,7 +80,7 @@ def _best(found: Evaluation, metric: str) -> Iterator[str]:
 
 def _no_better(found: Evaluation, real: Sequence[str]) -> Iterator[str]:
     """Methods that under the first metric beat a control nowhere, where the best does."""
-    metric = found.metrics[0] if found.metrics else ""
+    metric = next(iter(found.ranking), "")
     standing = found.standings.get(metric)
     if standing is None or standing.unbeaten:
         return
@@ -96,17 +97,14 @@ def _no_better(found: Evaluation, real: Sequence[str]) -> Iterator[str]:
             yield f"{method} is not shown to be better than {', '.join(rivals)} in {metric}."
 
 
-def _unmoved(found: Evaluation, real: Sequence[str]) -> Iterator[str]:
-    if "parameter_randomisation" not in found.metrics:
-        return
-    scores = {method: found.score(method, "parameter_randomisation").interval for method in real}
-    failed = [method for method, score in scores.items() if score.low > _UNMOVED]
-    if failed:
-        figures = ", ".join(f"{method} ({_figures(scores[method])})" for method in failed)
-        yield (
-            f"Do not use here, their maps stay much the same when the model's weights are shuffled (rank correlation "
-            f"above {_UNMOVED}): {figures}."
-        )
+def _failed(found: Evaluation, real: Sequence[str], by_class: Collection[str]) -> Iterator[str]:
+    for metric in found.metrics:
+        asked = [m for m in real if m in by_class and len(found.classes) > 2] if metric == "random_logit" else real
+        if metric not in found.ranking and METRICS[metric].sentence:
+            scores = {method: found.score(method, metric).interval for method in asked}
+            failed = [f"{method} ({_figures(score)})" for method, score in scores.items() if score.low > _ALIKE]
+            if failed:
+                yield METRICS[metric].sentence.format(methods=", ".join(failed)) + "."
 
 
 def _at_odds(found: Evaluation) -> Iterator[str]:
@@ -114,9 +112,8 @@ def _at_odds(found: Evaluation) -> Iterator[str]:
     if table is None:
         return
     pairs = [
-        f"{a} and {found.metrics[j]} ({table[i, j]:+.2f})"
-        for i, a in enumerate(found.metrics)
-        for j in range(i + 1, len(found.metrics))
+        f"{a} and {b} ({table[i, j]:+.2f})"
+        for (i, a), (j, b) in combinations(enumerate(found.ranking), 2)
         if np.isfinite(table[i, j]) and table[i, j] < _AT_ODDS
     ]
     if pairs:

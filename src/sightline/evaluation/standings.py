@@ -1,12 +1,14 @@
 """Who is best in a metric, and what can be said of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from sightline.evaluation.result import Comparison, Curve, Standing
-from sightline.metrics.agreement import ranks
+from sightline.evaluation.result import Comparison, Curve, Score, Standing
+from sightline.metrics.agreement import ranks, reliability
 from sightline.metrics.uncertainty import Interval, Paired, mean_intervals, paired_tests
 
 Array = np.ndarray
@@ -15,6 +17,61 @@ UNDEFINED_SHARE = 0.1
 """Of the images; a method with more is not compared."""
 LEVEL = 0.05
 """Of a corrected p below which one method is said to be better than another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class League:
+    """See the fields of `Evaluation`."""
+
+    scores: tuple[Score, ...]
+    standings: dict[str, Standing]
+    comparisons: tuple[Comparison, ...]
+    reliability: dict[str, float]
+    metric_agreement: Float[Array, "m m"] | None
+
+
+def league(
+    table: Mapping[str, Mapping[str, Float[Array, " n"]]],
+    higher_is_better: Mapping[str, bool | None],
+    controls: Sequence[str],
+    *,
+    chance: Mapping[str, float],
+    groups: Shaped[Array, " n"] | None = None,
+    seed: int = 0,
+) -> League:
+    """All that is said of methods from their values per image, `table[metric][method]`, NaN where undefined."""
+    scores: list[Score] = []
+    standings: dict[str, Standing] = {}
+    pairs: list[Comparison] = []
+    for metric, values in table.items():
+        intervals = mean_intervals(np.stack(list(values.values()), 1), groups, seed)
+        for (method, of), interval in zip(values.items(), intervals, strict=True):
+            scores.append(Score(method=method, metric=metric, interval=interval, undefined=int(np.isnan(of).sum())))
+        up = higher_is_better[metric]
+        if up is None:
+            continue
+        given: dict[str, Any] = {"chance": chance.get(metric), "groups": groups, "seed": seed}
+        paired = compare(values, **given)
+        units = len(next(iter(values.values()))) if groups is None else len(np.unique(groups))
+        pairs += [] if paired is None else comparisons(metric, paired, units)
+        standing = standing_of(values, controls, higher_is_better=up, paired=paired, **given)
+        if standing is not None:
+            standings[metric] = standing
+    ranking = {metric: up for metric in table if (up := higher_is_better[metric]) is not None}
+    means = np.array([[mean(of) for of in table[metric].values()] for metric in ranking]).T
+    return League(
+        scores=tuple(scores),
+        standings=standings,
+        comparisons=tuple(pairs),
+        reliability={metric: reliability(table[metric]) for metric in standings},
+        metric_agreement=metric_agreement(means, list(ranking.values())) if len(ranking) > 1 else None,
+    )
+
+
+def mean(values: Float[Array, " n"]) -> float:
+    """Of the defined ones; NaN if there is none."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else np.nan
 
 
 def compare(

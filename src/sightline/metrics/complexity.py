@@ -64,27 +64,24 @@ def entropy(maps: Float[Tensor, "b 1 h w"]) -> Float[Tensor, " b"]:
 
 
 class Sparsity(PerImageMean):
-    """Mean `sparsity`."""
+    """Mean `sparsity`: a description, which ranks nothing."""
 
     function = staticmethod(sparsity)
-    sentence = "{method} is the most concentrated, right or wrong (maximum / mean {score})"
-    higher_is_better = True
+    higher_is_better = None
 
 
 class Gini(PerImageMean):
-    """Mean `gini`."""
+    """Mean `gini`: a description, which ranks nothing."""
 
     function = staticmethod(gini)
-    sentence = "{method} is the most concentrated, right or wrong (Gini index {score})"
-    higher_is_better = True
+    higher_is_better = None
 
 
 class Entropy(PerImageMean):
-    """Mean `entropy`."""
+    """Mean `entropy`: a description, which ranks nothing."""
 
     function = staticmethod(entropy)
-    sentence = "{method} is the most concentrated, right or wrong (entropy {score} of a flat map's)"
-    higher_is_better = False
+    higher_is_better = None
 
 
 def _shares(maps: Tensor) -> Float[Tensor, "b n"]:

@@ -19,8 +19,12 @@ class PerImageMean(Metric):
     """
 
     function: ClassVar[Callable[..., Any]]
-    sentence: ClassVar[str]
-    """What the best `{method}` of a table does, with its `{score}`, in plain words."""
+    sentence: ClassVar[str] = ""
+    """What the best `{method}` of a table does, with its `{score}`, in plain words.
+
+    What is no more than a test or a description ranks nothing: its `higher_is_better` is None, and the sentence of a
+    test says what is wrong with the `{methods}` that fail it, by a mean clearly above 0.5.
+    """
     full_state_update = False
     is_differentiable = False
 
@@ -51,4 +55,4 @@ class PerImageMean(Metric):
     def compute(self) -> Tensor:
         """Mean of the defined values; NaN if there is none."""
         means = getattr(self, self.sum_name) / getattr(self, self.count_name)
-        return means.amax() if self.higher_is_better else means.amin()
+        return means.amin() if self.higher_is_better is False else means.amax()

@@ -169,27 +169,26 @@ def completeness(
 
 
 class ParameterRandomisation(PerImageMean):
-    """Mean `parameter_randomisation`."""
+    """Mean `parameter_randomisation`: a test, which ranks nothing."""
 
     function = staticmethod(parameter_randomisation)
-    sentence = "The maps of {method} depend most on what the model learned (similarity {score} with shuffled weights)"
-    higher_is_better = False
+    sentence = "Do not use here, their maps stay much the same when the model's weights are shuffled: {methods}"
+    higher_is_better = None
 
 
 class RandomLogit(PerImageMean):
-    """Mean `random_logit`."""
+    """Mean `random_logit`: a test, which ranks nothing."""
 
     function = staticmethod(random_logit)
-    sentence = "The maps of {method} differ most from one class to another (similarity {score})"
-    higher_is_better = False
+    sentence = "Do not ask why one class and not another, the maps of two classes are much the same: {methods}"
+    higher_is_better = None
 
 
 class Completeness(PerImageMean):
-    """Mean `completeness`."""
+    """Mean `completeness`: a description, since few methods promise it."""
 
     function = staticmethod(completeness)
-    sentence = "The values of {method} add up best to what the image adds to the logit (gap {score})"
-    higher_is_better = False
+    higher_is_better = None
 
 
 def _similarity(maps: Float[Tensor, "b 1 h w"], others: Float[Tensor, "b 1 _ _"]) -> Float[Tensor, " b"]:
