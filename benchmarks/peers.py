@@ -902,9 +902,9 @@ A cell is the largest absolute difference between the peer's map and ours, divid
 ours. Up to 1e-5 the two are *equal*. What differs is in bold, with a note that says why. A note stands there only if
 the script has *proven* it on that very network, mostly by writing the peer's formula out and finding the peer's map
 with it to 1e-5; without a proof the cell says "unexplained". "fails" = the peer raises an error, "we refuse" =
-sightline does, "n/a" = left out.
+sightline does, "both refuse" = both do, "n/a" = left out.
 
-Cells: {counts["equal"]} equal, {counts["explained"]} explained, {counts["fails"]} where the peer fails,
+Cells: {counts["equal"]} equal, {counts["explained"]} explained, {counts["fails"]} where the peer fails or both refuse,
 {counts["unexplained"]} unexplained.
 
 Networks: torchvision, random weights (seed 0), biases and scales jittered, statistics of batch normalisation from one

@@ -457,6 +457,7 @@ def test_maps_that_ignore_the_weights_are_named():
     found = evaluate(model, planted(), ["activation_map"], ["parameter_randomisation"], limit=20, controls=["edge_map"])
     score = found.score("activation_map", "parameter_randomisation").interval
     assert ("Do not use here" in "\n".join(found.summary)) == (score.low > 0.5)
+    assert found.failed == {"parameter_randomisation": ("activation_map",) if score.low > 0.5 else ()}
     assert found.score("edge_map", "parameter_randomisation").interval.value == pytest.approx(1)
 
 
@@ -478,12 +479,13 @@ def test_maps_that_are_alike_for_all_classes_are_named():
     said = [sentence for sentence in found.summary if sentence.startswith("Do not ask why one class")]
     assert found.score("cam", "random_logit").interval.low > 0.5
     assert len(said) == 1 and "cam (" in said[0] and "activation_map" not in said[0]  # which nobody asks for a class
+    assert found.failed == {"random_logit": ("cam",)}
     two = PooledModel(torch.tensor([[1.0, 0, 0], [-1, 0, 0]]))  # the map of one class rightly is that of the other
     batch = planted().batch(range(20))
     data = [(batch.images.float() / 255, torch.zeros(20, dtype=torch.long))]
     found = evaluate(two, data, ["input_x_gradient"], ["random_logit"])
     assert found.score("input_x_gradient", "random_logit").interval.value > 0.99
-    assert not any("Do not ask" in sentence for sentence in found.summary)
+    assert not any("Do not ask" in sentence for sentence in found.summary) and found.failed == {"random_logit": ()}
 
 
 def test_everything_that_the_model_and_the_data_allow():

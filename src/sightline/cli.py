@@ -529,7 +529,9 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=_seconds, metavar="TIME", help="such as 90s, 10min, 2h: do what fits, say what does not"
     )
     new.add_argument("--steps", type=_count, metavar="N", help="points of the deletion and insertion curves (32)")
-    new.add_argument("--fill", default="zero", help="what replaces a pixel: zero, mean, blur, black, a number (zero)")
+    new.add_argument(
+        "--fill", default="zero", help="what replaces a pixel: zero, mean, blur, inpaint, black, a number (zero)"
+    )
     new.add_argument("--out", metavar="FOLDER", help="folder to write (the run's own)")
     new.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
     evaluation(new)

@@ -150,6 +150,25 @@ def test_the_best_is_marked_only_where_it_leaves_the_controls_behind(page: Page)
     assert [float(cell["data-value"]) for cell in marked] == [0.78, 0.97, 0.61]
 
 
+def test_a_test_ranks_nothing_and_marks_who_fails(evaluation: Evaluation, tmp_path: Path):
+    test, *others = evaluation.metrics
+    found = replace(
+        evaluation,
+        higher_is_better=evaluation.higher_is_better | {test: None},
+        standings={metric: evaluation.standings[metric] for metric in others},
+        metric_agreement=np.eye(3),
+        failed={test: ("cam", "grad_cam")},
+    )
+    assert found.ranking == tuple(others)
+    page = Page(report.write(found, tmp_path).read_text())
+    assert "a test, ranks nothing" in page.text_of("methods")
+    marked = [mark["parent"] for mark in page.with_class("doubt") if mark["text"] == "fails"]
+    of = {score.method: score.interval.value for score in found.scores if score.metric == test}
+    assert [float(cell["data-value"]) for cell in marked] == [of["cam"], of["grad_cam"]]
+    agreement = page.text_of("agreement")
+    assert report.words(test) not in agreement and report.words(others[0]) in agreement
+
+
 def test_best_needs_controls(evaluation: Evaluation):
     assert tables.best(evaluation, "insertion_auc") == "cam" and tables.best(evaluation, "deletion_auc") is None
     assert tables.best(replace(evaluation, controls=()), "insertion_auc") is None

@@ -18,7 +18,7 @@ from sightline.evaluation.parts import Part, clear, key_of
 from sightline.evaluation.result import Comparison, Curve, Evaluation, Example, Score, Standing
 from sightline.evaluation.sentences import OF_ANOTHER_CLASS, summary
 from sightline.evaluation.source import Answers, Known, Source, predict
-from sightline.evaluation.standings import curve_of, league, mean, standing_of
+from sightline.evaluation.standings import curve_of, failing, league, mean, standing_of
 from sightline.explainers import EXPLAINERS, Method, Progress, attention_maps, explain, fitting, named
 from sightline.metrics import METRICS, Hiding, inputs_of, measure
 from sightline.metrics.agreement import ranks
@@ -321,6 +321,9 @@ def _found(
     }
     chance = {m: float(np.mean(whole.areas)) for m in table if m in _CHANCE_IS_AREA and len(whole.areas)}
     found = league(table, up, maker.controls, chance=chance, groups=groups, seed=seed)
+    tests = [metric for metric in table if up[metric] is None and METRICS[metric].sentence]
+    of_classes = [method for method in looks if method in maker.by_class and len(answers.classes) > 2]
+    asked = {test: of_classes if test == "random_logit" else looks for test in tests}
     curves = {
         kind: {
             method: curve
@@ -375,6 +378,7 @@ def _found(
             method: dict(Counter(verdict.partition(":")[0] for image in images for verdict in image))
             for method, images in whole.verdicts.items()
         },
+        failed=failing(found.scores, asked),
         curves={kind: of for kind, of in curves.items() if of},
         worst={method: tuple(example(int(row), [method]) for row in of) for method, of in worst.items() if len(of)},
         method_agreement=alike / np.where(counted > 0, counted, np.nan),

@@ -128,6 +128,8 @@ class Evaluation:
     """method -> verdict -> number of images."""
     standings: dict[str, Standing]
     """metric -> how its best method stands to the others; left out where no method is defined for enough images."""
+    failed: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Test -> the methods that fail it; `random_logit` asks only those that explain a class, of more than two."""
     comparisons: tuple[Comparison, ...] = ()
     """Every pair of methods under every metric."""
     curves: dict[str, dict[str, Curve]] = field(default_factory=dict)

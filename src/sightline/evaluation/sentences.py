@@ -12,7 +12,6 @@ from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import Interval
 
 _FEW_GROUPS = 20
-_ALIKE = 0.5  # rank correlation with the map of a shuffled model, or of another class
 _AT_ODDS = 0.0  # rank correlation of two metrics over methods
 OF_ANOTHER_CLASS = " of another class"
 
@@ -32,7 +31,10 @@ def summary(found: Evaluation, answers: Answers, by_class: Collection[str]) -> I
                 yield f"{metric} of {method} is defined for {left} of {made} images only and is not compared."
         yield from _best(found, metric)
     yield from _no_better(found, real)
-    yield from _failed(found, real, by_class)
+    for test, methods in found.failed.items():
+        if methods:
+            figures = [f"{method} ({_figures(found.score(method, test).interval)})" for method in methods]
+            yield METRICS[test].sentence.format(methods=", ".join(figures)) + "."
     yield from _at_odds(found)
     for method in real:
         for verdict, count in found.verdicts[method].items():
@@ -95,16 +97,6 @@ def _no_better(found: Evaluation, real: Sequence[str]) -> Iterator[str]:
                     rivals.append(other)
         if rivals:
             yield f"{method} is not shown to be better than {', '.join(rivals)} in {metric}."
-
-
-def _failed(found: Evaluation, real: Sequence[str], by_class: Collection[str]) -> Iterator[str]:
-    for metric in found.metrics:
-        asked = [m for m in real if m in by_class and len(found.classes) > 2] if metric == "random_logit" else real
-        if metric not in found.ranking and METRICS[metric].sentence:
-            scores = {method: found.score(method, metric).interval for method in asked}
-            failed = [f"{method} ({_figures(score)})" for method, score in scores.items() if score.low > _ALIKE]
-            if failed:
-                yield METRICS[metric].sentence.format(methods=", ".join(failed)) + "."
 
 
 def _at_odds(found: Evaluation) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Who is best in a metric, and what can be said of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ Array = np.ndarray
 
 UNDEFINED_SHARE = 0.1
 """Of the images; a method with more is not compared."""
+ALIKE = 0.5
+"""Rank correlation with the map of a shuffled model, or of another class, above which a method fails."""
 LEVEL = 0.05
 """Of a corrected p below which one method is said to be better than another."""
 
@@ -66,6 +68,14 @@ def league(
         reliability={metric: reliability(table[metric]) for metric in standings},
         metric_agreement=metric_agreement(means, list(ranking.values())) if len(ranking) > 1 else None,
     )
+
+
+def failing(scores: Collection[Score], asked: Mapping[str, Collection[str]]) -> dict[str, tuple[str, ...]]:
+    """Of each test, those of the methods asked whose whole interval lies above `ALIKE`."""
+    return {
+        test: tuple(s.method for s in scores if s.metric == test and s.method in methods and s.interval.low > ALIKE)
+        for test, methods in asked.items()
+    }
 
 
 def mean(values: Float[Array, " n"]) -> float:

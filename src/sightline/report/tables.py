@@ -34,6 +34,8 @@ class Column:
     """By method."""
     best: str | None
     """See `best`."""
+    failed: tuple[str, ...]
+    """The methods that fail this test."""
     low: float
     high: float
     """Values between which the intervals of the column are drawn."""
@@ -49,7 +51,13 @@ def column(evaluation: Evaluation, metric: str) -> Column:
     ends = [end for score in scores.values() for end in (score.interval.low, score.interval.high)]
     ends = [end for end in (*ends, evaluation.chance.get(metric, math.nan)) if math.isfinite(end)] or [0.0]
     margin = 0.05 * (max(ends) - min(ends)) or 0.5
-    return Column(scores=scores, best=best(evaluation, metric), low=min(ends) - margin, high=max(ends) + margin)
+    return Column(
+        scores=scores,
+        best=best(evaluation, metric),
+        failed=evaluation.failed.get(metric, ()),
+        low=min(ends) - margin,
+        high=max(ends) + margin,
+    )
 
 
 def best(evaluation: Evaluation, metric: str) -> str | None:
