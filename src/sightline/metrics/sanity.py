@@ -109,7 +109,7 @@ def random_logit(
 ) -> Values:
     """Rank correlation of |map| with |map of another class|, -1 to 1; near 1 the map is the same whatever the class.
 
-    Lower is better. The other class is random, but the same for all images of one target. Where two logits always are
+    Near 0 is good. The other class is random, but the same for all images of one target. Where two logits always are
     opposite, as in a model of two classes, the map of one class rightly is that of the other up to its sign and scores
     1. A map that is flat or has a value that is not finite (one pixel is flat) gives NaN; ties share their mean rank.
 
@@ -141,8 +141,9 @@ def completeness(
     """Gap between the sum s of the map and the difference d of the target's logit to an image of `fill`, 0 to 1.
 
     |s - d| / (|s| + |d|): 0 is complete, 1/3 off by a factor of two, 1 of the wrong sign or a map that sums to nothing.
-    The map is summed as it is, not resized. NaN where both are 0 and for a value that is not finite. Only methods that
-    promise it (integrated gradients, LRP, input x gradient of a network without biases) need to score well.
+    The map is summed as it is, not resized. Of a single logit z target 1 has z, target 0 has -z. NaN where both are
+    0 and for a value that is not finite. Only methods that promise it (integrated gradients, LRP, input x gradient of a
+    network without biases) need to score well.
 
     Raises:
         ValueError: an unknown fill, or "black" without `mean` and `std`.
