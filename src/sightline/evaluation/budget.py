@@ -4,7 +4,6 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from sightline.explainers import Method, explain
@@ -14,6 +13,7 @@ from sightline.metrics.hiding import ROAD_SHARES
 
 _FEWEST = 50
 """Images below which rather a method or a metric is given up than more images."""
+_PAINTED = frozenset({"most_first", "least_first"})
 _ROUNDS = {"max_sensitivity": 10}
 """How often a metric explains all images again; the others once."""
 
@@ -47,7 +47,9 @@ def plan(
     The forward and every method are timed on a few images; of a method that looks at many changed images only the
     first batch is.
     """
-    per_forward, per_painted = _forward_seconds(model, images), _painted_seconds(images)
+    per_forward = _forward_seconds(model, images, hiding.batch_size)
+    needed = frozenset[str]().union(*(_needs(metric) for metric in metrics))
+    per_painted = _painted_seconds(images, hiding.batch_size) if needed & _PAINTED else 0.0
     explaining = {name: _seconds(model, images, targets, method) for name, method in methods.items()}
     kept, measured = dict(explaining), list(metrics)
     left_out: dict[str, str] = {}
@@ -57,7 +59,7 @@ def plan(
         needs = frozenset[str]().union(*(_needs(metric) for metric in chosen))
         shared, each = frames_of(needs, hiding, images.shape[2:])
         again = sum(_ROUNDS.get(metric, 1) for metric in chosen if "explain" in inputs_of(METRICS[metric]))
-        painted = len({"most_first", "least_first"} & needs) * len(ROAD_SHARES) * len(names)
+        painted = len(_PAINTED & needs) * len(ROAD_SHARES) * len(names)
         hiding_seconds = (shared + len(names) * each) * per_forward + painted * per_painted
         return hiding_seconds + sum(explaining[name] for name in names) * (1 + again)
 
@@ -91,21 +93,23 @@ def _needs(metric: str) -> frozenset[str]:
     return function.needs if isinstance(function, HidingMetric) else frozenset()
 
 
-def _forward_seconds(model: nn.Module, images: Tensor) -> float:
-    """Of one image."""
+def _forward_seconds(model: nn.Module, images: Tensor, batch_size: int) -> float:
+    """Of one image in a batch as large as those of hidden images."""
     forward(model, images).cpu()
+    many = images.repeat(max(batch_size // len(images), 1), *[1] * (images.ndim - 1))
     start = time.perf_counter()
-    forward(model, images).cpu()  # waits for the device
-    return (time.perf_counter() - start) / len(images)
+    forward(model, many).cpu()  # waits for the device
+    return (time.perf_counter() - start) / len(many)
 
 
-def _painted_seconds(images: Tensor) -> float:
-    """Of painting over half of one image."""
-    hole = torch.zeros_like(images[:, :1], dtype=torch.bool)
-    hole[..., : images.shape[3] // 2] = True
+def _painted_seconds(images: Tensor, batch_size: int) -> float:
+    """Of painting over the brighter half of one image, which is as scattered as the pixels of a map."""
+    many = images.repeat(max(batch_size // len(images), 1), 1, 1, 1)
+    grey = many.mean(1, keepdim=True)
+    hole = grey > grey.flatten(1).median(1).values[:, None, None, None]
     start = time.perf_counter()
-    inpaint(images, hole).cpu()
-    return (time.perf_counter() - start) / len(images)
+    inpaint(many, hole).cpu()
+    return (time.perf_counter() - start) / len(many)
 
 
 def _seconds(model: nn.Module, images: Tensor, targets: Tensor, method: Method) -> float:
