@@ -62,6 +62,7 @@ EARLY = {
     "vit_b_16": "",
     "swin_t": "features.1",
 }
+NAMED = {"densenet121": "features"}  # the automatic layer lies behind a ReLU that is a function: it has no name
 
 
 def channels_first(tokens: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class Net:
             self.model.train()(torch.randn(8, 3, SIDE, SIDE, dtype=torch.double))
         self.model.eval()
         self.images = torch.randn(2, 3, SIDE, SIDE, dtype=torch.double)
-        self.layer = sl.explain(self.model, self.images).layer.split(" ")[0]
+        self.layer = NAMED.get(name) or sl.explain(self.model, self.images).layer.split(" ")[0]
         self.early = EARLY[name]
         self.reshape = patches_first if name == "vit_b_16" else None
         self.reshape_early = channels_first if name == "swin_t" else None
@@ -909,7 +910,8 @@ Cells: {counts["equal"]} equal, {counts["explained"]} explained, {counts["fails"
 
 Networks: torchvision, random weights (seed 0), biases and scales jittered, statistics of batch normalisation from one
 batch; {CLASSES} classes, two images of {SIDE} x {SIDE} pixels, float64 (pytorch-grad-cam computes Eigen-, Score- and
-Ablation-CAM partly in float32), the predicted classes. Everybody reads the layer that sightline picks by itself; for
+Ablation-CAM partly in float32), the predicted classes. Everybody reads the layer that sightline picks by itself (of
+DenseNet the one before it, since the ReLU between them is a function, which no peer can name); for
 Score-CAM and Ablation-CAM, which run a network once per channel, it is an early one with few channels, and the first
 image only: {layers}.
 

@@ -174,12 +174,15 @@ def test_reliability():
     assert reliability({"a": opposite, "b": -opposite}) < 0.01
     table = np.stack(list(noise.values()), 1)[:12] + np.arange(5) * 0.7
     table[3, 1] = table[8, 4] = np.nan
-    placed = [stats.rankdata(row, nan_policy="omit").tolist() for row in table]
+    placed = [stats.rankdata(row).tolist() for row in table if not np.isnan(row).any()]
     slow = reference.krippendorff(placed, "ordinal")
     assert reliability(dict(zip("abcde", table.T, strict=True))) == pytest.approx(slow, abs=1e-12)
     assert np.isnan(reliability({"a": hard})) and np.isnan(reliability({"a": hard[:1], "b": hard[:1]}))
     missing = noise | {"f": np.full(400, np.nan)}
     assert reliability(missing) == pytest.approx(reliability(noise), abs=1e-12)
+    agreed = np.arange(5.0) + np.zeros((4, 1))  # all put five methods in the same order, two lack some of them
+    agreed[:2, :2] = np.nan
+    assert reliability(dict(zip("abcde", agreed.T, strict=True))) == 1
 
 
 def test_win_rate():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sightline import explainers
+from sightline import evaluation, explainers
 from sightline.data import ImageSet, Preprocess
 from sightline.data.sets import Pixels
 from sightline.evaluation import Standing, evaluate, standing_of
@@ -208,7 +208,14 @@ def test_the_best_is_said_with_what_it_does_not_beat(found):
         best="b", tied=(), unbeaten=("control",)
     )
     assert standing_of(values, ["control"], chance=0.9) == Standing(best="a", tied=(), unbeaten=("chance",))
-    assert standing_of(values, ["none"]) == Standing(best="a", tied=(), unbeaten=("none",))
+    assert standing_of(values, ["none"]).unbeaten == ()  # a control that was never measured is no rival
+    hits = {"a": np.ones(14), "b": np.zeros(14)}
+    assert standing_of(hits, ["b"], chance=0.9).unbeaten == ("chance",)  # 14 hits of 14 happen in 23 % of cases
+    assert standing_of(hits, ["b"], chance=0.3).unbeaten == ()
+    easy = np.r_[np.zeros(10), np.ones(90)] + np.linspace(0, 0.01, 100)  # a is not defined for the ten hard images
+    means = {"a": np.where(np.arange(100) < 10, np.nan, easy), "b": easy + 0.05}
+    assert np.nanmean(means["a"]) > means["b"].mean()
+    assert standing_of(means) == Standing(best="b", tied=(), unbeaten=())
     assert standing_of({"none": values["none"]}) is None and standing_of(values, list(values)) is None
     values["a"][:3] = np.nan  # undefined for more than a tenth: not compared
     assert standing_of(values, ["control"]).best == "b"
@@ -382,7 +389,7 @@ def test_another_question_does_not_take_the_kept_answers(tmp_path):
 
 def test_pairs_of_methods_are_compared_and_corrected(found):
     pairs = [pair for pair in found.comparisons if pair.metric == "energy_in_mask"]
-    names = (*found.methods, "chance")
+    names = found.methods
     undefined = {m for m in found.methods if found.score(m, "energy_in_mask").undefined > 3}
     left = len(names) - len(undefined)
     assert len(pairs) == left * (left - 1) / 2
@@ -432,6 +439,50 @@ def test_agreement_of_metrics_methods_and_images(found):
     assert abs(alike[i("random_map"), i("centre_map")]) < 0.2
     assert set(found.reliability) == set(found.standings)
     assert found.reliability["energy_in_mask"] > 0.5
+
+
+def test_a_map_that_is_broken_is_like_no_other():
+    maps = {"a": torch.rand(3, 1, 8, 8), "b": torch.rand(3, 1, 8, 8)}
+    maps["b"][:, :, 2, 2] = torch.nan
+    sums, counts = evaluation._alike(maps)
+    assert counts.tolist() == [[3, 0], [0, 0]] and sums[0, 1] == sums[1, 0] == 0
+
+
+def test_groups_of_some_batches_only_are_refused():
+    images = torch.rand(4, 3, 4, 4)
+    data = [{"images": images, "groups": ["a"] * 4}, {"images": images}]
+    with pytest.raises(ValueError, match="expected groups of all 8 images or of none, got 4; name every group"):
+        evaluate(PooledModel(torch.eye(3)), data, ["cam"], ["gini"])
+
+
+@pytest.mark.parametrize("change", ["masks", "layer"])
+def test_what_is_kept_belongs_to_these_masks_and_this_layer(tmp_path, change):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    model.extend([nn.Flatten(), nn.Linear(4, 3)])
+    batch = planted(8).batch(range(8))
+    images = batch.images.float() / 255
+
+    def run(masks, progress=None):
+        data = [{"images": images[i : i + 4], "masks": masks[i : i + 4]} for i in (0, 4)]
+        asked = {"controls": ["random_map"], "batch_size": 4, "partial_results": tmp_path, "progress": progress}
+        return evaluate(model, data, ["grad_cam"], ["energy_in_mask"], **asked).per_image["energy_in_mask/grad_cam"]
+
+    def stop(what, done, total):
+        if what == "explaining and scoring":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(batch.masks, stop)
+    other = batch.masks
+    if change == "masks":
+        other = ~batch.masks
+    else:
+        model.default_layer = "0"
+    found = run(other)
+    for part in tmp_path.iterdir():
+        part.unlink()
+    assert np.allclose(found, run(other), equal_nan=True)
 
 
 def test_worst_images_are_the_worst(found):

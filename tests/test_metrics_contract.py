@@ -86,7 +86,8 @@ def test_precision_and_device_change_nothing(case, name, device):
     }
     assert same(scores(name, moved).cpu(), whole, 1e-4)
     double = {key: value.double() if key in ("model", "images", "maps") else value for key, value in moved.items()}
-    assert same(scores(name, double).cpu(), whole, 1e-4)
+    found = scores(name, double)
+    assert found.dtype == torch.float64 and same(found.cpu(), whole, 1e-4)
 
 
 @pytest.mark.parametrize("name", METRICS)

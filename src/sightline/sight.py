@@ -12,6 +12,7 @@ from torch import nn
 
 from sightline import data, runs
 from sightline.evaluation import Evaluation, evaluate
+from sightline.evaluation.standings import UNDEFINED_SHARE
 from sightline.explainers import Method, Progress
 from sightline.metrics import METRICS, inputs_of
 from sightline.metrics.agreement import ranks
@@ -153,7 +154,10 @@ def _trained(
 def predicted(found: Evaluation, truth: str, seed: int = 0) -> dict[str, Interval]:
     """How well each ranking metric that knows no mask ranks as `truth` does: rank correlation, 95 % bootstrap.
 
-    Images are resampled, for the metric and the truth alike; better counts as higher, whatever the metric's direction.
+    Images are resampled, for the metric and the truth alike, methods are not; better counts as higher, whatever the
+    metric's direction. Resampling adds noise to the order as sampling did, which pulls a correlation down, so the
+    interval reaches as far as the percentiles or their mirror image at the value, whichever is further, within -1 and
+    1. A method that is undefined for more than a tenth of the images counts for nothing.
     """
     tables = {
         metric: _oriented(found, metric)
@@ -168,11 +172,13 @@ def predicted(found: Evaluation, truth: str, seed: int = 0) -> dict[str, Interva
     for metric, table in tables.items():
         if metric == truth:
             continue
-        value = _spearman(_means(table, np.ones((1, n))), known)
-        resampled = _spearman(_means(table, weights), drawn)
+        both = np.isfinite([table, tables[truth]]).mean(1).min(0) >= 1 - UNDEFINED_SHARE
+        value = float(_spearman(_means(table, np.ones((1, n)))[:, both], known[:, both])[0])
+        resampled = _spearman(_means(table, weights)[:, both], drawn[:, both])
         resampled = resampled[np.isfinite(resampled)]
-        low, high = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else (np.nan, np.nan)
-        answers[metric] = Interval(value=float(value[0]), low=float(low), high=float(high), n=n)
+        ends = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else np.full(2, np.nan)
+        ends = np.clip([*ends, *(2 * value - ends)], -1, 1)
+        answers[metric] = Interval(value=value, low=float(ends.min()), high=float(ends.max()), n=n)
     return answers
 
 
@@ -188,9 +194,7 @@ def _means(table: Float[Array, "n methods"], weights: Float[Array, "r n"]) -> Fl
 
 
 def _spearman(a: Float[Array, "r k"], b: Float[Array, "r k"]) -> Float[Array, " r"]:
-    """Over the methods that have both."""
-    both = np.isfinite(a).all(0) & np.isfinite(b).all(0)
-    a, b = (np.asarray(ranks(x[:, both])) for x in (a, b))
+    a, b = (np.asarray(ranks(x)) for x in (a, b))
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     lengths = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     return (a * b).sum(1) / np.where(lengths > 0, lengths, np.nan)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sightline import maps as pixels
 from sightline.data import ImageSet
 from sightline.evaluation.budget import Plan, plan
-from sightline.evaluation.parts import Part, clear, key_of
+from sightline.evaluation.parts import Part, clear, digest_of, key_of
 from sightline.evaluation.result import Comparison, Curve, Evaluation, Example, Score, Standing
 from sightline.evaluation.sentences import OF_ANOTHER_CLASS, summary
 from sightline.evaluation.source import Answers, Known, Source, predict
@@ -127,7 +127,10 @@ def evaluate(
     planned = Plan(methods=tuple(asked), metrics=tuple(wanted), limit=limit, seconds=0.0, left_out={})
     if budget is not None:
         targets = torch.from_numpy(answers.predictions[first.rows.numpy()]).to(first.images.device)
-        planned = plan(model, first.images, targets, asked, blind, wanted, hiding, min(limit, len(drawn)), budget)
+        others = [n for n, of in asked.items() if with_other_class and not named(of)[1].is_blind_to_class]
+        planned = plan(
+            model, first.images, targets, asked, blind, wanted, hiding, min(limit, len(drawn)), budget, others
+        )
         asked = {name: asked[name] for name in planned.methods}
     wrong = np.flatnonzero((answers.labels >= 0) & (answers.labels != answers.predictions))
     wrong = wrong[np.argsort(-answers.certainty[wrong], kind="stable")][: max(examples // 2, 1)]
@@ -136,14 +139,16 @@ def evaluate(
     maker = _Maker(model, asked, tuple(blind), with_other_class, planned.metrics, hiding, answers)
     folder = None if partial_results is None else Path(partial_results)
     drawn = [part.tobytes() for part in (rows.chosen, rows.gallery, wrong, answers.probabilities)]
-    key = "" if folder is None else key_of(model, maker.methods, planned.metrics, hiding, answers.names, drawn)
+    fill = str(hiding.fill.tolist()) if isinstance(hiding.fill, Tensor) else hiding.fill
+    asking = (maker.methods, planned.metrics, replace(hiding, fill=fill), answers.names, drawn)
+    key = "" if folder is None else key_of(model, *asking)
     files: list[Path] = []
     whole: Part | None = None
     done = 0
     for number, batch in enumerate(source.batches(rows.chosen)):
         part = None
         if folder is not None:
-            files.append(folder / f"{key}-{number}-{len(batch.names)}.npz")
+            files.append(folder / f"{key}-{number}-{digest_of(batch.images, batch.masks)}.npz")
             part = Part.load(files[-1])
         if part is None:
             part = maker.part(batch, np.union1d(rows.gallery, wrong))
@@ -293,7 +298,8 @@ def _alike(maps: Mapping[str, Tensor]) -> Array:
     centred = ranked - ranked.mean(2, keepdim=True)
     unit = centred / centred.norm(dim=2, keepdim=True)
     found = torch.einsum("bkn,bjn->bkj", unit, unit)
-    found = found.where(small.flatten(2).isfinite().all(2)[:, :, None], torch.nan)
+    finite = small.flatten(2).isfinite().all(2)
+    found = found.where(finite[:, :, None] & finite[:, None], torch.nan)
     return torch.stack([found.nansum(0), found.isfinite().double().sum(0)]).cpu().numpy()
 
 
@@ -319,7 +325,8 @@ def _found(
         metric: {method: _one_column(whole.values.get((method, metric), missing), up[metric]) for method in methods}
         for metric in maker.metrics
     }
-    chance = {m: float(np.mean(whole.areas)) for m in table if m in _CHANCE_IS_AREA and len(whole.areas)}
+    area = {m: float(np.mean(whole.areas)) for m in table if m in _CHANCE_IS_AREA and len(whole.areas)}
+    chance = area | {metric: value for metric, value in _CHANCE.items() if metric in table}
     found = league(table, up, maker.controls, chance=chance, groups=groups, seed=seed)
     tests = [metric for metric in table if up[metric] is None and METRICS[metric].sentence]
     of_classes = [method for method in looks if method in maker.by_class and len(answers.classes) > 2]
@@ -378,7 +385,7 @@ def _found(
             method: dict(Counter(verdict.partition(":")[0] for image in images for verdict in image))
             for method, images in whole.verdicts.items()
         },
-        failed=failing(found.scores, asked),
+        failed=failing(found.scores, asked, len(rows.chosen)),
         curves={kind: of for kind, of in curves.items() if of},
         worst={method: tuple(example(int(row), [method]) for row in of) for method, of in worst.items() if len(of)},
         method_agreement=alike / np.where(counted > 0, counted, np.nan),
@@ -421,6 +428,9 @@ def _examples(
 
 
 _CHANCE_IS_AREA = ("pointing_game", "energy_in_mask", "relevance_rank")
+_CHANCE = {"mask_auc": 0.5} | dict.fromkeys(
+    ("point_biserial", "road", "deletion_correlation", "insertion_correlation"), 0.0
+)
 
 
 def _one_column(values: Array, higher_is_better: bool | None) -> Array:

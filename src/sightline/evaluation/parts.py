@@ -6,12 +6,13 @@ import json
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sightline.runs import write
 
@@ -93,10 +94,19 @@ class Part:
 
 def key_of(model: nn.Module, *question: Any) -> str:
     """The same for the same weights and question, and for no other."""
-    digest = hashlib.sha256(repr(question).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    layer = getattr(model, "default_layer", None)
+    facts = repr((*question, layer, version("sightline")))
+    state = model.state_dict()
+    return digest_of(*state.values(), also=facts + repr(list(state)))
+
+
+def digest_of(*tensors: Tensor | None, also: str = "") -> str:
+    """Of the values of tensors, and of a text."""
+    digest = hashlib.sha256(also.encode())
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -48,7 +48,7 @@ class Comparison:
     metric: str
     method: str
     other: str
-    """A method, a control, or `chance`."""
+    """A method or a control."""
     difference: Interval
     """Of the means, `method` minus `other`."""
     p: float
@@ -137,7 +137,8 @@ class Evaluation:
     worst: dict[str, tuple[Example, ...]] = field(default_factory=dict)
     """method -> the images on which it does worst in the first metric, with its map alone, worst first."""
     reliability: dict[str, float] = field(default_factory=dict)
-    """metric -> Krippendorff's alpha: 1 if all images rank the methods alike, 0 if they agree as chance would."""
+    """metric -> Krippendorff's alpha over the methods, controls left out: 1 if all images rank them alike, 0 if they
+    agree as chance would."""
     metric_agreement: Float[Array, "m m"] | None = None
     """Rank correlation between those of `ranking`, better above worse, over the means of all methods and controls."""
     method_agreement: Float[Array, "k k"] | None = None

@@ -12,7 +12,7 @@ from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import Interval
 
 _FEW_GROUPS = 20
-_AT_ODDS = 0.0  # rank correlation of two metrics over methods
+_AT_ODDS = -1.96  # standard errors of a rank correlation over methods that have nothing in common
 OF_ANOTHER_CLASS = " of another class"
 
 
@@ -67,12 +67,15 @@ def _best(found: Evaluation, metric: str) -> Iterator[str]:
     if standing is None:
         return
     score = found.score(standing.best, metric).interval
+    if not found.controls and metric not in found.chance:
+        yield f"The best in {metric} is {standing.best} with {_figures(score)}; without controls that says little."
+        return
     if standing.unbeaten:
         rivals = ", ".join(standing.unbeaten)
         yield f"No map reliably beats {rivals} in {metric}; the best is {standing.best} with {_figures(score)}."
         return
     text = METRICS[metric].sentence.format(method=standing.best, score=_figures(score))
-    if metric in found.chance:
+    if found.chance.get(metric):
         times = score.value / found.chance[metric]
         text += f", {times:.1f} times what a map without knowledge reaches ({found.chance[metric]:.3f})"
     yield text + (", and beats every control." if found.controls else ".")
@@ -103,10 +106,11 @@ def _at_odds(found: Evaluation) -> Iterator[str]:
     table = found.metric_agreement
     if table is None:
         return
+    beyond = _AT_ODDS / np.sqrt(len(found.methods) - 1)
     pairs = [
         f"{a} and {b} ({table[i, j]:+.2f})"
         for (i, a), (j, b) in combinations(enumerate(found.ranking), 2)
-        if np.isfinite(table[i, j]) and table[i, j] < _AT_ODDS
+        if np.isfinite(table[i, j]) and table[i, j] < beyond
     ]
     if pairs:
         shown = ", ".join(pairs[:5]) + (f" and {len(pairs) - 5} other pairs" if len(pairs) > 5 else "")

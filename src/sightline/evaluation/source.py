@@ -199,6 +199,8 @@ def predict(model: nn.Module, source: Source, progress: Progress) -> Answers:
     if not shares:
         raise ValueError("expected at least one image to evaluate, got none; see the list of skipped images")
     source.has_masks = masked
+    if groups and len(groups) < len(names):
+        raise ValueError(f"expected groups of all {len(names)} images or of none, got {len(groups)}; name every group")
     if groups and source.unit == "images":
         source.unit = "group"
     probabilities = torch.cat(shares)

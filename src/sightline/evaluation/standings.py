@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 
 from sightline.evaluation.result import Comparison, Curve, Score, Standing
 from sightline.metrics.agreement import ranks, reliability
-from sightline.metrics.uncertainty import Interval, Paired, mean_intervals, paired_tests
+from sightline.metrics.uncertainty import Interval, Paired, mean_interval, mean_intervals, paired_test, paired_tests
 
 Array = np.ndarray
 
@@ -52,28 +52,38 @@ def league(
         up = higher_is_better[metric]
         if up is None:
             continue
-        given: dict[str, Any] = {"chance": chance.get(metric), "groups": groups, "seed": seed}
+        given: dict[str, Any] = {"groups": groups, "seed": seed}
         paired = compare(values, **given)
         units = len(next(iter(values.values()))) if groups is None else len(np.unique(groups))
         pairs += [] if paired is None else comparisons(metric, paired, units)
-        standing = standing_of(values, controls, higher_is_better=up, paired=paired, **given)
+        standing = standing_of(values, controls, higher_is_better=up, chance=chance.get(metric), paired=paired, **given)
         if standing is not None:
             standings[metric] = standing
     ranking = {metric: up for metric in table if (up := higher_is_better[metric]) is not None}
-    means = np.array([[mean(of) for of in table[metric].values()] for metric in ranking]).T
+    means = np.array(
+        [[mean(of) if _is_compared(of) else np.nan for of in table[metric].values()] for metric in ranking]
+    ).T
     return League(
         scores=tuple(scores),
         standings=standings,
         comparisons=tuple(pairs),
-        reliability={metric: reliability(table[metric]) for metric in standings},
+        reliability={
+            metric: reliability({m: of for m, of in table[metric].items() if m not in controls and _is_compared(of)})
+            for metric in standings
+        },
         metric_agreement=metric_agreement(means, list(ranking.values())) if len(ranking) > 1 else None,
     )
 
 
-def failing(scores: Collection[Score], asked: Mapping[str, Collection[str]]) -> dict[str, tuple[str, ...]]:
+def failing(scores: Collection[Score], asked: Mapping[str, Collection[str]], images: int) -> dict[str, tuple[str, ...]]:
     """Of each test, those of the methods asked whose whole interval lies above `ALIKE`."""
     return {
-        test: tuple(s.method for s in scores if s.metric == test and s.method in methods and s.interval.low > ALIKE)
+        test: tuple(
+            score.method
+            for score in scores
+            if score.metric == test and score.method in methods
+            if score.interval.low > ALIKE and score.undefined <= UNDEFINED_SHARE * images
+        )
         for test, methods in asked.items()
     }
 
@@ -84,17 +94,15 @@ def mean(values: Float[Array, " n"]) -> float:
     return float(defined.mean()) if len(defined) else np.nan
 
 
+def _is_compared(values: Float[Array, " n"]) -> bool:
+    return bool(np.isnan(values).mean() <= UNDEFINED_SHARE)
+
+
 def compare(
-    values: Mapping[str, Float[Array, " n"]],
-    *,
-    chance: float | None = None,
-    groups: Shaped[Array, " n"] | None = None,
-    seed: int = 0,
+    values: Mapping[str, Float[Array, " n"]], *, groups: Shaped[Array, " n"] | None = None, seed: int = 0
 ) -> Paired | None:
-    """Paired tests between all methods, and `chance`; None if fewer than two can be compared."""
-    compared = {name: of for name, of in values.items() if np.isnan(of).mean() <= UNDEFINED_SHARE}
-    if compared and chance is not None:
-        compared["chance"] = np.full_like(next(iter(compared.values())), chance)
+    """Paired tests between all methods; None if fewer than two can be compared."""
+    compared = {name: of for name, of in values.items() if _is_compared(of)}
     return paired_tests(compared, groups, seed) if len(compared) > 1 else None
 
 
@@ -127,7 +135,9 @@ def standing_of(
 ) -> Standing | None:
     """Who is best in a metric, from its values per image (NaN where undefined); None if no method can be compared.
 
-    A method that is undefined for more than a tenth of the images is not compared. `paired`: what `compare` found.
+    A method that is undefined for more than a tenth of the images is not compared, and neither is such a control. Best
+    is the highest mean among those that no other beats image by image. It beats `chance` if its interval lies beyond,
+    and flipping the signs of the differences says so too. `paired`: what `compare` found.
 
     >>> hard = np.random.default_rng(0).normal(size=50)  # images differ more than methods do
     >>> noise = np.tile([0.3, -0.3], 25)
@@ -138,24 +148,30 @@ def standing_of(
     means = {
         method: sign * float(np.nanmean(of))
         for method, of in values.items()
-        if method not in controls and np.isnan(of).mean() <= UNDEFINED_SHARE
+        if method not in controls and _is_compared(of)
     }
     if not means:
         return None
-    paired = paired or compare(values, chance=chance, groups=groups, seed=seed)
-    best = max(means, key=lambda method: means[method])
+    paired = paired or compare(values, groups=groups, seed=seed)
 
-    def beats(other: str) -> bool:
-        if paired is None or other not in paired.names:
+    def beats(one: str, other: str) -> bool:
+        if paired is None:
             return False
-        at = paired.names.index(best), paired.names.index(other)
+        at = paired.names.index(one), paired.names.index(other)
         return bool(sign * paired.difference[at] > 0 and paired.adjusted[at] < LEVEL)
 
-    rivals = [*controls, *(["chance"] if chance is not None else [])]
+    unbeaten = [method for method in means if not any(beats(other, method) for other in means if other != method)]
+    best = max(unbeaten or means, key=lambda method: means[method])
+    interval = mean_interval(values[best], groups, seed)
+    beyond = chance is None or (
+        (interval.low > chance if higher_is_better else interval.high < chance)
+        and paired_test(values[best] - chance, groups, seed) < LEVEL
+    )
+    rivals = [control for control in controls if _is_compared(values[control]) and not beats(best, control)]
     return Standing(
         best=best,
-        tied=tuple(method for method in means if method != best and not beats(method)),
-        unbeaten=tuple(rival for rival in rivals if not beats(rival)),
+        tied=tuple(method for method in means if method != best and not beats(best, method)),
+        unbeaten=(*rivals, *(() if beyond else ("chance",))),
     )
 
 

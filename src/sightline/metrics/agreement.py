@@ -163,15 +163,19 @@ def reliability(values: Mapping[str, Float[Array, " n"]]) -> float:
     """Do images agree on which method is better? 1: every image ranks the methods alike; 0: as chance would.
 
     Krippendorff's ordinal alpha with images as raters, methods as units, and a method's rank in that image as its
-    rating. A NaN is a missing rating, the others are ranked among themselves. NaN for fewer than two images or methods.
+    rating. Methods without any value are left out, and then images in which one has none, as ranks among fewer methods
+    are other ranks. NaN for fewer than two images or methods.
 
     Source: Tomsett et al. 2020 (1912.01451), inter-rater reliability.
 
     >>> reliability({"a": np.array([0.1, 5.0]), "b": np.array([0.2, 7.0]), "c": np.array([0.3, 9.0])})
     1.0
     """
+    if not values:
+        return float("nan")
     table = np.stack(list(values.values()), 1)
-    return krippendorff_alpha(np.where(np.isnan(table), np.nan, ranks(table)), "ordinal")
+    table = table[:, ~np.isnan(table).all(0)]
+    return krippendorff_alpha(ranks(table[~np.isnan(table).any(1)]), "ordinal")
 
 
 def _fit(maps: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

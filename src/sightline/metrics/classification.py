@@ -62,7 +62,7 @@ def quality(
     calibrated model, 0, only about half of the time.
 
     Raises:
-        ValueError: no image, rows that do not sum to 1, a label that is no class.
+        ValueError: no image, a label that is no class.
 
     >>> found = quality(np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]), np.array([0, 1, 1]))
     >>> round(found.accuracy.value, 3), round(found.macro_f1.value, 3), round(found.per_class[1].recall.value, 3)

@@ -180,7 +180,7 @@ def infidelity(
 
     Over 32 random squares of up to half the image's side, the same for every image and method. `normalise` first
     multiplies the map by the factor that fits best, so that maps of any scale compare; a map without any value scores
-    the mean squared fall.
+    the mean squared fall. The factor may be negative: a map and its negative score the same.
 
     Source: Yeh et al. 2019 (1901.09392), eq. 1 with square removal; the factor is that of their section 4.2.
 

@@ -91,11 +91,12 @@ class HidingMetric:
     ) -> Float[Tensor, " b"]:
         """One value per image."""
         own = {name: options.pop(name) for name in self.options & set(options)}
-        return self.of(hidden_scores(model, images, targets, {"": maps}, self.needs, Hiding(**options))[""], **own)
+        fields = hidden_scores(model, images, targets, {"": maps}, self.needs, Hiding(**options))[""]
+        return self.of(fields, **own).to(_at_least_float32(maps))
 
     def of(self, fields: Fields, **options: Any) -> Float[Tensor, " b"]:
-        """The formula on scores that are there already."""
-        return self.formula(**{name: fields[name] for name in self.needs}, **options).float()
+        """The formula on scores that are there already, in float64."""
+        return self.formula(**{name: fields[name] for name in self.needs}, **options)
 
 
 def hidden_scores(
@@ -194,6 +195,10 @@ class _Scene:
         return share * self.images[rows] + (1 - share) * self.substitute[rows]
 
 
+def _at_least_float32(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 @dataclass
 class _Order:
     """The pixels of each image in the order of the map."""
@@ -205,8 +210,9 @@ class _Order:
     """Place of each pixel; equal for the pixels of a cell that is replaced whole."""
 
     def __post_init__(self) -> None:
-        self.resized = pixels.resize(self.maps.float(), self.size)
-        units = (self.maps.float() if self.hiding.cells else self.resized).flatten(1)
+        maps = self.maps.to(_at_least_float32(self.maps))
+        self.resized = pixels.resize(maps, self.size)
+        units = (maps if self.hiding.cells else self.resized).flatten(1)
         order, ranks = _sorted(units)
         n = units.shape[1]
         chunk = ceil(n / self.hiding.steps)
@@ -286,7 +292,8 @@ def _run(
     with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
         for images, rows in _batches(frames.values(), len(targets), scene):
             logits, link = run_with_link(net, images)
-            scores.append(_score(logits.float(), link, targets[rows], scene.hiding.score).double())
+            logits = logits.to(_at_least_float32(logits))
+            scores.append(_score(logits, link, targets[rows], scene.hiding.score).double())
             done += len(rows)
             if progress is not None:
                 progress("scoring masked images", done, total)

@@ -52,13 +52,13 @@ def max_sensitivity(
 def fooling_rate(
     model: nn.Module,
     images: Float[Tensor, "b c H W"],
-    targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
+    labels: Int[Tensor, " b"] | Int[Tensor, "b 1"],
     *,
     epsilon: float = 0.03,
 ) -> Float[Tensor, " b"]:
     """1 where one step of `epsilon` along the sign of the gradient of the loss flips the prediction, else 0.
 
-    `targets` are the labels; NaN where the model does not predict its label before the step. Lower is better.
+    NaN where the model does not predict its label before the step. Lower is better.
     `epsilon` is in units of the model's input.
 
     Raises:
@@ -74,7 +74,7 @@ def fooling_rate(
     """
     if epsilon < 0:
         raise ValueError(f"expected an epsilon of at least 0, got {epsilon}")
-    labels = targets.reshape(-1).to(images.device)
+    labels = labels.reshape(-1).to(images.device)
     with untouched(model) as net, torch.inference_mode(False):
         with torch.enable_grad():
             changed = images.detach().clone().requires_grad_()
@@ -89,18 +89,16 @@ def fooling_rate(
 
 
 class MaxSensitivity(PerImageMean):
-    """Mean `max_sensitivity`."""
+    """Mean `max_sensitivity`: a description, since a map that never looks at the image scores best."""
 
     function = staticmethod(max_sensitivity)
-    sentence = "The maps of {method} change least under a little noise (relative change {score})"
-    higher_is_better = False
+    higher_is_better = None
 
 
 class FoolingRate(PerImageMean):
     """Mean `fooling_rate`: the share of correct predictions that flip."""
 
     function = staticmethod(fooling_rate)
-    sentence = "{method} is fooled least often by one step along the gradient's sign (share of images {score})"
     higher_is_better = False
 
 

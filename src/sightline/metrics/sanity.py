@@ -173,7 +173,7 @@ class ParameterRandomisation(PerImageMean):
     """Mean `parameter_randomisation`: a test, which ranks nothing."""
 
     function = staticmethod(parameter_randomisation)
-    sentence = "Do not use here, their maps stay much the same when the model's weights are shuffled: {methods}"
+    sentence = "Do not use here, their maps stay much the same after one shuffle of the model's weights: {methods}"
     higher_is_better = None
 
 

@@ -1,9 +1,10 @@
-"""Many metrics of many methods' maps of the same images, with nothing computed twice."""
+"""Many metrics of many methods' maps of the same images, with no hidden image scored twice."""
 
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -46,13 +47,12 @@ def measure(
 ) -> Measured:
     """Values per image of every metric and method. Metrics that hide parts of the images share every forward.
 
-    `explain` makes the maps again, by method, for metrics that change the images or the model. Options of `hiding`
-    that a metric of another kind has too (`fill`, `score`) reach it as well.
+    `explain` makes the maps again, by method, for metrics that change the images or the model. `hiding` is for those
+    that hide parts of the images alone; the others take their defaults.
 
     Raises:
         ValueError: something that a metric asks for is not given.
 
-    >>> import torch
     >>> from sightline.metrics import METRICS
     >>> masks = torch.tensor([[[[True, False]]]])
     >>> chosen = {name: METRICS[name] for name in ("energy_in_mask", "pointing_game")}
@@ -65,7 +65,7 @@ def measure(
         if missing := inputs_of(metric) - {*given, "maps"}:
             raise ValueError(f"expected {' and '.join(sorted(missing))} for {name}, got none; pass it or drop {name}")
     hiding = hiding or Hiding()
-    shared = {"fill": hiding.fill, "score": hiding.score, "mean": hiding.mean, "std": hiding.std}
+    dtypes = {method: torch.promote_types(value.dtype, torch.float32) for method, value in maps.items()}
     values: dict[tuple[str, str], Tensor] = {}
     fields: dict[str, Fields] = {}
     hides = {name: metric.function for name, metric in metrics.items() if isinstance(metric.function, HidingMetric)}
@@ -75,10 +75,10 @@ def measure(
     for name, metric in metrics.items():
         function = metric.function
         if isinstance(function, HidingMetric):
-            values |= {(method, name): function.of(read) for method, read in fields.items()}
+            values |= {(method, name): function.of(read).to(dtypes[method]) for method, read in fields.items()}
             continue
         wanted = signature(function).parameters
-        known: dict[str, Any] = {key: value for key, value in {**given, **shared}.items() if key in wanted}
+        known: dict[str, Any] = {key: value for key, value in given.items() if key in wanted}
         if "explain" in known:
             found: Any = function(**known)
             values |= {(method, name): found[method] for method in maps if method in found}

@@ -96,7 +96,7 @@ class Rival:
 
 
 def rivals(evaluation: Evaluation, metric: str) -> list[Rival]:
-    """The best method of a metric against each other method, control and `chance`, the closest first."""
+    """The best method of a metric against each other method and control, the closest first."""
     if metric not in evaluation.standings:
         return []
     best, sign = evaluation.standings[metric].best, 1 if evaluation.higher_is_better[metric] else -1
