@@ -290,7 +290,7 @@ class Gathered:
         if head is None:
             assert gradients is not None
             return gradients.flatten(3).mean(3)
-        return self._float(rows_of(head, classes)) / math.prod(self._of(i).layout.grid)
+        return rows_of(self._float(head), classes, divisor=math.prod(self._of(i).layout.grid))
 
     def _of(self, i: int) -> Captured:
         captured = self.captured[i]

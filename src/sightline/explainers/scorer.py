@@ -215,11 +215,11 @@ def wide(values: Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32)
 
 
-def rows_of(weights: Float[Tensor, "n k"], classes: Int[Tensor, "b t"]) -> Float[Tensor, "b t k"]:
-    """Each class's row; held once where all images have the same classes."""
+def rows_of(weights: Float[Tensor, "n k"], classes: Int[Tensor, "b t"], divisor: int = 1) -> Float[Tensor, "b t k"]:
+    """Each class's row over `divisor`; held once where all images have the same classes."""
     if (classes == classes[:1]).all():
-        return weights[classes[0]].expand(len(classes), -1, -1)
-    return weights[classes]
+        return (weights[classes[0]] / divisor).expand(len(classes), -1, -1)
+    return weights[classes] / divisor
 
 
 def gradients_of(
