@@ -662,7 +662,7 @@ class _Bar:
 
 
 _COLUMNS = 4  # metrics side by side
-_ARROWS = {True: "↑", False: "↓", None: "(test)"}
+_ARROWS = {True: "↑", False: "↓", None: "(no rank)"}
 
 
 def _print_tables(found: "Evaluation") -> None:
