@@ -404,7 +404,8 @@ def test_pairs_of_methods_are_compared_and_corrected(found):
 def test_three_images_prove_nothing():
     found = evaluate(PooledModel(torch.eye(3)), planted(), ["cam"], ["energy_in_mask"], limit=3)
     assert found.standings["energy_in_mask"].unbeaten == (*found.controls, "chance")
-    assert "No map reliably beats" in "\n".join(found.summary)
+    assert "cam, the best in energy_in_mask with" in "\n".join(found.summary)
+    assert "does not reliably beat random_map" in "\n".join(found.summary)
 
 
 def test_curves_are_those_behind_the_areas(found):

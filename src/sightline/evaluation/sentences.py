@@ -72,7 +72,8 @@ def _best(found: Evaluation, metric: str) -> Iterator[str]:
         return
     if standing.unbeaten:
         rivals = ", ".join(standing.unbeaten)
-        yield f"No map reliably beats {rivals} in {metric}; the best is {standing.best} with {_figures(score)}."
+        best = f"{standing.best}, the best in {metric} with {_figures(score)}"
+        yield f"{best}, does not reliably beat {rivals}."
         return
     text = METRICS[metric].sentence.format(method=standing.best, score=_figures(score))
     if found.chance.get(metric):

@@ -21,7 +21,7 @@ MANY = 8
 _LEVEL = 0.05
 
 _KINDS = (
-    ("What to distrust", r"Do not |No map reliably|is not shown to be|not reliably|against one another|\d maps of "),
+    ("What to distrust", r"Do not |not reliably|is not shown to be|against one another|\d maps of "),
     ("What is missing", r"^Left out|could not be read|is not compared|have no label|No image shows|^Only \d"),
 )
 
