@@ -50,16 +50,16 @@ def plan(
     The forward and every method are timed on a few images; of a method that looks at many changed images only the
     first batch is.
     """
-    per_forward = _forward_seconds(model, images, hiding.batch_size)
-    needed = frozenset[str]().union(*(_needs(metric) for metric in metrics))
-    per_painted = _painted_seconds(images, hiding.batch_size) if needed & _PAINTED else 0.0
+    many = images.repeat(max(hiding.batch_size // len(images), 1), *[1] * (images.ndim - 1))
+    per_forward = _forward_seconds(model, many)
+    per_painted = _painted_seconds(many) if _needs(metrics) & _PAINTED else 0.0
     explaining = {name: _seconds(model, images, targets, method) for name, method in methods.items()}
     kept, measured = dict(explaining), list(metrics)
     left_out: dict[str, str] = {}
 
     def cost(names: Collection[str], chosen: Collection[str]) -> float:
         """Seconds per image."""
-        needs = frozenset[str]().union(*(_needs(metric) for metric in chosen))
+        needs = _needs(chosen)
         shared, each = frames_of(needs, hiding, images.shape[2:])
         again = sum(_ROUNDS.get(metric, 2) for metric in chosen if "explain" in inputs_of(METRICS[metric]))
         more = [name for name in names if name in others]
@@ -94,28 +94,26 @@ def plan(
     )
 
 
-def _needs(metric: str) -> frozenset[str]:
-    function = METRICS[metric].function
-    return function.needs if isinstance(function, HidingMetric) else frozenset()
+def _needs(metrics: Collection[str]) -> frozenset[str]:
+    functions = [METRICS[metric].function for metric in metrics]
+    return frozenset[str]().union(*(function.needs for function in functions if isinstance(function, HidingMetric)))
 
 
-def _forward_seconds(model: nn.Module, images: Tensor, batch_size: int) -> float:
-    """Of one image in a batch as large as those of hidden images."""
-    forward(model, images).cpu()
-    many = images.repeat(max(batch_size // len(images), 1), *[1] * (images.ndim - 1))
+def _forward_seconds(model: nn.Module, images: Tensor) -> float:
+    """Of one image of a batch."""
+    forward(model, images[:1]).cpu()
     start = time.perf_counter()
-    forward(model, many).cpu()  # waits for the device
-    return (time.perf_counter() - start) / len(many)
+    forward(model, images).cpu()  # waits for the device
+    return (time.perf_counter() - start) / len(images)
 
 
-def _painted_seconds(images: Tensor, batch_size: int) -> float:
+def _painted_seconds(images: Tensor) -> float:
     """Of painting over the brighter half of one image, which is as scattered as the pixels of a map."""
-    many = images.repeat(max(batch_size // len(images), 1), 1, 1, 1)
-    grey = many.mean(1, keepdim=True)
+    grey = images.mean(1, keepdim=True)
     hole = grey > grey.flatten(1).median(1).values[:, None, None, None]
     start = time.perf_counter()
-    inpaint(many, hole).cpu()
-    return (time.perf_counter() - start) / len(many)
+    inpaint(images, hole).cpu()
+    return (time.perf_counter() - start) / len(images)
 
 
 def _seconds(model: nn.Module, images: Tensor, targets: Tensor, method: Method) -> float:

@@ -160,18 +160,18 @@ def standing_of(
         at = paired.names.index(one), paired.names.index(other)
         return bool(sign * paired.difference[at] > 0 and paired.adjusted[at] < LEVEL)
 
+    def beats_chance(chance: float) -> bool:
+        interval = mean_interval(values[best], groups, seed)
+        beyond = interval.low > chance if higher_is_better else interval.high < chance
+        return beyond and paired_test(values[best] - chance, groups, seed) < LEVEL
+
     unbeaten = [method for method in means if not any(beats(other, method) for other in means if other != method)]
     best = max(unbeaten or means, key=lambda method: means[method])
-    interval = mean_interval(values[best], groups, seed)
-    beyond = chance is None or (
-        (interval.low > chance if higher_is_better else interval.high < chance)
-        and paired_test(values[best] - chance, groups, seed) < LEVEL
-    )
     rivals = [control for control in controls if _is_compared(values[control]) and not beats(best, control)]
     return Standing(
         best=best,
         tied=tuple(method for method in means if method != best and not beats(best, method)),
-        unbeaten=(*rivals, *(() if beyond else ("chance",))),
+        unbeaten=(*rivals, *(["chance"] if chance is not None and not beats_chance(chance) else [])),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sightline.evaluation import Curve, Evaluation, Score
+from sightline.evaluation.standings import LEVEL
 from sightline.metrics.classification import ClassQuality
 from sightline.metrics.uncertainty import Interval
 
@@ -18,7 +19,6 @@ LARGEST = 24
 """Classes up to which the page shows all of them at once: the confusion matrix as counts, the mean maps unfolded."""
 MANY = 8
 """Methods, metrics or sentences above which the page folds away what would take several screens."""
-_LEVEL = 0.05
 
 _KINDS = (
     ("What to distrust", r"Do not |not reliably|is not shown to be|against one another|\d maps of "),
@@ -107,7 +107,7 @@ def rivals(evaluation: Evaluation, metric: str) -> list[Rival]:
             if best == pair.other:
                 gap = Interval(value=-gap.value, low=-gap.high, high=-gap.low, n=gap.n)
             ahead = "better" if sign * gap.value > 0 else "worse"
-            outcome = ahead if pair.adjusted < _LEVEL else "cannot be told apart"
+            outcome = ahead if pair.adjusted < LEVEL else "cannot be told apart"
             other = pair.method if best == pair.other else pair.other
             defined = math.isfinite(gap.value) and math.isfinite(pair.adjusted)
             found.append(
