@@ -139,6 +139,11 @@ def _following(
     return None
 
 
+def wide(values: Tensor) -> torch.dtype:
+    """float32 at least: the type in which maps are summed and scored."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 def version_of(tensor: Tensor) -> int:
     """How often it was changed in place; 0 for those of inference mode, which do not count.
 

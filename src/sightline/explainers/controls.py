@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.explainers.evidence import Explainer
-from sightline.explainers.scorer import wide
+from sightline.inference import wide
 
 
 @Explainer

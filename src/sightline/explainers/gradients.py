@@ -10,7 +10,8 @@ from torch import Tensor
 from sightline import maps
 from sightline.explainers.cams import grad_cam, grad_cam_plus_plus
 from sightline.explainers.evidence import Explainer
-from sightline.explainers.scorer import Scorer, wide
+from sightline.explainers.scorer import Scorer
+from sightline.inference import wide
 
 
 @Explainer

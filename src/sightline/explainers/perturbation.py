@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sightline import maps
 from sightline.explainers.evidence import Explainer
-from sightline.explainers.scorer import Scorer, rows_of, wide
-from sightline.inference import untouched
+from sightline.explainers.scorer import Scorer, rows_of
+from sightline.inference import untouched, wide
 
 
 @partial(Explainer, is_signed=True)

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sightline.explainers.evidence import Explainer
-from sightline.explainers.scorer import Scorer, gradients_of, wide
+from sightline.explainers.scorer import Scorer, gradients_of
+from sightline.inference import wide
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """A convolution or a linear layer as a function of input, weight and bias."""

@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.explainers.evidence import Explainer
-from sightline.explainers.scorer import Scorer, gradients_of, wide
+from sightline.explainers.scorer import Scorer, gradients_of
 from sightline.explainers.tokens import AttentionWeights
+from sightline.inference import wide
 
 _FUSE = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
 

@@ -210,11 +210,6 @@ class Scorer:
         return scores.reshape(len(images), -1)
 
 
-def wide(values: Tensor) -> torch.dtype:
-    """float32 at least: the type in which maps are summed."""
-    return torch.promote_types(values.dtype, torch.float32)
-
-
 def rows_of(weights: Float[Tensor, "n k"], classes: Int[Tensor, "b t"], divisor: int = 1) -> Float[Tensor, "b t k"]:
     """Each class's row over `divisor`; held once where all images have the same classes."""
     if (classes == classes[:1]).all():

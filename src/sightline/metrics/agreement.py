@@ -9,6 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from sightline import maps as pixels
+from sightline.inference import wide
 from sightline.metrics.per_image import PerImageMean
 from sightline.metrics.uncertainty import Interval, mean_interval
 
@@ -98,7 +99,7 @@ def ranks(values: Values) -> Values:
     ends = torch.nn.functional.pad(differs, (0, 1), value=True)
     first = places.where(starts, 0).cummax(-1).values
     last = places.where(ends, values.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
-    mean = (first + last).to(torch.promote_types(values.dtype, torch.float32)) / 2 + 1
+    mean = (first + last).to(wide(values)) / 2 + 1
     return torch.empty_like(mean).scatter_(-1, order, mean)
 
 

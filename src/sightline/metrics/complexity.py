@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sightline.inference import wide
 from sightline.metrics.per_image import PerImageMean
 
 
@@ -92,4 +93,4 @@ def _shares(maps: Tensor) -> Float[Tensor, "b n"]:
 
 
 def _as(maps: Tensor, scores: Tensor) -> Tensor:
-    return scores.to(torch.promote_types(maps.dtype, torch.float32))
+    return scores.to(wide(maps))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from sightline import maps as pixels
-from sightline.inference import probabilities_of, run_with_link, untouched
+from sightline.inference import probabilities_of, run_with_link, untouched, wide
 from sightline.metrics.inpainting import inpaint
 
 Fill = str | float | Tensor
@@ -92,7 +92,7 @@ class HidingMetric:
         """One value per image."""
         own = {name: options.pop(name) for name in self.options & set(options)}
         fields = hidden_scores(model, images, targets, {"": maps}, self.needs, Hiding(**options))[""]
-        return self.of(fields, **own).to(_at_least_float32(maps))
+        return self.of(fields, **own).to(wide(maps))
 
     def of(self, fields: Fields, **options: Any) -> Float[Tensor, " b"]:
         """The formula on scores that are there already, in float64."""
@@ -195,10 +195,6 @@ class _Scene:
         return share * self.images[rows] + (1 - share) * self.substitute[rows]
 
 
-def _at_least_float32(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
-
-
 @dataclass
 class _Order:
     """The pixels of each image in the order of the map."""
@@ -210,7 +206,7 @@ class _Order:
     """Place of each pixel; equal for the pixels of a cell that is replaced whole."""
 
     def __post_init__(self) -> None:
-        maps = self.maps.to(_at_least_float32(self.maps))
+        maps = self.maps.to(wide(self.maps))
         self.resized = pixels.resize(maps, self.size)
         units = (maps if self.hiding.cells else self.resized).flatten(1)
         order, ranks = _sorted(units)
@@ -292,7 +288,7 @@ def _run(
     with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
         for images, rows in _batches(frames.values(), len(targets), scene):
             logits, link = run_with_link(net, images)
-            logits = logits.to(_at_least_float32(logits))
+            logits = logits.to(wide(logits))
             scores.append(_score(logits, link, targets[rows], scene.hiding.score).double())
             done += len(rows)
             if progress is not None:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sightline import maps as pixels
+from sightline.inference import wide
 from sightline.metrics.per_image import PerImageMean
 
 
@@ -257,7 +258,7 @@ def _fit(maps: Tensor, masks: Tensor) -> tuple[Float[Tensor, "b 1 H W"], Bool[Te
         raise ValueError(
             f"expected masks that are bool or 0 and 1, got values up to {masks.max()}; compare them with 0"
         )
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    maps = maps.to(wide(maps))
     return pixels.resize(maps, (masks.shape[2], masks.shape[3])), masks.to(maps.device).bool()
 
 

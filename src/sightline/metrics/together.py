@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sightline.inference import wide
 from sightline.metrics.hiding import Fields, Hiding, HidingMetric, Progress, hidden_scores
 from sightline.metrics.per_image import PerImageMean
 from sightline.metrics.sanity import Explain
@@ -65,7 +65,7 @@ def measure(
         if missing := inputs_of(metric) - {*given, "maps"}:
             raise ValueError(f"expected {' and '.join(sorted(missing))} for {name}, got none; pass it or drop {name}")
     hiding = hiding or Hiding()
-    dtypes = {method: torch.promote_types(value.dtype, torch.float32) for method, value in maps.items()}
+    dtypes = {method: wide(value) for method, value in maps.items()}
     values: dict[tuple[str, str], Tensor] = {}
     fields: dict[str, Fields] = {}
     hides = {name: metric.function for name, metric in metrics.items() if isinstance(metric.function, HidingMetric)}
