@@ -53,6 +53,7 @@ def measure(
     Raises:
         ValueError: something that a metric asks for is not given.
 
+    >>> import torch
     >>> from sightline.metrics import METRICS
     >>> masks = torch.tensor([[[[True, False]]]])
     >>> chosen = {name: METRICS[name] for name in ("energy_in_mask", "pointing_game")}
