@@ -269,7 +269,7 @@ def test_a_pooling_takes_the_place_of_the_global_pool(name, place, head):
     assert list(removed.state_dict()) == list(old) and torch.equal(removed(images()), model(images()))
 
 
-@pytest.mark.parametrize("name", ["torchvision:resnet18", "cifar_resnet", "resnet18"])
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "cifar_resnet", "resnet18", "vgg_gap"])
 def test_a_pooling_is_tried_on_the_features_not_on_their_mean(name):
     model = sightline.models.create_model(name, num_classes=7, attention="brnpa").eval()
     (maps,) = attention_maps(model, torch.rand(2, 3, 96, 96)).values()

@@ -288,12 +288,12 @@ def _place(calls: list[_Call], name: str, pooling: bool) -> _Place:
         raise ValueError(
             f"expected a layer that yields (b, c, h, w), got {call.kind} from {name!r}; name another layer"
         )
-    while type(call.layer).forward is nn.Sequential.forward:
+    before = pooling and _is_wide(call.taken) and not _is_wide(call.given)
+    while not before and type(call.layer).forward is nn.Sequential.forward:
         last = [other for other in calls if other.layer is list(call.layer.children())[-1]]
         if len(last) != 1 or last[0].given != call.given:
             break
         call = last[0]
-    before = pooling and _is_wide(call.taken) and not _is_wide(call.given)
     shape = call.taken if before else call.given
     assert shape is not None
     holder, holding = call.name, call.layer
