@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,8 @@ import pytest
 import torch
 
 from sightline import bench, cli, recipe, runs
-from sightline.bench import Bench, Maps, Measured, Study, Summary
+from sightline.bench import Bench, Maps, Measured, Quality, Study, Summary
+from sightline.bench.published import PUBLISHED, published
 from sightline.metrics.complexity import sparsity
 from sightline.models import create_model
 from sightline.recipe import Data, Model, Optim, Recipe
@@ -69,27 +74,31 @@ def test_the_table_by_hand():
         "network",
         "accuracy, %",
         "to control",
+        "p, corrected",
         "parameters",
         "s / epoch",
         "own maps in mask, after",
         "sparsity, after",
     ]
     assert lines == [
-        ["control", "85.0 ± 7.1", "-", "1,234", "1.5", "-", "-"],
+        ["control", "85.0 ± 7.1", "-", "-", "1,234", "1.5", "-", "-"],
         [
             "block",
             "63.3 ± 46.3",
-            "[-20.4, +30.4]",
+            "+5.0 [-20.4, +30.4]",
+            "0.242",  # Student's t of one degree of freedom is Cauchy: 1 - 2 / pi atan(.05 / .02)
             "1,234",
             "2.0",
             "0.00 ± 0.00 / 0.40 ± 0.10",
             "9.0 ± 0.0 / 2.0 ± 0.0",
         ],
     ]
-    assert found.markdown().splitlines()[1:3] == [
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| control | 85.0 ± 7.1 | - | 1,234 | 1.5 | - | - |",
+    lines = found.markdown().splitlines()
+    assert lines[4:6] == [
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| control | 85.0 ± 7.1 | - | - | 1,234 | 1.5 | - | - |",
     ]
+    assert lines[-1] == "- failed: lost, seed 0: the loss became nan"
     assert found.over_seeds("block", lambda run: run.seconds) == Summary(2.0, 1.0)
 
 
@@ -173,6 +182,15 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path):
             "row 'c': expected a teacher that has no row as",
         ),
         ("rows: {a b: {}, a/b: {}}", "expected names of rows that differ in more than signs, got 'a b' twice"),
+        ("rows: {..: {}}", "expected names of rows with a letter or a digit, got '..'"),
+        ("{rows: {a: {}}, datasets: [clutter]}", "expected each of `datasets` to be a name with changes"),
+        ("{rows: {a: {}}, datasets: {a/b: {}, a b: {}}}", "expected names of datasets that differ in more than signs"),
+        ("{rows: {a: {}}, datasets: {c: {data.sauce: clutter}}}", "row 'a' on c: data.sauce: no such field"),
+        ("{rows: {a: {}}, datasets: {c: {seeds: [1]}}}", "row 'a' on c: expected the same seeds everywhere"),
+        ("rows: {a: {}, b: {control: c}}", "row 'b': expected `control` to be another row out of: a; got 'c'"),
+        ("rows: {a: {}, b: {as_large_as: b}}", "row 'b': expected `as_large_as` to be another row out of: a; got 'b'"),
+        ("rows: {a: {}, b: {as_large_as: a}, c: {as_large_as: b}}", "row 'c': expected `as_large_as` a row whose size"),
+        ("rows: {a: {}, b: {as_large_as: a, model.options.width: 1}}", "row 'b': expected no model.options.width"),
     ],
 )
 def test_studies_that_are_none(text: str, words: str, tmp_path: Path):
@@ -199,7 +217,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study.write_text(changed)
     cli.main(["bench", str(study), "--out", str(tmp_path / "out"), "--row", "ECA", "--seeds", "7"])
     printed = capsys.readouterr()
-    assert "ECA" in printed.out and "control" not in printed.out.replace("to control", "")
+    assert "ECA" in printed.out and "│ control" not in printed.out
     assert "bench.md" not in printed.out and "1 of 1" in printed.err and not (tmp_path / "out" / "bench.md").exists()
     assert (tmp_path / "out" / "ECA" / "seed-7" / "model.safetensors").is_file()
     with pytest.raises(SystemExit) as stop:
@@ -212,13 +230,205 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert stop.value.code == 2 and "not found" in capsys.readouterr().err
 
 
+def with_accuracies(**rows: list[float]) -> Bench:
+    """A study whose rows are named after letters, `a` the control; one accuracy per seed."""
+    runs_of = [measured(row, seed, value) for row, values in rows.items() for seed, value in enumerate(values)]
+    return Bench(control="a", rows=tuple(rows), measured=tuple(runs_of), failed={})
+
+
+def test_differences_and_their_correction_by_hand():
+    # gaps b: 1 2 3, t = 2 / (1 / sqrt 3); c: 9 10 11, t = 10 sqrt 3; two degrees of freedom: p = 1 - t / sqrt(2 + t²)
+    found = with_accuracies(
+        a=[0.5] * 3, b=[0.51, 0.52, 0.53], c=[0.59, 0.60, 0.61], d=[0.55] * 3, e=[0.6], f=[0.58, 0.60, 0.62]
+    )
+    found = replace(found, controls={"f": "c"})
+    gaps = found.differences()
+    assert list(gaps) == ["b", "c", "d", "e", "f"]  # the control has none
+    p = {row: 1 - t / math.sqrt(2 + t**2) for row, t in {"b": math.sqrt(12), "c": math.sqrt(300)}.items()}
+    assert gaps["b"].p == pytest.approx(p["b"]) and gaps["c"].p == pytest.approx(p["c"])
+    assert gaps["f"].other == "c" and gaps["f"].mean == pytest.approx(0) and gaps["f"].p == pytest.approx(1)
+    # three tests, for neither one seed nor three equal differences make one
+    assert math.isnan(gaps["d"].p) and math.isnan(gaps["e"].p) and not gaps["d"].holds and not gaps["e"].holds
+    assert gaps["c"].adjusted == pytest.approx(3 * p["c"]) and gaps["c"].holds
+    assert gaps["b"].adjusted == pytest.approx(2 * p["b"]) and not gaps["b"].holds
+    assert gaps["e"].points() == "+10.0" and gaps["b"].points(" points") == "+2.0 points [-0.5, +4.5]"
+    columns, lines = found.table()
+    cells = {line[0]: dict(zip(columns, line, strict=True)) for line in lines}
+    assert cells["c"]["p, corrected"] == "0.010, holds" and cells["b"]["p, corrected"] == "0.148"
+    assert cells["f"]["control"] == "c" and cells["c"]["control"] == "-"
+
+
+def test_sentences_say_no_more_than_their_intervals():
+    better = with_accuracies(a=[0.5] * 3, b=[0.51, 0.52, 0.53], c=[0.59, 0.60, 0.61], d=[0.38, 0.39, 0.40])
+    first, second, third, *rest = better.sentences()
+    assert first == "Better than the control after correction: c +10.0 points [+7.5, +12.5]."
+    assert second == "Worse than the control after correction: d -11.0 points [-13.5, -8.5]."
+    assert third.startswith("Better, worse or as good as the control is open for b: ") and not rest
+    none = replace(with_accuracies(a=[0.5] * 3, b=[0.51, 0.52, 0.53], c=[0.5, 0.4, 0.6]), datasets=("cifar10",))
+    assert none.sentences()[0] == (
+        "On cifar10, no row is shown to be better than its control after correction; b has the highest mean "
+        "difference, +2.0 points [-0.5, +4.5]."
+    )
+    assert with_accuracies(a=[0.5], b=[0.9]).sentences() == [
+        "There is one seed: no difference to a control can be tested."
+    ]
+    assert with_accuracies(a=[0.5, 0.6]).sentences() == []
+    large = replace(with_accuracies(a=[0.5, 0.5], b=[0.6, 0.62]), as_large_as={"a": "b"})
+    assert large.sentences()[-1] == (
+        "With as many parameters (a 1,234, b 1,234), b minus a is +11.0 points [-1.7, +23.7], not corrected."
+    )
+    assert large.table()[1][0][-2] == "1,234 (as b)"
+
+
+def test_sentences_on_maps_compare_with_the_centre_of_the_same_network():
+    def run(row: str, seed: int, energy: float, deletion: float) -> Measured:
+        own = Quality(energy_in_mask=energy, sparsity=2.0, deletion_auc=deletion)
+        centre = Quality(energy_in_mask=0.1, sparsity=3.0, deletion_auc=0.3)
+        quality = {"own": own, "activation_map": own, "centre_map": centre}
+        return replace(measured(row, seed, 0.5), quality=quality)
+
+    seeds = (-0.001, 0.0, 0.001)
+    found = Bench(
+        control="a",
+        rows=("a", "b"),
+        measured=(
+            *(run("a", i, 0.05 + gap, 0.3 + 9 * gap) for i, gap in enumerate(seeds)),
+            *(run("b", i, 0.2 + gap, 0.2 + gap) for i, gap in enumerate(seeds)),
+        ),
+        failed={},
+    )
+    assert found.sentences()[-2:] == [
+        "After correction, the own map lies more on the mask than a blob in the centre for b; the blob is ahead for a.",
+        "After correction, the own map beats a blob in the centre in deletion for b; the blob is ahead for none; the "
+        "rest is open.",
+    ]
+    columns, lines = found.map_table()
+    assert columns[1] == "in mask, own map" and columns[-1] == "deletion, centre control"
+    assert lines[1][1] == "0.200 ± 0.001" and lines[0][-1] == "0.300 ± 0.000"
+
+
+def test_a_study_of_several_data_sets(tmp_path: Path):
+    (tmp_path / "study.yaml").write_text(
+        recipe.dump(SMALL)
+        + "datasets: {plain: {}, few/none: {data.train_size: 48}}\n"
+        + "rows: {control: {}, <b>ECA</b>: {model.options.attention: eca}}\n"
+    )
+    study = bench.load(tmp_path / "study.yaml")
+    out = tmp_path / "out"
+    part = bench.bench(study, out, datasets=["few/none"])
+    assert {run.dataset for run in part.measured} == {"few/none"} and list(part.costs) == ["few/none"]
+    assert sorted(file.name for file in out.iterdir()) == ["few_none"]
+    assert runs.open_run(out / "few_none" / "control" / "seed-1").recipe.data.train_size == 48
+    file = out / "few_none" / "control" / "seed-0" / "measured.json"
+    old = json.loads(file.read_text())
+    new = {name: old.pop(name) for name in ("quality", "dataset")}
+    file.write_text(json.dumps(old | {"accuracy": 2.0}))
+    stamp = (file.parent / "model.safetensors").stat().st_mtime_ns
+    found = bench.bench(study, out)
+    assert not found.failed and (file.parent / "model.safetensors").stat().st_mtime_ns == stamp
+    assert json.loads(file.read_text()) == old | new  # measured again, from the same weights
+    with pytest.raises(ValueError, match=r"expected one data set, got plain, few/none; take on\(NAME\) first"):
+        found.table()
+    own = found.on("few/none")
+    assert [run.seed for run in own.measured] == [0, 1, 0, 1] and own.costs == found.costs
+    assert found.costs["few/none"] == part.costs["few/none"]  # timed once
+    cost = found.costs["plain"]["control"]
+    assert cost.parameters == own.measured[0].parameters and cost.macs > 10_000 and 0 < cost.seconds < 1
+    quality = own.measured[0].quality
+    assert list(quality) == ["own", "activation_map", "centre_map"] and quality["own"] == quality["activation_map"]
+    assert all(0 < of.energy_in_mask < 1 <= of.sparsity and 0 < of.deletion_auc < 1 for of in quality.values())
+    facts = json.loads((out / "bench.json").read_text())
+    assert facts["differences"]["plain"]["<b>ECA</b>"]["other"] == "control"
+    page = (out / "bench.html").read_text()
+    assert "<b>ECA" not in page and "&lt;b&gt;ECA" in page and "few/none" in page
+    assert not re.search(r"https?://|@import|url\(", page) and page.count('<svg class="chart"') == 4
+    assert "## few/none" in (out / "bench.md").read_text()
+    with pytest.raises(ValueError, match="expected data sets out of: plain; few/none; got 'many'"):
+        bench.bench(study, out, datasets=["many"])
+
+
+def test_a_row_as_large_as_another(tmp_path: Path):
+    rows = {
+        "control": {},
+        "SE": {"model.options.attention": "se", "model.options.attention_options": {"reduction": 1}},
+        "wide": {"as_large_as": "SE", "control": "SE"},
+    }
+    study = Study(recipe=SMALL, rows=rows)
+    options = {row: study.of(row, 1, tmp_path).model.options for row in rows}
+
+    def size(row: str, **changed: float) -> int:
+        return sum(
+            p.numel() for p in create_model("cifar_resnet", num_classes=10, **options[row] | changed).parameters()
+        )
+
+    steps = [step / 1024 for step in range(256, 512)]
+    best = min(abs(size("control", width=width) - size("SE")) for width in steps)
+    assert abs(size("wide") - size("SE")) == best and size("control") < size("wide")
+    assert study.named("control") == {"wide": "SE"} and study.named("as_large_as") == {"wide": "SE"}
+    narrow = bench.width_for(Model(name="cifar_resnet", options={"depth": 8}), 10, 100)  # too few: the narrowest
+    assert narrow == 1 / 16
+    named = Study(recipe=SMALL, rows={"a": {}, "b": {"as_large_as": "a", "model.name": "torchvision:resnet18"}})
+    with pytest.raises(ValueError, match="row 'b', as large as 'a': torchvision cannot build"):
+        bench.bench(replace(named, recipe=replace(SMALL, model=Model(name="vgg15"))), tmp_path / "no")
+
+
+def test_jobs_are_spread_over_the_gpus():
+    assert bench.devices_for(5, 2, None) == ["0", "1", "0", "1", "0"]
+    assert bench.devices_for(2, 4, "3, 1,0,2") == ["3", "1"]
+    assert bench.devices_for(2, 0, None) == bench.devices_for(2, 0, "-1") == [None, None]
+    context = get_context("spawn")
+    devices = context.SimpleQueue()
+    devices.put("GPU-7")
+    with ProcessPoolExecutor(1, context, bench._prepare, (1, devices)) as pool:
+        assert pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "GPU-7"
+
+
+def test_published_figures_are_those_of_their_sources():
+    assert PUBLISHED["ltpa-cifar100"].paper["VGG"] == 30.62 and "VGG" not in PUBLISHED["ltpa-cifar100"].recalled
+    logs = {name: list(of.log.values()) for name, of in PUBLISHED.items()}
+    assert logs == {
+        "ltpa-cifar10": [7.7, 5.61, 5.42, 6.45],
+        "ltpa-cifar100": [30.71, 23.55, 23.17, 22.98],
+        "ltpa-cub": [34.81, 26.87, 26.79],
+    }
+    for of in PUBLISHED.values():
+        assert of.log.keys() == of.study.rows.keys() - {of.study.control} and of.paper.keys() <= of.log.keys()
+        assert of.study.control == "vgg15, the same trunk"
+        for row in of.study.rows:
+            wanted = of.study.of(row, 0, Path("out")).model
+            create_model(wanted.name, num_classes=10, **wanted.options)
+    alone = recipe.load(Path(__file__).parent.parent / "recipes" / "ltpa_cifar100.yaml")
+    assert PUBLISHED["ltpa-cifar100"].study.of("(VGG-att3)-concat-pc", 0, Path("out")) == alone
+    with pytest.raises(ValueError, match="expected one of ltpa-cifar10, ltpa-cifar100, ltpa-cub; got 'ltpa'"):
+        published("ltpa")
+
+
+def test_reproduce(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cli.main(["reproduce", "ltpa-cifar100"])
+    printed = capsys.readouterr().out
+    assert "│ VGG                   │          30.62 │                 30.71 │" in printed and "ours," not in printed
+    assert "mixes attention with resolution and" in printed and "(VGG-att)-pc          │        23.70 *" in printed
+    assert "to train ours: sightline reproduce ltpa-cifar100 --out runs/ltpa-cifar100" in printed
+    small = (
+        "--data.train_size 64 --data.test_size 20 --optim.epochs 1 --optim.batch_size 32 --model.options.width 0.0625"
+    )
+    rows = ["--row", "vgg15, the same trunk", "--row", "(VGG-att)-pc"]
+    asked = ["reproduce", "ltpa-cifar100", "--out", str(tmp_path), "--data", "clutter", "--seeds", "0", *rows]
+    cli.main([*asked, *small.split()])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "ours, error %" in printed and "optim.epochs 1 instead of 300" in printed
+    assert "seeds (0,) instead of (0, 1, 2)" in printed and "data.source" not in printed
+    error = 100 * (1 - json.loads((tmp_path / "_VGG-att_-pc" / "seed-0" / "measured.json").read_text())["accuracy"])
+    assert f"23.55 │ {error:.2f} │" in printed
+
+
 def test_every_study_in_recipes_can_be_built():
     files = sorted((Path(__file__).parent.parent / "recipes").glob("bench_*.yaml"))
     assert len(files) >= 3
     for file in files:
         study = bench.load(file)
         for row in study.rows:
-            wanted = study.of(row, 0, Path("out"))
+            wanted = study.of(row, 0, Path("out"), next(iter(study.datasets)))
             create_model(wanted.model.name, num_classes=10, **wanted.model.options)
 
 

@@ -287,7 +287,8 @@ def test_help(verb, capsys):
         sightline(*verb, "--help")
     said = capsys.readouterr().out
     assert stop.value.code == 0 and said.startswith("usage: sightline")
-    assert ("--optim.label_smoothing" in said) == (verb in [("train",), ("evaluate",), ("demo",)])
+    assert ("--optim.label_smoothing" in said) == (verb in [("train",), ("demo",)])
+    assert ("--data.source" in said) == (verb in [("train",), ("evaluate",), ("demo",)])
 
 
 @pytest.mark.parametrize(
@@ -329,7 +330,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
         (["--metrics", "deletion"], "did you mean 'deletion_auc'?"),
         (["--split", "dev"], "expected a split with images out of train, val, test, got 'dev'"),
         (["--fill", "grey"], "got 'grey'"),
-        (["--optim.lr", "1"], "optim.lr: expected only data fields here"),
+        (["--optim.lr", "1"], "--optim.lr: expected only data fields with evaluate; leave it out"),
         (["--methods", "cam"], "for cam, got another head; use grad_cam"),
     ],
 )

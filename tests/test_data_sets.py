@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as F
 
 from sightline.data import Batch, ImageSet, Preprocess, batches, normalise
@@ -115,6 +116,119 @@ def test_workers_change_nothing_and_leave_the_random_state_alone():
     assert len(helped) == 4 and all(equal(a, b) for a, b in zip(alone, helped, strict=True))
     assert torch.equal(torch_state, torch.get_rng_state())
     np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])
+
+
+RESIDENT = {"masks and boxes": some_images(), "images": replace(some_images(), has_masks=False, has_boxes=False)}
+RESIDENT["images"] = replace(RESIDENT["images"], store=Stored(some_images().store.images, None, None))
+EXACT = Augment(crop=2, flip=True, rotate=True, cutout=3)
+EVERYTHING = Augment(crop=2, flip=True, scale=0.5, rotate=True, color=0.5, cutout=3)
+
+
+@pytest.mark.parametrize("images", RESIDENT.values(), ids=RESIDENT)
+@pytest.mark.parametrize("options", [{}, {"drop_last": True, "start": 1}, {"part": (1, 3)}, {"start": 9}], ids=str)
+@pytest.mark.parametrize("change", [None, (EXACT, 1, 2), (EVERYTHING, 1, 2)], ids=["plain", "moved", "all"])
+def test_a_resident_set_gives_the_same_batches(images, options, change):
+    held = images.to("cpu")
+    options = {"shuffle": (0, 1), "augment": change, **options}
+    plain, found = list(batches(images, 6, **options)), list(batches(held, 6, workers=2, **options))
+    assert len(plain) == {9: 0, 1: 2}.get(options.get("start"), 4)
+    for a, b in zip(plain, found, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.indices, b.indices)
+        assert a.names == b.names == [f"image {i}" for i in a.indices]
+        assert (
+            (a.masks is None) == (b.masks is None) == (a.boxes is None) == (b.boxes is None) == (not images.has_masks)
+        )
+        assert not images.has_masks or equal(a, b)
+        b.images.zero_()
+    assert torch.equal(held.batch(range(20)).images, images.batch(range(20)).images)
+
+
+def test_a_resident_set_is_the_same_set_otherwise():
+    images = some_images()
+    held = images.to("cpu")
+    assert replace(held, store=images.store).__dict__ == images.__dict__
+    batch = held[3]
+    assert batch.names == ["image 3"] and equal(batch, images[3])
+    batch.boxes[0].zero_()
+    assert equal(held[3], images[3]) and equal(held.to("cpu")[3], images[3])
+
+
+def test_the_bytes_of_a_resident_set():
+    assert some_images().resident_bytes == 20 * (4 * 64 + 8)
+    assert RESIDENT["images"].resident_bytes == 20 * (3 * 64 + 8)
+    store = RESIDENT["images"].to("cpu").store
+    assert store.images.nbytes + store.labels.nbytes == 20 * (3 * 64 + 8)
+
+
+def test_a_resident_set_makes_its_batches_on_the_device():
+    """`meta` has no values, so whatever asks for one fails, and so does what mixes devices."""
+    held = RESIDENT["images"].to("meta")
+    for batch in batches(held, 6, shuffle=(0, 1), augment=(EVERYTHING, 0, 0)):
+        assert batch.images.is_meta and batch.images.shape[1:] == (3, 8, 8) and batch.labels.is_meta
+        assert len(batch.names) == len(batch.labels)
+
+
+def test_a_resident_set_never_makes_the_host_wait(monkeypatch):
+    held = RESIDENT["images"].to("cpu")
+    expected = list(batches(held, 6, augment=(EVERYTHING, 0, 0)))
+
+    def waits(*_, **__):
+        raise AssertionError("the host waits")
+
+    class Watched(TorchDispatchMode):
+        """Sees what asks for values from within, and tensors made from lists."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in WAITING:
+                waits()
+            return func(*args, **(kwargs or {}))
+
+    passed = batches(held, 6, augment=(EVERYTHING, 0, 0))
+    found = [next(passed)]  # brings the order there
+    with monkeypatch.context() as patched, Watched():
+        for name in ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+            patched.setattr(torch.Tensor, name, waits)
+        found += passed
+    assert len(found) == 4 and all(torch.equal(a.images, b.images) for a, b in zip(found, expected, strict=True))
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "index", "bincount", "repeat_interleave", "lift_fresh"}
+
+
+def test_the_shares_of_all_processes_are_the_batch():
+    images = some_images()
+    options = {"shuffle": (0, 1), "augment": (EVERYTHING, 0, 0), "start": 1}
+    whole = list(batches(images, 8, **options))
+    shares = [list(batches(images, 8, part=(r, 3), **options)) for r in range(3)]
+    assert [len(b.labels) for b in whole] == [8, 4]
+    assert [[len(b.labels) for b in share] for share in shares] == [[3, 2], [3, 1], [2, 1]]
+    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert torch.equal(batch.images, torch.cat([p.images for p in parts]))
+        assert torch.equal(batch.masks, torch.cat([p.masks for p in parts]))
+        assert batch.indices.tolist() == [i for p in parts for i in p.indices.tolist()]
+        assert batch.names == [name for p in parts for name in p.names]
+
+
+def test_a_share_may_be_empty():
+    for images in (some_images(3), some_images(3).to("cpu")):
+        (share,) = batches(images, 3, augment=(EVERYTHING, 0, 0), part=(3, 4))
+        assert share.images.shape == (0, 3, 8, 8) and share.masks.shape == (0, 1, 8, 8)
+        assert share.boxes == [] and share.names == [] and len(share.labels) == 0
+
+
+@pytest.mark.parametrize("part", [(1, 1), (-1, 2), (0, 0)])
+def test_a_part_that_there_is_not_is_refused(part):
+    with pytest.raises(ValueError, match=r"expected a part \(r, n\) with r from 0 to n - 1, got \("):
+        batches(some_images(), 4, part=part)
+
+
+def test_what_is_cut_out_has_the_mean_colour():
+    images = replace(some_images(), preprocess=replace(GREY, mean=(0.0, 0.5, 0.996)))
+    plain, changed = images.batch(range(20)), images.batch(range(20), (Augment(cutout=4, flip=False), 0, 0))
+    hole = (changed.images == torch.tensor([0, 128, 254])[:, None, None]).all(1, keepdim=True)
+    assert torch.equal(torch.where(hole, changed.images, plain.images), changed.images)
+    assert 4 <= hole.flatten(1).sum(1).min() and hole.flatten(1).sum(1).max() == 16
+    assert torch.equal(changed.masks, plain.masks)
 
 
 def test_a_batch_size_below_one_is_refused():

@@ -1,4 +1,5 @@
 import os
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from sightline.data import DATASETS, Preprocess, batches, decoded, hugging_face, load, load_stream, read_images
+from sightline.data import (
+    DATASETS,
+    Preprocess,
+    batches,
+    decoded,
+    hugging_face,
+    load,
+    load_stream,
+    load_whole,
+    read_images,
+)
 from sightline.data.clutter import PARTS
 from sightline.recipe import Augment, Data
 
@@ -547,6 +558,26 @@ def test_unreadable_images_of_a_stream_are_listed(tmp_path):
         list(batches(load_stream(replace(data, strict=True))[0], 8))
 
 
+def test_the_shares_of_a_stream_are_its_batches(tmp_path, monkeypatch):
+    box = ([[0.0, 0.0, 6.0, 10.0]] * 30, datasets.List(datasets.Value("float32")))
+    stream, _ = load_stream(make_stream(tmp_path, mask=(half(30), datasets.Image()), bbox=box))
+    options = {"shuffle": (0, 1), "augment": (Augment(crop=2, flip=True), 0, 1), "start": 1}
+    whole = list(batches(stream, 23, **options))
+    decode, decoded = type(stream.decoder).attempt, []
+    monkeypatch.setattr(type(stream.decoder), "attempt", lambda *a: decoded.append(0) or decode(*a))
+    shares = [list(batches(stream, 23, part=(r, 3), **options)) for r in range(3)]
+    assert len(decoded) == 48 - 23
+    assert [[len(b.labels) for b in share] for share in shares] == [[8, 1], [8, 1], [7, 0]]
+    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert torch.equal(batch.images, torch.cat([p.images for p in parts]))
+        assert torch.equal(batch.masks, torch.cat([p.masks for p in parts]))
+        assert batch.labels.tolist() == [i for p in parts for i in p.labels.tolist()]
+        assert batch.names == [name for p in parts for name in p.names]
+        boxes = [b for p in parts for b in p.boxes]
+        assert all(torch.equal(a, b) for a, b in zip(batch.boxes, boxes, strict=True))
+    assert stream.resident_bytes is None
+
+
 def test_a_stream_may_end_early(tmp_path):
     stream, _ = load_stream(replace(make_stream(tmp_path), train_size=10))
     assert len(stream) == 10 and numbers(stream) == list(range(12, 22))
@@ -630,6 +661,10 @@ def test_large_images_are_decoded_on_the_fly_and_checked_first(tmp_path, offline
         batch = next(batches(sets["train"], 4))
         assert batch.images.shape == (4, 3, 260, 260)
         assert (batch.images[:, 0, 0, 0] == 20 * batch.labels).all()
+        assert next(batches(sets["train"], 4, part=(4, 5))).images.shape == (0, 3, 260, 260)
+        assert sets["train"].resident_bytes is None
+        with pytest.raises(ValueError, match=r"got images of 260 x 260 px that are decoded on the fly; set data\.size"):
+            sets["train"].to("cpu")
     assert not list(offline.rglob("images")) or all(f.stat().st_size == 0 for f in offline.rglob("images"))
 
 
@@ -701,3 +736,20 @@ def test_images_that_are_not_there(tmp_path):
         read_images([tmp_path / "nowhere"], GREY)
     with pytest.raises(FileNotFoundError, match=r"the folder .* holds no image"):
         read_images([tmp_path], GREY)
+
+
+def test_other_data_for_a_trained_network_are_taken_whole(tmp_path):
+    """Training would set images aside, need two classes, and refuse a folder that has a test split alone."""
+    for number in range(5):
+        folder = tmp_path / "flat" / "cat"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    assert {part: len(images) for part, images in load_whole(Data(source=str(tmp_path / "flat"))).items()} == {
+        "test": 5
+    }
+    shutil.copytree(tmp_path / "flat", tmp_path / "split" / "test")
+    with pytest.raises(ValueError):
+        load(Data(source=str(tmp_path / "split")))
+    whole = load_whole(Data(source=str(tmp_path / "split"), test_size=3))
+    assert {part: len(images) for part, images in whole.items()} == {"test": 3}
+    assert load_whole(Data(train_size=20, test_size=10)).keys() == {"train", "val", "test"}

@@ -99,13 +99,17 @@ def check_command(words: list[str], note: str, place: str) -> None:
     program, *arguments = words
     if program == "sightline":
         sightline(arguments, note, place)
+    elif program == "torchrun":
+        started = arguments.index("sightline")
+        assert arguments[started - 1] == "-m", place
+        sightline(arguments[started + 1 :], note, place)
     elif program == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in arguments if "=" not in word} <= set(targets), place
     elif program == "pip":
         assert arguments[0] == "install", place
         extras = re.findall(r"\[(\w+)\]", " ".join(arguments))
-        assert set(extras) <= {"train", "dev"}, place
+        assert set(extras) <= {"train", "export", "dev"}, place
     elif program in (".venv/bin/python", "python"):
         assert arguments[0] == "-m" or (ROOT / arguments[0]).is_file(), place
     else:

@@ -108,11 +108,11 @@ def test_batch_size_changes_nothing(found):
 
 def test_the_summary_says_no_more_than_the_intervals(found):
     text = "\n".join(found.summary)
-    assert "right class in 100.0 % [" in text and "better than always giving the most frequent answer" in text
+    assert "right class in 100.0 % [" in text and "better than always naming the most frequent class" in text
     assert "(insertion AUC 0." in text and "beats every control" in text
     constant = evaluate(PooledModel(torch.zeros(3, 3)), planted(), ["grad_cam"], ["energy_in_mask"], limit=20)
     text = "\n".join(constant.summary)
-    assert "not reliably better than always" in text and "20 of 20 maps of grad_cam are flat" in text
+    assert "not reliably better than always" in text and "20 of 20 maps of grad_cam are flat: one value" in text
     assert constant.score("grad_cam", "energy_in_mask").undefined == 20
     assert np.isnan(constant.score("grad_cam", "energy_in_mask").interval.value)
     blind = evaluate(
@@ -406,6 +406,45 @@ def test_three_images_prove_nothing():
     assert found.standings["energy_in_mask"].unbeaten == (*found.controls, "chance")
     assert "cam, the best in energy_in_mask with" in "\n".join(found.summary)
     assert "does not reliably beat random_map" in "\n".join(found.summary)
+    assert "Only 3 images: too few to say" in "\n".join(found.summary)
+    two = evaluate(PooledModel(torch.eye(3)), planted(), ["cam"], ["energy_in_mask"], controls=["random_map"], limit=6)
+    assert two.standings["energy_in_mask"].unbeaten == () and "too few" not in "\n".join(two.summary)
+
+
+def test_a_control_that_beats_the_best_is_said_to():
+    @explainers.Explainer
+    def least(activations):
+        return -activations.sum(1, keepdim=True)
+
+    found = evaluate(PooledModel(torch.eye(3)), planted(), [least], ["mask_auc"], controls=["random_map", "centre_map"])
+    assert found.standings["mask_auc"].unbeaten == ("random_map", "centre_map", "chance")
+    assert (
+        "does not reliably beat random_map, centre_map, chance; random_map, centre_map reliably beat it."
+        in found.summary[1]
+    )
+
+
+def test_methods_of_which_the_same_is_said_share_a_sentence():
+    @explainers.Explainer
+    def nothing(activations):
+        return activations[:, :1] * 0
+
+    @explainers.Explainer
+    def empty(activations):
+        return activations[:, 1:2] * 0
+
+    found = evaluate(PooledModel(torch.eye(3)), planted(), ["cam", nothing, empty], ["deletion_auc"], limit=20, steps=4)
+    assert found.standings["deletion_auc"].unbeaten == ()
+    controls = ", ".join(found.controls)
+    assert f"None of nothing, empty is shown to be better than {controls} in deletion_auc." in found.summary
+    assert "20 of 20 maps of each of nothing, empty are flat: one value everywhere." in found.summary
+
+
+def test_the_best_and_its_equals_stand_in_one_sentence():
+    found = evaluate(PooledModel(torch.eye(3)), planted(), ["cam", "grad_cam"], ["energy_in_mask"])
+    assert found.standings["energy_in_mask"].tied == ("grad_cam",)
+    assert found.summary[1].endswith("; it beats every control but cannot be told apart from grad_cam.")
+    assert not any("Not told apart" in sentence for sentence in found.summary)
 
 
 def test_curves_are_those_behind_the_areas(found):
@@ -574,6 +613,19 @@ def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
     tight = planned(0.2)
     assert set(tight.left_out) >= {"rise", "deletion_auc"} and len(tight.metrics) >= 1
     assert planned(1e-9).limit == 1
+
+
+def test_metrics_that_share_images_are_given_up_together(monkeypatch):
+    """ROAD three times costs as much as once: a single one saves nothing, and methods would go instead."""
+    model = PooledModel(torch.eye(3))
+    for name, seconds in {"_seconds": 0.001, "_forward_seconds": 0.0001, "_painted_seconds": 0.1}.items():
+        monkeypatch.setattr(planning, name, lambda *given, seconds=seconds: seconds)
+    metrics = ("energy_in_mask", "road", "road_morf", "road_lerf")
+    methods = {name: name for name in ("cam", "grad_cam", "saliency", "random_map")}
+    images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+    planned = planning.plan(model, images, targets, methods, ["random_map"], metrics, Hiding(), 100, 5.0)
+    assert planned.methods == tuple(methods) and planned.metrics == ("energy_in_mask",)
+    assert planned.left_out["road"] == "180 s together with road_lerf for 50 images, of 5 s for everything"
 
 
 def test_a_budget_is_kept_and_said():

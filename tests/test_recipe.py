@@ -65,7 +65,7 @@ def test_text_of_a_command_line(field: str, text: str, value: object):
     [
         ("optim.epoch", 3, ValueError, r"^optim\.epoch: no such field in a recipe; did you mean optim\.epochs\?$"),
         ("epochs", 3, ValueError, r"^epochs: no such field in a recipe; did you mean optim\.epochs\?$"),
-        ("augment.xyz", 3, ValueError, r"^augment\.xyz: no such .*; expected one of augment\.crop, .*augment\.color$"),
+        ("augment.xyz", 3, ValueError, r"^augment\.xyz: no such .*; expected one of augment\.crop, .*augment\.mixup$"),
         ("xyz", 3, ValueError, r"expected one of data, augment, model, optim, seeds$"),
         ("optim.epochs", "many", TypeError, r"^optim\.epochs: expected a whole number, got 'many'$"),
         ("optim.epochs", 2.5, TypeError, r"^optim\.epochs: expected a whole number, got 2\.5$"),
@@ -83,6 +83,7 @@ def test_text_of_a_command_line(field: str, text: str, value: object):
         ("optim.lr", ".nan", TypeError, r"^optim\.lr: expected a number, got '\.nan'$"),
         ("optim.lr", float("nan"), ValueError, r"^optim\.lr: expected a finite number above 0, got nan$"),
         ("data.val", 1.0, ValueError, r"^data\.val: expected 0 or more and below 1, got 1\.0$"),
+        ("augment.cutout", -1, ValueError, r"^augment\.cutout: expected 0 or more, got -1$"),
         ("data.shortcut", 1.5, ValueError, r"^data\.shortcut: expected between 0 and 1, got 1\.5$"),
         ("seeds", [], ValueError, r"^seeds: expected different whole numbers from 0 to 2\*\*32 - 1, got \[\]$"),
         ("seeds", [1, 1], ValueError, r"^seeds: expected different whole numbers"),

@@ -248,7 +248,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(
 
     monkeypatch.setattr("sightline.training.loop.learning_rate", explode)
     with pytest.raises(
-        ValueError, match=r"^the loss became nan in epoch 2, step 2; lower optim\.lr or set .*clip_norm$"
+        ValueError,
+        match=r"^the loss became nan in epoch 2, step 2 \(train-00059, train-00005, train-00088, \.\.\.\); the "
+        r"weights of epoch 1 are kept; lower optim\.lr or set optim\.clip_norm$",
     ):
         fit(optim(schedule="constant"), tmp_path / "run", progress=False)
     assert equal(weights(one), runs.load(tmp_path / "run").state_dict())
@@ -443,3 +445,44 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such run"):
         fit(TINY, tmp_path / "student", {"optim.teacher": str(tmp_path / "nobody")}, progress=False)
     assert not (tmp_path / "student").exists()
+
+
+def test_mixup_counts_both_labels():
+    """By hand: the loss of a blend is that of each label, by its share; a share of one is the plain loss."""
+    logits, labels, others = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([0]), torch.tensor([2])
+    loss = Loss(replace(TINY.optim, label_smoothing=0.1))
+    each = [float(loss(torch.zeros(1, 3, 1, 1), logits, of)) for of in (labels, others)]
+    mixed = float(loss(torch.zeros(1, 3, 1, 1), logits, labels, (others, 0.7)))
+    assert mixed == pytest.approx(0.7 * each[0] + 0.3 * each[1], rel=1e-6)
+    assert float(loss(torch.zeros(1, 3, 1, 1), logits, labels, (others, 1.0))) == each[0]
+
+
+def test_images_are_blended_by_the_share_of_their_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[Tensor, Tensor, float]] = []
+    plain = Training._gradients
+
+    def look(self: Training, seed: int, images: Tensor, labels: Tensor, mixed: tuple[Tensor, float] | None) -> None:
+        assert mixed is not None
+        batch = next(self._batches(self.step))
+        raw = data.normalise(batch.images, self.train.preprocess)
+        share = mixed[1]
+        torch.testing.assert_close(images, share * raw + (1 - share) * raw.roll(1, 0))
+        assert torch.equal(mixed[0], batch.labels.roll(1, 0)) and torch.equal(labels, batch.labels)
+        seen.append((images, labels, share))
+        plain(self, seed, images, labels, mixed)
+
+    monkeypatch.setattr(Training, "_gradients", look)
+    fit(optim(epochs=1), tmp_path / "run", {"augment.mixup": 0.4}, progress=False)
+    shares = {share for _, _, share in seen}
+    assert len(seen) == len(shares) == 3 and all(0 < share < 1 for share in shares)
+
+
+def test_a_profile_shows_where_the_time_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    changes = {"data.train_size": 96, "optim.batch_size": 8, "model.options.width": 1 / 32}
+    profiled = fit(optim(epochs=2), tmp_path / "run", changes, progress=False, profile=True)
+    shown = capsys.readouterr().err
+    assert "where 10 steps spent their time, ms per step" in shown
+    lines = {line.split("│")[1].strip(): line.split("│")[2:4] for line in shown.splitlines() if line.startswith("│")}
+    parts = [float(lines[name][0]) for name in ("images", "forward", "backward", "optimiser", "the rest")]
+    assert sum(parts) == pytest.approx(float(lines["a step"][0]), abs=0.03) and min(parts) >= 0
+    assert equal(weights(profiled), weights(fit(optim(epochs=2), tmp_path / "plain", changes, progress=False)))

@@ -4,12 +4,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sightline import attention, bench, data, explainers, maps, metrics, models, recipe, report, runs, testing
+    from sightline import (
+        attention,
+        bench,
+        data,
+        explainers,
+        export,
+        hub,
+        maps,
+        metrics,
+        models,
+        recipe,
+        report,
+        runs,
+        testing,
+    )
     from sightline.attention import insert
     from sightline.evaluation import evaluate
     from sightline.explainers import attention_maps, explain
+    from sightline.hub import load
     from sightline.models import create_model
-    from sightline.runs import load
     from sightline.training import fit
 
 __all__ = [
@@ -21,7 +35,9 @@ __all__ = [
     "evaluate",
     "explain",
     "explainers",
+    "export",
     "fit",
+    "hub",
     "insert",
     "load",
     "maps",
@@ -40,7 +56,7 @@ _HOMES = {
     "explain": "explainers",
     "fit": "training",
     "insert": "attention",
-    "load": "runs",
+    "load": "hub",
 }
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
+    from sightline.bench import Bench, Study
     from sightline.data import ImageSet
     from sightline.evaluation import Evaluation, Score
     from sightline.runs import Run
@@ -30,6 +31,8 @@ DEMO = recipe.Recipe(
 )
 _PER_ROW, _SIDE = 6, 512  # maps in a row of a page, and longest side of an image on it; half where there are more rows
 _LISTED = 20  # unreadable images named on the terminal; the report names all
+_ABREAST = 6  # columns of a study side by side
+_PARTS = ("data", "augment", "model", "optim")
 _KINDS = ("datasets", "models", "attention", "explainers", "metrics")
 
 
@@ -37,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
     """One line per error, with a hint at what was meant; the recipe's fields below the help of verbs that take them."""
 
     def format_help(self) -> str:
-        return super().format_help() + (_fields() if self.get_default("recipe_fields") else "")
+        return super().format_help() + (_fields(parts) if (parts := self.get_default("recipe_parts")) else "")
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice: " in message:
@@ -52,8 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         rest, overrides = _split(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(rest)
-        if overrides and not options.recipe_fields:
-            raise ValueError(f"--{min(overrides)}: expected no recipe field with {options.verb_name}; leave it out")
+        parts = options.recipe_parts
+        wrong = [name for name in overrides if parts != _PARTS and name.partition(".")[0] not in parts]
+        if wrong:
+            allowed = f"only {' and '.join(parts)} fields" if parts else "no recipe field"
+            raise ValueError(f"--{wrong[0]}: expected {allowed} with {options.verb_name}; leave it out")
         options.verb(options, overrides)
     except KeyboardInterrupt as stop:
         print(f"sightline: {stop or 'stopped; nothing half-written was left behind'}", file=sys.stderr)
@@ -82,7 +88,7 @@ def train(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
         return
     if options.out is None:
         raise ValueError("expected --out FOLDER for the run, got none; choose a new folder")
-    _train(start, options, overrides)
+    _train(start, options, overrides, options.profile)
 
 
 def _small(name: str | None) -> recipe.Recipe:
@@ -94,10 +100,14 @@ def _small(name: str | None) -> recipe.Recipe:
     )
 
 
-def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[str, Any]) -> None:
-    from sightline.training import fit
+def _train(
+    start: recipe.Recipe, options: argparse.Namespace, overrides: dict[str, Any], profile: bool = False
+) -> None:
+    from sightline.training import fit, processes
 
-    found = fit(start, _folder(options.out), overrides, resume=options.resume)
+    found = fit(start, _folder(options.out), overrides, resume=options.resume, profile=profile)
+    if not processes.first():
+        return
     runs = found if isinstance(found, list) else [found]
     _list_skipped(runs[0].skipped)
     evaluations = [_evaluate_run(run, {}, "test", run.folder, options.limit, {}) for run in runs]
@@ -111,11 +121,42 @@ def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[st
 
 def bench(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Train the rows of a study with every seed, a control among them, and compare: accuracy, maps, cost."""
-    from rich.table import Table
-
     from sightline import bench
 
     study = bench.load(options.study, {"seeds": options.seeds} | overrides if options.seeds else overrides)
+    found = _bench(study, options, options.dataset)
+    for dataset in found.datasets:
+        own = found.on(dataset)
+        name = f"{Path(options.study).stem}{f' on {dataset}' if dataset else ''}"
+        title = f"{name}, {_counted(len(study.recipe.seeds), 'seed')}, mean ± deviation"
+        _print_lines(title, *own.table())
+        _print_lines("maps after training", *own.map_table())
+        _print_sentences(own.sentences())
+    _end_of(found, options.row is None and options.dataset is None, options.out)
+
+
+def reproduce(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """Published errors beside ours, trained by the same recipe: the paper's, the authors' log's, the control's."""
+    from sightline.bench.published import published
+
+    named = {"data.source": options.data, "seeds": options.seeds}
+    overrides = {name: value for name, value in named.items() if value is not None} | overrides
+    known, study = published(options.name, overrides)
+    found = None if options.out is None else _bench(study, options, None)
+    _print_lines(known.title, *known.lines(found))
+    changed = known.changed(study) if found else []
+    _print_sentences(known.notes)
+    _print_sentences([f"Ours was trained with {'; '.join(changed)}."] if changed else [])
+    _print_sentences(found.sentences() if found else [])
+    if found is None:
+        print(f"to train ours: sightline reproduce {options.name} --out runs/{options.name}")
+    else:
+        _end_of(found, options.row is None, str(options.out))
+
+
+def _bench(study: "Study", options: argparse.Namespace, datasets: list[str] | None) -> "Bench":
+    from sightline import bench
+
     with _Bar() as bar:
 
         def tell(what: str, done: int, total: int) -> None:
@@ -123,26 +164,46 @@ def bench(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
             if not sys.stderr.isatty():
                 print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
 
-        found = bench.bench(study, _folder(options.out), options.row, options.jobs, tell)
-    columns, lines = found.table()
-    table = Table(title=f"{Path(options.study).stem}, {_counted(len(study.recipe.seeds), 'seed')}, mean ± deviation")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "network" else "right")
-    for line in lines:
-        table.add_row(*line)
-    _print(table)
+        return bench.bench(study, _folder(options.out), options.row, options.jobs, tell, datasets)
+
+
+def _end_of(found: "Bench", is_whole: bool, out: str) -> None:
     for run, reason in found.failed.items():
         print(f"failed: {run}: {reason}", file=sys.stderr)
-    if options.row is None:
-        print(f"table: {Path(options.out) / 'bench.md'}")
+    if is_whole:
+        print(f"table: {Path(out) / 'bench.md'}\npage: {Path(out) / 'bench.html'}")
     if found.failed:
         sys.exit(1)
+
+
+def _print_lines(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """A table whose first column names the lines, in parts of `_ABREAST` other columns."""
+    from rich.table import Table
+
+    for start in range(1, len(columns), _ABREAST):
+        part = slice(start, start + _ABREAST)
+        table = Table(title=title if start == 1 else None)
+        table.add_column(columns[0])
+        for name in columns[part]:
+            table.add_column(name, justify="right")
+        for line in lines:
+            table.add_row(line[0], *line[part])
+        _print(table)
+
+
+def _print_sentences(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        print(textwrap.fill(f"- {sentence}", 100, subsequent_indent="  "))
 
 
 def sight(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Which explainer finds evidence that is known, and which metric would have told so without knowing."""
     from sightline.sight import sight_test
 
+    if options.known and overrides:
+        raise ValueError(
+            f"--{min(overrides)}: expected no recipe field with --known, which trains nothing; leave it out"
+        )
     with _Bar() as bar:
         found = sight_test(
             _folder(options.out),
@@ -188,14 +249,13 @@ def _evaluate_run(
     from sightline import data, report, runs
     from sightline.evaluation import evaluate
 
-    if strange := [name for name in overrides if not name.startswith("data.")]:
-        raise ValueError(f"{strange[0]}: expected only data fields here, the run brings its model; leave it out")
     runs.check_writable(out)
     start = time.perf_counter()
     own = recipe.Data() if "data.source" in overrides else run.recipe.data
     wanted = recipe.load(replace(run.recipe, data=replace(own, size=run.preprocess.size[0])), overrides)
     try:
-        splits = data.load(wanted.data)
+        whole = "data.source" in overrides and not overrides.keys() & {"data.resplit", "data.test", "data.val"}
+        splits = (data.load_whole if whole else data.load)(wanted.data)
     except FileNotFoundError as error:
         if "data.source" in overrides:
             raise
@@ -225,8 +285,7 @@ def _evaluate_run(
     _print_tables(found)
     for what, why in found.left_out.items():
         print(f"left out: {what}: {why}", file=sys.stderr)
-    for sentence in found.summary:
-        print(textwrap.fill(f"- {sentence}", 100, subsequent_indent="  "))
+    _print_sentences(found.summary)
     print(f"report: {page}")
     return found
 
@@ -380,6 +439,33 @@ def _class_index(text: str | None, classes: Sequence[str]) -> int | None:
     )
 
 
+def push(options: argparse.Namespace, _: dict[str, Any]) -> None:
+    """Put a run into a repository of the Hugging Face hub, with a model card, without the paths of this machine."""
+    from sightline import hub
+
+    print(f"pushed: {hub.push(options.run, options.name, options.private)}")
+
+
+def pull(options: argparse.Namespace, _: dict[str, Any]) -> None:
+    """Copy a run from a repository of the Hugging Face hub into a folder."""
+    from sightline import hub
+
+    print(f"run: {hub.pull(options.name, _folder(options.out)).folder}")
+
+
+def export(options: argparse.Namespace, _: dict[str, Any]) -> None:
+    """Write the network of a run as ONNX or as PyTorch's exported program: pixels in, logits and maps out."""
+    from sightline.export import write
+
+    found = write(options.run, options.out)
+    height, width = found.size
+    print(f"{found.path}: images uint8 (b, 3, {height}, {width}) -> {', '.join(found.outputs)}")
+    if found.difference is None:
+        print("not checked: onnxruntime is not installed; pip install 'sightline[export]'", file=sys.stderr)
+    else:
+        print(f"checked: differs from the run by at most {found.difference:.1e} of the largest value")
+
+
 def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
     """List data sets, models, attention blocks, explainers and metrics, one line each."""
     from sightline import attention, data, explainers, metrics, models
@@ -463,21 +549,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sightline {version('sightline')}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb_name")
 
-    def verb(name: str, run: Callable[..., None], recipe_fields: bool) -> argparse.ArgumentParser:
+    def verb(name: str, run: Callable[..., None], recipe_parts: Sequence[str] = ()) -> argparse.ArgumentParser:
         line = (run.__doc__ or "").strip()
         new = verbs.add_parser(name, help=line, description=line, allow_abbrev=False)
-        new.set_defaults(verb=run, recipe_fields=recipe_fields)
+        new.set_defaults(verb=run, recipe_parts=recipe_parts)
         return new
 
     def evaluation(new: argparse.ArgumentParser) -> None:
         new.add_argument("--limit", type=_count, default=100, metavar="N", help="images to make maps of (100)")
 
-    new = verb("demo", demo, True)
+    new = verb("demo", demo, _PARTS)
     new.add_argument("--out", default="runs/demo", metavar="FOLDER", help="run folder to write (runs/demo)")
     new.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     evaluation(new)
 
-    new = verb("train", train, True)
+    new = verb("train", train, _PARTS)
     new.add_argument("--data", metavar="PATH_OR_NAME", help="folder, parquet, hub:OWNER/NAME or a name (data.source)")
     new.add_argument("--model", metavar="NAME", help="network, see sightline list models (model.name)")
     new.add_argument("--out", metavar="FOLDER", help="run folder to write")
@@ -486,9 +572,10 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     new.add_argument("--strict", action="store_true", help="stop at the first unreadable image (data.strict)")
     new.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
+    new.add_argument("--profile", action="store_true", help="show where the time of ten steps goes")
     evaluation(new)
 
-    new = verb("explain", explain, False)
+    new = verb("explain", explain)
     new.add_argument("run", metavar="RUN_OR_MODEL", help="run folder, or a timm / torchvision: model with --weights")
     new.add_argument("images", nargs="+", metavar="IMAGE", help="files or folders")
     new.add_argument(
@@ -505,16 +592,28 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     new.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
 
-    new = verb("bench", bench, True)
+    def study(new: argparse.ArgumentParser) -> None:
+        new.add_argument(
+            "--row", action="append", metavar="NAME", help="only this row (may be given several times); no bench.md"
+        )
+        new.add_argument("--seeds", metavar="A,B,...", help="one run per seed and row (seeds)")
+        new.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at a time, sharing cores, GPUs (1)")
+
+    new = verb("bench", bench, _PARTS)
     new.add_argument("study", metavar="FILE", help="YAML file: a recipe with one part more, `rows`")
     new.add_argument("--out", required=True, metavar="FOLDER", help="folder of all runs; what is done there stays")
     new.add_argument(
-        "--row", action="append", metavar="NAME", help="only this row (may be given several times); no bench.md"
+        "--dataset", action="append", metavar="NAME", help="only this of its `datasets` (may be given several times)"
     )
-    new.add_argument("--seeds", metavar="A,B,...", help="one run per seed and row (seeds)")
-    new.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at a time, sharing the cores (1)")
+    study(new)
 
-    new = verb("evaluate", evaluate, True)
+    new = verb("reproduce", reproduce, _PARTS)
+    new.add_argument("name", metavar="NAME", help="ltpa-cifar10, ltpa-cifar100 or ltpa-cub")
+    new.add_argument("--out", metavar="FOLDER", help="train ours there; what is done stays (print what is published)")
+    new.add_argument("--data", metavar="PATH_OR_NAME", help="where the images lie (data.source)")
+    study(new)
+
+    new = verb("evaluate", evaluate, ("data",))
     new.add_argument("run", metavar="RUN", help="run folder")
     new.add_argument("--data", metavar="PATH_OR_NAME", help="other data than the run's own")
     new.add_argument("--split", default="test", metavar="SPLIT", help="train, val or test (test)")
@@ -536,7 +635,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
     evaluation(new)
 
-    new = verb("sight", sight, True)
+    new = verb("sight", sight, _PARTS)
     new.add_argument("--out", required=True, metavar="FOLDER", help="folder of all networks; what is done there stays")
     new.add_argument("--sets", metavar="A,B,...", help="planted sets (all four)")
     new.add_argument(
@@ -545,16 +644,32 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--budget", type=_seconds, metavar="TIME", help="for the maps and scores of one set")
     evaluation(new)
 
-    new = verb("list", show, False)
+    new = verb("push", push)
+    new.add_argument("run", metavar="RUN", help="run folder")
+    new.add_argument("name", metavar="OWNER/NAME", help="repository, made where it is missing")
+    new.add_argument("--private", action="store_true", help="make it private")
+
+    new = verb("pull", pull)
+    new.add_argument("name", metavar="OWNER/NAME", help="repository; OWNER/NAME@REVISION for a branch, tag or commit")
+    new.add_argument("--out", required=True, metavar="FOLDER", help="run folder to write")
+
+    new = verb("export", export)
+    new.add_argument("run", metavar="RUN", help="run folder")
+    new.add_argument("--out", required=True, metavar="FILE", help="FILE.onnx, or FILE.pt2 for torch.export.load")
+
+    new = verb("list", show)
     new.add_argument("kind", nargs="?", choices=_KINDS, metavar="KIND", help=", ".join(_KINDS))
     new.add_argument("--compare", metavar="MODEL", help="list attention: what each block costs in a timm network")
     return parser
 
 
-def _fields() -> str:
+def _fields(parts: Sequence[str]) -> str:
     tree = ast.parse(Path(recipe.__file__).read_text(encoding="utf-8"))
-    lines = ["", "every field of the recipe can be given as --PART.FIELD VALUE:"]
-    for part in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Recipe"):
+    whose = "of the recipe" if parts == _PARTS else f"of the recipe's {' and '.join(parts)}"
+    lines = ["", f"every field {whose} can be given as --PART.FIELD VALUE:"]
+    for part in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        if part.name.lower() not in parts:
+            continue
         for field, text in zip(part.body, part.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 name = f"--{part.name.lower()}.{ast.unparse(field.target)}"

@@ -62,6 +62,10 @@ class Augment:
     """Turn by a random multiple of 90 degrees and mirror vertically: for tissue and other views from above."""
     color: float = 0.0
     """Strength of random brightness, contrast and saturation, 0 to 1."""
+    cutout: int = 0
+    """Side of a square, in pixels, at a random place, that is filled with the mean colour. 0: none."""
+    mixup: float = 0.0
+    """Blend each image of a batch and its label with another one, by a share from Beta(mixup, mixup); 0: no blend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ class Optim:
     epochs: int = 20
     """Passes over the training images."""
     batch_size: int = 32
-    """Images per step, fewer where there are not so many; the last incomplete batch of a pass is left out."""
+    """Images per step, of all processes together; the last incomplete batch of a pass is left out."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     """SGD with momentum, or AdamW."""
     lr: float = 0.003
@@ -120,6 +124,14 @@ class Optim:
     """teacher: share of the labels in the loss; the teacher has the rest."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Arithmetic of the training step."""
+    compile: bool = False
+    """Compile the network (torch.compile): pays on a GPU in a training of minutes; on a CPU it needs a C++ compiler."""
+    micro_batches: int = 1
+    """Parts in which a batch goes through the network, to save memory; BatchNorm sees parts. 0: as many as it takes."""
+    sharded: bool = False
+    """Several processes: spread weights, gradients and moments over them (FSDP), for networks too large for one."""
+    sync_batch_norm: bool = False
+    """Several processes with a GPU each: BatchNorm over the batch of all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +168,11 @@ _LIMITS: dict[str, _Limit] = {
     "augment.crop": _NOT_NEGATIVE,
     "augment.scale": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "augment.color": _SHARE,
+    "augment.cutout": _NOT_NEGATIVE,
+    "augment.mixup": _NOT_NEGATIVE,
     "optim.epochs": _COUNT,
     "optim.batch_size": _COUNT,
+    "optim.micro_batches": _NOT_NEGATIVE,
     "optim.lr": _POSITIVE,
     "optim.momentum": _PART,
     "optim.weight_decay": _NOT_NEGATIVE,

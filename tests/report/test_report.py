@@ -654,7 +654,7 @@ def test_what_was_left_out_is_named(page: Page):
 
 def test_a_long_summary_has_headings(evaluation: Evaluation, tmp_path: Path):
     found = [f"method {i} shows most (insertion_auc 0.9)." for i in range(12)]
-    flawed = ["3 of 9 maps of cam are flat.", "cam is not shown to be better than edge_map in insertion_auc."]
+    flawed = ["3 of 9 maps of cam are flat.", "None of cam, lrp is shown to be better than edge_map in insertion_auc."]
     missing = ["Left out, since the time would not have been enough: rise."]
     assert tables.grouped([*flawed, *found, *missing]) == {
         "What was found": found,

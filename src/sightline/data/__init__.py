@@ -27,6 +27,7 @@ __all__ = [
     "batches",
     "load",
     "load_stream",
+    "load_whole",
     "normalise",
     "read_images",
 ]
@@ -68,6 +69,30 @@ def load(data: Data) -> dict[str, ImageSet]:
     return {split: replace(images, preprocess=preprocess) for split, images in sets.items()}
 
 
+def load_whole(data: Data) -> dict[str, ImageSet]:
+    """Other images for a trained network: the splits as the source has them, or all of it as test; none are set aside.
+
+    A class may have no image in training, images may have no label, and groups may occur in several splits. What
+    `preprocess` says is the size alone: the network brings the rest.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or data set.
+        ValueError: what is there is not an image set.
+        ModuleNotFoundError: the source needs a library that is not installed.
+    """
+    if data.streaming or data.source in clutter.PARTS:
+        return load(data)
+    _check(data)
+    found = _find(data)
+    blank = _blank(data, found)
+    parts = np.where(found.parts == "", "test", found.parts)
+    rows = {part: np.flatnonzero(parts == part) for part in np.unique(parts).tolist()}
+    if data.test_size is not None and data.test_size < len(rows.get("test", ())):
+        rows["test"] = rows["test"][draw(found.labels[rows["test"]], data.test_size, data.seed)]
+    sets = {part: _decoded(found, part, chosen, blank, data.strict) for part, chosen in rows.items()}
+    return {part: replace(images, skipped=found.skipped + images.skipped) for part, images in sets.items()}
+
+
 def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
     """Training images to be read one after the other, and the splits val and test as `load` gives them.
 
@@ -97,7 +122,7 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
         flip_ok=held.flip_ok,
         strict=data.strict,
     )
-    first = islice(train.read(100, (data.seed, 0), None, False, 0), 5)
+    first = islice(batches(train, 100, shuffle=(data.seed, 0)), 5)
     preprocess = statistics(batch.images.numpy() for batch in first)
     sets: dict[str, ImageSet] = {}
     for split in ("val", "test"):

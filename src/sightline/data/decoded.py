@@ -97,6 +97,12 @@ class Decoder:
         except UnreadableImage as error:
             return str(error)
 
+    def stack(self, samples: Sequence[Sample]) -> Pixels:
+        """Samples, if any, as arrays."""
+        images = np.array([s.image for s in samples], dtype=np.uint8).reshape(-1, 3, *self.size)
+        masks = np.array([s.mask for s in samples], dtype=bool).reshape(-1, *self.size) if self.has_masks else None
+        return Pixels(images, masks, [s.boxes for s in samples if s.boxes is not None] if self.has_boxes else None)
+
 
 def _boxes(cell: Any) -> Float32[Array, "_ 4"]:
     """The boxes in a cell: one, several or none."""
@@ -128,7 +134,7 @@ class OnTheFly:
             if isinstance(sample, str):
                 what = record.image if isinstance(record.image, Path) else "an image"
                 raise OSError(f"{what} could be read at first and no longer can: {sample}")
-        return stack([sample for sample in samples if isinstance(sample, Sample)])
+        return self.decoder.stack([sample for sample in samples if isinstance(sample, Sample)])
 
     def attempt_all(self) -> Iterator[Sample | str]:
         """Every row decoded, or the reason why it cannot be; on all cores."""
@@ -161,15 +167,6 @@ class Facts(NamedTuple):
     skipped: list[tuple[int, str]]
     """Place and reason of the others."""
     boxes: list[list[list[float]]] | None
-
-
-def stack(samples: Sequence[Sample]) -> Pixels:
-    """Samples of one source as arrays."""
-    return Pixels(
-        np.stack([s.image for s in samples]),
-        None if samples[0].mask is None else np.stack([s.mask for s in samples if s.mask is not None]),
-        None if samples[0].boxes is None else [s.boxes for s in samples if s.boxes is not None],
-    )
 
 
 def cache_folder() -> Path:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +14,14 @@ from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sightline.data.decoded import Decoder, Pixels, Record, Sample, Store, stack
+from sightline.data.decoded import LARGEST, Decoder, OnTheFly, Pixels, Record, Sample, Store
 from sightline.data.images import quiet
+from sightline.data.transforms import DRAWS, draws
 from sightline.data.transforms import augment as augmented
 from sightline.recipe import Augment
 
 Array = np.ndarray
+CHUNK = 1024  # images that are brought to a device at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,35 @@ class Batch:
         )
 
 
+class Resident(NamedTuple):
+    """Decoded images and labels as tensors on one device."""
+
+    images: UInt8[Tensor, "n 3 h w"]
+    labels: Int64[Tensor, " n"]
+    masks: Bool[Tensor, "n 1 h w"] | None
+    boxes: list[Float32[Tensor, "_ 4"]] | None
+
+    def read(self, rows: Int64[Array, " b"]) -> Pixels:
+        """The images of these rows, brought back."""
+        batch = self.take(rows, torch.from_numpy(rows).to(self.images.device), []).to("cpu")
+        return Pixels(
+            batch.images.numpy(),
+            None if batch.masks is None else batch.masks[:, 0].numpy(),
+            None if batch.boxes is None else [boxes.numpy() for boxes in batch.boxes],
+        )
+
+    def take(self, rows: Int64[Array, " b"], places: Int64[Tensor, " b"], names: list[str]) -> Batch:
+        """The images of these rows, of which `places` is the copy on the device."""
+        return Batch(
+            images=self.images.index_select(0, places),
+            labels=self.labels.index_select(0, places),
+            masks=None if self.masks is None else self.masks.index_select(0, places),
+            boxes=None if self.boxes is None else [self.boxes[i].clone() for i in rows.tolist()],
+            indices=places,
+            names=names,
+        )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSet(Dataset[Batch]):
     """The images of one split."""
@@ -110,9 +142,52 @@ class ImageSet(Dataset[Batch]):
         self, indices: Sequence[int] | Int64[Array, " b"], augment: tuple[Augment, int, int] | None = None
     ) -> Batch:
         """The images at these places; how one is changed depends on `augment`, (what, seed, epoch), and its place."""
-        rows = np.asarray(indices, dtype=np.int64)
-        names = [self.names[i] for i in rows]
-        return _batch(self.store.read(rows), self.labels[rows], rows, names, augment, self.flip_ok)
+        return next(self.each([np.asarray(indices, dtype=np.int64)], augment))
+
+    def each(self, rows: Sequence[Int64[Array, " _"]], augment: tuple[Augment, int, int] | None) -> Iterator[Batch]:
+        """One batch after the other, of the images at these places, which go to a device all at once."""
+        places = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows]))
+        if isinstance(self.store, Resident):
+            places = places.to(self.store.images.device, non_blocking=True)
+        for here, there in zip(rows, places.split([len(r) for r in rows]), strict=True):
+            names = [self.names[i] for i in here.tolist()]
+            if isinstance(self.store, Resident):
+                batch = self.store.take(here, there, names)
+            else:
+                batch = _tensors(self.store.read(here), self.labels[here], there, names)
+            yield _changed(batch, augment, self)
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """Memory that the set takes on a device, boxes aside. None: its images are decoded on the fly."""
+        height, width = self.preprocess.size
+        pixels = (4 if self.has_masks else 3) * height * width
+        return None if isinstance(self.store, OnTheFly) else len(self) * (pixels + 8)
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """The same set with images, labels, masks and boxes held on a device, where its batches are then made.
+
+        Raises:
+            ValueError: its images are decoded on the fly.
+        """
+        n, (height, width) = len(self), self.preprocess.size
+        if isinstance(self.store, OnTheFly):
+            raise ValueError(
+                f"expected decoded images to hold on {device}, got images of {width} x {height} px that are decoded "
+                f"on the fly; set data.size to at most {LARGEST}"
+            )
+        images = torch.empty(n, 3, height, width, dtype=torch.uint8, device=device)
+        masks = torch.empty(n, 1, height, width, dtype=torch.bool, device=device) if self.has_masks else None
+        boxes: list[Tensor] | None = [] if self.has_boxes else None
+        for start in range(0, n, CHUNK):
+            part = self.batch(range(start, min(start + CHUNK, n)))
+            place = slice(start, start + len(part.labels))
+            images[place] = part.images
+            if masks is not None and part.masks is not None:
+                masks[place] = part.masks
+            if boxes is not None and part.boxes is not None:
+                boxes += [b.to(device) for b in part.boxes]
+        return replace(self, store=Resident(images, torch.tensor(self.labels, device=device), masks, boxes))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,6 +211,10 @@ class ImageStream:
     def __len__(self) -> int:
         return self.length
 
+    @property
+    def resident_bytes(self) -> None:
+        """None: a stream cannot be held on a device."""
+
     def read(
         self,
         batch_size: int,
@@ -143,8 +222,11 @@ class ImageStream:
         augment: tuple[Augment, int, int] | None,
         drop_last: bool,
         start: int,
+        part: tuple[int, int],
     ) -> Iterator[Batch]:
-        """One pass from batch `start` on; a batch is smaller by its unreadable images.
+        """One pass from batch `start` on; a batch, or share of one, is smaller by its unreadable images.
+
+        A batch of which nothing is left is passed over; a share is handed out empty, so that all have equally many.
 
         Raises:
             ValueError: with `strict`, an image cannot be read.
@@ -154,6 +236,7 @@ class ImageStream:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for _ in range(start * batch_size, end, batch_size):
                 found = list(islice(records, batch_size))
+                found = [found[i] for i in _share(np.arange(len(found)), part)]
                 with quiet():
                     samples = list(pool.map(self.decoder.attempt, [record for _, record, _ in found]))
                 kept: list[tuple[int, int, Sample]] = []
@@ -164,30 +247,40 @@ class ImageStream:
                         raise ValueError(f"train/{number:06d}: {sample}")
                     elif (f"train/{number:06d}", sample) not in self.skipped:
                         self.skipped.append((f"train/{number:06d}", sample))
-                if kept:
-                    numbers, labels, usable = zip(*kept, strict=True)
-                    names = [f"train/{number:06d}" for number in numbers]
-                    yield _batch(stack(usable), np.array(labels), np.array(numbers), names, augment, self.flip_ok)
+                if kept or part[1] > 1:
+                    places = torch.tensor([number for number, _, _ in kept], dtype=torch.int64)
+                    labels = np.array([label for _, label, _ in kept], dtype=np.int64)
+                    names = [f"train/{number:06d}" for number, _, _ in kept]
+                    pixels = self.decoder.stack([sample for _, _, sample in kept])
+                    yield _changed(_tensors(pixels, labels, places, names), augment, self)
 
 
-def _batch(
-    pixels: Pixels,
-    labels: Int64[Array, " b"],
-    places: Int64[Array, " b"],
-    names: list[str],
-    augment: tuple[Augment, int, int] | None,
-    flip_ok: bool,
-) -> Batch:
-    images = torch.from_numpy(pixels.images)
-    masks = None if pixels.masks is None else torch.from_numpy(pixels.masks)[:, None]
-    boxes = None if pixels.boxes is None else [torch.from_numpy(b) for b in pixels.boxes]
-    if augment is not None:
-        what, seed, epoch = augment
-        if what.flip is None:
-            what = replace(what, flip=flip_ok)
-        draws = np.stack([np.random.default_rng([seed, epoch, place]).random(12) for place in places])
-        images, masks, boxes = augmented(images, masks, boxes, what, draws)
-    return Batch(images, torch.from_numpy(labels), masks, boxes, torch.from_numpy(places), names)
+def _tensors(pixels: Pixels, labels: Int64[Array, " b"], places: Int64[Tensor, " b"], names: list[str]) -> Batch:
+    return Batch(
+        images=torch.from_numpy(pixels.images),
+        labels=torch.from_numpy(labels),
+        masks=None if pixels.masks is None else torch.from_numpy(pixels.masks)[:, None],
+        boxes=None if pixels.boxes is None else [torch.from_numpy(b) for b in pixels.boxes],
+        indices=places,
+        names=names,
+    )
+
+
+def _changed(batch: Batch, augment: tuple[Augment, int, int] | None, source: ImageSet | ImageStream) -> Batch:
+    if augment is None:
+        return batch
+    what, seed, epoch = augment
+    if what.flip is None:
+        what = replace(what, flip=source.flip_ok)
+    red, green, blue = (round(255 * mean) for mean in source.preprocess.mean)
+    uniform = draws(seed, epoch, batch.indices, DRAWS)
+    images, masks, boxes = augmented(batch.images, batch.masks, batch.boxes, what, uniform, (red, green, blue))
+    return replace(batch, images=images, masks=masks, boxes=boxes)
+
+
+def _share(rows: Int64[Array, " b"], part: tuple[int, int]) -> Int64[Array, " _"]:
+    """What process r of n gets of a batch."""
+    return np.array_split(rows, part[1])[part[0]]
 
 
 class _Batches(Dataset[Batch]):
@@ -212,6 +305,7 @@ def batches(
     drop_last: bool = False,
     start: int = 0,
     workers: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """One pass over the images.
 
@@ -222,19 +316,27 @@ def batches(
         augment: (what, seed, epoch) of random changes. None: images as they are.
         drop_last: Leave out a last batch that is not full.
         start: Number of the first batch, to go on in the middle of a pass.
-        workers: Processes that prepare batches; worth it where images are decoded on the fly.
+        workers: Processes that prepare batches; worth it where images are decoded on the fly. A set that is held on a
+            device needs none.
+        part: (r, n): only the share of process r, of n, in each batch. The shares of all, in order, are the batch; one
+            may be empty.
+
+    Raises:
+        ValueError: a batch size below 1, or a part that there is not.
     """
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(f"expected a part (r, n) with r from 0 to n - 1, got {part}")
     if isinstance(images, ImageStream):
-        return images.read(batch_size, shuffle, augment, drop_last, start)
+        return images.read(batch_size, shuffle, augment, drop_last, start, part)
     n = len(images)
     order = np.arange(n) if shuffle is None else np.random.default_rng(list(shuffle)).permutation(n)
     ends = range(0, n - n % batch_size if drop_last else n, batch_size)
-    rows = [order[i : i + batch_size] for i in ends][start:]
+    rows = [_share(order[i : i + batch_size], part) for i in ends][start:]
+    if workers == 0 or isinstance(images.store, Resident):
+        return images.each(rows, augment)
     todo = _Batches(images, rows, augment)
-    if workers == 0:
-        return (todo[i] for i in range(len(todo)))
     # the generator keeps the loader from drawing its workers' seed from the global random state
     return iter(DataLoader(todo, batch_size=None, num_workers=workers, generator=torch.Generator()))
 

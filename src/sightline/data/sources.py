@@ -57,8 +57,6 @@ def from_folder(data: Data, folder: Path) -> Table:
     split = [(PARTS[d.name.lower()], d) for d in _subfolders(folder) if d.name.lower() in PARTS]
     if not any(_subfolders(d) for _, d in split):
         split = []  # classes that bear such a name
-    if split and "train" not in dict(split):
-        raise ValueError(f"expected training images in {folder}, got only {split[0][1].name}; add a folder train")
     roots = split or [("", folder)]
     files: list[Path] = []
     parts: list[str] = []

@@ -118,7 +118,8 @@ def assign(
         _check_disjoint(part, groups, data.group)
     if "train" not in part:
         raise ValueError(
-            f"expected training images, got only {' and '.join(np.unique(part))}; split anew with --data.resplit true"
+            f"expected training images, got only {' and '.join(np.unique(part))}; add some, or split anew with "
+            "--data.resplit true"
         )
     for name, share in (("test", data.test), ("val", data.val)):
         if name not in part and share > 0:
@@ -170,5 +171,5 @@ def _check_disjoint(part: Shaped[Array, " n"], groups: Shaped[Array, " n"], colu
         if len(shared):
             raise ValueError(
                 f"{len(shared)} of {len(held)} {column} groups in {other} also occur in {one}, "
-                "which would flatter the scores; split anew with --data.resplit true"
+                "which would flatter the scores; add some, or split anew with --data.resplit true"
             )

@@ -1,91 +1,248 @@
-"""Random changes of training images by torchvision's v2 transforms; the random numbers are handed in."""
+"""Random changes of training images, whole batches at once on their own device; the random numbers are handed in."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Shaped, UInt8
+from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
+from torch.nn.functional import pad
 
 from sightline.recipe import Augment
 
+DRAWS = 14
+BLOCK = 2**17  # pixels that a core's cache holds, with all that is made of them on the way
+Boxes = list[Float32[Tensor, "_ 4"]]
 
-class _Samples:
-    """Images with their masks and boxes, changed together in place."""
 
-    def __init__(
-        self,
-        images: UInt8[Tensor, "b 3 h w"],
-        masks: Bool[Tensor, "b 1 h w"] | None,
-        boxes: list[Float32[Tensor, "_ 4"]] | None,
-    ):
-        self.images, self.masks, self.boxes = images, masks, boxes
+def draws(seed: int, epoch: int, places: Int64[Tensor, " b"], n: int) -> Float32[Tensor, "b n"]:
+    """Uniform numbers in [0, 1), n for each place; each depends on (seed, epoch, place, column) alone.
 
-    def change(self, rows: Shaped[np.ndarray, " k"], transform: Callable[[Tensor], Tensor]) -> None:
-        """Apply one v2 function, which keeps the size, to the images of these rows at once."""
-        if len(rows) == 0:
-            return
-        where = torch.from_numpy(rows)
-        self.images[where] = transform(tv_tensors.Image(self.images[where]))
-        if self.masks is not None:
-            self.masks[where] = transform(tv_tensors.Mask(self.masks[where]))
-        if self.boxes is not None:
-            size = (int(self.images.shape[-2]), int(self.images.shape[-1]))
-            counts = [len(self.boxes[i]) for i in rows]
-            together = torch.cat([self.boxes[i] for i in rows])
-            moved = transform(tv_tensors.BoundingBoxes(together, format="XYXY", canvas_size=size))  # pyright: ignore[reportCallIssue]
-            for i, boxes in zip(rows, moved.as_subclass(Tensor).split(counts), strict=True):
-                self.boxes[i] = boxes
+    They are the same bits on every device.
+    Source: SplitMix64 (Steele, Lea and Flood 2014, doi 10.1145/2660193.2660195).
+    Differs: its counter is started by the place and then, for the columns, by what that gives.
 
-    def change_by(self, values: Shaped[np.ndarray, " b"], transform: Callable[[Tensor, int], Tensor]) -> None:
-        """Apply `transform(x, value)`, one call for all images that share a value."""
-        for value in np.unique(values):
-            self.change(np.flatnonzero(values == value), lambda x, value=value: transform(x, int(value)))
+    >>> [round(x, 4) for x in draws(0, 0, torch.tensor([7]), 2)[0].tolist()]
+    [0.7497, 0.6237]
+    """
+    key = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64).view(np.int64)[0])
+    step = 0x9E3779B97F4A7C15 - 2**64
+    columns = torch.arange(1, n + 1, device=places.device)
+    bits = _mixed(_mixed(places * step + key)[:, None] + columns * step)
+    return _shifted(bits, 40).float() / 2**24
+
+
+def _mixed(x: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Int64[Tensor, "..."], bits: int) -> Int64[Tensor, "..."]:
+    """To the right, with zeros from the left, as if x had no sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 def augment(
     images: UInt8[Tensor, "b 3 h w"],
     masks: Bool[Tensor, "b 1 h w"] | None,
-    boxes: list[Float32[Tensor, "_ 4"]] | None,
+    boxes: Boxes | None,
     what: Augment,
-    draws: Float[np.ndarray, "b 12"],
-) -> tuple[UInt8[Tensor, "b 3 h w"], Bool[Tensor, "b 1 h w"] | None, list[Float32[Tensor, "_ 4"]] | None]:
-    """Change each image by its own row of `draws`, uniform numbers in [0, 1); masks and boxes follow.
+    uniform: Float32[Tensor, "b 14"],
+    fill: tuple[int, int, int],
+) -> tuple[UInt8[Tensor, "b 3 h w"], Bool[Tensor, "b 1 h w"] | None, Boxes | None]:
+    """Change each image by its own row of `uniform`, numbers in [0, 1); masks and boxes follow.
 
-    The images and masks are changed in place. What lies outside is black. Boxes that leave the image are dropped.
+    What lies outside is black, what is cut out becomes `fill`. Boxes that leave the image are dropped. Nothing is
+    changed in place, and, without boxes, the host never waits for the device.
     """
-    samples = _Samples(images, masks, None if boxes is None else list(boxes))
-    height, width = images.shape[-2:]
-    everyone = np.arange(len(images))
+    marks = None if boxes is None else _Marks.joined(boxes, images.device)
     if what.scale < 1:
-        area = what.scale + (1 - what.scale) * draws[:, 0]
-        ratio = np.exp((2 * draws[:, 1] - 1) * np.log(4 / 3))
-        h = np.clip(np.rint(height * np.sqrt(area / ratio)), 1, height).astype(int)
-        w = np.clip(np.rint(width * np.sqrt(area * ratio)), 1, width).astype(int)
-        top = ((height - h + 1) * draws[:, 2]).astype(int)
-        left = ((width - w + 1) * draws[:, 3]).astype(int)
-        for i in everyone:
-            place = (int(top[i]), int(left[i]), int(h[i]), int(w[i]))
-            samples.change(everyone[i : i + 1], lambda x, place=place: F.resized_crop(x, *place, [height, width]))
-    if what.crop:
-        down, right = (np.floor(draws[:, k] * (2 * what.crop + 1)).astype(int) - what.crop for k in (4, 5))
-        samples.change_by(down, lambda x, top: F.crop(x, top, 0, height, width))
-        samples.change_by(right, lambda x, left: F.crop(x, 0, left, height, width))
-    if what.flip:
-        samples.change(np.flatnonzero(draws[:, 6] < 0.5), F.horizontal_flip)
-    if what.rotate:
-        quarter = 1 if height == width else 2
-        turns = (draws[:, 7] * (4 // quarter)).astype(int) * quarter
-        samples.change_by(turns, lambda x, k: F.rotate(x, 90.0 * k) if k else x)
-        samples.change(np.flatnonzero(draws[:, 8] < 0.5), F.vertical_flip)
+        window = _Window.drawn(what, uniform, *images.shape[-2:])
+        images = window.enlarged(images)
+        masks = None if masks is None else window.nearest(masks)
+        marks = None if marks is None else window.around(marks)
+    if what.crop or what.flip or what.rotate:
+        move = _Move.drawn(what, uniform, *images.shape[-2:])
+        images = move.pixels(images)
+        masks = None if masks is None else move.pixels(masks)
+        marks = None if marks is None else move.corners(marks)
     if what.color:
-        factors = 1 + what.color * (2 * draws[:, 9:12] - 1)
-        for i in everyone:
-            brightness, contrast, saturation = (float(f) for f in factors[i])
-            image = F.adjust_brightness(images[i], brightness)
-            images[i] = F.adjust_saturation(F.adjust_contrast(image, contrast), saturation)
-    if samples.boxes is not None:
-        samples.boxes = [b[(b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])] for b in samples.boxes]
-    return samples.images, samples.masks, samples.boxes
+        images = _coloured(images, 1 + what.color * (2 * uniform[:, 9:12] - 1))
+    if what.cutout:
+        images = _cut_out(images, what.cutout, uniform[:, 12:14], fill)
+    return images, masks, None if marks is None else marks.kept(len(images))
+
+
+class _Marks(NamedTuple):
+    """The boxes of all images."""
+
+    corners: Float32[Tensor, "k 2 2"]
+    """First and last corner of each, as (x, y)."""
+    image: Int64[Tensor, " k"]
+
+    @classmethod
+    def joined(cls, boxes: Boxes, device: torch.device) -> "_Marks":
+        counts = torch.tensor([len(b) for b in boxes], dtype=torch.int64, device=device)
+        corners = torch.cat([torch.zeros(0, 4, device=device), *boxes]).reshape(-1, 2, 2)
+        return cls(corners, torch.arange(len(boxes), device=device).repeat_interleave(counts))
+
+    def kept(self, n: int) -> Boxes:
+        """Those that are not empty, by image."""
+        full = (self.corners[:, 1] > self.corners[:, 0]).all(1)
+        counts = torch.bincount(self.image[full], minlength=n)
+        return list(self.corners[full].reshape(-1, 4).split(counts.tolist()))
+
+
+class _Window(NamedTuple):
+    """A random part of each image, which is enlarged to the size of the whole."""
+
+    start: Int64[Tensor, "b 2"]
+    """Its left and top, in pixels."""
+    size: Int64[Tensor, "b 2"]
+    """Its width and height."""
+    whole: tuple[int, int]
+    """Width and height of the image."""
+
+    @classmethod
+    def drawn(cls, what: Augment, uniform: Float32[Tensor, "b 14"], height: int, width: int) -> "_Window":
+        area = what.scale + (1 - what.scale) * uniform[:, 0]
+        ratio = (4 / 3) ** (2 * uniform[:, 1] - 1)
+        h = (height * (area / ratio).sqrt()).round().clamp(1, height)
+        w = (width * (area * ratio).sqrt()).round().clamp(1, width)
+        left, top = (width - w + 1) * uniform[:, 3], (height - h + 1) * uniform[:, 2]
+        return cls(torch.stack([left, top], 1).long(), torch.stack([w, h], 1).long(), (width, height))
+
+    def enlarged(self, images: UInt8[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
+        """Bilinear, rounded after each axis; as nothing gets smaller, nothing needs smoothing."""
+        block = max(BLOCK // (self.whole[0] * self.whole[1]), 1) if images.device.type == "cpu" else len(images)
+        taps = [tap.split(block) for axis in (0, 1) for tap in self._taps(axis)]
+        return torch.cat([_blended(*part) for part in zip(images.split(block), *taps, strict=True)])
+
+    def _taps(self, axis: int) -> tuple[Int64[Tensor, "b n"], Int64[Tensor, "b n"], Float32[Tensor, "b n"]]:
+        """For each new pixel the two old ones that it lies between, and the weight of the second."""
+        start, size, n = self.start[:, axis, None], self.size[:, axis, None], self.whole[axis]
+        middle = torch.arange(n, device=start.device) + 0.5
+        place = (middle * (size / n) - 0.5).clamp(min=0)
+        first = place.long()
+        return start + first, start + torch.minimum(first + 1, size - 1), place - first
+
+    def nearest(self, masks: Bool[Tensor, "b 1 h w"]) -> Bool[Tensor, "b 1 h w"]:
+        columns, rows = (
+            self.start[:, axis, None] + (torch.arange(n, device=masks.device) * (self.size[:, axis, None] / n)).long()
+            for axis, n in enumerate(self.whole)
+        )
+        return _columns(_rows(masks, rows), columns)
+
+    def around(self, marks: _Marks) -> _Marks:
+        start, size = self.start[marks.image, None], self.size[marks.image, None]
+        whole = torch.tensor(self.whole, device=start.device)
+        corners = (marks.corners - start).clamp(min=0).minimum(size.float()) * (whole / size)
+        return marks._replace(corners=corners)
+
+
+class _Move(NamedTuple):
+    """Whole pixels of each image shifted, mirrored and turned, in this order."""
+
+    shift: Int64[Tensor, "b 2"]
+    """To the left and up, in pixels."""
+    mirrored: Bool[Tensor, "b 2"]
+    """Left to right, and top to bottom."""
+    turned: Bool[Tensor, " b"] | None
+    """Whether rows become columns. None: never."""
+    whole: tuple[int, int]
+    """Width and height of the image."""
+
+    @classmethod
+    def drawn(cls, what: Augment, uniform: Float32[Tensor, "b 14"], height: int, width: int) -> "_Move":
+        shift = (uniform[:, 4:6].flip(1) * (2 * what.crop + 1)).long() - what.crop
+        left_right = (uniform[:, 6] < 0.5) & bool(what.flip)
+        up_down, turned = torch.zeros_like(left_right), None
+        if what.rotate:
+            quarter = 1 if height == width else 2
+            turns = (uniform[:, 7] * (4 // quarter)).long() * quarter
+            turned, upset = turns % 2 == 1, uniform[:, 8] < 0.5
+            left_right = left_right ^ (turns == 1) ^ (turns == 2) ^ (upset & turned)
+            up_down = (turns >= 2) ^ (upset & ~turned)
+            turned = turned if height == width else None
+        return cls(shift, torch.stack([left_right, up_down], 1), turned, (width, height))
+
+    def pixels(self, x: Shaped[Tensor, "b c h w"]) -> Shaped[Tensor, "b c h w"]:
+        columns, rows = (self._places(axis) for axis in (0, 1))
+        moved = _columns(_rows(pad(x, (0, 1, 0, 1)), rows), columns)
+        return moved if self.turned is None else torch.where(self.turned[:, None, None, None], moved.mT, moved)
+
+    def _places(self, axis: int) -> Int64[Tensor, "b n"]:
+        """Which old pixel each new one is, before any turn; n, one beyond the last, for none."""
+        n = self.whole[axis]
+        steps = torch.arange(n, device=self.shift.device)
+        places = torch.where(self.mirrored[:, axis, None], steps.flip(0), steps) + self.shift[:, axis, None]
+        return torch.where((places >= 0) & (places < n), places, n)
+
+    def corners(self, marks: _Marks) -> _Marks:
+        whole = torch.tensor(self.whole, device=self.shift.device)
+        corners = (marks.corners - self.shift[marks.image, None]).clamp(min=0).minimum(whole.float())
+        corners = torch.where(self.mirrored[marks.image, None], whole - corners.flip(1), corners)
+        if self.turned is not None:
+            corners = torch.where(self.turned[marks.image, None, None], corners.flip(2), corners)
+        return marks._replace(corners=corners)
+
+
+def _rows(x: Shaped[Tensor, "b c h w"], rows: Int64[Tensor, "b n"]) -> Shaped[Tensor, "b c n w"]:
+    """These rows of each image."""
+    b, c, h, w = x.shape
+    first = torch.arange(b * c, device=x.device).reshape(b, c, 1) * h
+    return x.reshape(-1, w).index_select(0, (first + rows[:, None]).flatten()).reshape(b, c, rows.shape[1], w)
+
+
+def _columns(x: Shaped[Tensor, "b c h w"], columns: Int64[Tensor, "b n"]) -> Shaped[Tensor, "b c h n"]:
+    """These columns of each image."""
+    return x.gather(3, columns[:, None, None].expand(-1, x.shape[1], x.shape[2], -1))
+
+
+def _blended(
+    images: UInt8[Tensor, "b 3 h w"],
+    left: Int64[Tensor, "b n"],
+    right: Int64[Tensor, "b n"],
+    across: Float32[Tensor, "b n"],
+    upper: Int64[Tensor, "b m"],
+    lower: Int64[Tensor, "b m"],
+    down: Float32[Tensor, "b m"],
+) -> UInt8[Tensor, "b 3 m n"]:
+    columns = _columns(images, left).float().lerp_(_columns(images, right).float(), across[:, None, None])
+    columns = columns.add_(0.5).floor_()
+    rows = _rows(columns, upper).lerp_(_rows(columns, lower), down[:, None, :, None])
+    return _grey_levels(rows.add_(0.5))
+
+
+def _coloured(images: UInt8[Tensor, "b 3 h w"], factors: Float32[Tensor, "b 3"]) -> UInt8[Tensor, "b 3 h w"]:
+    """Brightness, contrast and saturation multiplied by factors, in this order, each rounded down to a grey level."""
+    brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
+    x = (images * brightness).clamp_(max=255).floor_()
+    mean = _grey(x).mean((1, 2, 3), keepdim=True)
+    x = (x * contrast).add_(mean * (1 - contrast)).clamp_(0, 255).floor_()
+    x = (x * saturation).add_(_grey(x) * (1 - saturation)).clamp_(0, 255)
+    return _grey_levels(x)
+
+
+def _grey(x: Float32[Tensor, "b 3 h w"]) -> Float32[Tensor, "b 1 h w"]:
+    """Brightness as the eye sees it (ITU-R BT.601), rounded down."""
+    red, green, blue = x.split(1, 1)
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
+
+
+def _cut_out(
+    images: UInt8[Tensor, "b 3 h w"], side: int, uniform: Float32[Tensor, "b 2"], fill: tuple[int, int, int]
+) -> UInt8[Tensor, "b 3 h w"]:
+    """Source: DeVries and Taylor 2017, arXiv 1708.04552: its centre is in the image, the rest may be outside."""
+    height, width = images.shape[-2:]
+    top, left = ((uniform[:, k, None] * n).long() - side // 2 for k, n in enumerate((height, width)))
+    steps_y, steps_x = (torch.arange(n, device=images.device) for n in (height, width))
+    rows, columns = ((steps >= first) & (steps < first + side) for steps, first in ((steps_y, top), (steps_x, left)))
+    hole = rows[:, :, None] & columns[:, None]
+    return torch.stack([x.masked_fill(hole, v) for x, v in zip(images.unbind(1), fill, strict=True)], 1)
+
+
+def _grey_levels(x: Float32[Tensor, "*_"]) -> UInt8[Tensor, "*_"]:
+    # the way from float to uint8 is four times as slow on a CPU
+    return x.to(torch.int16).to(torch.uint8)

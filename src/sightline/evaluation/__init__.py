@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from sightline import maps as pixels
 from sightline.data import ImageSet
-from sightline.evaluation.budget import Plan, plan
+from sightline.evaluation.budget import Plan, kept, plan
 from sightline.evaluation.parts import Part, clear, digest_of, key_of
 from sightline.evaluation.result import Comparison, Curve, Evaluation, Example, Score, Standing
 from sightline.evaluation.sentences import OF_ANOTHER_CLASS, summary
@@ -103,7 +104,17 @@ def evaluate(
     >>> found.score("cam", "energy_in_mask").interval.value, found.chance["energy_in_mask"]
     (1.0, 1.0)
     """
-    wanted = None if metrics is None or metrics == "all" else list(metrics)
+    if limit < 1:
+        raise ValueError(f"expected a limit of at least 1 image, got {limit}; leave it out for 500")
+    if examples < 0:
+        raise ValueError(f"expected at least 0 examples, got {examples}")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"expected a budget above 0 seconds, got {budget}; leave it out to do all")
+    for what, names in (("methods or 'all'", methods), ("metrics or 'all'", metrics), ("controls", controls)):
+        if isinstance(names, str) and (names != "all" or what == "controls"):
+            keyword = what.partition(" ")[0]
+            raise ValueError(f"expected a list of {what}, got {names!r}; write {keyword}=[{names!r}]")
+    wanted = None if metrics is None or metrics == "all" else list(dict.fromkeys(metrics))
     _check(wanted or (), METRICS, "metric")
     with_other_class = "other_class" in controls
     listed = [] if methods is None or isinstance(methods, str) else list(methods)
@@ -114,22 +125,29 @@ def evaluate(
         raise ValueError(f"expected controls that never look at the model, got {looking[0]!r}; give it as a method")
     report = progress or (lambda what, done, total: None)
     source = Source(model, data, batch_size, classes)
+    hiding = Hiding(steps=steps, fill=fill, cells=cells, batch_size=batch_size, mean=source.mean, std=source.std)
     answers = predict(model, source, report)
     wanted = _metrics_of(wanted, metrics == "all", source.has_masks, any(True for _ in model.parameters()))
     drawn = np.random.default_rng(seed).permutation(len(answers.labels))
     first = next(source.batches(np.sort(drawn[:_TRIED])))
     if not listed:
-        if isinstance(methods, str) and methods != "all":
-            raise ValueError(f"expected a list of methods or 'all', got {methods!r}; write methods=[{methods!r}]")
         own = _methods_of(model, first.images, everything=methods == "all")
         asked = {name: name for name in own} | asked
-    hiding = Hiding(steps=steps, fill=fill, cells=cells, batch_size=batch_size, mean=source.mean, std=source.std)
+    folder = None if partial_results is None else Path(partial_results)
+    files: list[Path] = []
+    options = {name: named(method)[2] for name, method in asked.items()}
+    asking = (asdict(hiding), answers.names, answers.probabilities, options, with_other_class)
     planned = Plan(methods=tuple(asked), metrics=tuple(wanted), limit=limit, seconds=0.0, left_out={})
     if budget is not None:
         targets = torch.from_numpy(answers.predictions[first.rows.numpy()]).to(first.images.device)
         others = [n for n, of in asked.items() if with_other_class and not named(of)[1].is_blind_to_class]
-        planned = plan(
-            model, first.images, targets, asked, blind, wanted, hiding, min(limit, len(drawn)), budget, others
+        if folder is not None:
+            files.append(folder / f"{key_of(model, *asking, wanted, limit, budget, drawn)}-plan.json")
+        planned = kept(
+            files[0] if files else None,
+            partial(
+                plan, model, first.images, targets, asked, blind, wanted, hiding, min(limit, len(drawn)), budget, others
+            ),
         )
         asked = {name: asked[name] for name in planned.methods}
     wrong = np.flatnonzero((answers.labels >= 0) & (answers.labels != answers.predictions))
@@ -137,12 +155,8 @@ def evaluate(
     rows = _Drawn(np.sort(drawn[: planned.limit]), np.sort(drawn[: min(examples, planned.limit)]), wrong)
 
     maker = _Maker(model, asked, tuple(blind), with_other_class, planned.metrics, hiding, answers)
-    folder = None if partial_results is None else Path(partial_results)
-    drawn = [part.tobytes() for part in (rows.chosen, rows.gallery, wrong, answers.probabilities)]
-    fill = str(hiding.fill.tolist()) if isinstance(hiding.fill, Tensor) else hiding.fill
-    asking = (maker.methods, planned.metrics, replace(hiding, fill=fill), answers.names, drawn)
-    key = "" if folder is None else key_of(model, *asking)
-    files: list[Path] = []
+    shown = (rows.chosen, rows.gallery, wrong)
+    key = "" if folder is None else key_of(model, *asking, maker.methods, planned.metrics, shown)
     whole: Part | None = None
     done = 0
     for number, batch in enumerate(source.batches(rows.chosen)):
@@ -385,7 +399,7 @@ def _found(
             method: dict(Counter(verdict.partition(":")[0] for image in images for verdict in image))
             for method, images in whole.verdicts.items()
         },
-        failed=failing(found.scores, asked, len(rows.chosen)),
+        failed=failing(table, asked, groups, seed),
         curves={kind: of for kind, of in curves.items() if of},
         worst={method: tuple(example(int(row), [method]) for row in of) for method, of in worst.items() if len(of)},
         method_agreement=alike / np.where(counted > 0, counted, np.nan),
@@ -428,9 +442,7 @@ def _examples(
 
 
 _CHANCE_IS_AREA = ("pointing_game", "energy_in_mask", "relevance_rank")
-_CHANCE = {"mask_auc": 0.5} | dict.fromkeys(
-    ("point_biserial", "road", "deletion_correlation", "insertion_correlation"), 0.0
-)
+_CHANCE = {"mask_auc": 0.5, "point_biserial": 0.0, "road": 0.0}
 
 
 def _one_column(values: Array, higher_is_better: bool | None) -> Array:

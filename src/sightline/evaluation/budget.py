@@ -1,8 +1,10 @@
 """What of an evaluation fits into a time budget."""
 
+import json
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from sightline.explainers import Method, explain
 from sightline.inference import forward
 from sightline.metrics import METRICS, Hiding, HidingMetric, frames_of, inpaint, inputs_of
 from sightline.metrics.hiding import ROAD_SHARES
+from sightline.runs import write
 
 _FEWEST = 50
 """Images below which rather a method or a metric is given up than more images."""
@@ -29,6 +32,20 @@ class Plan:
     """Expected for all of it."""
     left_out: dict[str, str]
     """Method or metric -> why."""
+
+
+def kept(path: Path | None, make: Callable[[], Plan]) -> Plan:
+    """The plan that `path` holds, else a new one that is put there: times measured again would make another."""
+    if path is not None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return Plan(**found | {name: tuple(found[name]) for name in ("methods", "metrics")})
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+    made = make()
+    if path is not None:
+        write(path, json.dumps(asdict(made)).encode())
+    return made
 
 
 def plan(
@@ -72,19 +89,25 @@ def plan(
     fewest = min(limit, _FEWEST)
     while cost(kept, measured) * fewest > budget:
         whole = cost(kept, measured)
-        saved = {name: whole - cost(kept.keys() - {name}, measured) for name in kept if name not in controls}
-        saved = saved if len(saved) > 1 else {}
-        if len(measured) > 1:
-            saved |= {name: whole - cost(kept, [m for m in measured if m != name]) for name in measured}
-        saved = {name: seconds for name, seconds in saved.items() if seconds > 0}
+        looks = [name for name in kept if name not in controls]
+        saved: dict[tuple[str, ...], float] = {}
+        if len(looks) > 1:
+            saved = {(name,): whole - cost(kept.keys() - {name}, measured) for name in looks}
+        for together in _sharing(measured):
+            if rest := [metric for metric in measured if metric not in together]:
+                saved[together] = whole - cost(kept, rest)
+        saved = {names: seconds for names, seconds in saved.items() if seconds > 0}
         if not saved:
             break
-        dearest = max(saved, key=lambda name: saved[name])
-        left_out[dearest] = f"{saved[dearest] * fewest:,.0f} s for {fewest} images, of {budget:,.0f} s for everything"
-        kept.pop(dearest, None)
-        measured = [metric for metric in measured if metric != dearest]
+        dearest = max(saved, key=lambda names: (saved[names], -len(names)))
+        for name in dearest:
+            shared = f" together with {', '.join(n for n in dearest if n != name)}" if len(dearest) > 1 else ""
+            seconds = f"{saved[dearest] * fewest:,.0f} s{shared} for {fewest} images"
+            left_out[name] = f"{seconds}, of {budget:,.0f} s for everything"
+            kept.pop(name, None)
+        measured = [metric for metric in measured if metric not in dearest]
     per_image = cost(kept, measured)
-    images_made = max(min(limit, int(budget / per_image)), 1)
+    images_made = max(int(min(limit, budget / per_image)), 1)
     return Plan(
         methods=tuple(kept),
         metrics=tuple(measured),
@@ -92,6 +115,12 @@ def plan(
         seconds=per_image * images_made,
         left_out=left_out,
     )
+
+
+def _sharing(metrics: Sequence[str]) -> list[tuple[str, ...]]:
+    """Each metric, and those that share masked images: one of them alone saves nothing."""
+    by_need = [tuple(metric for metric in metrics if need in _needs([metric])) for need in sorted(_needs(metrics))]
+    return list(dict.fromkeys([*((metric,) for metric in metrics), *by_need]))
 
 
 def _needs(metrics: Collection[str]) -> frozenset[str]:

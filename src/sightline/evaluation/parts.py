@@ -3,8 +3,8 @@
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from sightline.runs import write
 
@@ -72,6 +73,8 @@ class Part:
         np.savez(file, allow_pickle=False, facts=np.array(facts), **arrays)
         try:
             write(path, file.getvalue())
+        except FileNotFoundError:
+            pass  # another process that makes the same part has put it there, or is done with all of them
         except OSError:
             clear(path.parent, [])
             raise
@@ -82,9 +85,9 @@ class Part:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 arrays: dict[str, Array] = dict(stored)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
+        except Exception:  # what a damaged archive raises depends on the bit: RuntimeError, TokenError, KeyError, ...
             return None
-        facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
         tables: dict[str, dict[tuple[str, str], Array]] = {name: {} for name in _TABLES}
         for name in [name for name in arrays if "\t" in name]:
             table, method, key = name.split("\t")
@@ -93,9 +96,9 @@ class Part:
 
 
 def key_of(model: nn.Module, *question: Any) -> str:
-    """The same for the same weights and question, and for no other."""
+    """The same for the same weights and question, and for no other; tensors and arrays in it count to the last bit."""
     layer = getattr(model, "default_layer", None)
-    facts = repr((*question, layer, version("sightline")))
+    facts = repr((tree_map(_exact, question), layer, version("sightline")))
     state = model.state_dict()
     return digest_of(*state.values(), also=facts + repr(list(state)))
 
@@ -106,6 +109,7 @@ def digest_of(*tensors: Tensor | None, also: str = "") -> str:
     for tensor in tensors:
         if tensor is not None:
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if tensor is not None and tensor.numel():  # nothing has no stride
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -114,5 +118,9 @@ def clear(folder: Path, files: Iterable[Path]) -> None:
     """Take the files away, and the folder if nothing else is in it."""
     for file in files:
         file.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
+    with suppress(OSError):  # there is something else in it, or another process was quicker
         folder.rmdir()
+
+
+def _exact(leaf: Any) -> Any:
+    return digest_of(torch.as_tensor(leaf)) if isinstance(leaf, Tensor | np.ndarray) else leaf

@@ -1,5 +1,6 @@
 """What the numbers say in plain words; nothing that its interval does not bear."""
 
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from itertools import combinations
 
@@ -9,20 +10,30 @@ from sightline.evaluation.result import Evaluation
 from sightline.evaluation.source import Answers
 from sightline.evaluation.standings import LEVEL, UNDEFINED_SHARE
 from sightline.metrics import METRICS
-from sightline.metrics.uncertainty import Interval
+from sightline.metrics.uncertainty import Interval, paired_test
 
 _FEW_GROUPS = 20
 _AT_ODDS = -1.96  # standard errors of a rank correlation over methods that have nothing in common
 OF_ANOTHER_CLASS = " of another class"
+_MEANS = {
+    "flat": ": one value everywhere",
+    "all-negative": ": nothing in them speaks for the class",
+    "non-finite": ": infinite or undefined",
+    "class-independent": ": another class has the same",
+    "conservation gap": ": they do not add up to the score",
+    "plain gradient": ": some operations have no rule",
+}
+"""Verdict -> what it means, for those who read no page."""
 
 
 def summary(found: Evaluation, answers: Answers, by_class: Collection[str]) -> Iterator[str]:
     """Sentences, the most important first. `by_class`: methods that should differ between classes."""
     yield from _accuracy(found, answers)
     made = int(found.provenance["images with maps"])
-    units = found.scores[0].interval.n if found.scores else 0
+    units = max((score.interval.n for score in found.scores), default=0)
     if found.unit != "images" and units < _FEW_GROUPS:
         yield f"Only {units} groups ({found.unit}) stand behind the intervals of the maps: they are wide, and rough."
+    yield from _too_few(found)
     real = [method for method in found.methods if method not in found.controls]
     for metric in found.metrics:
         for method in real:
@@ -36,10 +47,15 @@ def summary(found: Evaluation, answers: Answers, by_class: Collection[str]) -> I
             figures = [f"{method} ({_figures(found.score(method, test).interval)})" for method in methods]
             yield METRICS[test].sentence.format(methods=", ".join(figures)) + "."
     yield from _at_odds(found)
+    alike = defaultdict[tuple[str, int], list[str]](list)
     for method in real:
         for verdict, count in found.verdicts[method].items():
             if verdict != "rectifiers intercepted" and (verdict != "class-independent" or method in by_class):
-                yield f"{count} of {made} maps of {method} {'have a' if ' ' in verdict else 'are'} {verdict}."
+                alike[verdict, count].append(method)
+    for (verdict, count), methods in alike.items():
+        which = f"{'each of ' if len(methods) > 1 else ''}{', '.join(methods)}"
+        state = f"{'have a' if ' ' in verdict else 'are'} {verdict}{_MEANS.get(verdict, '')}"
+        yield f"{count} of {made} maps of {which} {state}."
     if found.left_out:
         yield f"Left out, since the time would not have been enough: {', '.join(found.left_out)}."
     if found.skipped:
@@ -49,11 +65,16 @@ def summary(found: Evaluation, answers: Answers, by_class: Collection[str]) -> I
 def _accuracy(found: Evaluation, answers: Answers) -> Iterator[str]:
     if found.accuracy is None or found.majority is None:
         return
-    better = "better than" if found.accuracy.low > found.majority else "not reliably better than"
-    labelled = int((answers.labels >= 0).sum())
+    known = answers.labels >= 0
+    labelled = int(known.sum())
+    above = found.accuracy.low > found.majority
+    if answers.groups is not None:
+        lead = (answers.labels == answers.predictions)[known] - found.majority
+        above = above and paired_test(lead, answers.groups[known]) < LEVEL
+    better = "better than" if above else "not reliably better than"
     yield (
         f"The model names the right class in {_percent(found.accuracy)} of {labelled:,} images, {better} "
-        f"always giving the most frequent answer ({_share(found.majority)})."
+        f"always naming the most frequent class ({_share(found.majority)})."
     )
     if labelled < found.n_images:
         yield f"{found.n_images - labelled:,} of {found.n_images:,} images have no label and count for no accuracy."
@@ -67,21 +88,28 @@ def _best(found: Evaluation, metric: str) -> Iterator[str]:
     if standing is None:
         return
     score = found.score(standing.best, metric).interval
-    if not found.controls and metric not in found.chance:
-        yield f"The best in {metric} is {standing.best} with {_figures(score)}; without controls that says little."
+    compared = _compared(found, metric)
+    left = [control for control in found.controls if control not in compared]
+    if len(left) == len(found.controls) and metric not in found.chance:
+        why = "no control is defined for enough images" if left else "without controls that says little"
+        yield f"The best in {metric} is {standing.best} with {_figures(score)}; {why}."
         return
     if standing.unbeaten:
         rivals = ", ".join(standing.unbeaten)
         best = f"{standing.best}, the best in {metric} with {_figures(score)}"
-        yield f"{best}, does not reliably beat {rivals}."
+        ahead = [control for control in standing.unbeaten if _beats(found, metric, control, standing.best)]
+        behind = f"; {', '.join(ahead)} reliably {'beats' if len(ahead) == 1 else 'beat'} it" if ahead else ""
+        yield f"{best}, does not reliably beat {rivals}{behind}."
         return
     text = METRICS[metric].sentence.format(method=standing.best, score=_figures(score))
     if found.chance.get(metric):
         times = score.value / found.chance[metric]
         text += f", {times:.1f} times what a map without knowledge reaches ({found.chance[metric]:.3f})"
-    yield text + (", and beats every control." if found.controls else ".")
-    if standing.tied:
-        yield f"Not told apart from {standing.best} in {metric}: {', '.join(standing.tied)}."
+    beaten = [control for control in found.controls if control in compared]
+    text += "; it beats every control" if beaten else ""
+    text += f" that is defined for enough images (not {', '.join(left)})" if beaten and left else ""
+    tied = f"{' but' if beaten else '; it'} cannot be told apart from {', '.join(standing.tied)}"
+    yield text + (f"{tied}." if standing.tied else ".")
 
 
 def _no_better(found: Evaluation, real: Sequence[str]) -> Iterator[str]:
@@ -90,28 +118,49 @@ def _no_better(found: Evaluation, real: Sequence[str]) -> Iterator[str]:
     standing = found.standings.get(metric)
     if standing is None or standing.unbeaten:
         return
-    up = found.higher_is_better[metric]
+    compared = _compared(found, metric)
+    alike = defaultdict[tuple[str, ...], list[str]](list)
     for method in real:
-        rivals: list[str] = []
-        for pair in found.comparisons:
-            if pair.metric == metric and method in (pair.method, pair.other):
-                other = pair.other if pair.method == method else pair.method
-                ahead = (pair.difference.value > 0) == (up == (pair.method == method))
-                if other in found.controls and not (ahead and pair.adjusted < LEVEL):
-                    rivals.append(other)
+        rivals = [c for c in found.controls if {c, method} <= compared and not _beats(found, metric, method, c)]
         if rivals:
-            yield f"{method} is not shown to be better than {', '.join(rivals)} in {metric}."
+            alike[tuple(rivals)].append(method)
+    for rivals, methods in alike.items():
+        who = f"{methods[0]} is not" if len(methods) == 1 else f"None of {', '.join(methods)} is"
+        yield f"{who} shown to be better than {', '.join(rivals)} in {metric}."
+
+
+def _compared(found: Evaluation, metric: str) -> set[str]:
+    return {name for pair in found.comparisons if pair.metric == metric for name in (pair.method, pair.other)}
+
+
+def _beats(found: Evaluation, metric: str, method: str, other: str) -> bool:
+    """Whether the corrected paired test says so."""
+    up = found.higher_is_better[metric]
+    for pair in found.comparisons:
+        if pair.metric == metric and {pair.method, pair.other} == {method, other}:
+            ahead = (pair.difference.value > 0) == (up == (pair.method == method))
+            return ahead and pair.adjusted < LEVEL
+    return False
+
+
+def _too_few(found: Evaluation) -> Iterator[str]:
+    """Where even differences that are the same on every image would not be significant after the correction."""
+    pairs = Counter(pair.metric for pair in found.comparisons)
+    units = max((score.interval.n for score in found.scores), default=0)
+    if pairs and min(pairs.values()) * paired_test(np.ones(units)) >= LEVEL:
+        behind = "images" if found.unit == "images" else f"groups ({found.unit})"
+        yield f"Only {units} {behind}: too few to say of any method that it beats another one or a control."
 
 
 def _at_odds(found: Evaluation) -> Iterator[str]:
     table = found.metric_agreement
     if table is None:
         return
-    beyond = _AT_ODDS / np.sqrt(len(found.methods) - 1)
+    compared = {metric: _compared(found, metric) for metric in found.ranking}
     pairs = [
         f"{a} and {b} ({table[i, j]:+.2f})"
         for (i, a), (j, b) in combinations(enumerate(found.ranking), 2)
-        if np.isfinite(table[i, j]) and table[i, j] < beyond
+        if np.isfinite(table[i, j]) and table[i, j] < _AT_ODDS / np.sqrt(len(compared[a] & compared[b]) - 1)
     ]
     if pairs:
         shown = ", ".join(pairs[:5]) + (f" and {len(pairs) - 5} other pairs" if len(pairs) > 5 else "")
@@ -123,7 +172,8 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _share(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    """Never rounded to a certainty."""
+    return "<0.1 %" if 0 < share < 0.0005 else ">99.9 %" if 0.9995 <= share < 1 else f"{100 * share:.1f} %"
 
 
 def _percent(interval: Interval) -> str:

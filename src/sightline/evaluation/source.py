@@ -70,6 +70,7 @@ class Source:
         self.skipped = list(own.skipped) if own else []
         self.mean, self.std = (own.preprocess.mean, own.preprocess.std) if own else (None, None)
         self.total = len(own) if own else 0
+        self.sums: dict[int, Tensor] = {}  # of each image, by the first of its batch
 
     def batches(self, rows: Array | None) -> Iterator[Known]:
         """All images, or those at sorted places."""
@@ -108,8 +109,17 @@ class Source:
                 f"expected batches (images, labels[, masks]) or dicts with 'images', got {type(batch).__name__}"
             )
         where = f"the batch that starts with image {start}"
+        batch = {key: value for key, value in batch.items() if value is not None}
         check_images(batch["images"])
-        images, masks = batch["images"].to(self.device), batch.get("masks")
+        images = batch["images"].to(self.device)
+        masks = torch.as_tensor(batch["masks"]) if "masks" in batch else None
+        sums = images.flatten(1).sum(1, dtype=torch.float64)
+        seen = self.sums.setdefault(start, sums)
+        if len(seen) != len(sums) or not torch.allclose(seen, sums, rtol=0, atol=0, equal_nan=True):
+            raise ValueError(
+                f"expected the same images in every pass over the data, got others in {where}; "
+                "leave out shuffling and random augmentation"
+            )
         count = len(images)
         labels = torch.as_tensor(batch.get("labels", [-1] * count)).cpu()
         if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
@@ -131,7 +141,7 @@ class Source:
             images=images,
             labels=labels.long(),
             masks=None if masks is None else masks.to(self.device).bool(),
-            names=list(batch.get("names", [f"image {start + i}" for i in range(count)])),
+            names=[str(name) for name in batch.get("names", [f"image {start + i}" for i in range(count)])],
             groups=[str(group) for group in batch["groups"]] if "groups" in batch else None,
             rows=torch.arange(start, start + count),
             pictures=pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures[:, :3],
@@ -168,21 +178,23 @@ class Answers:
 
     def columns(self, rows: Array, unit: str) -> dict[str, list[Any]]:
         """The first columns of the table per image."""
-        found: dict[str, list[Any]] = {"name": [self.names[row] for row in rows]}
-        if self.groups is not None:
-            found[unit] = self.groups[rows].tolist()
-        return found | {
+        names = {"name": [self.names[row] for row in rows]}
+        answers: dict[str, list[Any]] = {
             "label": [self.classes[i] if i >= 0 else "" for i in self.labels[rows]],
             "prediction": [self.classes[i] for i in self.predictions[rows]],
             "probability": self.certainty[rows].tolist(),
         }
+        if self.groups is None:
+            return names | answers
+        return names | {"group" if unit in names | answers else unit: self.groups[rows].tolist()} | answers
 
 
 def predict(model: nn.Module, source: Source, progress: Progress) -> Answers:
     """One forward over all images; tells the source whether all of them have masks.
 
     Raises:
-        ValueError: no image, labels out of range, another number of classes than the data has.
+        ValueError: no image, logits that are not finite, labels out of range, another number of classes than the data
+            has.
     """
     shares: list[Tensor] = []
     labels: list[int] = []
@@ -204,6 +216,11 @@ def predict(model: nn.Module, source: Source, progress: Progress) -> Answers:
     if groups and source.unit == "images":
         source.unit = "group"
     probabilities = torch.cat(shares)
+    if broken := [name for name, of in zip(names, probabilities.isfinite().all(1).tolist(), strict=True) if not of]:
+        more = f" and {len(broken) - 1:,} more" if len(broken) > 1 else ""
+        raise ValueError(
+            f"expected finite logits, got others for {broken[0]!r}{more}; leave such images out, or mend the weights"
+        )
     certainty, predictions = probabilities.max(1)
     count = probabilities.shape[1]
     classes = tuple(source.classes or map(str, range(count)))

@@ -75,17 +75,18 @@ def league(
     )
 
 
-def failing(scores: Collection[Score], asked: Mapping[str, Collection[str]], images: int) -> dict[str, tuple[str, ...]]:
-    """Of each test, those of the methods asked whose whole interval lies above `ALIKE`."""
-    return {
-        test: tuple(
-            score.method
-            for score in scores
-            if score.metric == test and score.method in methods
-            if score.interval.low > ALIKE and score.undefined <= UNDEFINED_SHARE * images
-        )
-        for test, methods in asked.items()
-    }
+def failing(
+    table: Mapping[str, Mapping[str, Float[Array, " n"]]],
+    asked: Mapping[str, Collection[str]],
+    groups: Shaped[Array, " n"] | None = None,
+    seed: int = 0,
+) -> dict[str, tuple[str, ...]]:
+    """Of each test, those of the methods asked whose values in `table[test]` lie reliably above `ALIKE`."""
+
+    def fails(values: Array) -> bool:
+        return _is_compared(values) and _lies_beyond(values, ALIKE, True, groups, seed)
+
+    return {test: tuple(method for method in methods if fails(table[test][method])) for test, methods in asked.items()}
 
 
 def mean(values: Float[Array, " n"]) -> float:
@@ -96,6 +97,13 @@ def mean(values: Float[Array, " n"]) -> float:
 
 def _is_compared(values: Float[Array, " n"]) -> bool:
     return bool(np.isnan(values).mean() <= UNDEFINED_SHARE)
+
+
+def _lies_beyond(values: Array, bound: float, above: bool, groups: Array | None, seed: int) -> bool:
+    """Whether the interval of the mean does, and flipping the signs of the differences says so too."""
+    interval = mean_interval(values, groups, seed)
+    beyond = interval.low > bound if above else interval.high < bound
+    return beyond and paired_test(values - bound, groups, seed) < LEVEL
 
 
 def compare(
@@ -160,18 +168,14 @@ def standing_of(
         at = paired.names.index(one), paired.names.index(other)
         return bool(sign * paired.difference[at] > 0 and paired.adjusted[at] < LEVEL)
 
-    def beats_chance(chance: float) -> bool:
-        interval = mean_interval(values[best], groups, seed)
-        beyond = interval.low > chance if higher_is_better else interval.high < chance
-        return beyond and paired_test(values[best] - chance, groups, seed) < LEVEL
-
     unbeaten = [method for method in means if not any(beats(other, method) for other in means if other != method)]
     best = max(unbeaten or means, key=lambda method: means[method])
+    beats_chance = chance is not None and _lies_beyond(values[best], chance, higher_is_better, groups, seed)
     rivals = [control for control in controls if _is_compared(values[control]) and not beats(best, control)]
     return Standing(
         best=best,
         tied=tuple(method for method in means if method != best and not beats(best, method)),
-        unbeaten=(*rivals, *(["chance"] if chance is not None and not beats_chance(chance) else [])),
+        unbeaten=(*rivals, *(["chance"] if chance is not None and not beats_chance else [])),
     )
 
 

@@ -296,7 +296,7 @@ class Road(PerImageMean):
     """Mean `road`."""
 
     function = road
-    sentence = "Painting over tells best in the order of {method} what the model needs (ROAD {score})"
+    sentence = "The order of values in {method} tells best which pixels the model needs (ROAD {score})"
     higher_is_better = True
 
 

@@ -1,6 +1,7 @@
-"""Evaluation -> one self-contained HTML page that needs neither network nor server."""
+"""Evaluation, or study -> one self-contained HTML page that needs neither network nor server."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -9,6 +10,7 @@ from sightline import recipe, runs
 from sightline.evaluation import Evaluation
 from sightline.metrics import METRICS
 from sightline.report import pictures, tables
+from sightline.report.studies import Part
 
 
 def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = None) -> Path:
@@ -24,21 +26,13 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
     """
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sightline.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=percent, number=number, p_value=p_value, hundredths=hundredths, words=words)
     methods = [method for method in evaluation.methods if method not in evaluation.controls]
     foremost = tables.foremost(evaluation)
     worst = {method: evaluation.worst[method] for method in methods if evaluation.worst.get(method)}
     cards = {f"gallery-{i}": example for i, example in enumerate(evaluation.examples, 1)}
     cards |= {f"error-{i}": example for i, example in enumerate(evaluation.errors, 1) if evaluation.accuracy}
     cards |= {f"worst-{i}-{j}": e for i, of in enumerate(worst.values(), 1) for j, e in enumerate(of, 1)}
-    page = environment.get_template("report.html").render(
+    page = _template("report.html").render(
         evaluation=evaluation,
         run=run,
         maps_made=len(evaluation.per_image["name"]),
@@ -65,6 +59,44 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
     )
     runs.write(path, page.encode())
     return path
+
+
+def write_study(parts: Sequence[Part], folder: str | Path, failed: Mapping[str, str], plan: str) -> Path:
+    """Write `folder`/bench.html, the whole file or none of it, and return its path.
+
+    Args:
+        parts: one for each data set.
+        folder: made where it is missing.
+        failed: run -> why there is no figure of it.
+        plan: recipe, rows and data sets, as YAML.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    page = _template("bench.html").render(
+        parts=parts,
+        failed=failed,
+        plan=plan,
+        facts=runs.surroundings(),
+        plots=[pictures.dot_plot(part.effects) for part in parts],
+        scatters=[pictures.scatter(part.cost, part.accuracy, (False, True), part.foremost) for part in parts],
+        pictures=pictures,
+    )
+    path = Path(folder) / "bench.html"
+    runs.write(path, page.encode())
+    return path
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sightline.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, number=number, p_value=p_value, hundredths=hundredths, words=words)
+    return environment.get_template(name)
 
 
 def _first_line(thing: object) -> str:

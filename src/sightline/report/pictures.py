@@ -13,6 +13,7 @@ from PIL import Image
 
 from sightline import maps
 from sightline.evaluation import Curve, Example
+from sightline.report.studies import Effect
 from sightline.report.tables import along
 
 Array = np.ndarray
@@ -299,6 +300,46 @@ def scatter(
         ),
         x_ticks=_labelled(x_ticks, _place(x_ticks, x_ticks, higher_is_better[0])),
         y_ticks=_labelled(y_ticks, SIDE - _place(y_ticks, y_ticks, higher_is_better[1])),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DotPlot:
+    """Effects with their intervals, one below the other, on a canvas of `WIDTH` x `height`; positions in pixels."""
+
+    effects: tuple[Effect, ...]
+    x_ticks: dict[str, float]
+    low: float
+    high: float
+    """Values at the left and the right end."""
+
+    @property
+    def height(self) -> float:
+        """28 pixels for each effect."""
+        return 28.0 * len(self.effects)
+
+    def at(self, value: float) -> float:
+        """Where a value lies across."""
+        return round(WIDTH * (value - self.low) / (self.high - self.low), 1)
+
+
+def dot_plot(effects: Sequence[Effect]) -> DotPlot | None:
+    """The highest mean first, and 0 on the canvas; None where there is nothing to draw.
+
+    >>> drawn = dot_plot([Effect(name="SE", values=[1.0, 3.0], mean=2.0, low=-10.0, high=10.0, holds=False)])
+    >>> drawn.height, drawn.at(0.0), drawn.at(10.0), drawn.x_ticks["−5"]
+    (28.0, 200.0, 400.0, 100.0)
+    """
+    if not effects:
+        return None
+    ends = np.array([[0.0, one.mean, one.low, one.high] for one in effects])
+    ticks = _ticks(ends, *(np.array(one.values) for one in effects))
+    low, high = float(ticks[0]), float(ticks[-1])
+    return DotPlot(
+        effects=tuple(sorted(effects, key=lambda one: -one.mean)),
+        x_ticks=_labelled(ticks, WIDTH * (ticks - low) / (high - low)),
+        low=low,
+        high=high,
     )
 
 

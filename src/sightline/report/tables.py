@@ -21,7 +21,7 @@ MANY = 8
 """Methods, metrics or sentences above which the page folds away what would take several screens."""
 
 _KINDS = (
-    ("What to distrust", r"Do not |not reliably|is not shown to be|against one another|\d maps of "),
+    ("What to distrust", r"Do not |not reliably|is (?:not )?shown to be|against one another|\d maps of "),
     ("What is missing", r"^Left out|could not be read|is not compared|have no label|No image shows|^Only \d"),
 )
 
@@ -61,12 +61,14 @@ def column(evaluation: Evaluation, metric: str) -> Column:
 
 
 def best(evaluation: Evaluation, metric: str) -> str | None:
-    """The method with the best mean, if it beats every control and chance.
+    """The method with the best mean, if it beats every control that is defined for enough images, and chance.
 
-    None without controls: there is nothing to be better than.
+    None without such controls: there is nothing to be better than.
     """
     standing = evaluation.standings.get(metric)
-    return standing.best if standing and evaluation.controls and not standing.unbeaten else None
+    against = {c for of in evaluation.comparisons if of.metric == metric for c in (of.method, of.other)}
+    beaten = bool(against & set(evaluation.controls))
+    return standing.best if standing and beaten and not standing.unbeaten else None
 
 
 def grouped(sentences: Sequence[str]) -> dict[str, list[str]]:

@@ -1,9 +1,11 @@
 """Training: `fit` builds data and network from a recipe, runs the loop and keeps a run folder."""
 
 import copy
+import math
 import shutil
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -14,15 +16,22 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sightline import data, models, runs
 from sightline.recipe import Model, Recipe
 from sightline.recipe import load as load_recipe
 from sightline.runs import Run
+from sightline.training import processes
+from sightline.training.checkpoints import Checkpoints
 from sightline.training.log import Log
 from sightline.training.loop import Training
 from sightline.training.losses import Loss, class_weights
+from sightline.training.profile import StepProfile
+
+CHECKPOINT_EVERY = 300.0
+"""Seconds between two states on the disk; each epoch ends with one."""
+_AGREE_EVERY = 50  # steps after which several processes ask one another whether to stop or to save
 
 
 class _Stop(Exception):
@@ -35,12 +44,17 @@ def fit(
     overrides: Mapping[str, Any] | None = None,
     resume: bool = False,
     progress: bool = True,
+    profile: bool = False,
 ) -> Run | list[Run]:
     """Train what a recipe says into a run folder; with several seeds, one run each in `out`/seed-0, ...
 
     From the first epoch on the folder holds weights that `sightline.load` reads. After Ctrl-C, a crash or a power cut,
     `resume` goes on from the last checkpoint and comes to the same weights, bit for bit, as without the interruption
-    (on the same machine; on a GPU, as far as its kernels repeat themselves).
+    (on the same machine; on a GPU, as far as its kernels repeat themselves). The state is saved after each epoch and
+    every five minutes, twice, so that a damaged file costs minutes.
+
+    Processes that torchrun or SLURM has started train together: each takes its share of every batch, and the first one
+    writes the folder, which all of them must see.
 
     Args:
         recipe: a Recipe or its YAML file.
@@ -48,6 +62,7 @@ def fit(
         overrides: dotted field -> value, as in `{"optim.epochs": 3}`.
         resume: go on in `out`: what is finished stays, what has not begun begins.
         progress: show a bar, and a line per epoch, on stderr.
+        profile: show where the time of ten steps goes, on stderr.
 
     Returns:
         The run, or the list of runs where the recipe names several seeds.
@@ -55,6 +70,7 @@ def fit(
     Raises:
         ValueError: the recipe is wrong, or differs from that of the run to resume, or the loss is not finite.
         OSError: `out` cannot be written or holds something else, or the disk is too small.
+        MemoryError: a step does not fit into memory.
         KeyboardInterrupt: after Ctrl-C, when the state is saved.
     """
     asked = load_recipe(recipe, overrides)
@@ -66,13 +82,15 @@ def fit(
         others = data.load(asked.data)
         train = others.pop("train")
     _check_possible(asked, train, others)
+    show = (progress, profile) if processes.first() else (False, False)
     teacher = None if asked.optim.teacher is None else _teacher(asked.optim.teacher, train)
     folders = {seed: out / f"seed-{seed}" if len(asked.seeds) > 1 else out for seed in asked.seeds}
     with _asked_to_stop() as stop:
         done = [
-            _fit_one(replace(asked, seeds=(seed,)), train, others, teacher, folder, progress, stop)
+            _fit_one(replace(asked, seeds=(seed,)), train, others, teacher, folder, show, stop)
             for seed, folder in folders.items()
         ]
+    processes.end()
     return done if len(done) > 1 else done[0]
 
 
@@ -88,14 +106,15 @@ def _fit_one(
     others: dict[str, data.ImageSet],
     teacher: nn.Module | None,
     folder: Path,
-    progress: bool,
+    show: tuple[bool, bool],
     stop: threading.Event,
 ) -> Run:
-    checkpoint = folder / "checkpoint.safetensors"
+    progress, profile = show
+    checkpoints = Checkpoints(folder)
     begun = runs.open_run(folder) if (folder / "run.json").exists() else None
     if begun is not None:
         _check_same(recipe, begun)
-        if not checkpoint.exists():
+        if not checkpoints.exist():
             return begun
     cuda = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
@@ -107,8 +126,8 @@ def _fit_one(
             weights = class_weights(train.labels, len(train.classes))
         loss = Loss(recipe.optim, weights, teacher, network)
         training = Training(network, train, others.get("val") or None, recipe, loss)
-        if checkpoint.exists():
-            training.restore(*runs.unpack(checkpoint))
+        if begun is not None:
+            training.restore(*checkpoints.read())
         run = Run(
             folder=folder,
             recipe=recipe,
@@ -119,52 +138,111 @@ def _fit_one(
             history=[*training.history],
             skipped=_skipped(train, others),
         )
-        _check_space(folder, training)
-        folder.mkdir(parents=True, exist_ok=True)
-        runs.write(checkpoint, runs.pack(*training.state()))
-        runs.save(run)
+        keep = _Keeper(folder, checkpoints, training)
+        keep.state()
+        keep.run(run)
+        watched = StepProfile(training.fabric.device) if profile else None
         with Log(folder, recipe.optim.epochs, training.steps, progress) as log:
 
             def tick() -> None:
                 log.step(training.epoch * training.steps + training.step)
-                if stop.is_set():
+                if watched is not None:
+                    watched.step()
+                stopped, due = keep.asked(stop.is_set())
+                if stopped:
                     raise _Stop
+                if due:
+                    training.check_finite()
+                    keep.state()
 
             try:
                 for row in training.epochs(tick):
                     seconds = sum(past["seconds"] for past in training.history)
                     info = run.info | {"wall time": f"{seconds:.1f} s"}
                     run = replace(run, info=info, history=[*training.history], skipped=_skipped(train, others))
-                    runs.save(run, training.result.state_dict() if training.improved else None)
-                    runs.write(checkpoint, runs.pack(*training.state()))
+                    keep.run(run, training.weights() if training.improved else None)
+                    keep.state()
                     log.epoch(row)
             except _Stop:
                 training.check_finite()
-                runs.write(checkpoint, runs.pack(*training.state()))
+                keep.state()
                 place = f"epoch {training.epoch + 1}, step {training.step} of {training.steps}"
                 raise KeyboardInterrupt(f"stopped in {place}; go on with --resume (fit: resume=True)") from None
-        checkpoint.unlink()
+        keep.finish()
     return run
+
+
+class _Keeper:
+    """Writes the files of a run; of several processes, the first one does, and the others wait for it."""
+
+    def __init__(self, folder: Path, checkpoints: Checkpoints, training: Training) -> None:
+        self.folder, self.checkpoints, self.training = folder, checkpoints, training
+        training.fabric.barrier()  # all have read what is there
+        self.ticks, self.saved = 0, time.monotonic()
+        if processes.first():
+            _check_space(folder, training)
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def asked(self, stop: bool) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save the state, at a place on which all processes agree."""
+        self.ticks += 1
+        if self.training.part[1] > 1 and self.ticks % _AGREE_EVERY:
+            return False, False
+        due = time.monotonic() - self.saved > CHECKPOINT_EVERY
+        stop, due = processes.any_of([stop, due], self.training.fabric.device)
+        return stop, due
+
+    def state(self) -> None:
+        """Write how the training stands."""
+        state = self.training.state()
+        if processes.first():
+            with _advice(self.folder):
+                self.checkpoints.write(*state)
+        self.saved = time.monotonic()
+
+    def run(self, run: Run, weights: dict[str, Tensor] | None = None) -> None:
+        """Write what the user has of the run."""
+        if processes.first():
+            with _advice(self.folder):
+                runs.save(run, weights)
+
+    def finish(self) -> None:
+        """Remove what only a training that goes on needs."""
+        if processes.first():
+            self.checkpoints.remove()
+        self.training.fabric.barrier()
+
+
+@contextmanager
+def _advice(folder: Path) -> Generator[None]:
+    """Say what to do where a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.strerror or error}; {folder} holds the last state that could be written, make room and --resume"
+        raise OSError(error.errno, what) from error
 
 
 @contextmanager
 def _asked_to_stop() -> Generator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one stops at once, in the middle of a step."""
+    """An event that the first Ctrl-C (or SIGTERM) sets; the second one stops at once, in the middle of a step."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[signal.Signals(number)])
 
-    signal.signal(signal.SIGINT, ask)
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -181,6 +259,14 @@ def _check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, oth
         raise ValueError("optim.patience needs validation images; set data.val above 0")
     if optim.class_weights and isinstance(train, data.ImageStream):
         raise ValueError("optim.class_weights needs all labels beforehand; set data.streaming to false")
+    together = math.prod(processes.started())
+    if min(optim.batch_size, len(train)) < together:
+        raise ValueError(
+            f"optim.batch_size: expected an image or more for each of {together} processes, got {optim.batch_size}; "
+            "start fewer processes"
+        )
+    if optim.sync_batch_norm and not torch.cuda.is_available():
+        raise ValueError("optim.sync_batch_norm: there is no BatchNorm over several CPUs, only over GPUs; set it false")
     if optim.precision == "16-mixed" and not torch.cuda.is_available():
         raise ValueError("optim.precision: 16-mixed needs a GPU, there is none; use bf16-mixed or 32-true")
 
@@ -218,10 +304,10 @@ def _skipped(train: data.ImageSet | data.ImageStream, others: dict[str, data.Ima
 
 
 def _check_space(folder: Path, training: Training) -> None:
-    """A checkpoint (weights, two moments, average) stands twice on the disk while it is replaced, the weights too."""
+    """Two states (weights, two moments, average) stay, and a third is there while one is replaced; so the weights."""
     weights = sum(t.numel() * t.element_size() for t in training.network.state_dict().values())
     existing = next(path for path in folder.absolute().parents if path.exists())
-    needed, free = 10 * weights, shutil.disk_usage(existing).free
+    needed, free = 14 * weights, shutil.disk_usage(existing).free
     if free < needed:
         room = f"expected {needed / 2**20:.0f} MiB free for the run, got {free / 2**20:.0f} MiB"
         raise OSError(ENOSPC, f"disk too full, {room}", str(folder))

@@ -3,7 +3,8 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,25 +12,26 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from sightline import data
 from sightline.inference import logits_of, untouched
 from sightline.recipe import Recipe
-from sightline.training.losses import Loss
+from sightline.training import processes
+from sightline.training.losses import Loss, Mixed
 from sightline.training.optimisers import average, create_optimiser
 from sightline.training.schedule import learning_rate
 
-try:
-    from lightning.fabric import Fabric
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("training needs lightning; install it with: pip install 'sightline[train]'") from error
+RESIDENT = 0.25
+"""Share of a GPU's free memory that images may take, so that no step waits for them."""
 
 
 class Training:
     """One network in training: weights, optimiser, moving average, place in the data, losses so far, history.
 
     The order of the images, their random changes and the dropout of a step are pure functions of (seed, epoch, step).
-    So nothing random needs to be kept, and the user's random state is not used.
+    So nothing random needs to be kept, and the user's random state is not used. Several processes take their shares of
+    every batch; the sums of what they find are those of one process.
     """
 
     def __init__(
@@ -41,15 +43,31 @@ class Training:
         loss: Loss,
     ) -> None:
         optim = self.optim = recipe.optim
-        self.train, self.val, self.augment, self.seed = train, val, recipe.augment, recipe.seeds[0]
-        self.fabric = Fabric(accelerator="auto", devices=1, precision=optim.precision)
-        self.network = network.train().to(memory_format=torch.channels_last)
-        self.optimizer = create_optimiser(network, optim)
-        self.model, self.fabric_optimizer = self.fabric.setup(network, self.optimizer)
-        self.averaged = None if optim.ema is None else copy.deepcopy(network)
+        self.augment, self.seed = recipe.augment, recipe.seeds[0]
+        self.fabric = processes.begin(optim, network, train.preprocess.size)
+        self.part = (self.fabric.global_rank, self.fabric.world_size)
+        self.train = _resident(train, self.fabric.device) if isinstance(train, data.ImageSet) else train
+        self.val = None if val is None else _resident(val, self.fabric.device)
+        self.network = network.train()
+        if optim.sync_batch_norm:
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        if not optim.sharded:  # which has no other memory layout than the plain one
+            self.network = self.network.to(memory_format=torch.channels_last)
+        self.averaged = None if optim.ema is None else copy.deepcopy(self.network).to(self.fabric.device)
+        if self.averaged is not None:
+            processes.shard_alike(self.fabric, self.averaged)
+        called: nn.Module = torch.compile(self.network) if optim.compile else self.network  # pyright: ignore[reportAssignmentType]
+        if optim.sharded and self.part[1] > 1:  # the optimiser takes what the network is spread into
+            self.model = self.fabric.setup_module(called)
+            self.optimizer = create_optimiser(self.network, optim)
+            self.fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
+        else:
+            self.optimizer = create_optimiser(self.network, optim)
+            self.model, self.fabric_optimizer = self.fabric.setup(called, self.optimizer)
         self.loss = loss.to(self.fabric.device)
         self.batch_size = min(optim.batch_size, len(train))
         self.steps = len(train) // self.batch_size
+        self.micro_batches = optim.micro_batches or 1
         self.epoch = self.step = self.seen = 0
         self.losses = torch.zeros(self.steps, device=self.fabric.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.fabric.device)
@@ -83,11 +101,12 @@ class Training:
         """
         while not self.finished:
             began = time.perf_counter() - self.seconds
-            order = (self.seed, self.epoch)
-            change = (self.augment, *order)
-            for batch in data.batches(
-                self.train, self.batch_size, shuffle=order, augment=change, drop_last=True, start=self.step
-            ):
+            batches = self._batches(self.step)
+            while True:
+                with record_function("images"):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
                 self._step(batch)
                 self.seconds = time.perf_counter() - began
                 tick()
@@ -96,8 +115,8 @@ class Training:
             row = {
                 "epoch": self.epoch + 1.0,
                 "lr": self._learning_rate(self.steps - 1),
-                "train_loss": float(self.losses[: self.step].mean()),
-                "train_accuracy": float(self.correct) / self.seen,
+                "train_loss": float(processes.total(self.losses)[: self.step].mean()),
+                "train_accuracy": float(processes.total(self.correct)) / self._all(self.seen),
                 "val_loss": loss,
                 "val_accuracy": accuracy,
                 "seconds": round(time.perf_counter() - began, 3),
@@ -112,24 +131,40 @@ class Training:
 
     def check_finite(self) -> None:
         """Stop a training that has left the numbers; the steps themselves never wait for the device to look."""
-        bad = (~torch.isfinite(self.losses[: self.step])).nonzero()
-        finite = torch.stack([torch.isfinite(p).all() for p in self.network.state_dict().values()]).all()
-        if len(bad) or not finite:
-            step = int(bad[0]) + 1 if len(bad) else self.step
-            what = f"the loss became {float(self.losses[step - 1])}" if len(bad) else "the weights became infinite"
-            raise ValueError(f"{what} in epoch {self.epoch + 1}, step {step}; lower optim.lr or set optim.clip_norm")
+        losses = processes.total(self.losses)[: self.step]
+        bad = (~torch.isfinite(losses)).nonzero()
+        wrong = torch.stack([~torch.isfinite(processes.own(p)).all() for p in self.network.state_dict().values()]).any()
+        if len(bad) or processes.total(wrong.int()):
+            step = int(bad[0]) if len(bad) else self.step - 1
+            what = f"the loss became {float(losses[step])}" if len(bad) else "the weights became infinite"
+            batch = next(self._batches(step), None)
+            names = [] if batch is None else batch.names
+            images = f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else ""
+            kept = f"the weights of epoch {self.epoch} are kept; " if self.epoch else ""
+            raise ValueError(
+                f"{what} in epoch {self.epoch + 1}, step {step + 1}{images}; {kept}lower optim.lr or set "
+                "optim.clip_norm"
+            )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that decides how this training goes on: tensors, and numbers that JSON can hold."""
+        """Everything that decides how this training goes on: tensors, and numbers that JSON can hold.
+
+        That of all processes together, so each of them must ask.
+        """
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         if self.averaged is not None:
             tensors |= {f"averaged.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entries.items()}
-        tensors |= {"losses": self.losses, "correct": self.correct}
-        names = ("epoch", "step", "seen", "seconds", "best_epoch", "best_accuracy", "history")
-        facts: dict[str, Any] = {name: getattr(self, name) for name in names}
+        tensors = {name: processes.whole(tensor) for name, tensor in tensors.items()}
+        tensors |= {"losses": processes.total(self.losses), "correct": processes.total(self.correct)}
+        names = ("epoch", "step", "seconds", "best_epoch", "best_accuracy", "history", "micro_batches")
+        facts: dict[str, Any] = {name: getattr(self, name) for name in names} | {"seen": self._all(self.seen)}
         return tensors, facts | {"scaler": self.fabric.strategy.precision.state_dict()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """What `result` has learned, whole; each process must ask."""
+        return {name: processes.whole(tensor) for name, tensor in self.result.state_dict().items()}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Take over what `state` gave."""
@@ -137,50 +172,123 @@ class Training:
         def part(name: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
-        self.network.load_state_dict(part("network"))
-        if self.averaged is not None:
-            self.averaged.load_state_dict(part("averaged"))
+        for name, module in {"network": self.network, "averaged": self.averaged}.items():
+            for key, tensor in ({} if module is None else module.state_dict()).items():
+                processes.fill(tensor, tensors[f"{name}.{key}"])
         groups = self.optimizer.state_dict()["param_groups"]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in part("optimizer").items():
             index, name = key.split(".")
-            like = parameters[int(index)]
-            # in the parameter's memory layout: another one may round differently
-            same = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
-            state.setdefault(int(index), {})[name] = same.detach()
+            like = parameters[int(index)].detach()
+            if tensor.shape == like.shape:  # in the parameter's memory layout: another one may round differently
+                moment = torch.empty_like(like)
+                processes.fill(moment, tensor)
+                tensor = moment
+            state.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.losses.copy_(tensors["losses"])
-        self.correct.copy_(tensors["correct"])
+        first = self.part[0] == 0  # sums over processes go on in the first one
+        self.losses.copy_(tensors["losses"] * first)
+        self.correct.copy_(tensors["correct"] * first)
         self.fabric.strategy.precision.load_state_dict(facts["scaler"])
         for name in facts.keys() - {"scaler"}:
             setattr(self, name, facts[name])
+        self.seen *= first
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(self.optim, self.epoch * self.steps + step, self.steps)
 
+    def _batches(self, start: int) -> Iterator[data.Batch]:
+        """This process's share of the batches of the epoch, from one on."""
+        order = (self.seed, self.epoch)
+        change = (self.augment, *order)
+        return data.batches(
+            self.train,
+            self.batch_size,
+            shuffle=order,
+            augment=change,
+            drop_last=True,
+            start=start,
+            part=self.part,
+        )
+
     def _step(self, batch: data.Batch) -> None:
-        seed = np.random.SeedSequence((self.seed, self.epoch, self.step)).generate_state(1, np.uint64)[0]
-        torch.manual_seed(int(seed))
+        rank = self.part[0]
+        entropy = (self.seed, self.epoch, self.step, *((rank,) if rank else ()))
+        seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
         images, labels = self._inputs(batch)
-        logits = logits_of(self.model(images)).float()
-        with self.fabric.autocast():
-            loss = self.loss(images, logits, labels)
-        self.fabric.backward(loss)
-        if self.optim.clip_norm is not None:
-            self.fabric.clip_gradients(
-                self.model, self.fabric_optimizer, max_norm=self.optim.clip_norm, error_if_nonfinite=False
-            )
-        self.fabric_optimizer.step()
-        self.fabric_optimizer.zero_grad()
-        if self.averaged is not None and self.optim.ema is not None:
-            step = self.epoch * self.steps + self.step
-            average(self.averaged, self.network, min(self.optim.ema, (1 + step) / (10 + step)))
-        self.losses[self.step] = loss.detach()
-        self.correct += (logits.detach().argmax(1) == labels).sum()
+        mixed = None
+        if self.augment.mixup:
+            share = np.random.default_rng((*entropy, 1)).beta(self.augment.mixup, self.augment.mixup)
+            images = (share * images + (1 - share) * images.roll(1, 0)).to(memory_format=torch.channels_last)
+            mixed = (labels.roll(1, 0), float(share))
+        self._gradients(int(seed), images, labels, mixed)
+        with record_function("optimiser"):
+            if self.optim.clip_norm is not None:
+                self.fabric.clip_gradients(
+                    self.model, self.fabric_optimizer, max_norm=self.optim.clip_norm, error_if_nonfinite=False
+                )
+            self.fabric_optimizer.step()
+            self.fabric_optimizer.zero_grad()
+            if self.averaged is not None and self.optim.ema is not None:
+                step = self.epoch * self.steps + self.step
+                average(self.averaged, self.network, min(self.optim.ema, (1 + step) / (10 + step)))
         self.step, self.seen = self.step + 1, self.seen + len(labels)
+
+    def _gradients(
+        self, seed: int, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, " b"], mixed: Mixed | None
+    ) -> None:
+        """Forward and backward passes, in as many micro-batches as memory needs where the recipe leaves that open."""
+        search = self.optim.micro_batches == 0 and self.part[1] == 1
+        while True:
+            torch.manual_seed(seed)
+            buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()] if search else []
+            correct = self.correct.clone() if search else self.correct
+            try:
+                self._forward_and_backward(images, labels, mixed)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if not search or self.micro_batches >= len(labels):
+                    raise MemoryError(
+                        f"out of memory in a step with {len(labels)} images of {images.shape[3]} x {images.shape[2]} "
+                        f"pixels in {self.micro_batches} parts; set optim.micro_batches higher (0: as many as needed), "
+                        "or optim.batch_size or data.size lower"
+                    ) from error
+            # here the failed attempt's tensors are free; nothing else of it may stay
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            self.correct = correct
+            self.losses[self.step] = 0
+            self.fabric_optimizer.zero_grad()
+            self.micro_batches *= 2
+
+    def _forward_and_backward(
+        self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, " b"], mixed: Mixed | None
+    ) -> None:
+        """Gradients of the mean loss over the batch of all processes, which may come in micro-batches."""
+        expected = len(labels) if self.part[1] == 1 else self.batch_size / self.part[1]
+        parts = [slice(None)]
+        if self.micro_batches > 1:
+            ends = np.linspace(0, len(labels), min(self.micro_batches, len(labels)) + 1).round().astype(int).tolist()
+            parts = [slice(start, end) for start, end in pairwise(ends)]
+        for place in parts:
+            x, y = images[place], labels[place]
+            blended = None if mixed is None else (mixed[0][place], mixed[1])
+            with self.fabric.no_backward_sync(self.model, enabled=place is not parts[-1] and self.part[1] > 1):
+                with record_function("forward"):
+                    logits = logits_of(self.model(x)).float()
+                    with self.fabric.autocast():
+                        loss = self.loss(x, logits, y, blended)
+                    if len(y) != expected:
+                        loss = loss * (len(y) / expected)
+                with record_function("backward"):
+                    self.fabric.backward(loss)
+            self.losses[self.step] += loss.detach() / self.part[1]
+            self.correct += (logits.detach().argmax(1) == y).sum()
 
     def _inputs(self, batch: data.Batch) -> tuple[Float[Tensor, "b 3 h w"], Int64[Tensor, " b"]]:
         images = batch.images.to(self.fabric.device, memory_format=torch.channels_last, non_blocking=True)
@@ -189,11 +297,31 @@ class Training:
     def _validate(self, images: data.ImageSet, tick: Callable[[], None]) -> tuple[float, float]:
         correct = torch.zeros_like(self.correct)
         loss = torch.zeros((), device=self.fabric.device)
+        processes.same_buffers(self.result)
         with untouched(self.result) as network, torch.no_grad(), self.fabric.autocast():
-            for batch in data.batches(images, self.batch_size):
+            for batch in data.batches(images, math.ceil(self.batch_size / self.micro_batches), part=self.part):
                 inputs, labels = self._inputs(batch)
-                logits = logits_of(network(inputs)).float()
-                loss += F.cross_entropy(logits, labels, reduction="sum")
-                correct += (logits.argmax(1) == labels).sum()
+                if len(labels) or self.optim.sharded:  # where weights are spread, all processes must take part
+                    logits = logits_of(network(inputs if len(labels) else self._nothing())).float()[: len(labels)]
+                    loss += F.cross_entropy(logits, labels, reduction="sum")
+                    correct += (logits.argmax(1) == labels).sum()
                 tick()
-        return float(correct) / len(images), float(loss) / len(images)
+        return float(processes.total(correct)) / len(images), float(processes.total(loss)) / len(images)
+
+    def _nothing(self) -> Float[Tensor, "1 3 h w"]:
+        return torch.zeros(1, 3, *self.train.preprocess.size, device=self.fabric.device)
+
+    def _all(self, number: int) -> int:
+        return int(processes.total(torch.tensor(number, device=self.fabric.device)))
+
+
+def _resident(images: data.ImageSet, device: torch.device) -> data.ImageSet:
+    """The images on a GPU, where they fit well; otherwise as they are."""
+    needed = images.resident_bytes if device.type == "cuda" else None
+    fits = needed is not None and needed < RESIDENT * torch.cuda.mem_get_info(device)[0]
+    return images.to(device) if fits else images
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    told = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return told or "can't allocate memory" in str(error) or "not enough memory" in str(error)

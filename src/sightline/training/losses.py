@@ -10,6 +10,9 @@ from sightline.attention import HardAttention, reinforce_loss
 from sightline.inference import logits_of
 from sightline.recipe import Optim
 
+Mixed = tuple[Int[Tensor, " b"], float]
+"""Labels of the images that were blended in, and the share of the images themselves."""
+
 
 def class_weights(labels: Int[np.ndarray, " n"], classes: int) -> Float[Tensor, " classes"]:
     """Inverse frequency of each class for the cross entropy, scaled so that the mean over the images is 1.
@@ -63,10 +66,22 @@ class Loss(nn.Module):
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
 
     def forward(
-        self, images: Float[Tensor, "b c h w"], logits: Float[Tensor, "b n"], labels: Int[Tensor, " b"]
+        self,
+        images: Float[Tensor, "b c h w"],
+        logits: Float[Tensor, "b n"],
+        labels: Int[Tensor, " b"],
+        mixed: Mixed | None = None,
     ) -> Float[Tensor, ""]:
-        """Mean loss of the student's logits; the teacher sees the same images."""
-        loss = F.cross_entropy(logits, labels, self.weights, label_smoothing=self.optim.label_smoothing)
+        """Mean loss of the student's logits; the teacher sees the same images.
+
+        With `mixed` each image is a blend: its label counts by the share, the other label by the rest.
+
+        Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, equation 2 (mixed).
+        """
+        loss = self._cross_entropy(logits, labels)
+        if mixed is not None:
+            others, share = mixed
+            loss = share * loss + (1 - share) * self._cross_entropy(logits, others)
         for gate in self.drawing:
             if gate.log_prob is not None and gate.entropy is not None and len(labels) > 1:
                 reward = -F.cross_entropy(logits.detach(), labels, reduction="none")
@@ -77,3 +92,6 @@ class Loss(nn.Module):
         with torch.no_grad():
             taught = logits_of(self.teacher(images)).float()
         return self.optim.alpha * loss + (1 - self.optim.alpha) * distillation(logits, taught, self.optim.temperature)
+
+    def _cross_entropy(self, logits: Float[Tensor, "b n"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+        return F.cross_entropy(logits, labels, self.weights, label_smoothing=self.optim.label_smoothing)

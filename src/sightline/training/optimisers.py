@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from sightline.recipe import Optim
+from sightline.training.processes import own
 
 
 def create_optimiser(network: nn.Module, optim: Optim) -> torch.optim.Optimizer:
@@ -33,7 +34,7 @@ def average(averaged: nn.Module, network: nn.Module, decay: float) -> None:
     >>> old.bias.item()
     0.25
     """
-    old, new = averaged.state_dict(), network.state_dict()
+    old, new = ({name: own(t) for name, t in module.state_dict().items()} for module in (averaged, network))
     floats = [name for name, tensor in new.items() if tensor.is_floating_point()]
     torch.optim.swa_utils.get_ema_multi_avg_fn(decay)([old[n] for n in floats], [new[n] for n in floats], None)
     for name in new.keys() - set(floats):

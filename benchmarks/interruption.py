@@ -1,0 +1,155 @@
+"""Trainings killed at random moments, and in the middle of writing their state: do they come to the same weights?
+
+Each training runs in a process of its own, which SIGKILL ends after a random time, again and again, until it is done.
+Then its weights are compared, bit by bit, with those of the same training undisturbed. A second series dies in
+each place of a write: before it, in the middle of the bytes, before and after the file takes its name.
+"""
+
+import argparse
+import csv
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sightline import runs, training
+from sightline.recipe import Augment, Data, Model, Optim, Recipe
+
+TINY = Recipe(
+    data=Data(train_size=160, test_size=20, val=0.02),
+    augment=Augment(crop=2),
+    model=Model(name="vgg_att2", options={"width": 1 / 16, "stem_pool": 4}),
+    optim=Optim(epochs=4, batch_size=32, lr=0.01, ema=0.9),
+)
+PLACES = ("before the bytes", "in the middle of the bytes", "before the new name", "after the new name")
+
+
+def train(recipe: Recipe, out: Path, save_every: float) -> None:
+    """What runs in the process that is killed."""
+    training.CHECKPOINT_EVERY = save_every
+    training.fit(recipe, out, resume=True, progress=False)
+
+
+def train_and_die_writing(recipe: Recipe, out: Path, save_every: float, write: int, place: str) -> None:
+    """The same; SIGKILL comes from within, in a place of a write."""
+    plain, count = runs.write, 0
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def torn(path: Path, content: bytes) -> None:
+        nonlocal count
+        count += 1
+        if count != write:
+            plain(path, content)
+        elif place == PLACES[0]:
+            die()
+        elif place == PLACES[1]:
+            path.with_name(f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
+            die()
+        elif place == PLACES[2]:
+            os.replace = lambda *_: die()
+            plain(path, content)
+        else:
+            plain(path, content)
+            die()
+
+    runs.write = torn
+    train(recipe, out, save_every)
+
+
+def started(what: Callable[..., None], *given: Any) -> BaseProcess:
+    """A process that runs it; it is forked from one that has imported everything and computed nothing."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["sightline.training", "sightline.data", "sightline.models", "torchvision", "timm"])
+    process = context.Process(target=what, args=given)
+    process.start()
+    return process
+
+
+def kill_until_done(recipe: Recipe, out: Path, save_every: float, rng: np.random.Generator, longest: float) -> int:
+    """Number of kills until it was done; the first comes at most `longest` seconds after the start, the next later."""
+    kills = 0
+    while True:
+        process = started(train, recipe, out, save_every)
+        process.join(rng.uniform(0, longest * 1.05**kills))
+        if process.exitcode is None:
+            process.kill()
+        process.join()
+        if process.exitcode == 0:
+            return kills
+        assert process.exitcode == -signal.SIGKILL, f"the training failed by itself: {process.exitcode}"
+        kills += 1
+
+
+def die_in_every_write(recipe: Recipe, out: Path, save_every: float) -> Iterator[tuple[str, Path]]:
+    """Folders of trainings that died once in each place of one of their writes, and then came to their end."""
+    for write in range(1, 9):
+        for place in PLACES:
+            folder = out / f"{write}, {place}"
+            process = started(train_and_die_writing, recipe, folder, save_every, write, place)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL, f"it lived: {process.exitcode}"
+            again = started(train, recipe, folder, save_every)
+            again.join()
+            assert again.exitcode == 0, f"write {write}, {place}: it cannot go on"
+            yield f"write {write}, {place}", folder
+
+
+def result(run: Path) -> tuple[bytes, list[dict[str, str]], set[str]]:
+    """What two trainings must share: weights, history without times, names of files."""
+    with (run / "metrics.csv").open() as file:
+        rows = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+    return (run / "model.safetensors").read_bytes(), rows, {path.name for path in run.iterdir()}
+
+
+def main() -> None:
+    from measure import save
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=60, metavar="N", help="at least so many (60)")
+    wanted = parser.parse_args().kills
+    rng = np.random.default_rng()
+    recipes = {
+        "AdamW, average of weights": TINY,
+        "SGD, clipped": replace(TINY, optim=Optim(epochs=4, lr=0.05, optimizer="sgd", clip_norm=1.0)),
+        "bf16, mixup": replace(
+            TINY, augment=Augment(crop=2, mixup=0.2), optim=Optim(epochs=4, lr=0.01, precision="bf16-mixed")
+        ),
+    }
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, recipe in recipes.items():
+            through = Path(folder) / f"{name}, undisturbed"
+            began = time.perf_counter()
+            process = started(train, recipe, through, 300.0)
+            process.join()
+            longest = time.perf_counter() - began
+            kills, runs_done, equal = 0, 0, 0
+            while kills * len(recipes) < wanted:
+                out = Path(folder) / f"{name}, {runs_done}"
+                found = kill_until_done(recipe, out, 0.0, rng, longest)
+                kills, runs_done = kills + found, runs_done + 1
+                equal += result(out) == result(through)
+                print(f"{name}: {kills} kills, {equal} of {runs_done} trainings equal", flush=True)
+            rows.append({"what": f"{name}: SIGKILL at random", "kills": kills, "trainings": runs_done, "equal": equal})
+        through = Path(folder) / f"{next(iter(recipes))}, undisturbed"
+        writes = [
+            (place, result(run) == result(through)) for place, run in die_in_every_write(TINY, Path(folder) / "w", 0.0)
+        ]
+        equal = sum(same for _, same in writes)
+        print(f"death in a write: {equal} of {len(writes)} trainings equal")
+        rows.append({"what": "SIGKILL in a write", "kills": len(writes), "trainings": len(writes), "equal": equal})
+    print(save("interruption", rows))
+
+
+if __name__ == "__main__":
+    main()

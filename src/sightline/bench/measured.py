@@ -1,0 +1,213 @@
+"""What a trained network is worth: accuracy, what its maps show, what it cost."""
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sightline import data, metrics, runs
+from sightline.attention import RepresentativeVectors
+from sightline.data.splits import draw
+from sightline.explainers import attention_maps, explain
+from sightline.inference import forward, untouched
+from sightline.metrics import energy_in_mask
+from sightline.metrics.complexity import sparsity
+from sightline.runs import Run
+from sightline.training import begin
+
+_BATCH = 250
+_SCORED = 200
+"""Test images of which maps are deleted."""
+QUALITY = ("energy_in_mask", "sparsity", "deletion_auc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maps:
+    """Means over the test images of what a network's own maps are worth; NaN where there is no such map or no mask."""
+
+    energy: dict[str, float]
+    """block -> share of its map (the mean of its maps, if there are several) in the mask."""
+    sparsity: dict[str, float]
+    """block -> `sightline.metrics.complexity.sparsity` of its maps."""
+    activation_energy: float
+    """Share in the mask of the norm of the last feature map; a transformer has none."""
+    similarity: float
+    """Representative vectors only: cosine of an image's vectors with one another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Means over up to 200 test images of what one map is worth; NaN where there is no such map or no mask.
+
+    Names as in `sightline.metrics.METRICS`. Of deletion less is better, and a network that is sure of itself begins
+    higher: compare it with that of the same network's centre map.
+    """
+
+    energy_in_mask: float
+    sparsity: float
+    deletion_auc: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One trained network."""
+
+    dataset: str = ""
+    row: str
+    seed: int
+    accuracy: float
+    """On the test images."""
+    majority: float
+    """Accuracy of always answering their most frequent class."""
+    area: float
+    """Share of the mask in the image: the energy of a map that knows nothing."""
+    parameters: int
+    seconds: float
+    """Of one epoch, the median."""
+    before: Maps
+    """With the weights it started from."""
+    after: Maps
+    quality: dict[str, Quality] = field(default_factory=dict[str, Quality])
+    """Map -> what it is worth after training: `own`, the network's attention, or its activation map if it has none;
+    `activation_map`; and `centre_map`, a blob that never looks at the image."""
+
+
+def fresh(run: Run) -> nn.Module:
+    """The network of a run with the weights that its training began with."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        return begin(run.recipe.model, len(run.classes), run.seed).eval()
+
+
+def read(file: Path) -> Measured | None:
+    """What `measure` found and `runs.plain` wrote; None where there is none, or not all that is measured today."""
+    if not file.is_file():
+        return None
+    known = _with_nan(json.loads(file.read_text(encoding="utf-8")))
+    if "quality" not in known:
+        return None
+    quality = {name: Quality(**of) for name, of in known["quality"].items()}
+    return Measured(**known | {"before": Maps(**known["before"]), "after": Maps(**known["after"]), "quality": quality})
+
+
+def _with_nan(value: Any) -> Any:
+    """What `runs.plain` was given."""
+    if isinstance(value, dict):
+        return {name: _with_nan(item) for name, item in value.items()}
+    return math.nan if value is None else value
+
+
+def measure(row: str, run: Run, dataset: str = "") -> Measured:
+    """What a run is worth on its test images."""
+    images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
+    model = runs.load(run.folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    correct = area = 0.0
+    counts = torch.zeros(len(run.classes), dtype=torch.int64)
+    model.to(device)
+    for batch in data.batches(images, _BATCH):
+        logits = forward(model, data.normalise(batch.images.to(device), run.preprocess), _BATCH)
+        correct += float((logits.argmax(1).cpu() == batch.labels).sum())
+        counts += torch.bincount(batch.labels, minlength=len(run.classes))
+        area += math.nan if batch.masks is None else float(batch.masks.float().mean((1, 2, 3)).sum())
+    seconds = sorted(epoch["seconds"] for epoch in run.history)
+    return Measured(
+        dataset=dataset,
+        row=row,
+        seed=run.seed,
+        accuracy=correct / len(images),
+        majority=int(counts.max()) / len(images),
+        area=area / len(images),
+        parameters=sum(p.numel() for p in model.parameters()),
+        seconds=seconds[len(seconds) // 2],
+        before=_maps(fresh(run).to(device), images),
+        after=_maps(model, images),
+        quality=_quality(model, images),
+    )
+
+
+def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
+    device = next(model.parameters()).device
+    energies: dict[str, list[Tensor]] = {}
+    sparsities: dict[str, list[Tensor]] = {}
+    activation: list[Tensor] = []
+    cosines: list[Tensor] = []
+    for batch in data.batches(images, _BATCH):
+        inputs = data.normalise(batch.images.to(device), images.preprocess)
+        masks = None if batch.masks is None else batch.masks.to(device)
+        for name, weights in attention_maps(model, inputs).items():
+            if weights.shape[2] * weights.shape[3] > 1:
+                sparsities.setdefault(name, []).append(sparsity(weights))
+                energies.setdefault(name, []).append(_energy(weights.mean(1, keepdim=True), masks))
+        try:
+            norms = explain(model, inputs, methods=["activation_map"])["activation_map"]
+        except ValueError:  # a transformer has no feature map
+            norms = inputs.new_full((len(inputs), 1, 1, 1), math.nan)
+        activation.append(_energy(norms, masks))
+        cosines += _similarities(model, inputs)
+    return Maps(
+        energy={name: _mean(values) for name, values in energies.items()},
+        sparsity={name: _mean(values) for name, values in sparsities.items()},
+        activation_energy=_mean(activation),
+        similarity=_mean(cosines),
+    )
+
+
+def _quality(model: nn.Module, images: data.ImageSet) -> dict[str, Quality]:
+    batch = images.batch(draw(images.labels, _SCORED, seed=0))
+    device = next(model.parameters()).device
+    inputs = data.normalise(batch.images.to(device), images.preprocess)
+    masks = None if batch.masks is None else batch.masks.to(device)
+    found = explain(model, inputs, methods=["centre_map"])
+    maps = found.maps
+    for method in ("activation_map", "attention"):
+        try:
+            maps = {method: explain(model, inputs, methods=[method])[method], **maps}
+        except ValueError:  # many networks have no attention, some transformers no feature map
+            continue
+    chosen = {name: metrics.METRICS[name] for name in QUALITY if masks is not None or name != "energy_in_mask"}
+    scores = metrics.measure(chosen, maps, model=model, images=inputs, targets=found.targets, masks=masks).values
+    worth = {
+        name: Quality(**{of: _mean([scores[name, of]] if of in chosen else []) for of in QUALITY}) for name in maps
+    }
+    nothing = Quality(**dict.fromkeys(QUALITY, math.nan))
+    activation = worth.get("activation_map", nothing)
+    return {
+        "own": worth.get("attention", activation),
+        "activation_map": activation,
+        "centre_map": worth["centre_map"],
+    }
+
+
+def _energy(maps: Tensor, masks: Tensor | None) -> Tensor:
+    return maps.new_full((len(maps),), math.nan) if masks is None else energy_in_mask(maps, masks)
+
+
+def _similarities(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Mean cosine of two different vectors, for each image and block."""
+    found: list[Tensor] = []
+
+    def look(block: RepresentativeVectors, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        k = block.k
+        if k > 1:
+            units = nn.functional.normalize(output.unflatten(1, (k, -1)), dim=2)
+            cosines = units @ units.mT
+            found.append((cosines.sum((1, 2)) - k) / (k * (k - 1)))
+
+    blocks = [block for block in model.modules() if isinstance(block, RepresentativeVectors)]
+    handles = [block.register_forward_hook(look) for block in blocks]
+    try:
+        if blocks:
+            with untouched(model), torch.no_grad():
+                model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _mean(values: list[Tensor]) -> float:
+    return float(torch.cat(values).nanmean()) if values else math.nan

@@ -1,0 +1,192 @@
+"""A study: one recipe, the changes that make its rows, and the data sets on which they are compared."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+
+from sightline import data, models, recipe
+from sightline.recipe import Data, Model, Recipe
+
+_STEPS = 1024
+"""Widths between 0 and 1 that are tried: twice the channels of the widest layer of a VGG."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One recipe and the changes that make its rows. The first row is the control.
+
+    Raises:
+        ValueError: a row that names a control, or a row to be as large as, that cannot be one.
+    """
+
+    recipe: Recipe
+    rows: dict[str, dict[str, Any]]
+    """name -> dotted field -> value. An `optim.teacher` that is the name of a row means its run of the same seed.
+    `control: ROW` names another control than the first row. `as_large_as: ROW` makes the network as wide as it takes to
+    have that row's number of parameters, as nearly as its channels allow."""
+    datasets: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    """name -> dotted field -> value. Without a name: the recipe's own data."""
+
+    def __post_init__(self) -> None:
+        for name, row in self.rows.items():
+            for key in ("control", "as_large_as"):
+                other = row.get(key)
+                if key in row and (other not in self.rows or other == name):
+                    among = "; ".join(row for row in self.rows if row != name)
+                    raise ValueError(f"row {name!r}: expected `{key}` to be another row out of: {among}; got {other!r}")
+            if "as_large_as" in self.rows.get(row.get("as_large_as", ""), {}):
+                raise ValueError(
+                    f"row {name!r}: expected `as_large_as` a row whose size is its own, got {row['as_large_as']!r}"
+                )
+            if "as_large_as" in row and "model.options.width" in row:
+                raise ValueError(f"row {name!r}: expected no model.options.width beside `as_large_as`, which finds it")
+
+    @property
+    def control(self) -> str:
+        """The first row."""
+        return next(iter(self.rows))
+
+    def named(self, key: str) -> dict[str, str]:
+        """Row -> the row that it names as its `control` or `as_large_as`."""
+        return {name: row[key] for name, row in self.rows.items() if key in row}
+
+    def changed(self, row: str, dataset: str = "") -> Recipe:
+        """The recipe of a row, before its width is found and its teacher is a folder."""
+        own = {name: value for name, value in self.rows[row].items() if name not in ("control", "as_large_as")}
+        return recipe.load(self.recipe, {**self.datasets[dataset], **own})
+
+    def of(self, row: str, seed: int, out: Path, dataset: str = "") -> Recipe:
+        """The recipe of one run. Of a row `as_large_as` another the data is looked up, for its number of classes."""
+        found = replace(self.changed(row, dataset), seeds=(seed,))
+        if (teacher := self.rows[row].get("optim.teacher")) in self.rows:
+            found = replace(found, optim=replace(found.optim, teacher=str(folder(out, teacher, seed, dataset))))
+        if "as_large_as" in self.rows[row]:
+            model = self.changed(self.rows[row]["as_large_as"], dataset).model
+            classes = _classes(found.data)
+            try:
+                width = width_for(found.model, classes, _parameters(model.name, _text(model), classes))
+            except ValueError as error:
+                raise ValueError(f"row {row!r}, as large as {self.rows[row]['as_large_as']!r}: {error}") from error
+            found = recipe.load(found, {"model.options.width": width})
+        return found
+
+
+def width_for(model: Model, classes: int, parameters: int) -> float:
+    """The width, in steps of 1/1024, with which a network comes nearest to so many parameters.
+
+    Raises:
+        ValueError: the network has no width, or none with so many parameters.
+
+    >>> width_for(Model(name="vgg15", options={"width": 0.125}), 10, 300_000)
+    0.123046875
+    """
+    counts: dict[int, int] = {}
+
+    def is_below(step: int) -> bool:
+        options = _text(replace(model, options={**model.options, "width": step / _STEPS}))
+        counts[step] = _parameters(model.name, options, classes)
+        return counts[step] < parameters
+
+    low, high = 0, max(round(_STEPS * model.options.get("width", 1.0)), 1)
+    while is_below(high):
+        low, high = high, 2 * high
+        if high > 64 * _STEPS:
+            raise ValueError(f"expected a network that can have {parameters:,} parameters, got {model.name}")
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            below = is_below(middle)
+        except ValueError:  # too narrow to be built
+            below = True
+        low, high = (middle, high) if below else (low, middle)
+    return min(counts, key=lambda step: (abs(counts[step] - parameters), step)) / _STEPS
+
+
+def _text(model: Model) -> str:
+    return json.dumps(model.options, sort_keys=True)
+
+
+@cache
+def _parameters(name: str, options: str, classes: int) -> int:
+    with torch.random.fork_rng(devices=[]):
+        model = models.create_model(name, num_classes=classes, **json.loads(options))
+    return sum(p.numel() for p in model.parameters())
+
+
+@cache
+def _classes(of: Data) -> int:
+    return len(data.load(of)["test"].classes)
+
+
+def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Study:
+    """Read a study: a recipe with one part more, `rows`, and perhaps another, `datasets`.
+
+    Raises:
+        OSError: there is no such file.
+        TypeError, ValueError: no rows, or a field that is wrong; the row is named.
+    """
+    found = recipe.read(Path(path))
+    rows = found.pop("rows", None) if isinstance(found, dict) else None
+    datasets = found.pop("datasets", {"": {}}) if isinstance(found, dict) else None
+    if not _are_changes(rows):
+        raise ValueError(
+            f"{path}: expected a part `rows`, each a name with changes to the recipe such as "
+            "`se: {model.options.attention: se}`; the first is the control"
+        )
+    if not _are_changes(datasets):
+        raise ValueError(
+            f"{path}: expected each of `datasets` to be a name with changes to the recipe such as "
+            "`cifar10: {data.source: cifar10}`"
+        )
+    _check_names(path, "rows", rows)
+    if datasets != {"": {}}:
+        _check_names(path, "datasets", datasets)
+    study = Study(
+        recipe=recipe.load(found, overrides),
+        rows={str(name): row for name, row in rows.items()},
+        datasets={str(name): changes for name, changes in datasets.items()},
+    )
+    for name, row in study.rows.items():
+        for dataset, changes in study.datasets.items():
+            place = f"row {name!r}" + (f" on {dataset}" if dataset else "")
+            if "seeds" in row or "seeds" in changes:
+                raise ValueError(f"{place}: expected the same seeds everywhere; write `seeds` beside `rows`")
+            try:
+                study.changed(name, dataset)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{place}: {error}") from error
+        teacher = row.get("optim.teacher")
+        if teacher in study.rows and study.rows[teacher].get("optim.teacher") in study.rows:
+            raise ValueError(f"row {name!r}: expected a teacher that has no row as its own teacher, got {teacher!r}")
+    return study
+
+
+def _are_changes(part: Any) -> TypeGuard[dict[Any, dict[str, Any]]]:
+    return isinstance(part, dict) and bool(part) and all(isinstance(changes, dict) for changes in part.values())
+
+
+def _check_names(path: Path | str, kind: str, names: Iterable[Any]) -> None:
+    plain = [_plain(str(name)) for name in names]
+    for name, own in zip(names, plain, strict=True):
+        if not any(letter.isalnum() for letter in own):
+            raise ValueError(f"{path}: expected names of {kind} with a letter or a digit, got {name!r}")
+        if plain.count(own) > 1:
+            raise ValueError(f"{path}: expected names of {kind} that differ in more than signs, got {name!r} twice")
+
+
+def folder(out: Path, row: str, seed: int, dataset: str = "") -> Path:
+    """Where a run of a study lies.
+
+    >>> folder(Path("out"), "LTPA pc", 0).as_posix(), folder(Path("out"), "SE", 1, "cifar10").as_posix()
+    ('out/LTPA_pc/seed-0', 'out/cifar10/SE/seed-1')
+    """
+    return out / _plain(dataset) / _plain(row) / f"seed-{seed}"
+
+
+def _plain(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_.," else "_" for letter in name)

@@ -1,0 +1,175 @@
+"""A trained network as one file for other runtimes: ONNX, or PyTorch's own exported program."""
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from sightline import data, runs
+from sightline.attention.insertion import WithMaps
+
+_TOLERANCE = 1e-4  # of the largest value of an output; runtimes add up in other orders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A file that was written, and how it was checked."""
+
+    path: Path
+    size: tuple[int, int]
+    """Height and width of the images that it takes."""
+    outputs: tuple[str, ...]
+    """`logits`, then the attention blocks whose maps follow."""
+    difference: float | None
+    """Largest difference from the model, as a share of the output's largest value; None without onnxruntime."""
+
+
+def write(folder: Path | str, file: Path | str) -> Exported:
+    """Export the network of a run, with its attention maps as further outputs, and check the file against the network.
+
+    It takes `images`, uint8 (b, 3, height, width), red, green, blue, resized to the run's size; any b. Mean and
+    deviation are inside. It gives `logits` (b, classes), then the weights of each attention block, (b, k, h, w). Class
+    names and preprocessing are in the metadata of ONNX, and in the extra file `sightline.json` of a .pt2.
+
+    Args:
+        folder: a run.
+        file: FILE.onnx, or FILE.pt2, which `torch.export.load` reads.
+
+    Raises:
+        ValueError: another ending, or a network that cannot be exported.
+        OSError: the folder is no run, or the file cannot be written.
+        ModuleNotFoundError: a package for ONNX is missing.
+        RuntimeError: the exported network does not compute what the network does. Nothing is written then.
+    """
+    path = Path(file)
+    formats = {".onnx": _onnx, ".pt2": _pt2}
+    if path.suffix not in formats:
+        raise ValueError(f"expected a file that ends in {' or '.join(formats)}, got {path}; choose one of them")
+    runs.check_writable(path.parent)
+    run = runs.open_run(folder)
+    model = runs.load(folder)
+    gated = any(isinstance(getattr(block, "gate", None), nn.Module) for block in model.modules())
+    network = WithMaps(model) if gated else _Alone(model)
+    names = ("logits", *(name or "attention" for name in network.names))
+    pixels = _FromPixels(network, run.preprocess).eval()
+    facts = {
+        "classes": run.classes,
+        "preprocess": asdict(run.preprocess),
+        "input": "uint8 red, green, blue; the whole image resized to preprocess.size (antialiased, bilinear)",
+        "outputs": names,
+    }
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content, call = formats[path.suffix](pixels, run.preprocess.size, names, facts)
+    except ModuleNotFoundError:
+        raise
+    # what can go wrong in tracing somebody's network has dozens of types
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"cannot export {run.recipe.model.name} for any number of images: {reason}") from error
+    difference = None if call is None else _difference(call, network, run.preprocess)
+    if difference is not None and not difference <= _TOLERANCE:
+        raise RuntimeError(
+            f"expected the exported network to differ from {run.recipe.model.name} by at most {_TOLERANCE:g} of the "
+            f"largest value, got {difference:.2g}; nothing was written"
+        )
+    runs.write(path, content)
+    return Exported(path=path, size=run.preprocess.size, outputs=names, difference=difference)
+
+
+_Call = Callable[[UInt8[Tensor, "b 3 h w"]], Sequence[Tensor]]
+
+
+class _Alone(nn.Module):
+    """A network without attention blocks, in the form of `WithMaps`."""
+
+    names: Sequence[str] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self.model(images),)
+
+
+class _FromPixels(nn.Module):
+    """`data.normalise` in front, with mean and deviation as buffers."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, preprocess: data.Preprocess) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(preprocess.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(preprocess.std)[:, None, None])
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.network((images / 255 - self.mean) / self.std)
+
+
+def _pixels(n: int, size: tuple[int, int]) -> UInt8[Tensor, "n 3 h w"]:
+    return torch.randint(0, 256, (n, 3, *size), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+
+
+def _program(pixels: nn.Module, size: tuple[int, int]) -> torch.export.ExportedProgram:
+    free = {"images": {0: torch.export.Dim("batch", min=1)}}
+    program = torch.export.export(pixels, (_pixels(2, size),), dynamic_shapes=free)
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.meta.pop("stack_trace", None)  # names the folders of this machine
+    return program
+
+
+def _pt2(
+    pixels: nn.Module, size: tuple[int, int], names: Sequence[str], facts: dict[str, Any]
+) -> tuple[bytes, _Call | None]:
+    file = io.BytesIO()
+    torch.export.save(_program(pixels, size), file, extra_files={"sightline.json": json.dumps(facts)})
+    return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
+
+
+def _onnx(
+    pixels: nn.Module, size: tuple[int, int], names: Sequence[str], facts: dict[str, Any]
+) -> tuple[bytes, _Call | None]:
+    try:
+        import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"ONNX needs the library {error.name}; install it: pip install 'sightline[export]'"
+        ) from None
+    made = torch.onnx.export(
+        _program(pixels, size), dynamo=True, input_names=["images"], output_names=[*names], verbose=False
+    )
+    assert made is not None
+    made.model.metadata_props.update({name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
+    content = made.model_proto.SerializeToString()
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        return content, None
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda images: [
+        torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})
+    ]
+
+
+def _difference(call: _Call, network: nn.Module, preprocess: data.Preprocess) -> float:
+    shares: list[Tensor] = []
+    for n in (1, 3):
+        images = _pixels(n, preprocess.size)
+        with torch.no_grad():
+            wanted, found = network(data.normalise(images, preprocess)), call(images)
+        shares += [(a - b).abs().max() / b.abs().max().clamp_min(1e-30) for a, b in zip(found, wanted, strict=True)]
+    return float(torch.stack(shares).max())
