@@ -26,7 +26,7 @@ from sightline.recipe import Augment, Data, Optim, Recipe
 from sightline.training import Training
 from sightline.training.losses import Loss
 
-SIZE, BATCH, STEPS = 32, 64, 10
+SIZE, BATCH, STEPS = 32, 16, 10
 SGD = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 NETWORKS: dict[str, dict[str, Any]] = {
     "vgg_att3": {"name": "vgg_att3", "width": 0.25},
@@ -151,9 +151,11 @@ def main() -> None:
         bare = bare_epoch(name, resident, device)
         ratio = pairs(ours, bare)
         rate = max(rate, STEPS * BATCH / float(np.median([seconds(bare) for _ in range(3)])))
-        what = f"{name}, {SIZE} px, batch {BATCH}, {device}"
+        what = f"{name}, {NETWORKS[name]}, {SIZE} px, batch {BATCH}, {device}"
         rows.append({"what": f"{STEPS} steps, {what}: ours / bare", **ratio._asdict(), "bar": 1.03})
         tell(f"{name}: ours / bare", ratio, "bar 1.03")
+        if name != "vgg_att3":  # that of the public code
+            continue
         ours, device = our_epoch(name, resident, Augment(crop=4, flip=True))
         ratio = pairs(public_epoch(name, resident, device), ours)
         rows.append({"what": f"{STEPS} steps, {what}: public loop / ours", **ratio._asdict(), "at least": 1.3})

@@ -372,9 +372,9 @@ def test_a_step_is_that_of_plain_pytorch(name: str, tmp_path: Path):
         {"params": [p for p in network.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimiser = (
-        torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
+        torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, fused=True)
         if name == "sgd"
-        else torch.optim.AdamW(groups, lr=0.01)
+        else torch.optim.AdamW(groups, lr=0.01, fused=True)
     )
     passed = data.batches(images, 32, shuffle=(0, 0), augment=(asked.augment, 0, 0), drop_last=True)
     for step, batch in enumerate(passed):
