@@ -266,7 +266,7 @@ def of_my_own(activations, targets):
 def test_an_explainer_of_ones_own_is_scored_like_any():
     found = evaluate(PooledModel(torch.eye(3)), planted(8), [of_my_own, "cam"], ["energy_in_mask"])
     assert found.methods[:2] == ("of_my_own", "cam")
-    assert found.verdicts["of_my_own"] == {"class-independent": 8} and "of_my_own are" not in "".join(found.summary)
+    assert found.verdicts["of_my_own"] == {}  # that it is the same for every class is its nature
 
 
 class Both(nn.Module):

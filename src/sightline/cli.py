@@ -100,9 +100,7 @@ def _small(name: str | None) -> recipe.Recipe:
     )
 
 
-def _train(
-    start: recipe.Recipe, options: argparse.Namespace, overrides: dict[str, Any], profile: bool = False
-) -> None:
+def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[str, Any], profile: bool = False) -> None:
     from sightline.training import fit, processes
 
     found = fit(start, _folder(options.out), overrides, resume=options.resume, profile=profile)
@@ -738,7 +736,8 @@ def _in_order_of(images: "ImageSet", classes: Sequence[str]) -> "ImageSet":
         return images
     if missing := [name for name in images.classes if name not in classes]:
         raise ValueError(
-            f"expected data with the classes of the run, got {missing[0]!r}, which is none of {', '.join(classes)}"
+            f"expected data with the classes of the run, got {missing[0]!r}, which is none of {', '.join(classes)}; "
+            "leave its images out, or name it as in training"
         )
     from dataclasses import replace
 

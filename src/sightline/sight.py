@@ -70,7 +70,10 @@ class Sight:
 
         best = sorted(metrics, key=lambda metric: -_mean(forecast(metric, name).value for name in sets))
         second = [["metric", *sets], *([m, *(_figures(forecast(m, name)) for name in sets)] for m in best)]
-        return f"{_table(lines)}\n{_table(second)}"
+        made = ", ".join(f"{found.provenance['images with maps']} ({name})" for name, found in self.evaluations.items())
+        first = f"`{TRUTH}` of each map, mean over the images: {made}. 1 is the truth."
+        then = "How well each metric forecasts that order of the maps: rank correlation, 1 always, 0 as a draw would."
+        return f"{first}\n\n{_table(lines)}\n{then}\n\n{_table(second)}"
 
 
 def sight_test(

@@ -20,7 +20,7 @@ from sightline.evaluation.result import Comparison, Curve, Evaluation, Example, 
 from sightline.evaluation.sentences import OF_ANOTHER_CLASS, summary
 from sightline.evaluation.source import Answers, Known, Source, predict
 from sightline.evaluation.standings import curve_of, failing, league, mean, standing_of
-from sightline.explainers import EXPLAINERS, Method, Progress, attention_maps, explain, fitting, named
+from sightline.explainers import EXPLAINERS, Explanation, Method, Progress, attention_maps, explain, fitting, named
 from sightline.metrics import METRICS, Hiding, inputs_of, measure
 from sightline.metrics.agreement import ranks
 from sightline.metrics.classification import quality
@@ -183,7 +183,7 @@ def evaluate(
     found = replace(found, data=name or source.name, left_out=planned.left_out, provenance=known)
     if folder is not None:
         clear(folder, files)
-    return replace(found, summary=tuple(summary(found, answers, maker.by_class)))
+    return replace(found, summary=tuple(summary(found, answers)))
 
 
 def _metrics_of(wanted: Sequence[str] | None, everything: bool, has_masks: bool, has_weights: bool) -> list[str]:
@@ -264,7 +264,7 @@ class _Maker:
             maps=self._kept(maps, rows, keep),
             alike=_alike(maps),
             areas=areas[areas > 0],  # an empty mask is undefined for the score too
-            verdicts=explanation.verdicts | {name: [[] for _ in rows] for name in maps if name not in self.asked},
+            verdicts={name: [[] for _ in rows] for name in maps} | self._verdicts(explanation),
             layers=explanation.layers | {name: "" for name in maps if name not in self.asked},
         )
 
@@ -273,7 +273,14 @@ class _Maker:
         rows = batch.rows.numpy()
         targets = torch.from_numpy(self.answers.predictions[rows]).to(batch.images.device)
         found = explain(self.model, batch.images, targets, list(self.asked.values()))
-        return self._kept(found.maps, rows, {name: rows >= 0 for name in found.maps}), found.verdicts
+        return self._kept(found.maps, rows, {name: rows >= 0 for name in found.maps}), self._verdicts(found)
+
+    def _verdicts(self, explanation: Explanation) -> dict[str, list[list[str]]]:
+        """What to distrust; that a map is the same for every class only where it should not be."""
+        return {
+            method: [[v for v in said if v != "class-independent" or method in self.by_class] for said in images]
+            for method, images in explanation.verdicts.items()
+        }
 
     def _kept(self, maps: Mapping[str, Tensor], rows: Array, keep: Mapping[str, Array]) -> dict[tuple[str, str], Array]:
         return {

@@ -1,7 +1,7 @@
 """What the numbers say in plain words; nothing that its interval does not bear."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -26,8 +26,8 @@ _MEANS = {
 """Verdict -> what it means, for those who read no page."""
 
 
-def summary(found: Evaluation, answers: Answers, by_class: Collection[str]) -> Iterator[str]:
-    """Sentences, the most important first. `by_class`: methods that should differ between classes."""
+def summary(found: Evaluation, answers: Answers) -> Iterator[str]:
+    """Sentences, the most important first."""
     yield from _accuracy(found, answers)
     made = int(found.provenance["images with maps"])
     units = max((score.interval.n for score in found.scores), default=0)
@@ -39,7 +39,7 @@ def summary(found: Evaluation, answers: Answers, by_class: Collection[str]) -> I
         for method in real:
             left = made - found.score(method, metric).undefined
             if left < (1 - UNDEFINED_SHARE) * made:
-                yield f"{metric} of {method} is defined for {left} of {made} images only and is not compared."
+                yield f"{metric} of {method} is defined for {left} of {made} images only and is not judged."
         yield from _best(found, metric)
     yield from _no_better(found, real)
     for test, methods in found.failed.items():
@@ -50,7 +50,7 @@ def summary(found: Evaluation, answers: Answers, by_class: Collection[str]) -> I
     alike = defaultdict[tuple[str, int], list[str]](list)
     for method in real:
         for verdict, count in found.verdicts[method].items():
-            if verdict != "rectifiers intercepted" and (verdict != "class-independent" or method in by_class):
+            if verdict != "rectifiers intercepted":
                 alike[verdict, count].append(method)
     for (verdict, count), methods in alike.items():
         which = f"{'each of ' if len(methods) > 1 else ''}{', '.join(methods)}"

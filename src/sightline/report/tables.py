@@ -22,7 +22,7 @@ MANY = 8
 
 _KINDS = (
     ("What to distrust", r"Do not |not reliably|is (?:not )?shown to be|against one another|\d maps of "),
-    ("What is missing", r"^Left out|could not be read|is not compared|have no label|No image shows|^Only \d"),
+    ("What is missing", r"^Left out|could not be read|is not judged|have no label|No image shows|^Only \d"),
 )
 
 

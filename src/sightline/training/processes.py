@@ -1,8 +1,10 @@
 """The processes that train together: one, or those that torchrun or SLURM has started."""
 
 import copy
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,9 +51,22 @@ def begin(optim: Optim, network: nn.Module, size: tuple[int, int]) -> Fabric:
         strategy = ModelParallelStrategy(_shard, data_parallel_size=nodes * each, tensor_parallel_size=1)
     elif nodes * each > 1:
         strategy = DDPStrategy(find_unused_parameters=_has_unused(network, size))
-    fabric = Fabric(accelerator="auto", devices=each, num_nodes=nodes, strategy=strategy, precision=optim.precision)
-    fabric.launch()
+    with _quiet():
+        fabric = Fabric(accelerator="auto", devices=each, num_nodes=nodes, strategy=strategy, precision=optim.precision)
+        fabric.launch()
     return fabric
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without the library's own announcements."""
+    log = logging.getLogger("lightning.fabric")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def end() -> None:
