@@ -30,6 +30,16 @@ TINY = Recipe(
     optim=Optim(epochs=4, batch_size=32, lr=0.01, ema=0.9),
 )
 PLACES = ("before the bytes", "in the middle of the bytes", "before the new name", "after the new name")
+WRITES = [
+    ("checkpoint.safetensors", 1),
+    ("checkpoint-2.safetensors", 1),
+    ("checkpoint.safetensors", 5),
+    ("run.json", 1),
+    ("run.json", 2),
+    ("model.safetensors", 1),
+    ("model.safetensors", 4),
+    ("metrics.csv", 3),
+]
 
 
 def train(recipe: Recipe, out: Path, save_every: float) -> None:
@@ -38,8 +48,8 @@ def train(recipe: Recipe, out: Path, save_every: float) -> None:
     training.fit(recipe, out, resume=True, progress=False)
 
 
-def train_and_die_writing(recipe: Recipe, out: Path, save_every: float, write: int, place: str) -> None:
-    """The same; SIGKILL comes from within, in a place of a write."""
+def train_and_die_writing(recipe: Recipe, out: Path, save_every: float, file: str, write: int, place: str) -> None:
+    """The same; SIGKILL comes from within, in a place of the first, second, ... write of a file."""
     plain, count = runs.write, 0
 
     def die() -> None:
@@ -47,8 +57,8 @@ def train_and_die_writing(recipe: Recipe, out: Path, save_every: float, write: i
 
     def torn(path: Path, content: bytes) -> None:
         nonlocal count
-        count += 1
-        if count != write:
+        count += path.name == file
+        if path.name != file or count != write:
             plain(path, content)
         elif place == PLACES[0]:
             die()
@@ -92,16 +102,16 @@ def kill_until_done(recipe: Recipe, out: Path, save_every: float, rng: np.random
 
 def die_in_every_write(recipe: Recipe, out: Path, save_every: float) -> Iterator[tuple[str, Path]]:
     """Folders of trainings that died once in each place of one of their writes, and then came to their end."""
-    for write in range(1, 9):
+    for file, write in WRITES:
         for place in PLACES:
-            folder = out / f"{write}, {place}"
-            process = started(train_and_die_writing, recipe, folder, save_every, write, place)
+            folder = out / f"{file}, {write}, {place}"
+            process = started(train_and_die_writing, recipe, folder, save_every, file, write, place)
             process.join()
             assert process.exitcode == -signal.SIGKILL, f"it lived: {process.exitcode}"
             again = started(train, recipe, folder, save_every)
             again.join()
-            assert again.exitcode == 0, f"write {write}, {place}: it cannot go on"
-            yield f"write {write}, {place}", folder
+            assert again.exitcode == 0, f"{folder.name}: it cannot go on"
+            yield folder.name, folder
 
 
 def result(run: Path) -> tuple[bytes, list[dict[str, str]], set[str]]:

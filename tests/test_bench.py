@@ -15,6 +15,7 @@ import torch
 
 from sightline import bench, cli, recipe, runs
 from sightline.bench import Bench, Maps, Measured, Quality, Study, Summary
+from sightline.bench.measured import read
 from sightline.bench.published import PUBLISHED, published
 from sightline.metrics.complexity import sparsity
 from sightline.models import create_model
@@ -169,6 +170,49 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path):
     assert "was begun with another recipe: optim.epochs was 1, now 2" in changed.failed["control, seed 0"]
 
 
+def test_what_is_stored_keeps_no_old_names_and_what_is_torn_is_done_again(tmp_path: Path):
+    before = Study(recipe=replace(SMALL, seeds=(0,)), rows={"the control": {}, "E C A": ROWS["SE"]})
+    first = bench.bench(before, tmp_path)
+    assert (tmp_path / "the_control").is_dir()
+    study = replace(before, rows={"the/control": {}, "E/C/A": ROWS["SE"]})  # other names, the same folders
+    found = bench.bench(study, tmp_path)
+    assert [run.row for run in found.measured] == [line[0] for line in found.table()[1]] == ["the/control", "E/C/A"]
+    assert [run.accuracy for run in found.measured] == [run.accuracy for run in first.measured]
+    file = tmp_path / "E_C_A" / "seed-0" / "measured.json"
+    whole = json.loads(file.read_text())
+    for torn in ('{"quality": {"own"', "[1]", '{"quality": 3}', "7", "\x00", '{"quality": {}, "strange": 1}'):
+        file.write_text(torn)
+        assert read(file) is None
+    (tmp_path / "costs.json").write_text('{"of": ')
+    again = bench.bench(study, tmp_path)
+    assert not again.failed and json.loads(file.read_text()) == whole | {"row": "E/C/A"}
+    assert set(again.costs[""]) == {"the/control", "E/C/A"} and "ms / image" in again.table()[0]
+    told = json.loads((tmp_path / "costs.json").read_text())
+    assert told["of"]["rows"]["E/C/A"]["model"]["options"]["attention"] == "se" and told["of"]["device"] == "cpu"
+    known = bench.bench(study, tmp_path).costs
+    assert known == again.costs
+    told["of"]["rows"]["E/C/A"]["model"]["options"]["attention"] = "eca"  # what another network of this size cost
+    told["costs"]["E/C/A"]["macs"] = 3
+    (tmp_path / "costs.json").write_text(json.dumps(told))
+    assert bench.bench(study, tmp_path).costs[""]["E/C/A"].macs == known[""]["E/C/A"].macs
+
+
+def test_costs_that_cannot_be_taken_do_not_lose_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    def none(models: object, inputs: torch.Tensor) -> None:
+        asked.append(len(inputs))
+        raise torch.OutOfMemoryError("out of memory:\n  tried to have 3 GiB")
+
+    monkeypatch.setattr(bench, "costs", none)
+    small = replace(SMALL, seeds=(0,), optim=replace(SMALL.optim, batch_size=16))
+    found = bench.bench(Study(recipe=small, rows={"control": {}, "SE": ROWS["SE"]}), tmp_path)
+    assert asked == [16] and not found.failed and "ms / image" not in found.table()[0]
+    said = "Costs are left out: out of memory: tried to have 3 GiB."
+    assert found.sentences()[-1] == said and said in (tmp_path / "bench.md").read_text()
+    assert said in (tmp_path / "bench.html").read_text() and not (tmp_path / "costs.json").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -239,14 +283,28 @@ def with_accuracies(**rows: list[float]) -> Bench:
 def test_differences_and_their_correction_by_hand():
     # gaps b: 1 2 3, t = 2 / (1 / sqrt 3); c: 9 10 11, t = 10 sqrt 3; two degrees of freedom: p = 1 - t / sqrt(2 + t²)
     found = with_accuracies(
-        a=[0.5] * 3, b=[0.51, 0.52, 0.53], c=[0.59, 0.60, 0.61], d=[0.55] * 3, e=[0.6], f=[0.58, 0.60, 0.62]
+        a=[0.5] * 3,
+        b=[0.51, 0.52, 0.53],
+        c=[0.59, 0.60, 0.61],
+        d=[0.55] * 3,
+        e=[0.6],
+        f=[0.58, 0.60, 0.62],
+        g=[0.59, 0.60, 0.61],
+        h=[0.59, 0.60, 0.61],
     )
-    found = replace(found, controls={"f": "c"})
+    found = replace(found, controls={"f": "g"}, as_large_as={"h": "b"})
     gaps = found.differences()
-    assert list(gaps) == ["b", "c", "d", "e", "f"]  # the control has none
+    assert list(gaps) == ["b", "c", "d", "e", "f", "g", "h"]  # the control has none
+    for control in ("g", "h"):  # of f; of b, with its size: they are compared, not tested
+        assert gaps[control].p == pytest.approx(gaps["c"].p) and math.isnan(gaps[control].adjusted)
+        assert not gaps[control].holds and gaps[control].points() == "+10.0 [+7.5, +12.5]"
+    assert found.sentences()[0] == "Better than the control after correction: c +10.0 points [+7.5, +12.5]."
+    assert found.sentences()[1].startswith("Better, worse or as good as the control is open for b and f (to g): ")
+    assert found.sentences()[2] == "To the control, d +5.0 points: the same in all seeds, not tested."
+    assert math.isnan(gaps["d"].low) and gaps["d"].points() == "+5.0"
     p = {row: 1 - t / math.sqrt(2 + t**2) for row, t in {"b": math.sqrt(12), "c": math.sqrt(300)}.items()}
     assert gaps["b"].p == pytest.approx(p["b"]) and gaps["c"].p == pytest.approx(p["c"])
-    assert gaps["f"].other == "c" and gaps["f"].mean == pytest.approx(0) and gaps["f"].p == pytest.approx(1)
+    assert gaps["f"].other == "g" and gaps["f"].mean == pytest.approx(0) and gaps["f"].p == pytest.approx(1)
     # three tests, for neither one seed nor three equal differences make one
     assert math.isnan(gaps["d"].p) and math.isnan(gaps["e"].p) and not gaps["d"].holds and not gaps["e"].holds
     assert gaps["c"].adjusted == pytest.approx(3 * p["c"]) and gaps["c"].holds
@@ -255,7 +313,30 @@ def test_differences_and_their_correction_by_hand():
     columns, lines = found.table()
     cells = {line[0]: dict(zip(columns, line, strict=True)) for line in lines}
     assert cells["c"]["p, corrected"] == "0.010, holds" and cells["b"]["p, corrected"] == "0.148"
-    assert cells["f"]["control"] == "c" and cells["c"]["control"] == "-"
+    assert cells["f"]["control"] == "g" and cells["g"]["p, corrected"] == "-" and cells["c"]["control"] == "-"
+
+
+def test_a_seed_that_failed_is_told_and_nothing_holds_without_it():
+    known = with_accuracies(a=[0.5] * 3, b=[0.59, 0.60, 0.61], c=[0.59, 0.60, 0.61], d=[0.51, 0.50, 0.48])
+    whole = replace(known, seeds=(0, 1, 2), controls={"d": "c"})
+    assert whole.differences()["b"].holds and whole.differences()["d"].holds
+    assert whole.sentences()[0] == "Better than the control after correction: b +10.0 points [+7.5, +12.5]."
+    assert whole.sentences()[1] == "Worse than the control after correction: d (to c) -10.3 points [-16.6, -4.1]."
+    short = replace(whole, seeds=(0, 1, 2, 3))
+    assert not any(of.holds for of in short.differences().values())
+    measured = tuple(run for run in whole.measured if (run.row, run.seed) != ("c", 2))
+    lost = replace(whole, measured=measured)
+    gaps = lost.differences()
+    assert gaps["b"].holds and not gaps["d"].whole and not gaps["d"].holds  # the run of its control is missing
+    assert lost.sentences()[-1] == (
+        "Runs are missing, so that nothing can hold for what they are compared with: c has 2 of 3 seeds."
+    )
+    assert {line[0]: line[1] for line in lost.table()[1]}["c"] == "59.5 ± 0.7 (2 of 3 seeds)"
+
+
+def test_a_bar_in_a_name_does_not_end_a_cell():
+    found = with_accuracies(**{"a": [0.5, 0.6], "b|c": [0.5, 0.6]})
+    assert "| b\\|c | 55.0 ± 7.1 |" in found.markdown() and found.table()[1][1][0] == "b|c"
 
 
 def test_sentences_say_no_more_than_their_intervals():
@@ -413,13 +494,17 @@ def test_reproduce(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         "--data.train_size 64 --data.test_size 20 --optim.epochs 1 --optim.batch_size 32 --model.options.width 0.0625"
     )
     rows = ["--row", "vgg15, the same trunk", "--row", "(VGG-att)-pc"]
-    asked = ["reproduce", "ltpa-cifar100", "--out", str(tmp_path), "--data", "clutter", "--seeds", "0", *rows]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", "ltpa-cifar100", "--out", str(tmp_path / "other"), "--data", "clutter"])
+    assert stop.value.code == 2 and not (tmp_path / "other").exists()
+    assert "expected images of 100 classes as in ltpa-cifar100, got 10 in clutter" in capsys.readouterr().err
+    asked = ["reproduce", "ltpa-cifar10", "--out", str(tmp_path), "--data", "clutter", "--seeds", "0", *rows]
     cli.main([*asked, *small.split()])
     printed = " ".join(capsys.readouterr().out.split())
     assert "ours, error %" in printed and "optim.epochs 1 instead of 300" in printed
     assert "seeds (0,) instead of (0, 1, 2)" in printed and "data.source" not in printed
     error = 100 * (1 - json.loads((tmp_path / "_VGG-att_-pc" / "seed-0" / "measured.json").read_text())["accuracy"])
-    assert f"23.55 │ {error:.2f} │" in printed
+    assert f"5.61 │ {error:.2f} │" in printed
 
 
 def test_every_study_in_recipes_can_be_built():
@@ -430,6 +515,11 @@ def test_every_study_in_recipes_can_be_built():
         for row in study.rows:
             wanted = study.of(row, 0, Path("out"), next(iter(study.datasets)))
             create_model(wanted.model.name, num_classes=10, **wanted.model.options)
+            resolutions = {
+                study.changed(name, next(iter(study.datasets))).model.options.get("high_resolution", 0)
+                for name in (row, study.named("control").get(row, study.control))
+            }
+            assert len(resolutions) == 1 or row.startswith("GAP"), row  # only these are there to show what it adds
 
 
 def test_sparsity_by_hand():

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from huggingface_hub import constants
@@ -128,6 +129,22 @@ def test_only_five_files_are_published_and_nothing_of_the_machine(run: runs.Run,
     assert runs.open_run(run.folder) == run
 
 
+def test_paths_inside_options_and_behind_the_prefix_are_shortened(
+    run: runs.Run, served: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"a": "/data/clinic-7/x", "b": [{"c": "hub:/data/clinic-7/y", "d": 1 / 16}], "e": "hub:jane/set:plain"}
+    model = replace(PRIVATE.model, options=options)
+    data = replace(PRIVATE.data, source="hub:../clinic-7/slides")
+    runs.save(replace(run, recipe=replace(PRIVATE, model=model, data=data)))
+    monkeypatch.setattr(runs, "load", lambda folder: None)
+    sl.hub.push(run.folder, "jane/slides")
+    files = served.files("jane/slides")
+    assert not any(b"clinic-7" in content for content in files.values())
+    published = yaml.safe_load(files["recipe.yaml"])
+    assert published["model"]["options"] == {"a": "x", "b": [{"c": "y", "d": 1 / 16}], "e": "hub:jane/set:plain"}
+    assert published["data"]["source"] == "slides"
+
+
 @pytest.mark.parametrize("source", ["clutter", "cifar10", "hub:uoft-cs/cifar10:plain_text"])
 def test_the_name_of_a_public_set_stays(run: runs.Run, served: Hub, source: str) -> None:
     runs.save(replace(run, recipe=replace(PRIVATE, data=Data(source=source))))
@@ -191,6 +208,11 @@ def test_a_repository_of_something_else_is_not_overwritten(
     line = refused(capsys, "push", run.folder, "jane/bert")
     assert line.startswith("expected a new repository or one of a run, got jane/bert, which holds config.json; ")
     assert served.files("jane/bert")["README.md"] == b"BERT"
+    served.commit("jane/other", {"run.json": b"{}"})
+    assert "which holds run.json; " in refused(capsys, "push", run.folder, "jane/other")
+    served.commit("jane/new", {".gitattributes": b"", "README.md": b"mine", "LICENSE": b"MIT"})
+    sl.hub.push(run.folder, "jane/new")
+    assert served.files("jane/new")["LICENSE"] == b"MIT" and served.files("jane/new")["README.md"] != b"mine"
 
 
 def test_what_cannot_be_pushed(
@@ -252,13 +274,29 @@ def test_only_the_four_files_are_fetched_and_none_may_name_a_pickle(
     cached = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_symlink()}
     assert cached == {"metrics.csv", "model.safetensors", "recipe.yaml", "run.json"}
     evil = yaml.safe_load(served.files("jane/slides")["recipe.yaml"])
-    evil["model"] |= {"name": "resnet18", "options": {"checkpoint_path": "/tmp/evil.pt"}}
-    served.commit("jane/slides", {"recipe.yaml": yaml.safe_dump(evil).encode()})
-    assert "got one with the option checkpoint_path" in refused(
-        capsys, "pull", "jane/slides", "--out", tmp_path / "out"
-    )
+    for option in ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"):
+        evil["model"] |= {"name": "resnet18", "options": {option: "/tmp/evil.pt"}}
+        served.commit("jane/slides", {"recipe.yaml": yaml.safe_dump(evil).encode()})
+        line = refused(capsys, "pull", "jane/slides", "--out", tmp_path / "out")
+        assert f"got one with the option {option}; " in line
     served.commit("jane/slides", {"recipe.yaml": b"!!python/object/apply:os.system [exit 1]"})
     assert "is damaged" in refused(capsys, "pull", "jane/slides", "--out", tmp_path / "out")
+
+
+def test_a_stranger_s_recipe_downloads_no_other_weights(
+    run: runs.Run, served: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = models.create_model("protopnet", num_classes=2, prototypes=1, channels=4)
+    wanted = Model(name="protopnet", options={"pretrained": True, "prototypes": 1, "channels": 4})
+    runs.save(replace(run, recipe=replace(PRIVATE, model=wanted)), plain.state_dict())
+    asked = []
+    build = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained, **more: asked.append(pretrained) or build(name, **more)
+    )
+    sl.hub.push(run.folder, "jane/birds")
+    sl.load("hub:jane/birds")
+    assert asked == [False, False]
 
 
 def test_without_network_the_cache_is_used(
@@ -275,10 +313,17 @@ def test_without_network_the_cache_is_used(
     assert torch.equal(sl.load(f"hub:jane/slides@{commit}")(images), runs.load(run.folder)(images))
     assert served.requests == []
     line = refused(capsys, "pull", "jane/other", "--out", tmp_path / "out")
-    assert line == "jane/other: HF_HUB_OFFLINE is set, and it is not in the cache; unset it to use the network"
+    assert line == "jane/other: not in the cache, and HF_HUB_OFFLINE is set; unset it and connect once"
     assert "HF_HUB_OFFLINE is set" in refused(capsys, "push", run.folder, "jane/other")
     (folder / "snapshots" / commit / "model.safetensors").unlink()
-    assert "it has no model.safetensors" in refused(capsys, "pull", "jane/slides", "--out", tmp_path / "out")
+    line = refused(capsys, "pull", "jane/slides", "--out", tmp_path / "out")
+    assert line == "weights of jane/slides: not in the cache, and HF_HUB_OFFLINE is set; unset it and connect once"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for constant in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
+        address = getattr(constants, constant).replace(served.url, "http://127.0.0.1:9")
+        monkeypatch.setattr(constants, constant, address)
+    line = refused(capsys, "pull", "jane/slides", "--out", tmp_path / "out")
+    assert line.startswith("weights of jane/slides: cannot exchange files with the hub: ")
 
 
 def test_a_hub_that_does_not_answer(

@@ -3,7 +3,6 @@
 import resource
 import signal
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,17 @@ def test_killed_at_random_moments(through: Path, tmp_path: Path):
         assert result(out) == result(through)
 
 
-@pytest.mark.parametrize(("write", "place"), [(4, PLACES[1]), *product((1, 13), PLACES)])
-def test_killed_while_it_writes(write: int, place: str, through: Path, tmp_path: Path):
-    """Of the files of a run: the first state, a step's state, the weights."""
-    process = started(train_and_die_writing, SHORT, tmp_path / "run", 0.0, write, place)
+@pytest.mark.parametrize(
+    ("file", "write", "place"),
+    [
+        *(("model.safetensors", 1, place) for place in PLACES),
+        *(("checkpoint.safetensors", 1, place) for place in PLACES[1:3]),
+        ("checkpoint-2.safetensors", 3, PLACES[1]),
+        ("run.json", 2, PLACES[3]),
+    ],
+)
+def test_killed_while_it_writes(file: str, write: int, place: str, through: Path, tmp_path: Path):
+    process = started(train_and_die_writing, SHORT, tmp_path / "run", 0.0, file, write, place)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     again = started(train, SHORT, tmp_path / "run", 0.0)

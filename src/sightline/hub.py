@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from torch import nn
@@ -23,6 +23,8 @@ PREFIX = "hub:"
 _WEIGHTS = "model.safetensors"
 _FACTS = ("recipe.yaml", "metrics.csv", "run.json")
 _LISTED = 30  # classes named in the card
+_READS = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
+"""Options by which timm reads files, or writes them, where a recipe says; a file might be a pickle."""
 
 
 def load(source: Path | str) -> nn.Module:
@@ -44,8 +46,8 @@ def push(folder: Path | str, name: str, private: bool = False) -> str:
     """Put a run into a repository of the hub, which is made where it is missing, and return its address.
 
     What goes there: model.safetensors, recipe.yaml, run.json, metrics.csv and README.md, a model card written from the
-    run and its evaluation.json. Of paths (data, weights, teacher, command) only the last part is published, and the
-    list of unreadable images is left out.
+    run and its evaluation.json. Of paths (data, options, weights, teacher, command) only the last part is published,
+    and the list of unreadable images is left out.
 
     Args:
         folder: the run.
@@ -123,8 +125,10 @@ def fetch(name: str) -> Path:
         folder = Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=[*_FACTS]))
     _check_there(folder, _FACTS, name)
     _refuse_files(runs.open_run(folder))
-    with _told(name):  # the folder is named by its commit
+    with _told(f"weights of {name}"):  # the folder is named by its commit
         hub.snapshot_download(repository, revision=folder.name, allow_patterns=[_WEIGHTS])
+        if not (folder / _WEIGHTS).is_file():
+            hub.HfApi().file_exists(repository, _WEIGHTS, revision=folder.name)  # raises without network
     _check_there(folder, (_WEIGHTS,), name)
     return folder
 
@@ -221,7 +225,11 @@ def _public(run: runs.Run) -> runs.Run:
     hidden = replace(
         wanted,
         data=replace(wanted.data, source=source),
-        model=replace(wanted.model, weights=wanted.model.weights and _last_part(wanted.model.weights)),
+        model=replace(
+            wanted.model,
+            options=_last_parts(wanted.model.options),
+            weights=wanted.model.weights and _last_part(wanted.model.weights),
+        ),
         optim=replace(wanted.optim, teacher=wanted.optim.teacher and _last_part(wanted.optim.teacher)),
     )
     info = dict(run.info)
@@ -237,16 +245,30 @@ def _last_part(word: str) -> str:
     ['c', '--data=b', 'hub:owner/name', '--lr']
     """
     flag, equals, value = word.partition("=") if re.match(r"-[^/]*=", word) else ("", "", word)
-    if value.startswith(PREFIX):
+    if re.fullmatch(PREFIX + r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", value):
         return word
     return flag + equals + re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
 
+def _last_parts(value: Any) -> Any:
+    """Every string in plain data by its last part.
+
+    >>> _last_parts({"a": ["/x/y", 1], "b": {"c": "x/z"}})
+    {'a': ['y', 1], 'b': {'c': 'z'}}
+    """
+    if isinstance(value, dict):
+        return {_last_parts(key): _last_parts(inner) for key, inner in cast(dict[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [_last_parts(inner) for inner in cast(list[Any], value)]
+    return _last_part(value) if isinstance(value, str) else value
+
+
 def _refuse_files(run: runs.Run) -> None:
-    """No recipe of a stranger may have timm read a file of this machine, which might be a pickle."""
-    if "checkpoint_path" in run.recipe.model.options:
+    """No recipe of a stranger may have timm read or write files of this machine."""
+    if found := [option for option in _READS if option in run.recipe.model.options]:
         raise ValueError(
-            "expected a run whose weights are in model.safetensors, got one with the option checkpoint_path"
+            f"expected a run whose weights are in model.safetensors, got one with the option {found[0]}; "
+            "leave it out of the recipe"
         )
 
 
@@ -256,7 +278,7 @@ def _check_target(name: str, there: Any, private: bool) -> None:
             f"expected {name} to be private, it is public; make it private on the hub or choose another name"
         )
     files = {file.rfilename for file in there.siblings or ()} - {".gitattributes", "README.md", "LICENSE"}
-    if files and "run.json" not in files:
+    if files and not {"recipe.yaml", "run.json"} <= files:
         raise ValueError(
             f"expected a new repository or one of a run, got {name}, which holds {min(files)}; choose another name"
         )
@@ -321,9 +343,7 @@ def _told(name: str) -> Generator[None]:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, errors.OfflineModeIsEnabled):
-            raise OSError(
-                f"{name}: HF_HUB_OFFLINE is set, and it is not in the cache; unset it to use the network"
-            ) from error
+            raise OSError(f"{name}: not in the cache, and HF_HUB_OFFLINE is set; unset it and connect once") from error
         raise OSError(f"{name}: cannot exchange files with the hub: {_reason(cause)}; check the network") from error
     finally:
         logging.set_verbosity(level)

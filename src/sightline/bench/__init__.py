@@ -9,6 +9,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 _TIMED = 32
-"""Images of a forward pass that is timed."""
+"""Images of a forward pass that is timed, at most: no more than a step of training takes."""
 _Task = tuple[str, Recipe, Path, str]
 
 
@@ -109,10 +110,15 @@ def bench(
         failed=failed,
         datasets=tuple(places),
         controls=study.named("control"),
+        seeds=study.recipe.seeds,
         as_large_as=study.named("as_large_as"),
     )
     if only is None:
-        result = replace(result, costs={place: _costs(result.on(place), out, place) for place in places})
+        for place in places:
+            try:
+                result.costs[place] = _costs(result.on(place), out, place)
+            except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+                result.no_costs[place] = " ".join(str(error).split())
         if datasets is None:
             _write(result, study, out)
     return result
@@ -188,32 +194,50 @@ def _train_and_measure(row: str, wanted: Recipe, where: Path, dataset: str) -> M
             runs.write(file, json.dumps(runs.plain(found), indent=1).encode())
     except (ValueError, OSError, RuntimeError) as error:
         return " ".join(str(error).split())
-    return found
+    return replace(found, row=row, dataset=dataset)  # a row may have another name than when it was measured
 
 
 def _costs(found: Bench, out: Path, dataset: str) -> dict[str, Costs]:
-    """Of all rows of a data set, in turns in one process; kept as long as the rows are the same."""
+    """Of all rows of a data set, in turns in one process; kept as long as networks, device and torch are the same."""
     first = {run.row: folder(out, run.row, run.seed, dataset) for run in reversed(found.measured)}
-    sizes = {run.row: run.parameters for run in found.measured}
-    file = folder(out, "-", 0, dataset).parent.parent / "costs.json"
-    if file.is_file():
-        known = {row: Costs(**cost) for row, cost in json.loads(file.read_text(encoding="utf-8")).items()}
-        if {row: cost.parameters for row, cost in known.items()} == sizes:
-            return known
     opened = {row: runs.open_run(where) for row, where in first.items()}
+    sizes = {run.row: run.parameters for run in found.measured}
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    timed = runs.plain(
+        {
+            "rows": {
+                row: {"model": run.recipe.model, "size": run.recipe.data.size, "parameters": sizes[row]}
+                for row, run in opened.items()
+            },
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
+            "torch": torch.__version__,
+        }
+    )
+    file = folder(out, "-", 0, dataset).parent.parent / "costs.json"
+    if (known := _known_costs(file, timed)) is not None:
+        return known
     result: dict[str, Costs] = {}
     for source in dict.fromkeys(run.recipe.data for run in opened.values()):
         images = data.load(source)["test"]
-        batch = images.batch(range(min(_TIMED, len(images))))
+        same = {row: run for row, run in opened.items() if run.recipe.data == source}
+        trained = min(run.recipe.optim.batch_size for run in same.values())
+        batch = images.batch(range(min(_TIMED, trained, len(images))))
         inputs = data.normalise(batch.images.to(device), images.preprocess)
-        alike = {row: runs.load(run.folder).to(device) for row, run in opened.items() if run.recipe.data == source}
+        alike = {row: runs.load(run.folder).to(device) for row, run in same.items()}
         for row, cost in costs(alike, inputs).items():
             seconds, saved = cost.seconds / len(inputs), cost.saved // len(inputs)
             result[row] = replace(cost, seconds=seconds, saved=saved)
     result = {row: result[row] for row in first}
-    runs.write(file, json.dumps(runs.plain(result), indent=1).encode())
+    runs.write(file, json.dumps({"of": timed, "costs": runs.plain(result)}, indent=1).encode())
     return result
+
+
+def _known_costs(file: Path, timed: Any) -> dict[str, Costs] | None:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return {row: Costs(**cost) for row, cost in known["costs"].items()} if known["of"] == timed else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _write(found: Bench, study: Study, out: Path) -> None:
@@ -238,7 +262,8 @@ def _part(found: Bench) -> Part:
                 (
                     "Mean ± standard deviation over seeds. To control: mean difference in percentage points, paired by "
                     "seed [Student’s 95 % interval over seeds], and its p after Holm’s correction for all rows of the "
-                    "table; “holds” where that is below 0.05. Maps of several blocks are divided by a slash, in the "
+                    "table that are not there as controls of others; “holds” where that is below 0.05 and no run is "
+                    "missing. Maps of several blocks are divided by a slash, in the "
                     "order of the network.",
                     found.cells(),
                 ),

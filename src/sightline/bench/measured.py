@@ -83,14 +83,16 @@ def fresh(run: Run) -> nn.Module:
 
 
 def read(file: Path) -> Measured | None:
-    """What `measure` found and `runs.plain` wrote; None where there is none, or not all that is measured today."""
+    """What `measure` found and `runs.plain` wrote; None where there is none, or another file."""
     if not file.is_file():
         return None
-    known = _with_nan(json.loads(file.read_text(encoding="utf-8")))
-    if "quality" not in known:
+    try:
+        known = _with_nan(json.loads(file.read_text(encoding="utf-8")))
+        quality = {name: Quality(**of) for name, of in known["quality"].items()}
+        maps = {name: Maps(**known[name]) for name in ("before", "after")}
+        return Measured(**known | maps | {"quality": quality})
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
-    quality = {name: Quality(**of) for name, of in known["quality"].items()}
-    return Measured(**known | {"before": Maps(**known["before"]), "after": Maps(**known["after"]), "quality": quality})
 
 
 def _with_nan(value: Any) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sightline import recipe
+from sightline import data, recipe
 from sightline.bench.result import Bench
 from sightline.bench.study import Study
 from sightline.recipe import Augment, Data, Model, Optim, Recipe
@@ -15,6 +15,7 @@ class Published:
     """Top-1 errors of one experiment in percent, and how to train it here."""
 
     title: str
+    classes: int
     study: Study
     paper: dict[str, float]
     """Row -> error in the paper's table."""
@@ -61,7 +62,8 @@ def published(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[Pu
     """A published experiment, and its study with single fields of the recipe changed.
 
     Raises:
-        ValueError: nothing of this name, or a field that is wrong.
+        ValueError: nothing of this name, a field that is wrong, or images of another number of classes.
+        OSError: there are no such images.
         TypeError: a field of the wrong type.
 
     >>> published("ltpa-cifar100")[0].log["(VGG-att3)-concat-pc"]
@@ -71,6 +73,13 @@ def published(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[Pu
         raise ValueError(f"expected one of {', '.join(PUBLISHED)}; got {name!r}")
     found = PUBLISHED[name]
     start = recipe.load(found.study.recipe, overrides)
+    if start.data.source != found.study.recipe.data.source:
+        classes = len(data.load(start.data)["test"].classes)
+        if classes != found.classes:
+            raise ValueError(
+                f"expected images of {found.classes} classes as in {name}, got {classes} in {start.data.source}; "
+                "use `sightline bench` to train these networks on other images"
+            )
     return found, Study(recipe=start, rows=found.study.rows)
 
 
@@ -116,6 +125,7 @@ _DAMPED = (
 PUBLISHED = {
     "ltpa-cifar10": Published(
         title="Learn To Pay Attention on CIFAR-10",
+        classes=10,
         study=Study(
             recipe=recipe.load(_CIFAR, {"data.source": "cifar10"}),
             rows=_ROWS,
@@ -137,6 +147,7 @@ PUBLISHED = {
     ),
     "ltpa-cifar100": Published(
         title="Learn To Pay Attention on CIFAR-100",
+        classes=100,
         study=Study(recipe=_CIFAR, rows=_ROWS),
         paper={
             "VGG": 30.62,
@@ -162,6 +173,7 @@ PUBLISHED = {
     ),
     "ltpa-cub": Published(
         title="Learn To Pay Attention on CUB-200-2011, 80 pixels",
+        classes=200,
         study=Study(
             recipe=recipe.load(
                 _CIFAR,

@@ -1,7 +1,7 @@
 """What a study found: tables, differences to the control, sentences no stronger than their intervals."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -16,6 +16,8 @@ from sightline.report.studies import Cell
 
 _MAPS = {"own": "own map", "activation_map": "activation map", "centre_map": "centre control"}
 _WORTH = {"energy_in_mask": "in mask", "sparsity": "sparsity", "deletion_auc": "deletion"}
+_SPREAD = 1e-9
+"""Below it differences are the same but for rounding."""
 CHEAP = (
     "p, corrected",
     "parameters",
@@ -56,16 +58,18 @@ class Difference:
     low: float
     high: float
     """Ends of Student's 95 % interval over seeds, what another training of the same two networks may give; NaN below
-    two seeds."""
+    two seeds, or where all are the same."""
     p: float
     """Of Student's paired test; NaN below two seeds, or where all are the same: that shows no spread, not certainty."""
     adjusted: float
-    """After Holm's correction over all rows compared on the data set."""
+    """After Holm's correction over all rows compared on the data set; NaN for rows that are there as controls."""
+    whole: bool = True
+    """Whether no run of the two is missing."""
 
     @property
     def holds(self) -> bool:
-        """Whether the difference remains after the correction."""
-        return self.adjusted < LEVEL
+        """Whether the difference remains after the correction, and rests on all runs that were asked for."""
+        return self.whole and self.adjusted < LEVEL
 
     def points(self, unit: str = "") -> str:
         """In percentage points, with the interval if there is one.
@@ -92,8 +96,12 @@ class Bench:
     """Row -> its control, where that is not the first row."""
     as_large_as: dict[str, str] = field(default_factory=dict[str, str])
     """Row -> the row whose number of parameters it was given by its width."""
+    seeds: tuple[int, ...] = ()
+    """Asked for; a row without a run of one of them is named with the number it has."""
     costs: dict[str, dict[str, Costs]] = field(default_factory=dict[str, dict[str, Costs]])
     """Data set -> row -> costs of a forward pass, time and memory per image, all rows timed in turns on one batch."""
+    no_costs: dict[str, str] = field(default_factory=dict[str, str])
+    """Data set -> why there are no costs of it."""
 
     def on(self, dataset: str) -> "Bench":
         """The same on one data set alone.
@@ -127,7 +135,8 @@ class Bench:
             for columns, lines in (own.table(), own.map_table()):
                 if len(columns) > 1:
                     table = (columns, ["---"] * len(columns), *lines)
-                    parts.append("".join(f"| {' | '.join(cells)} |\n" for cells in table))
+                    escaped = ([text.replace("|", "\\|") for text in cells] for cells in table)
+                    parts.append("".join(f"| {' | '.join(cells)} |\n" for cells in escaped))
         if self.failed:
             parts.append("".join(f"- failed: {run}: {reason}\n" for run, reason in self.failed.items()))
         return "\n".join(part for part in parts if part)
@@ -147,15 +156,23 @@ class Bench:
     def differences(self) -> dict[str, Difference]:
         """Of the accuracy of each row to its control, as far as both have a run of the same seed."""
         pairs = {row: (self._control(row), self._gaps(row, self._control(row))) for row in self.rows}
-        return paired({row: (other, gaps) for row, (other, gaps) in pairs.items() if row != other and gaps})
+        gaps = {row: (other, gaps) for row, (other, gaps) in pairs.items() if row != other and gaps}
+        found = paired(gaps, [row for row in gaps if row in self.as_large_as or row in self.controls.values()])
+        return {row: replace(of, whole=self._is_whole(row, of.other)) for row, of in found.items()}
 
     def sentences(self) -> list[str]:
         """What can be said of one data set, and what cannot; no sentence says more than its interval."""
         found = self.differences()
         place = f"On {self.datasets[0]}, " if self.datasets[0] else ""
-        tested = {row: of for row, of in found.items() if not math.isnan(of.low)}
+        tested = {row: of for row, of in found.items() if not math.isnan(of.adjusted)}
+        same = [row for row, of in found.items() if len(of.by_seed) > 1 and math.isnan(of.p)]
+        to = {row: row if of.other == self.control else f"{row} (to {of.other})" for row, of in found.items()}
+
+        def points(rows: Iterable[str]) -> str:
+            return "; ".join(f"{to[row]} {found[row].points(' points')}" for row in rows)
+
         said: list[str] = []
-        if found and not tested:
+        if found and all(len(of.by_seed) == 1 for of in found.values()):
             said.append(f"{place}there is one seed: no difference to a control can be tested.")
         if tested:
             better = [row for row, of in tested.items() if of.holds and of.mean > 0]
@@ -163,18 +180,20 @@ class Bench:
             still = [row for row, of in tested.items() if not of.holds]
             best = max(tested, key=lambda row: tested[row].mean)
             said.append(
-                f"{place}better than the control after correction: {_points(tested, better)}."
+                f"{place}better than the control after correction: {points(better)}."
                 if better
-                else f"{place}no row is shown to be better than its control after correction; {best} has the highest "
-                f"mean difference, {_points(tested, [best]).removeprefix(f'{best} ')}."
+                else f"{place}no row is shown to be better than its control after correction; {to[best]} has the "
+                f"highest mean difference, {tested[best].points(' points')}."
             )
             if worse:
-                said.append(f"{place}worse than the control after correction: {_points(tested, worse)}.")
+                said.append(f"{place}worse than the control after correction: {points(worse)}.")
             if still:
                 said.append(
-                    f"Better, worse or as good as the control is open for {_listed(still)}: their intervals allow more "
-                    "than one of these, or do not hold after the correction."
+                    f"Better, worse or as good as the control is open for {_listed([to[row] for row in still])}: their "
+                    "intervals allow more than one of these, or do not hold after the correction or for want of a run."
                 )
+        if same:
+            said.append(f"{place}to the control, {points(same)}: the same in all seeds, not tested.")
         for row, other in self.as_large_as.items():
             if gaps := self._gaps(other, row):
                 gap = paired({other: (row, gaps)})[other]
@@ -183,7 +202,15 @@ class Bench:
                     f"With as many parameters ({row} {sizes[0]:,}, {other} {sizes[1]:,}), {other} minus {row} is "
                     f"{gap.points(' points')}, not corrected."
                 )
-        return [one[0].upper() + one[1:] for one in (*said, *self._map_sentences())]
+        said += self._map_sentences()
+        if (why := self.no_costs.get(self.datasets[0])) is not None:
+            said.append(f"Costs are left out: {why}.")
+        if short := [f"{row} has{self._missing(row)}" for row in self.rows if self._missing(row)]:
+            said.append(
+                "Runs are missing, so that nothing can hold for what they are compared with: "
+                f"{_listed(short).replace('(', '').replace(')', '')}."
+            )
+        return [one[0].upper() + one[1:] for one in said]
 
     def _map_sentences(self) -> list[str]:
         said: list[str] = []
@@ -193,7 +220,8 @@ class Bench:
                 of = {run.seed: run.quality for run in self._runs() if run.row == row and run.quality}
                 both = {seed: getattr(q["own"], worth) - getattr(q["centre_map"], worth) for seed, q in of.items()}
                 gaps[row] = "centre_map", {seed: sign * gap for seed, gap in both.items() if not math.isnan(gap)}
-            found = {row: gap for row, gap in paired(gaps).items() if not math.isnan(gap.low)}
+            known = {row: replace(gap, whole=self._is_whole(row)) for row, gap in paired(gaps).items()}
+            found = {row: gap for row, gap in known.items() if not math.isnan(gap.low)}
             ahead = [row for row, gap in found.items() if gap.holds and gap.mean > 0]
             behind = [row for row, gap in found.items() if gap.holds and gap.mean < 0]
             if found:
@@ -201,7 +229,7 @@ class Bench:
                 said.append(
                     f"After correction, the own map {verb} a blob in the centre{where} "
                     f"for {_listed(ahead) or 'no row'}; the blob is ahead for {_listed(behind) or 'none'}"
-                    f"{'; the rest is open' if len(found) > len(ahead) + len(behind) else ''}."
+                    f"{'; the rest is open' if len(known) > len(ahead) + len(behind) else ''}."
                 )
         return said
 
@@ -239,14 +267,15 @@ class Bench:
             last = found[-1].mean if found else math.nan
             return Cell(" / ".join(figure.text(digits) for figure in found) or "-", last)
 
-        def figure(found: Summary, digits: int, percent: bool = False) -> Cell:
-            return Cell(found.text(digits, percent), found.mean)
+        def figure(found: Summary, digits: int) -> Cell:
+            return Cell(found.text(digits), found.mean)
 
         like = f" (as {self.as_large_as[row]})" if row in self.as_large_as else ""
         time = mean(run.seconds for run in own)
+        accuracy = self.over_seeds(row, lambda run: run.accuracy)
         line = {
             "network": Cell(row),
-            "accuracy, %": figure(self.over_seeds(row, lambda run: run.accuracy), 1, percent=True),
+            "accuracy, %": Cell(accuracy.text(1, percent=True) + self._missing(row), accuracy.mean),
             "to control": Cell("-") if difference is None else Cell(difference.points(), difference.mean),
             "p, corrected": Cell("-"),
             "control": Cell(self.controls.get(row, "-")),
@@ -274,6 +303,14 @@ class Bench:
             raise ValueError(f"expected one data set, got {', '.join(self.datasets)}; take on(NAME) first")
         return self.measured
 
+    def _missing(self, row: str) -> str:
+        """What is said of the number of runs; nothing where there is one of every seed."""
+        count = len({run.seed for run in self._runs() if run.row == row} & set(self.seeds))
+        return f" ({count} of {len(self.seeds)} seeds)" if count < len(self.seeds) else ""
+
+    def _is_whole(self, *rows: str) -> bool:
+        return not any(self._missing(row) for row in rows)
+
     def _control(self, row: str) -> str:
         return self.controls.get(row, self.control)
 
@@ -296,7 +333,7 @@ def summary(values: Iterable[float]) -> Summary:
 
 
 def student_interval(values: Iterable[float]) -> tuple[float, float] | None:
-    """95 % interval of a mean of few values by Student's t; None for fewer than two.
+    """95 % interval of a mean of few values by Student's t; None for fewer than two, or where all are the same.
 
     >>> low, high = student_interval([1.0, 2.0, 3.0])
     >>> round(low, 3), round(high, 3)
@@ -305,14 +342,16 @@ def student_interval(values: Iterable[float]) -> tuple[float, float] | None:
     from scipy.stats import t
 
     found = list(values)
-    if len(found) < 2:
+    if len(found) < 2 or stdev(found) < _SPREAD:
         return None
     half = float(t.ppf(0.975, len(found) - 1)) * stdev(found) / math.sqrt(len(found))
     return mean(found) - half, mean(found) + half
 
 
-def paired(gaps: Mapping[str, tuple[str, Mapping[int, float]]]) -> dict[str, Difference]:
-    """Of each row, its differences by seed to another row as a mean with interval; corrected over all these rows.
+def paired(
+    gaps: Mapping[str, tuple[str, Mapping[int, float]]], untested: Collection[str] = ()
+) -> dict[str, Difference]:
+    """Of each row, its differences by seed to another row as a mean with interval; corrected over all but `untested`.
 
     >>> found = paired({"a": ("control", {0: 1.0, 1: 2.0, 2: 3.0}), "b": ("control", {0: 1.0, 1: -1.0})})
     >>> round(found["a"].p, 4), round(found["a"].adjusted, 4), found["b"].p
@@ -320,8 +359,9 @@ def paired(gaps: Mapping[str, tuple[str, Mapping[int, float]]]) -> dict[str, Dif
     """
     given = {row: (other, dict(by_seed)) for row, (other, by_seed) in gaps.items() if by_seed}
     p = [_student_p(list(by_seed.values())) for _, by_seed in given.values()]
+    tests = [math.nan if row in untested else own for row, own in zip(given, p, strict=True)]
     found: dict[str, Difference] = {}
-    for (row, (other, by_seed)), own, adjusted in zip(given.items(), p, holm(np.array(p, float)).tolist(), strict=True):
+    for (row, (other, by_seed)), own, adjusted in zip(given.items(), p, holm(np.array(tests)).tolist(), strict=True):
         low, high = student_interval(by_seed.values()) or (math.nan, math.nan)
         middle = mean(by_seed.values())
         found[row] = Difference(other=other, by_seed=by_seed, mean=middle, low=low, high=high, p=own, adjusted=adjusted)
@@ -332,13 +372,9 @@ def _student_p(values: list[float]) -> float:
     from scipy.stats import t
 
     spread = stdev(values) if len(values) > 1 else 0.0
-    if spread < 1e-9:
+    if spread < _SPREAD:
         return math.nan
     return 2 * float(t.sf(abs(mean(values)) / (spread / math.sqrt(len(values))), len(values) - 1))
-
-
-def _points(found: Mapping[str, Difference], rows: Iterable[str]) -> str:
-    return "; ".join(f"{row} {found[row].points(' points')}" for row in rows)
 
 
 def _listed(names: list[str]) -> str:

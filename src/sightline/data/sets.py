@@ -226,7 +226,7 @@ class ImageStream:
     ) -> Iterator[Batch]:
         """One pass from batch `start` on; a batch, or share of one, is smaller by its unreadable images.
 
-        A batch of which nothing is left is passed over; a share is handed out empty, so that all have equally many.
+        A batch, or share, of which nothing is left is handed out empty, so that the next one keeps its number.
 
         Raises:
             ValueError: with `strict`, an image cannot be read.
@@ -247,12 +247,11 @@ class ImageStream:
                         raise ValueError(f"train/{number:06d}: {sample}")
                     elif (f"train/{number:06d}", sample) not in self.skipped:
                         self.skipped.append((f"train/{number:06d}", sample))
-                if kept or part[1] > 1:
-                    places = torch.tensor([number for number, _, _ in kept], dtype=torch.int64)
-                    labels = np.array([label for _, label, _ in kept], dtype=np.int64)
-                    names = [f"train/{number:06d}" for number, _, _ in kept]
-                    pixels = self.decoder.stack([sample for _, _, sample in kept])
-                    yield _changed(_tensors(pixels, labels, places, names), augment, self)
+                places = torch.tensor([number for number, _, _ in kept], dtype=torch.int64)
+                labels = np.array([label for _, label, _ in kept], dtype=np.int64)
+                names = [f"train/{number:06d}" for number, _, _ in kept]
+                pixels = self.decoder.stack([sample for _, _, sample in kept])
+                yield _changed(_tensors(pixels, labels, places, names), augment, self)
 
 
 def _tensors(pixels: Pixels, labels: Int64[Array, " b"], places: Int64[Tensor, " b"], names: list[str]) -> Batch:

@@ -142,7 +142,7 @@ def evaluate(
         targets = torch.from_numpy(answers.predictions[first.rows.numpy()]).to(first.images.device)
         others = [n for n, of in asked.items() if with_other_class and not named(of)[1].is_blind_to_class]
         if folder is not None:
-            files.append(folder / f"{key_of(model, *asking, wanted, limit, budget, drawn)}-plan.json")
+            files.append(folder / f"{key_of(model, *asking, wanted, limit, budget, drawn, blind)}-plan.json")
         planned = kept(
             files[0] if files else None,
             partial(

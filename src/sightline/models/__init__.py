@@ -73,7 +73,10 @@ def create_model(
             f"{name!r} has no pretrained weights, only timm models have; give a safetensors file or run folder"
         )
     elif name in MODELS:
-        model = MODELS[name](**classes, **_checked(name, options))
+        checked = _checked(name, options)
+        if weights is not None and "pretrained" in checked:
+            checked["pretrained"] = False  # a file's weights replace what would be downloaded
+        model = MODELS[name](**classes, **checked)
     else:
         model = _torchvision(name, {**classes, **options})
     if high_resolution:

@@ -85,12 +85,14 @@ def fit(
     show = (progress, profile) if processes.first() else (False, False)
     teacher = None if asked.optim.teacher is None else _teacher(asked.optim.teacher, train)
     folders = {seed: out / f"seed-{seed}" if len(asked.seeds) > 1 else out for seed in asked.seeds}
-    with _asked_to_stop() as stop:
-        done = [
-            _fit_one(replace(asked, seeds=(seed,)), train, others, teacher, folder, show, stop)
-            for seed, folder in folders.items()
-        ]
-    processes.end()
+    with _asked_to_stop() as stop, _tf32():
+        try:
+            done = [
+                _fit_one(replace(asked, seeds=(seed,)), train, others, teacher, folder, show, stop)
+                for seed, folder in folders.items()
+            ]
+        finally:
+            processes.end()
     return done if len(done) > 1 else done[0]
 
 
@@ -141,13 +143,15 @@ def _fit_one(
         keep = _Keeper(folder, checkpoints, training)
         keep.state()
         keep.run(run)
-        watched = StepProfile(training.fabric.device) if profile else None
+        watched, profiled = StepProfile(training.fabric.device) if profile else None, training.seen
         with Log(folder, recipe.optim.epochs, training.steps, progress) as log:
 
             def tick() -> None:
                 log.step(training.epoch * training.steps + training.step)
-                if watched is not None:
+                nonlocal profiled
+                if watched is not None and training.seen != profiled:  # not after a batch that is validated
                     watched.step()
+                    profiled = training.seen
                 stopped, due = keep.asked(stop.is_set())
                 if stopped:
                     raise _Stop
@@ -224,6 +228,18 @@ def _advice(folder: Path) -> Generator[None]:
 
 
 @contextmanager
+def _tf32() -> Generator[None]:
+    """Matrix products of a GPU in TF32, as its convolutions are anyway."""
+    before = torch.get_float32_matmul_precision()
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def _asked_to_stop() -> Generator[threading.Event]:
     """An event that the first Ctrl-C (or SIGTERM) sets; the second one stops at once, in the middle of a step."""
     stop = threading.Event()
@@ -265,6 +281,11 @@ def _check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, oth
             f"optim.batch_size: expected an image or more for each of {together} processes, got {optim.batch_size}; "
             "start fewer processes"
         )
+    if optim.micro_batches == 0 and together > 1:
+        raise ValueError("optim.micro_batches: 0 is found out by one process alone; give several a number")
+    each, devices = processes.started()[1], torch.cuda.device_count()
+    if each > devices > 0:
+        raise ValueError(f"expected one GPU for each of {each} processes on a machine, got {devices}; start fewer")
     if optim.sync_batch_norm and not torch.cuda.is_available():
         raise ValueError("optim.sync_batch_norm: there is no BatchNorm over several CPUs, only over GPUs; set it false")
     if optim.precision == "16-mixed" and not torch.cuda.is_available():

@@ -1,11 +1,14 @@
 """What a person sees of a training: a bar, a line per epoch, TensorBoard."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sightline.training.processes import first
 
 
 class Log:
@@ -26,12 +29,12 @@ class Log:
         self.task = self.bar.add_task("", total=epochs * steps)
 
     def __enter__(self) -> "Log":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError:
-            self.writer = None
-        else:
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self.writer = None
+        if first():
+            with suppress(ModuleNotFoundError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(self.folder / "tensorboard"))
         self.bar.start()
         return self
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
@@ -50,7 +51,7 @@ class Training:
         self.val = None if val is None else _resident(val, self.fabric.device)
         self.network = network.train()
         if optim.sync_batch_norm:
-            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+            self.network = convert_sync_batchnorm(self.network)  # knows the ones with an activation inside, too
         if not optim.sharded:  # which has no other memory layout than the plain one
             self.network = self.network.to(memory_format=torch.channels_last)
         self.averaged = None if optim.ema is None else copy.deepcopy(self.network).to(self.fabric.device)
@@ -107,7 +108,10 @@ class Training:
                     batch = next(batches, None)
                 if batch is None:
                     break
-                self._step(batch)
+                if len(batch.labels) or self.part[1] > 1:
+                    self._step(batch)
+                else:  # none of a stream's images could be read
+                    self.step += 1
                 self.seconds = time.perf_counter() - began
                 tick()
             self.check_finite()
@@ -142,7 +146,8 @@ class Training:
             batch = next(self._batches(step), None)
             names = [] if batch is None else batch.names
             images = f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else ""
-            kept = f"the weights of epoch {self.epoch} are kept; " if self.epoch else ""
+            best = self.epoch if self.optim.patience is None else self.best_epoch + 1
+            kept = f"the weights of epoch {best} are kept; " if self.epoch else ""
             raise ValueError(
                 f"{what} in epoch {self.epoch + 1}, step {step + 1}{images}; {kept}lower optim.lr or set "
                 "optim.clip_norm"
@@ -223,7 +228,8 @@ class Training:
         images, labels = self._inputs(batch)
         mixed = None
         if self.augment.mixup:
-            share = np.random.default_rng((*entropy, 1)).beta(self.augment.mixup, self.augment.mixup)
+            drawn = np.random.default_rng((self.seed, self.epoch, self.step, 1))  # the same in every process
+            share = drawn.beta(self.augment.mixup, self.augment.mixup)
             images = (share * images + (1 - share) * images.roll(1, 0)).to(memory_format=torch.channels_last)
             mixed = (labels.roll(1, 0), float(share))
         self._gradients(int(seed), images, labels, mixed)
@@ -273,24 +279,28 @@ class Training:
     ) -> None:
         """Gradients of the mean loss over the batch of all processes, which may come in micro-batches."""
         expected = len(labels) if self.part[1] == 1 else self.batch_size / self.part[1]
-        parts = [slice(None)]
-        if self.micro_batches > 1:
-            ends = np.linspace(0, len(labels), min(self.micro_batches, len(labels)) + 1).round().astype(int).tolist()
-            parts = [slice(start, end) for start, end in pairwise(ends)]
+        most = max(self.batch_size // self.part[1], 1)  # as many parts in every process, which wait for one another
+        ends = np.linspace(0, len(labels), min(self.micro_batches, most) + 1).round().astype(int).tolist()
+        parts = [slice(start, end) for start, end in pairwise(ends)]
         for place in parts:
             x, y = images[place], labels[place]
-            blended = None if mixed is None else (mixed[0][place], mixed[1])
+            if not len(y) and self.part[1] == 1:
+                continue
             with self.fabric.no_backward_sync(self.model, enabled=place is not parts[-1] and self.part[1] > 1):
                 with record_function("forward"):
-                    logits = logits_of(self.model(x)).float()
-                    with self.fabric.autocast():
-                        loss = self.loss(x, logits, y, blended)
+                    logits = logits_of(self.model(x if len(y) else self._nothing())).float()
+                    if len(y):
+                        blended = None if mixed is None else (mixed[0][place], mixed[1])
+                        with self.fabric.autocast():
+                            loss = self.loss(x, logits, y, blended)
+                    else:
+                        loss = 0 * logits.sum()
                     if len(y) != expected:
                         loss = loss * (len(y) / expected)
                 with record_function("backward"):
                     self.fabric.backward(loss)
             self.losses[self.step] += loss.detach() / self.part[1]
-            self.correct += (logits.detach().argmax(1) == y).sum()
+            self.correct += (logits[: len(y)].detach().argmax(1) == y).sum()
 
     def _inputs(self, batch: data.Batch) -> tuple[Float[Tensor, "b 3 h w"], Int64[Tensor, " b"]]:
         images = batch.images.to(self.fabric.device, memory_format=torch.channels_last, non_blocking=True)
@@ -310,8 +320,9 @@ class Training:
                 tick()
         return float(processes.total(correct)) / len(images), float(processes.total(loss)) / len(images)
 
-    def _nothing(self) -> Float[Tensor, "1 3 h w"]:
-        return torch.zeros(1, 3, *self.train.preprocess.size, device=self.fabric.device)
+    def _nothing(self) -> Float[Tensor, "2 3 h w"]:
+        """For a process without images, whose weights the others need nevertheless; two, which BatchNorm takes."""
+        return torch.zeros(2, 3, *self.train.preprocess.size, device=self.fabric.device)
 
     def _all(self, number: int) -> int:
         return int(processes.total(torch.tensor(number, device=self.fabric.device)))

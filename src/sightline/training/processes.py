@@ -70,8 +70,8 @@ def _quiet() -> Generator[None]:
 
 
 def end() -> None:
-    """Leave the other processes."""
-    if dist.is_initialized():
+    """Leave the processes that torchrun or SLURM started."""
+    if dist.is_initialized() and started() != (1, 1):
         dist.destroy_process_group()
 
 

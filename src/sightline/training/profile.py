@@ -35,9 +35,10 @@ class StepProfile:
 
     def _show(self, profiler: Any) -> None:
         events = profiler.key_averages()
-        parts = {event.key: event for event in events if event.key in PARTS}
-        host = {name: parts[name].cpu_time_total for name in PARTS if name in parts}
-        device = {name: parts[name].device_time_total for name in parts} if self._on_gpu else {}
+        parts = [event for event in events if event.key in PARTS]  # each twice on a GPU: on the host and there
+        host = {event.key: event.cpu_time_total for event in parts if "CPU" in str(event.device_type)}
+        host = {name: host[name] for name in PARTS if name in host}
+        device = {event.key: event.device_time_total for event in parts if "CPU" not in str(event.device_type)}
         whole = sum(event.cpu_time_total for event in events if event.key.startswith("ProfilerStep"))
         table = Table(title=f"where {_MEASURED} steps spent their time, ms per step")
         for name in ("part", "host", "share of host", *(["device"] if self._on_gpu else [])):
