@@ -85,6 +85,13 @@ def started(what: Callable[..., None], *given: Any) -> BaseProcess:
     return process
 
 
+def ran(what: Callable[..., None], *given: Any) -> int | None:
+    """Exit code of a process that runs it to its end."""
+    process = started(what, *given)
+    process.join()
+    return process.exitcode
+
+
 def kill_until_done(recipe: Recipe, out: Path, save_every: float, rng: np.random.Generator, longest: float) -> int:
     """Number of kills until it was done; the first comes at most `longest` seconds after the start, the next later."""
     kills = 0
@@ -105,12 +112,9 @@ def die_in_every_write(recipe: Recipe, out: Path, save_every: float) -> Iterator
     for file, write in WRITES:
         for place in PLACES:
             folder = out / f"{file}, {write}, {place}"
-            process = started(train_and_die_writing, recipe, folder, save_every, file, write, place)
-            process.join()
-            assert process.exitcode == -signal.SIGKILL, f"it lived: {process.exitcode}"
-            again = started(train, recipe, folder, save_every)
-            again.join()
-            assert again.exitcode == 0, f"{folder.name}: it cannot go on"
+            ended = ran(train_and_die_writing, recipe, folder, save_every, file, write, place)
+            assert ended == -signal.SIGKILL, f"it lived: {ended}"
+            assert ran(train, recipe, folder, save_every) == 0, f"{folder.name}: it cannot go on"
             yield folder.name, folder
 
 
@@ -139,9 +143,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in recipes.items():
             through = Path(folder) / f"{name}, undisturbed"
-            started(train, recipe, through, 300.0).join()
+            assert ran(train, recipe, through, 300.0) == 0
             began = time.perf_counter()
-            started(train, recipe, Path(folder) / f"{name}, timed", 300.0).join()
+            assert ran(train, recipe, Path(folder) / f"{name}, timed", 300.0) == 0
             longest = 0.8 * (time.perf_counter() - began)
             kills, runs_done, equal = 0, 0, 0
             while kills * len(recipes) < wanted:

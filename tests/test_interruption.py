@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.interruption import PLACES, TINY, kill_until_done, result, started, train, train_and_die_writing
+from benchmarks.interruption import PLACES, TINY, kill_until_done, ran, result, train, train_and_die_writing
 from tests.same import close
 from torch import Tensor, nn
 
@@ -25,9 +25,7 @@ SHORT = replace(TINY, optim=replace(TINY.optim, epochs=2))
 def through(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The training that nobody disturbs."""
     out = tmp_path_factory.mktemp("through") / "run"
-    process = started(train, SHORT, out, 300.0)
-    process.join()
-    assert process.exitcode == 0
+    assert ran(train, SHORT, out, 300.0) == 0
     return out
 
 
@@ -50,12 +48,8 @@ def test_killed_at_random_moments(through: Path, tmp_path: Path):
     ],
 )
 def test_killed_while_it_writes(file: str, write: int, place: str, through: Path, tmp_path: Path):
-    process = started(train_and_die_writing, SHORT, tmp_path / "run", 0.0, file, write, place)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    again = started(train, SHORT, tmp_path / "run", 0.0)
-    again.join()
-    assert again.exitcode == 0 and result(tmp_path / "run") == result(through)
+    assert ran(train_and_die_writing, SHORT, tmp_path / "run", 0.0, file, write, place) == -signal.SIGKILL
+    assert ran(train, SHORT, tmp_path / "run", 0.0) == 0 and result(tmp_path / "run") == result(through)
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -171,14 +165,10 @@ def limited(recipe: Recipe, out: Path, size: int, said: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_last_state(through: Path, tmp_path: Path):
-    process = started(limited, SHORT, tmp_path / "run", 10_000, tmp_path / "said")
-    process.join()
-    assert process.exitcode == 0
+    assert ran(limited, SHORT, tmp_path / "run", 10_000, tmp_path / "said") == 0
     said = (tmp_path / "said").read_text()
     assert "File too large" in said and "holds the last state that could be written, make room and --resume" in said
-    again = started(train, SHORT, tmp_path / "run", 300.0)
-    again.join()
-    assert again.exitcode == 0 and result(tmp_path / "run") == result(through)
+    assert ran(train, SHORT, tmp_path / "run", 300.0) == 0 and result(tmp_path / "run") == result(through)
 
 
 class Hungry(nn.Module):

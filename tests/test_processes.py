@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.interruption import started, train
+from benchmarks.interruption import ran, train
 from tests.same import close
 from tests.together import train_in_two
 from torch import Tensor
@@ -27,9 +27,7 @@ PLAIN = Recipe(  # neither BatchNorm nor Dropout, which see the images of their 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
-    process = started(train, PLAIN, out, 300.0)
-    process.join()
-    assert process.exitcode == 0
+    assert ran(train, PLAIN, out, 300.0) == 0
     return out
 
 
