@@ -507,7 +507,8 @@ def test_reproduce(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert f"5.61 │ {error:.2f} │" in printed
 
 
-def test_every_study_in_recipes_can_be_built():
+def test_every_study_in_recipes_can_be_built(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sightline.bench.study._classes", lambda data: 10)  # some of the data is on the hub
     files = sorted((Path(__file__).parent.parent / "recipes").glob("bench_*.yaml"))
     assert len(files) >= 3
     for file in files:

@@ -106,13 +106,12 @@ def test_a_pass_can_begin_in_the_middle():
     assert all(equal(a, b) for a, b in zip(whole[1:], rest, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_workers_change_nothing_and_leave_the_random_state_alone():
+def test_batches_prepared_ahead_are_the_same_and_leave_the_random_state_alone():
     images = some_images()
     change = (Augment(crop=2, flip=True, color=0.3), 0, 1)
     alone = list(batches(images, 6, shuffle=(0, 1), augment=change))
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    helped = list(batches(images, 6, shuffle=(0, 1), augment=change, workers=2))
+    helped = list(batches(images, 6, shuffle=(0, 1), augment=change, ahead=True))
     assert len(helped) == 4 and all(equal(a, b) for a, b in zip(alone, helped, strict=True))
     assert torch.equal(torch_state, torch.get_rng_state())
     np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])
@@ -130,7 +129,7 @@ EVERYTHING = Augment(crop=2, flip=True, scale=0.5, rotate=True, color=0.5, cutou
 def test_a_resident_set_gives_the_same_batches(images, options, change):
     held = images.to("cpu")
     options = {"shuffle": (0, 1), "augment": change, **options}
-    plain, found = list(batches(images, 6, **options)), list(batches(held, 6, workers=2, **options))
+    plain, found = list(batches(images, 6, **options)), list(batches(held, 6, ahead=True, **options))
     assert len(plain) == {9: 0, 1: 2}.get(options.get("start"), 4)
     for a, b in zip(plain, found, strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.indices, b.indices)

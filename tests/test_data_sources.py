@@ -1,6 +1,6 @@
 import os
 import shutil
-import warnings
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -707,13 +707,27 @@ def test_without_room_in_memory_either_the_images_are_decoded_in_each_pass(tmp_p
     in_memory(Data(source=str(make_folder(tmp_path / "f", {"a": 10, "b": 10}))), "cannot keep")
 
 
-def test_workers_read_the_cache_and_the_files(tmp_path):
+def test_cache_and_files_are_read_ahead(tmp_path):
     data = Data(source=str(make_folder(tmp_path, {"a": 10, "b": 10}, size=(40, 40))))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
-        for images in (load(data)["train"], load(replace(data, size=257))["train"]):
-            alone, helped = list(batches(images, 5)), list(batches(images, 5, workers=2))
-            assert all(torch.equal(a.images, b.images) for a, b in zip(alone, helped, strict=True)) and len(helped) == 3
+    for images in (load(data)["train"], load(replace(data, size=257))["train"]):
+        alone, helped = list(batches(images, 5)), list(batches(images, 5, ahead=True))
+        assert all(torch.equal(a.images, b.images) for a, b in zip(alone, helped, strict=True)) and len(helped) == 3
+
+
+def test_what_is_read_ahead_fails_where_it_is_and_stops_when_nobody_asks(tmp_path):
+    data = Data(source=str(make_folder(tmp_path / "f", {"a": 10, "b": 10}, size=(40, 40))), size=257, test=0.1, val=0.0)
+    images = load(data)["train"]
+    gone = images.names[11]
+    (tmp_path / "f" / gone).unlink()
+    passed = batches(images, 5, ahead=True)
+    assert [len(next(passed).labels) for _ in range(2)] == [5, 5]
+    with pytest.raises(OSError, match=gone):
+        next(passed)
+    left = batches(images, 5, ahead=True)
+    next(left)
+    assert [thread.name for thread in threading.enumerate() if "ahead" in thread.name] == ["ahead_0"]
+    left.close()
+    assert not [thread.name for thread in threading.enumerate() if "ahead" in thread.name]
 
 
 # images without labels

@@ -1,6 +1,7 @@
 """Training: it learns, it can stop and go on anywhere to the same bits, and it refuses in one line."""
 
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from sightline import data, models, runs
@@ -146,6 +148,33 @@ def test_a_crash_resumes_from_the_last_epoch(tmp_path: Path, monkeypatch: pytest
 def test_resume_of_a_finished_run_and_of_none(tmp_path: Path):
     run = fit(TINY, tmp_path / "run", {"optim.epochs": 1}, resume=True, progress=False)
     assert fit(TINY, tmp_path / "run", {"optim.epochs": 1}, resume=True, progress=False) == run
+
+
+def test_resume_on_other_images_is_refused(tmp_path: Path, ctrl_c_after: Callable[[int], None]):
+    rng = np.random.default_rng(0)
+    for name, count in {"train/a": 20, "train/b": 20, "test/a": 4, "test/b": 4}.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+    changes = {"data.source": str(tmp_path / "images"), "data.size": 16, "optim.batch_size": 8}
+    changes |= {
+        "data.train_size": None,
+        "data.test_size": None,
+        "model.name": "cifar_resnet",
+        "model.options": {"depth": 8},
+    }
+    ctrl_c_after(7)
+    with pytest.raises(KeyboardInterrupt):
+        fit(optim(epochs=2), tmp_path / "run", changes, progress=False)
+    (tmp_path / "images/train/c").mkdir()
+    (tmp_path / "images/train/b/0.png").rename(tmp_path / "images/train/c/0.png")
+    with pytest.raises(ValueError, match="begun with 2 classes, the data now has 3; they differ in c; choose a new"):
+        fit(optim(epochs=2), tmp_path / "run", changes, progress=False, resume=True)
+    shutil.rmtree(tmp_path / "images/train/c")
+    for i in range(1, 9):
+        (tmp_path / f"images/train/b/{i}.png").unlink()
+    with pytest.raises(ValueError, match="begun with 4 steps an epoch, of the data as it is now there are 3; bring"):
+        fit(optim(epochs=2), tmp_path / "run", changes, progress=False, resume=True)
 
 
 def test_resume_with_another_recipe_is_refused(tmp_path: Path):
@@ -486,3 +515,6 @@ def test_a_profile_shows_where_the_time_goes(tmp_path: Path, capsys: pytest.Capt
     parts = [float(lines[name][0]) for name in ("images", "forward", "backward", "optimiser", "the rest")]
     assert sum(parts) == pytest.approx(float(lines["a step"][0]), abs=0.03) and min(parts) >= 0
     assert equal(weights(profiled), weights(fit(optim(epochs=2), tmp_path / "plain", changes, progress=False)))
+    with pytest.raises(ValueError, match=r"a profile expects 15 steps, got 12; set optim\.epochs higher"):
+        fit(optim(epochs=1), tmp_path / "short", changes, progress=False, profile=True)
+    assert not (tmp_path / "short").exists()

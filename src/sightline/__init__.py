@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sightline.models import create_model
     from sightline.training import fit
 
+__version__ = "0.1.0"
+
 __all__ = [
     "attention",
     "attention_maps",

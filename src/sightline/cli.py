@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sightline import recipe
+from sightline import __version__, recipe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -538,13 +538,11 @@ def _compare(name: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from importlib.metadata import version
-
     parser = _Parser(
         prog="sightline",
         description="See where an image classifier looks, teach it to look, and measure whether the picture is true.",
     )
-    parser.add_argument("--version", action="version", version=f"sightline {version('sightline')}")
+    parser.add_argument("--version", action="version", version=f"sightline {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb_name")
 
     def verb(name: str, run: Callable[..., None], recipe_parts: Sequence[str] = ()) -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sightline import data, models, recipe
+from sightline import __version__, data, models, recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,12 +192,13 @@ def plain(value: Any) -> Any:
 def surroundings() -> dict[str, str]:
     """What a result needs beside it: command, date, hardware, versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    packages = ("sightline", "torch", "torchvision", "timm", "numpy")
+    versions = {"python": platform.python_version(), "sightline": __version__}
+    versions |= {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs, {gpu}",
-        "versions": f"python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
 
 

@@ -97,6 +97,11 @@ class Decoder:
         except UnreadableImage as error:
             return str(error)
 
+    def attempt_all(self, records: Sequence[Record]) -> list[Sample | str]:
+        """As `attempt`, of each; on all cores."""
+        with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.attempt, records))
+
     def stack(self, samples: Sequence[Sample]) -> Pixels:
         """Samples, if any, as arrays."""
         images = np.array([s.image for s in samples], dtype=np.uint8).reshape(-1, 3, *self.size)
@@ -122,14 +127,13 @@ class OnTheFly:
     decoder: Decoder
 
     def read(self, rows: Int64[Array, " b"]) -> Pixels:
-        """The images at these places.
+        """The images at these places, decoded on all cores.
 
         Raises:
             OSError: an image that could be read at first no longer can.
         """
         records = self.reader(self.rows[rows].tolist())
-        with quiet():
-            samples = [self.decoder.attempt(record) for record in records]
+        samples = self.decoder.attempt_all(records)
         for record, sample in zip(records, samples, strict=True):
             if isinstance(sample, str):
                 what = record.image if isinstance(record.image, Path) else "an image"
@@ -138,9 +142,8 @@ class OnTheFly:
 
     def attempt_all(self) -> Iterator[Sample | str]:
         """Every row decoded, or the reason why it cannot be; on all cores."""
-        with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(self.rows), CHUNK):
-                yield from pool.map(self.decoder.attempt, self.reader(self.rows[start : start + CHUNK].tolist()))
+        for start in range(0, len(self.rows), CHUNK):
+            yield from self.decoder.attempt_all(self.reader(self.rows[start : start + CHUNK].tolist()))
 
 
 class Stored(NamedTuple):

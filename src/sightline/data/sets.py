@@ -1,6 +1,6 @@
 """What every source becomes: an `ImageSet` that hands out `Batch`es."""
 
-import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from sightline.data.decoded import LARGEST, Decoder, OnTheFly, Pixels, Record, Sample, Store
-from sightline.data.images import quiet
 from sightline.data.transforms import DRAWS, draws
 from sightline.data.transforms import augment as augmented
 from sightline.recipe import Augment
@@ -233,25 +232,23 @@ class ImageStream:
         """
         records = self.records(shuffle, start * batch_size)
         end = self.length - self.length % batch_size if drop_last else self.length
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in range(start * batch_size, end, batch_size):
-                found = list(islice(records, batch_size))
-                found = [found[i] for i in _share(np.arange(len(found)), part)]
-                with quiet():
-                    samples = list(pool.map(self.decoder.attempt, [record for _, record, _ in found]))
-                kept: list[tuple[int, int, Sample]] = []
-                for (number, _, label), sample in zip(found, samples, strict=True):
-                    if isinstance(sample, Sample):
-                        kept.append((number, label, sample))
-                    elif self.strict:
-                        raise ValueError(f"train/{number:06d}: {sample}")
-                    elif (f"train/{number:06d}", sample) not in self.skipped:
-                        self.skipped.append((f"train/{number:06d}", sample))
-                places = torch.tensor([number for number, _, _ in kept], dtype=torch.int64)
-                labels = np.array([label for _, label, _ in kept], dtype=np.int64)
-                names = [f"train/{number:06d}" for number, _, _ in kept]
-                pixels = self.decoder.stack([sample for _, _, sample in kept])
-                yield _changed(_tensors(pixels, labels, places, names), augment, self)
+        for _ in range(start * batch_size, end, batch_size):
+            found = list(islice(records, batch_size))
+            found = [found[i] for i in _share(np.arange(len(found)), part)]
+            samples = self.decoder.attempt_all([record for _, record, _ in found])
+            kept: list[tuple[int, int, Sample]] = []
+            for (number, _, label), sample in zip(found, samples, strict=True):
+                if isinstance(sample, Sample):
+                    kept.append((number, label, sample))
+                elif self.strict:
+                    raise ValueError(f"train/{number:06d}: {sample}")
+                elif (f"train/{number:06d}", sample) not in self.skipped:
+                    self.skipped.append((f"train/{number:06d}", sample))
+            places = torch.tensor([number for number, _, _ in kept], dtype=torch.int64)
+            labels = np.array([label for _, label, _ in kept], dtype=np.int64)
+            names = [f"train/{number:06d}" for number, _, _ in kept]
+            pixels = self.decoder.stack([sample for _, _, sample in kept])
+            yield _changed(_tensors(pixels, labels, places, names), augment, self)
 
 
 def _tensors(pixels: Pixels, labels: Int64[Array, " b"], places: Int64[Tensor, " b"], names: list[str]) -> Batch:
@@ -282,17 +279,16 @@ def _share(rows: Int64[Array, " b"], part: tuple[int, int]) -> Int64[Array, " _"
     return np.array_split(rows, part[1])[part[0]]
 
 
-class _Batches(Dataset[Batch]):
-    """The batches of one pass, by place: what a DataLoader worker is sent."""
-
-    def __init__(self, images: ImageSet, rows: list[Int64[Array, " _"]], augment: tuple[Augment, int, int] | None):
-        self.images, self.rows, self.augment = images, rows, augment
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.images.batch(self.rows[index], self.augment)
+def _ahead(passed: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each prepared by a thread while the one before it is used."""
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        try:
+            coming = deque(pool.submit(next, passed, None) for _ in range(2))
+            while (batch := coming.popleft().result()) is not None:
+                coming.append(pool.submit(next, passed, None))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def batches(
@@ -303,7 +299,7 @@ def batches(
     augment: tuple[Augment, int, int] | None = None,
     drop_last: bool = False,
     start: int = 0,
-    workers: int = 0,
+    ahead: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """One pass over the images.
@@ -315,8 +311,8 @@ def batches(
         augment: (what, seed, epoch) of random changes. None: images as they are.
         drop_last: Leave out a last batch that is not full.
         start: Number of the first batch, to go on in the middle of a pass.
-        workers: Processes that prepare batches; worth it where images are decoded on the fly. A set that is held on a
-            device needs none.
+        ahead: A thread prepares the next batches while one is used: worth it where that is done on another device. A
+            set that is held there needs none.
         part: (r, n): only the share of process r, of n, in each batch. The shares of all, in order, are the batch; one
             may be empty.
 
@@ -328,16 +324,14 @@ def batches(
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"expected a part (r, n) with r from 0 to n - 1, got {part}")
     if isinstance(images, ImageStream):
-        return images.read(batch_size, shuffle, augment, drop_last, start, part)
+        passed = images.read(batch_size, shuffle, augment, drop_last, start, part)
+        return _ahead(passed) if ahead else passed
     n = len(images)
     order = np.arange(n) if shuffle is None else np.random.default_rng(list(shuffle)).permutation(n)
     ends = range(0, n - n % batch_size if drop_last else n, batch_size)
     rows = [_share(order[i : i + batch_size], part) for i in ends][start:]
-    if workers == 0 or isinstance(images.store, Resident):
-        return images.each(rows, augment)
-    todo = _Batches(images, rows, augment)
-    # the generator keeps the loader from drawing its workers' seed from the global random state
-    return iter(DataLoader(todo, batch_size=None, num_workers=workers, generator=torch.Generator()))
+    passed = images.each(rows, augment)
+    return _ahead(passed) if ahead and not isinstance(images.store, Resident) else passed
 
 
 def normalise(images: UInt8[Tensor, "b 3 h w"], preprocess: Preprocess) -> Float32[Tensor, "b 3 h w"]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from sightline import __version__
 from sightline.runs import write
 
 Array = np.ndarray
@@ -98,7 +98,7 @@ class Part:
 def key_of(model: nn.Module, *question: Any) -> str:
     """The same for the same weights and question, and for no other; tensors and arrays in it count to the last bit."""
     layer = getattr(model, "default_layer", None)
-    facts = repr((tree_map(_exact, question), layer, version("sightline")))
+    facts = repr((tree_map(_exact, question), layer, __version__))
     state = model.state_dict()
     return digest_of(*state.values(), also=facts + repr(list(state)))
 

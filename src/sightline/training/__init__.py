@@ -68,7 +68,8 @@ def fit(
         The run, or the list of runs where the recipe names several seeds.
 
     Raises:
-        ValueError: the recipe is wrong, or differs from that of the run to resume, or the loss is not finite.
+        ValueError: the recipe is wrong, or differs from that of the run to resume, or is too short for a profile, or
+            the loss is not finite.
         OSError: `out` cannot be written or holds something else, or the disk is too small.
         MemoryError: a step does not fit into memory.
         KeyboardInterrupt: after Ctrl-C, when the state is saved.
@@ -115,7 +116,7 @@ def _fit_one(
     checkpoints = Checkpoints(folder)
     begun = runs.open_run(folder) if (folder / "run.json").exists() else None
     if begun is not None:
-        _check_same(recipe, begun)
+        _check_same(recipe, begun, train.classes)
         if not checkpoints.exist():
             return begun
     cuda = range(torch.cuda.device_count())
@@ -130,6 +131,8 @@ def _fit_one(
         training = Training(network, train, others.get("val") or None, recipe, loss)
         if begun is not None:
             training.restore(*checkpoints.read())
+        coming = training.steps * (recipe.optim.epochs - training.epoch) - training.step
+        watched, profiled = StepProfile(training.fabric.device, coming) if profile else None, training.seen
         run = Run(
             folder=folder,
             recipe=recipe,
@@ -143,7 +146,6 @@ def _fit_one(
         keep = _Keeper(folder, checkpoints, training)
         keep.state()
         keep.run(run)
-        watched, profiled = StepProfile(training.fabric.device) if profile else None, training.seen
         with Log(folder, recipe.optim.epochs, training.steps, progress) as log:
 
             def tick() -> None:
@@ -334,7 +336,7 @@ def _check_space(folder: Path, training: Training) -> None:
         raise OSError(ENOSPC, f"disk too full, {room}", str(folder))
 
 
-def _check_same(recipe: Recipe, run: Run) -> None:
+def _check_same(recipe: Recipe, run: Run, classes: tuple[str, ...]) -> None:
     old, new = asdict(run.recipe), asdict(recipe)
     changed = [
         f"{part}.{name} was {old[part][name]!r}, now {value!r}"
@@ -346,6 +348,12 @@ def _check_same(recipe: Recipe, run: Run) -> None:
         changed.append(f"seeds was {run.recipe.seeds}, now {recipe.seeds}")
     if changed:
         raise ValueError(f"run {run.folder} was begun with another recipe: {'; '.join(changed)}; choose a new folder")
+    if run.classes != classes:
+        other = sorted({*run.classes} ^ {*classes}) or ["the same in another order"]
+        raise ValueError(
+            f"run {run.folder} was begun with {len(run.classes)} classes, the data now has {len(classes)}; they differ "
+            f"in {', '.join(other[:3])}{', ...' * (len(other) > 3)}; choose a new folder"
+        )
 
 
 def _info(network: nn.Module) -> dict[str, str]:

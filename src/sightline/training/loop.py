@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -174,7 +175,16 @@ class Training:
         return {name: processes.whole(tensor) for name, tensor in self.result.state_dict().items()}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Take over what `state` gave."""
+        """Take over what `state` gave.
+
+        Raises:
+            ValueError: the images are no longer as many.
+        """
+        if (steps := len(tensors["losses"])) != self.steps:
+            raise ValueError(
+                f"the training was begun with {steps} steps an epoch, of the data as it is now there are {self.steps}; "
+                "bring the images back, or train anew in a new folder"
+            )
 
         def part(name: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
@@ -216,6 +226,7 @@ class Training:
             augment=change,
             drop_last=True,
             start=start,
+            ahead=self.fabric.device.type != "cpu",
             part=self.part,
         )
 
@@ -311,7 +322,8 @@ class Training:
         loss = torch.zeros((), device=self.fabric.device)
         processes.same_buffers(self.result)
         with untouched(self.result) as network, torch.no_grad(), self.fabric.autocast():
-            for batch in data.batches(images, math.ceil(self.batch_size / self.micro_batches), part=self.part):
+            size, ahead = math.ceil(self.batch_size / self.micro_batches), self.fabric.device.type != "cpu"
+            for batch in data.batches(images, size, ahead=ahead, part=self.part):
                 inputs, labels = self._inputs(batch)
                 if len(labels) or self.optim.sharded:  # where weights are spread, all processes must take part
                     logits = logits_of(network(inputs if len(labels) else self._nothing())).float()[: len(labels)]
@@ -329,7 +341,8 @@ class Training:
 
 
 def _resident(images: data.ImageSet, device: torch.device) -> data.ImageSet:
-    """The images on a GPU, where they fit well; otherwise as they are."""
+    """The images on a GPU, where they fit well; otherwise as they are. Of masks and boxes a training knows nothing."""
+    images = replace(images, has_masks=False, has_boxes=False)
     needed = images.resident_bytes if device.type == "cuda" else None
     fits = needed is not None and needed < RESIDENT * torch.cuda.mem_get_info(device)[0]
     return images.to(device) if fits else images

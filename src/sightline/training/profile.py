@@ -14,16 +14,22 @@ _SKIPPED, _WARM, _MEASURED, _OPERATIONS = 3, 2, 10, 8
 
 
 class StepProfile:
-    """Watches ten steps after the first five and prints a table; the steps run slower while they are watched."""
+    """Watches ten steps after the first five and prints a table; the steps run slower while they are watched.
 
-    def __init__(self, device: torch.device) -> None:
+    Raises:
+        ValueError: so many steps do not come.
+    """
+
+    def __init__(self, device: torch.device, steps: int) -> None:
+        self._left = _SKIPPED + _WARM + _MEASURED
+        if steps < self._left:
+            raise ValueError(f"a profile expects {self._left} steps, got {steps}; set optim.epochs higher")
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it speaks of GPUs where there is none
         self._on_gpu = device.type == "cuda"
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._on_gpu else [])
         plan = schedule(skip_first=_SKIPPED, wait=0, warmup=_WARM, active=_MEASURED, repeat=1)
         self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._show)
         self._profiler.start()
-        self._left = _SKIPPED + _WARM + _MEASURED
 
     def step(self) -> None:
         """A step is done."""
