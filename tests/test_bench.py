@@ -507,6 +507,16 @@ def test_reproduce(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert f"5.61 │ {error:.2f} │" in printed
 
 
+def test_a_run_without_memory_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object, **options: object) -> None:
+        raise MemoryError("out of memory in a step")
+
+    monkeypatch.setattr(bench, "fit", full)
+    study = Study(recipe=Recipe(seeds=(0,)), rows={"control": {}, "other": {}})
+    failed = bench.bench(study, tmp_path / "out").failed
+    assert failed == dict.fromkeys(["control, seed 0", "other, seed 0"], "out of memory in a step")
+
+
 def test_every_study_in_recipes_can_be_built(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sightline.bench.study._classes", lambda data: 10)  # some of the data is on the hub
     files = sorted((Path(__file__).parent.parent / "recipes").glob("bench_*.yaml"))

@@ -111,10 +111,20 @@ def test_batches_prepared_ahead_are_the_same_and_leave_the_random_state_alone():
     change = (Augment(crop=2, flip=True, color=0.3), 0, 1)
     alone = list(batches(images, 6, shuffle=(0, 1), augment=change))
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    helped = list(batches(images, 6, shuffle=(0, 1), augment=change, ahead=True))
+    helped = list(batches(images, 6, shuffle=(0, 1), augment=change, ahead=torch.device("cpu")))
     assert len(helped) == 4 and all(equal(a, b) for a, b in zip(alone, helped, strict=True))
     assert torch.equal(torch_state, torch.get_rng_state())
     np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])
+
+
+def test_unmarked_images_are_the_same_without_masks_and_boxes():
+    for images in (some_images(), some_images().to("cpu")):
+        bare = images.unmarked()
+        assert images.has_masks and images.has_boxes and not bare.has_masks and not bare.has_boxes
+        change = (Augment(crop=2, flip=True, cutout=3), 0, 1)
+        for a, b in zip(batches(images, 6, augment=change), batches(bare, 6, augment=change), strict=True):
+            assert torch.equal(a.images, b.images) and a.masks is not None and b.masks is None is b.boxes
+        assert bare.resident_bytes < images.resident_bytes
 
 
 RESIDENT = {"masks and boxes": some_images(), "images": replace(some_images(), has_masks=False, has_boxes=False)}
@@ -129,7 +139,7 @@ EVERYTHING = Augment(crop=2, flip=True, scale=0.5, rotate=True, color=0.5, cutou
 def test_a_resident_set_gives_the_same_batches(images, options, change):
     held = images.to("cpu")
     options = {"shuffle": (0, 1), "augment": change, **options}
-    plain, found = list(batches(images, 6, **options)), list(batches(held, 6, ahead=True, **options))
+    plain, found = list(batches(images, 6, **options)), list(batches(held, 6, ahead=torch.device("cpu"), **options))
     assert len(plain) == {9: 0, 1: 2}.get(options.get("start"), 4)
     for a, b in zip(plain, found, strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.indices, b.indices)

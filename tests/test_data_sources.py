@@ -1,6 +1,7 @@
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -647,7 +648,7 @@ def test_nothing_half_written_is_left(tmp_path, offline, monkeypatch):
         patch.setattr(decoded, "open_image", stop)
         with pytest.raises(KeyboardInterrupt):
             load(data)
-    assert list((offline / "decoded").iterdir()) == []
+    assert [path.name for path in (offline / "decoded").iterdir()] == ["lock"]
     assert len(load(data)["train"]) == 14
 
 
@@ -710,8 +711,31 @@ def test_without_room_in_memory_either_the_images_are_decoded_in_each_pass(tmp_p
 def test_cache_and_files_are_read_ahead(tmp_path):
     data = Data(source=str(make_folder(tmp_path, {"a": 10, "b": 10}, size=(40, 40))))
     for images in (load(data)["train"], load(replace(data, size=257))["train"]):
-        alone, helped = list(batches(images, 5)), list(batches(images, 5, ahead=True))
+        alone, helped = list(batches(images, 5)), list(batches(images, 5, ahead=torch.device("cpu")))
         assert all(torch.equal(a.images, b.images) for a, b in zip(alone, helped, strict=True)) and len(helped) == 3
+
+
+def test_masks_that_nobody_wants_are_not_read(tmp_path):
+    make_folder(tmp_path / "f", {"a": 10, "b": 10}, size=(40, 40))
+    images = load(Data(source=str(tmp_path / "f"), size=257))["train"]
+    assert isinstance(images.store, decoded.OnTheFly)
+    decoder = replace(images.store.decoder, has_masks=True)
+    marked = replace(images, has_masks=True, store=replace(images.store, decoder=decoder))
+    assert marked.batch([0]).masks is not None and marked.unmarked().batch([0]).masks is None
+    assert torch.equal(marked.unmarked().batch([0]).images, images.batch([0]).images)
+
+
+def test_of_several_processes_one_decodes(tmp_path, monkeypatch):
+    make_folder(tmp_path / "f", {"a": 10, "b": 10}, size=(40, 40))
+    monkeypatch.setenv("SIGHTLINE_CACHE", str(tmp_path / "cache"))
+    decoded_by: list[int] = []
+    plain = decoded._write
+    monkeypatch.setattr(decoded, "_write", lambda *args: (decoded_by.append(1), plain(*args)))
+    asked = Data(source=str(tmp_path / "f"), val=0.0, test=0.5)
+    with ThreadPoolExecutor(4) as pool:
+        found = [sets["train"] for sets in pool.map(load, [asked] * 4)]
+    assert len(decoded_by) == 2  # of train and test
+    assert all(torch.equal(found[0].batch(range(10)).images, other.batch(range(10)).images) for other in found)
 
 
 def test_what_is_read_ahead_fails_where_it_is_and_stops_when_nobody_asks(tmp_path):
@@ -719,11 +743,11 @@ def test_what_is_read_ahead_fails_where_it_is_and_stops_when_nobody_asks(tmp_pat
     images = load(data)["train"]
     gone = images.names[11]
     (tmp_path / "f" / gone).unlink()
-    passed = batches(images, 5, ahead=True)
+    passed = batches(images, 5, ahead=torch.device("cpu"))
     assert [len(next(passed).labels) for _ in range(2)] == [5, 5]
     with pytest.raises(OSError, match=gone):
         next(passed)
-    left = batches(images, 5, ahead=True)
+    left = batches(images, 5, ahead=torch.device("cpu"))
     next(left)
     assert [thread.name for thread in threading.enumerate() if "ahead" in thread.name] == ["ahead_0"]
     left.close()

@@ -506,3 +506,35 @@ def test_what_does_not_fit_is_named_with_its_reason(images, unchecked):
     for wrong in ({"targets": 7}, {"layer": "nowhere"}):
         with pytest.raises(ValueError, match="expected at least one method that fits this model, got none: expected"):
             explainers.fitting(model, images, **wrong)
+
+
+def test_convolutions_are_exact_meanwhile_and_as_they_were_afterwards():
+    flags = torch.backends.cudnn
+    seen: list[bool] = []
+
+    class Watched(nn.Module):
+        def __init__(self, wrong: bool) -> None:
+            super().__init__()
+            self.conv, self.wrong = nn.Conv2d(3, 2, 1), wrong
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(flags.allow_tf32)
+            if self.wrong:
+                raise RuntimeError("broken")
+            return self.conv(images).mean((2, 3))
+
+    before = (flags.allow_tf32, flags.conv.fp32_precision)
+    explain(Watched(False), torch.ones(1, 3, 4, 4))
+    with pytest.raises(RuntimeError, match="broken"):
+        explain(Watched(True), torch.ones(1, 3, 4, 4))
+    assert before[0] and seen and not any(seen)
+    assert (flags.allow_tf32, flags.conv.fp32_precision) == before
+    seen.clear()
+    try:
+        flags.conv.fp32_precision = "ieee"  # the newer name, beside which the older one cannot be read
+        with pytest.raises(RuntimeError, match="allow_tf32"):
+            explain(Watched(False), torch.ones(1, 3, 4, 4))  # in our own model
+        assert flags.conv.fp32_precision == "ieee"
+    finally:
+        flags.conv.fp32_precision = before[1]
+    assert flags.allow_tf32

@@ -3,9 +3,11 @@
 import math
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from sightline import data, models, runs
 from sightline.attention import HardAttention
 from sightline.recipe import Augment, Data, Model, Optim, Recipe
 from sightline.training import Training, fit
+from sightline.training.checkpoints import Checkpoints
 from sightline.training.log import Log
 from sightline.training.losses import Loss, class_weights, distillation
 from sightline.training.optimisers import average, create_optimiser
@@ -126,6 +129,7 @@ def test_stopped_and_resumed_is_bit_equal(
 
 
 def test_a_crash_resumes_from_the_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sightline.training._SHARE", math.inf)
     through = fit(TINY, tmp_path / "through", progress=False)
     plain = Log.step
 
@@ -143,6 +147,23 @@ def test_a_crash_resumes_from_the_last_epoch(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Log, "step", lambda log, done: steps.append(done))
     assert equal(weights(through), weights(fit(TINY, tmp_path / "crashed", resume=True, progress=False)))
     assert steps[:3] == [4, 5, 6]
+
+
+def test_states_of_epochs_take_no_great_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written: list[tuple[int, int]] = []
+    plain = Checkpoints.write
+
+    def slowly(checkpoints: Checkpoints, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        written.append((facts["epoch"], facts["step"]))
+        plain(checkpoints, tensors, facts)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Checkpoints, "write", slowly)
+    for share, expected in {0.0: [(0, 0)], math.inf: [(0, 0), (1, 0), (2, 0)]}.items():
+        monkeypatch.setattr("sightline.training._SHARE", share)
+        written.clear()
+        run = fit(TINY, tmp_path / str(share), progress=False)
+        assert isinstance(run, runs.Run) and len(run.history) == 2 and written == expected
 
 
 def test_resume_of_a_finished_run_and_of_none(tmp_path: Path):

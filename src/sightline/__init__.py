@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sightline.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from sightline import (
         attention,
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from sightline.hub import load
     from sightline.models import create_model
     from sightline.training import fit
-
-__version__ = "0.1.0"
 
 __all__ = [
     "attention",

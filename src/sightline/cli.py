@@ -11,7 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sightline import __version__, recipe
+from sightline import recipe
+from sightline.version import __version__
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -74,6 +74,27 @@ def untouched(model: nn.Module) -> Generator[nn.Module]:
                     module.training = training
 
 
+@contextmanager
+def exact() -> Generator[None]:
+    """Convolutions of a GPU in full 32 bits instead of TF32, as on a CPU, unless the user has set their precision.
+
+    TF32, which PyTorch takes by default, keeps 10 bits: enough for an answer, not for the small differences that a
+    gradient or a relevance is made of.
+    """
+    flags = torch.backends.cudnn
+    try:
+        rounded = flags.allow_tf32
+    except RuntimeError:  # cannot be read where it was set by its newer names, `fp32_precision`
+        rounded = False
+    if rounded:
+        flags.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if rounded:
+            flags.allow_tf32 = True
+
+
 _LINKS = {name: name for name in ("softmax", "log_softmax", "sigmoid")} | {"expit": "sigmoid"}
 _MOVES = set("squeeze unsqueeze flatten view reshape contiguous clone to type float double half bfloat16".split())
 _BOUNDS = set("clamp clip clamp_min clamp_max nan_to_num".split())

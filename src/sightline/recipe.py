@@ -125,7 +125,7 @@ class Optim:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Arithmetic of the training step."""
     compile: bool = False
-    """Compile the network (torch.compile): pays on a GPU in a training of minutes; on a CPU it needs a C++ compiler."""
+    """Compile the network (torch.compile): pays on a GPU in a training of minutes. Needs a C++ compiler."""
     micro_batches: int = 1
     """Parts in which a batch goes through the network, to save memory; BatchNorm sees parts. 0: as many as it takes."""
     sharded: bool = False

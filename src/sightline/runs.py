@@ -20,7 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sightline import __version__, data, models, recipe
+from sightline import data, models, recipe
+from sightline.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,8 @@ def pack(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bytes:
     """
     # safetensors refuses tensors that share memory or are not contiguous (tied weights, channels-last)
     plain = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
     }
     return safetensors.torch.save(plain, {name: json.dumps(value) for name, value in facts.items()})
 

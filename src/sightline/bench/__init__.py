@@ -192,7 +192,7 @@ def _train_and_measure(row: str, wanted: Recipe, where: Path, dataset: str) -> M
         if found is None:
             found = measure(row, run, dataset)
             runs.write(file, json.dumps(runs.plain(found), indent=1).encode())
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return " ".join(str(error).split())
     return replace(found, row=row, dataset=dataset)  # a row may have another name than when it was measured
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import PIL
+from filelock import FileLock
 from jaxtyping import Bool, Float32, Int64, UInt8
 from rich.console import Console
 from rich.progress import track
@@ -195,7 +196,10 @@ def decode_all(source: OnTheFly, what: str, key: str | None) -> tuple[Stored | O
         folder = cache_folder() / "decoded" / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
         try:
             if not folder.exists():
-                _write(source, folder, needed, what)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(folder.parent / "lock"):  # of several processes, one decodes
+                    if not folder.exists():
+                        _write(source, folder, needed, what)
             return _open(source, folder)
         except OSError as error:
             # the same text for every split, so that Python shows it once
@@ -239,7 +243,6 @@ def _decode_into(images: io.BufferedIOBase | None, masks: io.BufferedIOBase, sou
 
 def _write(source: OnTheFly, folder: Path, needed: int, what: str) -> None:
     """Fill a new folder and move it into place as a whole, so that nobody ever reads half of one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder.parent).free < needed:
         raise OSError(ENOSPC, os.strerror(ENOSPC))
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
@@ -248,12 +251,7 @@ def _write(source: OnTheFly, folder: Path, needed: int, what: str) -> None:
         with open(new / "images", "wb") as images, open(new / "masks", "wb") as masks:
             facts = _decode_into(images if max(source.decoder.size) <= LARGEST else None, masks, source, what)
         (new / "facts.json").write_text(json.dumps(facts._asdict()))
-        try:
-            new.rename(folder)
-        except OSError:
-            # another process may have been faster
-            if not folder.exists():
-                raise
+        new.rename(folder)
 
 
 def _open(source: OnTheFly, folder: Path) -> tuple[Stored | OnTheFly, Facts]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sightline.data.decoded import LARGEST, Decoder, OnTheFly, Pixels, Record, Sample, Store
+from sightline.data.decoded import LARGEST, Decoder, OnTheFly, Pixels, Record, Sample, Store, Stored
 from sightline.data.transforms import DRAWS, draws
 from sightline.data.transforms import augment as augmented
 from sightline.recipe import Augment
@@ -143,8 +143,16 @@ class ImageSet(Dataset[Batch]):
         """The images at these places; how one is changed depends on `augment`, (what, seed, epoch), and its place."""
         return next(self.each([np.asarray(indices, dtype=np.int64)], augment))
 
-    def each(self, rows: Sequence[Int64[Array, " _"]], augment: tuple[Augment, int, int] | None) -> Iterator[Batch]:
-        """One batch after the other, of the images at these places, which go to a device all at once."""
+    def each(
+        self,
+        rows: Sequence[Int64[Array, " _"]],
+        augment: tuple[Augment, int, int] | None,
+        device: torch.device | None = None,
+    ) -> Iterator[Batch]:
+        """One batch after the other, of the images at these places, which go to a device all at once.
+
+        They are changed on `device`; None: where they lie.
+        """
         places = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows]))
         if isinstance(self.store, Resident):
             places = places.to(self.store.images.device, non_blocking=True)
@@ -153,8 +161,17 @@ class ImageSet(Dataset[Batch]):
             if isinstance(self.store, Resident):
                 batch = self.store.take(here, there, names)
             else:
-                batch = _tensors(self.store.read(here), self.labels[here], there, names)
+                batch = _tensors(self.store.read(here), self.labels[here], there, names, device)
             yield _changed(batch, augment, self)
+
+    def unmarked(self) -> "ImageSet":
+        """The same images without masks and boxes, which are then not even read."""
+        store = self.store
+        if isinstance(store, OnTheFly):
+            store = replace(store, decoder=replace(store.decoder, has_masks=False, has_boxes=False))
+        elif isinstance(store, Stored | Resident):
+            store = store._replace(masks=None, boxes=None)
+        return replace(self, store=store, has_masks=False, has_boxes=False)
 
     @property
     def resident_bytes(self) -> int | None:
@@ -222,6 +239,7 @@ class ImageStream:
         drop_last: bool,
         start: int,
         part: tuple[int, int],
+        device: torch.device | None,
     ) -> Iterator[Batch]:
         """One pass from batch `start` on; a batch, or share of one, is smaller by its unreadable images.
 
@@ -248,11 +266,17 @@ class ImageStream:
             labels = np.array([label for _, label, _ in kept], dtype=np.int64)
             names = [f"train/{number:06d}" for number, _, _ in kept]
             pixels = self.decoder.stack([sample for _, _, sample in kept])
-            yield _changed(_tensors(pixels, labels, places, names), augment, self)
+            yield _changed(_tensors(pixels, labels, places, names, device), augment, self)
 
 
-def _tensors(pixels: Pixels, labels: Int64[Array, " b"], places: Int64[Tensor, " b"], names: list[str]) -> Batch:
-    return Batch(
+def _tensors(
+    pixels: Pixels,
+    labels: Int64[Array, " b"],
+    places: Int64[Tensor, " b"],
+    names: list[str],
+    device: torch.device | None,
+) -> Batch:
+    batch = Batch(
         images=torch.from_numpy(pixels.images),
         labels=torch.from_numpy(labels),
         masks=None if pixels.masks is None else torch.from_numpy(pixels.masks)[:, None],
@@ -260,6 +284,7 @@ def _tensors(pixels: Pixels, labels: Int64[Array, " b"], places: Int64[Tensor, "
         indices=places,
         names=names,
     )
+    return batch if device is None else batch.to(device)
 
 
 def _changed(batch: Batch, augment: tuple[Augment, int, int] | None, source: ImageSet | ImageStream) -> Batch:
@@ -299,7 +324,7 @@ def batches(
     augment: tuple[Augment, int, int] | None = None,
     drop_last: bool = False,
     start: int = 0,
-    ahead: bool = False,
+    ahead: torch.device | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """One pass over the images.
@@ -311,8 +336,8 @@ def batches(
         augment: (what, seed, epoch) of random changes. None: images as they are.
         drop_last: Leave out a last batch that is not full.
         start: Number of the first batch, to go on in the middle of a pass.
-        ahead: A thread prepares the next batches while one is used: worth it where that is done on another device. A
-            set that is held there needs none.
+        ahead: A device, to which a thread brings the next batches while one is used. A set that is held on a device
+            needs no thread.
         part: (r, n): only the share of process r, of n, in each batch. The shares of all, in order, are the batch; one
             may be empty.
 
@@ -324,14 +349,14 @@ def batches(
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"expected a part (r, n) with r from 0 to n - 1, got {part}")
     if isinstance(images, ImageStream):
-        passed = images.read(batch_size, shuffle, augment, drop_last, start, part)
-        return _ahead(passed) if ahead else passed
+        passed = images.read(batch_size, shuffle, augment, drop_last, start, part, ahead)
+        return passed if ahead is None else _ahead(passed)
     n = len(images)
     order = np.arange(n) if shuffle is None else np.random.default_rng(list(shuffle)).permutation(n)
     ends = range(0, n - n % batch_size if drop_last else n, batch_size)
     rows = [_share(order[i : i + batch_size], part) for i in ends][start:]
-    passed = images.each(rows, augment)
-    return _ahead(passed) if ahead and not isinstance(images.store, Resident) else passed
+    passed = images.each(rows, augment, ahead)
+    return passed if ahead is None or isinstance(images.store, Resident) else _ahead(passed)
 
 
 def normalise(images: UInt8[Tensor, "b 3 h w"], preprocess: Preprocess) -> Float32[Tensor, "b 3 h w"]:

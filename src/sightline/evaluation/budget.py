@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from sightline.explainers import Method, explain
@@ -130,7 +131,7 @@ def _needs(metrics: Collection[str]) -> frozenset[str]:
 
 def _forward_seconds(model: nn.Module, images: Tensor) -> float:
     """Of one image of a batch."""
-    forward(model, images[:1]).cpu()
+    forward(model, images).cpu()  # the first is slower
     start = time.perf_counter()
     forward(model, images).cpu()  # waits for the device
     return (time.perf_counter() - start) / len(images)
@@ -155,6 +156,8 @@ def _seconds(model: nn.Module, images: Tensor, targets: Tensor, method: Method) 
 
     def extrapolate(what: str, done: int, total: int) -> None:
         nonlocal expected
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
         expected = (time.perf_counter() - start) * total / done
         raise Started
 

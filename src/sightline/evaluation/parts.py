@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sightline import __version__
 from sightline.runs import write
+from sightline.version import __version__
 
 Array = np.ndarray
 _TABLES = ("values", "curves", "sums", "counts", "maps")

@@ -54,6 +54,7 @@ from sightline.explainers.relevance import (
 from sightline.explainers.rollout import attention_rollout, gradient_rollout
 from sightline.explainers.scorer import Progress, Targets
 from sightline.explainers.verdicts import signs_of, verdicts_of
+from sightline.inference import exact
 
 __all__ = [
     "EXPLAINERS",
@@ -185,6 +186,7 @@ class Explanation:
         return replace(self, maps=resized)
 
 
+@exact()
 def explain(
     model: nn.Module,
     images: Float[Tensor, "b c *grid"],
@@ -208,7 +210,8 @@ def explain(
     tokens of a transformer's patches, that feeds the logits. A layer may yield (b, c, h, w), (b, h, w, c) or tokens.
 
     The model, its flags and gradients, and the random state are left as they were. Until then they are not: explain one
-    model in one thread at a time.
+    model in one thread at a time. A GPU computes convolutions in full 32 bits meanwhile, not in TF32, unless you have
+    set `torch.backends.cudnn.conv.fp32_precision`.
 
     Args:
         model: any classifier that takes (b, c, h, w), or (b, c, d, h, w), and returns logits: a tensor, or one in a

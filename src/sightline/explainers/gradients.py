@@ -240,11 +240,15 @@ def _moments(
     mean = _zeros(images, score)
     squares = torch.zeros_like(mean)
     for items, found in score.stream(name, batch * samples, noisy, score.gradients):
-        for item, gradient in zip(items.tolist(), found.to(mean), strict=True):
-            row, count = item % batch, item // batch + 1
-            step = gradient - mean[row]
-            mean[row] += step / count
-            squares[row] += step * (gradient - mean[row])
+        numbers: list[int] = items.tolist()
+        first, after = numbers[0], numbers[-1] + 1
+        for copy in range(first // batch, (after - 1) // batch + 1):
+            start, end = max(copy * batch, first), min((copy + 1) * batch, after)
+            rows = slice(start - copy * batch, end - copy * batch)
+            gradients = found[start - first : end - first].to(mean)
+            step = gradients - mean[rows]
+            mean[rows] += step / (copy + 1)
+            squares[rows] += step * (gradients - mean[rows])
     return mean, squares / samples
 
 

@@ -67,7 +67,11 @@ def occlusion(
     def occluded(items: Tensor) -> tuple[Tensor, Tensor]:
         rows = items // patches
         holes = torch.ones_like(items, dtype=torch.bool)
-        for axis, at in enumerate(torch.unravel_index(items % patches, positions)):
+        places, left = [], items % patches
+        for count in reversed(positions):  # torch.unravel_index would wait for a GPU
+            places.insert(0, left % count)
+            left = left // count
+        for axis, at in enumerate(places):
             holes = holes[..., None] & inside[axis][at].view(len(items), *[1] * axis, -1)
         return torch.where(holes[:, None], fill, images[rows]), rows
 

@@ -83,7 +83,7 @@ def _saved(model: nn.Module, images: Tensor) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             result = model(images)
         del result

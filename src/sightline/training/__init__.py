@@ -2,13 +2,14 @@
 
 import copy
 import math
+import os
 import shutil
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from errno import ENOSPC
 from pathlib import Path
@@ -30,7 +31,9 @@ from sightline.training.losses import Loss, class_weights
 from sightline.training.profile import StepProfile
 
 CHECKPOINT_EVERY = 300.0
-"""Seconds between two states on the disk; each epoch ends with one."""
+"""Seconds between two states on the disk; an epoch ends with one, too, where that is no great part of its time."""
+_SHARE = 0.1
+"""Of the time, at most, that the states at the end of epochs may take to be written."""
 _AGREE_EVERY = 50  # steps after which several processes ask one another whether to stop or to save
 
 
@@ -50,8 +53,9 @@ def fit(
 
     From the first epoch on the folder holds weights that `sightline.load` reads. After Ctrl-C, a crash or a power cut,
     `resume` goes on from the last checkpoint and comes to the same weights, bit for bit, as without the interruption
-    (on the same machine; on a GPU, as far as its kernels repeat themselves). The state is saved after each epoch and
-    every five minutes, twice, so that a damaged file costs minutes.
+    (on the same machine; on a GPU, as far as its kernels repeat themselves). The state is saved after each epoch, or
+    after several that are shorter than ten times what that takes, and every five minutes; twice, so that a damaged file
+    costs minutes.
 
     Processes that torchrun or SLURM has started train together: each takes its share of every batch, and the first one
     writes the folder, which all of them must see.
@@ -86,7 +90,7 @@ def fit(
     show = (progress, profile) if processes.first() else (False, False)
     teacher = None if asked.optim.teacher is None else _teacher(asked.optim.teacher, train)
     folders = {seed: out / f"seed-{seed}" if len(asked.seeds) > 1 else out for seed in asked.seeds}
-    with _asked_to_stop() as stop, _tf32():
+    with _asked_to_stop() as stop, _tf32(), _many_graphs() if asked.optim.compile else nullcontext():
         try:
             done = [
                 _fit_one(replace(asked, seeds=(seed,)), train, others, teacher, folder, show, stop)
@@ -167,7 +171,7 @@ def _fit_one(
                     info = run.info | {"wall time": f"{seconds:.1f} s"}
                     run = replace(run, info=info, history=[*training.history], skipped=_skipped(train, others))
                     keep.run(run, training.weights() if training.improved else None)
-                    keep.state()
+                    keep.epoch()
                     log.epoch(row)
             except _Stop:
                 training.check_finite()
@@ -184,7 +188,7 @@ class _Keeper:
     def __init__(self, folder: Path, checkpoints: Checkpoints, training: Training) -> None:
         self.folder, self.checkpoints, self.training = folder, checkpoints, training
         training.fabric.barrier()  # all have read what is there
-        self.ticks, self.saved = 0, time.monotonic()
+        self.ticks, self.saved, self.took = 0, time.monotonic(), 0.0
         if processes.first():
             _check_space(folder, training)
             folder.mkdir(parents=True, exist_ok=True)
@@ -200,11 +204,19 @@ class _Keeper:
 
     def state(self) -> None:
         """Write how the training stands."""
+        began = time.monotonic()
         state = self.training.state()
         if processes.first():
             with _advice(self.folder):
                 self.checkpoints.write(*state)
         self.saved = time.monotonic()
+        self.took = self.saved - began
+
+    def epoch(self) -> None:
+        """Write how the training stands, unless writing would take too much of the time; all processes agree."""
+        due = self.took <= _SHARE * (time.monotonic() - self.saved)
+        if processes.any_of([due], self.training.fabric.device)[0]:
+            self.state()
 
     def run(self, run: Run, weights: dict[str, Tensor] | None = None) -> None:
         """Write what the user has of the run."""
@@ -231,14 +243,28 @@ def _advice(folder: Path) -> Generator[None]:
 
 @contextmanager
 def _tf32() -> Generator[None]:
-    """Matrix products of a GPU in TF32, as its convolutions are anyway."""
-    before = torch.get_float32_matmul_precision()
-    if torch.cuda.is_available():
+    """Matrix products of a GPU in TF32, as its convolutions are anyway, unless the user has set their precision."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # cannot be read where it was set by its newer names, `fp32_precision`
+        before = "high"
+    chosen = before != "highest" or not torch.cuda.is_available()
+    if not chosen:
         torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if not chosen:
+            torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _many_graphs() -> Generator[None]:
+    """Let networks of many sizes be compiled in one process, as a study does; PyTorch gives up after eight."""
+    from torch import _dynamo
+
+    with _dynamo.config.patch(recompile_limit=max(_dynamo.config.recompile_limit, 128)):
+        yield
 
 
 @contextmanager
@@ -290,6 +316,8 @@ def _check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, oth
         raise ValueError(f"expected one GPU for each of {each} processes on a machine, got {devices}; start fewer")
     if optim.sync_batch_norm and not torch.cuda.is_available():
         raise ValueError("optim.sync_batch_norm: there is no BatchNorm over several CPUs, only over GPUs; set it false")
+    if optim.compile and torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc"))):
+        raise ValueError("optim.compile: needs a C compiler beside the GPU, found none; install gcc or set it false")
     if optim.precision == "16-mixed" and not torch.cuda.is_available():
         raise ValueError("optim.precision: 16-mixed needs a GPU, there is none; use bf16-mixed or 32-true")
 

@@ -4,7 +4,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -48,6 +47,7 @@ class Training:
         self.augment, self.seed = recipe.augment, recipe.seeds[0]
         self.fabric = processes.begin(optim, network, train.preprocess.size)
         self.part = (self.fabric.global_rank, self.fabric.world_size)
+        self.ahead = None if self.fabric.device.type == "cpu" else self.fabric.device
         self.train = _resident(train, self.fabric.device) if isinstance(train, data.ImageSet) else train
         self.val = None if val is None else _resident(val, self.fabric.device)
         self.network = network.train()
@@ -66,7 +66,7 @@ class Training:
         else:
             self.optimizer = create_optimiser(self.network, optim)
             self.model, self.fabric_optimizer = self.fabric.setup(called, self.optimizer)
-        self.loss = loss.to(self.fabric.device)
+        self.loss = loss.to(self.fabric.device).to(memory_format=torch.channels_last)  # a teacher, if there is one
         self.batch_size = min(optim.batch_size, len(train))
         self.steps = len(train) // self.batch_size
         self.micro_batches = optim.micro_batches or 1
@@ -226,7 +226,7 @@ class Training:
             augment=change,
             drop_last=True,
             start=start,
-            ahead=self.fabric.device.type != "cpu",
+            ahead=self.ahead,
             part=self.part,
         )
 
@@ -322,8 +322,8 @@ class Training:
         loss = torch.zeros((), device=self.fabric.device)
         processes.same_buffers(self.result)
         with untouched(self.result) as network, torch.no_grad(), self.fabric.autocast():
-            size, ahead = math.ceil(self.batch_size / self.micro_batches), self.fabric.device.type != "cpu"
-            for batch in data.batches(images, size, ahead=ahead, part=self.part):
+            size = math.ceil(self.batch_size / self.micro_batches)
+            for batch in data.batches(images, size, ahead=self.ahead, part=self.part):
                 inputs, labels = self._inputs(batch)
                 if len(labels) or self.optim.sharded:  # where weights are spread, all processes must take part
                     logits = logits_of(network(inputs if len(labels) else self._nothing())).float()[: len(labels)]
@@ -342,7 +342,7 @@ class Training:
 
 def _resident(images: data.ImageSet, device: torch.device) -> data.ImageSet:
     """The images on a GPU, where they fit well; otherwise as they are. Of masks and boxes a training knows nothing."""
-    images = replace(images, has_masks=False, has_boxes=False)
+    images = images.unmarked()
     needed = images.resident_bytes if device.type == "cuda" else None
     fits = needed is not None and needed < RESIDENT * torch.cuda.mem_get_info(device)[0]
     return images.to(device) if fits else images
@@ -350,4 +350,4 @@ def _resident(images: data.ImageSet, device: torch.device) -> data.ImageSet:
 
 def _out_of_memory(error: BaseException) -> bool:
     told = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return told or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return told or any(words in str(error) for words in ("can't allocate memory", "not enough memory", "ALLOC_FAILED"))

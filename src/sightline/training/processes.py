@@ -124,7 +124,7 @@ def same_buffers(module: nn.Module) -> None:
 def _has_unused(network: nn.Module, size: tuple[int, int]) -> bool:
     """Whether parameters get no gradient, for which the processes would wait."""
     tried = copy.deepcopy(network).train()
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         logits_of(tried(torch.zeros(2, 3, *size))).sum().backward()
     return any(p.requires_grad and p.grad is None for p in tried.parameters())
 
