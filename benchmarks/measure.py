@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,9 +128,14 @@ class Rows:
         """Peak memory beside that of the reference, on a CPU."""
         if self.only not in what:
             return
-        ratio = peak(ours) / peak(reference)
-        print(f"{what:62} {ratio:.3f}", flush=True)
-        self.found.append({"what": what, "median": ratio, "bar": None})
+        self.number(what, peak(ours) / peak(reference), None)
+
+    def number(self, what: str, value: float, bar: float | None) -> None:
+        """A row that is no time."""
+        if self.only not in what:
+            return
+        print(f"{what:62} {value:.3g}" + ("" if bar is None else f"  bar {bar}"), flush=True)
+        self.found.append({"what": what, "median": value, "bar": bar})
 
     def save(self, name: str, where: str) -> None:
         """Write all rows, if all were asked for."""
@@ -157,7 +163,8 @@ def hardware() -> str:
         if line.startswith("model name")
     ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.machine()}, {cores} cores"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{names[0] if names else platform.machine()}, {cores} cores{gpu}"
 
 
 def save(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -169,7 +176,8 @@ def save(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
         "script": f"benchmarks/{name}.py",
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages if find_spec(name)},
         "rows": [dict(row) for row in rows],
     }
     path.write_text(json.dumps(document, indent=2) + "\n")
