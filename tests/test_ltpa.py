@@ -9,6 +9,7 @@ import torch
 from tests.reference.ltpa import attend
 
 from sightline.attention import CompatibilityGate, LearnToPayAttention
+from sightline.models import create_model
 
 GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = list(product(("pc", "dp", "none"), ("softmax", "sigmoid")))
@@ -70,6 +71,26 @@ def test_softmax_pools_inside_the_convex_hull_and_sigmoid_weights_are_probabilit
     assert (pooled >= features.amin((2, 3))).all() and (pooled <= features.amax((2, 3))).all()
     sigmoid = block(6, compat=compat, norm="sigmoid").gate(features, query)
     assert (sigmoid > 0).all() and (sigmoid < 1).all()
+
+
+def test_uniform_weights_are_the_network_without_attention():
+    features, query = inputs()
+    plain = block(6, compat="none", norm="uniform")
+    assert list(plain.parameters()) == []
+    torch.testing.assert_close(plain(features, query), features.mean((2, 3)), rtol=0, atol=1e-12)
+    assert (plain.gate(features) == 1 / 20).all()
+    with pytest.raises(ValueError, match="expected compat 'none' with norm 'uniform', which needs no score; got 'pc'"):
+        block(6, norm="uniform")
+    options = {"compat": "none", "width": 1 / 16, "stem_pool": 2, "dropout": 0.0}
+    attended = create_model("vgg_att2", num_classes=3, **options).eval()
+    control = create_model("vgg_att2", num_classes=3, norm="uniform", **options).eval()
+    left = control.load_state_dict(attended.state_dict(), strict=False)
+    assert left.unexpected_keys == [f"attention.conv{n}.gate.u.{name}" for n in (10, 13) for name in ("weight", "bias")]
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    assert not left.missing_keys and not torch.allclose(attended(images), control(images))
+    for level in attended.attention.values():
+        torch.nn.init.zeros_(level.gate.u.weight)  # of no preference
+    torch.testing.assert_close(attended(images), control(images))
 
 
 def test_constant_features_are_pooled_to_themselves():
@@ -177,7 +198,7 @@ def test_huge_scores_stay_finite():
 
 
 @pytest.mark.parametrize(
-    ("option", "known"), [("compat", "pc, dp, none"), ("norm", "softmax, sigmoid"), ("project", "g, l")]
+    ("option", "known"), [("compat", "pc, dp, none"), ("norm", "softmax, sigmoid, uniform"), ("project", "g, l")]
 )
 @pytest.mark.usefixtures("unchecked")
 def test_an_unknown_setting_is_one_clear_line(option, known):

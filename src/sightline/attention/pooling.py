@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Compat = Literal["pc", "dp", "none"]
-Norm = Literal["softmax", "sigmoid"]
+Norm = Literal["softmax", "sigmoid", "uniform"]
 Project = Literal["g", "l"]
 
 
@@ -17,9 +17,10 @@ class CompatibilityGate(nn.Module):
 
     The score is <u, l + g> + b ("pc", parameterised compatibility: u and b are learned), <l, g> ("dp", dot product) or
     <u, l> + b ("none": no query). "softmax" makes the weights of an image sum to 1, "sigmoid" puts each in (0, 1).
+    "uniform", with "none" alone, learns nothing and gives every position the same weight, all together 1: the control.
 
     Raises:
-        ValueError: an unknown `compat` or `norm`.
+        ValueError: an unknown `compat` or `norm`, or "uniform" with a score.
 
     Source: Jetley et al., "Learn To Pay Attention", ICLR 2018, equations 1 to 5.
 
@@ -33,9 +34,11 @@ class CompatibilityGate(nn.Module):
         for name, value, known in (("compat", compat, get_args(Compat)), ("norm", norm, get_args(Norm))):
             if value not in known:
                 raise ValueError(f"expected {name} to be one of {', '.join(known)}; got {value!r}")
+        if norm == "uniform" and compat != "none":
+            raise ValueError(f"expected compat 'none' with norm 'uniform', which needs no score; got {compat!r}")
         self.compat = compat
         self.norm = norm
-        if compat != "dp":
+        if compat != "dp" and norm != "uniform":
             self.u = nn.Linear(channels, 1)
 
     def scores(
@@ -46,6 +49,8 @@ class CompatibilityGate(nn.Module):
         Raises:
             ValueError: "pc" or "dp" without a query.
         """
+        if self.norm == "uniform":
+            return features.new_zeros(features.shape[0], 1, *features.shape[2:])
         if self.compat == "none":
             return self._linear(features) + self.u.bias
         if query is None:
@@ -79,8 +84,8 @@ class CompatibilityGate(nn.Module):
 class LearnToPayAttention(nn.Module):
     """Pools a feature map into one vector per image, weighing each position by how well it goes with a query vector.
 
-    "softmax": the weighted sum of the local vectors; "sigmoid": their weighted mean over all positions. The child
-    `gate` returns the weights.
+    "softmax": the weighted sum of the local vectors; "sigmoid": their weighted mean over all positions; "uniform":
+    their mean, which is what attention has to be compared with. The child `gate` returns the weights.
 
     With "pc" and "softmax" the query's part of the score is the same at every position and cancels: the result equals
     that of "none", and no gradient reaches the query. Where the query has to matter, take "dp" or "sigmoid".

@@ -274,7 +274,8 @@ class VGGAtt(nn.Module):
         compat: score of a position: "pc", <u, l + g>; "dp", <l, g>; "none", <u, l>. With "none" nothing needs the
             global vector g: convolutions 14, 15 and FC-1 do not exist. With "pc" and "softmax" g cancels: the logits
             are those of "none" and the same layers get no gradient.
-        norm: "softmax", weights sum to 1; "sigmoid", each between 0 and 1.
+        norm: "softmax", weights sum to 1; "sigmoid", each between 0 and 1; "uniform", with `compat` "none": the same
+            weight everywhere, so the same network without attention.
         head: "concat", one classifier on all attended vectors; "indep", one for each, probabilities averaged.
         project: at convolution 7, which has half the channels of g: "g", g is brought to the features; "l", they to it.
         read: attend the features before or after the max-pool.
