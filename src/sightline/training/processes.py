@@ -60,13 +60,15 @@ def begin(optim: Optim, network: nn.Module, size: tuple[int, int]) -> Fabric:
 @contextmanager
 def _quiet() -> Generator[None]:
     """Without the library's own announcements."""
-    log = logging.getLogger("lightning.fabric")
-    level = log.level
-    log.setLevel(logging.WARNING)
+    logs = [logging.getLogger(f"lightning.{part}") for part in ("fabric", "pytorch")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def end() -> None:
