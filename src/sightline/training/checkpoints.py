@@ -19,8 +19,9 @@ class Checkpoints:
     >>> checkpoints = Checkpoints(Path(tempfile.mkdtemp()))
     >>> for step in range(3):
     ...     checkpoints.write({"weight": torch.tensor([step])}, {"epoch": 0, "step": step})
-    >>> checkpoints.read()
-    ({'weight': tensor([2])}, {'epoch': 0, 'step': 2})
+    >>> tensors, facts = checkpoints.read()
+    >>> tensors["weight"], facts["step"]
+    (tensor([2]), 2)
     """
 
     def __init__(self, folder: Path) -> None:
