@@ -245,17 +245,16 @@ def _advice(folder: Path) -> Generator[None]:
 def _tf32() -> Generator[None]:
     """Matrix products of a GPU in TF32, as its convolutions are anyway, unless the user has set their precision."""
     try:
-        before = torch.get_float32_matmul_precision()
+        default = torch.cuda.is_available() and torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # cannot be read where it was set by its newer names, `fp32_precision`
-        before = "high"
-    chosen = before != "highest" or not torch.cuda.is_available()
-    if not chosen:
+        default = False
+    if default:
         torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        if not chosen:
-            torch.set_float32_matmul_precision(before)
+        if default:
+            torch.set_float32_matmul_precision("highest")
 
 
 @contextmanager
