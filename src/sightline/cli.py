@@ -325,13 +325,14 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
             print(f"left out: {name}: {' '.join(reason.split())}", file=sys.stderr)
     before = set(out.iterdir()) if out.is_dir() else set[Path]()
     rows: list[dict[str, Any]] = []
-    written, unchecked = {out / "maps.csv"}, dict[str, None]()
+    written, unchecked, notices = {out / "maps.csv"}, dict[str, None](), dict.fromkeys(images.notices)
     stems = _unique(Path(name).stem for name in images.names)
     with _Bar() as bar:
         for batch in data.batches(images, min(16, options.batch_size)):
             inputs = data.normalise(batch.images.to(device), preprocess)
             found = explain(model, inputs, target, methods, layer, batch_size=options.batch_size, progress=bar.update)
             unchecked |= dict.fromkeys(found.unchecked)
+            notices |= dict.fromkeys(found.notices)
             certainty = probabilities_of(found.logits)
             for place, index in enumerate(batch.indices.tolist()):
                 pair = [int(found.targets[place, 0]), int(certainty[place].argmax())]
@@ -395,6 +396,8 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     print(f"{counts} in {out}; {_counted(doubtful, 'map')} with a verdict, see maps.csv")
     for line in _doubts(said_of):
         print(line)
+    for notice in notices:
+        print(f"notice: {notice}", file=sys.stderr)
     if unchecked:
         print(f"not compared with the map of another class: {', '.join(unchecked)}")
     if old := len(before - written):

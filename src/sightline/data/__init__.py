@@ -214,6 +214,7 @@ def _decoded(table: Table, split: str, rows: Int64[np.ndarray, " n"], preprocess
         groups=None if table.groups is None else table.groups[kept],
         group_name=table.group_name,
         skipped=skipped,
+        notices=table.notices,
         has_masks=table.has_masks,
         has_boxes=table.has_boxes,
         flip_ok=table.flip_ok,

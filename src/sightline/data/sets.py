@@ -124,6 +124,8 @@ class ImageSet(Dataset[Batch]):
     group_name: str | None = None
     skipped: tuple[tuple[str, str], ...] = ()
     """Name and reason of each image that cannot be read; they are not counted among the others."""
+    notices: tuple[str, ...] = ()
+    """What was decided about the source that its owner may want otherwise; one sentence each."""
     has_masks: bool = False
     has_boxes: bool = False
     flip_ok: bool = True

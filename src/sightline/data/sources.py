@@ -47,6 +47,8 @@ class Table:
     flip_ok: bool = True
     skipped: tuple[tuple[str, str], ...] = ()
     """Name and reason of files that belong to no class or are not there."""
+    notices: tuple[str, ...] = ()
+    """What was decided about this source that its owner may want otherwise; one sentence each."""
 
 
 def from_folder(data: Data, folder: Path) -> Table:

@@ -163,6 +163,9 @@ class Explanation:
     unchecked: tuple[str, ...] = ()
     """Maps that were not compared with those of another class in every image, because that would have taken another
     backward or two: that they are not said to be `class-independent` means nothing. Ask for two targets to compare."""
+    notices: tuple[str, ...] = ()
+    """What was decided about the model that its owner may want otherwise, one sentence each: how its output was read,
+    where a layer's positions were guessed."""
 
     def __repr__(self) -> str:
         places = {name: f" at {layer}" if layer else "" for name, layer in self.layers.items()}
@@ -281,6 +284,7 @@ def explain(
         layers=layers,
         verdicts={name: verdicts_of(method, own[0][2], read[name]) for name, (_, method, _, _), own in methods_of},
         unchecked=tuple(name for name, rows in read.items() if not all(row[-1] for row in rows)),
+        notices=tuple(gathered.scorer.notices),
     )
 
 

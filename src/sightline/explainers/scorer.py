@@ -71,6 +71,8 @@ class Scorer:
     """The score of an image without information, if the method that holds this scorer looked at one."""
     remarks: tuple[str, ...] = ()
     """What that method has to say about its maps; verdicts."""
+    notices: dict[str, None]
+    """What was decided about the model that its owner may want otherwise; one sentence each, in order."""
 
     def __init__(
         self,
@@ -88,6 +90,7 @@ class Scorer:
         self.batch_size = batch_size
         self.progress = progress or (lambda what, done, total: None)
         self.differentiable = differentiable
+        self.notices = {}
 
     def begin(self, images: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b t"]:
         """Scores of the images to explain, in the caller's grad mode; fixes the targets.
