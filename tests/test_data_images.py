@@ -149,6 +149,8 @@ def test_large_images_short_of_a_bomb_do_not_warn():
     with pytest.raises(UnreadableImage, match="exceeds limit"):
         open_image(bomb(10_000), (8, 8))  # warnings are errors here
     with quiet(), pytest.raises(UnreadableImage, match=r"truncated|broken"):
+        open_image(bomb(10_000), (8, 8), max_pixels=100_000_000)
+    with quiet(), pytest.raises(UnreadableImage, match="expected at most 89,478,485 pixels to decode, got 100,000,000"):
         open_image(bomb(10_000), (8, 8))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from unicodedata import normalize
 
 from sightline import recipe
 from sightline.version import __version__
@@ -82,6 +83,8 @@ def train(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Train a classifier on a set of images, then evaluate it and write the report."""
     named = {"data.source": options.data, "model.name": options.model, "seeds": options.seeds}
     named["data.strict"] = options.strict or None
+    named["data.drop_duplicates"] = options.drop_duplicates or None
+    named["data.max_pixels"] = options.max_pixels
     overrides = {name: value for name, value in named.items() if value is not None} | overrides
     start = _small(overrides.get("model.name")) if options.recipe is None else recipe.load(options.recipe)
     if options.print_recipe:
@@ -224,8 +227,9 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     if options.data is not None:
         overrides = {"data.source": options.data} | overrides
-    if options.strict:
-        overrides["data.strict"] = True
+    named = {"data.strict": options.strict or None, "data.drop_duplicates": options.drop_duplicates or None}
+    named["data.max_pixels"] = options.max_pixels
+    overrides = overrides | {name: value for name, value in named.items() if value is not None}
     run = open_run(options.run)
     out = run.folder if options.out is None else _folder(options.out)
     chosen = {
@@ -237,7 +241,9 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     }
     fill = options.fill
     chosen["fill"] = float(fill) if fill.replace(".", "", 1).lstrip("-").isdigit() else fill
-    _evaluate_run(run, overrides, options.split, out, options.limit, chosen)
+    found = _evaluate_run(run, overrides, options.split, out, options.limit, chosen)
+    for notice in found.notices:
+        print(f"notice: {notice}", file=sys.stderr)
 
 
 def _evaluate_run(
@@ -308,7 +314,8 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
         raise ValueError(f"expected another folder than that of the images, got --out {out}; choose a new one")
     model, preprocess, classes = _model_of(options)
     target = _class_index(options.target, classes)
-    images = data.read_images(options.images, preprocess, strict=options.strict)
+    max_pixels = options.max_pixels or recipe.Data.max_pixels
+    images = data.read_images(options.images, preprocess, strict=options.strict, max_pixels=max_pixels)
     _list_skipped(images.skipped)
     if not len(images):
         raise ValueError(f"expected at least one readable image in {', '.join(options.images)}, got none")
@@ -344,7 +351,7 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
                 files = {f"{stems[index]}.npz": packed.getvalue()}
                 side = _SIDE if len(raw) < _PER_ROW else _SIDE // 2
                 with quiet():
-                    pixels = open_image(Path(batch.names[place]), side)[0]
+                    pixels = open_image(Path(batch.names[place]), side, max_pixels)[0]
                 picture = torch.from_numpy(pixels).movedim(-1, 0)[None]  # the network saw all of it
                 columns: dict[str, torch.Tensor] = {}
                 signed: list[str] = []
@@ -558,6 +565,18 @@ def _parser() -> argparse.ArgumentParser:
     def evaluation(new: argparse.ArgumentParser) -> None:
         new.add_argument("--limit", type=_count, default=100, metavar="N", help="images to make maps of (100)")
 
+    def images(new: argparse.ArgumentParser, duplicates: bool = False) -> None:
+        new.add_argument("--strict", action="store_true", help="stop at the first unreadable image (data.strict)")
+        new.add_argument(
+            "--max-pixels", type=_count, metavar="N", help="skip larger images, 89478485 (data.max_pixels)"
+        )
+        if duplicates:
+            new.add_argument(
+                "--drop-duplicates",
+                action="store_true",
+                help="leave out copies in other splits or with two labels (data.drop_duplicates)",
+            )
+
     new = verb("demo", demo, _PARTS)
     new.add_argument("--out", default="runs/demo", metavar="FOLDER", help="run folder to write (runs/demo)")
     new.add_argument("--resume", action="store_true", help="go on with an interrupted run")
@@ -570,7 +589,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--recipe", metavar="FILE", help="YAML file to start from")
     new.add_argument("--seeds", metavar="A,B,...", help="one run per seed (seeds)")
     new.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    new.add_argument("--strict", action="store_true", help="stop at the first unreadable image (data.strict)")
+    images(new, duplicates=True)
     new.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
     new.add_argument("--profile", action="store_true", help="show where the time of ten steps goes")
     evaluation(new)
@@ -590,7 +609,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--classes", metavar="FILE", help="text file with one class name per line")
     new.add_argument("--overlays", action="store_true", help="a picture of each map alone, too")
     new.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
-    new.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
+    images(new)
 
     def study(new: argparse.ArgumentParser) -> None:
         new.add_argument(
@@ -632,7 +651,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fill", default="zero", help="what replaces a pixel: zero, mean, blur, inpaint, black, a number (zero)"
     )
     new.add_argument("--out", metavar="FOLDER", help="folder to write (the run's own)")
-    new.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
+    images(new, duplicates=True)
     evaluation(new)
 
     new = verb("sight", sight, _PARTS)
@@ -736,14 +755,16 @@ def _in_order_of(images: "ImageSet", classes: Sequence[str]) -> "ImageSet":
 
     if tuple(images.classes) == tuple(classes):
         return images
-    if missing := [name for name in images.classes if name not in classes]:
+    known = [normalize("NFC", name) for name in classes]  # one name has several forms in Unicode
+    names = [normalize("NFC", name) for name in images.classes]
+    if missing := [name for name in names if name not in known]:
         raise ValueError(
             f"expected data with the classes of the run, got {missing[0]!r}, which is none of {', '.join(classes)}; "
             "leave its images out, or name it as in training"
         )
     from dataclasses import replace
 
-    place = np.array([*(list(classes).index(name) for name in images.classes), -1])
+    place = np.array([*(known.index(name) for name in names), -1])
     return replace(images, labels=place[images.labels], classes=tuple(classes))
 
 

@@ -235,7 +235,7 @@ def _public(run: runs.Run) -> runs.Run:
     info = dict(run.info)
     if "command" in info:
         info["command"] = shlex.join(map(_last_part, shlex.split(info["command"])))
-    return replace(run, recipe=hidden, info=info, skipped=[])
+    return replace(run, recipe=hidden, info=info, skipped=[], notices=[])
 
 
 def _last_part(word: str) -> str:

@@ -46,6 +46,10 @@ class Data:
     """Read training images one after the other instead of holding or caching them; for sets larger than the disk."""
     strict: bool = False
     """Stop at the first image that cannot be read instead of listing and skipping it."""
+    max_pixels: int = 89_478_485
+    """Skip images of more pixels to decode, so that memory stays bounded; large JPEGs are decoded reduced."""
+    drop_duplicates: bool = False
+    """Leave out test and validation images that are copies of training images, and copies with different labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +169,7 @@ _LIMITS: dict[str, _Limit] = {
     "data.test_size": _COUNT,
     "data.seed": ("a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     "data.shortcut": _SHARE,
+    "data.max_pixels": ("1 to 178,956,970", lambda x: 1 <= x <= 178_956_970),
     "augment.crop": _NOT_NEGATIVE,
     "augment.scale": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "augment.color": _SHARE,

@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,8 @@ class Run:
     validation images), seconds."""
     skipped: list[tuple[str, str]]
     """Images that could not be read, with the reason."""
+    notices: list[str] = field(default_factory=lambda: [])
+    """What was decided about the images that their owner may want otherwise."""
 
 
 def open_run(folder: Path | str) -> Run:
@@ -68,6 +70,7 @@ def open_run(folder: Path | str) -> Run:
             info=facts["info"],
             history=_read_history(folder / "metrics.csv"),
             skipped=[(name, reason) for name, reason in facts["skipped"]],
+            notices=[*facts.get("notices", [])],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"run {folder} is damaged or of another version: {error}") from error

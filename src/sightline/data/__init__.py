@@ -12,11 +12,17 @@ from jaxtyping import Int64
 from sightline.data import clutter, hugging_face
 from sightline.data.columns import table
 from sightline.data.decoded import Decoder, OnTheFly, Stored, decode_all
+from sightline.data.duplicates import copies, sentences
+from sightline.data.folders import contents, marked, of_others
+from sightline.data.images import MAX_PIXELS
 from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batches, normalise, sampled, statistics
-from sightline.data.sources import FileReader, Table, from_folder, image_files
+from sightline.data.sources import FileReader, Table, from_folder
 from sightline.data.splits import assign, check_labelled, draw
 from sightline.data.streams import stream
 from sightline.recipe import Data
+
+_Examined = tuple[ImageSet, np.ndarray]
+"""A split, and the imprint of each of its images."""
 
 __all__ = [
     "DATASETS",
@@ -60,7 +66,7 @@ def load(data: Data) -> dict[str, ImageSet]:
     found = _find(data)
     blank = _blank(data, found)
     rows = assign(found.labels, found.classes, found.parts, found.groups, data)
-    sets = {split: _decoded(found, split, chosen, blank, data.strict) for split, chosen in rows.items()}
+    sets = _without_copies({split: _decoded(found, split, chosen, blank, data) for split, chosen in rows.items()}, data)
     train = sets["train"] = replace(sets["train"], skipped=found.skipped + sets["train"].skipped)
     if data.strict and train.skipped:
         raise ValueError(": ".join(train.skipped[0]))
@@ -89,7 +95,7 @@ def load_whole(data: Data) -> dict[str, ImageSet]:
     rows = {part: np.flatnonzero(parts == part) for part in np.unique(parts).tolist()}
     if data.test_size is not None and data.test_size < len(rows.get("test", ())):
         rows["test"] = rows["test"][draw(found.labels[rows["test"]], data.test_size, data.seed)]
-    sets = {part: _decoded(found, part, chosen, blank, data.strict) for part, chosen in rows.items()}
+    sets = _without_copies({part: _decoded(found, part, chosen, blank, data) for part, chosen in rows.items()}, data)
     return {part: replace(images, skipped=found.skipped + images.skipped) for part, images in sets.items()}
 
 
@@ -118,7 +124,8 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
         preprocess=blank,
         length=streamed.length,
         records=streamed.reader,
-        decoder=Decoder(size=blank.size, has_masks=held.has_masks, has_boxes=held.has_boxes),
+        decoder=_decoder(held, blank, data),
+        notices=held.notices,
         flip_ok=held.flip_ok,
         strict=data.strict,
     )
@@ -131,11 +138,13 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
         if split == "test" and data.test_size is not None:
             rows = rows[draw(held.labels[rows], data.test_size, data.seed)]
         if len(rows):
-            sets[split] = _decoded(held, split, rows, preprocess, data.strict)
+            sets[split] = _decoded(held, split, rows, preprocess, data)[0]
     return replace(train, preprocess=preprocess, skipped=[]), sets
 
 
-def read_images(paths: Sequence[str | Path], preprocess: Preprocess, strict: bool = False) -> ImageSet:
+def read_images(
+    paths: Sequence[str | Path], preprocess: Preprocess, strict: bool = False, max_pixels: int = MAX_PIXELS
+) -> ImageSet:
     """Image files, and those in folders and their sub-folders, without labels; nothing is cached.
 
     Raises:
@@ -143,13 +152,23 @@ def read_images(paths: Sequence[str | Path], preprocess: Preprocess, strict: boo
         ValueError: no image can be read; with `strict`, one cannot.
     """
     files: list[Path] = []
+    skipped: list[tuple[Path, str]] = []
+    notices: list[str] = []
     for path in (Path(p).expanduser() for p in paths):
-        found = image_files(path) if path.is_dir() else [path]
         if not path.exists():
             raise FileNotFoundError(f"no file or folder {path}")
-        if not found:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inner = contents(path)
+        images, _, of_masks = marked(inner.images)
+        if not images and not inner.skipped:
             raise FileNotFoundError(f"the folder {path} holds no image")
-        files += found
+        files += images
+        skipped += inner.skipped
+        notices += [*of_masks, *of_others(inner.others)]
+    if strict and skipped:
+        raise ValueError(f"{skipped[0][0]}: {skipped[0][1]}")
     listed = Table(
         name="images",
         classes=(),
@@ -159,8 +178,11 @@ def read_images(paths: Sequence[str | Path], preprocess: Preprocess, strict: boo
         reader=FileReader(files),
         key=None,
         size=preprocess.size[0],
+        notices=tuple(notices),
     )
-    return _decoded(listed, "images", np.arange(len(files)), preprocess, strict)
+    wanted = Data(strict=strict, max_pixels=max_pixels)
+    images, _ = _decoded(listed, "images", np.arange(len(files)), preprocess, wanted)
+    return replace(images, skipped=(*((str(file), reason) for file, reason in skipped), *images.skipped))
 
 
 def _check(data: Data) -> None:
@@ -194,16 +216,47 @@ def _blank(data: Data, table: Table) -> Preprocess:
     return Preprocess(size=(side, side), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-def _decoded(table: Table, split: str, rows: Int64[np.ndarray, " n"], preprocess: Preprocess, strict: bool) -> ImageSet:
-    decoder = Decoder(size=preprocess.size, has_masks=table.has_masks, has_boxes=table.has_boxes)
-    source = OnTheFly(reader=table.reader, rows=rows, decoder=decoder)
+def _without_copies(sets: dict[str, _Examined], data: Data) -> dict[str, ImageSet]:
+    """The splits with notices of images that occur twice; without these where `data.drop_duplicates` asks for it."""
+    order = [split for split in ("train", "val", "test") if split in sets]
+    splits = [split for split in order for _ in range(len(sets[split][0]))]
+    names = [name for split in order for name in sets[split][0].names]
+    twice = copies(
+        np.concatenate([sets[split][1] for split in order]),
+        np.array([order.index(split) for split in splits], dtype=np.int64),
+        np.concatenate([sets[split][0].labels for split in order]),
+    )
+    dropped = (twice.earlier >= 0) | (twice.relabeled >= 0) if data.drop_duplicates else None
+    notices = tuple(sentences(twice, splits, names, dropped))
+    whole = {split: replace(images, notices=images.notices + notices) for split, (images, _) in sets.items()}
+    if dropped is None:
+        return whole
+    for split in order:
+        kept = np.flatnonzero(~dropped[np.array(splits) == split])
+        if not len(kept):
+            raise ValueError(
+                f"expected {split} images that are no copies, got {len(whole[split])} copies; add others, or leave out "
+                "--drop-duplicates"
+            )
+        whole[split] = whole[split].picked(kept)
+    return whole
+
+
+def _decoder(table: Table, preprocess: Preprocess, data: Data) -> Decoder:
+    return Decoder(
+        size=preprocess.size, has_masks=table.has_masks, has_boxes=table.has_boxes, max_pixels=data.max_pixels
+    )
+
+
+def _decoded(table: Table, split: str, rows: Int64[np.ndarray, " n"], preprocess: Preprocess, data: Data) -> _Examined:
+    source = OnTheFly(reader=table.reader, rows=rows, decoder=_decoder(table, preprocess, data))
     store, facts = decode_all(source, f"{table.name} ({split})", table.key)
     skipped = tuple((table.names[rows[i]], reason) for i, reason in facts.skipped)
-    if skipped and (strict or not facts.kept):
+    if skipped and (data.strict or not facts.kept):
         count = "" if facts.kept else f"none of the {len(rows)} {split} images can be read; the first, "
         raise ValueError(count + ": ".join(skipped[0]))
     kept = rows[facts.kept]
-    return ImageSet(
+    images = ImageSet(
         name=table.name,
         split=split,
         classes=table.classes,
@@ -219,3 +272,4 @@ def _decoded(table: Table, split: str, rows: Int64[np.ndarray, " n"], preprocess
         has_boxes=table.has_boxes,
         flip_ok=table.flip_ok,
     )
+    return images, facts.imprints

@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float32, Int64, UInt8
 from rich.console import Console
 from rich.progress import track
 
-from sightline.data.images import UnreadableImage, open_image, open_mask, quiet
+from sightline.data.duplicates import IMPRINT, imprint
+from sightline.data.images import MAX_PIXELS, UnreadableImage, open_image, open_mask, quiet
 
 Array = np.ndarray
 LARGEST = 256  # side of the largest image that is cached, in pixels
@@ -34,6 +35,7 @@ class Record(NamedTuple):
 
     image: Path | bytes
     mask: Any = None
+    """A file, its bytes, rows of numbers, or a tuple of files that mark one part each."""
     boxes: Any = None
 
 
@@ -73,6 +75,8 @@ class Decoder:
     """Height and width, in pixels."""
     has_masks: bool
     has_boxes: bool
+    max_pixels: int = MAX_PIXELS
+    """Most pixels that one image may take to decode."""
 
     def decode(self, record: Record) -> Sample:
         """One image with its mask and boxes; without a mask or a box nothing in it is marked.
@@ -80,11 +84,14 @@ class Decoder:
         Raises:
             UnreadableImage: one of them cannot be used.
         """
-        pixels, (height, width) = open_image(record.image, self.size)
+        pixels, (height, width) = open_image(record.image, self.size, self.max_pixels)
         mask, boxes = None, None
         if self.has_masks:
-            empty = np.zeros(self.size, dtype=bool)
-            mask = empty if record.mask is None else open_mask(record.mask, self.size, (height, width))
+            mask = np.zeros(self.size, dtype=bool)
+            parts = record.mask if isinstance(record.mask, tuple) else (record.mask,)
+            for part in parts:
+                if part is not None:
+                    mask |= open_mask(part, self.size, (height, width), max_pixels=self.max_pixels)
         if self.has_boxes:
             boxes = _boxes(record.boxes)
             scale = np.array([self.size[1] / width, self.size[0] / height], dtype=np.float32)
@@ -97,6 +104,16 @@ class Decoder:
             return self.decode(record)
         except UnreadableImage as error:
             return str(error)
+
+    def examine(self, record: Record) -> tuple[Sample, Array] | str:
+        """As `attempt`, with the image's imprint."""
+        sample = self.attempt(record)
+        return sample if isinstance(sample, str) else (sample, imprint(record.image, sample.image))
+
+    def examine_all(self, records: Sequence[Record]) -> list[tuple[Sample, Array] | str]:
+        """As `examine`, of each; on all cores."""
+        with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.examine, records))
 
     def attempt_all(self, records: Sequence[Record]) -> list[Sample | str]:
         """As `attempt`, of each; on all cores."""
@@ -141,10 +158,14 @@ class OnTheFly:
                 raise OSError(f"{what} could be read at first and no longer can: {sample}")
         return self.decoder.stack([sample for sample in samples if isinstance(sample, Sample)])
 
-    def attempt_all(self) -> Iterator[Sample | str]:
-        """Every row decoded, or the reason why it cannot be; on all cores."""
+    def examine_all(self) -> Iterator[tuple[Sample, Array] | str]:
+        """Every row decoded, with its imprint, or the reason why it cannot be; on all cores."""
         for start in range(0, len(self.rows), CHUNK):
-            yield from self.decoder.attempt_all(self.reader(self.rows[start : start + CHUNK].tolist()))
+            yield from self.decoder.examine_all(self.reader(self.rows[start : start + CHUNK].tolist()))
+
+    def picked(self, places: Int64[Array, " k"]) -> "OnTheFly":
+        """The images at these places alone."""
+        return replace(self, rows=self.rows[places])
 
 
 class Stored(NamedTuple):
@@ -153,14 +174,22 @@ class Stored(NamedTuple):
     images: UInt8[Array, "n 3 h w"]
     masks: Bool[Array, "n h w"] | None
     boxes: list[Float32[Array, "_ 4"]] | None
+    rows: Int64[Array, " k"] | None = None
+    """Those that are used. None: all."""
 
     def read(self, rows: Int64[Array, " b"]) -> Pixels:
         """The images at these places."""
+        if self.rows is not None:
+            rows = self.rows[rows]
         return Pixels(
             np.asarray(self.images[rows]),
             None if self.masks is None else np.asarray(self.masks[rows]),
             None if self.boxes is None else [self.boxes[i].copy() for i in rows],
         )
+
+    def picked(self, places: Int64[Array, " k"]) -> "Stored":
+        """The images at these places alone."""
+        return self._replace(rows=places if self.rows is None else self.rows[places])
 
 
 class Facts(NamedTuple):
@@ -171,6 +200,8 @@ class Facts(NamedTuple):
     skipped: list[tuple[int, str]]
     """Place and reason of the others."""
     boxes: list[list[list[float]]] | None
+    imprints: Array = np.empty(0, IMPRINT)
+    """Of those that can be used."""
 
 
 def cache_folder() -> Path:
@@ -208,30 +239,39 @@ def decode_all(source: OnTheFly, what: str, key: str | None) -> tuple[Stored | O
                 "anew; make room there, or set SIGHTLINE_CACHE to another folder",
                 stacklevel=2,
             )
-    images, masks = io.BytesIO(), io.BytesIO()
+    images, masks, imprints = io.BytesIO(), io.BytesIO(), io.BytesIO()
     keep = small and needed <= MEMORY
-    facts = _decode_into(images if keep else None, masks, source, what)
+    facts = _decode_into(images if keep else None, masks, imprints, source, what)
+    facts = facts._replace(imprints=np.frombuffer(imprints.getbuffer(), IMPRINT))
     if not keep:
         return replace(source, rows=source.rows[facts.kept]), facts
     return _stored(np.frombuffer(images.getbuffer(), np.uint8), np.frombuffer(masks.getbuffer(), bool), source, facts)
 
 
-def _decode_into(images: io.BufferedIOBase | None, masks: io.BufferedIOBase, source: OnTheFly, what: str) -> Facts:
+def _decode_into(
+    images: io.BufferedIOBase | None,
+    masks: io.BufferedIOBase,
+    imprints: io.BufferedIOBase,
+    source: OnTheFly,
+    what: str,
+) -> Facts:
     facts = Facts([], [], [] if source.decoder.has_boxes else None)
     console = Console(stderr=True)
-    samples = track(
-        source.attempt_all(),
+    examined = track(
+        source.examine_all(),
         f"decoding {what}",
         len(source.rows),
         console=console,
         transient=True,
         disable=not console.is_terminal or len(source.rows) < 1000,
     )
-    for i, sample in enumerate(samples):
-        if isinstance(sample, str):
-            facts.skipped.append((i, sample))
+    for i, answer in enumerate(examined):
+        if isinstance(answer, str):
+            facts.skipped.append((i, answer))
             continue
+        sample, printed = answer
         facts.kept.append(i)
+        imprints.write(printed.tobytes())
         if facts.boxes is not None and sample.boxes is not None:
             facts.boxes.append(sample.boxes.tolist())
         if images is not None:
@@ -248,20 +288,23 @@ def _write(source: OnTheFly, folder: Path, needed: int, what: str) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
-        with open(new / "images", "wb") as images, open(new / "masks", "wb") as masks:
-            facts = _decode_into(images if max(source.decoder.size) <= LARGEST else None, masks, source, what)
-        (new / "facts.json").write_text(json.dumps(facts._asdict()))
+        files = [open(new / name, "wb") for name in ("images", "masks", "imprints")]
+        with files[0] as images, files[1] as masks, files[2] as imprints:
+            keep = max(source.decoder.size) <= LARGEST
+            facts = _decode_into(images if keep else None, masks, imprints, source, what)
+        (new / "facts.json").write_text(json.dumps({k: v for k, v in facts._asdict().items() if k != "imprints"}))
         new.rename(folder)
 
 
 def _open(source: OnTheFly, folder: Path) -> tuple[Stored | OnTheFly, Facts]:
-    facts = Facts(**json.loads((folder / "facts.json").read_text()))
+    imprints = _mapped(folder / "imprints", IMPRINT)
+    facts = Facts(**json.loads((folder / "facts.json").read_text()), imprints=imprints)
     if max(source.decoder.size) > LARGEST:
         return replace(source, rows=source.rows[facts.kept]), facts
     return _stored(_mapped(folder / "images", np.uint8), _mapped(folder / "masks", np.bool_), source, facts)
 
 
-def _mapped(file: Path, dtype: type[np.generic]) -> Array:
+def _mapped(file: Path, dtype: Any) -> Array:
     # an empty file cannot be mapped
     return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
 

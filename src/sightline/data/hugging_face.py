@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sightline.data.decoded import cache_folder
+from sightline.data.folders import PARTS
 from sightline.data.images import quiet
-from sightline.data.sources import PARTS
 from sightline.recipe import Data
 
 if TYPE_CHECKING:

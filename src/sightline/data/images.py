@@ -1,19 +1,34 @@
 """Opens one image file of any kind safely, as 8-bit RGB at the model's size."""
 
 import io
+import threading
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, Jpeg2KImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 Array = np.ndarray
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+MAX_PIXELS = 89_478_485  # Pillow warns above this
+LARGE = 2**24  # pixels; larger images are decoded one at a time and brought to their size in bands
 ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# EPS starts another program; the others are known to Pillow by name alone
+_NOT_READ = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "WMF"}
+_one_at_a_time = threading.Lock()
 
 
 class UnreadableImage(ValueError):
@@ -31,36 +46,66 @@ def quiet() -> Generator[None]:
         yield
 
 
-def open_image(file: Path | bytes, size: tuple[int, int] | int) -> tuple[UInt8[Array, "h w 3"], tuple[int, int]]:
+@cache
+def formats() -> dict[str, str]:
+    """Format by suffix of each that Pillow decodes, HEIC among them where pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+
+        register_heif_opener()
+    except ModuleNotFoundError:
+        pass
+    suffixes = Image.registered_extensions()
+    return {s: name for s, name in sorted(suffixes.items()) if name in Image.OPEN and name not in _NOT_READ}
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file begins as an image of a known format does, whatever its name."""
+    try:
+        with _opened(file):
+            return True
+    except UnreadableImage:
+        return False
+
+
+def open_image(
+    file: Path | bytes, size: tuple[int, int] | int, max_pixels: int = MAX_PIXELS
+) -> tuple[UInt8[Array, "h w 3"], tuple[int, int]]:
     """Decode an image and resize it, whole, to `size` (height, width), antialiased and bilinear.
 
     A number as `size` is the longest side that it may have: a smaller image stays as it is, a larger one keeps its
     shape.
 
     The camera's orientation is applied; of an animation the first frame is taken; what is transparent lies on white;
-    white of a 16-bit image is 65,535, of a floating-point image 1.
+    white of a 16-bit image is 65,535, of a floating-point image 1. `max_pixels` bounds what is decoded: large JPEG,
+    JPEG 2000 and pyramidal TIFF files are decoded at a fraction of their size.
 
     Returns:
         The pixels, and the height and width of the upright image before resizing.
 
     Raises:
-        UnreadableImage: not an image, cut off, or so large that it must be meant to fill the memory.
+        UnreadableImage: not an image, cut off, or of more pixels than allowed.
     """
     with _opened(file) as image:
         width, height = image.size
-        orientation = image.getexif().get(ORIENTATION, 1)
-        upright_size = (width, height) if orientation >= 5 else (height, width)
+        scale = min(1.0, size / max(width, height)) if isinstance(size, int) else 1.0
+        side = max(1, round(scale * max(width, height))) if isinstance(size, int) else max(size)
+        with _room(_draft(image, side), max_pixels):
+            drafted = image.size
+            image.load()
+            turned = image.size == drafted[::-1] != drafted  # a TIFF turns itself; most say its upright size before
+            orientation = _orientation(image)
+            upright = _turned(_in_bands(image, side), orientation)
+        if turned != (orientation in (5, 6, 7, 8)):
+            width, height = height, width
         if isinstance(size, int):
-            scale = min(1.0, size / max(upright_size))
-            size = (max(1, round(scale * upright_size[0])), max(1, round(scale * upright_size[1])))
-        # a large JPEG is decoded at a half, a quarter or an eighth, never at less than twice the size asked for
-        image.draft(None, (2 * max(size), 2 * max(size)))
-        upright = ImageOps.exif_transpose(image) if orientation > 1 else image
-        pixels = np.array(_rgb(upright).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-        return pixels, upright_size
+            size = (max(1, round(scale * height)), max(1, round(scale * width)))
+        return np.array(upright.resize((size[1], size[0]), Image.Resampling.BILINEAR)), (height, width)
 
 
-def open_mask(file: Any, size: tuple[int, int], image_size: tuple[int, int]) -> Bool[Array, "h w"]:
+def open_mask(
+    file: Any, size: tuple[int, int], image_size: tuple[int, int], *, max_pixels: int = MAX_PIXELS
+) -> Bool[Array, "h w"]:
     """Decode a mask and resize it: a pixel belongs to it where at least half of its area was not zero.
 
     `file` may also be rows of numbers. An alpha channel is left out.
@@ -70,8 +115,9 @@ def open_mask(file: Any, size: tuple[int, int], image_size: tuple[int, int]) -> 
     """
     if isinstance(file, Path | bytes):
         try:
-            with _opened(file) as image:
-                upright = ImageOps.exif_transpose(image)
+            with _opened(file) as image, _room(image.width * image.height, max_pixels):
+                image.load()
+                upright = _turned(image, _orientation(image))
                 values = np.asarray(upright)
                 if "A" in upright.getbands():
                     values = values[..., :-1]
@@ -90,8 +136,20 @@ def open_mask(file: Any, size: tuple[int, int], image_size: tuple[int, int]) -> 
     return np.asarray(area.resize((size[1], size[0]), Image.Resampling.BOX)) >= 128
 
 
+def few_values(file: Path) -> bool:
+    """Whether 32 colors cover nearly all of an image, as in masks and label maps, also after JPEG.
+
+    Raises:
+        UnreadableImage: it cannot be decoded.
+    """
+    with _opened(file) as image, _room(image.width * image.height, MAX_PIXELS):
+        small = np.asarray(image.resize((min(256, image.width), min(256, image.height)), Image.Resampling.NEAREST))
+    _, counts = np.unique(small.reshape(small.shape[0] * small.shape[1], -1), axis=0, return_counts=True)
+    return bool(np.sort(counts)[-32:].sum() >= 0.95 * counts.sum())
+
+
 def stored_size(file: Path | bytes) -> tuple[int, int]:
-    """Height and width in the file's header; nothing is decoded.
+    """Height and width in the file's header, before the camera's orientation is applied; nothing is decoded.
 
     Raises:
         UnreadableImage: there is no such header.
@@ -103,7 +161,8 @@ def stored_size(file: Path | bytes) -> tuple[int, int]:
 @contextmanager
 def _opened(file: Path | bytes) -> Generator[Image.Image]:
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        allowed = [name for name in Image.ID if name in formats().values()]
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=allowed) as image:
             yield image
     except UnreadableImage:
         raise
@@ -123,6 +182,89 @@ def _reason(error: Exception, file: Path | bytes) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _draft(image: Image.Image, side: int) -> int:
+    """Have a large file decoded at a fraction of its size, never at less than twice the side asked for.
+
+    Returns:
+        How many pixels are then decoded.
+    """
+    whole = image.width * image.height
+    image.draft(None, (2 * side, 2 * side))  # JPEG: a half, a quarter or an eighth
+    if whole <= LARGE:
+        return image.width * image.height
+    if isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile):
+        halvings = min((min(image.size) // (2 * side)).bit_length() - 1, _levels(image))
+        if halvings > 0:
+            image.reduce = halvings
+            return whole >> 2 * halvings
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        image.seek(_smallest_page(image, side))
+    # a progressive JPEG is held whole until its last scan
+    return whole if image.info.get("progressive") else image.width * image.height
+
+
+def _levels(image: Jpeg2KImagePlugin.Jpeg2KImageFile) -> int:
+    """How often a JPEG 2000 file can be halved: a byte of its coding style marker."""
+    if image.fp is None:
+        return 0
+    image.fp.seek(0)
+    header = image.fp.read(2**16)
+    at = header.find(b"\xff\x52\x00")
+    return header[at + 9] if 0 <= at < len(header) - 9 else 0
+
+
+def _smallest_page(image: TiffImagePlugin.TiffImageFile, side: int) -> int:
+    """The smallest of a TIFF's reduced copies of its first page that is still twice as large as asked for."""
+    size, orientation = image.size, image.tag_v2.get(ORIENTATION, 1)
+    best, pixels = 0, size[0] * size[1]
+    for page in range(1, min(image.n_frames, 32)):
+        image.seek(page)
+        width, height = image.size
+        is_copy = image.tag_v2.get(254, 0) == 1 and image.tag_v2.get(ORIENTATION, 1) == orientation
+        if is_copy and abs(width * size[1] / (height * size[0]) - 1) < 0.01 and min(width, height) >= 2 * side:
+            best, pixels = min((best, pixels), (page, width * height), key=lambda found: found[1])
+    return best
+
+
+@contextmanager
+def _room(pixels: int, max_pixels: int) -> Generator[None]:
+    """Let an image be decoded if it is not too large, and alone if it is large.
+
+    Raises:
+        UnreadableImage: more pixels are to be decoded than allowed.
+    """
+    if pixels > max_pixels:
+        raise UnreadableImage(
+            f"expected at most {max_pixels:,} pixels to decode, got {pixels:,}; scale it down or raise data.max_pixels"
+        )
+    with _one_at_a_time if pixels > LARGE else nullcontext():
+        yield
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # what the camera wrote is broken, its pixels need not be
+        return 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _in_bands(image: Image.Image, side: int) -> Image.Image:
+    """8-bit RGB of a decoded image; a large one is averaged band by band to no less than twice `side`."""
+    factor = min(image.size) // (2 * side)
+    if image.width * image.height <= LARGE or factor < 2:
+        return _rgb(image)
+    rows = max(1, 2**20 // (image.width * factor)) * factor
+    small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        small.paste(_rgb(band).reduce(factor), (0, top // factor))
+    return small
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image of any mode."""
     if image.mode.startswith("I") or image.mode == "F":
@@ -138,4 +280,4 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         colours = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

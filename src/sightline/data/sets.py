@@ -166,6 +166,18 @@ class ImageSet(Dataset[Batch]):
                 batch = _tensors(self.store.read(here), self.labels[here], there, names, device)
             yield _changed(batch, augment, self)
 
+    def picked(self, places: Int64[Array, " k"]) -> "ImageSet":
+        """The images at these places alone, of a set that is not held on a device."""
+        if not isinstance(self.store, Stored | OnTheFly):
+            raise ValueError(f"expected images that are stored or decoded, got {type(self.store).__name__}")
+        return replace(
+            self,
+            labels=self.labels[places],
+            names=[self.names[i] for i in places.tolist()],
+            groups=None if self.groups is None else self.groups[places],
+            store=self.store.picked(places),
+        )
+
     def unmarked(self) -> "ImageSet":
         """The same images without masks and boxes, which are then not even read."""
         store = self.store
@@ -224,6 +236,8 @@ class ImageStream:
     flip_ok: bool = True
     skipped: list[tuple[str, str]] = field(default_factory=lambda: [])
     """Name and reason of each unreadable image met so far."""
+    notices: tuple[str, ...] = ()
+    """What was decided about the source that its owner may want otherwise; one sentence each."""
     strict: bool = False
 
     def __len__(self) -> int:

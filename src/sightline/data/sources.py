@@ -1,28 +1,21 @@
 """Finds images and what is known of them before one is decoded: the table of a source, and that of a folder."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from jaxtyping import Int64, Shaped
 
 from sightline.data.decoded import Reader, Record
-from sightline.data.images import SUFFIXES, UnreadableImage, quiet, stored_size
+from sightline.data.folders import contents, layout, marked, of_others, subfolders
+from sightline.data.images import UnreadableImage, quiet, stored_size
 from sightline.recipe import Data
 
 Array = np.ndarray
-PARTS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,56 +49,46 @@ def from_folder(data: Data, folder: Path) -> Table:
     for option in ("image", "label", "mask", "box", "group"):
         if getattr(data, option) is not None:
             raise ValueError(f"data.{option} names a column, but {folder} is a folder of images, which has none")
-    split = [(PARTS[d.name.lower()], d) for d in _subfolders(folder) if d.name.lower() in PARTS]
-    if not any(_subfolders(d) for _, d in split):
-        split = []  # classes that bear such a name
-    roots = split or [("", folder)]
-    files: list[Path] = []
-    parts: list[str] = []
-    labels: list[str] = []
-    skipped: list[tuple[str, str]] = []
+    roots, mask_roots, notices = layout(folder)
+    place: dict[Path, tuple[str, str]] = {}  # part and class
+    skipped: list[tuple[Path, str]] = []
+    others = Counter[str]()
     for part, root in roots:
-        found = _subfolders(root)
-        loose = sorted(f for f in root.iterdir() if _is_image(f))
-        if not found:
-            got = f"got {len(loose)} images without a class; sort them into such folders" if loose else "it is empty"
+        kinds = subfolders(root)
+        loose = contents(root, deep=False)
+        if not kinds:
+            n = len(loose.images)
+            got = f"got {n} images without a class; sort them into such folders" if n else "it is empty"
             raise ValueError(f"expected a sub-folder of images per class in {root}, {got}")
-        skipped += [(f.relative_to(folder).as_posix(), "lies in no class folder") for f in loose]
-        for kind in found:
-            images = image_files(kind)
-            gone = [f for f in kind.rglob("*") if f.is_symlink() and not f.exists()]
-            skipped += [(f.relative_to(folder).as_posix(), "a link to a file that is not there") for f in sorted(gone)]
-            if not images:
-                raise ValueError(f"the class folder {kind} holds no image; add some or remove the folder")
-            files += images
-            parts += [part] * len(images)
-            labels += [kind.name] * len(images)
+        skipped += [*((f, "lies in no class folder") for f in loose.images), *loose.skipped]
+        for kind in kinds:
+            inner = contents(kind)
+            if not inner.images:
+                first = "".join(f"; its {file.name}: {reason}" for file, reason in inner.skipped[:1])
+                raise ValueError(f"the class folder {kind} holds no image; add some or remove the folder{first}")
+            # a file system may hand out one name in two forms of Unicode
+            place |= dict.fromkeys(inner.images, (part, normalize("NFC", kind.name)))
+            skipped += inner.skipped
+            others += inner.others
+    beside = [file for root in mask_roots for file in contents(root).images]
+    files, masks, of_masks = marked([*place, *beside])
+    files = [file for file in files if file in place]
+    labels = [place[file][1] for file in files]
     classes = tuple(sorted(set(labels)))
-    reader = FileReader(files)
+    reader = FileReader(files, masks)
     return Table(
         name=folder.resolve().name,
         classes=classes,
         labels=np.searchsorted(classes, labels).astype(np.int64),
         names=[f.relative_to(folder).as_posix() for f in files],
-        parts=np.array(parts),
+        parts=np.array([place[file][0] for file in files]),
         reader=reader,
-        key=fingerprint(files),
+        key=fingerprint([*files, *(mask for several in masks.values() for mask in several)]),
         size=usual_size(reader, len(files)),
-        skipped=tuple(skipped),
+        has_masks=bool(masks),
+        skipped=tuple((f.relative_to(folder).as_posix(), reason) for f, reason in skipped),
+        notices=(*notices, *of_masks, *of_others(others)),
     )
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith((".", "__")))
-
-
-def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted; hidden ones are left out."""
-    return sorted(f for f in folder.rglob("*") if _is_image(f))
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def fingerprint(files: Sequence[Path]) -> str:
@@ -131,7 +114,10 @@ class FileReader:
     """Records of image files."""
 
     files: list[Path]
+    masks: Mapping[Path, tuple[Path, ...]] = field(default_factory=lambda: {})
+    """Mask files of an image; what lies in one of them is marked."""
 
     def __call__(self, rows: Sequence[int]) -> list[Record]:
         """The records of these files."""
-        return [Record(self.files[i]) for i in rows]
+        masks = [self.masks.get(self.files[i], ()) for i in rows]
+        return [Record(self.files[i], m[0] if len(m) == 1 else m or None) for i, m in zip(rows, masks, strict=True)]

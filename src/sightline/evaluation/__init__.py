@@ -420,6 +420,7 @@ def _found(
         else None,
         summary=(),
         skipped=tuple(source.skipped),
+        notices=source.notices,
         provenance={"seed": str(seed), "images with maps": str(len(rows.chosen))},
         **vars(found),
     )

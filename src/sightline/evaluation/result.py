@@ -151,6 +151,8 @@ class Evaluation:
     """Sentences in plain words, none stronger than its interval."""
     skipped: tuple[tuple[str, str], ...]
     """Images that could not be read, with the reason."""
+    notices: tuple[str, ...] = ()
+    """What was decided about the images that their owner may want otherwise."""
     provenance: dict[str, str]
     """command, seed, date, wall time, hardware, versions."""
 

@@ -68,6 +68,7 @@ class Source:
         self.unit = (own.group_name or "images") if own else "images"
         self.classes = classes or (own.classes if own else None)
         self.skipped = list(own.skipped) if own else []
+        self.notices = own.notices if own else ()
         self.mean, self.std = (own.preprocess.mean, own.preprocess.std) if own else (None, None)
         self.total = len(own) if own else 0
         self.sums: dict[int, Tensor] = {}  # of each image, by the first of its batch

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -88,6 +89,9 @@ def fit(
         train = others.pop("train")
     _check_possible(asked, train, others)
     show = (progress, profile) if processes.first() else (False, False)
+    if show[0]:
+        for notice in train.notices:
+            print(f"notice: {notice}", file=sys.stderr)
     teacher = None if asked.optim.teacher is None else _teacher(asked.optim.teacher, train)
     folders = {seed: out / f"seed-{seed}" if len(asked.seeds) > 1 else out for seed in asked.seeds}
     with _asked_to_stop() as stop, _tf32(), _many_graphs() if asked.optim.compile else nullcontext():
@@ -146,6 +150,7 @@ def _fit_one(
             info=_info(network) if begun is None else begun.info,
             history=[*training.history],
             skipped=_skipped(train, others),
+            notices=[*train.notices],
         )
         keep = _Keeper(folder, checkpoints, training)
         keep.state()

@@ -1,0 +1,132 @@
+"""The same image twice: in training and test, or with two labels; by its bytes, and by how it looks."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int64, Shaped, UInt8
+from PIL import Image
+
+Array = np.ndarray
+IMPRINT = np.dtype([("file", "<u8", (2,)), ("look", "<u8"), ("small", "u1", (16, 16))])
+"""Hash of a file's bytes; whether each of 8 x 8 cells is brighter than the one left of it; the image in 16 x 16 grays.
+
+No look is 0: the image is flat, or brighter nowhere to the right.
+"""
+_MEAN, _MOST = 2, 12  # gray levels by which small pictures of images that look alike may differ
+
+
+def imprint(file: Path | bytes, image: UInt8[Array, "3 h w"]) -> Array:
+    """What tells an image from another one: a scalar of type `IMPRINT`."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            hashed = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).digest()
+    else:
+        hashed = hashlib.blake2b(file, digest_size=16).digest()
+    gray = Image.fromarray(image.transpose(1, 2, 0)).convert("L")
+    cells = np.asarray(gray.resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    brighter = cells[:, 1:] > cells[:, :-1] + 2  # noise of compression does not count
+    small = np.asarray(gray.resize((16, 16), Image.Resampling.BOX))
+    look = np.packbits(brighter).view("<u8")[0]
+    return np.array((np.frombuffer(hashed, "<u8"), look, small), dtype=IMPRINT)
+
+
+class Copies(NamedTuple):
+    """For each image, the place of another one that it repeats, or -1."""
+
+    earlier: Int64[Array, " n"]
+    """The same bytes in an earlier split."""
+    alike: Int64[Array, " n"]
+    """Other bytes that look the same in an earlier split; -1 where `earlier` is none."""
+    relabeled: Int64[Array, " n"]
+    """The same bytes with another label."""
+    alike_relabeled: Int64[Array, " n"]
+    """Other bytes that look the same, with another label; -1 where `relabeled` is none."""
+
+
+def copies(imprints: Array, splits: Int64[Array, " n"], labels: Int64[Array, " n"]) -> Copies:
+    """Images that repeat one of an earlier split, or one with another label; those without a label count for no label.
+
+    Args:
+        imprints: As `imprint` makes them.
+        splits: Number of each image's split; 0 comes first.
+        labels: Class of each image; -1 where there is none.
+    """
+    n = len(imprints)
+    found = Copies(*(np.full(n, -1) for _ in range(4)))
+    _, same = np.unique(imprints["file"], axis=0, return_inverse=True)
+    for rows in _repeated(same.reshape(-1)):
+        for row in rows.tolist():
+            others = rows[rows != row]
+            _first(found.earlier, row, others[splits[others] < splits[row]])
+            _first(found.relabeled, row, _relabeled(labels, row, others))
+    smalls = imprints["small"].astype(np.int16)
+    for rows in _repeated(imprints["look"]):
+        if imprints["look"][rows[0]] == 0 or len({*zip(splits[rows], labels[rows], strict=True)}) == 1:
+            continue
+        for row in rows.tolist():
+            difference = np.abs(smalls[rows] - smalls[row])
+            close = (difference.mean((1, 2)) <= _MEAN) & (difference.max((1, 2)) <= _MOST)
+            others = rows[close & (same[rows] != same[row])]
+            if found.earlier[row] < 0:
+                _first(found.alike, row, others[splits[others] < splits[row]])
+            if found.relabeled[row] < 0:
+                _first(found.alike_relabeled, row, _relabeled(labels, row, others))
+    return found
+
+
+def _repeated(keys: Shaped[Array, " n"]) -> Iterator[Int64[Array, " _"]]:
+    """The rows of each key that occurs more than once."""
+    order = np.argsort(keys, kind="stable")
+    ends = np.flatnonzero(np.diff(keys[order])) + 1
+    yield from (rows for rows in np.split(order, ends) if len(rows) > 1)
+
+
+def _relabeled(labels: Int64[Array, " n"], row: int, others: Int64[Array, " _"]) -> Int64[Array, " _"]:
+    return others[(labels[others] >= 0) & (labels[row] >= 0) & (labels[others] != labels[row])]
+
+
+def _first(places: Int64[Array, " n"], row: int, others: Int64[Array, " _"]) -> None:
+    if len(others):
+        places[row] = others[0]
+
+
+def sentences(
+    found: Copies, splits: Sequence[str], names: Sequence[str], dropped: Bool[Array, " n"] | None = None
+) -> Iterator[str]:
+    """What to tell about copies.
+
+    Args:
+        found: The copies.
+        splits: Split of each image.
+        names: Name of each image.
+        dropped: The images that were left out for it. None: nobody asked for that.
+    """
+    total = defaultdict[str, int](int)
+    for split in splits:
+        total[split] += 1
+    way = "were left out" if dropped is not None else "--drop-duplicates leaves them out"
+    for split in total:
+        for places, exact in ((found.earlier, True), (found.alike, False)):
+            rows = [row for row in np.flatnonzero(places >= 0).tolist() if splits[row] == split]
+            if rows:
+                pair = f"such as {names[rows[0]]} and {names[places[rows[0]]]}"
+                many = f"{len(rows):,} of {total[split]:,} {split} images"
+                yield (
+                    f"{many} are copies of images in an earlier split, {pair}: they flatter the scores; {way}"
+                    if exact
+                    else f"{many} look like an image in an earlier split, {pair}: compare them; none was left out"
+                )
+    for places, exact in ((found.relabeled, True), (found.alike_relabeled, False)):
+        rows = np.flatnonzero(places >= 0).tolist()
+        if len(rows):
+            pair = f"such as {names[rows[0]]} and {names[int(places[rows[0]])]}"
+            yield (
+                f"{len(rows):,} images are copies of one another with different labels, {pair}; "
+                f"{'all of them ' if dropped is not None else ''}{way}"
+                if exact
+                else f"{len(rows):,} images look like one with another label, {pair}: compare them; none was left out"
+            )

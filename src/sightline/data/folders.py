@@ -1,0 +1,318 @@
+"""What lies in a folder: images, files that are none, folders of splits, masks beside their images."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sightline.data.images import UnreadableImage, few_values, formats, is_image, quiet, stored_size
+
+PARTS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+# folders that systems and tools leave behind; those that begin with a dot are hidden as well
+SYSTEM = {
+    "__macosx",
+    "__pycache__",
+    "@eadir",
+    "#recycle",
+    "@recycle",
+    "$recycle.bin",
+    "lost+found",
+    "system volume information",
+}
+IMAGE_WORDS = ("images", "image", "imgs", "img")
+MASK_WORDS = (
+    *("mask", "masks", "segmentation", "segmentations", "seg", "gt", "ground_truth", "groundtruth"),
+    *("anno", "annotation", "annotations", "label", "labels"),
+)
+_MASK_NAME = re.compile(rf"(?P<image>.+?)[ _-](?:{'|'.join(MASK_WORDS)})[ _-]?\d*", re.IGNORECASE)
+_HEIF = "needs the package pillow-heif; pip install pillow-heif"
+_UNREAD = dict.fromkeys((".heic", ".heif", ".hif"), _HEIF) | {
+    f".{name}": f"Pillow does not read .{name}; convert it to PNG or TIFF"
+    for name in (
+        *("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2"),  # cameras
+        *("czi", "dcm", "dicom", "lif", "mrxs", "ndpi", "nii", "scn", "svs", "vsi"),  # microscopes and clinics
+        *("emf", "eps", "exr", "hdr", "jxl", "pdf", "ps", "svg", "wmf"),
+    )
+}
+_SAMPLE = 16
+
+
+class Contents(NamedTuple):
+    """The files of a folder, sorted."""
+
+    images: list[Path]
+    skipped: list[tuple[Path, str]]
+    """Images that cannot be read, and links that lead nowhere or back, with the reason."""
+    others: Counter[str]
+    """Number of other files by suffix."""
+
+
+def contents(folder: Path, deep: bool = True) -> Contents:
+    """The files of a folder and its sub-folders, also linked ones; what is hidden is left out.
+
+    Files without a suffix are images if they begin as one does.
+    """
+    found = Contents([], [], Counter())
+    visited = {at.resolve() for at in (folder, *folder.resolve().parents)}
+    coming = [folder]
+    while coming:
+        here = coming.pop()
+        try:
+            entries = sorted(here.iterdir())
+        except OSError as error:
+            found.skipped.append((here, error.strerror or type(error).__name__))
+            continue
+        for entry in entries:
+            if _is_hidden(entry):
+                continue
+            if entry.is_dir():
+                if not deep:
+                    continue
+                if entry.resolve() in visited:
+                    found.skipped.append((entry, "a link back to a folder above it, or to one that is read already"))
+                else:
+                    visited.add(entry.resolve())
+                    coming.append(entry)
+            elif entry.is_file():
+                _add(entry, found)
+            elif entry.is_symlink():
+                found.skipped.append((entry, "a link to a file that is not there"))
+    return Contents(sorted(found.images), sorted(found.skipped), found.others)
+
+
+def _add(file: Path, found: Contents) -> None:
+    suffix = file.suffix.lower()
+    if not any(c.isalpha() for c in suffix):  # none, or a number such as .95
+        suffix = ""
+    if suffix in formats() or (not suffix and is_image(file)):
+        found.images.append(file)
+    elif suffix in _UNREAD:
+        found.skipped.append((file, _UNREAD[suffix]))
+    else:
+        found.others[suffix or "no suffix"] += 1
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name.lower() in SYSTEM
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The sub-folders that are not hidden, sorted."""
+    return sorted(d for d in folder.iterdir() if not _is_hidden(d) and d.is_dir())
+
+
+def of_others(others: Counter[str]) -> list[str]:
+    """A notice of files that are no images, if there are any.
+
+    >>> of_others(Counter({".xml": 400, ".txt": 1}))
+    ['401 files are no images and were not read: .xml (400), .txt (1)']
+    """
+    if not others:
+        return []
+    first = ", ".join(f"{suffix} ({n:,})" for suffix, n in others.most_common(5))
+    more = f" and {len(others) - 5} other kinds" if len(others) > 5 else ""
+    total = others.total()
+    one = "1 file is no image and was" if total == 1 else f"{total:,} files are no images and were"
+    return [f"{one} not read: {first}{more}"]
+
+
+class Layout(NamedTuple):
+    """Where the class folders of a source lie."""
+
+    roots: list[tuple[str, Path]]
+    """train, val, test or nothing, and the folder that holds its class folders."""
+    masks: list[Path]
+    """Folders of masks beside those of images."""
+    notices: list[str]
+
+
+def layout(folder: Path) -> Layout:
+    """The folders that hold class folders: this one, those of its splits, or those of the only folder in it.
+
+    Names such as `seg_train` and `seg_test`, or `train_images` and `test_images`, are splits where they differ in that
+    word alone. A split may be wrapped in a folder of the same name. Images for validation or testing that lie in no
+    class folder are left out.
+
+    Raises:
+        ValueError: folders bear the names of splits and hold no class folders.
+    """
+    notices: list[str] = []
+    while True:
+        kinds = subfolders(folder)
+        splits = _splits(kinds)
+        if splits or len(kinds) != 1 or len(subfolders(kinds[0])) < 2 or contents(folder, deep=False).images:
+            break
+        notices.append(f"the images were looked for in {kinds[0].name}, the only folder in {folder}")
+        folder = kinds[0]
+    if not splits:
+        _refuse_loose_splits(folder, kinds)
+        root, masks = _images_beside_masks(folder)
+        return Layout([("", root)], masks, notices)
+    if any(d.name.lower() not in PARTS for _, d in splits):
+        named = ", ".join(f"{d.name} ({part})" for part, d in splits)
+        notices.append(f"these folders were taken as splits: {named}")
+    unread = [d.name for d in kinds if d not in [s for _, s in splits] and contents(d).images]
+    if unread:
+        notices.append(f"folders beside the splits were not read, though they hold images: {', '.join(unread)}")
+    roots: list[tuple[str, Path]] = []
+    masks: list[Path] = []
+    for part, split in splits:
+        root, beside = _images_beside_masks(_unwrapped(split))
+        loose = [] if subfolders(root) or part == "train" else contents(root, deep=False).images
+        if loose:
+            notices.append(
+                f"{len(loose):,} images in {split.name} lie in no class folder and were left out; "
+                f"images for {'testing' if part == 'test' else 'validation'} are drawn from those for training"
+            )
+        else:
+            roots.append((part, root))
+            masks += beside
+    return Layout(roots, masks, notices)
+
+
+def _named_part(name: str) -> tuple[str, str] | None:
+    """The split that one word of a name tells, and the rest of the name.
+
+    >>> _named_part("seg_train"), _named_part("TestImages"), _named_part("station")
+    (('train', 'seg_'), ('test', 'images'), None)
+    """
+    words = [m for m in re.finditer(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name) if m[0].lower() in PARTS]
+    if len(words) != 1:
+        return None
+    word = words[0]
+    return PARTS[word[0].lower()], (name[: word.start()] + name[word.end() :]).lower()
+
+
+def _by_rest(kinds: Iterable[Path]) -> dict[str, list[tuple[str, Path]]]:
+    groups: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    for kind in kinds:
+        if (named := _named_part(kind.name)) is not None:
+            groups[named[1]].append((named[0], kind))
+    return groups
+
+
+def _splits(kinds: Sequence[Path]) -> list[tuple[str, Path]]:
+    groups = _by_rest(kinds)
+    plain = groups.pop("", [])
+    if any(subfolders(d) for _, d in plain):
+        return plain
+    pairs = [
+        group
+        for group in groups.values()
+        if len({part for part, _ in group}) > 1 and any(subfolders(d) for _, d in group)
+    ]
+    if len(pairs) > 1:
+        names = " and ".join(", ".join(d.name for _, d in group) for group in pairs)
+        raise ValueError(f"expected one set of splits in {kinds[0].parent}, got {names}; move the others elsewhere")
+    return pairs[0] if pairs else []
+
+
+def _refuse_loose_splits(folder: Path, kinds: Sequence[Path]) -> None:
+    for group in _by_rest(kinds).values():
+        if len({part for part, _ in group}) > 1:
+            names = " and ".join(d.name for _, d in group)
+            raise ValueError(
+                f"expected a sub-folder of images per class in {folder}, got {names}, which are splits and hold no "
+                "class folders; sort the images of each into a folder per class"
+            )
+
+
+def _unwrapped(split: Path) -> Path:
+    """The folder in a split that holds its classes: seg_train/seg_train, train/images."""
+    while len(inner := subfolders(split)) == 1:
+        same = inner[0].name.lower() == split.name.lower()
+        wraps = same or (inner[0].name.lower() in IMAGE_WORDS and subfolders(inner[0]))
+        if not wraps or contents(split, deep=False).images:
+            break
+        split = inner[0]
+    return split
+
+
+def _images_beside_masks(root: Path) -> tuple[Path, list[Path]]:
+    """Where the class folders lie if `root` holds one folder of images and others of masks."""
+    kinds = subfolders(root)
+    images = [d for d in kinds if d.name.lower() in IMAGE_WORDS]
+    masks = [d for d in kinds if d.name.lower() in MASK_WORDS]
+    if len(images) == 1 and masks and len(kinds) == 1 + len(masks):
+        return images[0], masks
+    return root, []
+
+
+def masks_of(files: Sequence[Path]) -> dict[Path, Path]:
+    """Files that are masks by their names, each with its image among the others.
+
+    `x_mask.png`, `x_mask_1.png`, `x_segmentation.png` ... beside an image `x`, and `x.png` in a folder `masks` whose
+    image lies beside that folder or in a folder `images` there.
+
+    >>> found = masks_of([Path("a/x.jpg"), Path("a/x_mask_1.png"), Path("a/y_mask.png"), Path("a/masks/x.png")])
+    >>> [str(mask) for mask in found]
+    ['a/x_mask_1.png', 'a/masks/x.png']
+    """
+    by_stem = {(file.parent, file.stem): file for file in files}
+    masks: dict[Path, Path] = {}
+    for file in files:
+        match = _MASK_NAME.fullmatch(file.stem)
+        stems = (file.stem, match["image"]) if match else (file.stem,)
+        places = [(folder, name) for folder in _image_folders(file.parent) for name in stems]
+        if match:
+            places.append((file.parent, match["image"]))
+        image = next((by_stem[place] for place in places if place in by_stem), None)
+        if image is not None:
+            masks[file] = image
+    return {mask: image for mask, image in masks.items() if image not in masks}
+
+
+def _image_folders(folder: Path) -> list[Path]:
+    """Where the images of a folder of masks may lie."""
+    names = folder.parts
+    for i in reversed(range(len(names))):
+        if names[i].lower() in MASK_WORDS:
+            around = Path(*names[:i])
+            return [Path(around, *inner, *names[i + 1 :]) for inner in ((), *((word,) for word in IMAGE_WORDS))]
+    return []
+
+
+def marked(files: Sequence[Path]) -> tuple[list[Path], dict[Path, tuple[Path, ...]], list[str]]:
+    """Images, the masks of each, and a notice, if files that are masks by their names look like masks.
+
+    A sample of them is opened. Masks of another size than their images are left out.
+    """
+    masks = masks_of(files)
+    if not masks:
+        return [*files], {}, []
+    pairs = list(masks.items())
+    sample = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), _SAMPLE)).astype(int))]
+    with quiet():
+        checks = [_check_pair(*pair) for pair in sample]
+    alike = [fits for fits in checks if fits is not None]
+    if not alike or sum(alike_or_not is not None for alike_or_not in checks) < 0.9 * len(checks):
+        return [*files], {}, []
+    images = [file for file in files if file not in masks]
+    first = min(masks)
+    what = f"{len(masks):,} files such as {first.name} in {first.parent.name} are masks of images"
+    if not all(alike):
+        return images, {}, [f"{what} and were left out: their sizes differ from those of the images"]
+    of_image: dict[Path, tuple[Path, ...]] = defaultdict(tuple)
+    for mask, image in pairs:
+        of_image[image] += (mask,)
+    return images, dict(of_image), [f"{what} and were read as such, not as images"]
+
+
+def _check_pair(mask: Path, image: Path) -> bool | None:
+    """Whether a mask is as large as its image; None if it does not look like a mask."""
+    try:
+        return sorted(stored_size(mask)) == sorted(stored_size(image)) if few_values(mask) else None
+    except UnreadableImage:
+        return None
