@@ -73,7 +73,7 @@ def test_odd_images_are_used_and_unreadable_ones_are_listed(odd, tmp_path, capsy
     explained = {row["maps"] for row in csv.DictReader((tmp_path / "maps" / "maps.csv").read_text().splitlines())}
     assert explained == {str(i) for i in range(12)} | {"sixteen-bit", "cmyk", "palette", "animated", "one-pixel"}
     said = capsys.readouterr()
-    assert "17 images x 1 method in " in said.out and said.err.count("skipped ") == 4
+    assert "17 images x 1 method in " in said.out and said.err.count("skipped ") == 5
     sightline("explain", run, odd / "dog", "--out", tmp_path / "maps")
     assert "of before still in" in capsys.readouterr().err
     for verb in (["train", "--data", odd], ["explain", run, odd]):

@@ -116,10 +116,18 @@ def test_an_empty_class_folder(tmp_path):
 def test_test_images_without_class_folders(tmp_path):
     make_folder(tmp_path / "train", {"a": 5, "b": 5})
     make_folder(tmp_path, {"test": 3})
+    sets = load(Data(source=str(tmp_path)))
+    assert sizes(sets) == {"train": 7, "val": 1, "test": 2} and all(n.startswith("train/") for n in sets["test"].names)
+    assert sets["test"].notices == (
+        "3 images in test lie in no class folder and were left out; "
+        "images for testing are drawn from those for training",
+    )
+    make_folder(tmp_path / "loose", {"train": 3})
+    make_folder(tmp_path / "loose" / "test", {"a": 3, "b": 3})
     with pytest.raises(
-        ValueError, match=r"a sub-folder of images per class in .*test, got 3 images without a class; sort them"
+        ValueError, match=r"a sub-folder of images per class in .*train, got 3 images without a class; sort them"
     ):
-        load(Data(source=str(tmp_path)))
+        load(Data(source=str(tmp_path / "loose")))
 
 
 def test_one_class_only(tmp_path):

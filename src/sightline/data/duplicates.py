@@ -4,19 +4,18 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64, Shaped, UInt8
 from PIL import Image
 
 Array = np.ndarray
-IMPRINT = np.dtype([("file", "<u8", (2,)), ("look", "<u8"), ("small", "u1", (16, 16))])
-"""Hash of a file's bytes; whether each of 8 x 8 cells is brighter than the one left of it; the image in 16 x 16 grays.
-
-No look is 0: the image is flat, or brighter nowhere to the right.
-"""
+IMPRINT = np.dtype([("file", "<u8", (2,)), ("look", "<u4", (2,)), ("small", "u1", (16, 16))])
+"""Hash of a file's bytes; whether each of 8 x 8 cells is brighter than the one left of it, above and below the middle;
+the image in 16 x 16 grays."""
 _MEAN, _MOST = 2, 12  # gray levels by which small pictures of images that look alike may differ
+_BITS = 8  # of their looks
 
 
 def imprint(file: Path | bytes, image: UInt8[Array, "3 h w"]) -> Array:
@@ -30,7 +29,7 @@ def imprint(file: Path | bytes, image: UInt8[Array, "3 h w"]) -> Array:
     cells = np.asarray(gray.resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     brighter = cells[:, 1:] > cells[:, :-1] + 2  # noise of compression does not count
     small = np.asarray(gray.resize((16, 16), Image.Resampling.BOX))
-    look = np.packbits(brighter).view("<u8")[0]
+    look = np.packbits(brighter).view("<u4")
     return np.array((np.frombuffer(hashed, "<u8"), look, small), dtype=IMPRINT)
 
 
@@ -58,23 +57,28 @@ def copies(imprints: Array, splits: Int64[Array, " n"], labels: Int64[Array, " n
     n = len(imprints)
     found = Copies(*(np.full(n, -1) for _ in range(4)))
     _, same = np.unique(imprints["file"], axis=0, return_inverse=True)
-    for rows in _repeated(same.reshape(-1)):
-        for row in rows.tolist():
-            others = rows[rows != row]
-            _first(found.earlier, row, others[splits[others] < splits[row]])
-            _first(found.relabeled, row, _relabeled(labels, row, others))
-    smalls = imprints["small"].astype(np.int16)
-    for rows in _repeated(imprints["look"]):
-        if imprints["look"][rows[0]] == 0 or len({*zip(splits[rows], labels[rows], strict=True)}) == 1:
-            continue
-        for row in rows.tolist():
-            difference = np.abs(smalls[rows] - smalls[row])
-            close = (difference.mean((1, 2)) <= _MEAN) & (difference.max((1, 2)) <= _MOST)
-            others = rows[close & (same[rows] != same[row])]
-            if found.earlier[row] < 0:
-                _first(found.alike, row, others[splits[others] < splits[row]])
-            if found.relabeled[row] < 0:
-                _first(found.alike_relabeled, row, _relabeled(labels, row, others))
+    same = same.reshape(-1)
+    for rows in _repeated(same):
+        first = rows[splits[rows].argmin()]
+        found.earlier[rows[splits[rows] > splits[first]]] = first
+        labeled = rows[labels[rows] >= 0]
+        others = _relabeled(labels, labeled[0], labeled) if len(labeled) else labeled
+        if len(others):
+            found.relabeled[labeled] = np.where(labels[labeled] == labels[labeled[0]], others[0], labeled[0])
+    looks, smalls = imprints["look"], imprints["small"].astype(np.int16)
+    for half in (0, 1):
+        for rows in _repeated(looks[:, half]):
+            if looks[rows[0], half] == 0 or len({*zip(splits[rows], labels[rows], strict=True)}) == 1:
+                continue  # nothing is seen in a flat half
+            for row in rows.tolist():
+                near = rows[np.bitwise_count(looks[rows] ^ looks[row]).sum(1) <= _BITS]
+                difference = np.abs(smalls[near] - smalls[row])
+                close = (difference.mean((1, 2)) <= _MEAN) & (difference.max((1, 2)) <= _MOST)
+                others = near[close & (same[near] != same[row])]
+                if found.earlier[row] < 0:
+                    _first(found.alike, row, others[splits[others] < splits[row]])
+                if found.relabeled[row] < 0:
+                    _first(found.alike_relabeled, row, _relabeled(labels, row, others))
     return found
 
 
@@ -85,7 +89,7 @@ def _repeated(keys: Shaped[Array, " n"]) -> Iterator[Int64[Array, " _"]]:
     yield from (rows for rows in np.split(order, ends) if len(rows) > 1)
 
 
-def _relabeled(labels: Int64[Array, " n"], row: int, others: Int64[Array, " _"]) -> Int64[Array, " _"]:
+def _relabeled(labels: Int64[Array, " n"], row: Any, others: Int64[Array, " _"]) -> Int64[Array, " _"]:
     return others[(labels[others] >= 0) & (labels[row] >= 0) & (labels[others] != labels[row])]
 
 

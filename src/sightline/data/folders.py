@@ -152,7 +152,7 @@ def layout(folder: Path) -> Layout:
     while True:
         kinds = subfolders(folder)
         splits = _splits(kinds)
-        if splits or len(kinds) != 1 or len(subfolders(kinds[0])) < 2 or contents(folder, deep=False).images:
+        if splits or len(kinds) != 1 or not _leads_on(kinds[0]) or contents(folder, deep=False).images:
             break
         notices.append(f"the images were looked for in {kinds[0].name}, the only folder in {folder}")
         folder = kinds[0]
@@ -180,6 +180,12 @@ def layout(folder: Path) -> Layout:
             roots.append((part, root))
             masks += beside
     return Layout(roots, masks, notices)
+
+
+def _leads_on(folder: Path) -> bool:
+    """Whether there are several folders in this one, or in the only one in it."""
+    inner = subfolders(folder)
+    return len(inner) > 1 or (len(inner) == 1 and _leads_on(inner[0]))
 
 
 def _named_part(name: str) -> tuple[str, str] | None:

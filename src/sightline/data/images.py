@@ -95,7 +95,7 @@ def open_image(
             image.load()
             turned = image.size == drafted[::-1] != drafted  # a TIFF turns itself; most say its upright size before
             orientation = _orientation(image)
-            upright = _turned(_in_bands(image, side), orientation)
+            upright = _turned(_in_bands(image, side, _ends(image)), orientation)
         if turned != (orientation in (5, 6, 7, 8)):
             width, height = height, width
         if isinstance(size, int):
@@ -193,10 +193,12 @@ def _draft(image: Image.Image, side: int) -> int:
     if whole <= LARGE:
         return image.width * image.height
     if isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile):
-        halvings = min((min(image.size) // (2 * side)).bit_length() - 1, _levels(image))
-        if halvings > 0:
-            image.reduce = halvings
-            return whole >> 2 * halvings
+        most = min((min(image.size) // (2 * side)).bit_length() - 1, _levels(image))
+        # Pillow rounds sides to the nearest, the decoder up; it fails where they differ
+        fitting = [n for n in range(1, most + 1) if all(-(-s >> n) == (s + (1 << n - 1)) >> n for s in image.size)]
+        if fitting:
+            image.reduce = fitting[-1]
+            return whole >> 2 * fitting[-1]
     elif isinstance(image, TiffImagePlugin.TiffImageFile):
         image.seek(_smallest_page(image, side))
     # a progressive JPEG is held whole until its last scan
@@ -252,31 +254,47 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
-def _in_bands(image: Image.Image, side: int) -> Image.Image:
+def _ends(image: Image.Image) -> tuple[float, float]:
+    """The values of black and white where they are not those of 8 bits."""
+    white = 1.0 if image.mode == "F" else 65535.0
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode.startswith("I"):
+        white = 4095.0 if image.tag_v2.get(258) == (12,) else white
+        if image.tag_v2.get(262) == 0:  # white is zero; Pillow turns that around for 8 bits alone
+            return white, 0.0
+    return 0.0, white
+
+
+def _in_bands(image: Image.Image, side: int, ends: tuple[float, float]) -> Image.Image:
     """8-bit RGB of a decoded image; a large one is averaged band by band to no less than twice `side`."""
-    factor = min(image.size) // (2 * side)
-    if image.width * image.height <= LARGE or factor < 2:
-        return _rgb(image)
-    rows = max(1, 2**20 // (image.width * factor)) * factor
-    small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(top + rows, image.height)))
-        small.paste(_rgb(band).reduce(factor), (0, top // factor))
-    return small
+    width, height = image.size
+    if width * height <= LARGE:
+        return _rgb(image, ends)
+    across, down = max(1, width // (2 * side)), max(1, height // (2 * side))
+    rows = max(1, 2**20 // (width * down)) * down
+    small = Image.new("RGB", (-(-width // across), -(-height // down)))
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
+        small.paste(_rgb(band, ends).reduce((across, down)), (0, top // down))
+    whole = (0, 0, width / across, height / down)  # the last cells may be cut off
+    return small.resize((width // across, height // down), Image.Resampling.BILINEAR, box=whole)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, ends: tuple[float, float]) -> Image.Image:
     """8-bit RGB of an image of any mode."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
-        white = 1.0 if image.mode == "F" else 65535.0
         low, high = float(values.min()), float(values.max())
-        if not (0 <= low and high <= white):
+        if not (0 <= low and high <= max(ends)):
             raise UnreadableImage(
-                f"expected {'floating-point' if image.mode == 'F' else '16-bit'} values in 0 to {white:g}, "
+                f"expected {'floating-point' if image.mode == 'F' else '16-bit'} values in 0 to {max(ends):g}, "
                 f"got {low:g} to {high:g}; save the image with 8 or 16 bits"
             )
-        image = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+        black, white = ends
+        bright = np.rint((values - black) * (255 / (white - black)))
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):
+            bright[values == clear] = 255
+        image = Image.fromarray(bright.astype(np.uint8))
     if image.has_transparency_data:
         colours = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
