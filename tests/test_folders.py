@@ -13,6 +13,7 @@ from PIL import Image
 from tests.test_data_images import bomb, encoded
 
 from sightline.data import Preprocess, images, load, load_whole, read_images
+from sightline.data.hugging_face import parquet_files
 from sightline.data.images import UnreadableImage, open_image, open_mask, quiet
 from sightline.recipe import Data
 
@@ -119,6 +120,13 @@ def test_hidden_folders_are_never_read(tmp_path):
     assert sizes == {"train": 9, "val": 1, "test": 2} and sets["train"].classes == ("cat", "dog") and notices == ()
     assert all(name.count("/") == 1 for images in sets.values() for name in images.names)
     assert len(read_images([tmp_path], GRAY)) == 12
+
+
+def test_hidden_parquet_files_are_not_read(tmp_path):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("a.parquet", "._a.parquet", ".ipynb_checkpoints/a-checkpoint.parquet"):
+        (tmp_path / name).write_bytes(b"")
+    assert parquet_files(str(tmp_path)) == [tmp_path / "a.parquet"]
 
 
 # folders of splits
@@ -234,6 +242,11 @@ def test_heic_is_read_where_its_package_is(monkeypatch):
     images.formats.cache_clear()
     assert images.formats()[".heic"] == "BMP"
     images.formats.cache_clear()
+
+
+def test_what_holds_heic_says_so_whatever_its_name():
+    with pytest.raises(UnreadableImage, match="needs the package pillow-heif"):
+        open_image(bytes(4) + b"ftypheic" + bytes(20), 9)
 
 
 def test_a_class_of_unreadable_formats_says_why(tmp_path):

@@ -1,14 +1,16 @@
 """What lies in a folder: images, files that are none, folders of splits, masks beside their images."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from sightline.data.images import UnreadableImage, few_values, formats, is_image, quiet, stored_size
+from sightline.data.images import HEIF, UnreadableImage, few_values, formats, is_image, quiet, stored_size
 
 PARTS = {
     "train": "train",
@@ -37,8 +39,7 @@ MASK_WORDS = (
     *("anno", "annotation", "annotations", "label", "labels"),
 )
 _MASK_NAME = re.compile(rf"(?P<image>.+?)[ _-](?:{'|'.join(MASK_WORDS)})[ _-]?\d*", re.IGNORECASE)
-_HEIF = "needs the package pillow-heif; pip install pillow-heif"
-_UNREAD = dict.fromkeys((".heic", ".heif", ".hif"), _HEIF) | {
+_UNREAD = dict.fromkeys((".heic", ".heif", ".hif"), HEIF) | {
     f".{name}": f"Pillow does not read .{name}; convert it to PNG or TIFF"
     for name in (
         *("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2"),  # cameras
@@ -70,25 +71,27 @@ def contents(folder: Path, deep: bool = True) -> Contents:
     while coming:
         here = coming.pop()
         try:
-            entries = sorted(here.iterdir())
+            with os.scandir(here) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
         except OSError as error:
             found.skipped.append((here, error.strerror or type(error).__name__))
             continue
         for entry in entries:
-            if _is_hidden(entry):
+            path = here / entry.name
+            if is_hidden(path):
                 continue
             if entry.is_dir():
                 if not deep:
                     continue
-                if entry.resolve() in visited:
-                    found.skipped.append((entry, "a link back to a folder above it, or to one that is read already"))
+                if path.resolve() in visited:
+                    found.skipped.append((path, "a link back to a folder above it, or to one that is read already"))
                 else:
-                    visited.add(entry.resolve())
-                    coming.append(entry)
+                    visited.add(path.resolve())
+                    coming.append(path)
             elif entry.is_file():
-                _add(entry, found)
+                _add(path, found)
             elif entry.is_symlink():
-                found.skipped.append((entry, "a link to a file that is not there"))
+                found.skipped.append((path, "a link to a file that is not there"))
     return Contents(sorted(found.images), sorted(found.skipped), found.others)
 
 
@@ -104,13 +107,14 @@ def _add(file: Path, found: Contents) -> None:
         found.others[suffix or "no suffix"] += 1
 
 
-def _is_hidden(path: Path) -> bool:
+def is_hidden(path: Path) -> bool:
+    """Whether a folder or file is not meant to be seen, or was left behind by a system or tool."""
     return path.name.startswith(".") or path.name.lower() in SYSTEM
 
 
 def subfolders(folder: Path) -> list[Path]:
     """The sub-folders that are not hidden, sorted."""
-    return sorted(d for d in folder.iterdir() if not _is_hidden(d) and d.is_dir())
+    return sorted(d for d in folder.iterdir() if not is_hidden(d) and d.is_dir())
 
 
 def of_others(others: Counter[str]) -> list[str]:
@@ -280,6 +284,7 @@ def masks_of(files: Sequence[Path]) -> dict[Path, Path]:
     return {mask: image for mask, image in masks.items() if image not in masks}
 
 
+@lru_cache(maxsize=1024)
 def _image_folders(folder: Path) -> list[Path]:
     """Where the images of a folder of masks may lie."""
     names = folder.parts

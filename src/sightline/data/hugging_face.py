@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sightline.data.decoded import cache_folder
-from sightline.data.folders import PARTS
+from sightline.data.folders import PARTS, is_hidden
 from sightline.data.images import quiet
 from sightline.recipe import Data
 
@@ -65,10 +65,14 @@ def parquet_files(source: str) -> list[Path]:
     """The parquet files that a path, a folder or a pattern with * names, sorted."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return sorted(path.rglob("*.parquet"))
+        return sorted(f for f in path.rglob("*.parquet") if not _is_hidden(f.relative_to(path)))
     if path.suffix != ".parquet":
         return []
     return [path] if path.is_file() else sorted(Path(f) for f in glob.glob(str(path), recursive=True))
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(is_hidden(Path(part)) for part in file.parts)
 
 
 def part_of(file: Path) -> str:

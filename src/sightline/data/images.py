@@ -17,6 +17,7 @@ Array = np.ndarray
 MAX_PIXELS = 89_478_485  # Pillow warns above this
 LARGE = 2**24  # pixels; larger images are decoded one at a time and brought to their size in bands
 ORIENTATION = 0x0112
+HEIF = "needs the package pillow-heif; pip install pillow-heif"
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -173,8 +174,11 @@ def _opened(file: Path | bytes) -> Generator[Image.Image]:
 
 def _reason(error: Exception, file: Path | bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        empty = len(file) == 0 if isinstance(file, bytes) else file.stat().st_size == 0
-        return "the file is empty" if empty else "not an image of a known format"
+        with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as opened:
+            head = opened.read(12)
+        if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+            return HEIF
+        return "not an image of a known format" if head else "the file is empty"
     if isinstance(error, Image.DecompressionBombError):
         return f"refused as a decompression bomb, more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down"
     if isinstance(error, OSError) and error.strerror:
