@@ -95,6 +95,11 @@ def contents(folder: Path, deep: bool = True) -> Contents:
     return Contents(sorted(found.images), sorted(found.skipped), found.others)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """All image files below a folder, sorted; hidden ones are left out."""
+    return contents(folder).images
+
+
 def _add(file: Path, found: Contents) -> None:
     suffix = file.suffix.lower()
     if not any(c.isalpha() for c in suffix):  # none, or a number such as .95
@@ -167,7 +172,7 @@ def layout(folder: Path) -> Layout:
     if any(d.name.lower() not in PARTS for _, d in splits):
         named = ", ".join(f"{d.name} ({part})" for part, d in splits)
         notices.append(f"these folders were taken as splits: {named}")
-    unread = [d.name for d in kinds if d not in [s for _, s in splits] and contents(d).images]
+    unread = [d.name for d in kinds if d not in [s for _, s in splits] and image_files(d)]
     if unread:
         notices.append(f"folders beside the splits were not read, though they hold images: {', '.join(unread)}")
     roots: list[tuple[str, Path]] = []

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 
 from sightline.data.decoded import Reader, Record
-from sightline.data.folders import contents, layout, marked, of_others, subfolders
+from sightline.data.folders import contents, image_files, layout, marked, of_others, subfolders
 from sightline.data.images import UnreadableImage, quiet, stored_size
 from sightline.recipe import Data
 
@@ -70,7 +70,7 @@ def from_folder(data: Data, folder: Path) -> Table:
             place |= dict.fromkeys(inner.images, (part, normalize("NFC", kind.name)))
             skipped += inner.skipped
             others += inner.others
-    beside = [file for root in mask_roots for file in contents(root).images]
+    beside = [file for root in mask_roots for file in image_files(root)]
     files, masks, of_masks = marked([*place, *beside])
     files = [file for file in files if file in place]
     labels = [place[file][1] for file in files]
