@@ -139,6 +139,7 @@ def test_hidden_parquet_files_are_not_read(tmp_path):
         ("train_images", "test_images"),
         ("Training", "Testing"),
         ("TrainSet", "TestSet"),
+        ("train_v1", "test_v2"),
         ("train2017", "test2017"),
         ("images-train", "images-test"),
         ("train/images", "test/images"),
@@ -173,6 +174,9 @@ def test_splits_without_classes_are_refused(tmp_path):
         ValueError, match=r"got test_images and train_images, which are splits and hold no class folders"
     ):
         load(Data(source=str(tmp_path / "loose")))
+    fill(tmp_path / "kaggle", "train", "test1")
+    with pytest.raises(ValueError, match="got test1 and train, which are splits and hold no class folders; sort"):
+        load(Data(source=str(tmp_path / "kaggle")))
     for name in ("train_x", "test_x", "train_y", "test_y"):
         fill(tmp_path / "twice" / name, "a", "b")
     with pytest.raises(
@@ -335,6 +339,15 @@ def test_folders_of_masks(image, mask, same_size, tmp_path):
     assert sum(sizes.values()) == 12 and sets["train"].classes == ("a", "b") and sets["train"].has_masks == same_size
     assert len(notices) == 1 and notices[0].startswith("12 files such as 0.png in ")
     assert notices[0].endswith("not as images" if same_size else "their sizes differ from those of the images")
+
+
+def test_a_folder_of_masks_is_no_class(tmp_path):
+    fill(tmp_path, "train", "train_masks", n=0)
+    for i in range(6):
+        noise(next(numbers)).save(tmp_path / "train" / f"{i}.png")
+        disk(i).save(tmp_path / "train_masks" / f"{i}_mask.gif")
+    with pytest.raises(ValueError, match="expected at least two classes to tell apart, got only 'train'"):
+        load(Data(source=str(tmp_path)))
 
 
 def test_photographs_that_are_named_like_masks_stay_images(tmp_path):

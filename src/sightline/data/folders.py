@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +39,7 @@ MASK_WORDS = (
     *("anno", "annotation", "annotations", "label", "labels"),
 )
 _MASK_NAME = re.compile(rf"(?P<image>.+?)[ _-](?:{'|'.join(MASK_WORDS)})[ _-]?\d*", re.IGNORECASE)
+_MASK_FOLDER = re.compile(rf"(?P<images>(?:.+[ _-])?)(?:{'|'.join(MASK_WORDS)})", re.IGNORECASE)
 _UNREAD = dict.fromkeys((".heic", ".heif", ".hif"), HEIF) | {
     f".{name}": f"Pillow does not read .{name}; convert it to PNG or TIFF"
     for name in (
@@ -210,38 +211,36 @@ def _named_part(name: str) -> tuple[str, str] | None:
     return PARTS[word[0].lower()], (name[: word.start()] + name[word.end() :]).lower()
 
 
-def _by_rest(kinds: Iterable[Path]) -> dict[str, list[tuple[str, Path]]]:
-    groups: dict[str, list[tuple[str, Path]]] = defaultdict(list)
-    for kind in kinds:
-        if (named := _named_part(kind.name)) is not None:
-            groups[named[1]].append((named[0], kind))
-    return groups
+def _families(kinds: Sequence[Path]) -> list[list[tuple[str, Path]]]:
+    """Folders that are named after different splits and alike otherwise, or all folders if all are named after one."""
+    named = [(*part, kind) for kind in kinds if (part := _named_part(kind.name)) is not None]
+    families: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    for part, rest, kind in named:
+        families[rest].append((part, kind))
+    alike = [family for family in families.values() if len({part for part, _ in family}) > 1]
+    if not alike and len(named) == len(kinds) and len({part for part, _, _ in named}) > 1:
+        return [[(part, kind) for part, _, kind in named]]
+    return alike
 
 
 def _splits(kinds: Sequence[Path]) -> list[tuple[str, Path]]:
-    groups = _by_rest(kinds)
-    plain = groups.pop("", [])
+    plain = [(PARTS[kind.name.lower()], kind) for kind in kinds if kind.name.lower() in PARTS]
     if any(subfolders(d) for _, d in plain):
         return plain
-    pairs = [
-        group
-        for group in groups.values()
-        if len({part for part, _ in group}) > 1 and any(subfolders(d) for _, d in group)
-    ]
-    if len(pairs) > 1:
-        names = " and ".join(", ".join(d.name for _, d in group) for group in pairs)
+    families = [family for family in _families(kinds) if any(subfolders(d) for _, d in family)]
+    if len(families) > 1:
+        names = " and ".join(", ".join(d.name for _, d in family) for family in families)
         raise ValueError(f"expected one set of splits in {kinds[0].parent}, got {names}; move the others elsewhere")
-    return pairs[0] if pairs else []
+    return families[0] if families else []
 
 
 def _refuse_loose_splits(folder: Path, kinds: Sequence[Path]) -> None:
-    for group in _by_rest(kinds).values():
-        if len({part for part, _ in group}) > 1:
-            names = " and ".join(d.name for _, d in group)
-            raise ValueError(
-                f"expected a sub-folder of images per class in {folder}, got {names}, which are splits and hold no "
-                "class folders; sort the images of each into a folder per class"
-            )
+    for family in _families(kinds):
+        names = " and ".join(d.name for _, d in family)
+        raise ValueError(
+            f"expected a sub-folder of images per class in {folder}, got {names}, which are splits and hold no "
+            "class folders; sort the images of each into a folder per class"
+        )
 
 
 def _unwrapped(split: Path) -> Path:
@@ -294,9 +293,10 @@ def _image_folders(folder: Path) -> list[Path]:
     """Where the images of a folder of masks may lie."""
     names = folder.parts
     for i in reversed(range(len(names))):
-        if names[i].lower() in MASK_WORDS:
-            around = Path(*names[:i])
-            return [Path(around, *inner, *names[i + 1 :]) for inner in ((), *((word,) for word in IMAGE_WORDS))]
+        if match := _MASK_FOLDER.fullmatch(names[i]):
+            rest = match["images"]  # train_masks, masks
+            places = [rest, *(f"{rest}{word}" for word in IMAGE_WORDS), rest.rstrip(" _-")]
+            return [Path(*names[:i], place, *names[i + 1 :]) for place in places]
     return []
 
 

@@ -60,6 +60,13 @@ def formats() -> dict[str, str]:
     return {s: name for s, name in sorted(suffixes.items()) if name in Image.OPEN and name not in _NOT_READ}
 
 
+@cache
+def _in_order() -> tuple[str, ...]:
+    """The formats as Pillow tries them."""
+    names = {*formats().values()}
+    return tuple(name for name in Image.ID if name in names)
+
+
 def is_image(file: Path) -> bool:
     """Whether a file begins as an image of a known format does, whatever its name."""
     try:
@@ -162,8 +169,7 @@ def stored_size(file: Path | bytes) -> tuple[int, int]:
 @contextmanager
 def _opened(file: Path | bytes) -> Generator[Image.Image]:
     try:
-        allowed = [name for name in Image.ID if name in formats().values()]
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=allowed) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_in_order()) as image:
             yield image
     except UnreadableImage:
         raise
