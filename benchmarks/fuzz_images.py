@@ -176,7 +176,8 @@ def bombs(folder: Path) -> None:
         "palette.gif": (wide, "P", {}),
         "rgb.bmp": (wide, "RGB", {}),
         "rgb.jp2": (wide, "RGB", {"quality_mode": "rates", "quality_layers": [40]}),
-        "one-level.jp2": (wide, "L", {"num_resolutions": 1}),
+        "two-levels.jp2": (wide, "RGB", {"num_resolutions": 2, "quality_mode": "rates", "quality_layers": [40]}),
+        "one-level.jp2": (wide, "RGB", {"num_resolutions": 1}),
         "rgb.avif": (wide, "RGB", {"speed": 10, "quality": 40}),
         "rgb.ppm": (wide, "RGB", {}),
         "rgba.tga": (wide, "RGBA", {"compression": "tga_rle"}),
@@ -200,10 +201,10 @@ def read(folder: Path) -> dict:
     from sightline.data.images import UnreadableImage, open_image, quiet
 
     files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-    errors, slowest = [], (0.0, "")
+    errors, slowest = [], (0.0, 0.0, "")
     with quiet():
         for file in files:
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             try:
                 open_image(file, 512)
             except UnreadableImage as error:
@@ -211,7 +212,8 @@ def read(folder: Path) -> dict:
                     errors.append(f"{file.name}: reason of several lines")
             except Exception as error:
                 errors.append(f"{file.name}: {type(error).__name__} {error}")
-            slowest = max(slowest, (round(time.perf_counter() - began, 2), file.name))
+            took = (round(time.process_time() - worked, 2), round(time.perf_counter() - began, 2), file.name)
+            slowest = max(slowest, took)
     alone = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     preprocess = Preprocess(size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     began = time.perf_counter()
@@ -226,7 +228,7 @@ def read(folder: Path) -> dict:
         "counted": others,
         "vanished": vanished,
         "errors": errors,
-        "slowest": slowest,
+        "slowest": dict(zip(("cpu_seconds", "seconds", "file"), slowest, strict=True)),
         "seconds": round(seconds, 1),
         "peak_mb": {"one by one": alone >> 10, "folder": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10},
         "reasons": dict(images.skipped) if len(files) < FOLDER / 2 else {},
@@ -241,9 +243,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".cache/fuzz"))
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--one", type=Path, help="read this folder alone and print the answer")
+    parser.add_argument("--make-bombs", type=Path, help="write the bombs into this folder")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(read(options.one)))
+        return
+    if options.make_bombs:
+        bombs(options.make_bombs)
         return
     end = time.monotonic() + 60 * options.minutes
     rows = []
@@ -253,7 +259,10 @@ def main() -> None:
         if not answer.exists():
             if time.monotonic() > end:
                 sys.exit(f"out of time before {name}; start again to go on")
-            bombs(folder) if name == "bombs" else make(folder, int(name))
+            if name == "bombs":  # elsewhere: a child's peak memory begins with that of its parent
+                subprocess.run([sys.executable, __file__, "--make-bombs", folder], check=True)
+            else:
+                make(folder, int(name))
             child = subprocess.run(
                 [sys.executable, __file__, "--one", folder], capture_output=True, text=True, errors="replace"
             )
@@ -270,7 +279,9 @@ def main() -> None:
     total |= {
         "errors": sum(len(row.get("errors", ())) for row in rows),
         "crashes": sum("crash" in row for row in rows),
-        "slowest": max(row["slowest"] for row in rows if "slowest" in row),
+        "slowest": max(
+            (row["slowest"] for row in rows if "slowest" in row), key=lambda slowest: slowest["cpu_seconds"]
+        ),
         "peak_mb": max(max(row["peak_mb"].values()) for row in rows if "peak_mb" in row),
     }
     print(total)

@@ -203,7 +203,10 @@ def _draft(image: Image.Image, side: int) -> int:
     if whole <= LARGE:
         return image.width * image.height
     if isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile):
-        most = min((min(image.size) // (2 * side)).bit_length() - 1, _levels(image))
+        levels = _levels(image)
+        if not levels:
+            return 3 * whole  # its decoder is the slowest, and holds four bytes for each color
+        most = min((min(image.size) // (2 * side)).bit_length() - 1, levels)
         # Pillow rounds sides to the nearest, the decoder up; it fails where they differ
         fitting = [n for n in range(1, most + 1) if all(-(-s >> n) == (s + (1 << n - 1)) >> n for s in image.size)]
         if fitting:
