@@ -581,3 +581,22 @@ def test_sparsity_gives_the_numbers_of_the_official_code():
     torch.testing.assert_close(official, known["mean_over_max_with_norm"], rtol=0, atol=1e-5)
     whole = 1 / sparsity(norms)
     torch.testing.assert_close(whole, known["activation_map_mean_over_max"].double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        (
+            "data.source",
+            "photos",
+            "its data set 'birds' sets for itself; change it in the file, or choose by --dataset",
+        ),
+        ("model.options.attention", "se", "its row 'BR-NPA 14x14' sets for itself; .* by --row"),
+    ],
+)
+def test_an_override_that_the_study_would_cover_up_is_refused(field, value, named):
+    with pytest.raises(
+        ValueError, match=f"--{field}: expected a field that the study leaves alone, got one that {named}"
+    ):
+        bench.load("recipes/bench_fine_grained.yaml", {field: value})
+    assert bench.load("recipes/bench_fine_grained.yaml", {"data.size": 64}).recipe.data.size == 64

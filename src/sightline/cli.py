@@ -523,9 +523,9 @@ def _compare(name: str) -> None:
         except ValueError as error:
             left_out.append(f"{block}: {error}")
     with _Bar() as bar:
-        found = costs(compared, torch.randn(2, 3, *size), rounds=5, progress=bar.update)
+        found = costs(compared, torch.randn(2, 3, *size), rounds=9, progress=bar.update)
     table = Table(title=f"{name}, {size[1]} x {size[0]} pixels, each block at its paper's places")
-    for column in ("block", "parameters", "GMACs / image", "forward, 2 images", "kept for backward"):
+    for column in ("block", "parameters", "GMACs / image", "time / without", "kept for backward"):
         table.add_column(column, justify="left" if column == "block" else "right")
     own = found["none"]
     for block, cost in found.items():
@@ -533,7 +533,7 @@ def _compare(name: str) -> None:
             block,
             f"{cost.parameters:,} ({cost.parameters / own.parameters - 1:+.1%})",
             f"{cost.macs / 1e9:.3f}",
-            f"{1000 * cost.seconds:.0f} ms ({cost.seconds / own.seconds:.2f} x)",
+            "{:.2f} x [{:.2f}, {:.2f}]".format(*cost.ratio),
             f"{cost.saved / 2**20:.0f} MiB ({cost.saved / own.saved:.2f} x)",
         )
     _print(table)
