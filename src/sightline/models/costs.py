@@ -39,8 +39,8 @@ def costs(
 ) -> dict[str, Costs]:
     """Costs of networks side by side: their forward passes are timed in turns, so that all meet the same machine.
 
-    Every other round runs backwards. The models, on the device of the images, are left as they were. `progress` is called with (what is being done,
-    networks done, networks in all).
+    Every other round runs backwards. The models, on the device of the images, are left as they were. `progress` is
+    called with (what is being done, networks done, networks in all).
 
     >>> found = costs({"one": nn.Conv2d(3, 4, 1)}, torch.zeros(2, 3, 5, 5), rounds=1)["one"]
     >>> found.parameters, found.macs
