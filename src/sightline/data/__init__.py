@@ -12,6 +12,7 @@ from jaxtyping import Int64
 from sightline.data import clutter, hugging_face
 from sightline.data.columns import table
 from sightline.data.decoded import Decoder, OnTheFly, Stored, decode_all
+from sightline.data.marks import looked_at, settle
 from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batches, normalise, sampled, statistics
 from sightline.data.sources import FileReader, Table, from_folder, image_files
 from sightline.data.splits import assign, check_labelled, draw
@@ -110,7 +111,7 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
             _find(data)
         raise ValueError(f"data.streaming needs parquet files or a hub name, got {data.source}; set it to false")
     streamed = stream(data, found)
-    held = streamed.held
+    held = _marked(data, streamed.held)
     blank = _blank(data, held)
     train = ImageStream(
         name=held.name,
@@ -118,7 +119,7 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
         preprocess=blank,
         length=streamed.length,
         records=streamed.reader,
-        decoder=Decoder(size=blank.size, has_masks=held.has_masks, has_boxes=held.has_boxes),
+        decoder=Decoder(size=blank.size, has_masks=held.has_masks, has_boxes=held.has_boxes, marks=held.marks),
         flip_ok=held.flip_ok,
         strict=data.strict,
     )
@@ -175,6 +176,23 @@ def _check(data: Data) -> None:
 
 
 def _find(data: Data) -> Table:
+    return _marked(data, _unmarked(data))
+
+
+def _marked(data: Data, table: Table) -> Table:
+    """The same table with the way to read its masks and boxes."""
+    for option, is_there in (("boxes", table.has_boxes), ("mask_values", table.has_masks)):
+        if getattr(data, option) is not None and not is_there:
+            raise ValueError(
+                f"data.{option} is set, but {data.source} has no {option.removesuffix('_values')}; unset it"
+            )
+    if not (table.has_masks or table.has_boxes):
+        return table
+    marks, notices = settle(data, table.reader(looked_at(len(table.labels))))
+    return replace(table, marks=marks, notices=table.notices + notices)
+
+
+def _unmarked(data: Data) -> Table:
     found = hugging_face.find(data)
     if found is not None:
         return table(data, found)
@@ -195,7 +213,7 @@ def _blank(data: Data, table: Table) -> Preprocess:
 
 
 def _decoded(table: Table, split: str, rows: Int64[np.ndarray, " n"], preprocess: Preprocess, strict: bool) -> ImageSet:
-    decoder = Decoder(size=preprocess.size, has_masks=table.has_masks, has_boxes=table.has_boxes)
+    decoder = Decoder(size=preprocess.size, has_masks=table.has_masks, has_boxes=table.has_boxes, marks=table.marks)
     source = OnTheFly(reader=table.reader, rows=rows, decoder=decoder)
     store, facts = decode_all(source, f"{table.name} ({split})", table.key)
     skipped = tuple((table.names[rows[i]], reason) for i, reason in facts.skipped)

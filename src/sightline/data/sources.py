@@ -10,6 +10,7 @@ from jaxtyping import Int64, Shaped
 
 from sightline.data.decoded import Reader, Record
 from sightline.data.images import SUFFIXES, UnreadableImage, quiet, stored_size
+from sightline.data.marks import USUAL, Marks
 from sightline.recipe import Data
 
 Array = np.ndarray
@@ -44,6 +45,7 @@ class Table:
     group_name: str | None = None
     has_masks: bool = False
     has_boxes: bool = False
+    marks: Marks = USUAL
     flip_ok: bool = True
     skipped: tuple[tuple[str, str], ...] = ()
     """Name and reason of files that belong to no class or are not there."""
