@@ -17,6 +17,7 @@ from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batche
 from sightline.data.sources import FileReader, Table, from_folder, image_files
 from sightline.data.splits import assign, check_labelled, draw
 from sightline.data.streams import stream
+from sightline.data.tables import from_tables, lists_images, table_files
 from sightline.recipe import Data
 
 __all__ = [
@@ -60,7 +61,7 @@ def load(data: Data) -> dict[str, ImageSet]:
         return clutter.load(data)
     found = _find(data)
     blank = _blank(data, found)
-    rows = assign(found.labels, found.classes, found.parts, found.groups, data)
+    rows = assign(found.labels, found.classes, found.parts, found.groups, replace(data, group=found.group_name))
     sets = {split: _decoded(found, split, chosen, blank, data.strict) for split, chosen in rows.items()}
     train = sets["train"] = replace(sets["train"], skipped=found.skipped + sets["train"].skipped)
     if data.strict and train.skipped:
@@ -188,7 +189,8 @@ def _marked(data: Data, table: Table) -> Table:
             )
     if not (table.has_masks or table.has_boxes):
         return table
-    marks, notices = settle(data, table.reader(looked_at(len(table.labels))))
+    form = data.boxes or table.box_form
+    marks, notices = settle(replace(data, boxes=form), table.name, table.reader(looked_at(len(table.labels))))
     return replace(table, marks=marks, notices=table.notices + notices)
 
 
@@ -197,10 +199,18 @@ def _unmarked(data: Data) -> Table:
     if found is not None:
         return table(data, found)
     folder = Path(data.source).expanduser()
+    files = table_files(folder)
+    listing = [file for file in files if folder.is_file() or lists_images(file, data)]
+    if listing:
+        return from_tables(data, folder, listing)
     if folder.is_dir():
-        return from_folder(data, folder)
+        unread = tuple(f"{file} is not read, it has no column file_name with the images" for file in files)
+        found = from_folder(data, folder)
+        return replace(found, notices=found.notices + unread)
     if folder.is_file():
-        raise ValueError(f"expected a folder, a .parquet file or the name of a data set, got the file {folder}")
+        raise ValueError(
+            f"expected a folder, a .parquet, .csv or .jsonl file or the name of a data set, got the file {folder}"
+        )
     near = get_close_matches(data.source, DATASETS, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"names: {', '.join(DATASETS)}"
     raise FileNotFoundError(f"no folder, parquet file or data set {data.source!r}; {hint}")

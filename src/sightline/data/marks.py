@@ -88,11 +88,12 @@ def _corners(numbers: Float32[Array, "n 4"], form: BoxForm, size: tuple[int, int
     return corners if form in ("xyxy", "xywh") else corners * np.array([*size[::-1], *size[::-1]], dtype=np.float32)
 
 
-def settle(data: Data, records: Sequence[Record]) -> tuple[Marks, tuple[str, ...]]:
+def settle(data: Data, name: str, records: Sequence[Record]) -> tuple[Marks, tuple[str, ...]]:
     """How to read the masks and boxes of a source, and what its owner should know about that.
 
     Args:
-        data: what its owner says of them.
+        data: the form of boxes and the mask values that its owner names.
+        name: what the source is called.
         records: some of its images.
 
     Raises:
@@ -101,17 +102,15 @@ def settle(data: Data, records: Sequence[Record]) -> tuple[Marks, tuple[str, ...
     form = data.boxes or "xyxy"
     if form not in get_args(BoxForm):
         raise ValueError(f"expected data.boxes to be one of {', '.join(get_args(BoxForm))}, got {form!r}")
-    values = None if data.mask_values is None else tuple(np.atleast_1d(data.mask_values).tolist())
     with quiet():
-        boxes = _look_at_boxes(records, data.source, form, is_named=data.boxes is not None)
+        boxes = _look_at_boxes(records, name, form, is_named=data.boxes is not None)
         masks = _masks_of(records)
-    is_named = values is not None
-    if not is_named and any(map(_has_void, masks)):
-        values = tuple(range(1, 255))
-    return Marks(boxes=form, mask_values=values), (
-        *boxes,
-        *_look_at_masks(masks, data.source, values, data.mask_values is not None),
-    )
+    if data.mask_values is not None:
+        values = tuple(np.atleast_1d(data.mask_values).tolist())
+    else:
+        values = tuple(range(1, 255)) if any(map(_has_void, masks)) else None
+    notices = _look_at_masks(masks, name, values, is_named=data.mask_values is not None)
+    return Marks(boxes=form, mask_values=values), (*boxes, *notices)
 
 
 def looked_at(n: int) -> list[int]:
