@@ -66,7 +66,7 @@ def test_two_networks_in_one_file_are_told_apart_by_their_owner(trained, tmp_pat
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_another_number_of_classes_is_named(prefix, trained, tmp_path):
     save_file(state(trained, prefix), tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match="; give num_classes=3, they are those of 3 classes, not 5$"):
+    with pytest.raises(ValueError, match=r"; give num_classes=3, they are those of 3 classes, not 5$"):
         create_model("test_resnet", num_classes=5, weights=tmp_path / "w.safetensors")
 
 

@@ -182,11 +182,10 @@ def _find(data: Data) -> Table:
 
 def _marked(data: Data, table: Table) -> Table:
     """The same table with the way to read its masks and boxes."""
-    for option, is_there in (("boxes", table.has_boxes), ("mask_values", table.has_masks)):
-        if getattr(data, option) is not None and not is_there:
-            raise ValueError(
-                f"data.{option} is set, but {data.source} has no {option.removesuffix('_values')}; unset it"
-            )
+    if data.boxes is not None and not table.has_boxes:
+        raise ValueError(f"data.boxes says how boxes are written, but {data.source} has none; leave it out")
+    if data.mask_values is not None and not table.has_masks:
+        raise ValueError(f"data.mask_values says how masks are read, but {data.source} has none; leave it out")
     if not (table.has_masks or table.has_boxes):
         return table
     form = data.boxes or table.box_form
