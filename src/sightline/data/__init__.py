@@ -5,6 +5,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Int64
@@ -12,7 +13,7 @@ from jaxtyping import Int64
 from sightline.data import clutter, hugging_face
 from sightline.data.columns import table
 from sightline.data.decoded import Decoder, OnTheFly, Stored, decode_all
-from sightline.data.marks import looked_at, settle
+from sightline.data.marks import BoxForm, looked_at, settle
 from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batches, normalise, sampled, statistics
 from sightline.data.sources import FileReader, Table, from_folder, image_files
 from sightline.data.splits import assign, check_labelled, draw
@@ -172,6 +173,8 @@ def _check(data: Data) -> None:
     for name, value in (("val", data.val), ("test", data.test), ("shortcut", data.shortcut)):
         if not 0 <= value <= 1:
             raise ValueError(f"expected data.{name} from 0 to 1, got {value}; it is a share of the images")
+    if data.boxes not in (None, *get_args(BoxForm)):
+        raise ValueError(f"expected data.boxes to be one of {', '.join(get_args(BoxForm))}, got {data.boxes!r}")
     if data.seed < 0:
         raise ValueError(f"expected data.seed of at least 0, got {data.seed}")
 

@@ -100,8 +100,6 @@ def settle(data: Data, name: str, records: Sequence[Record]) -> tuple[Marks, tup
         ValueError: the boxes look like another form than xyxy and no form is named.
     """
     form = data.boxes or "xyxy"
-    if form not in get_args(BoxForm):
-        raise ValueError(f"expected data.boxes to be one of {', '.join(get_args(BoxForm))}, got {form!r}")
     with quiet():
         boxes = _look_at_boxes(records, name, form, is_named=data.boxes is not None)
         masks = _masks_of(records)

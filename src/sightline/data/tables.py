@@ -359,7 +359,7 @@ def _name(path: Path, root: Path) -> str:
 
 def _listed(line: Line, image: Path | None, mask: Path | None, columns: Columns, root: Path) -> Listed:
     assert image is not None  # `_files` refuses lines without
-    folders = Path(_name(image, root)).parts[:-1] if image.is_relative_to(root) else (image.parent.name,)
+    folders = [*image.relative_to(root).parts[:-1]] if image.is_relative_to(root) else [image.parent.name]
     has_split = bool(folders) and folders[0].lower() in PARTS and (columns.label is not None or len(folders) > 1)
     part = PARTS[folders[0].lower()] if has_split else ""
     if split := line.text(columns.split):

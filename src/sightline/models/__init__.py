@@ -92,8 +92,8 @@ def create_model(
     if attention is not None and not blockless:
         init = "identity" if any(key.endswith(f".{MARK}") for key in found or ()) else "fresh"
         model = insert(model, attention, init=init, inplace=True, **attention_options or {})
-    if found is not None:
-        _load(model, name, found, weights)
+    if found is not None and weights is not None:
+        _load(model, name, found, Path(weights))
     if attention is not None and blockless:
         model = insert(model, attention, init="identity", inplace=True, **attention_options or {})
     return model
@@ -248,12 +248,12 @@ def _problems(model: nn.Module, found: dict[str, Tensor]) -> list[str]:
     return problems
 
 
-def _load(model: nn.Module, name: str, found: dict[str, Tensor], source: str | Path) -> None:
+def _load(model: nn.Module, name: str, found: dict[str, Tensor], source: Path) -> None:
     problems = _problems(model, found)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(
-            f"weights in {source} do not fit {name}: {problems[0]}{more}; {_remedy(model, name, found, Path(source))}"
+            f"weights in {source} do not fit {name}: {problems[0]}{more}; {_remedy(model, name, found, source)}"
         )
     model.load_state_dict(found)
 
