@@ -126,6 +126,14 @@ def test_the_share_of_the_image_is_said():
     )
 
 
+def test_objects_as_detection_sets_write_them(tmp_path):
+    objects = [{"bbox": [[3.0, 1.0, 6.0, 4.0], [0.0, 0.0, 3.0, 5.0]], "categories": [0, 1]}] * 12
+    feature = {"bbox": datasets.List(FLOATS), "categories": datasets.List(datasets.Value("int64"))}
+    file = make_parquet(tmp_path / "a.parquet", 12, objects=(objects, feature))
+    images = load_whole(Data(source=str(file), size=12, box="objects", boxes="xywh"))["test"]
+    assert images.batch([0]).boxes[0].round(decimals=4).tolist() == [[3, 1.2, 9, 6], [0, 0, 3, 6]]
+
+
 def test_a_stream_reads_boxes_in_their_form(tmp_path):
     for part, n in (("train", 40), ("test", 10)):
         make_parquet(tmp_path / f"{part}.parquet", n, bbox=([[6, 5, 6, 5]] * n, FLOATS))

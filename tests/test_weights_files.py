@@ -116,6 +116,7 @@ def test_a_pickle_is_recognized_and_the_two_lines_convert_it(content, what, old,
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "it is a pointer of Git LFS; .*: git lfs pull"),
         (b'{"metadata": {}, "weight_map": {}}', "it is JSON; give the safetensors file that belongs to it"),
         (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file, as Keras writes them"),
+        (b"\x1f\x8b\x08", "it is compressed; unpack it"),
         (b"", r"is it complete\?"),
     ],
 )

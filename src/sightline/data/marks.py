@@ -65,7 +65,9 @@ def pixel_boxes(cell: Any, form: BoxForm, size: tuple[int, int]) -> Float32[Arra
 
 
 def _numbers(cell: Any) -> Float32[Array, "_ 4"]:
-    """The numbers in a cell of one box, several or none."""
+    """The numbers in a cell of one box, several or none; also in a cell of objects of which `bbox` is one field."""
+    if isinstance(cell, dict):
+        cell = cell.get("bbox")
     try:
         numbers = np.asarray([] if cell is None else cell, dtype=np.float32)
         numbers = numbers.reshape(-1, 4) if numbers.size else np.empty((0, 4), np.float32)
@@ -178,9 +180,9 @@ def _area(corners: Float32[Array, "_ 4"], size: tuple[int, int]) -> float:
 
 def _masks_of(records: Sequence[Record]) -> list[MaskPixels]:
     masks: list[MaskPixels] = []
-    for record in records:
+    for mask in (record.mask for record in records if record.mask is not None):
         try:
-            if record.mask is not None and (pixels := read_mask(record.mask)).values.ndim == 2:
+            if (pixels := read_mask(mask)).values.ndim == 2:
                 masks.append(pixels)
         except UnreadableImage:
             continue

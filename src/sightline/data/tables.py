@@ -391,7 +391,7 @@ def _listed(line: Line, image: Path | None, mask: Path | None, columns: Columns,
 
 
 def _numbers(cell: Any) -> list[Any]:
-    """The numbers of a cell with boxes, which is a list, or text such as "[1, 2, 3, 4]" or "1 2 3 4".
+    """The numbers of a cell with boxes: a list, objects with a list `bbox`, or text as "[1, 2, 3, 4]" or "1 2 3 4".
 
     >>> _numbers("[[1, 2, 3, 4], [5, 6, 7, 8]]"), _numbers("1 2 3 4.5")
     ([1, 2, 3, 4, 5, 6, 7, 8], [1.0, 2.0, 3.0, 4.5])
@@ -401,6 +401,8 @@ def _numbers(cell: Any) -> list[Any]:
             cell = json.loads(cell)
         except ValueError:
             cell = [_number(word) for word in re.split(r"[\s,;\[\]()]+", cell) if word]
+    if isinstance(cell, dict):
+        cell = cell.get("bbox")
     if not isinstance(cell, list):
         return [] if cell is None else [cell]
     return [number for item in cell for number in (_numbers(item) if isinstance(item, list) else [item])]

@@ -178,8 +178,8 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _advice(file: Path) -> str:
     """What a file is that is no safetensors file, and what to do about it."""
     with file.open("rb") as opened:
-        start = opened.read(1000)
-    text = start.lstrip().lower()
+        start = opened.read(10**7)
+    text = start[:1000].lstrip().lower()
     if start.startswith(b"PK\x03\x04") and zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -190,7 +190,9 @@ def _advice(file: Path) -> str:
                 return "it is a zip archive; unpack it and give the safetensors file in it"
             return _convert(file, archive.read(pickled))
     if start.startswith(b"\x80"):
-        return _convert(file, file.read_bytes())
+        return _convert(file, start)
+    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
+        return "it is compressed; unpack it and give the safetensors file in it"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page; download the file itself, which often has another address"
     if text.startswith(b"version https://git-lfs"):
