@@ -317,6 +317,7 @@ def test_columns_can_be_named(tmp_path):
          r"there; the first, 'images/x\.png' in line 2, was looked for in .*; correct the names or leave"),
         ("image,label\ndeep/000.png,a\n", r"1 of 1 images .*; there is 000\.png: write paths relative to the folder"),
         ("image,label,mask\n000.png,a,m.png\n", r"1 of 1 masks listed in labels\.csv are not there; the first, 'm\."),
+        (f"image,label\n{'x' * 300}/{'y' * 300},a\n", "1 of 1 images listed in labels.csv are not there"),
         ("image,label\n,a\n", "1 of 1 images listed in labels.csv are not there; the first, '' in line 2"),
         (b"image,label\n000.png,K\xe4tzchen\n", r"expected text in UTF-8, got other bytes in line 2; save it as UTF-8"),
         (b"image,label\n000.png,a\0\n", "expected text in UTF-8, got zero bytes"),

@@ -136,6 +136,13 @@ def test_other_archives_are_recognized(trained, tmp_path):
         archive.writestr("net/code/__torch__.py", b"")
     with pytest.raises(OSError, match="it is a TorchScript archive; save the state_dict"):
         create_model("test_resnet", weights=tmp_path / "script.pt")
+    torch.save(state(trained), tmp_path / "w.pth")
+    whole = (tmp_path / "w.pth").read_bytes()
+    at = whole.rindex(b"data.pkl")
+    for content in (whole[:-1000], whole[: len(whole) // 2], whole[: at - 30] + b"?" * 20 + whole[at - 10 :]):
+        (tmp_path / "cut.pth").write_bytes(content)
+        with pytest.raises(OSError, match=r"it is a zip archive, perhaps of torch\.save, and damaged; is it complete"):
+            create_model("test_resnet", weights=tmp_path / "cut.pth")
 
 
 @pytest.mark.parametrize(

@@ -316,12 +316,12 @@ class _Lookup:
 
     def __call__(self, folder: Path, text: str) -> Path | None:
         for name in (text, text.replace("\\", "/")):
-            if (file := folder / name).is_file():
+            if os.path.isfile(file := folder / name):
                 return file
         here = folder
         *above, last = re.split(r"[/\\]", text)
         for part in above:
-            if part in ("", ".", "..") or (here / part).is_dir():
+            if part in ("", ".", "..") or os.path.isdir(here / part):
                 here = here / (part or "/" if here is folder else part)
             else:
                 same = self._names(here)[0].get(_folded(part), [])
@@ -330,8 +330,7 @@ class _Lookup:
                 here = here / same[0]
         names, stems = self._names(here)
         same = names.get(_folded(last), []) or stems.get(_folded(last), [])
-        file = here / same[0] if len(same) == 1 else None
-        return file if file is not None and file.is_file() else None
+        return here / same[0] if len(same) == 1 and os.path.isfile(here / same[0]) else None
 
     @staticmethod
     def _list(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:

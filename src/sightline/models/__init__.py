@@ -180,15 +180,8 @@ def _advice(file: Path) -> str:
     with file.open("rb") as opened:
         start = opened.read(10**7)
     text = start[:1000].lstrip().lower()
-    if start.startswith(b"PK\x03\x04") and zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            pickled = next((name for name in names if name.endswith("data.pkl")), None)
-            if any("/code/" in name for name in names):
-                return "it is a TorchScript archive; save the state_dict of the network it was made from instead"
-            if pickled is None:
-                return "it is a zip archive; unpack it and give the safetensors file in it"
-            return _convert(file, archive.read(pickled))
+    if start.startswith(b"PK\x03\x04"):
+        return _archive_advice(file)
     if start.startswith(b"\x80"):
         return _convert(file, start)
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
@@ -202,6 +195,22 @@ def _advice(file: Path) -> str:
     if start.startswith(b"\x89HDF"):
         return "it is an HDF5 file, as Keras writes them; save the weights of the PyTorch network instead"
     return "is it complete?"
+
+
+def _archive_advice(file: Path) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if any("/code/" in name for name in names):
+                return "it is a TorchScript archive; save the state_dict of the network it was made from instead"
+            pickled = next((name for name in names if name.endswith("data.pkl")), None)
+            if pickled is None:
+                return "it is a zip archive; unpack it and give the safetensors file in it"
+            with archive.open(pickled) as opened:
+                return _convert(file, opened.read(10**7))
+    # a damaged archive may raise anything
+    except Exception:
+        return "it is a zip archive, perhaps of torch.save, and damaged; is it complete?"
 
 
 def _convert(file: Path, pickled: bytes) -> str:
