@@ -282,6 +282,11 @@ def test_jpeg_masks_are_said():
     assert notice.startswith("masks of cells are stored in a format that blurs their edges (JPEG); from half of the")
 
 
+def test_jpeg_masks_that_are_inverted_are_said_to_be():
+    _, (blurred, inverted) = said_of(encoded(255 - GREY, "JPEG"))
+    assert "blurs their edges" in blurred and "look inverted: the object covers 91.7%" in inverted
+
+
 def test_255_beside_class_numbers_is_void():
     values, (notice,) = said_of(encoded(VOC), encoded(OBJECT * np.uint8(8)))
     assert values == tuple(range(1, 255)) and (read(encoded(VOC), values) == OBJECT).all()

@@ -265,8 +265,9 @@ def test_numbers_as_labels_are_in_the_order_of_numbers(tmp_path):
         images, _, _ = everything(table(tmp_path / "labels.csv", "image,label", lines))
         assert images.classes == classes
         assert [images.classes[i] for i in images.labels] == [str(int(float(numbers[i % 3]))) for i in range(12)]
-    lines = [f"{name},{('001', '01')[i % 2]}x" for i, name in enumerate(NAMES)]
-    assert everything(table(tmp_path / "labels.csv", "image,label", lines))[0].classes == ("001x", "01x")
+    for names in (("001", "01"), ("1_0", "2_0"), ("1e3", "2e3")):
+        lines = [f"{name},{names[i % 2]}" for i, name in enumerate(NAMES)]
+        assert everything(table(tmp_path / "labels.csv", "image,label", lines))[0].classes == names
     lines = [f"{name},{i / 8}" for i, name in enumerate(NAMES)]
     with pytest.raises(ValueError, match=r"expected class names or whole numbers in column 'label', got 0\.125; "):
         load(Data(source=str(table(tmp_path / "labels.csv", "image,label", lines))))
@@ -308,10 +309,10 @@ def test_columns_can_be_named(tmp_path):
         ('image,label\n"000.png"x,a\n', "line 2: not a table of comma-separated values"),
         ("image,labels\n000.png,a\n", "cannot tell which column of .* the class; name one by data.label: image, lab"),
         ("image,label,split\n000.png,a,fold1\n", "line 2: expected train, val or test in column 'split', got 'fold1'"),
-        ("image,label\n000.png,a\n001.png,b\n000.png,a\n", r"1 images are listed more than once, the first, "
-         r"'000\.png', in lines 2 and 4 of .*csv; leave one line for each"),
-        ("image,label\n000.png,a\n./000.PNG,b\n", r"'000\.png', in lines 2 and 3 of .*csv as 'a' and 'b'; leave one"),
-        ("image,label,x0,y0,x1,y1\n000.png,a,0,0,6,5\n000.png,b,0,0,6,5\n", "listed more than once.* as 'a' and 'b'"),
+        ("image,label\n000.png,a\n001.png,b\n000.png,a\n", r"expected one line per image, got 1 more; the "
+         r"first, '000\.png', is in lines 2 and 4 of .*csv; leave one line for each"),
+        ("image,label\n000.png,a\n./000.PNG,b\n", r"'000\.png', is in lines 2 and 3 of .*csv as 'a' and 'b'; le"),
+        ("image,label,x0,y0,x1,y1\n000.png,a,0,0,6,5\n000.png,b,0,0,6,5\n", "expected one line per.* as 'a' and 'b'"),
         ("image,label,group\n000.png,a,p1\n001.png,b,\n", "1 of 2 images have no 'group'; every image needs its group"),
         ("image,label\nimages/x.png,a\n000.png,b\nimages/y.png,b\n", r"2 of 3 images listed in labels\.csv are not "
          r"there; the first, 'images/x\.png' in line 2, was looked for in .*; correct the names or leave"),
@@ -349,7 +350,7 @@ def test_what_is_left_out_is_said(tmp_path):
     usual(tmp_path, "metadata.csv")
     picture(0, 0).save(tmp_path / "more.png")
     assert check(tmp_path).notices == (
-        f"1 images of {tmp_path} are in no metadata file and are left out, the first more.png",
+        f"images of {tmp_path} that no metadata file lists are left out: 1, the first more.png",
     )
     (tmp_path / "more.png").unlink()
     lines = [f"{name},{'ab'[i % 2]},p{i}" for i, name in enumerate(NAMES)]

@@ -221,14 +221,13 @@ def _look_at_masks(masks: Sequence[MaskPixels], name: str, chosen: tuple[int, ..
             f"masks of {name} are stored in a format that blurs their edges (JPEG); from half of the largest value on "
             f"is the object; {covers}"
         )
-    if shades:
-        return notices
     positive = seen[seen != 0]
     option = "set data.mask_values to the values of the object"
     if (shares == 1).all():
-        hint = " (a trimap has 1 for the object)" if set(positive) <= {1, 2, 3} and len(positive) > 1 else ""
-        return [f"every mask of {name} covers its whole image, the values are {words} and none is 0; {option}{hint}"]
-    if len(positive) > 1:
+        hint = " (a trimap has 1 for the object)" if set(seen) in ({1, 2}, {1, 2, 3}) else ""
+        whole = f"every mask of {name} covers its whole image, the values are {words} and none is 0"
+        return [*notices, f"{whole}; {option}{hint}"]
+    if len(positive) > 1 and not shades:
         half = ", such as 128-255 for what is at least half" if len(positive) > 30 else ""
         notices.append(
             f"masks of {name} hold {words}; all but 0 is the object, which covers {shares.mean():.1%} of an "

@@ -34,6 +34,8 @@ _SIDES: dict[tuple[str, ...], BoxForm] = {
     ("x", "y", "width", "height"): "xywh",
 }
 """Four columns that hold a box together, and its form."""
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.0*)?")  # 001 is a name
+_DECIMAL = re.compile(r"-?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +174,7 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
         names=[_name(path, root) for path in paths],
         parts=np.array([image.part for image in images]),
         reader=reader,
-        key=f"{fingerprint(used)} {data.image} {columns}",
+        key=f"{fingerprint(used)} {columns}",
         size=usual_size(reader, len(images)),
         groups=groups,
         group_name=columns.group,
@@ -216,7 +218,7 @@ def _lines(file: Path) -> Iterator[Line]:
 def _json_cells(line: str, where: str) -> dict[str, Any]:
     try:
         cells = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected JSON, {error}") from error
     if not isinstance(cells, dict):
         raise ValueError(f'{where}: expected an object such as {{"file_name": "a.png"}}, got {line[:80]}')
@@ -398,7 +400,7 @@ def _numbers(cell: Any) -> list[Any]:
     if isinstance(cell, str):
         try:
             cell = json.loads(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             cell = [_number(word) for word in re.split(r"[\s,;\[\]()]+", cell) if word]
     if isinstance(cell, dict):
         cell = cell.get("bbox")
@@ -429,7 +431,8 @@ def _merged(listed: Sequence[Listed], columns: Columns) -> list[Listed]:
         first, second = doubled[0]
         labels = "" if first.label == second.label else f" as {first.label!r} and {second.label!r}"
         raise ValueError(
-            f"{len(doubled)} images are listed more than once, the first, {first.line.text(columns.image)!r}, in "
+            f"expected one line per image, got {len(doubled)} more; "
+            f"the first, {first.line.text(columns.image)!r}, is in "
             f"lines {first.line.number} and {second.line.number} of {second.line.file}{labels}; leave one line for each"
         )
     return list(images.values())
@@ -444,16 +447,14 @@ def _labels(labels: Sequence[str], column: str | None) -> tuple[tuple[str, ...],
     ('0', '1')
     """
     names = {label for label in labels if label}
-    numbers = {name: _number(name) for name in names} if column is not None else {}
-    if numbers and all(isinstance(number, float) for number in numbers.values()):
-        whole = {name: int(number) for name, number in numbers.items() if float(number).is_integer()}
-        if wrong := sorted(names - whole.keys()):
-            raise ValueError(
-                f"expected class names or whole numbers in column {column!r}, got {wrong[0]}; "
-                "name another by data.label"
-            )
-        labels = [str(whole[label]) if label else "" for label in labels]
-        ordered = [str(number) for number in sorted(set(whole.values()) - {-1})]
+    if column is not None and all(_WHOLE.fullmatch(name) for name in names):
+        labels = [label.partition(".")[0] for label in labels]
+        ordered = sorted({label for label in labels if label} - {"-1"}, key=int)
+    elif column is not None and all(_DECIMAL.fullmatch(name) for name in names):
+        wrong = min(name for name in names if not _WHOLE.fullmatch(name))
+        raise ValueError(
+            f"expected class names or whole numbers in column {column!r}, got {wrong}; name another by data.label"
+        )
     else:
         ordered = sorted(names)
     place = {name: i for i, name in enumerate(ordered)}
@@ -477,4 +478,4 @@ def _unlisted(source: Path, images: Sequence[Path | None], masks: Sequence[Path 
     used = {os.path.abspath(file) for file in (*images, *masks) if file is not None}
     if left := [file for file in image_files(source) if os.path.abspath(file) not in used]:
         first = _name(left[0], source)
-        yield f"{len(left)} images of {source} are in no metadata file and are left out, the first {first}"
+        yield f"images of {source} that no metadata file lists are left out: {len(left)}, the first {first}"
