@@ -13,6 +13,7 @@ from jaxtyping import Int64, Shaped
 from sightline.data.decoded import Reader, Record
 from sightline.data.folders import contents, image_files, layout, marked, of_others, subfolders
 from sightline.data.images import UnreadableImage, quiet, stored_size
+from sightline.data.marks import USUAL, BoxForm, Marks
 from sightline.recipe import Data
 
 Array = np.ndarray
@@ -37,6 +38,9 @@ class Table:
     group_name: str | None = None
     has_masks: bool = False
     has_boxes: bool = False
+    box_form: BoxForm | None = None
+    """How boxes are written, where the source tells it."""
+    marks: Marks = USUAL
     flip_ok: bool = True
     skipped: tuple[tuple[str, str], ...] = ()
     """Name and reason of files that belong to no class or are not there."""
@@ -48,7 +52,10 @@ def from_folder(data: Data, folder: Path) -> Table:
     """Class sub-folders, directly in `folder` or in its train, val and test."""
     for option in ("image", "label", "mask", "box", "group"):
         if getattr(data, option) is not None:
-            raise ValueError(f"data.{option} names a column, but {folder} is a folder of images, which has none")
+            raise ValueError(
+                f"data.{option} names a column, but {folder} is a folder of images, which has none; "
+                "list them in a metadata.csv in it"
+            )
     roots, mask_roots, notices = layout(folder)
     place: dict[Path, tuple[str, str]] = {}  # part and class
     skipped: list[tuple[Path, str]] = []
@@ -59,6 +66,7 @@ def from_folder(data: Data, folder: Path) -> Table:
         if not kinds:
             n = len(loose.images)
             got = f"got {n} images without a class; sort them into such folders" if n else "it is empty"
+            got += next((f"; their table is a source, too: {f}" for f in sorted(root.glob("*.csv"))), "")
             raise ValueError(f"expected a sub-folder of images per class in {root}, {got}")
         skipped += [*((f, "lies in no class folder") for f in loose.images), *loose.skipped]
         for kind in kinds:
