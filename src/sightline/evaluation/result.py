@@ -149,6 +149,8 @@ class Evaluation:
     """Methods and metrics that did not fit the time budget, with the reason."""
     summary: tuple[str, ...]
     """Sentences in plain words, none stronger than its interval."""
+    notices: tuple[str, ...] = ()
+    """What was decided about the data or the model that its owner may want otherwise, one sentence each."""
     skipped: tuple[tuple[str, str], ...]
     """Images that could not be read, with the reason."""
     provenance: dict[str, str]

@@ -121,10 +121,11 @@ class ForwardCall:
         return Answer(logits, link, replace(self, kind=kind), notice)
 
     def settled(self, model: nn.Module, images: Float[Tensor, "b c *grid"]) -> tuple["ForwardCall", str]:
-        """The call that reads every further output as those of these images, and what was decided for that."""
+        """The call that reads every further output as those of the first of these, and what was decided for that."""
+        rows = torch.arange(min(len(images), 64), device=images.device)
         with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
-            answer = self(net, images)
-        return answer.call, answer.notice
+            answer = self(net, images[rows], rows)
+        return replace(self, kind=answer.call.kind), answer.notice
 
     def _hint(self, rows: Tensor | None) -> str:
         """Why a model may fail on more images than those that were given."""
@@ -193,8 +194,8 @@ def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float
     shape = tuple(values.shape) if isinstance(values, Tensor) else ()
     if isinstance(values, Tensor) and len(shape) in (1, 2) and not values.is_floating_point():
         raise TypeError(
-            f"expected logits of shape (batch, classes) from the model, got {values.dtype} of shape {shape}, which look "
-            "like class indices; return the logits instead"
+            f"expected logits of shape (batch, classes) from the model, got {values.dtype} of shape {shape}, "
+            "which look like class indices; return the logits instead"
         )
     if isinstance(values, Tensor) and len(shape) == 1:
         values = values[:, None]
@@ -239,8 +240,10 @@ def _only(output: Any, batch: int | None) -> Any:
         if len(fitting) > 1:
             fitting = [one for one in fitting if batch is None or len(one) == batch] or fitting
         if len(fitting) > 1:
+            names = [int(name) if name.isdecimal() else name for name, leaf in _leaves(output) if leaf is fitting[-1]]
             raise ValueError(
-                f"expected one tensor of logits from the model, got {_contents(output)}; choose one by output="
+                f"expected one tensor of logits from the model, got {_contents(output)}; choose one, as "
+                f"output={names[0]!r} does"
             )
         if fitting:
             return fitting[0]
@@ -257,10 +260,10 @@ def _contents(output: Any) -> str:
 
 def _leaves(output: Any) -> list[tuple[str, Any]]:
     """Everything in an output, by the name that picks it."""
-    is_plain = type(output) in SUPPORTED_NODES or isinstance(output, Mapping | Sequence) or not hasattr(output, "__dict__")
-    leaves, _ = tree_flatten_with_path(output if is_plain else dict(vars(output)))
+    is_tree = type(output) in SUPPORTED_NODES or isinstance(output, Mapping | Sequence)
+    leaves, _ = tree_flatten_with_path(output if is_tree or not hasattr(output, "__dict__") else dict(vars(output)))
     steps = ("key", "idx", "name")  # of mappings, sequences, attributes
-    return [(".".join(str(getattr(key, s)) for key in path for s in steps if hasattr(key, s)), leaf) for path, leaf in leaves]
+    return [(".".join(str(getattr(k, s)) for k in path for s in steps if hasattr(k, s)), leaf) for path, leaf in leaves]
 
 
 def _missing(model: nn.Module, images: Tensor, call: ForwardCall) -> str:
@@ -348,27 +351,57 @@ def resolve_targets(targets: int | Tensor | None, logits: Float[Tensor, "b n"]) 
     >>> resolve_targets(None, torch.tensor([[0.0, 3.0], [2.0, 1.0]])).tolist()
     [[1], [0]]
     """
-    batch, classes = logits.shape
     if targets is None:
         return logits.argmax(1, keepdim=True)
+    return check_classes(_indices(targets, len(logits)).to(logits.device), logits.shape[1])
+
+
+def one_target_each(targets: int | Tensor, batch: int) -> Int[Tensor, " b"]:
+    """Class indices, one per image; `check_classes` says whether the model has them.
+
+    Raises:
+        ValueError: another length than the batch, or several targets.
+        TypeError: neither an int nor an integer tensor.
+
+    >>> one_target_each(torch.tensor([[1], [0]]), 2).tolist()
+    [1, 0]
+    """
+    indices = _indices(targets, batch)
+    if indices.shape[1] > 1:
+        raise ValueError(
+            f"expected {batch} targets, one per image, got shape {tuple(indices.shape)}; ask for one after the other"
+        )
+    return indices[:, 0]
+
+
+def check_classes(indices: Int[Tensor, "..."], classes: int) -> Int[Tensor, "..."]:
+    """The same indices, if there are such classes; on a GPU a wrong one would end the process's use of it.
+
+    Raises:
+        ValueError: a class that does not exist.
+
+    >>> check_classes(torch.tensor([0, 1]), 2).tolist()
+    [0, 1]
+    """
+    low, high = int(indices.min()), int(indices.max())
+    if not 0 <= low <= high < classes:
+        raise ValueError(
+            f"expected targets in 0..{classes - 1}, got {low}..{high}; the model has {classes} classes, counted from 0"
+        )
+    return indices
+
+
+def _indices(targets: int | Tensor, batch: int) -> Int[Tensor, "b t"]:
     if not isinstance(targets, bool) and isinstance(targets, Integral):  # NumPy's, too
-        chosen = torch.full((batch, 1), int(targets), device=logits.device)
-    elif isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool:
-        chosen = targets.to(logits.device, torch.long, copy=True)  # that of inference mode has no gradient
-        if chosen.ndim not in (1, 2) or len(chosen) != batch or not chosen.numel():
-            raise ValueError(
-                f"expected targets of shape ({batch},) or ({batch}, t), one row per image, got {tuple(targets.shape)}; "
-                "pass an int to explain the same class in every image"
-            )
-        chosen = chosen.reshape(batch, -1)
-    else:
+        return torch.full((batch, 1), int(targets))
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
         got = f"a {targets.dtype} tensor" if isinstance(targets, Tensor) else f"{targets!r}"
         raise TypeError(
             f"expected targets None, an int, an integer tensor or a function, got {got}; pass class indices"
         )
-    if not (0 <= int(chosen.min()) and int(chosen.max()) < classes):
+    if targets.ndim not in (1, 2) or len(targets) != batch or not targets.numel():
         raise ValueError(
-            f"expected targets in 0..{classes - 1}, got {int(chosen.min())}..{int(chosen.max())}; "
-            f"the model has {classes} classes, counted from 0"
+            f"expected targets of shape ({batch},) or ({batch}, t), one row per image, got {tuple(targets.shape)}; "
+            "pass an int to explain the same class in every image"
         )
-    return chosen
+    return targets.to(torch.long, copy=True).reshape(batch, -1)  # that of inference mode has no gradient

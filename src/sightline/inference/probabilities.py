@@ -240,9 +240,7 @@ def read(values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None) -
     else:
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         logs = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()
-    notice = (
-        f"The model's outputs were read as probabilities, so {_BY_VALUE[kind]}; if they are logits, pass output='logits'"
-    )
+    notice = f"The model's outputs were read as probabilities, so {_BY_VALUE[kind]}; if they are logits, pass output='logits'"
     return Reading(logs if kind == "softmax" else _log_odds(logs), kind, kind, "" if asked else notice)
 
 
