@@ -156,6 +156,8 @@ class Explanation:
     """Class indices; -1 where a function made the score."""
     logits: Float[Tensor, "b n"]
     """Two classes of a single logit z: -z/2 and z/2, whose softmax is its sigmoid; the scores that a function made."""
+    probabilities: Float[Tensor, "b n"]
+    """Of each class, or of each label for itself, as the model has it; where a function made the scores, the scores."""
     layers: dict[str, str]
     """Where each map was read: name and shape, for example `features.conv13 (128 x 5 x 5)`; empty for controls."""
     verdicts: dict[str, list[list[str]]]
@@ -295,6 +297,7 @@ def explain(
         maps=found,
         targets=gathered.scorer.classes_of(gathered.scorer.targets),
         logits=gathered.logits,
+        probabilities=gathered.probabilities,
         layers=layers,
         verdicts={name: verdicts_of(method, own[0][2], read[name]) for name, (_, method, _, _), own in methods_of},
         unchecked=tuple(name for name, rows in read.items() if not all(row[-1] for row in rows)),

@@ -17,7 +17,7 @@ from sightline.explainers.capture import Capture, Captured, Layer, find_layer
 from sightline.explainers.compiled import CompiledCapture
 from sightline.explainers.rectifiers import Rectifiers, Rule
 from sightline.explainers.scorer import Progress, Scorer, Targets, gradients_of, rows_of
-from sightline.inference import ForwardCall, Output, check_images, forward_call, untouched, version_of
+from sightline.inference import ForwardCall, Output, check_images, forward_call, probabilities_of, untouched, version_of
 
 _OF_LAYER = {"activations", "gradients", "mean_gradients", "rival_gradients", "head"}
 _OF_IMAGE: dict[str, Rule] = {
@@ -207,6 +207,12 @@ class Gathered:
     def logits(self) -> Float[Tensor, "b n"]:
         """Logits of the images."""
         return self._float(self.scorer.logits)
+
+    @property
+    def probabilities(self) -> Float[Tensor, "b n"]:
+        """Probabilities of the images' classes; where a function makes the scores, the scores."""
+        direct = self._float(self.scorer.direct)
+        return direct if callable(self.scorer.asked) else probabilities_of(direct, self.scorer.link)
 
     def _head(self, captured: Captured) -> Tensor | None:
         """Weights of each class's score; none if a function makes the scores."""

@@ -28,6 +28,8 @@ class Scorer:
     """Of the images that it began with; a function's scores stand for them."""
     direct: Tensor
     """The same, but of a binary head the single logit."""
+    link: str = ""
+    """Of what these are the inverse; see `probabilities_of`."""
     scale: int
     """What turns one of these logits into the score."""
     origin: Float[Tensor, "b t"] | float = 0.0
@@ -68,6 +70,7 @@ class Scorer:
         with untouched(self.model) as net:
             answer = self.forward_call(net, images)
         self.forward_call = answer.call  # the images to come are read as these are
+        self.link = answer.link
         if answer.notice:
             self.notices[answer.notice] = None
         return self.take(answer.logits)

@@ -159,6 +159,7 @@ def forward_call(
     >>> forward_call(torch.zeros(2, 3, 4, 4), "prediction", torch.ones(2, 1)).at(torch.tensor([1, 1, 1])).args[0].shape
     torch.Size([3, 1])
     """
+    pick: Any
     pick, kind = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
     if kind is None and isinstance(pick, str) and pick in _KINDS:
         kind = pick
@@ -207,8 +208,8 @@ def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float
 
 def _picked(output: Any, pick: Pick, batch: int | None) -> Any:
     if pick is None or pick in _KINDS:
-        for name in (pick, "logits"):
-            values = output.get(name) if isinstance(output, Mapping) else getattr(output, name or "", None)
+        for name in (str(pick), "logits"):
+            values = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
             if isinstance(values, Tensor):
                 return values
         return _only(output, batch)
@@ -366,12 +367,11 @@ def one_target_each(targets: int | Tensor, batch: int) -> Int[Tensor, " b"]:
     >>> one_target_each(torch.tensor([[1], [0]]), 2).tolist()
     [1, 0]
     """
-    indices = _indices(targets, batch)
-    if indices.shape[1] > 1:
+    if isinstance(targets, Tensor) and tuple(targets.shape) not in ((batch,), (batch, 1)):
         raise ValueError(
-            f"expected {batch} targets, one per image, got shape {tuple(indices.shape)}; ask for one after the other"
+            f"expected {batch} targets, one per image, got shape {tuple(targets.shape)}; pass one for each"
         )
-    return indices[:, 0]
+    return _indices(targets, batch)[:, 0]
 
 
 def check_classes(indices: Int[Tensor, "..."], classes: int) -> Int[Tensor, "..."]:

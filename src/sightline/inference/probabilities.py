@@ -29,10 +29,8 @@ _MULTIPLIES, _DIVIDES = {"mul", "multiply"}, {"div", "divide", "true_divide"}
 _FOLLOWED = _MOVES | _BOUNDS | _JOINS | _MULTIPLIES | _DIVIDES | set("add sum mean rsub log exp".split())
 _LARGEST_MIXTURE = 3  # dimensions, such as (members, images, classes): a gate on a feature map has more
 _ROUNDING = 1e-5
-_BY_VALUE = {
-    "softmax": "maps explain the log-probability of the class",
-    "sigmoid": "maps explain the log-odds of the label, log(p / (1 - p))",
-}
+_READ = "The outputs were read as probabilities, so {}; if they are logits, pass output='logits'"
+_IN_DOUBT = "All outputs are 0 or 1 and were read as logits; if they are probabilities, pass output='probabilities'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +216,7 @@ def read(values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None) -
     """The logits behind the values; of probabilities that have none their logarithms, whose softmax they are.
 
     Without a `kind` values are probabilities that are made by a softmax or a sigmoid, or by averages and selections of
-    such, and values without a visible origin are if all rows lie in [0, 1] and sum to 1.
+    such, and values without a visible origin are if all rows lie in [0, 1] and sum to 1, unless all of them are 0 or 1.
 
     Raises:
         ValueError: no probabilities, where they should be.
@@ -232,32 +230,38 @@ def read(values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None) -
         link = None
     asked = kind
     if kind is None or kind == "probabilities":
-        kind = _kind_of(values.detach(), link, kind)
+        kind, notice = _kind_of(values.detach(), link, kind)
+    else:
+        notice = ""
     if kind == "logits":
-        return Reading(values, "", kind, "")
+        return Reading(values, "", kind, notice)
     if link is not None:
         logs = link.logs()
     else:
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         logs = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()
-    notice = f"The model's outputs were read as probabilities, so {_BY_VALUE[kind]}; if they are logits, pass output='logits'"
     return Reading(logs if kind == "softmax" else _log_odds(logs), kind, kind, "" if asked else notice)
 
 
-def _kind_of(values: Tensor, link: _Link | None, kind: Kind | None) -> Kind:
+def _kind_of(values: Tensor, link: _Link | None, kind: Kind | None) -> tuple[Kind, str]:
+    """What the values are, and what to say of it."""
     slack = max(_ROUNDING, 2 * torch.finfo(values.dtype).eps)
     rows = values.double()[values.isfinite().all(1)]
     inside = bool(((rows >= 0) & (rows <= 1 + slack)).all())
-    each = link is not None and link.largest <= 1 + _ROUNDING
-    if not (each and link is not None and link.name == "sigmoid") and values.shape[1] > 1 and len(rows):
-        if inside and bool(((rows.sum(1) - 1).abs() <= slack).all()):
-            return "softmax"
     if kind is not None and not inside:
         raise ValueError(
             f"expected probabilities from 0 to 1, got {float(rows.min()):.4g} to {float(rows.max()):.4g}; "
             "pass output='logits', or leave it out"
         )
-    return "sigmoid" if each or kind is not None else "logits"
+    each = link is not None and link.largest <= 1 + _ROUNDING
+    sums_to_one = inside and values.shape[1] > 1 and len(rows) > 0 and bool(((rows.sum(1) - 1).abs() <= slack).all())
+    if sums_to_one and kind is None and link is None and bool(((rows == 0) | (rows == 1)).all()):
+        return "logits", _IN_DOUBT
+    if sums_to_one and not (each and link is not None and link.name == "sigmoid"):
+        return "softmax", _READ.format("maps explain the log-probability of the class")
+    if each or kind is not None:
+        return "sigmoid", _READ.format("maps explain the log-odds of the label, log(p / (1 - p))")
+    return "logits", ""
 
 
 def _agrees(link: _Link, values: Tensor) -> bool:

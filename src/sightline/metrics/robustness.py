@@ -78,14 +78,14 @@ def fooling_rate(
     """
     if epsilon < 0:
         raise ValueError(f"expected an epsilon of at least 0, got {epsilon}")
-    labels = one_target_each(labels, len(images)).to(images.device)
     call = forward_call(images, output, forward_args, forward_kwargs)
     with untouched(model) as net, torch.inference_mode(False):
         with torch.enable_grad():
             changed = images.detach().clone().requires_grad_()
             answer = call(net, changed)
             before = either(answer.logits.float())
-            own = check_classes(labels, before.shape[1])[:, None]
+            labels = check_classes(one_target_each(labels, len(images)).to(images.device), before.shape[1])
+            own = labels[:, None]
             # divides the gradient of the cross-entropy by 1 - p, which is 0 in float32 where the model is sure
             loss = before.scatter(1, own, -torch.inf).logsumexp(1) - before.gather(1, own)[:, 0]
             (gradient,) = torch.autograd.grad(loss.sum(), changed)

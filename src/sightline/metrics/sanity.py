@@ -154,10 +154,9 @@ def random_logit(
     >>> random_logit(model, image, torch.tensor([0]), lambda model, images, targets: model.weight[targets])
     tensor([0.5000])
     """
-    targets = one_target_each(targets, len(images)).to(images.device)
     call = forward_call(images, output, forward_args, forward_kwargs).at(torch.zeros(1, dtype=torch.long))
     classes = either(forward(model, images[:1], call=call)).shape[1]
-    check_classes(targets, classes)
+    check_classes(one_target_each(targets, len(images)), classes)
     shifts = torch.randint(1, classes, (classes,), generator=torch.Generator().manual_seed(seed)).to(targets.device)
     others = (targets + shifts[targets]) % classes
     with untouched(model) as net:
