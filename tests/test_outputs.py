@@ -50,7 +50,7 @@ def model_of(end, **options):
     return Members(end, **options).eval()
 
 
-WEIGHTS = torch.tensor([0.2, 0.3, 0.5])
+WEIGHTS = torch.tensor([0.25, 0.25, 0.5])
 
 
 def opaque(z):
@@ -69,9 +69,9 @@ MIXTURES = {
     "weights": lambda a, b, c: 0.3 * a.softmax(1) + b.softmax(1) * 0.2 + c.softmax(1) / 2,
     "weights in a tensor": lambda *z: (WEIGHTS[:, None, None] * torch.stack([e.softmax(1) for e in z])).sum(0),
     "a gate": lambda a, b, c: (g := a[:, :1].sigmoid()) * b.softmax(1) + (1 - g) * c.softmax(1),
-    "einsum": lambda *z: torch.einsum("m,mbn->bn", WEIGHTS, torch.stack([e.softmax(1) for e in z])),
+    "einsum": lambda *z: torch.einsum("m,mbn->bn", WEIGHTS.to(z[0]), torch.stack([e.softmax(1) for e in z])),
     "lerp": lambda a, b, c: torch.lerp(a.softmax(1), b.softmax(1), 0.3),
-    "in place": lambda a, b, c: a.softmax(1).add_(b.softmax(1)).div_(2),
+    "in place": lambda a, b, c: a.softmax(1).clone().add_(b.softmax(1)).div_(2),
     "a selection, made to sum to 1": lambda a, b, c: (p := a.softmax(1)[:, :3]) / p.sum(1, keepdim=True),
     "with a floor": lambda a, b, c: 0.9 * a.softmax(1) + 0.1 / 4,
     "in a dict": lambda *z: {"loss": z[0].sum(), "prediction": sum(each.softmax(1) for each in z) / 3},
@@ -152,20 +152,20 @@ def test_both_classes_of_one_sigmoid_are_its_logit_and_the_opposite(images):
 
 
 def test_a_certain_mixture_still_has_maps(images):
-    """In float32 its probability is 1 and that of the others 0: what the operations say is kept."""
-    sharp = {"sharpness": 4000.0}
-    for end in (MIXTURES["sum / 3"], MIXTURES["stack, mean"], MIXTURES["weights in a tensor"]):
-        model, exact = model_of(end, **sharp), model_of(end, **sharp).double()
-        assert (model(images).amax(1) == 1).any()
-        found, expected = (
-            explain(m, images.to(d), None, ["saliency"]) for m, d in ((model, torch.float32), (exact, torch.float64))
-        )
-        scale = expected["saliency"].abs().amax((2, 3), keepdim=True)
-        kept = scale.flatten() > 1e-30  # below, float64 is no oracle either
-        assert kept.any()
-        difference = ((found["saliency"] - expected["saliency"]).abs() / scale)[kept]
-        assert difference.max() < 1e-2
-        assert not any("flat" in said for said, k in zip(found.verdicts["saliency"], kept.tolist(), strict=True) if k)
+    """In float32 the class's probability is 1: what the operations say of the others is kept."""
+    for name in ("sum / 3", "stack, mean", "weights in a tensor"):
+        mixture = MIXTURES[name]
+
+        def end(a, b, c, mixture=mixture):
+            return mixture(a, a + b / 100, a + c / 100)
+
+        model, exact = (model_of(end, sharpness=600.0).to(dtype) for dtype in (torch.float32, torch.float64))
+        certain = (model(images) == 1).any(1)
+        assert certain.any()
+        found, expected = (explain(m, images.to(m.members[0][0].weight), None, ["saliency"]) for m in (model, exact))
+        for one, other, said in zip(found["saliency"], expected["saliency"], found.verdicts["saliency"], strict=True):
+            assert float((one - other).abs().max() / other.abs().max()) < 1e-2 and other.max() > 0
+            assert said == []
 
 
 def test_an_impossible_class_has_a_finite_score():
@@ -297,6 +297,7 @@ def test_of_several_tensors_one_is_picked(name, images):
     assert fitting(model, images, ["grad_cam"], output=output)[0] == ["grad_cam"]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_is_not_there_is_said(images):
     model = model_of(lambda a, b, c: {"embedding": b, "prediction": a})
     for output in ("predictions", "prediction.y", 7):
@@ -335,7 +336,7 @@ def test_auxiliary_heads_do_not_stand_in_the_way(training):
 def test_a_class_index_is_no_logit(images):
     labels = model_of(lambda a, b, c: a.argmax(1))
     for call in (explain, answers, lambda *a: metrics.deletion_auc(*a, torch.tensor([1, 1, 1]), images[:, :1])):
-        with pytest.raises(TypeError, match=r"got torch.int64 of shape \(3,\), which look like class indices"):
+        with pytest.raises(TypeError, match=r"got torch.int64 of shape \(\d+,\), which look like class indices"):
             call(labels, images)
     asked = 1
     found = explain(labels, images, lambda output: (output == asked).float(), [MASKS])

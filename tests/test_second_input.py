@@ -15,7 +15,7 @@ from sightline.explainers import explain, fitting
 MASKS = partial(explainers.rise, masks=9, cells=3)
 COVERED = partial(explainers.occlusion, patch=4, stride=4)
 METHODS = [
-    "grad_cam", "cam", "saliency", "lrp", "guided_backprop", MASKS, COVERED,
+    "grad_cam", "hires_cam", "saliency", "lrp", "guided_backprop", MASKS, COVERED,
     partial(explainers.integrated_gradients, steps=5), partial(explainers.smooth_grad, samples=3), "score_cam",
     "ablation_cam",
 ]  # fmt: skip
@@ -72,18 +72,16 @@ SCALE = torch.tensor(3.0)
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m if isinstance(m, str) else m.func.name)
 def test_every_image_keeps_its_own_second_input(method, case):
     model, images, age, targets = case
-    layer = "conv" if isinstance(model, Net) and not isinstance(model, Joined) else "mix"
-    if method == "cam" and layer == "conv":  # behind the linear layer comes the age
-        method = "hires_cam"
-    if method == "cam":
-        pytest.skip("behind the linear layer comes the scale")
-    found = explain(
-        model, images, targets, [method], forward_args=(age,), forward_kwargs={"scale": SCALE}, batch_size=4
-    )
+    layer = "mix" if isinstance(model, Joined) else "conv"
+    method = f"{method}@{layer}" if method == "ablation_cam" else method
+    given = {"forward_args": (age,), "forward_kwargs": {"scale": SCALE}}
+    found = explain(model, images, targets, [method], **given, batch_size=4)
     (name,) = found.maps
     for i in range(3):
-        one = explain(Alone(model, age[i : i + 1], SCALE), images[i : i + 1], int(targets[i]), [method])
-        assert close(one[name][0], found[name][i])
+        alone = Alone(model, age[i : i + 1], SCALE)
+        asked = method.replace("@", "@model.") if isinstance(method, str) else method
+        one = explain(alone, images[i : i + 1], int(targets[i]), [asked])
+        assert close(*(value[0] for value in one.maps.values()), found[name][i])
         assert close(one.logits[0], found.logits[i])
 
 
@@ -214,13 +212,12 @@ def test_compiled_maps_take_images_alone(case):
         explain(model, images, 0, ["cam"], forward_args=(age,), compile=True)
 
 
-@pytest.mark.parametrize("budget", [None, 100.0])
-def test_evaluation_takes_it_from_the_batches(budget):
+def test_evaluation_takes_it_from_the_batches():
     torch.manual_seed(0)
     model = Net().eval()
     images, age, labels = torch.randn(6, 3, 8, 8), torch.rand(6, 1) * 4, torch.arange(6) % 3
     asked = ["grad_cam", "activation_map"], ["deletion_auc", "random_logit", "completeness"]
-    options = {"controls": ["centre_map"], "steps": 4, "examples": 2, "limit": 4, "budget": budget}
+    options = {"controls": ["centre_map"], "steps": 4, "examples": 2, "limit": 4, "budget": 100.0}
     parts = [slice(0, 4), slice(4, 6)]
     data = [{"images": images[s], "labels": labels[s], "forward_args": (age[s],)} for s in parts]
     found = evaluate(model, data, *asked, **options)

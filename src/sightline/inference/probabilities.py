@@ -205,7 +205,11 @@ def _mixed(
     if second is not None and second.name != "log_softmax" and sign == 1:
         logs = lambda: link.logs() + second.logs()  # noqa: E731
         return link.mixed(logs, _common([link, second]), link.largest * second.largest)
-    return link.mixed(lambda: link.logs() + sign * other.log(), largest=math.inf)
+    return link.mixed(lambda: _weighted(link.logs(), other, sign), largest=math.inf)
+
+
+def _weighted(logs: Tensor, weights: Tensor, sign: int) -> Tensor:
+    return logs + sign * weights.to(logs.dtype).log()
 
 
 def _common(links: Sequence[_Link]) -> str:
