@@ -249,7 +249,7 @@ def test_probabilities_of_labels_need_to_be_said_where_no_operation_does(columns
     says = model(images).detach()
     shares = answers(model, images, call=forward_call(images, "probabilities"))[1]
     assert close(says, shares[:, 1:] if columns == 1 else shares)
-    assert close(says.logit(), forward_call(images, "probabilities")(model, images).logits)
+    assert close(says.logit(), forward_call(images, "probabilities")(model, images).logits.detach())
     with pytest.raises(ValueError, match=r"expected probabilities from 0 to 1, got -.*; pass output='logits'"):
         explain(model_of(lambda a, b, c: a), images, output="probabilities")
 
@@ -305,6 +305,8 @@ def test_what_is_not_there_is_said(images):
             ValueError, match=r"expected output= that the model returns, got .*prediction \(3, 4\); choose"
         ):
             explain(model, images, output=output)
+    with pytest.raises(ValueError, match=r"got 'data' and a tensor of shape \(3, 4\); choose"):
+        explain(model_of(lambda a, b, c: a), images, output="data")
     for output in (1.5, True, ("prediction", "odds"), ("a", "b", "c")):
         with pytest.raises(TypeError, match="expected output= a key, an index, an attribute or a function"):
             explain(model, images, output=output)
@@ -320,14 +322,15 @@ def test_what_needs_no_choice():
     assert logits_of({"logit": torch.zeros(2), "loss": torch.tensor(0.0)}).shape == (2, 1)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_auxiliary_heads_do_not_stand_in_the_way(training):
+def test_auxiliary_heads_do_not_stand_in_the_way():
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
-    model = torchvision.models.googlenet(num_classes=5, init_weights=False, aux_logits=True).train(training)
+    model = torchvision.models.googlenet(num_classes=5, init_weights=False, aux_logits=True)
     images = torch.randn(2, 3, 64, 64)
-    assert logits_of(model(images)).shape == (2, 5)
-    assert torch.equal(explain(model, images, 0, ["activation_map"]).logits, model.eval()(images).detach())
+    assert logits_of(model(images)).shape == (2, 5)  # in training it returns three
+    found = explain(model, images, 0, ["activation_map"])
+    with torch.no_grad():
+        assert torch.equal(found.logits, model.eval()(images))
 
 
 # --- class indices --------------------------------------------------------------------------------------------------

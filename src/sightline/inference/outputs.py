@@ -208,7 +208,7 @@ def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float
 
 def _picked(output: Any, pick: Pick, batch: int | None) -> Any:
     if pick is None or pick in _KINDS:
-        for name in (str(pick), "logits"):
+        for name in dict.fromkeys((str(pick or "logits"), "logits")):
             values = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
             if isinstance(values, Tensor):
                 return values
@@ -222,6 +222,8 @@ def _picked(output: Any, pick: Pick, batch: int | None) -> Any:
                 value = value[step]
             elif isinstance(value, Sequence) and str(step).removeprefix("-").isdecimal():
                 value = value[int(step)]
+            elif isinstance(value, Tensor):
+                raise KeyError(step)
             else:
                 value = getattr(value, str(step))
         except (AttributeError, IndexError, KeyError):
