@@ -124,6 +124,10 @@ LABELS = {
     "two of four classes": lambda a, b, c: a.softmax(1)[:, :2],
     "mean of sigmoids": lambda *z: sum(each.sigmoid() for each in z) / 3,
     "mean of single sigmoids": lambda *z: torch.stack([each[:, 0].sigmoid() for each in z]).mean(0),
+    "largest of several sigmoids": lambda *z: (
+        torch.stack([each[:, 0].sigmoid() for each in z]).mean(0).maximum(z[0][:, 1].sigmoid())
+    ),
+    "any of several sigmoids": lambda *z: 1 - torch.stack([1 - each[:, 0].sigmoid() for each in z]).prod(0),
     "what lacks to 1": lambda a, b, c: 1 - a.softmax(1)[:, 0],
 }
 
@@ -149,6 +153,13 @@ def test_both_classes_of_one_sigmoid_are_its_logit_and_the_opposite(images):
             one, other = (explain(m, images.double(), target, ["saliency", COVERED]) for m in (model, plain))
             assert all(close(other[name], one[name]) for name in one.maps) and not one.notices
         assert close(model(images.double()).detach().float(), answers(model, images.double())[1])
+
+
+def test_the_largest_of_several_sigmoids_has_the_logit_of_that_one(images):
+    model, plain = (model_of(lambda *z, f=f: f(torch.stack(z, 2)[:, :2]).amax(2)) for f in (torch.sigmoid, torch.clone))
+    found, expected = (explain(m, images, 1, ["saliency"]) for m in (model, plain))
+    assert torch.equal(expected.logits, found.logits) and not found.notices
+    assert close(model(images).detach(), found.probabilities)
 
 
 def test_a_certain_mixture_still_has_maps(images):

@@ -155,7 +155,8 @@ class Explanation:
     targets: Int[Tensor, "b t"]
     """Class indices; -1 where a function made the score."""
     logits: Float[Tensor, "b n"]
-    """Two classes of a single logit z: -z/2 and z/2, whose softmax is its sigmoid; the scores that a function made."""
+    """Two classes of a single logit z: -z/2 and z/2, whose softmax is its sigmoid; the scores that a function made.
+    Logarithms of probabilities that have no logits."""
     probabilities: Float[Tensor, "b n"]
     """Of each class, or of each label for itself, as the model has it; where a function made the scores, the scores."""
     layers: dict[str, str]
@@ -338,6 +339,7 @@ def fitting(
 
     found: list[str] = []
     reasons: dict[str, str] = {}
+    check_images(images)
     first = targets[:1] if isinstance(targets, Tensor) else targets
     one = forward_call(images, output, forward_args, forward_kwargs).at(torch.zeros(1, dtype=torch.long))
     given: dict[str, Any] = {"output": output, "forward_args": one.args, "forward_kwargs": one.kwargs}

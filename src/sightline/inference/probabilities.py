@@ -18,7 +18,7 @@ Kind = Literal["logits", "probabilities", "softmax", "sigmoid"]
 ("sigmoid"); "probabilities" leaves open which of the two."""
 
 _LINKS = {name: name for name in ("softmax", "log_softmax", "sigmoid")} | {"expit": "sigmoid"}
-_PICKS = {"getitem", "select", "narrow", "index_select", "chunk", "split", "unbind"}
+_PICKS = set("getitem select narrow index_select chunk split unbind amax amin max min".split())
 _MOVES = _PICKS | set(
     "squeeze unsqueeze flatten unflatten view reshape contiguous clone to type float double half bfloat16 permute "
     "transpose movedim flip expand cpu cuda".split()
@@ -26,7 +26,9 @@ _MOVES = _PICKS | set(
 _BOUNDS = set("clamp clip clamp_min clamp_max nan_to_num".split())
 _JOINS = set("stack cat concat concatenate hstack vstack dstack column_stack".split())
 _MULTIPLIES, _DIVIDES = {"mul", "multiply"}, {"div", "divide", "true_divide"}
-_FOLLOWED = _MOVES | _BOUNDS | _JOINS | _MULTIPLIES | _DIVIDES | set("add sum mean rsub log exp".split())
+_FOLLOWED = (
+    _MOVES | _BOUNDS | _JOINS | _MULTIPLIES | _DIVIDES | set("add sum mean prod maximum minimum rsub log exp".split())
+)
 _LARGEST_MIXTURE = 3  # dimensions, such as (members, images, classes): a gate on a feature map has more
 _ROUNDING = 1e-5
 _READ = "The outputs were read as probabilities, so {}; if they are logits, pass output='logits'"
@@ -117,6 +119,8 @@ class Probabilities(TorchFunctionMode):
             if not links or len(links) < len(joined):
                 return None
             return lambda output, _: _joined(links, lambda values: func(values, *rest, **options))
+        if name in ("max", "min") and isinstance(other, Tensor):
+            return None
         if name in _MULTIPLIES | {"add"} and link is None and isinstance(other, Tensor):
             link, other = self.link_of(other), given
         if link is None:
@@ -168,25 +172,38 @@ def _joined(links: Sequence[_Link], join: Callable[[list[Tensor]], Tensor]) -> _
 
 
 def _mixed(
-    name: str, link: _Link, second: _Link | None, other: Any, given: Any, rest: tuple[Any, ...], options: Any
+    name: str,
+    link: _Link,
+    second: _Link | None,
+    other: Any,
+    given: Any,
+    rest: tuple[Any, ...],
+    options: Any,
 ) -> _Link | None:
-    """Sums, averages, products with weights, and what lacks to 1, in logarithms."""
-    if name in ("sum", "mean"):
+    """Sums, averages, products, extremes and what lacks to 1, in logarithms."""
+    if name in ("sum", "mean", "prod"):
         dims = options.get("dim", rest[0] if rest else None)
         keep = bool(options.get("keepdim", rest[1] if len(rest) > 1 else False))
         if dims is None or options.get("dtype") is not None:
             return None
+        if name == "prod":
+            return link.mixed(lambda: link.logs().sum(dims, keepdim=keep)) if link.largest <= 1 + _ROUNDING else None
         count = math.prod(given.shape[dim] for dim in ([dims] if isinstance(dims, int) else dims))
         shift = math.log(count) if name == "mean" else 0.0
         largest = link.largest * (1 if name == "mean" else count)
         return link.mixed(lambda: link.logs().logsumexp(dims, keepdim=keep) - shift, largest=largest)
     number = float(other) if isinstance(other, Real) else None
     if name == "rsub":
-        if number != 1 or link.largest > 1:
+        if number != 1 or link.largest > 1 + _ROUNDING:
             return None
         if link.name == "sigmoid" and not link.is_mixed:
             return replace(link, logits=lambda: -link.logits(), logs=lambda: F.logsigmoid(-link.logits()))
-        return link.mixed(lambda: _log_rest(link.logs()), "sigmoid")
+        return link.mixed(lambda: _log_rest(link.logs()), "sigmoid", 1.0)
+    if name in ("maximum", "minimum"):
+        if second is None or second.name == "log_softmax":
+            return None
+        largest = max(link.largest, second.largest)
+        return link.mixed(lambda: getattr(torch, name)(link.logs(), second.logs()), _common([link, second]), largest)
     if name == "add":
         if second is None or second.name == "log_softmax" or options:
             return link if number == 0 else None
