@@ -350,7 +350,7 @@ def test_auxiliary_heads_do_not_stand_in_the_way():
 def test_a_class_index_is_no_logit(images):
     labels = model_of(lambda a, b, c: a.argmax(1))
     for call in (explain, answers, lambda *a: metrics.deletion_auc(*a, torch.tensor([1, 1, 1]), images[:, :1])):
-        with pytest.raises(TypeError, match=r"got torch.int64 of shape \(\d+,\), which look like class indices"):
+        with pytest.raises(ValueError, match=r"got torch.int64 of shape \(\d+,\), which look like class indices"):
             call(labels, images)
     asked = 1
     found = explain(labels, images, lambda output: (output == asked).float(), [MASKS])

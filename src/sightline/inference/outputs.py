@@ -185,8 +185,8 @@ def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float
     `pick` chooses another one.
 
     Raises:
-        TypeError: nothing of shape (batch, classes) is in it, or only class indices.
-        ValueError: several tensors may be the logits, or what was picked is not there.
+        TypeError: nothing of shape (batch, classes) is in it.
+        ValueError: several tensors may be the logits, what was picked is not there, or it holds class indices.
 
     >>> logits_of({"logits": torch.zeros(2, 5)}).shape, logits_of((torch.zeros(2, 8), torch.zeros(2, 4)), 1).shape
     (torch.Size([2, 5]), torch.Size([2, 4]))
@@ -194,7 +194,7 @@ def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float
     values = _picked(output, pick, batch)
     shape = tuple(values.shape) if isinstance(values, Tensor) else ()
     if isinstance(values, Tensor) and len(shape) in (1, 2) and not values.is_floating_point():
-        raise TypeError(
+        raise ValueError(
             f"expected logits of shape (batch, classes) from the model, got {values.dtype} of shape {shape}, "
             "which look like class indices; return the logits instead"
         )
