@@ -190,7 +190,7 @@ def test_bad_rows(rows, tmp_path, capsys):
     assert "as parquet: " in refused(capsys, "train", "--data", file, "--out", tmp_path / "other", *TINY)
     (tmp_path / "notes.txt").write_text("x")
     said = refused(capsys, "train", "--data", tmp_path / "notes.txt", "--out", tmp_path / "other", *TINY)
-    assert "expected a folder, a .parquet file or the name of a data set, got the file" in said
+    assert "expected a folder, a .parquet, .csv or .jsonl file or the name of a data set, got the file" in said
     said = refused(capsys, "train", "--data", "clutter", "--data.streaming", "true", "--out", tmp_path / "other")
     assert "data.streaming needs parquet files or a hub name, got clutter" in said
     said = refused(capsys, "train", "--data", "clutter", "--data.label", "digit", "--out", tmp_path / "other")

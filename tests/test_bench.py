@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from sightline import bench, cli, recipe, runs
+from sightline import bench, cli, data, recipe, runs
 from sightline.bench import Bench, Maps, Measured, Quality, Study, Summary
 from sightline.bench.measured import read
 from sightline.bench.published import PUBLISHED, published
+from sightline.bench.study import folder
 from sightline.metrics.complexity import sparsity
 from sightline.models import create_model
 from sightline.recipe import Data, Model, Optim, Recipe
@@ -122,6 +123,8 @@ def test_a_study_is_trained_measured_and_not_done_twice(tmp_path: Path, jobs: in
         ]
         assert parts.before.energy["avgpool.attention"] != parts.after.energy["avgpool.attention"]
         assert -1 <= parts.after.similarity <= 1
+        run = runs.open_run(folder(tmp_path, "parts (2)", 0))
+        assert parts.after.sparsity["avgpool.attention"] == pytest.approx(_sparsity_of_table_6(run), rel=1e-4)
     stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("measured.json")}
     assert len(stamps) == 2 * len(study.rows)
     again = bench.bench(study, tmp_path, jobs=jobs)
@@ -129,6 +132,29 @@ def test_a_study_is_trained_measured_and_not_done_twice(tmp_path: Path, jobs: in
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("measured.json")} == stamps
     assert json.loads((tmp_path / "bench.json").read_text())["measured"][0]["after"]["similarity"] is None
     assert (tmp_path / "bench.md").read_text() == found.markdown()
+
+
+def _sparsity_of_table_6(run):
+    """By loops: mean over images of 1 / mean over maps of mean(S) / max(S), S a map times the norm of the features."""
+    images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
+    model = runs.load(run.folder).eval()
+    batch = images.batch(range(len(images)))
+    pooled, features = model.get_submodule("avgpool.attention"), []
+    handle = pooled.register_forward_pre_hook(lambda block, inputs: features.append(inputs[0]))
+    with torch.no_grad():
+        model(data.normalise(batch.images, run.preprocess))
+    handle.remove()
+    values = []
+    for one, maps in zip(features[0], pooled.weights(features[0]), strict=True):
+        shares = []
+        for weights in maps:
+            seen = [
+                w * math.sqrt(sum(x * x for x in f))
+                for w, f in zip(weights.flatten().tolist(), one.flatten(1).T.tolist(), strict=True)
+            ]
+            shares.append(sum(seen) / len(seen) / max(seen))
+        values.append(len(shares) / sum(shares))
+    return sum(values) / len(values)
 
 
 def test_a_teacher_that_is_a_row_is_its_run_of_the_same_seed(tmp_path: Path):
@@ -555,3 +581,22 @@ def test_sparsity_gives_the_numbers_of_the_official_code():
     torch.testing.assert_close(official, known["mean_over_max_with_norm"], rtol=0, atol=1e-5)
     whole = 1 / sparsity(norms)
     torch.testing.assert_close(whole, known["activation_map_mean_over_max"].double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        (
+            "data.source",
+            "photos",
+            "its data set 'birds' sets for itself; change it in the file, or choose by --dataset",
+        ),
+        ("model.options.attention", "se", "its row 'BR-NPA 14x14' sets for itself; .* by --row"),
+    ],
+)
+def test_an_override_that_the_study_would_cover_up_is_refused(field, value, named):
+    with pytest.raises(
+        ValueError, match=f"--{field}: expected a field that the study leaves alone, got one that {named}"
+    ):
+        bench.load("recipes/bench_fine_grained.yaml", {field: value})
+    assert bench.load("recipes/bench_fine_grained.yaml", {"data.size": 64}).recipe.data.size == 64

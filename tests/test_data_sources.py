@@ -140,7 +140,8 @@ def test_unknown_sources():
     with pytest.raises(FileNotFoundError, match=r"'/no/where'; names: clutter, clutter-shortcut, clutter-pair"):
         load(Data(source="/no/where"))
     with pytest.raises(
-        ValueError, match=r"expected a folder, a \.parquet file or the name of a data set, got the file"
+        ValueError,
+        match=r"expected a folder, a \.parquet, \.csv or \.jsonl file or the name of a data set, got",
     ):
         load(Data(source=__file__))
 

@@ -155,14 +155,18 @@ def test_recipe_says_how_it_is_run_and_what_it_reached(path: Path) -> None:
     parse(arguments)
 
 
-def test_every_method_and_measure_is_explained() -> None:
+def test_every_entry_of_a_registry_has_its_row() -> None:
+    from sightline.attention import ATTENTION
+    from sightline.data import DATASETS
     from sightline.explainers import EXPLAINERS
     from sightline.metrics import METRICS
+    from sightline.models import MODELS
 
-    maps = (ROOT / "docs/maps.md").read_text()
-    assert [name for name in EXPLAINERS if f"| `{name}` |" not in maps] == []
-    measures = (ROOT / "docs/measures.md").read_text()
-    assert [name for name in METRICS if f"`{name}`" not in measures] == []
+    registries = {"maps": EXPLAINERS, "measures": METRICS, "attention": ATTENTION, "training": MODELS, "data": DATASETS}
+    for page, registry in registries.items():
+        lines = (ROOT / f"docs/{page}.md").read_text().splitlines()
+        rows = [line for line in lines if line.startswith("|")]
+        assert [name for name in registry if not any(f"`{name}`" in row for row in rows)] == [], page
 
 
 def test_what_a_formula_may_ask_for_is_listed() -> None:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tests.reference.protopnet import compare
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sightline import data, runs
 from sightline.explainers import attention_maps
 from sightline.models.protopnet import (
     ProtoPNet,
@@ -20,6 +22,8 @@ from sightline.models.protopnet import (
     push,
     this_looks_like_that,
 )
+from sightline.recipe import Data, Model, Optim, Recipe
+from sightline.training import _Keeper, begin, fit
 
 
 def network(num_classes=3, seed=0, **options):
@@ -186,8 +190,8 @@ def test_the_schedule_is_the_authors():
         fit_prototypes(network(), images_of(12), torch.arange(12) % 3, epochs=8, warm=2, push_every=4, last=1)
     finally:
         hook.remove()
-    warming, joint, head = [3e-3], [1e-4, 3e-3], [1e-4]
-    expected = [warming] * 2 + [joint] * 2 + [head] + [joint] * 3 + [[1e-5, 3e-4], head]
+    warming, joint, head = [3e-3] * 2, [1e-4, 3e-3, 3e-3], [1e-4]
+    expected = [warming] * 2 + [joint] * 2 + [head] + [joint] * 3 + [[1e-5, 3e-4, 3e-4], head]
     assert all(got == pytest.approx(wanted) for got, wanted in zip(rates, expected, strict=True))
 
 
@@ -275,3 +279,81 @@ def test_compiled_and_exported():
     expected = model(images)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(images), expected)
     torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), expected)
+
+
+def trained(folder, **overrides):
+    options = {"level": 1, "prototypes": 2, "channels": 8, "warm": 1, "push_every": 2, "last": 2}
+    recipe = Recipe(
+        data=Data(source="clutter", size=32, train_size=60, test_size=20, val=0.2),
+        model=Model(name="protopnet", options=options),
+        optim=Optim(epochs=3, batch_size=16),
+    )
+    return fit(recipe, folder, overrides, progress=False), recipe
+
+
+def moves(run):
+    """How far each prototype of a run is from the nearest patch of its class in the training images."""
+    images = replace(data.load(run.recipe.data)["train"], preprocess=run.preprocess)
+    model = runs.load(run.folder)
+    parts = ((data.normalise(b.images, run.preprocess), b.labels) for b in data.batches(images, 50))
+    return push(model, parts).distance
+
+
+def test_training_by_a_recipe_ends_with_patches_of_images(tmp_path):
+    run, _ = trained(tmp_path / "a")
+    assert (moves(run) < 1e-5).all()
+    assert run.history[0]["lr"] == 3e-3 and len(run.history) == 3
+    before = begin(run.recipe.model, 10, 0)
+    after = dict(runs.load(run.folder).features.named_parameters())
+    assert not all(torch.equal(after[name], value) for name, value in before.features.named_parameters())
+
+
+def test_the_first_stage_leaves_the_backbone_alone(tmp_path):
+    run, _ = trained(tmp_path / "a", **{"optim.epochs": 1})
+    before, after = begin(run.recipe.model, 10, 0), runs.load(run.folder)
+    pairs = ((name, value, after.get_parameter(name)) for name, value in before.named_parameters())
+    alike = {name.split(".")[0] for name, one, other in pairs if torch.equal(one, other)}
+    assert "features" in alike and not alike & {"add_on", "prototypes", "head"}
+
+
+def test_an_interrupted_training_in_stages_comes_to_the_same_weights(tmp_path, monkeypatch):
+    whole, recipe = trained(tmp_path / "whole")
+    for after in (2, 8):  # in the first stage, and after a push
+        ticks = iter(range(after))
+        state = _Keeper.asked
+
+        def asked(keeper, stop, ticks=ticks, state=state):
+            state(keeper, stop)
+            return next(ticks, None) is None, False
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="go on with --resume"):
+            patch.setattr(_Keeper, "asked", asked)
+            fit(recipe, tmp_path / f"part-{after}", progress=False)
+        part = fit(recipe, tmp_path / f"part-{after}", resume=True, progress=False)
+        one, other = runs.load(whole.folder).state_dict(), runs.load(part.folder).state_dict()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"optim.ema": 0.9},
+            "no optim.ema 0.9 with protopnet, which trains in stages of its own; leave it out",
+        ),
+        ({"optim.patience": 3}, "expected no optim.patience 3 with protopnet"),
+        ({"augment.mixup": 0.2}, "expected no augment.mixup 0.2 with protopnet"),
+    ],
+)
+def test_what_does_not_go_with_stages_is_refused_before_anything_is_written(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path / "a", **overrides)
+    assert not (tmp_path / "a").exists()
+
+
+def test_rates_of_the_recipe_that_are_not_used_are_named(tmp_path, capfd):
+    _, recipe = trained(tmp_path / "a", **{"optim.epochs": 1})
+    recipe = replace(recipe, optim=replace(recipe.optim, epochs=1, lr=0.1, schedule="step"))
+    run = fit(recipe, tmp_path / "b")
+    notice = "protopnet trains in stages of its own, by Adam at its own rates; not used: optim.lr, optim.schedule"
+    assert f"notice: {notice}\n" in capfd.readouterr().err and run.info["training"] == notice

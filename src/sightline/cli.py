@@ -533,9 +533,9 @@ def _compare(name: str) -> None:
         except ValueError as error:
             left_out.append(f"{block}: {error}")
     with _Bar() as bar:
-        found = costs(compared, torch.randn(2, 3, *size), rounds=5, progress=bar.update)
+        found = costs(compared, torch.randn(2, 3, *size), rounds=9, progress=bar.update)
     table = Table(title=f"{name}, {size[1]} x {size[0]} pixels, each block at its paper's places")
-    for column in ("block", "parameters", "GMACs / image", "forward, 2 images", "kept for backward"):
+    for column in ("block", "parameters", "GMACs / image", "time / without", "kept for backward"):
         table.add_column(column, justify="left" if column == "block" else "right")
     own = found["none"]
     for block, cost in found.items():
@@ -543,7 +543,7 @@ def _compare(name: str) -> None:
             block,
             f"{cost.parameters:,} ({cost.parameters / own.parameters - 1:+.1%})",
             f"{cost.macs / 1e9:.3f}",
-            f"{1000 * cost.seconds:.0f} ms ({cost.seconds / own.seconds:.2f} x)",
+            "{:.2f} x [{:.2f}, {:.2f}]".format(*cost.ratio),
             f"{cost.saved / 2**20:.0f} MiB ({cost.saved / own.saved:.2f} x)",
         )
     _print(table)
@@ -574,7 +574,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluation(new)
 
     new = verb("train", train, _PARTS)
-    new.add_argument("--data", metavar="PATH_OR_NAME", help="folder, parquet, hub:OWNER/NAME or a name (data.source)")
+    new.add_argument(
+        "--data", metavar="PATH_OR_NAME", help="folder, table, parquet, hub:OWNER/NAME or a name (data.source)"
+    )
     new.add_argument("--model", metavar="NAME", help="network, see sightline list models (model.name)")
     new.add_argument("--out", metavar="FOLDER", help="run folder to write")
     new.add_argument("--recipe", metavar="FILE", help="YAML file to start from")
@@ -734,20 +736,42 @@ def _model_of(options: argparse.Namespace) -> tuple["nn.Module", Any, Sequence[s
         )
     if not options.weights:
         raise ValueError(f"expected --weights FILE for model {options.run!r}, got none; untrained maps mean nothing")
-    classes: list[str] = []
-    if options.classes is not None:
-        try:
-            lines = Path(options.classes).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{options.classes}: expected a text file with one class name per line") from error
-        classes = [line.strip() for line in lines if line.strip()]
+    classes = [] if options.classes is None else _class_names(Path(options.classes))
     try:
         model = models.create_model(options.run, num_classes=len(classes) or None, weights=options.weights)
     except ValueError as error:
-        hint = "" if classes else "; name the classes it was trained on by --classes FILE"
+        hint = "; name the classes it was trained on by --classes FILE"
+        if classes:
+            hint = f"; {options.classes} names {len(classes)} classes"
         raise ValueError(f"{error}{hint}" if "num_classes" in str(error) else str(error)) from error
     size, mean, std = models.input_of(model)
     return model, data.Preprocess(size=size, mean=mean, std=std), classes
+
+
+def _class_names(file: Path) -> list[str]:
+    """The class names in a text file, one per line; the first line is class 0.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else, an empty line among the names, or a name twice.
+    """
+    from sightline.data.tables import read_text
+
+    expected = "expected a text file with one class name per line"
+    try:
+        lines = [line.strip() for line in read_text(file).rstrip().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{file}: {expected}; {str(error).removeprefix(f'{file}: ')}") from error
+    if lines == []:
+        raise ValueError(f"{file}: {expected}, it is empty")
+    if lines[0].startswith(("[", "{")) or (len(lines) == 1 and re.search("[,;\t]", lines[0])):
+        raise ValueError(f"{file}: {expected}, got {lines[0][:60]!r}; write one per line")
+    if "" in lines:
+        raise ValueError(f"{file}: {expected}, got none in line {lines.index('') + 1}; remove or fill empty lines")
+    if doubled := [i for i, name in enumerate(lines) if name in lines[:i]]:
+        name = lines[doubled[0]]
+        raise ValueError(f"{file}: {expected}, got {name!r} in lines {lines.index(name) + 1} and {doubled[0] + 1}")
+    return lines
 
 
 def _in_order_of(images: "ImageSet", classes: Sequence[str]) -> "ImageSet":

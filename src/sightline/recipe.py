@@ -1,11 +1,12 @@
 """What to train on what, and how: frozen dataclasses; YAML is only their file form. Imports no torch."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -15,17 +16,25 @@ class Data:
     """Which images, which columns, which splits."""
 
     source: str = "clutter"
-    """A name from `sightline list datasets`, a folder of class folders, a parquet file or folder, or hub:OWNER/NAME."""
+    """A name from `sightline list datasets`, a folder of class folders, a table (labels.csv, or a folder with a
+    metadata.csv), a parquet file or folder, or hub:OWNER/NAME."""
     image: str | None = None
-    """Column with the image (parquet, hub). None: the column whose type is an image."""
+    """Column with the image. None: the column whose type is an image (tables: `image` or `file_name`)."""
     label: str | None = None
-    """Column with the class. None: `label`, or the only class-label column."""
+    """Column with the class. None: `label`, or the only class-label column (tables without one: the class folder)."""
     mask: str | None = None
     """Column with the mask of the evidence. None: `mask` where there is one (clutter-shortcut: `digit` or `patch`)."""
     box: str | None = None
-    """Column with one box or several, [x0, y0, x1, y1] in pixels of the stored image. None: `bbox` if there is one."""
+    """Column with one box or several. None: `bbox` if there is one."""
+    boxes: Literal["xyxy", "xywh", "relative", "relative_xywh", "cxcywh"] | None = None
+    """How a box is written: `xyxy` [x0, y0, x1, y1] or `xywh` [x, y, width, height] in pixels of the stored image;
+    `relative`, `relative_xywh` the same as shares of its sides; `cxcywh` (YOLO) [center x, center y, width, height] as
+    shares. None: xyxy, refused where the boxes look like another form."""
+    mask_values: tuple[int, ...] | None = None
+    """Values of a mask that count as the object, such as 1 or 8,9 or 128-255. None: all but 0."""
     group: str | None = None
-    """Column that names the patient, slide or bird: no group is split between train and test. None: no groups."""
+    """Column that names the patient, slide or bird: no group is split between train and test. None: no groups
+    (tables: `group` if there is one)."""
     size: int | None = None
     """Side of the square that the model sees, in pixels. None: the source's own (clutter 40, cifar 32, folder 128)."""
     resplit: bool = False
@@ -165,6 +174,7 @@ _LIMITS: dict[str, _Limit] = {
     "data.test_size": _COUNT,
     "data.seed": ("a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     "data.shortcut": _SHARE,
+    "data.mask_values": ("one whole number of 0 or more, or several", lambda x: len(x) > 0 and min(x) >= 0),
     "augment.crop": _NOT_NEGATIVE,
     "augment.scale": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "augment.color": _SHARE,
@@ -301,14 +311,14 @@ def _check(name: str, value: Any) -> Any:
 def _convert(value: Any, kind: Any) -> Any:
     """The value as the type `kind`; an error where that would be a guess."""
     origin = get_origin(kind)
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         return None if value is None else _convert(value, get_args(kind)[0])
     if isinstance(value, str) and origin is tuple:
         value = value.strip("[] ").split(",")
     if isinstance(value, str) and (kind in (int, bool) or origin is dict):
         value = yaml.safe_load(value)
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(item, int) for item in value)
+        return tuple(number for item in value for number in _numbers(item))
     if origin is dict and isinstance(value, dict):
         return yaml.safe_load(yaml.safe_dump(value))  # a recipe is data: an object that YAML cannot hold is refused
     if origin is Literal and value in get_args(kind):
@@ -320,10 +330,25 @@ def _convert(value: Any, kind: Any) -> Any:
     raise TypeError(kind)
 
 
+def _numbers(item: Any) -> Iterable[int]:
+    """One whole number, or those of a range in text.
+
+    >>> [*_numbers("128-130"), *_numbers(7)]
+    [128, 129, 130, 7]
+    """
+    if isinstance(item, str) and (ends := re.fullmatch(r" *(\d+) *- *(\d+) *", item)):
+        first, last = int(ends[1]), int(ends[2])
+        if not first <= last <= first + 65535:
+            raise ValueError(item)
+        return range(first, last + 1)
+    return (_convert(item, int),)
+
+
 def _words(kind: Any) -> tuple[str, ...]:
     """What a field expects, in plain words, then the choices where there are some."""
-    if get_origin(kind) is UnionType:
-        return (f"{_words(get_args(kind)[0])[0]} or null",)
+    if get_origin(kind) in (Union, UnionType):
+        words, *choices = _words(get_args(kind)[0])
+        return (f"{words} or null", *choices)
     if get_origin(kind) is Literal:
         return (f"one of {', '.join(get_args(kind))}", *get_args(kind))
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -235,7 +235,8 @@ def _costs(found: Bench, out: Path, dataset: str) -> dict[str, Costs]:
 def _known_costs(file: Path, timed: Any) -> dict[str, Costs] | None:
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        return {row: Costs(**cost) for row, cost in known["costs"].items()} if known["of"] == timed else None
+        kept = {row: Costs(**cost | {"ratio": tuple(cost["ratio"])}) for row, cost in known["costs"].items()}
+        return kept if known["of"] == timed else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -2,15 +2,18 @@
 
 import json
 import math
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline import data, metrics, runs
-from sightline.attention import RepresentativeVectors
+from sightline.attention import BilinearAttentionPooling, RepresentativeVectors
 from sightline.data.splits import draw
 from sightline.explainers import attention_maps, explain
 from sightline.inference import forward, untouched
@@ -32,7 +35,8 @@ class Maps:
     energy: dict[str, float]
     """block -> share of its map (the mean of its maps, if there are several) in the mask."""
     sparsity: dict[str, float]
-    """block -> `sightline.metrics.complexity.sparsity` of its maps."""
+    """block -> `sightline.metrics.complexity.sparsity` of its maps. Those of BR-NPA and bilinear attention pooling are
+    first multiplied by the norm of the features that they pool, as in Table 6 of BR-NPA."""
     activation_energy: float
     """Share in the mask of the norm of the last feature map; a transformer has none."""
     similarity: float
@@ -140,15 +144,17 @@ def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
     for batch in data.batches(images, _BATCH):
         inputs = data.normalise(batch.images.to(device), images.preprocess)
         masks = None if batch.masks is None else batch.masks.to(device)
-        for name, weights in attention_maps(model, inputs).items():
+        with _pooled_norms(model) as norms:
+            maps = attention_maps(model, inputs)
+        for name, weights in maps.items():
             if weights.shape[2] * weights.shape[3] > 1:
-                sparsities.setdefault(name, []).append(sparsity(weights))
+                sparsities.setdefault(name, []).append(sparsity(weights * norms.get(name, 1)))
                 energies.setdefault(name, []).append(_energy(weights.mean(1, keepdim=True), masks))
         try:
-            norms = explain(model, inputs, methods=["activation_map"])["activation_map"]
+            size = explain(model, inputs, methods=["activation_map"])["activation_map"]
         except ValueError:  # a transformer has no feature map
-            norms = inputs.new_full((len(inputs), 1, 1, 1), math.nan)
-        activation.append(_energy(norms, masks))
+            size = inputs.new_full((len(inputs), 1, 1, 1), math.nan)
+        activation.append(_energy(size, masks))
         cosines += _similarities(model, inputs)
     return Maps(
         energy={name: _mean(values) for name, values in energies.items()},
@@ -186,6 +192,28 @@ def _quality(model: nn.Module, images: data.ImageSet) -> dict[str, Quality]:
 
 def _energy(maps: Tensor, masks: Tensor | None) -> Tensor:
     return maps.new_full((len(maps),), math.nan) if masks is None else energy_in_mask(maps, masks)
+
+
+@contextmanager
+def _pooled_norms(model: nn.Module) -> Generator[dict[str, Float[Tensor, "b 1 h w"]]]:
+    """Norms of the features that poolings into several vectors take, by name, once the model has run."""
+    norms: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[..., None]:
+        def keep(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            norms[name] = torch.linalg.vector_norm(inputs[0].detach(), dim=1, keepdim=True)
+
+        return keep
+
+    poolings = {
+        n: m for n, m in model.named_modules() if isinstance(m, RepresentativeVectors | BilinearAttentionPooling)
+    }
+    handles = [block.register_forward_pre_hook(keeper(name)) for name, block in poolings.items()]
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _similarities(model: nn.Module, images: Tensor) -> list[Tensor]:

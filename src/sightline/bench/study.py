@@ -151,6 +151,7 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Study:
         rows={str(name): row for name, row in rows.items()},
         datasets={str(name): changes for name, changes in datasets.items()},
     )
+    _check_heeded(overrides or {}, {"data set": study.datasets, "row": study.rows})
     for name, row in study.rows.items():
         for dataset, changes in study.datasets.items():
             place = f"row {name!r}" + (f" on {dataset}" if dataset else "")
@@ -164,6 +165,18 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Study:
         if teacher in study.rows and study.rows[teacher].get("optim.teacher") in study.rows:
             raise ValueError(f"row {name!r}: expected a teacher that has no row as its own teacher, got {teacher!r}")
     return study
+
+
+def _check_heeded(overrides: Mapping[str, Any], parts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Refuse an override that the study's own changes would cover up."""
+    for field_name in overrides:
+        for kind, changes in parts.items():
+            setting = [name for name, own in changes.items() if field_name in own]
+            if setting:
+                raise ValueError(
+                    f"--{field_name}: expected a field that the study leaves alone, got one that its {kind} "
+                    f"{setting[0]!r} sets for itself; change it in the file, or choose by --{kind.replace(' ', '')}"
+                )
 
 
 def _are_changes(part: Any) -> TypeGuard[dict[Any, dict[str, Any]]]:

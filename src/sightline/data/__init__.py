@@ -5,6 +5,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Int64
@@ -12,10 +13,12 @@ from jaxtyping import Int64
 from sightline.data import clutter, hugging_face
 from sightline.data.columns import table
 from sightline.data.decoded import Decoder, OnTheFly, Stored, decode_all
+from sightline.data.marks import BoxForm, looked_at, settle
 from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batches, normalise, sampled, statistics
 from sightline.data.sources import FileReader, Table, from_folder, image_files
 from sightline.data.splits import assign, check_labelled, draw
 from sightline.data.streams import stream
+from sightline.data.tables import from_tables, lists_images, table_files
 from sightline.recipe import Data
 
 __all__ = [
@@ -59,7 +62,7 @@ def load(data: Data) -> dict[str, ImageSet]:
         return clutter.load(data)
     found = _find(data)
     blank = _blank(data, found)
-    rows = assign(found.labels, found.classes, found.parts, found.groups, data)
+    rows = assign(found.labels, found.classes, found.parts, found.groups, replace(data, group=found.group_name))
     sets = {split: _decoded(found, split, chosen, blank, data.strict) for split, chosen in rows.items()}
     train = sets["train"] = replace(sets["train"], skipped=found.skipped + sets["train"].skipped)
     if data.strict and train.skipped:
@@ -110,7 +113,7 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
             _find(data)
         raise ValueError(f"data.streaming needs parquet files or a hub name, got {data.source}; set it to false")
     streamed = stream(data, found)
-    held = streamed.held
+    held = _marked(data, streamed.held)
     blank = _blank(data, held)
     train = ImageStream(
         name=held.name,
@@ -118,7 +121,7 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
         preprocess=blank,
         length=streamed.length,
         records=streamed.reader,
-        decoder=Decoder(size=blank.size, has_masks=held.has_masks, has_boxes=held.has_boxes),
+        decoder=Decoder(size=blank.size, has_masks=held.has_masks, has_boxes=held.has_boxes, marks=held.marks),
         flip_ok=held.flip_ok,
         strict=data.strict,
     )
@@ -170,19 +173,46 @@ def _check(data: Data) -> None:
     for name, value in (("val", data.val), ("test", data.test), ("shortcut", data.shortcut)):
         if not 0 <= value <= 1:
             raise ValueError(f"expected data.{name} from 0 to 1, got {value}; it is a share of the images")
+    if data.boxes not in (None, *get_args(BoxForm)):
+        raise ValueError(f"expected data.boxes to be one of {', '.join(get_args(BoxForm))}, got {data.boxes!r}")
     if data.seed < 0:
         raise ValueError(f"expected data.seed of at least 0, got {data.seed}")
 
 
 def _find(data: Data) -> Table:
+    return _marked(data, _unmarked(data))
+
+
+def _marked(data: Data, table: Table) -> Table:
+    """The same table with the way to read its masks and boxes."""
+    if data.boxes is not None and not table.has_boxes:
+        raise ValueError(f"data.boxes says how boxes are written, but {data.source} has none; leave it out")
+    if data.mask_values is not None and not table.has_masks:
+        raise ValueError(f"data.mask_values says how masks are read, but {data.source} has none; leave it out")
+    if not (table.has_masks or table.has_boxes):
+        return table
+    form = data.boxes or table.box_form
+    marks, notices = settle(replace(data, boxes=form), table.name, table.reader(looked_at(len(table.labels))))
+    return replace(table, marks=marks, notices=table.notices + notices)
+
+
+def _unmarked(data: Data) -> Table:
     found = hugging_face.find(data)
     if found is not None:
         return table(data, found)
     folder = Path(data.source).expanduser()
+    files = table_files(folder)
+    listing = [file for file in files if folder.is_file() or lists_images(file, data)]
+    if listing:
+        return from_tables(data, folder, listing)
     if folder.is_dir():
-        return from_folder(data, folder)
+        unread = tuple(f"{file} is not read, it has no column file_name with the images" for file in files)
+        found = from_folder(data, folder)
+        return replace(found, notices=found.notices + unread)
     if folder.is_file():
-        raise ValueError(f"expected a folder, a .parquet file or the name of a data set, got the file {folder}")
+        raise ValueError(
+            f"expected a folder, a .parquet, .csv or .jsonl file or the name of a data set, got the file {folder}"
+        )
     near = get_close_matches(data.source, DATASETS, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"names: {', '.join(DATASETS)}"
     raise FileNotFoundError(f"no folder, parquet file or data set {data.source!r}; {hint}")
@@ -195,7 +225,7 @@ def _blank(data: Data, table: Table) -> Preprocess:
 
 
 def _decoded(table: Table, split: str, rows: Int64[np.ndarray, " n"], preprocess: Preprocess, strict: bool) -> ImageSet:
-    decoder = Decoder(size=preprocess.size, has_masks=table.has_masks, has_boxes=table.has_boxes)
+    decoder = Decoder(size=preprocess.size, has_masks=table.has_masks, has_boxes=table.has_boxes, marks=table.marks)
     source = OnTheFly(reader=table.reader, rows=rows, decoder=decoder)
     store, facts = decode_all(source, f"{table.name} ({split})", table.key)
     skipped = tuple((table.names[rows[i]], reason) for i, reason in facts.skipped)

@@ -263,6 +263,9 @@ def load(data: Data) -> dict[str, ImageSet]:
     for option in ("image", "label", "box", "group"):
         if getattr(data, option) is not None:
             raise ValueError(f"data.{option} names a column, but {data.source} is composed and has none; leave it out")
+    for option in ("boxes", "mask_values"):
+        if getattr(data, option) is not None:
+            raise ValueError(f"data.{option} is for files, but {data.source} is composed; leave it out")
     parts, patched = PARTS[data.source], data.source == "clutter-shortcut"
     kinds = ("digit", "patch") if patched else ("digit",)
     mask = data.mask or kinds[-1]

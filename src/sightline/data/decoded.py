@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import PIL
@@ -22,19 +22,12 @@ from rich.console import Console
 from rich.progress import track
 
 from sightline.data.images import UnreadableImage, open_image, open_mask, quiet
+from sightline.data.marks import USUAL, Marks, Record, pixel_boxes
 
 Array = np.ndarray
 LARGEST = 256  # side of the largest image that is cached, in pixels
 MEMORY = 4 * 2**30  # bytes that may be held where the disk cannot be used
 CHUNK = 64
-
-
-class Record(NamedTuple):
-    """One image as its source has it."""
-
-    image: Path | bytes
-    mask: Any = None
-    boxes: Any = None
 
 
 Reader = Callable[[Sequence[int]], list[Record]]
@@ -73,6 +66,7 @@ class Decoder:
     """Height and width, in pixels."""
     has_masks: bool
     has_boxes: bool
+    marks: Marks = USUAL
 
     def decode(self, record: Record) -> Sample:
         """One image with its mask and boxes; without a mask or a box nothing in it is marked.
@@ -84,9 +78,10 @@ class Decoder:
         mask, boxes = None, None
         if self.has_masks:
             empty = np.zeros(self.size, dtype=bool)
-            mask = empty if record.mask is None else open_mask(record.mask, self.size, (height, width))
+            chosen = self.marks.mask_values
+            mask = empty if record.mask is None else open_mask(record.mask, self.size, (height, width), chosen)
         if self.has_boxes:
-            boxes = _boxes(record.boxes)
+            boxes = pixel_boxes(record.boxes, self.marks.boxes, (height, width))
             scale = np.array([self.size[1] / width, self.size[0] / height], dtype=np.float32)
             boxes = boxes * np.tile(scale, 2)
         return Sample(np.ascontiguousarray(pixels.transpose(2, 0, 1)), mask, boxes)
@@ -108,15 +103,6 @@ class Decoder:
         images = np.array([s.image for s in samples], dtype=np.uint8).reshape(-1, 3, *self.size)
         masks = np.array([s.mask for s in samples], dtype=bool).reshape(-1, *self.size) if self.has_masks else None
         return Pixels(images, masks, [s.boxes for s in samples if s.boxes is not None] if self.has_boxes else None)
-
-
-def _boxes(cell: Any) -> Float32[Array, "_ 4"]:
-    """The boxes in a cell: one, several or none."""
-    try:
-        numbers = np.asarray([] if cell is None else cell, dtype=np.float32)
-        return numbers.reshape(-1, 4) if numbers.size else np.empty((0, 4), np.float32)
-    except (TypeError, ValueError):
-        raise UnreadableImage(f"expected boxes [x0, y0, x1, y1], got {str(cell)[:80]}") from None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

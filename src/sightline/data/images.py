@@ -2,18 +2,19 @@
 
 import io
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 Array = np.ndarray
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 ORIENTATION = 0x0112
+_LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
 
 
 class UnreadableImage(ValueError):
@@ -60,26 +61,69 @@ def open_image(file: Path | bytes, size: tuple[int, int] | int) -> tuple[UInt8[A
         return pixels, upright_size
 
 
-def open_mask(file: Any, size: tuple[int, int], image_size: tuple[int, int]) -> Bool[Array, "h w"]:
-    """Decode a mask and resize it: a pixel belongs to it where at least half of its area was not zero.
+class MaskPixels(NamedTuple):
+    """One number per pixel of a mask, and how they are meant."""
 
-    `file` may also be rows of numbers. An alpha channel is left out.
+    values: Shaped[Array, "h w"]
+    least: float | None
+    """Smallest value of the object, where values are shades between nothing and all. None: anything but 0."""
+    kind: Literal["", "alpha", "lossy"]
+    """Why they are shades."""
+
+    def inside(self, chosen: Sequence[int] | None = None) -> Bool[Array, "h w"]:
+        """The pixels of the object: those of the values chosen, if any are."""
+        if chosen is not None:
+            return np.isin(self.values, chosen)
+        return self.values != 0 if self.least is None else self.values >= self.least
+
+
+def read_mask(file: Any) -> MaskPixels:
+    """Decode a mask, which may also be rows of numbers. The largest channel of a color counts.
+
+    An alpha channel is the mask where it varies, or where all is transparent and of one color. Formats that blur
+    (JPEG) and alpha channels hold shades: half of the largest value, or of opaque, is where the object begins.
+
+    Raises:
+        UnreadableImage: it cannot be decoded.
+    """
+    if not isinstance(file, Path | bytes):
+        try:
+            values = np.asarray(file, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise UnreadableImage("its mask cannot be read: expected rows of numbers of one length") from None
+        return MaskPixels(values.max(-1) if values.ndim == 3 else values, None, "")
+    try:
+        with _opened(file) as image:
+            upright = ImageOps.exif_transpose(image)
+            values, kind = np.asarray(upright), image.format
+    except UnreadableImage as error:
+        raise UnreadableImage(f"its mask cannot be read: {error}") from error
+    if "A" in upright.getbands():
+        values, alpha = values[..., :-1].max(-1), values[..., -1]
+        if alpha.min() != alpha.max() or (not alpha.any() and values.min() == values.max()):
+            return MaskPixels(alpha, 128, "alpha")
+    elif values.ndim == 3:
+        values = values.max(-1)
+    if kind in _LOSSY and (kind in ("JPEG", "MPO") or len(np.unique(values)) > 8):
+        return MaskPixels(values, max(float(values.max()) / 2, 1), "lossy")
+    return MaskPixels(values, None, "")
+
+
+def open_mask(
+    file: Any, size: tuple[int, int], image_size: tuple[int, int], chosen: Sequence[int] | None = None
+) -> Bool[Array, "h w"]:
+    """Decode a mask and resize it: a pixel belongs to it where at least half of its area is the object.
+
+    Args:
+        file: the mask, see `read_mask`.
+        size: height and width to resize to.
+        image_size: height and width of the image that it belongs to.
+        chosen: values that count as the object. None: anything but 0, or from half on where the values are shades.
 
     Raises:
         UnreadableImage: it cannot be decoded, or its size is not that of its image.
     """
-    if isinstance(file, Path | bytes):
-        try:
-            with _opened(file) as image:
-                upright = ImageOps.exif_transpose(image)
-                values = np.asarray(upright)
-                if "A" in upright.getbands():
-                    values = values[..., :-1]
-        except UnreadableImage as error:
-            raise UnreadableImage(f"its mask cannot be read: {error}") from error
-    else:
-        values = np.asarray(file)
-    inside = values.any(-1) if values.ndim == 3 else values != 0
+    inside = read_mask(file).inside(chosen)
     if inside.shape != image_size:
         got = " x ".join(str(n) for n in inside.shape[::-1])
         raise UnreadableImage(

@@ -10,6 +10,7 @@ from jaxtyping import Int64, Shaped
 
 from sightline.data.decoded import Reader, Record
 from sightline.data.images import SUFFIXES, UnreadableImage, quiet, stored_size
+from sightline.data.marks import USUAL, BoxForm, Marks
 from sightline.recipe import Data
 
 Array = np.ndarray
@@ -44,6 +45,9 @@ class Table:
     group_name: str | None = None
     has_masks: bool = False
     has_boxes: bool = False
+    box_form: BoxForm | None = None
+    """How boxes are written, where the source tells it."""
+    marks: Marks = USUAL
     flip_ok: bool = True
     skipped: tuple[tuple[str, str], ...] = ()
     """Name and reason of files that belong to no class or are not there."""
@@ -55,7 +59,10 @@ def from_folder(data: Data, folder: Path) -> Table:
     """Class sub-folders, directly in `folder` or in its train, val and test."""
     for option in ("image", "label", "mask", "box", "group"):
         if getattr(data, option) is not None:
-            raise ValueError(f"data.{option} names a column, but {folder} is a folder of images, which has none")
+            raise ValueError(
+                f"data.{option} names a column, but {folder} is a folder of images, which has none; "
+                "list them in a metadata.csv in it"
+            )
     split = [(PARTS[d.name.lower()], d) for d in _subfolders(folder) if d.name.lower() in PARTS]
     if not any(_subfolders(d) for _, d in split):
         split = []  # classes that bear such a name
@@ -68,7 +75,9 @@ def from_folder(data: Data, folder: Path) -> Table:
         found = _subfolders(root)
         loose = sorted(f for f in root.iterdir() if _is_image(f))
         if not found:
+            table = next((f"; their table is a source, too: {f}" for f in sorted(root.glob("*.csv"))), "")
             got = f"got {len(loose)} images without a class; sort them into such folders" if loose else "it is empty"
+            got += table
             raise ValueError(f"expected a sub-folder of images per class in {root}, {got}")
         skipped += [(f.relative_to(folder).as_posix(), "lies in no class folder") for f in loose]
         for kind in found:

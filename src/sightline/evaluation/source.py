@@ -140,6 +140,11 @@ class Source:
                 f"expected masks of shape {(count, 1, *images.shape[2:])} in {where}, got {tuple(masks.shape)}; "
                 "make them as large as the images"
             )
+        if masks is not None and not ((masks == 0) | (masks == 1)).all():
+            raise ValueError(
+                f"expected masks that are bool or 0 and 1 in {where}, got values from {masks.min()} to {masks.max()}; "
+                "compare them with the values of the object"
+            )
         for key in ("names", "groups"):
             if key in batch and len(batch[key]) != count:
                 raise ValueError(f"expected {count} {key} in {where}, got {len(batch[key])}; give one per image")

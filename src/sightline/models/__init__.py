@@ -1,12 +1,16 @@
 """Networks by name: plain modules, normalised images in, logits out."""
 
 import inspect
+import json
+import zipfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from torch import Tensor, nn
 
+from sightline import recipe
 from sightline.attention.insertion import MARK, Block, closest, insert
 from sightline.models.protopnet import ProtoPNet
 from sightline.models.resnet import CifarResNet, keep_resolution
@@ -83,13 +87,13 @@ def create_model(
         keep_resolution(model, high_resolution)
     if attention_options and attention is None:
         raise ValueError(f"expected attention to go with attention_options {attention_options}, got none; name a block")
-    found = None if weights is None or pretrained else _read(Path(weights))
+    found = None if weights is None or pretrained else _renamed(model, _read(Path(weights)))
     blockless = pretrained or (found is not None and not _problems(model, found))
     if attention is not None and not blockless:
         init = "identity" if any(key.endswith(f".{MARK}") for key in found or ()) else "fresh"
         model = insert(model, attention, init=init, inplace=True, **attention_options or {})
-    if found is not None:
-        _load(model, name, found, weights)
+    if found is not None and weights is not None:
+        _load(model, name, found, Path(weights))
     if attention is not None and blockless:
         model = insert(model, attention, init="identity", inplace=True, **attention_options or {})
     return model
@@ -168,7 +172,79 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise OSError(f"expected a safetensors file, cannot read {file} ({error}); is it complete?") from error
+        raise OSError(f"expected a safetensors file, cannot read {file} ({error}); {_advice(file)}") from error
+
+
+def _advice(file: Path) -> str:
+    """What a file is that is no safetensors file, and what to do about it."""
+    with file.open("rb") as opened:
+        start = opened.read(10**7)
+    text = start[:1000].lstrip().lower()
+    if start.startswith(b"PK\x03\x04"):
+        return _archive_advice(file)
+    if start.startswith(b"\x80"):
+        return _convert(file, start)
+    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
+        return "it is compressed; unpack it and give the safetensors file in it"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page; download the file itself, which often has another address"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; fetch what it points to: git lfs pull"
+    if text.startswith(b"{"):
+        return "it is JSON; give the safetensors file that belongs to it, in one piece"
+    if start.startswith(b"\x89HDF"):
+        return "it is an HDF5 file, as Keras writes them; save the weights of the PyTorch network instead"
+    return "is it complete?"
+
+
+def _archive_advice(file: Path) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if any("/code/" in name for name in names):
+                return "it is a TorchScript archive; save the state_dict of the network it was made from instead"
+            pickled = next((name for name in names if name.endswith("data.pkl")), None)
+            if pickled is None:
+                return "it is a zip archive; unpack it and give the safetensors file in it"
+            with archive.open(pickled) as opened:
+                return _convert(file, opened.read(10**7))
+    # a damaged archive may raise anything
+    except Exception:
+        return "it is a zip archive, perhaps of torch.save, and damaged; is it complete?"
+
+
+def _convert(file: Path, pickled: bytes) -> str:
+    """What a pickle is, and Python that turns its weights into a safetensors file; nothing in it is run."""
+    what = "a Lightning checkpoint" if b"pytorch-lightning_version" in pickled else "a pickle that torch.save wrote"
+    keys = (key for key in ("state_dict", "model_state_dict", "model") if _short_text(key) in pickled)
+    part = "".join(f"[{key!r}]" for key in islice(keys, 1))
+    return (
+        f"it is {what}; convert it once: import torch; from safetensors.torch import save_file; "
+        f"w = torch.load({str(file)!r}, map_location='cpu', weights_only=True){part}; "
+        f"save_file({{k: v.clone() for k, v in w.items()}}, {str(file.with_suffix('.safetensors'))!r})"
+    )
+
+
+def _short_text(key: str) -> bytes:
+    """A string as a pickle holds it."""
+    return b"X" + len(key).to_bytes(4, "little") + key.encode()
+
+
+def _renamed(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without what wrappers put in front of all names, as far as the model knows more of them then.
+
+    DataParallel writes `module.`, torch.compile `_orig_mod.` (anywhere), a Lightning module the name of an attribute,
+    an average of weights `module.` and one count more.
+    """
+    wanted = model.state_dict().keys()
+    best, names = found, {key: key.replace("_orig_mod.", "") for key in found if key != "n_averaged"}
+    while names:
+        if len(wanted & set(names.values())) > len(wanted & best.keys()):
+            best = {name: found[key] for key, name in names.items()}
+        if len({name.partition(".")[0] for name in names.values()}) > 1:
+            break
+        names = {key: rest for key, name in names.items() if (rest := name.partition(".")[2])}
+    return best
 
 
 def _problems(model: nn.Module, found: dict[str, Tensor]) -> list[str]:
@@ -183,12 +259,54 @@ def _problems(model: nn.Module, found: dict[str, Tensor]) -> list[str]:
     return problems
 
 
-def _load(model: nn.Module, name: str, found: dict[str, Tensor], source: str | Path | None) -> None:
+def _load(model: nn.Module, name: str, found: dict[str, Tensor], source: Path) -> None:
     problems = _problems(model, found)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(
-            f"weights in {source} do not fit {name}: {problems[0]}{more}; "
-            "give the num_classes and options they belong to"
+            f"weights in {source} do not fit {name}: {problems[0]}{more}; {_remedy(model, name, found, source)}"
         )
     model.load_state_dict(found)
+
+
+def _remedy(model: nn.Module, name: str, found: dict[str, Tensor], source: Path) -> str:
+    """Whose the weights are, as far as they tell, and what to do."""
+    wanted = model.state_dict()
+    shared = [key for key in wanted if key in found]
+    differing = [(wanted[key].shape, found[key].shape) for key in shared if wanted[key].shape != found[key].shape]
+    if len(shared) == len(wanted) == len(found):
+        sizes = {(ours[:1], theirs[:1]) for ours, theirs in differing}
+        rest = all(ours[1:] == theirs[1:] for ours, theirs in differing)
+        (ours, theirs), *others = sizes
+        if rest and not others and ours and theirs:
+            return f"give num_classes={theirs[0]}, they are those of {theirs[0]} classes, not {ours[0]}"
+    written = _written_for(source)
+    if written is not None and written[0] != name:
+        return f"they are those of {written[0]} with {written[1]} classes; give that name, and its options"
+    inner = [p for p in dict.fromkeys(k.partition(".")[0] + "." for k in found) if _fits_below(wanted, found, p)]
+    if inner:
+        return f"names below {inner[0]!r} fit; save these alone, without {inner[0]!r} in front"
+    if 2 * len(shared) < len(wanted):
+        example = f", they start with {min(found)}" if found else ""
+        return (
+            f"{len(shared)} of its {len(wanted)} names are there, so they belong to another network{example}; "
+            "give the name of that"
+        )
+    return "give the num_classes and options they belong to"
+
+
+def _fits_below(wanted: dict[str, Tensor], found: dict[str, Tensor], prefix: str) -> bool:
+    return all(prefix + key in found for key in wanted)
+
+
+def _written_for(source: Path) -> tuple[str, int] | None:
+    """The network and number of classes that the files beside weights tell: a run's, or config.json of a timm model."""
+    folder = source if source.is_dir() else source.parent
+    try:
+        if (folder / "recipe.yaml").is_file():
+            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            return recipe.load(folder / "recipe.yaml").model.name, len(facts["classes"])
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(facts["architecture"]), int(facts["num_classes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

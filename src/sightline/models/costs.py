@@ -1,6 +1,7 @@
 """What a network costs: parameters, multiplications, time, and memory kept for the backward pass."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ class Costs:
     """Multiply-accumulate operations of convolutions and matrix products, per image."""
     seconds: float
     """Median time of a forward pass in eval mode."""
+    ratio: tuple[float, float, float]
+    """Its time in a round / that of the first network in the same round: median over the rounds and the limits of its
+    95 % interval, from order statistics; infinite limits with fewer than six rounds."""
     saved: int
     """Bytes of distinct tensors that a training forward keeps for its backward pass, parameters left out."""
 
@@ -35,8 +39,8 @@ def costs(
 ) -> dict[str, Costs]:
     """Costs of networks side by side: their forward passes are timed in turns, so that all meet the same machine.
 
-    The models, on the device of the images, are left as they were. `progress` is called with (what is being done,
-    networks done, networks in all).
+    Every other round runs backwards. The models, on the device of the images, are left as they were. `progress` is
+    called with (what is being done, networks done, networks in all).
 
     >>> found = costs({"one": nn.Conv2d(3, 4, 1)}, torch.zeros(2, 3, 5, 5), rounds=1)["one"]
     >>> found.parameters, found.macs
@@ -45,7 +49,7 @@ def costs(
     times: dict[str, list[float]] = {name: [] for name in models}
     report = progress or (lambda what, done, total: None)
     for turn in range(rounds + 1):
-        for name, model in models.items():
+        for name, model in [*models.items()][:: -1 if turn % 2 else 1]:
             with untouched(model), torch.inference_mode():
                 start = time.perf_counter()
                 model(images)
@@ -54,16 +58,28 @@ def costs(
                 if turn:  # the first warms up
                     times[name].append(time.perf_counter() - start)
         report("timing", turn + 1, rounds + 1)
+    first = next(iter(times.values()), [])
     found: dict[str, Costs] = {}
     for name, model in models.items():
         found[name] = Costs(
             parameters=sum(p.numel() for p in model.parameters()),
             macs=_macs(model, images[:1]),
             seconds=median(times[name]),
+            ratio=_median_interval([own / other for own, other in zip(times[name], first, strict=True)]),
             saved=_saved(model, images),
         )
         report("counting", len(found), len(models))
     return found
+
+
+def _median_interval(values: list[float]) -> tuple[float, float, float]:
+    """Median, and the two order statistics between which it lies with at least 95 %."""
+    n = len(values)
+    ordered = [-math.inf, *sorted(values), math.inf]
+    below, place = 0.0, 0  # P(fewer than `place` values lie below the median)
+    while (below := below + math.comb(n, place) / 2**n) <= 0.025:
+        place += 1
+    return median(values), ordered[place], ordered[n + 1 - place]
 
 
 def _macs(model: nn.Module, image: Tensor) -> int:

@@ -24,6 +24,38 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The authors' course of a training, with Adam: which layers move in an epoch, and when prototypes are pushed.
+
+    Source: Chen et al. 2019, section 2.2; rates and lengths as in the authors' code.
+    """
+
+    warm: int = 5
+    """Epochs in which add-on layers and prototypes move alone."""
+    push_every: int = 10
+    """Epochs after which the prototypes become patches of images, and the head is trained; so at the end."""
+    last: int = 20
+    """Epochs of the head's training after each push."""
+    features_lr: float = 1e-4
+    lr: float = 3e-3
+    head_lr: float = 1e-4
+
+    def rates(self, epoch: int) -> dict[str, float]:
+        """Learning rate of each child of the network in an epoch, counted from 0; the others stand still.
+
+        >>> Stages(warm=1).rates(0)
+        {'add_on': 0.003, 'prototypes': 0.003}
+        """
+        fall = 0.1 ** (max(epoch - self.warm, 0) // 5)
+        new = {"add_on": self.lr * fall, "prototypes": self.lr * fall}
+        return new if epoch < self.warm else {"features": self.features_lr * fall} | new
+
+    def settles(self, epoch: int, epochs: int) -> bool:
+        """Whether the prototypes are pushed after this epoch, counted from 0."""
+        return (epoch + 1) % self.push_every == 0 or epoch + 1 == epochs
+
+
 class Similarity(nn.Module):
     """Similarity log((d + 1) / (d + 1e-4)) of squared distances d: 9.2 at distance 0, towards 0 far away.
 
@@ -70,8 +102,9 @@ class Prototypes(nn.Module):
 class ProtoPNet(nn.Module):
     """A timm backbone whose last feature map is compared with prototypes, each of one class; logits add similarities.
 
-    Prototype j belongs to class j // prototypes. Train it with `fit_prototypes`; `push` makes each prototype a patch of
-    a training image, `this_looks_like_that` draws them.
+    Prototype j belongs to class j // prototypes. It is trained in `stages` of its own, by `sightline train` and
+    `sightline.fit` too, or on tensors by `fit_prototypes`; `push` makes each prototype a patch of a training image,
+    `this_looks_like_that` draws them.
 
     Args:
         num_classes: number of logits, at least 2.
@@ -80,6 +113,9 @@ class ProtoPNet(nn.Module):
         level: which of the backbone's feature maps: -1 is the last, lower ones are larger.
         prototypes: number of prototypes per class.
         channels: length of a prototype.
+        warm: epochs of the training in which the backbone stands still.
+        push_every: epochs of the training after which the prototypes become patches of images.
+        last: epochs of the head's own training after that.
 
     Raises:
         ValueError: fewer than 2 classes, no prototype or channel, an unknown backbone or one without feature maps.
@@ -100,6 +136,9 @@ class ProtoPNet(nn.Module):
         level: int = -1,
         prototypes: int = 10,
         channels: int = 128,
+        warm: int = 5,
+        push_every: int = 10,
+        last: int = 20,
     ) -> None:
         import timm
 
@@ -108,6 +147,9 @@ class ProtoPNet(nn.Module):
             ("num_classes", num_classes, 2),
             ("prototypes", prototypes, 1),
             ("channels", channels, 1),
+            ("warm", warm, 0),
+            ("push_every", push_every, 1),
+            ("last", last, 0),
         ):
             if value < least:
                 raise ValueError(f"expected {name} of {least} or more, got {value}")
@@ -124,6 +166,7 @@ class ProtoPNet(nn.Module):
             raise ValueError(
                 f"expected a backbone with feature maps (b, c, h, w), got {backbone}; take a convolutional one"
             )
+        self.stages = Stages(warm=warm, push_every=push_every, last=last)
         self.features = features
         self.add_on = nn.Sequential(
             nn.Conv2d(known.feature_info.channels()[-1], channels, 1),
@@ -144,6 +187,46 @@ class ProtoPNet(nn.Module):
     def distances(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b p h w"]:
         """Squared distance of each position to each prototype."""
         return self.prototypes.distances(self.latent(images))
+
+    def objective(
+        self, images: Float[Tensor, "b 3 H W"], labels: Int[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b n"], Float[Tensor, ""]]:
+        """Logits, and the loss of the first and second stage (`prototype_loss`)."""
+        distances = self.distances(images)
+        return self.logits_of_distances(distances), prototype_loss(self, distances, labels)
+
+    def settle(
+        self,
+        batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+        batch_size: int,
+        seed: int,
+        stages: Stages | None = None,
+    ) -> "Pushed":
+        """Push the prototypes, then train the head on the images' distances to them, in eval mode.
+
+        Args:
+            batches: gives the training images and labels, neither shuffled nor changed; called twice.
+            batch_size: images per step of the head's training.
+            seed: of its order.
+            stages: others than the network's own.
+        """
+        stages = stages or self.stages
+        pushed = push(self, batches())
+        device = self.head.weight.device
+        with untouched(self), torch.no_grad():
+            parts = [(self.distances(x.to(device)).amin((2, 3), keepdim=True), y.to(device)) for x, y in batches()]
+        nearest, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+        moved = self.head.weight.requires_grad
+        optimizer = torch.optim.Adam([self.head.weight.requires_grad_()], stages.head_lr)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(stages.last):
+            for rows in torch.randperm(len(labels), generator=generator).to(device).split(batch_size):
+                optimizer.zero_grad()
+                prototype_loss(self, nearest[rows], labels[rows]).backward(inputs=[self.head.weight])
+                optimizer.step()
+        optimizer.zero_grad()
+        self.head.weight.requires_grad_(moved)
+        return pushed
 
     def logits_of_distances(self, distances: Float[Tensor, "b p h w"]) -> Float[Tensor, "b n"]:
         """Logits from `distances`."""
@@ -268,41 +351,34 @@ def fit_prototypes(
         ValueError: no epoch, or a class without an image.
 
     Source: Chen et al. 2019, section 2.2; rates and lengths as in the authors' code.
+    Differs: the head's optimizer begins anew after each push; the authors' keeps its moments.
     """
     if min(epochs, push_every, batch_size) < 1:
         raise ValueError(
             f"expected epochs, push_every and batch_size of 1 or more, got {epochs}, {push_every}, {batch_size}"
         )
     generator = torch.Generator().manual_seed(seed)
-    new = [*model.add_on.parameters(), model.prototypes.vectors]
-    warming = torch.optim.Adam(new, lr)
-    joint = torch.optim.Adam([{"params": [*model.features.parameters()], "lr": features_lr}, {"params": new, "lr": lr}])
-    falling = torch.optim.lr_scheduler.StepLR(joint, 5)
-    head = torch.optim.Adam(model.head.parameters(), head_lr)
-
-    def epoch(optimiser: torch.optim.Optimizer, distances: Callable[[Tensor], Tensor]) -> None:
-        moved = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-        for batch in torch.randperm(len(images), generator=generator).to(images.device).split(batch_size):
-            optimiser.zero_grad()
-            prototype_loss(model, distances(batch), labels[batch]).backward(inputs=moved)
-            optimiser.step()
-
-    def pushed() -> Pushed:
-        sources = push(model, zip(images.split(batch_size), labels.split(batch_size), strict=True))
-        with untouched(model), torch.no_grad():
-            nearest = torch.cat([model.distances(x).amin((2, 3), keepdim=True) for x in images.split(batch_size)])
-        for _ in range(last):
-            epoch(head, nearest.__getitem__)
-        return sources
-
+    stages = Stages(warm=warm, push_every=push_every, last=last, features_lr=features_lr, lr=lr, head_lr=head_lr)
+    parts = [*zip(images.split(batch_size), labels.split(batch_size), strict=True)]
+    pushed: Pushed | None = None
+    optimizers: dict[tuple[str, ...], torch.optim.Optimizer] = {}
     model.train()
-    for number in range(1, epochs + 1):
-        epoch(warming if number <= warm else joint, lambda batch: model.distances(images[batch]))
-        if number > warm:
-            falling.step()
-        if number % push_every == 0 and number < epochs:
-            pushed()
-    return pushed()
+    for epoch in range(epochs):
+        rates = stages.rates(epoch)
+        groups = [{"params": [*model.get_submodule(child).parameters()], "lr": rate} for child, rate in rates.items()]
+        optimizer = optimizers.setdefault(tuple(rates), torch.optim.Adam(groups))
+        for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
+            group["lr"] = rate
+        moved = [p for child in rates for p in model.get_submodule(child).parameters()]
+        for batch in torch.randperm(len(images), generator=generator).to(images.device).split(batch_size):
+            optimizer.zero_grad()
+            _, loss = model.objective(images[batch], labels[batch])
+            loss.backward(inputs=moved)
+            optimizer.step()
+        if stages.settles(epoch, epochs):
+            pushed = model.settle(parts.__iter__, batch_size, seed + epoch, stages)
+    assert pushed is not None  # the last epoch settles
+    return pushed
 
 
 def this_looks_like_that(

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -29,6 +30,7 @@ from sightline.training.log import Log
 from sightline.training.loop import Training
 from sightline.training.losses import Loss, class_weights
 from sightline.training.profile import StepProfile
+from sightline.training.stages import check_stages
 
 CHECKPOINT_EVERY = 300.0
 """Seconds between two states on the disk; an epoch ends with one, too, where that is no great part of its time."""
@@ -127,6 +129,8 @@ def _fit_one(
     with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
         network = begin(recipe.model, len(train.classes), recipe.seeds[0])
+        if (unheeded := check_stages(network, recipe)) and progress:
+            print(f"notice: {unheeded}", file=sys.stderr)
         _try(network, recipe, train.preprocess.size)
         weights = None
         if recipe.optim.class_weights and isinstance(train, data.ImageSet):
@@ -143,7 +147,7 @@ def _fit_one(
             seed=recipe.seeds[0],
             classes=train.classes,
             preprocess=train.preprocess,
-            info=_info(network) if begun is None else begun.info,
+            info=_info(network) | ({"training": unheeded} if unheeded else {}) if begun is None else begun.info,
             history=[*training.history],
             skipped=_skipped(train, others),
         )

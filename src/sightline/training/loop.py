@@ -22,6 +22,7 @@ from sightline.training import processes
 from sightline.training.losses import Loss, Mixed
 from sightline.training.optimisers import average, create_optimiser
 from sightline.training.schedule import learning_rate
+from sightline.training.stages import Staged, create_optimizer, move
 
 RESIDENT = 0.25
 """Share of a GPU's free memory that images may take, so that no step waits for them."""
@@ -58,13 +59,16 @@ class Training:
         self.averaged = None if optim.ema is None else copy.deepcopy(self.network).to(self.fabric.device)
         if self.averaged is not None:
             processes.shard_alike(self.fabric, self.averaged)
+        staged: Any = network
+        self.staged = staged if isinstance(staged, Staged) else None
+        self.settled = False
         called: nn.Module = torch.compile(self.network) if optim.compile else self.network  # pyright: ignore[reportAssignmentType]
         if optim.sharded and self.part[1] > 1:  # the optimiser takes what the network is spread into
             self.model = self.fabric.setup_module(called)
             self.optimizer = create_optimiser(self.network, optim)
             self.fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
         else:
-            self.optimizer = create_optimiser(self.network, optim)
+            self.optimizer = create_optimiser(self.network, optim) if self.staged is None else create_optimizer(network)
             self.model, self.fabric_optimizer = self.fabric.setup(called, self.optimizer)
         self.loss = loss.to(self.fabric.device).to(memory_format=torch.channels_last)  # a teacher, if there is one
         self.batch_size = min(optim.batch_size, len(train))
@@ -104,6 +108,9 @@ class Training:
         while not self.finished:
             began = time.perf_counter() - self.seconds
             batches = self._batches(self.step)
+            if self.staged is not None:
+                rates, before = (self.staged.stages.rates(epoch) for epoch in (self.epoch, self.epoch - 1))
+                move(self.optimizer, rates, begins=not self.step and rates.keys() != before.keys())
             while True:
                 with record_function("images"):
                     batch = next(batches, None)
@@ -116,6 +123,8 @@ class Training:
                 self.seconds = time.perf_counter() - began
                 tick()
             self.check_finite()
+            if self.staged is not None and self.staged.stages.settles(self.epoch, self.optim.epochs):
+                self._settle(self.staged)
             accuracy, loss = (math.nan, math.nan) if self.val is None else self._validate(self.val, tick)
             row = {
                 "epoch": self.epoch + 1.0,
@@ -129,7 +138,7 @@ class Training:
             if accuracy > self.best_accuracy:
                 self.best_epoch, self.best_accuracy = self.epoch, accuracy
             self.history.append(row)
-            self.epoch, self.step, self.seen, self.seconds = self.epoch + 1, 0, 0, 0.0
+            self.epoch, self.step, self.seen, self.seconds, self.settled = self.epoch + 1, 0, 0, 0.0, False
             self.losses.zero_()
             self.correct.zero_()
             yield row
@@ -166,7 +175,7 @@ class Training:
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entries.items()}
         tensors = {name: processes.whole(tensor) for name, tensor in tensors.items()}
         tensors |= {"losses": processes.total(self.losses), "correct": processes.total(self.correct)}
-        names = ("epoch", "step", "seconds", "best_epoch", "best_accuracy", "history", "micro_batches")
+        names = ("epoch", "step", "seconds", "best_epoch", "best_accuracy", "history", "micro_batches", "settled")
         facts: dict[str, Any] = {name: getattr(self, name) for name in names} | {"seen": self._all(self.seen)}
         return tensors, facts | {"scaler": self.fabric.strategy.precision.state_dict()}
 
@@ -213,7 +222,23 @@ class Training:
         self.seen *= first
 
     def _learning_rate(self, step: int) -> float:
+        """In this step of the epoch; the highest, where parts of the network have their own."""
+        if self.staged is not None:
+            return max(self.staged.stages.rates(self.epoch).values())
         return learning_rate(self.optim, self.epoch * self.steps + step, self.steps)
+
+    def _settle(self, staged: Staged) -> None:
+        """What follows an epoch of a network with stages, once, on the images as they are."""
+        if self.settled:  # before an interruption
+            return
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            assert isinstance(self.train, data.ImageSet)  # `check_stages` refuses streams
+            return (self._inputs(b) for b in data.batches(self.train, self.batch_size, ahead=self.ahead))
+
+        with self.fabric.autocast():
+            staged.settle(batches, self.batch_size, self.seed + self.epoch)
+        self.settled = True
 
     def _batches(self, start: int) -> Iterator[data.Batch]:
         """This process's share of the batches of the epoch, from one on."""
@@ -234,8 +259,9 @@ class Training:
         rank = self.part[0]
         entropy = (self.seed, self.epoch, self.step, *((rank,) if rank else ()))
         seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(self.step)
+        if self.staged is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._learning_rate(self.step)
         images, labels = self._inputs(batch)
         mixed = None
         if self.augment.mixup:
@@ -299,19 +325,26 @@ class Training:
                 continue
             with self.fabric.no_backward_sync(self.model, enabled=place is not parts[-1] and self.part[1] > 1):
                 with record_function("forward"):
-                    logits = logits_of(self.model(x if len(y) else self._nothing())).float()
-                    if len(y):
-                        blended = None if mixed is None else (mixed[0][place], mixed[1])
-                        with self.fabric.autocast():
-                            loss = self.loss(x, logits, y, blended)
-                    else:
-                        loss = 0 * logits.sum()
+                    logits, loss = self._forward(x, y, None if mixed is None else (mixed[0][place], mixed[1]))
                     if len(y) != expected:
                         loss = loss * (len(y) / expected)
                 with record_function("backward"):
                     self.fabric.backward(loss)
             self.losses[self.step] += loss.detach() / self.part[1]
             self.correct += (logits[: len(y)].detach().argmax(1) == y).sum()
+
+    def _forward(
+        self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, " b"], mixed: Mixed | None
+    ) -> tuple[Float[Tensor, "_ n"], Float[Tensor, ""]]:
+        """Logits and mean loss."""
+        if self.staged is not None:
+            with self.fabric.autocast():
+                return self.staged.objective(images, labels)
+        logits = logits_of(self.model(images if len(labels) else self._nothing())).float()
+        if not len(labels):
+            return logits, 0 * logits.sum()
+        with self.fabric.autocast():
+            return logits, self.loss(images, logits, labels, mixed)
 
     def _inputs(self, batch: data.Batch) -> tuple[Float[Tensor, "b 3 h w"], Int64[Tensor, " b"]]:
         images = batch.images.to(self.fabric.device, memory_format=torch.channels_last, non_blocking=True)

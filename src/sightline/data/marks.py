@@ -1,0 +1,256 @@
+"""How masks and boxes are written, and what looks as if another way was meant."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from sightline.data.images import MaskPixels, UnreadableImage, open_image, quiet, read_mask
+from sightline.recipe import Data
+
+Array = np.ndarray
+BoxForm = Literal["xyxy", "xywh", "relative", "relative_xywh", "cxcywh"]
+_LOOKED_AT = 32  # images whose masks and boxes tell how those of all are written
+_GRID = 128  # side of the grid on which the area of boxes is counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marks:
+    """How the masks and boxes of a source are read."""
+
+    boxes: BoxForm = "xyxy"
+    mask_values: tuple[int, ...] | None = None
+    """Values of the object. None: all but 0."""
+
+
+USUAL = Marks()
+
+
+class Record(NamedTuple):
+    """One image as its source has it."""
+
+    image: Path | bytes
+    mask: Any = None
+    boxes: Any = None
+
+
+def pixel_boxes(cell: Any, form: BoxForm, size: tuple[int, int]) -> Float32[Array, "_ 4"]:
+    """The boxes in a cell, [x0, y0, x1, y1] in pixels, cut off at the edges of an image of this height and width.
+
+    Raises:
+        UnreadableImage: not four finite numbers each, or a box without area or outside of the image.
+
+    >>> pixel_boxes([10, 10, 20, 10], "xywh", (40, 60)).tolist()
+    [[10.0, 10.0, 30.0, 20.0]]
+    >>> pixel_boxes([0.5, 0.5, 1, 0.5], "cxcywh", (40, 60)).tolist()
+    [[0.0, 10.0, 60.0, 30.0]]
+    """
+    numbers = _numbers(cell)
+    boxes = _corners(numbers, form, size)
+    height, width = size
+    for numbers_of_box, (x0, y0, x1, y1) in zip(numbers, boxes.tolist(), strict=True):
+        got = f"[{', '.join(f'{value:g}' for value in numbers_of_box)}] ({form})"
+        if not (x0 < x1 and y0 < y1):
+            raise UnreadableImage(
+                f"expected a box with some area, got {got}; correct it, or leave its cell empty if there is none"
+            )
+        if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
+            raise UnreadableImage(
+                f"expected a box on the image of {width} x {height} pixels, got {got}, which lies outside; correct it"
+            )
+    return boxes.clip(0, np.array([width, height, width, height], dtype=np.float32))
+
+
+def _numbers(cell: Any) -> Float32[Array, "_ 4"]:
+    """The numbers in a cell of one box, several or none; also in a cell of objects of which `bbox` is one field."""
+    if isinstance(cell, dict):
+        cell = cell.get("bbox")
+    try:
+        numbers = np.asarray([] if cell is None else cell, dtype=np.float32)
+        numbers = numbers.reshape(-1, 4) if numbers.size else np.empty((0, 4), np.float32)
+    except (TypeError, ValueError):
+        raise UnreadableImage(f"expected boxes [x0, y0, x1, y1], got {str(cell)[:80]}") from None
+    if not np.isfinite(numbers).all():
+        raise UnreadableImage(
+            f"expected finite numbers in its boxes, got {str(cell)[:80]}; leave the cell empty where there is no box"
+        )
+    return numbers
+
+
+def _corners(numbers: Float32[Array, "n 4"], form: BoxForm, size: tuple[int, int]) -> Float32[Array, "n 4"]:
+    first, second = numbers[:, :2], numbers[:, 2:]
+    if form in ("xywh", "relative_xywh"):
+        second = first + second
+    elif form == "cxcywh":
+        first, second = first - second / 2, first + second / 2
+    corners = np.concatenate([first, second], 1)
+    return corners if form in ("xyxy", "xywh") else corners * np.array([*size[::-1], *size[::-1]], dtype=np.float32)
+
+
+def settle(data: Data, name: str, records: Sequence[Record]) -> tuple[Marks, tuple[str, ...]]:
+    """How to read the masks and boxes of a source, and what its owner should know about that.
+
+    Args:
+        data: the form of boxes and the mask values that its owner names.
+        name: what the source is called.
+        records: some of its images.
+
+    Raises:
+        ValueError: the boxes look like another form than xyxy and no form is named.
+    """
+    form = data.boxes or "xyxy"
+    with quiet():
+        boxes = _look_at_boxes(records, name, form, is_named=data.boxes is not None)
+        masks = _masks_of(records)
+    if data.mask_values is not None:
+        values = tuple(np.atleast_1d(data.mask_values).tolist())
+    else:
+        values = tuple(range(1, 255)) if any(map(_has_void, masks)) else None
+    notices = _look_at_masks(masks, name, values, is_named=data.mask_values is not None)
+    return Marks(boxes=form, mask_values=values), (*boxes, *notices)
+
+
+def looked_at(n: int) -> list[int]:
+    """Rows of some images of a source of `n`, evenly spaced."""
+    return np.unique(np.linspace(0, n - 1, min(n, _LOOKED_AT)).astype(int)).tolist()
+
+
+def _look_at_boxes(records: Sequence[Record], name: str, form: BoxForm, is_named: bool) -> list[str]:
+    boxes: list[tuple[Float32[Array, "_ 4"], tuple[int, int]]] = []
+    for record in records:
+        try:
+            if len(numbers := _numbers(record.boxes)):
+                boxes.append((numbers, open_image(record.image, 8)[1]))
+        except UnreadableImage:
+            continue
+    if not boxes:
+        return []
+    count = sum(len(numbers) for numbers, _ in boxes)
+    misfits = {other: _misfits(boxes, other) for other in get_args(BoxForm)}
+    if form in ("xyxy", "xywh") and all(np.abs(n).max() <= 1.5 and max(size) > 3 for n, size in boxes):
+        fitting = [other for other in ("relative", "relative_xywh", "cxcywh") if misfits[other] == 0]
+        likely = " or ".join(f"--data.boxes {other}" for other in fitting) or "--data.boxes relative"
+        raise ValueError(
+            f"boxes of {name} look like shares of the image, all numbers lie between 0 and 1; write {likely} "
+            f"(relative: x0 y0 x1 y1, relative_xywh: x y width height, cxcywh: center x, center y, width, height)"
+        )
+    other = "xywh" if form == "xyxy" else "xyxy"
+    doubt = ""
+    if form in ("xyxy", "xywh") and misfits[other] < misfits[form]:
+        doubt = (
+            f"{misfits[form]} of {count} boxes of {name} do not fit their images as {form}, {misfits[other]} as {other}"
+        )
+        if not is_named:
+            raise ValueError(
+                f"{doubt}; write --data.boxes xywh if they are [x, y, width, height], or --data.boxes xyxy to leave "
+                "out images whose boxes are wrong"
+            )
+        doubt = f"; {doubt}"
+    share = np.mean([_area(_corners(numbers, form, size), size) for numbers, size in boxes])
+    return [
+        f"boxes are read as {form} and cover {share:.1%} of an image on average ({len(boxes)} looked at){doubt}; "
+        "if that is wrong, set data.boxes"
+    ]
+
+
+def _misfits(boxes: Sequence[tuple[Float32[Array, "_ 4"], tuple[int, int]]], form: BoxForm) -> int:
+    """Boxes that are reversed, empty, or reach beyond their image by more than a rounding."""
+    count = 0
+    for numbers, size in boxes:
+        corners = _corners(numbers, form, size)
+        low, high = corners[:, :2], corners[:, 2:]
+        limit = np.array(size[::-1])
+        slack = 1 + 0.02 * limit
+        wrong = (low >= high) | (low < -slack) | (high > limit + slack)
+        count += int(wrong.any(1).sum())
+    return count
+
+
+def _area(corners: Float32[Array, "_ 4"], size: tuple[int, int]) -> float:
+    """Share of the image that lies in a box."""
+    inside = np.zeros((_GRID, _GRID), dtype=bool)
+    x, y = ((np.arange(_GRID) + 0.5) * side / _GRID for side in size[::-1])
+    for x0, y0, x1, y1 in corners.tolist():
+        inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
+    return float(inside.mean())
+
+
+def _masks_of(records: Sequence[Record]) -> list[MaskPixels]:
+    masks: list[MaskPixels] = []
+    for mask in (record.mask for record in records if record.mask is not None):
+        try:
+            if (pixels := read_mask(mask)).values.ndim == 2:
+                masks.append(pixels)
+        except UnreadableImage:
+            continue
+    return masks
+
+
+def _has_void(pixels: MaskPixels) -> bool:
+    """Whether 255 stands beside class numbers, as in Pascal VOC and Cityscapes, where it means neither."""
+    positive = np.unique(pixels.values[pixels.values > 0])
+    return bool(pixels.least is None and len(positive) > 1 and positive[-1] == 255 and positive[-2] <= 100)
+
+
+def _look_at_masks(masks: Sequence[MaskPixels], name: str, chosen: tuple[int, ...] | None, is_named: bool) -> list[str]:
+    if not masks:
+        return []
+    inside = [pixels.inside(chosen) for pixels in masks]
+    shares = np.array([part.mean() for part in inside])
+    covers = f"the object covers {shares.mean():.1%} of an image on average ({len(masks)} masks looked at)"
+    seen = np.unique(np.concatenate([np.unique(pixels.values).astype(np.float64) for pixels in masks]))
+    words = _listed(seen)
+    if chosen is not None and not is_named:
+        return [
+            f"masks of {name} hold {words}; 255 beside class numbers is taken as void, every other value but 0 as the "
+            f"object; {covers}; to change that, set data.mask_values to the values of the object"
+        ]
+    if chosen is not None:
+        nowhere = "" if shares.any() else ", so none of them marks anything"
+        picked = _listed(np.array(chosen))
+        return [f"masks of {name} hold {words}; {picked} is the object{nowhere}; {covers}"]
+    shades = {pixels.kind for pixels in masks} - {""}
+    notices: list[str] = []
+    if "alpha" in shades:
+        notices.append(f"masks of {name} lie in the alpha channel; opaque is the object; {covers}")
+    if "lossy" in shades:
+        notices.append(
+            f"masks of {name} are stored in a format that blurs their edges (JPEG); from half of the largest value on "
+            f"is the object; {covers}"
+        )
+    positive = seen[seen != 0]
+    option = "set data.mask_values to the values of the object"
+    if (shares == 1).all():
+        hint = " (a trimap has 1 for the object)" if set(seen) in ({1, 2}, {1, 2, 3}) else ""
+        whole = f"every mask of {name} covers its whole image, the values are {words} and none is 0"
+        return [*notices, f"{whole}; {option}{hint}"]
+    if len(positive) > 1 and not shades:
+        half = ", such as 128-255 for what is at least half" if len(positive) > 30 else ""
+        notices.append(
+            f"masks of {name} hold {words}; all but 0 is the object, which covers {shares.mean():.1%} of an "
+            f"image on average ({len(masks)} masks looked at); to change that, {option}{half}"
+        )
+    if shares.mean() > 0.5 and np.mean([_holds_corners(part) for part in inside]) >= 0.8:
+        notices.append(
+            f"masks of {name} look inverted: {covers} and lies in all four corners; "
+            "if 0 is the object, set data.mask_values to 0"
+        )
+    return notices
+
+
+def _holds_corners(inside: Bool[Array, "h w"]) -> bool:
+    return bool(inside[[0, 0, -1, -1], [0, -1, 0, -1]].all())
+
+
+def _listed(values: Array) -> str:
+    """The values in words: all of them, or how many and from where to where.
+
+    >>> _listed(np.array([0, 8, 255])), _listed(np.arange(100))
+    ('0, 8, 255', '100 values from 0 to 99')
+    """
+    if len(values) > 12:
+        return f"{len(values)} values from {values.min():g} to {values.max():g}"
+    return ", ".join(f"{value:g}" for value in values)

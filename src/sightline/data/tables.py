@@ -1,0 +1,481 @@
+"""Images listed in a table: labels.csv, or metadata.csv and metadata.jsonl in the folders of the images."""
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from sightline.data.images import SUFFIXES
+from sightline.data.marks import BoxForm, Record
+from sightline.data.sources import PARTS, Table, fingerprint, image_files, usual_size
+from sightline.recipe import Data
+
+Array = np.ndarray
+TABLES = (".csv", ".tsv", ".jsonl")
+_IMAGE = ("image", "file_name", "filename", "path", "file")
+_USUAL = {"label": ("label",), "group": ("group",), "mask": ("mask", "mask_file_name"), "box": ("bbox",)}
+_SIDES: dict[tuple[str, ...], BoxForm] = {
+    ("x0", "y0", "x1", "y1"): "xyxy",
+    ("x1", "y1", "x2", "y2"): "xyxy",
+    ("xmin", "ymin", "xmax", "ymax"): "xyxy",
+    ("x", "y", "w", "h"): "xywh",
+    ("x", "y", "width", "height"): "xywh",
+}
+"""Four columns that hold a box together, and its form."""
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.0*)?")  # 001 is a name
+_DECIMAL = re.compile(r"-?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which column of a table holds what."""
+
+    image: str
+    label: str | None
+    group: str | None
+    mask: str | None
+    box: str | None
+    sides: tuple[str, ...]
+    box_form: BoxForm | None
+    split: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a table: its cells by column, and where it stands."""
+
+    file: Path
+    number: int
+    cells: dict[str, Any]
+
+    def text(self, column: str | None) -> str:
+        """What a cell says, composed as most keyboards write it; nothing for NaN and missing cells."""
+        cell = None if column is None else self.cells.get(column)
+        text = "" if cell is None else unicodedata.normalize("NFC", str(cell)).strip()
+        return "" if text.lower() == "nan" else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """One image of a table."""
+
+    line: Line
+    image: Path
+    mask: Path | None
+    label: str
+    group: str
+    part: str
+    boxes: list[Any]
+    """Four numbers per box, one after the other."""
+
+    @property
+    def facts(self) -> tuple[Any, ...]:
+        """What several lines of one image must agree in."""
+        return self.label, self.group, self.part, self.mask
+
+
+@dataclass(frozen=True)
+class ListedReader:
+    """Records of listed images."""
+
+    images: list[Listed]
+
+    def __call__(self, rows: Sequence[int]) -> list[Record]:
+        """The records of these images."""
+        return [Record(image.image, image.mask, image.boxes) for image in (self.images[i] for i in rows)]
+
+
+def read_text(file: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 with a byte order mark, without that mark.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no text, or in another encoding.
+    """
+    content = file.read_bytes()
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_wide else "utf-8").replace("\ufeff", "")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{file}: expected text in UTF-8, got other bytes in line {line}; save it as UTF-8 (Excel: CSV UTF-8)"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{file}: expected text in UTF-8, got zero bytes; save it as UTF-8")
+    return text
+
+
+def table_files(source: Path) -> list[Path]:
+    """The table that a path is, or each metadata.csv and metadata.jsonl in a folder and below it."""
+    if not source.is_dir():
+        return [source] if source.suffix.lower() in TABLES and source.is_file() else []
+    files: list[Path] = []
+    for folder, below, names in os.walk(source):
+        below[:] = sorted(name for name in below if not name.startswith((".", "__")))
+        files += [Path(folder, name) for name in ("metadata.csv", "metadata.jsonl") if name in names]
+    return files
+
+
+def lists_images(file: Path, data: Data) -> bool:
+    """Whether a table has a column of image files.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    line = next(_lines(file), None)
+    return line is not None and _usual(line.cells, (data.image,) if data.image else _IMAGE) is not None
+
+
+def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
+    """The images that tables list, with label, group, mask, boxes and split of each as far as the tables have them.
+
+    Paths are relative to the folder of their table. Without a column of labels the class is the folder of the image.
+
+    Raises:
+        FileNotFoundError: images or masks are not there.
+        ValueError: a table cannot be read, lacks a column, or lists an image twice.
+    """
+    root = source if source.is_dir() else source.parent
+    lines = [line for file in files for line in _lines(file)]
+    if not lines:
+        raise ValueError(f"expected a line for each image in {files[0]}, it is empty")
+    names = dict.fromkeys(name for line in lines for name in line.cells)
+    columns = _choose(data, names, files[0])
+    found, loose = _files(lines, columns.image, "images", root)
+    masks, loose_masks = _files(lines, columns.mask, "masks", root)
+    listed = [_listed(*facts, columns, root) for facts in zip(lines, found, masks, strict=True)]
+    images = _merged(listed, columns)
+    classes, labels = _labels([image.label for image in images], columns.label)
+    groups = None if columns.group is None else np.array([image.group for image in images])
+    if groups is not None and (groups == "").any():
+        raise ValueError(
+            f"{(groups == '').sum()} of {len(groups)} images have no {columns.group!r}; every image needs its group"
+        )
+    reader = ListedReader(images)
+    paths = [image.image for image in images]
+    used = [*paths, *(image.mask for image in images if image.mask is not None), *files]
+    return Table(
+        name=source.resolve().name,
+        classes=classes,
+        labels=labels,
+        names=[_name(path, root) for path in paths],
+        parts=np.array([image.part for image in images]),
+        reader=reader,
+        key=f"{fingerprint(used)} {columns}",
+        size=usual_size(reader, len(images)),
+        groups=groups,
+        group_name=columns.group,
+        has_masks=columns.mask is not None,
+        has_boxes=columns.box is not None or bool(columns.sides),
+        box_form=columns.box_form,
+        notices=(*_notices(data, names, columns), *loose, *loose_masks, *_unlisted(source, found, masks)),
+    )
+
+
+def _lines(file: Path) -> Iterator[Line]:
+    text = read_text(file)
+    if file.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield Line(file=file, number=number, cells=_json_cells(line, f"{file}, line {number}"))
+        return
+    separator = _separator(text)
+    rows = csv.reader(io.StringIO(text, newline=None), delimiter=separator, strict=True)
+    header: list[str] = []
+    try:
+        for row in rows:
+            if not any(cell.strip() for cell in row) or (not header and row[0].lower().startswith("sep=")):
+                continue
+            if not header:
+                header = [name.strip() for name in row]
+                if doubled := [name for i, name in enumerate(header) if name and name in header[:i]]:
+                    raise ValueError(f"{file}: expected different column names, got {doubled[0]!r} twice; rename one")
+            elif len(row) != len(header):
+                raise ValueError(
+                    f"{file}, line {rows.line_num}: expected {len(header)} cells as in the header, got {len(row)}; "
+                    f'put names that contain "{separator}" into quotes'
+                )
+            else:
+                cells = {name: cell.strip() for name, cell in zip(header, row, strict=True) if name}
+                yield Line(file=file, number=rows.line_num, cells=cells)
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {rows.line_num}: not a table of comma-separated values: {error}") from error
+
+
+def _json_cells(line: str, where: str) -> dict[str, Any]:
+    try:
+        cells = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected JSON, {error}") from error
+    if not isinstance(cells, dict):
+        raise ValueError(f'{where}: expected an object such as {{"file_name": "a.png"}}, got {line[:80]}')
+    return cells
+
+
+def _separator(text: str) -> str:
+    """What separates the cells: the most frequent of comma, semicolon and tab in the header.
+
+    >>> _separator("image;label;note, if any")
+    ';'
+    """
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    if match := re.fullmatch(r"sep=(.)", header.strip(), re.IGNORECASE):
+        return match[1]
+    return max(",;\t", key=header.count)
+
+
+def _usual(names: Sequence[str] | dict[str, Any], wanted: Sequence[str]) -> str | None:
+    """The first of the wanted columns that there is, in whatever case."""
+    by_case = {name.casefold(): name for name in names}
+    return next((by_case[name.casefold()] for name in wanted if name.casefold() in by_case), None)
+
+
+def _choose(data: Data, names: dict[str, None], file: Path) -> Columns:
+    """The columns that are named, or else those with the usual names."""
+    for option in ("image", "label", "mask", "box", "group"):
+        name = getattr(data, option)
+        if name is not None and _usual(names, (name,)) is None:
+            near = get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"columns: {', '.join(names)}"
+            raise ValueError(f"no column {name!r} (data.{option}) in {file}; {hint}")
+    image = _usual(names, (data.image,) if data.image else _IMAGE)
+    if image is None:
+        raise ValueError(
+            f"cannot tell which column of {file} holds the image files; name one by data.image: {', '.join(names)}"
+        )
+    chosen = {
+        option: _usual(names, (getattr(data, option),) if getattr(data, option) else usual)
+        for option, usual in _USUAL.items()
+    }
+    sides: tuple[str, ...] = ()
+    form: BoxForm | None = None
+    if chosen["box"] is None:
+        for wanted, its_form in _SIDES.items():
+            found = [_usual(names, (name,)) for name in wanted]
+            if None not in found:
+                sides, form = tuple(filter(None, found)), its_form
+                break
+    return Columns(image=image, split=_usual(names, ("split",)), sides=sides, box_form=form, **chosen)
+
+
+def _files(
+    lines: Sequence[Line], column: str | None, what: str, root: Path
+) -> tuple[list[Path | None], tuple[str, ...]]:
+    """The files that a column names, and what is to be said of them."""
+    if column is None:
+        return [None] * len(lines), ()
+    lookup = _Lookup()
+    files: list[Path | None] = []
+    missing: list[Line] = []
+    loose: list[str] = []
+    for line in lines:
+        text = "" if line.cells.get(column) is None else str(line.cells[column]).strip()
+        file = lookup(line.file.parent, text) if text else None
+        files.append(file)
+        if file is None and (text or what == "images"):
+            missing.append(line)
+        elif file is not None and _composed(re.split(r"[/\\]", text)[-1]) != _composed(file.name):
+            loose.append(f"{text!r} for {file.name!r}")
+    if missing:
+        first = str(missing[0].cells.get(column) or "")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(lines)} {what} listed in {missing[0].file.name} are not there; the first, "
+            f"{first!r} in line {missing[0].number}, was looked for in {missing[0].file.parent}; "
+            f"{_elsewhere(first, root)}"
+        )
+    if not loose:
+        return files, ()
+    return files, (f"{len(loose)} of the {what} listed have another case or suffix, the first: {loose[0]}",)
+
+
+def _elsewhere(name: str, root: Path) -> str:
+    """What to do about a file that is not where its table says."""
+    last = re.split(r"[/\\]", name)[-1]
+    same = [file for file in image_files(root) if last and _folded(file.name) == _folded(last)]
+    if len(same) == 1:
+        return f"there is {_name(same[0], root)}: write paths relative to the folder of the table"
+    return "correct the names or leave out their lines"
+
+
+class _Lookup:
+    """Finds files by names that may differ in case, Unicode form or the kind of slash, or lack the suffix."""
+
+    def __init__(self) -> None:
+        self._names = cache(self._list)
+
+    def __call__(self, folder: Path, text: str) -> Path | None:
+        for name in (text, text.replace("\\", "/")):
+            if os.path.isfile(file := folder / name):
+                return file
+        here = folder
+        *above, last = re.split(r"[/\\]", text)
+        for part in above:
+            if part in ("", ".", "..") or os.path.isdir(here / part):
+                here = here / (part or "/" if here is folder else part)
+            else:
+                same = self._names(here)[0].get(_folded(part), [])
+                if len(same) != 1:
+                    return None
+                here = here / same[0]
+        names, stems = self._names(here)
+        same = names.get(_folded(last), []) or stems.get(_folded(last), [])
+        return here / same[0] if len(same) == 1 and os.path.isfile(here / same[0]) else None
+
+    @staticmethod
+    def _list(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """The names in a folder, and the stems of its images, as they are compared."""
+        names: dict[str, list[str]] = {}
+        stems: dict[str, list[str]] = {}
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+            names.setdefault(_folded(name), []).append(name)
+            if Path(name).suffix.lower() in SUFFIXES:
+                stems.setdefault(_folded(Path(name).stem), []).append(name)
+        return names, stems
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _folded(text: str) -> str:
+    return _composed(text).casefold()
+
+
+def _name(path: Path, root: Path) -> str:
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def _listed(line: Line, image: Path | None, mask: Path | None, columns: Columns, root: Path) -> Listed:
+    assert image is not None  # `_files` refuses lines without
+    folders = [*image.relative_to(root).parts[:-1]] if image.is_relative_to(root) else [image.parent.name]
+    has_split = bool(folders) and folders[0].lower() in PARTS and (columns.label is not None or len(folders) > 1)
+    part = PARTS[folders[0].lower()] if has_split else ""
+    if split := line.text(columns.split):
+        if split.lower() not in PARTS:
+            raise ValueError(
+                f"{line.file}, line {line.number}: expected train, val or test in column {columns.split!r}, got "
+                f"{split!r}; correct it, or rename the column"
+            )
+        part = PARTS[split.lower()]
+    label = line.text(columns.label)
+    if columns.label is None:
+        kind = folders[has_split:]
+        if not kind:
+            raise ValueError(
+                f"cannot tell which column of {line.file} holds the class; name one by data.label: "
+                f"{', '.join(line.cells)}"
+            )
+        label = _composed(kind[0])
+    boxes = _numbers(line.cells.get(columns.box)) if columns.box else [_number(line.text(s)) for s in columns.sides]
+    return Listed(
+        line=line,
+        image=image,
+        mask=mask,
+        label=label,
+        group=line.text(columns.group),
+        part=part,
+        boxes=[] if columns.sides and not any(line.text(side) for side in columns.sides) else boxes,
+    )
+
+
+def _numbers(cell: Any) -> list[Any]:
+    """The numbers of a cell with boxes: a list, objects with a list `bbox`, or text as "[1, 2, 3, 4]" or "1 2 3 4".
+
+    >>> _numbers("[[1, 2, 3, 4], [5, 6, 7, 8]]"), _numbers("1 2 3 4.5")
+    ([1, 2, 3, 4, 5, 6, 7, 8], [1.0, 2.0, 3.0, 4.5])
+    """
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError):
+            cell = [_number(word) for word in re.split(r"[\s,;\[\]()]+", cell) if word]
+    if isinstance(cell, dict):
+        cell = cell.get("bbox")
+    if not isinstance(cell, list):
+        return [] if cell is None else [cell]
+    return [number for item in cell for number in (_numbers(item) if isinstance(item, list) else [item])]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text.replace(",", ".") or "nan")
+    except ValueError:
+        return text  # decoding refuses the image and shows it
+
+
+def _merged(listed: Sequence[Listed], columns: Columns) -> list[Listed]:
+    """One entry per image; of several lines of one image, as tables of boxes have, the boxes are put together."""
+    images: dict[Path, Listed] = {}
+    doubled: list[tuple[Listed, Listed]] = []
+    for image in listed:
+        path = Path(os.path.abspath(image.image))
+        first = images.setdefault(path, image)
+        if first is not image:
+            if first.facts != image.facts or not (columns.box or columns.sides):
+                doubled.append((first, image))
+            images[path] = replace(first, boxes=first.boxes + image.boxes)
+    if doubled:
+        first, second = doubled[0]
+        labels = "" if first.label == second.label else f" as {first.label!r} and {second.label!r}"
+        raise ValueError(
+            f"expected one line per image, got {len(doubled)} more; "
+            f"the first, {first.line.text(columns.image)!r}, is in "
+            f"lines {first.line.number} and {second.line.number} of {second.line.file}{labels}; leave one line for each"
+        )
+    return list(images.values())
+
+
+def _labels(labels: Sequence[str], column: str | None) -> tuple[tuple[str, ...], Int64[Array, " n"]]:
+    """Class names, in the order of their numbers where all are numbers, and the class of each image; -1: none.
+
+    >>> _labels(["10", "9", "", "-1"], "label")
+    (('9', '10'), array([ 1,  0, -1, -1]))
+    >>> _labels(["1.0", "0.0"], "label")[0]
+    ('0', '1')
+    """
+    names = {label for label in labels if label}
+    if column is not None and all(_WHOLE.fullmatch(name) for name in names):
+        labels = [label.partition(".")[0] for label in labels]
+        ordered = sorted({label for label in labels if label} - {"-1"}, key=int)
+    elif column is not None and all(_DECIMAL.fullmatch(name) for name in names):
+        wrong = min(name for name in names if not _WHOLE.fullmatch(name))
+        raise ValueError(
+            f"expected class names or whole numbers in column {column!r}, got {wrong}; name another by data.label"
+        )
+    else:
+        ordered = sorted(names)
+    place = {name: i for i, name in enumerate(ordered)}
+    return tuple(ordered), np.array([place.get(label, -1) for label in labels], dtype=np.int64)
+
+
+def _notices(data: Data, names: dict[str, None], columns: Columns) -> Iterator[str]:
+    if data.group is None and columns.group is not None:
+        yield f"the splits keep the groups of column {columns.group!r} together, since the table has such a column"
+    used = {columns.image, columns.label, columns.group, columns.mask, columns.box, columns.split, *columns.sides}
+    absent = [name for name in ("label", "group", "mask", "bbox", "split") if _usual(names, (name,)) is None]
+    for name in names:
+        near = get_close_matches(name.casefold(), absent, 1, 0.75)
+        if name not in used and near:
+            yield f"column {name!r} is not read; if it is meant as {near[0]!r}, rename it"
+
+
+def _unlisted(source: Path, images: Sequence[Path | None], masks: Sequence[Path | None]) -> Iterator[str]:
+    if not source.is_dir():
+        return
+    used = {os.path.abspath(file) for file in (*images, *masks) if file is not None}
+    if left := [file for file in image_files(source) if os.path.abspath(file) not in used]:
+        first = _name(left[0], source)
+        yield f"images of {source} that no metadata file lists are left out: {len(left)}, the first {first}"

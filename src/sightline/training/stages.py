@@ -1,0 +1,83 @@
+"""Networks that bring the course of their training along."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from sightline.recipe import Optim, Recipe
+from sightline.training import processes
+
+
+class Course(Protocol):
+    """When which part of a network moves."""
+
+    def rates(self, epoch: int) -> dict[str, float]:
+        """Learning rate of each child that moves in an epoch, counted from 0."""
+        ...
+
+    def settles(self, epoch: int, epochs: int) -> bool:
+        """Whether `settle` follows this epoch."""
+        ...
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A network that is trained in stages of its own: by its loss, at its rates, with a step after some epochs."""
+
+    stages: Course
+
+    def objective(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and loss of a batch."""
+        ...
+
+    def settle(self, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], batch_size: int, seed: int) -> Any:
+        """What follows an epoch; `batches` gives the training images, neither shuffled nor changed."""
+        ...
+
+
+_REPLACED = (
+    "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "warmup", "step_epochs", "step_factor",
+)  # fmt: skip
+_IMPOSSIBLE = ("label_smoothing", "class_weights", "ema", "patience", "teacher", "compile", "sharded")
+
+
+def check_stages(network: nn.Module, recipe: Recipe) -> str:
+    """What a recipe asks of a network with a course of its own that goes unheeded, in one sentence; empty if nothing.
+
+    Raises:
+        ValueError: the recipe asks for what such a training cannot do.
+    """
+    if not isinstance(network, Staged):
+        return ""
+    name = recipe.model.name
+    asked = {field.name: (getattr(recipe.optim, field.name), field.default) for field in fields(Optim)}
+    changed = {field: value for field, (value, default) in asked.items() if value != default}
+    wrong = [f"optim.{field} {value}" for field, value in changed.items() if field in _IMPOSSIBLE]
+    wrong += [f"augment.mixup {recipe.augment.mixup}"] if recipe.augment.mixup else []
+    wrong += ["data.streaming true"] if recipe.data.streaming else []
+    wrong += ["several processes"] if processes.started() != (1, 1) else []
+    if wrong:
+        raise ValueError(f"expected no {wrong[0]} with {name}, which trains in stages of its own; leave it out")
+    unheeded = [f"optim.{field}" for field in changed if field in _REPLACED]
+    if not unheeded:
+        return ""
+    return f"{name} trains in stages of its own, by Adam at its own rates; not used: {', '.join(unheeded)}"
+
+
+def create_optimizer(network: nn.Module) -> torch.optim.Optimizer:
+    """Adam, with one group of parameters for each child; `move` gives the rates."""
+    groups = [{"params": [*child.parameters()], "child": name} for name, child in network.named_children()]
+    return torch.optim.Adam([group for group in groups if group["params"]])
+
+
+def move(optimizer: torch.optim.Optimizer, rates: dict[str, float], *, begins: bool) -> None:
+    """Set the rates of an epoch; the other children stand still. A stage that begins does so without moments."""
+    if begins:
+        optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group["lr"] = rates.get(group["child"], 0.0)
+        for parameter in group["params"]:
+            parameter.requires_grad_(group["child"] in rates)
