@@ -149,10 +149,10 @@ class Evaluation:
     """Methods and metrics that did not fit the time budget, with the reason."""
     summary: tuple[str, ...]
     """Sentences in plain words, none stronger than its interval."""
-    notices: tuple[str, ...] = ()
-    """What was decided about the data or the model that its owner may want otherwise, one sentence each."""
     skipped: tuple[tuple[str, str], ...]
     """Images that could not be read, with the reason."""
+    notices: tuple[str, ...] = ()
+    """What was decided about the images or the model that their owner may want otherwise."""
     provenance: dict[str, str]
     """command, seed, date, wall time, hardware, versions."""
 

@@ -58,7 +58,6 @@ def summary(found: Evaluation, answers: Answers) -> Iterator[str]:
         yield f"{count} of {made} maps of {which} {state}."
     if found.left_out:
         yield f"Left out, since the time would not have been enough: {', '.join(found.left_out)}."
-    yield from found.notices
     if found.skipped:
         yield f"{len(found.skipped)} images could not be read and were left out."
 

@@ -313,7 +313,7 @@ def probabilities_of(logits: Float[Tensor, "b n"], link: str = "") -> Float[Tens
 
 
 def forward(
-    model: nn.Module, images: Float[Tensor, "b c h w"], batch_size: int = 64, call: ForwardCall | None = None
+    model: nn.Module, images: Float[Tensor, "b c *grid"], batch_size: int = 64, call: ForwardCall | None = None
 ) -> Float[Tensor, "b n"]:
     """Logits of all images in float32, in eval mode, without gradient, at most `batch_size` images at a time.
 
@@ -324,7 +324,7 @@ def forward(
 
 
 def answers(
-    model: nn.Module, images: Float[Tensor, "b c h w"], batch_size: int = 64, call: ForwardCall | None = None
+    model: nn.Module, images: Float[Tensor, "b c *grid"], batch_size: int = 64, call: ForwardCall | None = None
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b classes"]]:
     """The same logits and, beside them, the probability of each class.
 
