@@ -267,15 +267,17 @@ def read(values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None) -
 def _kind_of(values: Tensor, link: _Link | None, kind: Kind | None) -> tuple[Kind, str]:
     """What the values are, and what to say of it."""
     slack = max(_ROUNDING, 2 * torch.finfo(values.dtype).eps)
-    rows = values.double()[values.isfinite().all(1)]
-    inside = bool(((rows >= 0) & (rows <= 1 + slack)).all())
-    if kind is not None and not inside:
+    outside = (values < 0) | (values > 1 + slack)  # what is not a number says nothing
+    if bool(outside.any()):
+        if kind is None:
+            return "logits", ""
+        low, high = (float(end) for end in values.nan_to_num().aminmax())
         raise ValueError(
-            f"expected probabilities from 0 to 1, got {float(rows.min()):.4g} to {float(rows.max()):.4g}; "
-            "pass output='logits', or leave it out"
+            f"expected probabilities from 0 to 1, got {low:.4g} to {high:.4g}; pass output='logits', or leave it out"
         )
+    rows = values.double()[values.isfinite().all(1)]
     each = link is not None and link.largest <= 1 + _ROUNDING
-    sums_to_one = inside and values.shape[1] > 1 and len(rows) > 0 and bool(((rows.sum(1) - 1).abs() <= slack).all())
+    sums_to_one = values.shape[1] > 1 and len(rows) > 0 and bool(((rows.sum(1) - 1).abs() <= slack).all())
     if sums_to_one and kind is None and link is None and bool(((rows == 0) | (rows == 1)).all()):
         return "logits", _IN_DOUBT
     if sums_to_one and not (each and link is not None and link.name == "sigmoid"):
