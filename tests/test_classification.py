@@ -206,3 +206,5 @@ def test_probe_needs_a_linear_head():
         )
     with pytest.raises(ValueError, match=r"expected at least one image"):
         linear_probe(PooledModel(torch.eye(3)), [], (images, labels))
+    with pytest.raises(ValueError, match=r"expected labels of at least 0, got -100; leave out images without a label"):
+        linear_probe(PooledModel(torch.eye(3)), (images, torch.full_like(labels, -100)), (images, labels))

@@ -332,6 +332,9 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
         (["--fill", "grey"], "got 'grey'"),
         (["--optim.lr", "1"], "--optim.lr: expected only data fields with evaluate; leave it out"),
         (["--methods", "cam"], "for cam, got another head; use grad_cam"),
+        (["--output", "head"], "expected output= that the model returns, got 'head' and a tensor of shape"),
+        (["--output", "head,odds"], "expected output= a key, an index, an attribute or a function, 'logits' or"),
+        (["--output", "probabilities"], "expected probabilities from 0 to 1, got"),
     ],
 )
 def test_bad_evaluation_is_one_line(arguments, message, run, tmp_path, capsys):

@@ -598,8 +598,8 @@ def test_everything_that_the_model_and_the_data_allow():
 def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
     model = PooledModel(torch.eye(3))
     costs = {"cam": 0.001, "grad_cam": 0.001, "rise": 10.0, "random_map": 0.0}
-    monkeypatch.setattr(planning, "_seconds", lambda model, images, targets, method: costs[method])
-    monkeypatch.setattr(planning, "_forward_seconds", lambda model, images: 0.001)
+    monkeypatch.setattr(planning, "_seconds", lambda model, images, targets, method, hiding: costs[method])
+    monkeypatch.setattr(planning, "_forward_seconds", lambda model, images, call: 0.001)
     images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
 
     def planned(budget, metrics=("energy_in_mask", "deletion_auc", "max_sensitivity"), limit=500):

@@ -472,8 +472,9 @@ def test_logits_are_found_in_tuples_dicts_and_objects(images):
 def test_an_explainer_shows_its_options_in_its_signature():
     from inspect import signature
 
-    assert list(signature(explainers.activation_map).parameters) == ["model", "images", "targets", "layer", "norm"]
-    assert list(signature(explainers.cam).parameters) == ["model", "images", "targets", "layer"]
+    asked = ["model", "images", "targets", "layer", "output", "forward_args", "forward_kwargs"]
+    assert list(signature(explainers.activation_map).parameters) == [*asked, "norm"]
+    assert list(signature(explainers.cam).parameters) == asked
 
 
 def test_signed_maps_are_those_that_go_below_zero(images):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sightline.bench import Bench, Study
     from sightline.data import ImageSet
     from sightline.evaluation import Evaluation, Score
+    from sightline.inference import Output
     from sightline.runs import Run
 
 SMALL = {"width": 0.25, "stem_pool": 2, "dropout": 0.0}
@@ -238,6 +239,7 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
         "controls": _names(options.controls),
         "steps": options.steps,
         "budget": options.budget,
+        "output": options.output,
     }
     fill = options.fill
     chosen["fill"] = float(fill) if fill.replace(".", "", 1).lstrip("-").isdigit() else fill
@@ -306,7 +308,6 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     from sightline import data, maps, runs
     from sightline.data.images import open_image, quiet
     from sightline.explainers import explain, fitting, named
-    from sightline.inference import probabilities_of
 
     out = _folder(options.out)
     runs.check_writable(out)
@@ -327,7 +328,7 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     layer = None if options.layer is None else options.layer.partition(" (")[0]  # as `explanation.layer` shows it
     if methods == ["all"]:
         first = data.normalise(next(data.batches(images, 1)).images.to(device), preprocess)
-        methods, reasons = fitting(model, first, targets=target, layer=layer)
+        methods, reasons = fitting(model, first, targets=target, layer=layer, output=options.output)
         for name, reason in reasons.items():
             print(f"left out: {name}: {' '.join(reason.split())}", file=sys.stderr)
     before = set(out.iterdir()) if out.is_dir() else set[Path]()
@@ -337,10 +338,19 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     with _Bar() as bar:
         for batch in data.batches(images, min(16, options.batch_size)):
             inputs = data.normalise(batch.images.to(device), preprocess)
-            found = explain(model, inputs, target, methods, layer, batch_size=options.batch_size, progress=bar.update)
+            found = explain(
+                model,
+                inputs,
+                target,
+                methods,
+                layer,
+                output=options.output,
+                batch_size=options.batch_size,
+                progress=bar.update,
+            )
             unchecked |= dict.fromkeys(found.unchecked)
             notices |= dict.fromkeys(found.notices)
-            certainty = probabilities_of(found.logits)
+            certainty = found.probabilities
             for place, index in enumerate(batch.indices.tolist()):
                 pair = [int(found.targets[place, 0]), int(certainty[place].argmax())]
                 names = [classes[i] if i < len(classes) else str(i) for i in pair]
@@ -596,6 +606,14 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--profile", action="store_true", help="show where the time of ten steps goes")
     evaluation(new)
 
+    def output(new: argparse.ArgumentParser) -> None:
+        new.add_argument(
+            "--output",
+            type=_output,
+            metavar="WHICH",
+            help="key or index of the model's output, logits or probabilities, or both: prediction,probabilities",
+        )
+
     new = verb("explain", explain)
     new.add_argument("run", metavar="RUN_OR_MODEL", help="run folder, or a timm / torchvision: model with --weights")
     new.add_argument("images", nargs="+", metavar="IMAGE", help="files or folders")
@@ -604,6 +622,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--layer", metavar="NAME", help="layer or attention block (the last that feeds the logits)")
     new.add_argument("--target", metavar="CLASS", help="class to explain, by name or index (the predicted one)")
+    output(new)
     new.add_argument(
         "--batch-size", type=_count, default=64, metavar="N", help="images per forward; less takes less memory (64)"
     )
@@ -648,6 +667,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--budget", type=_seconds, metavar="TIME", help="such as 90s, 10min, 2h: do what fits, say what does not"
     )
+    output(new)
     new.add_argument("--steps", type=_count, metavar="N", help="points of the deletion and insertion curves (32)")
     new.add_argument(
         "--fill", default="zero", help="what replaces a pixel: zero, mean, blur, inpaint, black, a number (zero)"
@@ -906,6 +926,12 @@ def _seconds(text: str) -> float:
     if scale is None or not number.replace(".", "", 1).isdigit() or not float(number):
         raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10min or 2h, got {text!r}")
     return scale * float(number)
+
+
+def _output(text: str) -> "Output":
+    which, comma, kind = text.partition(",")
+    pick = int(which) if which.isdecimal() else which
+    return (pick, kind) if comma else pick
 
 
 def _count(text: str) -> int:

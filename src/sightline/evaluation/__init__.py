@@ -21,6 +21,7 @@ from sightline.evaluation.sentences import OF_ANOTHER_CLASS, summary
 from sightline.evaluation.source import Answers, Known, Source, predict
 from sightline.evaluation.standings import curve_of, failing, league, mean, standing_of
 from sightline.explainers import EXPLAINERS, Explanation, Method, Progress, attention_maps, explain, fitting, named
+from sightline.inference import Output
 from sightline.metrics import METRICS, Hiding, inputs_of, measure
 from sightline.metrics.agreement import ranks
 from sightline.metrics.classification import quality
@@ -50,6 +51,7 @@ def evaluate(
     steps: int = 32,
     fill: Fill = "zero",
     cells: bool = False,
+    output: Output = None,
     batch_size: int = 64,
     examples: int = 24,
     seed: int = 0,
@@ -62,8 +64,9 @@ def evaluate(
     """Score every method by every metric on the same images, the controls beside them.
 
     `data` is an `ImageSet`, or batches of normalised images: tuples (images, labels) or (images, labels, masks), or
-    dicts with `images` and, as known, `labels`, `masks`, `names`, `groups`. Accuracy counts all images; maps are made
-    for `limit` of them, drawn by `seed`. The predicted class is explained.
+    dicts with `images` and, as known, `labels`, `masks`, `names`, `groups`, and the `forward_args` and `forward_kwargs`
+    that the model takes beside these images (see `explain`). Accuracy counts all images; maps are made for `limit` of
+    them, drawn by `seed`. The predicted class is explained.
 
     Methods are given as in `explain`; None takes the attention of each block, and activation map, CAM and Grad-CAM as
     far as this model has evidence for them, `"all"` every method that fits. Metrics: None takes insertion, deletion and
@@ -85,6 +88,8 @@ def evaluate(
         budget: seconds for all maps and scores. The images become fewer, and below 50 of them the dearest method or
             metric is left out, until they fit.
         steps, fill, cells: see `Hiding`.
+        output: which tensor of the model's output counts, and what it holds, as for `explain`. None: decided once, by
+            the first batch, and said in `notices`.
         batch_size: images per forward.
         examples: images to keep for the report.
         seed: of the draw and of the intervals.
@@ -126,12 +131,13 @@ def evaluate(
     report = progress or (lambda what, done, total: None)
     source = Source(model, data, batch_size, classes)
     hiding = Hiding(steps=steps, fill=fill, cells=cells, batch_size=batch_size, mean=source.mean, std=source.std)
-    answers = predict(model, source, report)
+    answers = predict(model, source, report, output)
+    hiding = replace(hiding, output=answers.output)
     wanted = _metrics_of(wanted, metrics == "all", source.has_masks, any(True for _ in model.parameters()))
     drawn = np.random.default_rng(seed).permutation(len(answers.labels))
     first = next(source.batches(np.sort(drawn[:_TRIED])))
     if not listed:
-        own = _methods_of(model, first.images, everything=methods == "all")
+        own = _methods_of(model, first.images, methods == "all", _called(hiding, first).of_model)
         asked = {name: name for name in own} | asked
     folder = None if partial_results is None else Path(partial_results)
     files: list[Path] = []
@@ -146,7 +152,17 @@ def evaluate(
         planned = kept(
             files[0] if files else None,
             partial(
-                plan, model, first.images, targets, asked, blind, wanted, hiding, min(limit, len(drawn)), budget, others
+                plan,
+                model,
+                first.images,
+                targets,
+                asked,
+                blind,
+                wanted,
+                _called(hiding, first),
+                min(limit, len(drawn)),
+                budget,
+                others,
             ),
         )
         asked = {name: asked[name] for name in planned.methods}
@@ -230,20 +246,22 @@ class _Maker:
         """All of a batch; the maps of rows in `shown` are kept, and of those that score worst."""
         images, rows = batch.images, batch.rows.numpy()
         targets = torch.from_numpy(self.answers.predictions[rows]).to(images.device)
-        explanation = explain(self.model, images, targets, list(self.asked.values()))
+        hiding = _called(self.hiding, batch)
+        explanation = explain(self.model, images, targets, list(self.asked.values()), **hiding.of_model)
         maps = dict(explanation.maps)
         if self.of_others:
             logits = explanation.logits
             others = logits.scatter(1, targets[:, None], -torch.inf).argmax(1)
-            rivals = explain(self.model, images, others, [self.asked[name] for name in self.of_others])
+            methods = [self.asked[name] for name in self.of_others]
+            rivals = explain(self.model, images, others, methods, **hiding.of_model)
             maps |= {name + OF_ANOTHER_CLASS: value for name, value in rivals.maps.items()}
 
         def again(model: nn.Module, images: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
-            return explain(model, images, targets, list(self.asked.values())).maps
+            return explain(model, images, targets, list(self.asked.values()), **hiding.of_model).maps
 
         chosen = {name: METRICS[name] for name in self.metrics}
         given: dict[str, Any] = {"model": self.model, "images": images, "targets": targets, "explain": again}
-        values, fields = measure(chosen, maps, **given, masks=batch.masks, hiding=self.hiding)
+        values, fields = measure(chosen, maps, **given, masks=batch.masks, hiding=hiding)
         table = {key: value.double().cpu().numpy() for key, value in values.items()}
         curves = {
             (method, kind): read[kind].double().cpu().numpy()
@@ -266,13 +284,15 @@ class _Maker:
             areas=areas[areas > 0],  # an empty mask is undefined for the score too
             verdicts={name: [[] for _ in rows] for name in maps} | self._verdicts(explanation),
             layers=explanation.layers | {name: "" for name in maps if name not in self.asked},
+            notices=list(explanation.notices),
         )
 
     def shown(self, batch: Known) -> tuple[dict[tuple[str, str], Array], dict[str, list[list[str]]]]:
         """Maps and verdicts of a batch that is only looked at."""
         rows = batch.rows.numpy()
         targets = torch.from_numpy(self.answers.predictions[rows]).to(batch.images.device)
-        found = explain(self.model, batch.images, targets, list(self.asked.values()))
+        hiding = _called(self.hiding, batch)
+        found = explain(self.model, batch.images, targets, list(self.asked.values()), **hiding.of_model)
         return self._kept(found.maps, rows, {name: rows >= 0 for name in found.maps}), self._verdicts(found)
 
     def _verdicts(self, explanation: Explanation) -> dict[str, list[list[str]]]:
@@ -419,8 +439,8 @@ def _found(
         if known.any()
         else None,
         summary=(),
+        notices=tuple(dict.fromkeys([*source.notices, *answers.notices, *whole.notices])),
         skipped=tuple(source.skipped),
-        notices=source.notices,
         provenance={"seed": str(seed), "images with maps": str(len(rows.chosen))},
         **vars(found),
     )
@@ -468,12 +488,18 @@ def _worst_places(values: Array, higher_is_better: bool | None) -> Array:
     return order[np.isfinite(badness[order])]
 
 
-def _methods_of(model: nn.Module, images: Tensor, everything: bool) -> list[str]:
+def _called(hiding: Hiding, batch: Known) -> Hiding:
+    """The same with what the model takes beside these images."""
+    return replace(hiding, forward_args=batch.forward_args, forward_kwargs=batch.forward_kwargs)
+
+
+def _methods_of(model: nn.Module, images: Tensor, everything: bool, of_model: dict[str, Any]) -> list[str]:
     """Attention of every block, and what costs no more than the forward; or everything that the model allows."""
     cheap = ("attention", "activation_map", "cam", "grad_cam")
     names = [name for name, method in EXPLAINERS.items() if not method.is_control] if everything else cheap
-    methods, _ = fitting(model, images, names)
-    gates = [name for name, gate in attention_maps(model, images).items() if gate.shape[2] * gate.shape[3] > 1]
+    methods, _ = fitting(model, images, names, **of_model)
+    maps = attention_maps(model, images, **of_model)
+    gates = [name for name, gate in maps.items() if gate.shape[2] * gate.shape[3] > 1]
     return [f"attention@{name}" for name in gates] + methods[1:] if len(gates) > 1 else methods
 
 

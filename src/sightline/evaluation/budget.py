@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline.explainers import Method, explain
-from sightline.inference import forward
+from sightline.inference import ForwardCall, forward
 from sightline.metrics import METRICS, Hiding, HidingMetric, frames_of, inpaint, inputs_of
 from sightline.metrics.hiding import ROAD_SHARES
 from sightline.runs import write
@@ -68,10 +68,11 @@ def plan(
     The forward and every method are timed on a few images; of a method that looks at many changed images only the
     first batch is.
     """
-    many = images.repeat(max(hiding.batch_size // len(images), 1), *[1] * (images.ndim - 1))
-    per_forward = _forward_seconds(model, many)
+    rows = torch.arange(len(images), device=images.device).repeat(max(hiding.batch_size // len(images), 1))
+    many = images[rows]
+    per_forward = _forward_seconds(model, many, hiding.call(images).at(rows))
     per_painted = _painted_seconds(many) if _needs(metrics) & _PAINTED else 0.0
-    explaining = {name: _seconds(model, images, targets, method) for name, method in methods.items()}
+    explaining = {name: _seconds(model, images, targets, method, hiding) for name, method in methods.items()}
     kept, measured = dict(explaining), list(metrics)
     left_out: dict[str, str] = {}
 
@@ -129,11 +130,11 @@ def _needs(metrics: Collection[str]) -> frozenset[str]:
     return frozenset[str]().union(*(function.needs for function in functions if isinstance(function, HidingMetric)))
 
 
-def _forward_seconds(model: nn.Module, images: Tensor) -> float:
+def _forward_seconds(model: nn.Module, images: Tensor, call: ForwardCall) -> float:
     """Of one image of a batch."""
-    forward(model, images).cpu()  # the first is slower
+    forward(model, images, call=call).cpu()  # the first is slower
     start = time.perf_counter()
-    forward(model, images).cpu()  # waits for the device
+    forward(model, images, call=call).cpu()  # waits for the device
     return (time.perf_counter() - start) / len(images)
 
 
@@ -146,7 +147,7 @@ def _painted_seconds(images: Tensor) -> float:
     return (time.perf_counter() - start) / len(images)
 
 
-def _seconds(model: nn.Module, images: Tensor, targets: Tensor, method: Method) -> float:
+def _seconds(model: nn.Module, images: Tensor, targets: Tensor, method: Method, hiding: Hiding) -> float:
     """Of one image's map."""
 
     class Started(Exception):
@@ -163,7 +164,7 @@ def _seconds(model: nn.Module, images: Tensor, targets: Tensor, method: Method) 
 
     def run() -> None:
         try:
-            explain(model, images, targets, [method], progress=extrapolate)
+            explain(model, images, targets, [method], progress=extrapolate, **hiding.of_model)
         except Started:
             pass
 

@@ -41,6 +41,7 @@ class Part:
     """Share of each image that its mask covers; none where it is empty."""
     verdicts: dict[str, list[list[str]]]
     layers: dict[str, str]
+    notices: list[str] = field(default_factory=list)
 
     def __add__(self, other: "Part") -> "Part":
         def joined(name: str) -> dict[tuple[str, str], Array]:
@@ -61,6 +62,7 @@ class Part:
             areas=np.concatenate([self.areas, other.areas]),
             verdicts={method: said + other.verdicts[method] for method, said in self.verdicts.items()},
             layers=other.layers,
+            notices=list(dict.fromkeys([*self.notices, *other.notices])),
         )
 
     def save(self, path: Path) -> None:
@@ -68,7 +70,7 @@ class Part:
         arrays = {"alike": self.alike, "areas": self.areas}
         for name in _TABLES:
             arrays |= {"\t".join((name, *key)): value for key, value in getattr(self, name).items()}
-        facts = json.dumps({"verdicts": self.verdicts, "layers": self.layers})
+        facts = json.dumps({name: getattr(self, name) for name in ("verdicts", "layers", "notices")})
         file = io.BytesIO()
         np.savez(file, allow_pickle=False, facts=np.array(facts), **arrays)
         try:

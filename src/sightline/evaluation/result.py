@@ -152,7 +152,7 @@ class Evaluation:
     skipped: tuple[tuple[str, str], ...]
     """Images that could not be read, with the reason."""
     notices: tuple[str, ...] = ()
-    """What was decided about the images that their owner may want otherwise."""
+    """What was decided about the images or the model that their owner may want otherwise."""
     provenance: dict[str, str]
     """command, seed, date, wall time, hardware, versions."""
 

@@ -1,6 +1,6 @@
 """The data to evaluate, in one form whatever it came as, and the model's answers to it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from sightline import inference
 from sightline.data import ImageSet, normalise
-from sightline.inference import check_images
+from sightline.inference import Output, check_images, forward_call
 from sightline.metrics.uncertainty import Interval, mean_interval, wilson_interval
 
 Array = np.ndarray
@@ -31,6 +32,9 @@ class Known:
     """Place of each image among all."""
     pictures: Tensor
     """uint8, to be shown."""
+    forward_args: Any = ()
+    """What the model takes beside the images; see `explain`."""
+    forward_kwargs: Mapping[str, Any] | None = None
 
     def picked(self, keep: Tensor) -> "Known | None":
         """Those images alone; None where there is none."""
@@ -40,6 +44,7 @@ class Known:
             return None
         at = keep.nonzero()[:, 0]
         on = at.to(self.images.device)
+        call = forward_call(self.images, None, self.forward_args, self.forward_kwargs).at(on)
         return Known(
             images=self.images[on],
             labels=self.labels[at],
@@ -48,6 +53,8 @@ class Known:
             groups=None if self.groups is None else [self.groups[i] for i in at.tolist()],
             rows=self.rows[at],
             pictures=self.pictures[at],
+            forward_args=call.args,
+            forward_kwargs=call.kwargs,
         )
 
 
@@ -151,7 +158,13 @@ class Source:
             groups=[str(group) for group in batch["groups"]] if "groups" in batch else None,
             rows=torch.arange(start, start + count),
             pictures=pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures[:, :3],
+            forward_args=_on(self.device, batch.get("forward_args", ())),
+            forward_kwargs=_on(self.device, batch.get("forward_kwargs")),
         )
+
+
+def _on(device: torch.device, values: Any) -> Any:
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
 
 
 @dataclass(frozen=True)
@@ -166,6 +179,10 @@ class Answers:
     probabilities: Float[Array, "n c"]
     names: list[str]
     groups: Array | None
+    output: Output = None
+    """How further outputs of the model are to be read."""
+    notices: tuple[str, ...] = ()
+    """What was decided for that."""
 
     def quality(self, seed: int) -> tuple[Interval | None, float | None, Array | None]:
         """Accuracy, share of the most frequent class, confusion matrix; of the labelled images."""
@@ -195,8 +212,10 @@ class Answers:
         return names | {"group" if unit in names | answers else unit: self.groups[rows].tolist()} | answers
 
 
-def predict(model: nn.Module, source: Source, progress: Progress) -> Answers:
+def predict(model: nn.Module, source: Source, progress: Progress, output: Output = None) -> Answers:
     """One forward over all images; tells the source whether all of them have masks.
+
+    How the model's `output` is to be read is decided once, by the first images.
 
     Raises:
         ValueError: no image, logits that are not finite, labels out of range, another number of classes than the data
@@ -207,8 +226,13 @@ def predict(model: nn.Module, source: Source, progress: Progress) -> Answers:
     names: list[str] = []
     groups: list[str] = []
     masked = True
+    notice = ""
     for batch in source.batches(None):
-        shares.append(inference.answers(model, batch.images, source.batch_size)[1].cpu())
+        call = forward_call(batch.images, output, batch.forward_args, batch.forward_kwargs)
+        if not shares:
+            call, notice = call.settled(model, batch.images)
+            output = call.output
+        shares.append(inference.answers(model, batch.images, source.batch_size, call)[1].cpu())
         labels += batch.labels.tolist()
         names += batch.names
         groups += batch.groups or []
@@ -244,4 +268,6 @@ def predict(model: nn.Module, source: Source, progress: Progress) -> Answers:
         probabilities=probabilities.numpy(),
         names=names,
         groups=np.array(groups) if groups else None,
+        output=output,
+        notices=(notice,) if notice else (),
     )

@@ -1,6 +1,6 @@
 """Maps of where a model looks. `explain` computes all of them from as few forwards and backwards as they need."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -54,7 +54,7 @@ from sightline.explainers.relevance import (
 from sightline.explainers.rollout import attention_rollout, gradient_rollout
 from sightline.explainers.scorer import Progress, Targets
 from sightline.explainers.verdicts import signs_of, verdicts_of
-from sightline.inference import exact
+from sightline.inference import Output, check_images, exact, forward_call
 
 __all__ = [
     "EXPLAINERS",
@@ -155,7 +155,10 @@ class Explanation:
     targets: Int[Tensor, "b t"]
     """Class indices; -1 where a function made the score."""
     logits: Float[Tensor, "b n"]
-    """Two classes of a single logit z: -z/2 and z/2, whose softmax is its sigmoid; the scores that a function made."""
+    """Two classes of a single logit z: -z/2 and z/2, whose softmax is its sigmoid; the scores that a function made.
+    Logarithms of probabilities that have no logits."""
+    probabilities: Float[Tensor, "b n"]
+    """Of each class, or of each label for itself, as the model has it; where a function made the scores, the scores."""
     layers: dict[str, str]
     """Where each map was read: name and shape, for example `features.conv13 (128 x 5 x 5)`; empty for controls."""
     verdicts: dict[str, list[list[str]]]
@@ -197,6 +200,9 @@ def explain(
     methods: Sequence[Method] = ("grad_cam",),
     layer: Layer | Sequence[str | nn.Module] = None,
     *,
+    output: Output = None,
+    forward_args: Any = (),
+    forward_kwargs: Mapping[str, Any] | None = None,
     call: int | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
@@ -217,14 +223,23 @@ def explain(
     set `torch.backends.cudnn.conv.fp32_precision`.
 
     Args:
-        model: any classifier that takes (b, c, h, w), or (b, c, d, h, w), and returns logits: a tensor, or one in a
-            tuple, a dict or an object with `.logits`.
+        model: any classifier that takes (b, c, h, w), or (b, c, d, h, w), and returns logits: a tensor, the only one in
+            a tuple or a dict, or that of an object with `.logits`.
         images: normalised as the model wants them.
         targets: None = the predicted class, an int = that class in every image, class indices (b,) or (b, t), or a
             function from whatever the model returns to one score per image, (b,) or (b, t). A single logit counts as
-            two classes; a softmax or sigmoid at the very end of the model is undone.
+            two classes; a softmax or sigmoid at the very end of the model is undone. Probabilities without logits (an
+            average of several softmaxes, say) are explained by their logarithm, a label's own by its log-odds.
         methods: what to make; several share the forward and the backward.
         layer: where to read.
+        output: which tensor of several that the model returns: a key, an index, a (dotted) attribute, or a function
+            from the output to a tensor. `"logits"` or `"probabilities"` say what the numbers are, where the operations
+            that made them and their values are misread (a notice says what was decided), `(which, "probabilities")`
+            both. A function in `targets` gets the whole output all the same.
+        forward_args: what the model takes behind the images, a tuple. Tensors with as many rows as images have one for
+            each of them, which goes along wherever an image is changed or repeated; other tensors (a 0-d one, one with
+            a leading 1 beside several images) and everything else are handed on as they are.
+        forward_kwargs: the same by name.
         call: which run of a layer that the forward calls several times, from 0.
         batch_size: images per forward of the methods that look at many changed images; bounds their memory.
         progress: called by these with (what, images done, images in all).
@@ -243,6 +258,7 @@ def explain(
     >>> explanation.layer, explanation.verdicts["cam"]
     ('features (3 x 2 x 2)', [['flat']])
     """
+    check_images(images)
     asked = _requests(methods, layer)
     requests = [(at, method.needs) for _, method, _, at in asked]
     gathered = gather(
@@ -250,6 +266,7 @@ def explain(
         images,
         requests,
         targets,
+        asked=forward_call(images, output, forward_args, forward_kwargs),
         call=call,
         batch_size=batch_size,
         progress=progress,
@@ -281,6 +298,7 @@ def explain(
         maps=found,
         targets=gathered.scorer.classes_of(gathered.scorer.targets),
         logits=gathered.logits,
+        probabilities=gathered.probabilities,
         layers=layers,
         verdicts={name: verdicts_of(method, own[0][2], read[name]) for name, (_, method, _, _), own in methods_of},
         unchecked=tuple(name for name, rows in read.items() if not all(row[-1] for row in rows)),
@@ -294,6 +312,10 @@ def fitting(
     methods: Sequence[str] = tuple(EXPLAINERS),
     targets: Targets = None,
     layer: Layer = None,
+    *,
+    output: Output = None,
+    forward_args: Any = (),
+    forward_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """Names of those methods that a model has evidence for, and for each of the others why not.
 
@@ -317,10 +339,13 @@ def fitting(
 
     found: list[str] = []
     reasons: dict[str, str] = {}
+    check_images(images)
     first = targets[:1] if isinstance(targets, Tensor) else targets
+    one = forward_call(images, output, forward_args, forward_kwargs).at(torch.zeros(1, dtype=torch.long))
+    given: dict[str, Any] = {"output": output, "forward_args": one.args, "forward_kwargs": one.kwargs}
     for method in methods:
         try:
-            explain(model, images[:1], first, [method], layer, progress=started)
+            explain(model, images[:1], first, [method], layer, progress=started, **given)
         except Started:
             found.append(method)
         except torch.OutOfMemoryError:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sightline.explainers.capture import Capture, Captured, Layout
 from sightline.explainers.scorer import Scorer
-from sightline.inference import logits_of, output_of, run, version_of
+from sightline.inference import ForwardCall, logits_of, run, version_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class CompiledCapture:
         capture.run(images)
         (found,) = capture.captured
         head = found.head(capture.scorer.direct)
-        output = logits_of(output_of(self.model, images))
+        output = logits_of(ForwardCall().raw(self.model, images))
         if head is None or found.name not in capture.modules or not torch.equal(output, run(self.model, images)):
             raise ValueError(
                 "expected a model whose last feature map is a module's output, pooled into one linear layer that "

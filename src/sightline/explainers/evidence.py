@@ -1,7 +1,7 @@
 """What one forward and one backward of a model show, and the formulas over it."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -17,7 +17,7 @@ from sightline.explainers.capture import Capture, Captured, Layer, find_layer
 from sightline.explainers.compiled import CompiledCapture
 from sightline.explainers.rectifiers import Rectifiers, Rule
 from sightline.explainers.scorer import Progress, Scorer, Targets, gradients_of, rows_of
-from sightline.inference import check_images, untouched, version_of
+from sightline.inference import ForwardCall, Output, check_images, forward_call, probabilities_of, untouched, version_of
 
 _OF_LAYER = {"activations", "gradients", "mean_gradients", "rival_gradients", "head"}
 _OF_IMAGE: dict[str, Rule] = {
@@ -125,10 +125,16 @@ class Explainer:
         images: Float[Tensor, "b c *grid"],
         targets: Targets = None,
         layer: Layer = None,
+        *,
+        output: Output = None,
+        forward_args: Any = (),
+        forward_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Float[Tensor, "b t *cells"]:
         """Raw map per target, at the layer's own resolution, float32 (float64 where the model computes in it)."""
-        gathered = gather(model, images, [(layer, self.needs)], targets)
+        check_images(images)
+        asked = forward_call(images, output, forward_args, forward_kwargs)
+        gathered = gather(model, images, [(layer, self.needs)], targets, asked=asked)
         return torch.cat([self.map_of(one, **options) for (one,) in gathered.blocks() if one is not None], 1)
 
     def map_of(self, evidence: Evidence, **options: Any) -> Float[Tensor, "b t *grid"]:
@@ -201,6 +207,12 @@ class Gathered:
     def logits(self) -> Float[Tensor, "b n"]:
         """Logits of the images."""
         return self._float(self.scorer.logits)
+
+    @property
+    def probabilities(self) -> Float[Tensor, "b n"]:
+        """Probabilities of the images' classes; where a function makes the scores, the scores."""
+        direct = self._float(self.scorer.direct)
+        return direct if callable(self.scorer.asked) else probabilities_of(direct, self.scorer.link)
 
     def _head(self, captured: Captured) -> Tensor | None:
         """Weights of each class's score; none if a function makes the scores."""
@@ -345,6 +357,7 @@ def gather(
     requests: Sequence[Request],
     targets: Targets = None,
     *,
+    asked: ForwardCall | None = None,
     call: int | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
@@ -369,14 +382,21 @@ def gather(
     with untouched(model) as net, torch.inference_mode(False), torch.set_grad_enabled(whole):
         if not (differentiable and images.requires_grad):
             images = images.detach().clone().requires_grad_(bool(needs & _OF_IMAGE.keys()))
-        scorer = Scorer(net, targets, batch_size=batch_size, progress=progress, differentiable=differentiable)
+        scorer = Scorer(
+            net,
+            targets,
+            forward_call=asked,
+            batch_size=batch_size,
+            progress=progress,
+            differentiable=differentiable,
+        )
         for layer, _ in requests:
             if layer is not None:
                 find_layer(net, layer)
         default = getattr(net, "default_layer", None)
         layers = [default if layer is None else layer for layer, own in requests if own & _OF_LAYER]
         if compile:
-            _check_compiled(layers, needs, targets, differentiable, call)
+            _check_compiled(layers, needs, targets, differentiable, call, scorer.forward_call)
             return Gathered(CompiledCapture(net, scorer, layers[0], images, len(layers)), requests, images, None)
         capture = Capture(net, scorer, layers, call=call, gates=bool(needs & {"gate", "gates"}), whole=whole)
         rectifiers = Rectifiers() if needs & {"guided_gradients", "deconvolved_gradients"} else None
@@ -388,7 +408,12 @@ def gather(
 
 
 def _check_compiled(
-    layers: Sequence[Layer], needs: frozenset[str], targets: Targets, differentiable: bool, call: int | None
+    layers: Sequence[Layer],
+    needs: frozenset[str],
+    targets: Targets,
+    differentiable: bool,
+    call: int | None,
+    asked: ForwardCall,
 ) -> None:
     if missing := needs - _OF_LAYER - {"images", "targets", "logits", "layer"}:
         wrong = f"a method that reads {min(missing)}"
@@ -398,6 +423,8 @@ def _check_compiled(
         wrong = "a function as targets"
     elif differentiable or call is not None:
         wrong = "differentiable=True" if differentiable else "call="
+    elif asked.output is not None or asked.args or asked.kwargs:
+        wrong = "output= or other inputs than images"
     else:
         return
     raise ValueError(

@@ -1,27 +1,39 @@
 """Maps that the model makes by itself: its learned attention, and the size of its activations."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sightline.explainers.evidence import Explainer, gather
+from sightline.inference import Output, check_images, forward_call
 
 
-def attention_maps(model: nn.Module, images: Float[Tensor, "b c H W"]) -> dict[str, Float[Tensor, "b _ _ _"]]:
+def attention_maps(
+    model: nn.Module,
+    images: Float[Tensor, "b c H W"],
+    *,
+    output: Output = None,
+    forward_args: Any = (),
+    forward_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Float[Tensor, "b _ _ _"]]:
     """Every learned attention map of a model, by the dotted name of its block, each of shape (b, k, h, w).
 
     A block is any module with a child called `gate` that returns a 4-D tensor, whoever wrote it, or the attention of a
     vision transformer between all its tokens: (b, heads, h, w), what each patch receives from the class token if the
     head reads that token, else from all patches on average (see `sightline.explainers.tokens`). The model runs once, in
-    eval mode, and is left as it was; the weights that a fused kernel does not show are computed beside it.
+    eval mode, and is left as it was; the weights that a fused kernel does not show are computed beside it. The options
+    are those of `explain`.
 
     >>> from sightline.testing import PlantedAttention
     >>> attention_maps(PlantedAttention(), torch.ones(1, 3, 2, 2))["pool"].flatten().tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
-    return gather(model, images, [(None, frozenset({"gates"}))]).gates
+    check_images(images)
+    asked = forward_call(images, output, forward_args, forward_kwargs)
+    return gather(model, images, [(None, frozenset({"gates"}))], asked=asked).gates
 
 
 @Explainer

@@ -93,8 +93,8 @@ def rise(
 ) -> Float[Tensor, "b t *grid"]:
     r"""Random masks, each weighted by the class's probability in the image that it leaves, summed.
 
-    $\frac{1}{Np} \sum_i f(x \odot M_i) \, M_i$ with $f$ the softmax probability, or that of a sigmoid over several
-    classes if the model ends in one. A mask is a coarse grid of zeros and
+    $\frac{1}{Np} \sum_i f(x \odot M_i) \, M_i$ with $f$ the softmax probability, or the probability that the model
+    itself returns. A mask is a coarse grid of zeros and
     ones, enlarged bilinearly and shifted at random; all images get the same masks. The map estimates the probability
     given that the pixel is seen, so it is positive where nothing matters, too.
 

@@ -1,56 +1,19 @@
 """The numbers that a map explains, as a function of images."""
 
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sightline.inference import either, output_of, probabilities_of, run, run_with_link, untouched
+from sightline.inference import ForwardCall, either, probabilities_of, resolve_targets, untouched
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor] | None
 """None = the predicted class; an int = that class for every image; class indices per image; or a function from whatever
 the model returns to one score per image, (b,) or (b, t)."""
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
-
-
-def resolve_targets(targets: int | Tensor | None, logits: Float[Tensor, "b n"]) -> Int[Tensor, "b t"]:
-    """Class indices as (batch, targets): None = the predicted class, an int = that class for every image.
-
-    Raises:
-        ValueError: another length than the batch, or a class that does not exist.
-        TypeError: neither None, an int, nor an integer tensor.
-
-    >>> resolve_targets(None, torch.tensor([[0.0, 3.0], [2.0, 1.0]])).tolist()
-    [[1], [0]]
-    """
-    batch, classes = logits.shape
-    if targets is None:
-        return logits.argmax(1, keepdim=True)
-    if not isinstance(targets, bool) and isinstance(targets, Integral):  # NumPy's, too
-        found = torch.full((batch, 1), int(targets), device=logits.device)
-    elif isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool:
-        found = targets.to(logits.device, torch.long, copy=True)  # that of inference mode has no gradient
-        if found.ndim not in (1, 2) or len(found) != batch or not found.numel():
-            raise ValueError(
-                f"expected targets of shape ({batch},) or ({batch}, t), one row per image, got {tuple(targets.shape)}; "
-                "pass an int to explain the same class in every image"
-            )
-        found = found.reshape(batch, -1)
-    else:
-        got = f"a {targets.dtype} tensor" if isinstance(targets, Tensor) else f"{targets!r}"
-        raise TypeError(
-            f"expected targets None, an int, an integer tensor or a function, got {got}; pass class indices"
-        )
-    if not (0 <= int(found.min()) and int(found.max()) < classes):
-        raise ValueError(
-            f"expected targets in 0..{classes - 1}, got {int(found.min())}..{int(found.max())}; "
-            f"the model has {classes} classes, counted from 0"
-        )
-    return found
 
 
 class Scorer:
@@ -65,6 +28,8 @@ class Scorer:
     """Of the images that it began with; a function's scores stand for them."""
     direct: Tensor
     """The same, but of a binary head the single logit."""
+    link: str = ""
+    """Of what these are the inverse; see `probabilities_of`."""
     scale: int
     """What turns one of these logits into the score."""
     origin: Float[Tensor, "b t"] | float = 0.0
@@ -79,6 +44,7 @@ class Scorer:
         model: nn.Module,
         targets: Targets,
         *,
+        forward_call: ForwardCall | None = None,
         batch_size: int = 64,
         progress: Progress | None = None,
         differentiable: bool = False,
@@ -87,6 +53,7 @@ class Scorer:
             raise ValueError(f"expected at least 1 image per batch, got {batch_size}")
         self.model = model
         self.asked = targets
+        self.forward_call = forward_call or ForwardCall()
         self.batch_size = batch_size
         self.progress = progress or (lambda what, done, total: None)
         self.differentiable = differentiable
@@ -98,7 +65,15 @@ class Scorer:
         Raises:
             ValueError, TypeError: targets that are none, images or a model that do not fit.
         """
-        return self.take(self._logits(images))
+        if callable(self.asked):
+            return self.take(self._scores(self.asked, images, None))
+        with untouched(self.model) as net:
+            answer = self.forward_call(net, images)
+        self.forward_call = answer.call  # the images to come are read as these are
+        self.link = answer.link
+        if answer.notice:
+            self.notices[answer.notice] = None
+        return self.take(answer.logits)
 
     def take(self, logits: Float[Tensor, "b n"]) -> Float[Tensor, "b t"]:
         """The same from logits that are there already.
@@ -139,18 +114,15 @@ class Scorer:
         self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n t"]:
         """Scores of other images, in the caller's grad mode; `rows` names the first image whose targets each takes."""
-        logits, scale = self._of_classes(self._logits(images))
+        logits, scale = self._of_classes(self._answer(images, rows)[0])
         return logits.gather(1, self._targets_of(rows)) * scale
 
     def probabilities(
         self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n t"]:
         """Probability of each target (see `probabilities_of`); where a function makes the scores, the scores."""
-        if not callable(self.asked):
-            with untouched(self.model) as net:
-                shares = probabilities_of(*run_with_link(net, images))
-        else:
-            shares = self._logits(images)
+        logits, link = self._answer(images, rows)
+        shares = logits if callable(self.asked) else probabilities_of(logits, link)
         return shares.gather(1, self._targets_of(rows))
 
     def gradients(
@@ -202,11 +174,16 @@ class Scorer:
         """Logits of at least two classes, or a function's scores, and what turns one of them into the score."""
         return (logits, 1) if callable(self.asked) or logits.shape[1] > 1 else (either(logits), 2)
 
-    def _logits(self, images: Tensor) -> Tensor:
+    def _answer(self, images: Tensor, rows: Tensor | None) -> tuple[Tensor, str]:
+        if callable(self.asked):
+            return self._scores(self.asked, images, rows), ""
         with untouched(self.model) as net:
-            if not callable(self.asked):
-                return run(net, images)
-            scores = self.asked(output_of(net, images))
+            answer = self.forward_call(net, images, rows)
+        return answer.logits, answer.link
+
+    def _scores(self, of: Callable[[Any], Tensor], images: Tensor, rows: Tensor | None) -> Tensor:
+        with untouched(self.model) as net:
+            scores = of(self.forward_call.raw(net, images, rows))
         if not isinstance(scores, Tensor) or scores.ndim not in (1, 2) or len(scores) != len(images):  # pyright: ignore[reportUnnecessaryIsInstance]
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"expected the function in targets to return ({len(images)},) scores, got {got}; mend it")

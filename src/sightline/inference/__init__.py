@@ -1,31 +1,39 @@
 """Calls anybody's model without leaving a trace."""
 
 from sightline.inference.outputs import (
+    ForwardCall,
+    Output,
     answers,
+    check_classes,
     check_images,
     either,
     forward,
+    forward_call,
     logits_of,
-    output_of,
+    one_target_each,
     probabilities_of,
+    resolve_targets,
     run,
-    run_with_link,
-    version_of,
     wide,
 )
 from sightline.inference.preserve import exact, untouched
+from sightline.inference.probabilities import version_of
 
 __all__ = [
+    "ForwardCall",
+    "Output",
     "answers",
+    "check_classes",
     "check_images",
     "either",
     "exact",
     "forward",
+    "forward_call",
     "logits_of",
-    "output_of",
+    "one_target_each",
     "probabilities_of",
+    "resolve_targets",
     "run",
-    "run_with_link",
     "untouched",
     "version_of",
     "wide",

@@ -1,16 +1,24 @@
 """What a model's output says: its logits, however it returns them."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import SUPPORTED_NODES, tree_flatten_with_path, tree_map
 
 from sightline.inference.preserve import untouched
+from sightline.inference.probabilities import Kind, Probabilities, read
+
+Pick = str | int | Callable[[Any], Any] | None
+Output = Pick | tuple[Pick, str]
+"""Which numbers of a model's output count: a key, an index or a (dotted) attribute, or a function from whatever the
+model returns to (b,) or (b, n); `"logits"` or `"probabilities"` to say what they are; or a tuple of both."""
+_KINDS = get_args(Kind)
 
 
 def check_images(images: object) -> None:
@@ -33,105 +41,246 @@ def check_images(images: object) -> None:
         )
 
 
-_LINKS = {name: name for name in ("softmax", "log_softmax", "sigmoid")} | {"expit": "sigmoid"}
-_MOVES = set("squeeze unsqueeze flatten view reshape contiguous clone to type float double half bfloat16".split())
-_BOUNDS = set("clamp clip clamp_min clamp_max nan_to_num".split())
-_PICKS = {"__getitem__", "select"}
-
-
-@dataclass(frozen=True, eq=False)
-class _Link:
-    """A tensor, in one version, that is a softmax or sigmoid of `logits()`."""
-
-    output: Tensor
-    version: int
-    name: str
-    logits: Callable[[], Tensor]
-
-
-class _LastLink(TorchFunctionMode):
-    """Remembers the last softmax or sigmoid of a forward, what it was applied to, and its result however reshaped."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.links: list[_Link] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name: str = getattr(func, "__name__", "")
-        link = _LINKS.get(name.removeprefix("special_").removesuffix("_"))
-        given, rest = (args[0], args[1:]) if args else (kwargs.get("input"), ())
-        if link is not None and isinstance(given, Tensor):
-            before = given.clone() if name.endswith("_") else given
-            output = func(*args, **kwargs)
-            self.links = [_Link(output, version_of(output), link, lambda: before)]
-            return output
-        made = self._link_of(given)  # an operation in place makes another version of it
-        output = func(*args, **kwargs)
-        if made is not None and isinstance(output, Tensor) and (follows := _following(func, name, made, rest, kwargs)):
-            self.links.append(_Link(output, version_of(output), *follows))
-        return output
-
-    def _link_of(self, tensor: Any) -> _Link | None:
-        return next((link for link in self.links if link.output is tensor and link.version == version_of(tensor)), None)
-
-    def undone(self, output: Tensor) -> tuple[Tensor, str]:
-        """What the last link was applied to if the output is its result, and its name; else the output."""
-        link = self._link_of(output)
-        return (output, "") if link is None else (link.logits(), link.name)
-
-
-def _following(
-    func: Callable[..., Any], name: str, link: _Link, rest: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[str, Callable[[], Tensor]] | None:
-    """The link, and the logits, of what an operation makes of probabilities; None if that is neither's."""
-    if name.removesuffix("_") in _BOUNDS:
-        return link.name, link.logits
-    if name == "log" and link.name == "softmax":
-        return "log_softmax", link.logits
-    if name in _MOVES or (name in _PICKS and link.name == "sigmoid"):
-        return link.name, lambda: func(link.logits(), *rest, **options)
-    if name in _PICKS and link.name == "softmax" and link.output.ndim == 2 and link.output.shape[1] == 2:
-        return "sigmoid", lambda: func(link.logits() - link.logits().flip(1), *rest, **options)
-    return None
-
-
 def wide(values: Tensor) -> torch.dtype:
     """float32 at least: the type in which maps are summed and scored."""
     return torch.promote_types(values.dtype, torch.float32)
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often it was changed in place; 0 for those of inference mode, which do not count.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ForwardCall:
+    """How a model is called and read: what it takes beside the images, and which numbers of its output count.
 
-    >>> version_of(torch.zeros(1)), version_of(torch.zeros(1).add_(1))
-    (0, 1)
+    Called as `(model, images)`, or `(model, images, rows)` for images made from those at `rows`: then arguments with a
+    row for each of the first `batch` images are handed on for those rows. See `forward_call`.
     """
-    return 0 if tensor.is_inference() else tensor._version
+
+    pick: Pick = None
+    kind: Kind | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    batch: int = 0
+    """Tensors of this length among the arguments have a row for each image."""
+
+    @property
+    def output(self) -> Output:
+        """What `forward_call` takes to read outputs in the same way."""
+        return self.pick if self.kind is None else (self.pick, self.kind)
+
+    def at(self, rows: Int[Tensor, " n"]) -> "ForwardCall":
+        """The call for other images, made from those at these rows."""
+
+        def chosen(value: Any) -> Any:
+            has_rows = isinstance(value, Tensor) and value.ndim and len(value) == self.batch
+            return value[rows.to(value.device)] if has_rows else value
+
+        args, kwargs = tree_map(chosen, (self.args, dict(self.kwargs)))
+        return replace(self, args=args, kwargs=kwargs, batch=len(rows))
+
+    def raw(self, model: nn.Module, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None) -> Any:
+        """Whatever the model returns.
+
+        Raises:
+            RuntimeError: the model cannot take the images (their size, channels, type or device).
+            TypeError: it needs other arguments.
+        """
+        call = self if rows is None else self.at(rows)
+        try:
+            return model(images, *call.args, **call.kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except TypeError as error:
+            if missing := _missing(model, images, call):
+                raise TypeError(missing) from error
+            raise
+        except RuntimeError as error:
+            shape = " x ".join(map(str, images.shape))
+            raise RuntimeError(
+                f"expected images that {type(model).__name__} can take, got {shape}, {images.dtype} on "
+                f"{images.device}: {str(error).strip().splitlines()[0]}{self._hint(rows)}"
+            ) from error
+
+    def __call__(
+        self, model: nn.Module, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
+    ) -> "Answer":
+        """Logits, one row per image; a softmax, log-softmax or sigmoid at the end of the model is undone.
+
+        Raises:
+            RuntimeError: the model cannot take the images (their size, channels, type or device).
+            ValueError: it returns more or fewer rows than images, several tensors that may be the logits, or something
+                else than the probabilities that `kind` promises.
+            TypeError: it returns no logits, or needs other arguments.
+        """
+        with Probabilities() as seen:
+            values = logits_of(self.raw(model, images, rows), self.pick, len(images))
+            if len(values) != len(images):
+                raise ValueError(
+                    f"expected one row of logits per image, got {len(values)} for {len(images)} images"
+                    + (self._hint(rows) or "; wrap the model")
+                )
+            logits, link, kind, notice = read(values, seen, self.kind)
+        return Answer(logits, link, replace(self, kind=kind), notice)
+
+    def settled(self, model: nn.Module, images: Float[Tensor, "b c *grid"]) -> tuple["ForwardCall", str]:
+        """The call that reads every further output as those of the first of these, and what was decided for that."""
+        rows = torch.arange(min(len(images), 64), device=images.device)
+        with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
+            answer = self(net, images[rows], rows)
+        return replace(self, kind=answer.call.kind), answer.notice
+
+    def _hint(self, rows: Tensor | None) -> str:
+        """Why a model may fail on more images than those that were given."""
+        if rows is None or len(rows) == self.batch:
+            return ""
+        return "; a second input that the model holds for its first batch belongs into forward_args="
 
 
-def logits_of(output: Any) -> Float[Tensor, "b n"]:
+class Answer(NamedTuple):
+    """What a model says of images."""
+
+    logits: Float[Tensor, "b n"]
+    link: str
+    """Of what the logits are the inverse (see `probabilities_of`); empty if nothing was undone."""
+    call: ForwardCall
+    """Reads further outputs of the model in the same way."""
+    notice: str
+    """What was decided by the values; empty if nothing was."""
+
+
+def forward_call(
+    images: Tensor, output: Output = None, args: Any = (), kwargs: Mapping[str, Any] | None = None
+) -> ForwardCall:
+    """How to call a model for these images; `args` that are no tuple are one argument.
+
+    Tensors with as many rows as images have one for each of them; everything else is handed on as it is.
+
+    Raises:
+        TypeError: an `output` that says nothing.
+
+    >>> forward_call(torch.zeros(2, 3, 4, 4), "prediction", torch.ones(2, 1)).at(torch.tensor([1, 1, 1])).args[0].shape
+    torch.Size([3, 1])
+    """
+    pick: Any
+    pick, kind = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+    if kind is None and isinstance(pick, str) and pick in _KINDS:
+        kind = pick
+    is_pick = pick is None or callable(pick) or (isinstance(pick, str | int) and not isinstance(pick, bool))
+    if not is_pick or kind not in (None, *_KINDS):
+        raise TypeError(
+            "expected output= a key, an index, an attribute or a function, 'logits' or 'probabilities', or a tuple of "
+            f"both, got {output!r}; leave it out for a model that returns logits alone"
+        )
+    return ForwardCall(
+        pick=pick,
+        kind=cast("Kind | None", kind),
+        args=args if isinstance(args, tuple) else (args,),
+        kwargs=dict(kwargs or {}),
+        batch=len(images),
+    )
+
+
+def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float[Tensor, "b n"]:
     """Find the logits in whatever a classifier returned: a tensor, a tuple, a dict, or an object with `.logits`.
 
-    In a tuple or a dict without `logits` the first (batch, classes) tensor; a (batch,) tensor is one logit per image.
+    In a tuple or a dict without `logits` the only (batch, classes) tensor; a (batch,) tensor is one logit per image.
+    `pick` chooses another one.
 
     Raises:
         TypeError: nothing of shape (batch, classes) is in it.
+        ValueError: several tensors may be the logits, what was picked is not there, or it holds class indices.
 
-    >>> logits_of({"logits": torch.zeros(2, 5)}).shape
-    torch.Size([2, 5])
+    >>> logits_of({"logits": torch.zeros(2, 5)}).shape, logits_of((torch.zeros(2, 8), torch.zeros(2, 4)), 1).shape
+    (torch.Size([2, 5]), torch.Size([2, 4]))
     """
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None:
-        found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.ndim == 2), output)
-    if isinstance(found, Tensor) and found.ndim == 1:
-        found = found[:, None]
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
+    values = _picked(output, pick, batch)
+    shape = tuple(values.shape) if isinstance(values, Tensor) else ()
+    if isinstance(values, Tensor) and len(shape) in (1, 2) and not values.is_floating_point():
+        raise ValueError(
+            f"expected logits of shape (batch, classes) from the model, got {values.dtype} of shape {shape}, "
+            "which look like class indices; return the logits instead"
+        )
+    if isinstance(values, Tensor) and len(shape) == 1:
+        values = values[:, None]
+    if not isinstance(values, Tensor) or values.ndim != 2:
+        got = f"a tensor of shape {shape}" if isinstance(values, Tensor) else type(output).__name__
         raise TypeError(f"expected logits of shape (batch, classes) from the model, got {got}; wrap it so that it does")
-    return found
+    return values
+
+
+def _picked(output: Any, pick: Pick, batch: int | None) -> Any:
+    if pick is None or pick in _KINDS:
+        for name in dict.fromkeys((str(pick or "logits"), "logits")):
+            values = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+            if isinstance(values, Tensor):
+                return values
+        return _only(output, batch)
+    if not isinstance(pick, str | int):
+        return pick(output)
+    value = output
+    for step in pick.split(".") if isinstance(pick, str) else [pick]:
+        try:
+            if isinstance(value, Mapping):
+                value = value[step]
+            elif isinstance(value, Sequence) and str(step).removeprefix("-").isdecimal():
+                value = value[int(step)]
+            elif isinstance(value, Tensor):
+                raise KeyError(step)
+            else:
+                value = getattr(value, str(step))
+        except (AttributeError, IndexError, KeyError):
+            raise ValueError(
+                f"expected output= that the model returns, got {pick!r} and {_contents(output)}; choose one of them"
+            ) from None
+    return value
+
+
+def _only(output: Any, batch: int | None) -> Any:
+    """The one tensor that may be logits."""
+    if isinstance(output, Tensor):
+        return output
+    tensors = list({id(leaf): leaf for _, leaf in _leaves(output) if isinstance(leaf, Tensor)}.values())
+    for dimensions in (2, 1):
+        fitting = [one for one in tensors if one.ndim == dimensions and one.is_floating_point()]
+        if len(fitting) > 1:
+            fitting = [one for one in fitting if batch is None or len(one) == batch] or fitting
+        if len(fitting) > 1:
+            names = [int(name) if name.isdecimal() else name for name, leaf in _leaves(output) if leaf is fitting[-1]]
+            raise ValueError(
+                f"expected one tensor of logits from the model, got {_contents(output)}; choose one, as "
+                f"output={names[0]!r} does"
+            )
+        if fitting:
+            return fitting[0]
+    return next((one for one in tensors if one.ndim in (1, 2)), output)
+
+
+def _contents(output: Any) -> str:
+    """What may be picked out of an output."""
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    shapes = [f"{name} {tuple(leaf.shape)}" for name, leaf in _leaves(output) if isinstance(leaf, Tensor)]
+    return ", ".join(shapes) or type(output).__name__
+
+
+def _leaves(output: Any) -> list[tuple[str, Any]]:
+    """Everything in an output, by the name that picks it."""
+    is_tree = type(output) in SUPPORTED_NODES or isinstance(output, Mapping | Sequence)
+    leaves, _ = tree_flatten_with_path(output if is_tree or not hasattr(output, "__dict__") else dict(vars(output)))
+    steps = ("key", "idx", "name")  # of mappings, sequences, attributes
+    return [(".".join(str(getattr(k, s)) for k in path for s in steps if hasattr(k, s)), leaf) for path, leaf in leaves]
+
+
+def _missing(model: nn.Module, images: Tensor, call: ForwardCall) -> str:
+    """What the forward needs that it was not given, in one line."""
+    try:
+        inspect.signature(model.forward).bind(images, *call.args, **call.kwargs)
+    except TypeError as error:
+        return (
+            f"expected a model that takes images and what forward_args= and forward_kwargs= hold, got "
+            f"{type(model).__name__}: {error}; pass its other inputs by forward_args= or forward_kwargs="
+        )
+    except ValueError:  # a forward without a signature
+        pass
+    return ""
 
 
 def either(logits: Float[Tensor, "b n"]) -> Float[Tensor, "b classes"]:
@@ -143,55 +292,19 @@ def either(logits: Float[Tensor, "b n"]) -> Float[Tensor, "b classes"]:
     return torch.cat([-logits / 2, logits / 2], 1) if logits.shape[1] == 1 else logits
 
 
-def output_of(model: nn.Module, images: Float[Tensor, "b c *grid"]) -> Any:
-    """Whatever the model returns.
-
-    Raises:
-        RuntimeError: the model cannot take the images (their size, channels, type or device).
-    """
-    try:
-        return model(images)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        shape = " x ".join(map(str, images.shape))
-        raise RuntimeError(
-            f"expected images that {type(model).__name__} can take, got {shape}, {images.dtype} on {images.device}: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-
-
 def run(model: nn.Module, images: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b n"]:
-    """Logits, one row per image; a softmax, log-softmax or sigmoid as the model's last operation is undone.
-
-    Raises:
-        RuntimeError: the model cannot take the images (their size, channels, type or device).
-        ValueError: it returns more or fewer rows than images.
-        TypeError: the model returns no logits.
+    """Logits of a model that takes images alone; see `ForwardCall`.
 
     >>> run(nn.Sequential(nn.Flatten(), nn.Linear(12, 2), nn.Softmax(1)), torch.zeros(3, 3, 2, 2)).shape
     torch.Size([3, 2])
     """
-    return run_with_link(model, images)[0]
-
-
-def run_with_link(model: nn.Module, images: Float[Tensor, "b c *grid"]) -> tuple[Float[Tensor, "b n"], str]:
-    """The same, and the name of what was undone; empty if nothing was. See `probabilities_of`."""
-    with _LastLink() as seen:
-        output = output_of(model, images)
-        inner, first = seen.undone(output) if isinstance(output, Tensor) else (output, "")
-        logits, second = seen.undone(logits_of(inner))
-    if len(logits) != len(images):
-        raise ValueError(
-            f"expected one row of logits per image, got {len(logits)} for {len(images)} images; wrap the model"
-        )
-    return logits, first or second
+    return ForwardCall()(model, images).logits
 
 
 def probabilities_of(logits: Float[Tensor, "b n"], link: str = "") -> Float[Tensor, "b classes"]:
     """Probability of each class: of its own where the model ended in a sigmoid over several, else by softmax.
 
-    The logits are those that `run_with_link` returns, before `either`.
+    The logits are those of an `Answer`, before `either`.
 
     >>> probabilities_of(torch.zeros(1, 4), "sigmoid"), probabilities_of(torch.zeros(1, 4))
     (tensor([[0.5000, 0.5000, 0.5000, 0.5000]]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
@@ -199,17 +312,19 @@ def probabilities_of(logits: Float[Tensor, "b n"], link: str = "") -> Float[Tens
     return logits.sigmoid() if link == "sigmoid" and logits.shape[1] > 1 else either(logits).softmax(1)
 
 
-def forward(model: nn.Module, images: Float[Tensor, "b c h w"], batch_size: int = 64) -> Float[Tensor, "b n"]:
+def forward(
+    model: nn.Module, images: Float[Tensor, "b c *grid"], batch_size: int = 64, call: ForwardCall | None = None
+) -> Float[Tensor, "b n"]:
     """Logits of all images in float32, in eval mode, without gradient, at most `batch_size` images at a time.
 
     >>> forward(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.zeros(3, 3, 2, 2), batch_size=2).shape
     torch.Size([3, 2])
     """
-    return answers(model, images, batch_size)[0]
+    return answers(model, images, batch_size, call)[0]
 
 
 def answers(
-    model: nn.Module, images: Float[Tensor, "b c h w"], batch_size: int = 64
+    model: nn.Module, images: Float[Tensor, "b c *grid"], batch_size: int = 64, call: ForwardCall | None = None
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b classes"]]:
     """The same logits and, beside them, the probability of each class.
 
@@ -217,10 +332,78 @@ def answers(
     >>> logits.shape, probabilities.shape
     (torch.Size([3, 1]), torch.Size([3, 2]))
     """
-    found: list[tuple[Tensor, Tensor]] = []
-    with untouched(model) as m, torch.inference_mode(False), torch.no_grad():
-        for chunk in images.split(batch_size):
-            logits, link = run_with_link(m, chunk)
-            found.append((logits.float(), probabilities_of(logits.float(), link)))
-    logits, probabilities = zip(*found, strict=True)
+    call = call or ForwardCall()
+    parts: list[tuple[Tensor, Tensor]] = []
+    with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
+        for rows in torch.arange(len(images), device=images.device).split(batch_size):
+            answer = call(net, images[rows], rows)
+            call = replace(call, kind=answer.call.kind)
+            logits = answer.logits.float()
+            parts.append((logits, probabilities_of(logits, answer.link)))
+    logits, probabilities = zip(*parts, strict=True)
     return torch.cat(logits), torch.cat(probabilities)
+
+
+def resolve_targets(targets: int | Tensor | None, logits: Float[Tensor, "b n"]) -> Int[Tensor, "b t"]:
+    """Class indices as (batch, targets): None = the predicted class, an int = that class for every image.
+
+    Raises:
+        ValueError: another length than the batch, or a class that does not exist.
+        TypeError: neither None, an int, nor an integer tensor.
+
+    >>> resolve_targets(None, torch.tensor([[0.0, 3.0], [2.0, 1.0]])).tolist()
+    [[1], [0]]
+    """
+    if targets is None:
+        return logits.argmax(1, keepdim=True)
+    return check_classes(_indices(targets, len(logits)).to(logits.device), logits.shape[1])
+
+
+def one_target_each(targets: int | Tensor, batch: int) -> Int[Tensor, " b"]:
+    """Class indices, one per image; `check_classes` says whether the model has them.
+
+    Raises:
+        ValueError: another length than the batch, or several targets.
+        TypeError: neither an int nor an integer tensor.
+
+    >>> one_target_each(torch.tensor([[1], [0]]), 2).tolist()
+    [1, 0]
+    """
+    if isinstance(targets, Tensor) and tuple(targets.shape) not in ((batch,), (batch, 1)):
+        raise ValueError(
+            f"expected {batch} targets, one per image, got shape {tuple(targets.shape)}; pass one for each"
+        )
+    return _indices(targets, batch)[:, 0]
+
+
+def check_classes(indices: Int[Tensor, "..."], classes: int) -> Int[Tensor, "..."]:
+    """The same indices, if there are such classes; on a GPU a wrong one would end the process's use of it.
+
+    Raises:
+        ValueError: a class that does not exist.
+
+    >>> check_classes(torch.tensor([0, 1]), 2).tolist()
+    [0, 1]
+    """
+    low, high = int(indices.min()), int(indices.max())
+    if not 0 <= low <= high < classes:
+        raise ValueError(
+            f"expected targets in 0..{classes - 1}, got {low}..{high}; the model has {classes} classes, counted from 0"
+        )
+    return indices
+
+
+def _indices(targets: int | Tensor, batch: int) -> Int[Tensor, "b t"]:
+    if not isinstance(targets, bool) and isinstance(targets, Integral):  # NumPy's, too
+        return torch.full((batch, 1), int(targets))
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
+        got = f"a {targets.dtype} tensor" if isinstance(targets, Tensor) else f"{targets!r}"
+        raise TypeError(
+            f"expected targets None, an int, an integer tensor or a function, got {got}; pass class indices"
+        )
+    if targets.ndim not in (1, 2) or len(targets) != batch or not targets.numel():
+        raise ValueError(
+            f"expected targets of shape ({batch},) or ({batch}, t), one row per image, got {tuple(targets.shape)}; "
+            "pass an int to explain the same class in every image"
+        )
+    return targets.to(torch.long, copy=True).reshape(batch, -1)  # that of inference mode has no gradient

@@ -160,7 +160,7 @@ def linear_probe(
     model can take. `penalty`: see the source. Nothing is drawn at random, the model stays as it is.
 
     Raises:
-        ValueError: no image, or logits that do not come straight out of an `nn.Linear`.
+        ValueError: no image, a negative label, or logits that do not come straight out of an `nn.Linear`.
 
     Source: Jetley et al. 2018 (1804.02391), section 5.3, cross-domain classification. Fitted is multinomial logistic
     regression: the smallest summed cross-entropy + penalty / 2 x the squared weights without biases.
@@ -266,7 +266,10 @@ def _features(model: nn.Module, data: Batches, batch_size: int) -> tuple[Float[T
                 hook.remove()
     if not features:
         raise ValueError("expected at least one image to fit and one to test, got none")
-    return torch.cat(features), torch.cat(labels)
+    truth = torch.cat(labels)
+    if (truth < 0).any():
+        raise ValueError(f"expected labels of at least 0, got {int(truth.min())}; leave out images without a label")
+    return torch.cat(features), truth
 
 
 def _fitted(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], penalty: float) -> Float[Tensor, "d1 classes"]:

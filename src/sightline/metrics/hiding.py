@@ -1,7 +1,7 @@
 """Scores of images with parts of them hidden: made once, in bounded memory, for every metric that asks for them."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import update_wrapper
 from inspect import Parameter, Signature, signature
 from math import ceil
@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from sightline import maps as pixels
-from sightline.inference import probabilities_of, run_with_link, untouched, wide
+from sightline.inference import (
+    ForwardCall,
+    Output,
+    check_classes,
+    forward_call,
+    one_target_each,
+    probabilities_of,
+    untouched,
+    wide,
+)
 from sightline.metrics.inpainting import inpaint
 
 Fill = str | float | Tensor
@@ -44,6 +53,20 @@ class Hiding:
     batch_size: int = 64
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    output: Output = None
+    """Which tensor of the model's output counts, and whether it holds probabilities; see `explain`."""
+    forward_args: Any = ()
+    """What the model takes behind the images; see `explain`."""
+    forward_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def of_model(self) -> dict[str, Any]:
+        """How the model is called and read, as `explain` and other metrics take it."""
+        return {name: getattr(self, name) for name in ("output", "forward_args", "forward_kwargs")}
+
+    def call(self, images: Tensor) -> ForwardCall:
+        """The same for images of which each has its row in the arguments."""
+        return forward_call(images, self.output, self.forward_args, self.forward_kwargs)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -114,7 +137,8 @@ def hidden_scores(
     was.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown `fill` or need.
+        ValueError: shapes that do not fit, a class that the model does not have, an unknown `fill` or need.
+        TypeError: targets that are no class indices.
     """
     hiding = hiding or Hiding()
     count, _, height, width = images.shape
@@ -123,12 +147,10 @@ def hidden_scores(
             raise ValueError(
                 f"expected maps of shape ({count}, 1, h, w), one per image, got {tuple(values.shape)}; pass one target"
             )
-    if targets.numel() != count:
-        raise ValueError(f"expected {count} targets, one per image, got shape {tuple(targets.shape)}")
-    if (targets < 0).any() and not callable(hiding.score):
-        least = int(targets.min())
+    targets = one_target_each(targets, count)
+    if (targets == -1).any() and not callable(hiding.score):
         raise ValueError(
-            f"expected class indices as targets, got {least}; a map made for a function of the output needs score="
+            "expected class indices as targets, got -1; a map made for a function of the output needs score="
         )
     needs = set(needs)
     scene = _Scene(images, hiding)
@@ -143,7 +165,7 @@ def hidden_scores(
         frames[None, "falls"] = _Frames(len(squares), lambda rows, points: scene.without(rows, squares[points, None]))
     for method, order in orders.items():
         frames |= {(method, name): made for name, made in order.frames(scene).items() if name in needs}
-    found = _run(model, scene, targets.reshape(count).to(images.device), frames, progress)
+    found = _run(model, scene, targets.to(images.device), frames, progress)
     return {method: _fields(order, method, found, needs) for method, order in orders.items()}
 
 
@@ -283,13 +305,18 @@ def _run(
     progress: Progress | None,
 ) -> dict[_Key, Float[Tensor, "b n"]]:
     """Scores of all frames, batches filled across their kinds."""
+    hiding = scene.hiding
+    call = hiding.call(scene.images)
     counts = [made.count * len(targets) for made in frames.values()]
     total, done, scores = sum(counts), 0, list[Tensor]()
     with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
         for images, rows in _batches(frames.values(), len(targets), scene):
-            logits, link = run_with_link(net, images)
-            logits = logits.to(wide(logits))
-            scores.append(_score(logits, link, targets[rows], scene.hiding.score).double())
+            answer = call(net, images, rows)
+            call = replace(call, kind=answer.call.kind)  # the batches to come are read as the first one
+            logits = answer.logits.to(wide(answer.logits))
+            if not scores and not callable(hiding.score):
+                check_classes(targets, max(2, logits.shape[1]))
+            scores.append(_score(logits, answer.link, targets[rows], hiding.score).double())
             done += len(rows)
             if progress is not None:
                 progress("scoring masked images", done, total)

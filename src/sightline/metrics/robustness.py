@@ -1,5 +1,6 @@
 """Does a small change of the image change the map, or the prediction?"""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sightline.inference import either, run, untouched
+from sightline.inference import Output, check_classes, either, forward_call, one_target_each, untouched
 from sightline.metrics.per_image import PerImageMean
 from sightline.metrics.sanity import Explain, Values
 
@@ -55,14 +56,17 @@ def fooling_rate(
     labels: Int[Tensor, " b"] | Int[Tensor, "b 1"],
     *,
     epsilon: float = 0.03,
+    output: Output = None,
+    forward_args: Any = (),
+    forward_kwargs: Mapping[str, Any] | None = None,
 ) -> Float[Tensor, " b"]:
     """1 where one step of `epsilon` along the sign of the gradient of the loss flips the prediction, else 0.
 
     NaN where the model does not predict its label before the step. Lower is better.
-    `epsilon` is in units of the model's input.
+    `epsilon` is in units of the model's input; `output`, `forward_args` and `forward_kwargs` are as for `explain`.
 
     Raises:
-        ValueError: a negative `epsilon`.
+        ValueError: a negative `epsilon`, a label that is no class of the model.
 
     Source: Goodfellow et al. 2014 (1412.6572), fast gradient sign method, with cross-entropy.
     Differs: the image is not clipped to valid colours, which the model's input does not tell.
@@ -74,17 +78,19 @@ def fooling_rate(
     """
     if epsilon < 0:
         raise ValueError(f"expected an epsilon of at least 0, got {epsilon}")
-    labels = labels.reshape(-1).to(images.device)
+    call = forward_call(images, output, forward_args, forward_kwargs)
     with untouched(model) as net, torch.inference_mode(False):
         with torch.enable_grad():
             changed = images.detach().clone().requires_grad_()
-            before = either(run(net, changed).float())
-            own = labels.long()[:, None]
+            answer = call(net, changed)
+            before = either(answer.logits.float())
+            labels = check_classes(one_target_each(labels, len(images)).to(images.device), before.shape[1])
+            own = labels[:, None]
             # divides the gradient of the cross-entropy by 1 - p, which is 0 in float32 where the model is sure
             loss = before.scatter(1, own, -torch.inf).logsumexp(1) - before.gather(1, own)[:, 0]
             (gradient,) = torch.autograd.grad(loss.sum(), changed)
         with torch.no_grad():
-            after = either(run(net, images + epsilon * gradient.sign()))
+            after = either(answer.call(net, images + epsilon * gradient.sign()).logits)
     return (after.argmax(1) != labels).float().where(before.argmax(1) == labels, torch.nan)
 
 

@@ -1,6 +1,6 @@
 """Does the map depend on what the model learned and on the class? Does it share out the whole score?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal, get_args
 
@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sightline import maps as pixels
-from sightline.inference import either, forward, untouched
+from sightline.inference import (
+    ForwardCall,
+    Output,
+    check_classes,
+    either,
+    forward,
+    forward_call,
+    one_target_each,
+    untouched,
+)
 from sightline.metrics.agreement import rank_correlation
 from sightline.metrics.hiding import Fill, substitute
 from sightline.metrics.inpainting import inpaint
@@ -32,13 +41,16 @@ def parameter_randomisation(
     order: Order = "cascading",
     stages: int = 8,
     seed: int = 0,
+    forward_args: Any = (),
+    forward_kwargs: Mapping[str, Any] | None = None,
 ) -> Values:
     """Rank correlation of |map| with |map of the model with shuffled weights|, -1 to 1; near 0 is good.
 
     Near 1 the map does not show what was learned. `order="cascading"`: all weights are shuffled, one more explanation;
     "independent": mean over `stages` groups of modules, shuffled one at a time, where it is defined. The class stays
     the one asked for. A map that is flat or has a value that is not finite (one pixel is flat), before or after, gives
-    NaN; ties share their mean rank.
+    NaN; ties share their mean rank. `forward_args` and `forward_kwargs` are what the model takes beside the images, as
+    for `explain`, to which this function leaves them.
 
     Raises:
         ValueError: an unknown `order`, less than one stage, a model without parameters.
@@ -52,7 +64,17 @@ def parameter_randomisation(
     tensor([1.])
     """
     stages = 1 if order == "cascading" else stages
-    _, curves = randomisation_curve(model, images, targets, explain, order=order, stages=stages, seed=seed)
+    _, curves = randomisation_curve(
+        model,
+        images,
+        targets,
+        explain,
+        order=order,
+        stages=stages,
+        seed=seed,
+        forward_args=forward_args,
+        forward_kwargs=forward_kwargs,
+    )
     return tree_map(lambda curve: curve.nanmean(1), curves)
 
 
@@ -65,6 +87,8 @@ def randomisation_curve(
     order: Order = "cascading",
     stages: int = 8,
     seed: int = 0,
+    forward_args: Any = (),
+    forward_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[str], Float[Tensor, "b n"] | dict[str, Float[Tensor, "b n"]]]:
     """Names of n <= `stages` groups of modules, and the rank correlation of |map| after each of them was shuffled.
 
@@ -83,8 +107,10 @@ def randomisation_curve(
         raise ValueError(f"expected order to be one of {', '.join(get_args(Order))}; got {order!r}")
     if stages < 1:
         raise ValueError(f"expected at least 1 stage, got {stages}")
+    one_target_each(targets, len(images))
+    call = forward_call(images, None, forward_args, forward_kwargs).at(torch.zeros(1, dtype=torch.long))
     with untouched(model) as net, torch.inference_mode(False):
-        groups = _top_down(net, images[:1], stages)
+        groups = _top_down(net, images[:1], stages, call)
         generator = torch.Generator().manual_seed(seed)
         shuffled = {name: _shuffled(parameter.detach(), generator) for name, parameter in net.named_parameters()}
         maps = explain(net, images, targets)
@@ -106,12 +132,19 @@ def random_logit(
     explain: Explain,
     *,
     seed: int = 0,
+    output: Output = None,
+    forward_args: Any = (),
+    forward_kwargs: Mapping[str, Any] | None = None,
 ) -> Values:
     """Rank correlation of |map| with |map of another class|, -1 to 1; near 1 the map is the same whatever the class.
 
     Near 0 is good. The other class is random, but the same for all images of one target. Where two logits always are
     opposite, as in a model of two classes, the map of one class rightly is that of the other up to its sign and scores
     1. A map that is flat or has a value that is not finite (one pixel is flat) gives NaN; ties share their mean rank.
+    `output`, `forward_args` and `forward_kwargs` are as for `explain`.
+
+    Raises:
+        ValueError: a target that is no class of the model.
 
     Source: Sixt et al. 2020 (1912.09818), random logit.
     Differs: rank correlation instead of structural similarity, as in `parameter_randomisation`.
@@ -121,7 +154,9 @@ def random_logit(
     >>> random_logit(model, image, torch.tensor([0]), lambda model, images, targets: model.weight[targets])
     tensor([0.5000])
     """
-    classes = either(forward(model, images[:1])).shape[1]
+    call = forward_call(images, output, forward_args, forward_kwargs).at(torch.zeros(1, dtype=torch.long))
+    classes = either(forward(model, images[:1], call=call)).shape[1]
+    check_classes(one_target_each(targets, len(images)), classes)
     shifts = torch.randint(1, classes, (classes,), generator=torch.Generator().manual_seed(seed)).to(targets.device)
     others = (targets + shifts[targets]) % classes
     with untouched(model) as net:
@@ -137,16 +172,19 @@ def completeness(
     fill: Fill = "zero",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    output: Output = None,
+    forward_args: Any = (),
+    forward_kwargs: Mapping[str, Any] | None = None,
 ) -> Float[Tensor, " b"]:
     """Gap between the sum s of the map and the difference d of the target's logit to an image of `fill`, 0 to 1.
 
     |s - d| / (|s| + |d|): 0 is complete, 1/3 off by a factor of two, 1 of the wrong sign or a map that sums to nothing.
     The map is summed as it is, not resized. Of a single logit z target 1 has z, target 0 has -z. NaN where both are
     0 and for a value that is not finite. Only methods that promise it (integrated gradients, LRP, input x gradient of a
-    network without biases) need to score well.
+    network without biases) need to score well. `output`, `forward_args` and `forward_kwargs` are as for `explain`.
 
     Raises:
-        ValueError: an unknown fill, or "black" without `mean` and `std`.
+        ValueError: a target that is no class of the model, an unknown fill, or "black" without `mean` and `std`.
 
     Source: Sundararajan et al. 2017 (1703.01365), proposition 1.
     Differs: the paper has the identity s = d, we the size of its failure, divided so that a small d does not dominate a
@@ -161,9 +199,11 @@ def completeness(
         empty = inpaint(images, torch.ones_like(images[:, :1], dtype=torch.bool))
     else:
         empty = substitute(images, fill, mean, std)
-    raw = forward(model, torch.cat([images, empty])).double()
+    call, _ = forward_call(images, output, forward_args, forward_kwargs).settled(model, images)
+    raw = torch.cat([forward(model, each, call=call) for each in (images, empty)]).double()
     logits = either(raw) * (2 if raw.shape[1] == 1 else 1)
-    full, none = logits.gather(1, targets.reshape(-1, 1).to(raw.device).repeat(2, 1))[:, 0].chunk(2)
+    asked = check_classes(one_target_each(targets, len(images)), logits.shape[1]).to(raw.device)
+    full, none = logits.gather(1, asked.repeat(2)[:, None])[:, 0].chunk(2)
     total = maps.double().sum((1, 2, 3)).to(raw.device)
     gap = (total - (full - none)).abs() / (total.abs() + (full - none).abs())
     return gap.to(maps)
@@ -203,7 +243,9 @@ def _shuffled(values: Tensor, generator: torch.Generator) -> Tensor:
     return values.flatten()[order].reshape(values.shape)
 
 
-def _top_down(model: nn.Module, image: Float[Tensor, "1 c H W"], stages: int) -> dict[str, list[str]]:
+def _top_down(
+    model: nn.Module, image: Float[Tensor, "1 c H W"], stages: int, call: ForwardCall
+) -> dict[str, list[str]]:
     """Names of parameters in at most `stages` groups, from the logits to the input, by first and last module."""
     owned: dict[str, list[str]] = {}
     for parameter, _ in model.named_parameters():
@@ -221,7 +263,8 @@ def _top_down(model: nn.Module, image: Float[Tensor, "1 c H W"], stages: int) ->
 
     for name, module in probe.named_modules():
         module.register_forward_pre_hook(mark(name))
-    forward(probe, image)
+    with untouched(probe) as net, torch.no_grad():
+        call.raw(net, image)
 
     def place(name: str) -> int:  # weights may be read without a call, as those of the projection in nn's attention
         while name not in reached:

@@ -48,7 +48,7 @@ def measure(
     """Values per image of every metric and method. Metrics that hide parts of the images share every forward.
 
     `explain` makes the maps again, by method, for metrics that change the images or the model. `hiding` is for those
-    that hide parts of the images alone; the others take their defaults.
+    that hide parts of the images; the others take from it how the model is called and read, and their own defaults.
 
     Raises:
         ValueError: something that a metric asks for is not given.
@@ -62,10 +62,10 @@ def measure(
     """
     given = {"model": model, "images": images, "targets": targets, "masks": masks, "explain": explain}
     given = {name: value for name, value in given.items() if value is not None}
+    hiding = hiding or Hiding()
     for name, metric in metrics.items():
         if missing := inputs_of(metric) - {*given, "maps"}:
             raise ValueError(f"expected {' and '.join(sorted(missing))} for {name}, got none; pass it or drop {name}")
-    hiding = hiding or Hiding()
     dtypes = {method: wide(value) for method, value in maps.items()}
     values: dict[tuple[str, str], Tensor] = {}
     fields: dict[str, Fields] = {}
@@ -79,7 +79,7 @@ def measure(
             values |= {(method, name): function.of(read).to(dtypes[method]) for method, read in fields.items()}
             continue
         wanted = signature(function).parameters
-        known: dict[str, Any] = {key: value for key, value in given.items() if key in wanted}
+        known: dict[str, Any] = {key: value for key, value in (hiding.of_model | given).items() if key in wanted}
         if "explain" in known:
             found: Any = function(**known)
             values |= {(method, name): found[method] for method in maps if method in found}
