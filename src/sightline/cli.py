@@ -35,6 +35,7 @@ DEMO = recipe.Recipe(
 )
 _PER_ROW, _SIDE = 6, 512  # maps in a row of a page, and longest side of an image on it; half where there are more rows
 _STRICT = "stop at the first unreadable image, or named method that does not fit, instead of leaving it out"
+_LONG = 600  # letters of an error that are shown, at its start and at its end
 _LISTED = 20  # unreadable images named on the terminal; the report names all
 _ABREAST = 6  # columns of a study side by side
 _PARTS = ("data", "augment", "model", "optim")
@@ -956,4 +957,6 @@ def _count(text: str) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, without the middle of a text that fills the screen."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 2 * _LONG else f"{text[:_LONG]} ... {text[-_LONG:]}"

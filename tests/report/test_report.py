@@ -386,7 +386,10 @@ def test_pictures_are_true():
     small = rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)
     assert np.array_equal(pixels(pictures.picture(small)), small)
     assert pixels(pictures.picture(np.zeros((300, 600, 3), np.uint8))).shape == (128, 256, 3)
-    assert (pixels(pictures.heat(np.full((3, 3), 7.0))) == [0, 0, 4]).all()
+    for flat in (7.0 + 0.06 * np.eye(3), np.full((3, 3), 7.0), np.zeros((3, 3))):
+        assert (pixels(pictures.heat(flat)) == 128).all() and (pixels(pictures.heat(flat, signed=True)) == 128).all()
+    assert (pixels(pictures.heat(np.zeros((2, 2)), ends=(0.0, 0.0))) == 128).all()
+    assert pixels(pictures.heat(7.0 + 0.08 * np.eye(3), side=3))[0, :2].tolist() == [[252, 255, 164], [0, 0, 4]]
     half = pixels(pictures.heat(np.array([[-3.0, 5.0]]), side=4))
     assert half[0, 0].tolist() == [0, 0, 4] and half[0, 3].tolist() == [252, 255, 164]
     assert (pixels(pictures.heat(np.full((2, 2), 0.5), ends=(0.0, 1.0))) == [188, 55, 84]).all()
@@ -436,6 +439,7 @@ def test_outline_encloses_the_mask():
         ),
         ([[-1.0, -2.0]], "it has no positive value"),
         ([[3.0, 3.0]], "it is flat, 3 everywhere"),
+        ([[0.50939, 0.50948]], "it is nearly flat, 0.509 to within 1 % everywhere"),
         ([[np.nan, np.inf]], "it has no finite value"),
         ([[np.nan, 1.0], [0.0, 3.0]], "75 % of its positive values lie in the lower right quarter"),
     ],
