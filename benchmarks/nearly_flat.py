@@ -21,7 +21,8 @@ from sightline.explainers import explain, fitting
 from sightline.maps import NEARLY_FLAT, ROUNDING, variation
 
 IMAGES = 8
-FRESH = ("test_resnet", "test_vit", "resnet18", "mobilenetv3_small_050")
+FRESH = ("test_resnet", "test_vit", "mobilenetv3_small_050")
+LARGE = 3_000_000  # parameters; bfloat16 takes minutes on a CPU
 SLOW = ("rise", "occlusion", "score_cam", "ablation_cam")
 Methods = dict[str, str | partial[torch.Tensor]]
 
@@ -53,7 +54,8 @@ def main() -> None:
     rows = []
     for name, model, images in networks(sys.argv[1:]):
         methods = methods_of(model, images)
-        for dtype in (torch.float32, torch.bfloat16):
+        is_large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
+        for dtype in (torch.float32,) if is_large else (torch.float32, torch.bfloat16):
             model, given = model.to(dtype), images.to(dtype)
             steps = torch.where(torch.rand_like(images) < 0.5, -1.0, 1.0) * torch.finfo(dtype).eps
             moved = (given.double() * (1 + steps)).to(dtype)

@@ -151,7 +151,8 @@ def test_explain_by_every_method_that_fits(run, tmp_path, capsys):
     image = torch.from_numpy(np.array(Image.open(images[0]))).movedim(-1, 0)[None]
     name, share = rows[0]["class"], float(rows[0]["probability"])
     doubts = {row["method"]: row["verdicts"] for row in rows[: len(made)]}
-    brackets = {name: f" ({of})" if (of := level[name]) in ("doubt", "do not read") else "" for name in doubts}
+    graver = {row["method"]: row["level"].replace("note", "") for row in rows[: len(made)]}
+    brackets = {name: f" ({of})" if of else "" for name, of in graver.items()}
     titles = {name: f"{name}{brackets[name]}: {said}" if said else name for name, said in doubts.items()}
     expected = maps.side_by_side(
         image,
@@ -159,9 +160,7 @@ def test_explain_by_every_method_that_fits(run, tmp_path, capsys):
         signed=[titles[method] for method in made if method in signed],
         scales=True,
         captions={
-            titles[method]: "5 x 5 positions" + (f" (coarse; {finer})" if method not in ("random_map",) else "")
-            if grid == "5 x 5"
-            else f"{grid} positions"
+            titles[method]: f"{grid} positions" + (f" (coarse; {finer})" if grid == "5 x 5" else "")
             for method, grid in positions.items()
         },
         per_row=6,
@@ -280,7 +279,7 @@ def test_a_named_method_that_does_not_fit_is_left_out_if_others_fit(plain, tmp_p
     capsys.readouterr()
     explained = ["explain", plain, tmp_path / "red.png", "--out", tmp_path / "out"]
     evaluated = ["evaluate", plain, "--limit", 2, "--steps", 2, "--metrics", "deletion_auc", "--out", tmp_path / "out"]
-    reason = "left out: attention: expected an attention block with a spatial map, got a model without one"
+    reason = "left out: attention: expected an attention block with a spatial map, got 'a model' without one"
     for given in (explained, evaluated):
         sightline(*given, "--methods", "attention,grad_cam")
         said = capsys.readouterr()
@@ -291,7 +290,7 @@ def test_a_named_method_that_does_not_fit_is_left_out_if_others_fit(plain, tmp_p
         assert "expected an attention block" in refused(capsys, *given, "--methods", "attention,grad_cam", "--strict")
         assert "did you mean 'grad_cam'?" in refused(capsys, *given, "--methods", "attention,grad_kam")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "left out: attention" in page and "got a model without one" in page
+    assert "left out: attention" in page and "without one; blocks of this model: none" in page
 
 
 def test_explain_any_model_with_its_weights(tmp_path):

@@ -49,7 +49,7 @@ def place(tmp_path_factory):
     return root
 
 
-TRAIN = "train --data images --out new --optim.epochs 1 --data.size 24 --model.options.width 0.0625"
+TRAIN = "train --data images --out new --optim.epochs 1 --data.size 24"
 EXPLAIN = "explain run images --out new"
 EVALUATE = "evaluate run --out new"
 LINES = [
@@ -88,7 +88,7 @@ LINES = [
     *(
         f"{TRAIN} {more}"
         for more in (
-            *("--optim.batch_size 0", "--optim.batch_size 1", "--optim.batch_size 1000", "--optim.batch_size two"),
+            *("--optim.batch_size 0", "--optim.batch_size 1", "--optim.batch_size two"),
             *("--optim.optimizer adam", "--optim.schedule cosines", "--optim.precision 16", "--optim.lr -1"),
             *(
                 "--optim.momentum 1",
@@ -109,9 +109,14 @@ LINES = [
             *("--model.options.stem_pool 0", "--model.options [1]", "--model.weights nowhere", "--model.weights empty"),
             *("--model.weights notes.txt", "--model.weights pretrained", "--model.options.attention sea"),
             *("--model.options.attention_options.k 3", "--model.options.high_resolution 2", "--model.name nothing"),
-            *("--model resnet18 --model.options.act_layer relu", "--model tiny_vit --model.options.patch 0"),
+            *("--model resnet18 --model.options.act_layer nothing", "--model tiny_vit --model.options.patch 0"),
             *("--model test_vit --model.options.patch_size 0", "--model protopnet --model.options.backbone nothing"),
             *("--model resnet18 --data.size 2", "--model resnet18 --optim.batch_size 1", "--recipe", "--resume extra"),
+            *(
+                "--model tiny_vit --data.size 3",
+                "--model test_resnet --data.size 3",
+                "--model cifar_resnet --data.size 1",
+            ),
             *("--print-recipes", "--unknown 3", "--unknown.field 3", "--optim", "--strict --data.strict maybe"),
         )
     ),
@@ -153,6 +158,7 @@ LINES = [
             *("--budget 0s", "--budget soon", "--budget 3", "--steps 0", "--steps x", "--limit 0", "--limit -3"),
             *("--model.name vgg", "--optim.epochs 3", "--data.size 0", "--data.size 2", "--data.size x", "--fill ''"),
             *("--data.mask patch", "--data.label digit", "--data.test_size 0", "--unknown", "--seeds 1"),
+            *("--data.size 77", "--data.size 40 --limit 1"),
         )
     ),
 ]

@@ -35,6 +35,7 @@ DEMO = recipe.Recipe(
 )
 _PER_ROW, _SIDE = 6, 512  # maps in a row of a page, and longest side of an image on it; half where there are more rows
 _STRICT = "stop at the first unreadable image, or named method that does not fit, instead of leaving it out"
+_SMALL_SIDE = 32  # of images on which some networks have no map
 _LONG = 600  # letters of an error that are shown, at its start and at its end
 _LISTED = 20  # unreadable images named on the terminal; the report names all
 _ABREAST = 6  # columns of a study side by side
@@ -109,6 +110,7 @@ def _small(name: str | None) -> recipe.Recipe:
 def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[str, Any], profile: bool = False) -> None:
     from sightline.training import fit, processes
 
+    _check_positions(recipe.load(start, overrides))
     found = fit(start, _folder(options.out), overrides, resume=options.resume, profile=profile)
     if not processes.first():
         return
@@ -121,6 +123,31 @@ def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[st
         scores = [e.accuracy.value for e in evaluations if e.accuracy is not None]
         spread = np.std(scores, ddof=1)
         print(f"test accuracy over {len(scores)} seeds: {np.mean(scores):.2%} ± {spread:.2%} (standard deviation)")
+
+
+def _check_positions(wanted: recipe.Recipe) -> None:
+    """Refuse images so small that no map would have more than one position, before a network is trained on them."""
+    import torch
+
+    from sightline import models
+    from sightline.explainers import fitting
+
+    size = wanted.data.size
+    if size is None or size >= _SMALL_SIDE:
+        return
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model = models.create_model(wanted.model.name, num_classes=2, **wanted.model.options).eval()
+            model(torch.zeros(1, 3, size, size))
+        except Exception:  # whatever it is, the training says it better
+            return
+        try:
+            fitting(model, torch.rand(1, 3, size, size), ("attention", "activation_map"))
+        except ValueError as error:
+            raise ValueError(
+                f"data.size: expected images on which a map of {wanted.model.name} has several positions, got "
+                f"{size} x {size} pixels; choose a larger size"
+            ) from error
 
 
 def bench(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
@@ -256,7 +283,13 @@ def _evaluate_run(
     runs.check_writable(out)
     start = time.perf_counter()
     own = recipe.Data() if "data.source" in overrides else run.recipe.data
-    wanted = recipe.load(replace(run.recipe, data=replace(own, size=run.preprocess.size[0])), overrides)
+    side = run.preprocess.size[0]
+    wanted = recipe.load(replace(run.recipe, data=replace(own, size=side)), overrides)
+    if wanted.data.size != side:
+        raise ValueError(
+            f"data.size: expected {side}, the size that the run was trained with, got {wanted.data.size}; "
+            "leave it out, or train with that size"
+        )
     try:
         whole = "data.source" in overrides and not overrides.keys() & {"data.resplit", "data.test", "data.val"}
         splits = (data.load_whole if whole else data.load)(wanted.data)
@@ -364,7 +397,8 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
                 for method, values in raw.items():
                     verdicts = found.verdicts[method][place]
                     verdicts_of.setdefault(method, []).append(verdicts)
-                    grids[method] = _positions(values.shape, bool(found.layers[method]), Path(options.run).is_dir())
+                    can_be_trained = Path(options.run).is_dir() and not named(method)[1].is_control
+                    grids[method] = _positions(values.shape, bool(found.layers[method]), can_be_trained)
                     at, *shape = found.layers[method].removesuffix(")").split(" (")
                     rows.append(
                         {
@@ -473,11 +507,11 @@ def _titled(method: str, verdicts: Sequence["Verdict"]) -> str:
     return f"{method}{brackets}: {'; '.join(verdicts)}" if verdicts else method
 
 
-def _positions(grid: Sequence[int], has_layer: bool, is_run: bool) -> str:
+def _positions(grid: Sequence[int], has_layer: bool, can_be_trained: bool) -> str:
     """The positions of a map, and of a coarse one what gives more."""
     from sightline.maps import COARSE
 
-    ways = ["train with a larger --data.size"] * is_run + ["name an earlier --layer"] * has_layer
+    ways = ["train with a larger --data.size"] * can_be_trained + ["name an earlier --layer"] * has_layer
     finer = f" (coarse; for finer maps {' or '.join(ways)})" if min(grid) < COARSE and ways else ""
     return f"{' x '.join(map(str, grid))} positions{finer}"
 
@@ -557,13 +591,13 @@ def export(options: argparse.Namespace, _: dict[str, Any]) -> None:
 
 def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
     """List data sets, models, attention blocks, explainers and metrics, one line each."""
-    from sightline import attention, data, explainers, metrics, models
-
     if options.compare:
         if options.kind != "attention":
             raise ValueError("expected --compare with `list attention`, got another list; leave it out")
         _compare(options.compare)
         return
+    from sightline import attention, data, explainers, metrics, models
+
     tables: dict[str, dict[str, Any]] = {
         "datasets": data.DATASETS,
         "models": models.MODELS,

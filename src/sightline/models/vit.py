@@ -88,7 +88,9 @@ class TinyViT(nn.Module):
     ) -> None:
         super().__init__()
         if width < 1 or depth < 1:
-            raise ValueError(f"expected a width and a depth of 1 or more, got {width} and {depth}; the defaults are 64 and 4")
+            raise ValueError(
+                f"expected a width and a depth of 1 or more, got {width} and {depth}; the defaults are 64 and 4"
+            )
         if heads < 1 or width % heads:
             raise ValueError(f"expected heads that divide width {width}, got {heads}; choose another number")
         if patch < 1 or size < 1 or size % patch:
