@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from sightline import attention, cli, maps, recipe, runs
-from sightline.explainers import EXPLAINERS
+from sightline.explainers import EXPLAINERS, Verdict
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -135,20 +136,33 @@ def test_explain_by_every_method_that_fits(run, tmp_path, capsys):
     assert "rectifiers intercepted" not in said.out and "  saliency:" not in said.out
     verdicts = {row["method"]: row["verdicts"] for row in rows}
     assert verdicts["guided_backprop"].startswith("rectifiers intercepted: ")
-    doubtful = sum(row["verdicts"] != "" and "intercepted" not in row["verdicts"] for row in rows)
-    assert f"; {doubtful} maps with a verdict" in said.out
+    level = {row["method"]: row["level"] for row in rows}
+    assert level["guided_backprop"] == "note" and level["saliency"] == verdicts["saliency"] == ""
+    counts = Counter(row["level"] for row in rows)
+    graver = ", ".join(f"{counts[of]} {of}" for of in ("do not read", "doubt", "note") if counts[of])
+    assert f"; {sum(row['verdicts'] != '' for row in rows)} maps with a verdict ({graver}), see maps.csv" in said.out
+    positions = {row["method"]: row["positions"] for row in rows}
+    assert positions["attention"] == "5 x 5" and positions["saliency"] == "40 x 40"
+    finer = "for finer maps train with a larger --data.size or name an earlier --layer"
+    assert f"\n5 x 5 positions (coarse; {finer}): attention, " in said.out and "\n40 x 40 positions: " in said.out
     signed = {row["method"] for row in rows if EXPLAINERS[row["method"]].is_signed}
     assert {"input_x_gradient", "occlusion"} < signed and not {"saliency", "eigen_cam"} & signed
     raw = np.load(out / "0.npz")
     image = torch.from_numpy(np.array(Image.open(images[0]))).movedim(-1, 0)[None]
     name, share = rows[0]["class"], float(rows[0]["probability"])
     doubts = {row["method"]: row["verdicts"] for row in rows[: len(made)]}
-    titles = {name: name if not said or "intercepted" in said else f"{name}: {said}" for name, said in doubts.items()}
+    graver = {row["method"]: row["level"].replace("note", "") for row in rows[: len(made)]}
+    brackets = {name: f" ({of})" if of else "" for name, of in graver.items()}
+    titles = {name: f"{name}{brackets[name]}: {said}" if said else name for name, said in doubts.items()}
     expected = maps.side_by_side(
         image,
         {titles[method]: torch.from_numpy(raw[method])[None, None] for method in made},
         signed=[titles[method] for method in made if method in signed],
         scales=True,
+        captions={
+            titles[method]: f"{grid} positions" + (f" (coarse; {finer})" if grid == "5 x 5" else "")
+            for method, grid in positions.items()
+        },
         per_row=6,
         title=f"explained: {name} ({share:.0%})",
     )
@@ -177,7 +191,9 @@ def test_explain_draws_on_the_image_as_it_is(run, tmp_path):
         with Image.open(tmp_path / "maps" / f"turned--{method}.png") as drawn:
             assert drawn.size == size[::-1]
     with Image.open(tmp_path / "maps" / "wide--page.png") as page:
-        cell = np.array(page)[-(size[1] + 4 + 12 + 34) :, : size[0]]
+        below = 4 + 12 + 34  # colours, values
+        foot = len(maps._texts(["", cli._positions((5, 5), True, True), "40 x 40 positions"], 512, 23, "ma")[0])
+        cell = np.array(page)[-(size[1] + below + foot) :, : size[0]]
         assert page.width == 3 * (512 + 4) - 4 and (cell[: size[1]] == picture.numpy()).all()
 
 
@@ -227,20 +243,54 @@ def test_explain_reports_progress_within_the_batch_size(run, tmp_path, monkeypat
     assert told == [*(("occlusion", done, 361) for done in (100, 200, 300, 361)), ("explaining", 1, 1)]
 
 
-def test_verdicts_are_counted_and_keep_a_figure_that_is_always_the_same():
-    said = cli._doubts(
-        {
-            "lrp": [["conservation gap: 12%"], ["flat", "conservation gap: 30%"], []],
-            "grad_cam": [[], [], []],
-            "rollout": [["gap: 49"]] * 3,
-        }
-    )
-    assert list(said) == ["  lrp: conservation gap (2 images), flat (1 image)", "  rollout: gap: 49 (3 images)"]
+def test_verdicts_are_counted_by_level_and_keep_a_figure_that_is_always_the_same():
+    flat, note = Verdict("flat", "do not read"), Verdict("rectifiers intercepted: 49", "note")
+    gaps = [Verdict("conservation gap: 12%"), Verdict("conservation gap: 30%"), Verdict("conservation gap: 2%", "note")]
+    verdicts = {"lrp": [[gaps[0]], [flat, gaps[1]], [gaps[2]]], "grad_cam": [[], [], []], "guided": [[note]] * 3}
+    verdicts["rollout"] = [[Verdict("gap: 49")]] * 3
+    assert list(cli._doubts(verdicts)) == [
+        "  do not read: lrp: flat (1 image)",
+        "  doubt: lrp: conservation gap (2 images)",
+        "  doubt: rollout: gap: 49 (3 images)",
+    ]
+    assert cli._levels(verdicts) == "9 maps with a verdict (1 do not read, 4 doubt, 4 note)"
+    assert cli._levels({"cam": [[]]}) == "0 maps with a verdict"
+    assert cli._titled("lrp", [flat, gaps[1]]) == "lrp (do not read): flat; conservation gap: 30%"
+    assert cli._titled("guided", [note]) == "guided: rectifiers intercepted: 49"
 
 
-def test_that_every_rectifier_was_intercepted_is_no_doubt():
-    assert not cli._is_doubt("rectifiers intercepted: 49") and not cli._is_doubt("")
-    assert cli._is_doubt("rectifiers intercepted: 3 of 49 activations, 46 silu are not") and cli._is_doubt("flat")
+def test_positions_are_named_and_what_gives_more_of_them():
+    assert cli._positions((7, 9), True, True) == "7 x 9 positions"
+    assert cli._positions((4, 4), True, False) == "4 x 4 positions (coarse; for finer maps name an earlier --layer)"
+    assert cli._positions((9, 4), False, True).endswith("(coarse; for finer maps train with a larger --data.size)")
+    assert cli._positions((4, 4), False, False) == "4 x 4 positions"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run of a network without attention."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    sightline("train", "--data", "clutter", "--model", "vgg_gap", "--out", out, *TINY)
+    return out
+
+
+def test_a_named_method_that_does_not_fit_is_left_out_if_others_fit(plain, tmp_path, capsys):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    capsys.readouterr()
+    explained = ["explain", plain, tmp_path / "red.png", "--out", tmp_path / "out"]
+    evaluated = ["evaluate", plain, "--limit", 2, "--steps", 2, "--metrics", "deletion_auc", "--out", tmp_path / "out"]
+    reason = "left out: attention: expected an attention block with a spatial map, got 'a model' without one"
+    for given in (explained, evaluated):
+        sightline(*given, "--methods", "attention,grad_cam")
+        said = capsys.readouterr()
+        assert said.err.startswith(reason) and said.err.count("left out") == 1
+        assert ("1 image x 1 method in" if given is explained else "grad_cam") in said.out
+        for methods in ("attention", "attention,attention_rollout", "attention,grad_cam@nowhere"):
+            assert "left out" not in refused(capsys, *given, "--methods", methods)
+        assert "expected an attention block" in refused(capsys, *given, "--methods", "attention,grad_cam", "--strict")
+        assert "did you mean 'grad_cam'?" in refused(capsys, *given, "--methods", "attention,grad_kam")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "left out: attention" in page and "without one; blocks of this model: none" in page
 
 
 def test_explain_any_model_with_its_weights(tmp_path):

@@ -441,7 +441,7 @@ def test_methods_of_which_the_same_is_said_share_a_sentence():
     assert found.standings["deletion_auc"].unbeaten == ()
     controls = ", ".join(found.controls)
     assert f"None of nothing, empty is shown to be better than {controls} in deletion_auc." in found.summary
-    assert "20 of 20 maps of each of nothing, empty are flat: one value everywhere." in found.summary
+    assert "20 of 20 maps of each of nothing, empty are flat: one value everywhere; do not read them." in found.summary
 
 
 def test_the_best_and_its_equals_stand_in_one_sentence():

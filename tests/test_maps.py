@@ -630,3 +630,39 @@ def test_a_flat_map_stays_flat_and_none_leaves_its_range():
     raw = torch.rand(2, 3, 7, 5, generator=torch.Generator().manual_seed(0))
     wide = maps.resize(raw, (50, 64))
     assert (wide.amax((2, 3)) <= raw.amax((2, 3))).all() and (wide.amin((2, 3)) >= raw.amin((2, 3))).all()
+
+
+def test_variation_is_that_of_the_finite_values():
+    rows = [[0.5, 0.51, 0.5], [torch.nan, 2.0, 1.0], [torch.inf, 3.0, 3.0], [torch.nan] * 3, [-4.0, -2.0, -3.0]]
+    found = maps.variation(torch.tensor(rows).reshape(1, 5, 1, 3))
+    assert found[0].tolist() == pytest.approx([0.01 / 0.51, 0.5, 0.0, 0.0, 0.5], rel=1e-5)
+    assert maps.variation(torch.tensor([[[[[-3e38, 3e38]]]]])).tolist() == [[2.0]]  # of a volume
+
+
+def test_a_nearly_flat_map_has_a_grey_bar_with_ends_that_differ():
+    images = torch.zeros(1, 3, 100, 100, dtype=torch.uint8)
+    raw = torch.tensor([[[[0.50939, 0.50948]]]])
+    for name, factor, is_grey in (("flat", 1.0, True), ("clear", 100.0, False)):
+        column = {name: raw + (factor - 1) * (raw - raw.min())}
+        figure = maps.side_by_side(images, column, scales=True)[:, -(4 + 4 + 15) :, 104:]
+        bar = figure[:, 4:8]
+        assert bool((bar == 128).all()) == is_grey
+    ends = [
+        maps.side_by_side(images, {"a": values}, scales=True)[:, -15:, 104:]
+        for values in (raw, torch.tensor([[[[0.51, 0.51]]]]))
+    ]
+    assert not torch.equal(*ends)  # 0.50939 to 0.50948, not 0.51 to 0.51
+
+
+def test_captions_stand_at_the_foot_of_their_columns():
+    images, raw = torch.zeros(2, 3, 100, 100, dtype=torch.uint8), torch.rand(2, 1, 4, 4)
+    columns = {"a": raw, "b": raw}
+    plain = maps.side_by_side(images, columns)
+    figure = maps.side_by_side(images, columns, captions={"b": "4 x 4 positions, and what gives more of them"})
+    height = plain.shape[1]
+    assert torch.equal(figure[:, :height], plain) and figure.shape[1] > height + 20
+    assert (figure[:, height:, :208] == 255).all() and (figure[:, height:, 208:] < 128).any()
+    wide = maps.side_by_side(images, columns, captions={"b": "4 x 4 positions"}, per_row=1)
+    assert wide.shape[2] == 204
+    with pytest.raises(ValueError, match="expected captions of columns out of a, b; got 'c'"):
+        maps.side_by_side(images, columns, captions={"c": "?"})

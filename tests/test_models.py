@@ -370,6 +370,25 @@ def test_weights_that_do_not_fit(tmp_path):
         ("resnet18", {"attentoin": "se"}, "timm cannot build 'resnet18': .*attentoin"),
         ("resnet18.a1_in2k", {}, "timm cannot build 'resnet18.a1_in2k': Invalid pretrained tag"),
         ("torchvision:resnet18", {"widht": 2}, "torchvision cannot build 'torchvision:resnet18': .*widht"),
+        # a file names no class, and no library checks its numbers
+        (
+            "test_resnet",
+            {"act_layer": "nothing"},
+            "timm cannot build 'test_resnet': .*nothing.*; leave out act_layer, which takes a class, not 'nothing'",
+        ),
+        ("test_resnet", {"block": "BasicBlock"}, "timm cannot build .*; leave out block, which takes a class"),
+        (
+            "test_resnet",
+            {"norm_layer": [1]},
+            "timm cannot build .*; leave out norm_layer, which takes a class, not .1.",
+        ),
+        ("test_resnet", {"global_pool": 0}, "timm cannot build 'test_resnet': .*lower"),
+        ("test_resnet", {"in_chans": 0}, "timm cannot build 'test_resnet': ."),
+        ("test_vit", {"patch_size": 0}, "timm cannot build 'test_vit': .*zero"),
+        ("test_vit", {"embed_dim": 0}, "timm cannot build 'test_vit': ."),
+        ("torchvision:resnet18", {"norm_layer": "x"}, "torchvision cannot build .*; leave out norm_layer"),
+        ("tiny_vit", {"patch": 0}, "cannot build 'tiny_vit': expected a patch that divides size 40, got 0"),
+        ("tiny_vit", {"width": 0}, "cannot build 'tiny_vit': expected a width and a depth of 1 or more, got 0 and 4"),
     ],
 )
 def test_a_bad_request_is_one_clear_line(name, options, message):

@@ -1,8 +1,10 @@
 """Run folders: what is written comes back, and what is no run is refused in one line."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +91,77 @@ def test_a_damaged_run_is_refused(run: runs.Run, content: str):
     with pytest.raises(ValueError, match=r"run .* is damaged or of another version: .") as caught:
         runs.open_run(run.folder)
     assert "\n" not in str(caught.value)
+
+
+ODD = [None, 7, -1, 0.5, float("nan"), 10**30, "text", "", True, [], [1, "two"], {}, {"a": 1}, [[[]]]]
+
+
+@pytest.mark.parametrize("key", ["seed", "classes", "preprocess", "info", "skipped", "size", "mean", "std"])
+def test_every_fact_of_a_run_is_checked(run: runs.Run, key: str):
+    runs.save(run)
+    file = run.folder / "run.json"
+    whole = json.loads(file.read_text())
+    valid = {"seed": [7], "info": [{}], "skipped": [[]]}.get(key, [])
+    for value in [*ODD, "missing"]:
+        facts = json.loads(file.read_text())
+        part = facts if key in facts else facts["preprocess"]
+        if value == "missing":
+            del part[key]
+        else:
+            part[key] = value
+        file.write_text(json.dumps(facts))
+        if any(value == good and type(value) is type(good) for good in valid):
+            runs.open_run(run.folder)
+        else:
+            with pytest.raises(
+                ValueError, match=rf"run .* is damaged or of another version: expected .*\b{key}\b.*got"
+            ):
+                runs.open_run(run.folder)
+        file.write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("numbers", [[0, 24], [24], [24, 24, 24], [24.5, 24], [10**9, 10**9], ["24", "24"]])
+def test_a_size_that_is_none(run: runs.Run, numbers: list[Any]):
+    runs.save(run)
+    facts = json.loads((run.folder / "run.json").read_text())
+    facts["preprocess"]["size"] = numbers
+    (run.folder / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"expected two whole numbers from 1 to 16,384 as size in preprocess, got \["):
+        runs.open_run(run.folder)
+
+
+HEAD = "epoch,lr,train_loss,train_accuracy,val_loss,val_accuracy"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", r"expected the columns epoch, lr, .* in metrics\.csv, got a, b$"),
+        ("epoch,lr,train_loss\n1,2,3\n", "expected the columns"),
+        (f"{HEAD}\n1,2\n", "got epoch, lr$"),
+        (f"{HEAD}\n1,2,3,4,5,6,7\n", "got epoch, .*None$"),
+        (f"{HEAD}\n1,2,3,4,5,x\n", "could not convert string to float: 'x'"),
+        (f"{HEAD}\n{'1' * 200_000},2,3,4,5,6\n", r"metrics\.csv is no table: field larger than field limit"),
+        ('epoch,lr\n"1,2\n', r"metrics\.csv is no table: unexpected end of data"),
+    ],
+)
+def test_another_table_than_the_history(run: runs.Run, text: str, message: str):
+    runs.save(run)
+    (run.folder / "metrics.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"run .* is damaged or of another version: .*{message}"):
+        runs.open_run(run.folder)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"{a: " * 3000, b"\0" * 10, b"\xff\xfe\x80"])
+def test_files_that_no_parser_ends(run: runs.Run, content: bytes):
+    runs.save(run)
+    for file in ("run.json", "recipe.yaml"):
+        whole = (run.folder / file).read_bytes()
+        (run.folder / file).write_bytes(content)
+        with pytest.raises(ValueError, match=r"run .* is damaged or of another version: .") as caught:
+            runs.open_run(run.folder)
+        assert "\n" not in str(caught.value)
+        (run.folder / file).write_bytes(whole)
 
 
 def test_weights_that_are_cut_off_or_of_another_model(run: runs.Run, model: nn.Module):

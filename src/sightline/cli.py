@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,12 +17,14 @@ from sightline import recipe
 from sightline.version import __version__
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
     from torch import nn
 
     from sightline.bench import Bench, Study
     from sightline.data import ImageSet
     from sightline.evaluation import Evaluation, Score
+    from sightline.explainers import Verdict
     from sightline.inference import Output
     from sightline.runs import Run
 
@@ -33,6 +36,9 @@ DEMO = recipe.Recipe(
     optim=recipe.Optim(epochs=6, lr=0.006),
 )
 _PER_ROW, _SIDE = 6, 512  # maps in a row of a page, and longest side of an image on it; half where there are more rows
+_STRICT = "stop at the first unreadable image, or named method that does not fit, instead of leaving it out"
+_SMALL_SIDE = 32  # of images on which some networks have no map
+_LONG = 600  # letters of an error that are shown, at its start and at its end
 _LISTED = 20  # unreadable images named on the terminal; the report names all
 _ABREAST = 6  # columns of a study side by side
 _PARTS = ("data", "augment", "model", "optim")
@@ -108,6 +114,7 @@ def _small(name: str | None) -> recipe.Recipe:
 def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[str, Any], profile: bool = False) -> None:
     from sightline.training import fit, processes
 
+    _check_positions(recipe.load(start, overrides))
     found = fit(start, _folder(options.out), overrides, resume=options.resume, profile=profile)
     if not processes.first():
         return
@@ -120,6 +127,31 @@ def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[st
         scores = [e.accuracy.value for e in evaluations if e.accuracy is not None]
         spread = np.std(scores, ddof=1)
         print(f"test accuracy over {len(scores)} seeds: {np.mean(scores):.2%} ± {spread:.2%} (standard deviation)")
+
+
+def _check_positions(wanted: recipe.Recipe) -> None:
+    """Refuse images so small that no map would have more than one position, before a network is trained on them."""
+    import torch
+
+    from sightline import models
+    from sightline.explainers import fitting
+
+    size = wanted.data.size
+    if size is None or size >= _SMALL_SIDE:
+        return
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model = models.create_model(wanted.model.name, num_classes=2, **wanted.model.options).eval()
+            model(torch.zeros(1, 3, size, size))
+        except Exception:  # whatever it is, the training says it better
+            return
+        try:
+            fitting(model, torch.rand(1, 3, size, size), ("attention", "activation_map"))
+        except ValueError as error:
+            raise ValueError(
+                f"data.size: expected images on which a map of {wanted.model.name} has several positions, got "
+                f"{size} x {size} pixels; choose a larger size"
+            ) from error
 
 
 def bench(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
@@ -259,7 +291,13 @@ def _evaluate_run(
     runs.check_writable(out)
     start = time.perf_counter()
     own = recipe.Data() if "data.source" in overrides else run.recipe.data
-    wanted = recipe.load(replace(run.recipe, data=replace(own, size=run.preprocess.size[0])), overrides)
+    side = run.preprocess.size[0]
+    wanted = recipe.load(replace(run.recipe, data=replace(own, size=side)), overrides)
+    if wanted.data.size != side:
+        raise ValueError(
+            f"data.size: expected {side}, the size that the run was trained with, got {wanted.data.size}; "
+            "leave it out, or train with that size"
+        )
     try:
         whole = "data.source" in overrides and not overrides.keys() & {"data.resplit", "data.test", "data.val"}
         splits = (data.load_whole if whole else data.load)(wanted.data)
@@ -269,17 +307,27 @@ def _evaluate_run(
         raise FileNotFoundError(f"{error}; the run was trained on {wanted.data.source}: pass --data PATH") from error
     if split not in splits or not len(splits[split]):
         raise ValueError(f"expected a split with images out of {', '.join(splits)}, got {split!r}; choose with --split")
-    images = replace(splits[split], preprocess=run.preprocess)
+    images = _in_order_of(replace(splits[split], preprocess=run.preprocess), run.classes)
     model = _on_best_device(runs.load(run.folder))
+    reasons: dict[str, str] = {}
+    if isinstance(chosen.get("methods"), list):
+        fit, reasons = _fitting(
+            model, _first(model, images), chosen["methods"], output=chosen.get("output"), strict=wanted.data.strict
+        )
+        chosen = chosen | {"methods": fit}
     with _Bar() as bar:
         found = evaluate(
             model,
-            _in_order_of(images, run.classes),
+            images,
             limit=limit,
             seed=run.seed,
             progress=bar.update,
             partial_results=out / ".evaluation",
-            provenance={"run": str(run.folder), **runs.surroundings()},
+            provenance={
+                "run": str(run.folder),
+                **{f"left out: {method}": reason for method, reason in reasons.items()},
+                **runs.surroundings(),
+            },
             **{key: value for key, value in chosen.items() if value is not None},
         )
     seconds = time.perf_counter() - start
@@ -307,7 +355,8 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
 
     from sightline import data, maps, runs
     from sightline.data.images import open_image, quiet
-    from sightline.explainers import explain, fitting, named
+    from sightline.explainers import Verdict, explain, named
+    from sightline.explainers.verdicts import worst
 
     out = _folder(options.out)
     runs.check_writable(out)
@@ -326,14 +375,14 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     if options.layer == "":
         raise ValueError("expected --layer NAME, got an empty one; leave it out for the model's own")
     layer = None if options.layer is None else options.layer.partition(" (")[0]  # as `explanation.layer` shows it
-    if methods == ["all"]:
-        first = data.normalise(next(data.batches(images, 1)).images.to(device), preprocess)
-        methods, reasons = fitting(model, first, targets=target, layer=layer, output=options.output)
-        for name, reason in reasons.items():
-            print(f"left out: {name}: {' '.join(reason.split())}", file=sys.stderr)
+    methods, _ = _fitting(
+        model, _first(model, images), methods, target, layer, output=options.output, strict=options.strict
+    )
     before = set(out.iterdir()) if out.is_dir() else set[Path]()
     rows: list[dict[str, Any]] = []
     written, unchecked, notices = {out / "maps.csv"}, dict[str, None](), dict.fromkeys(images.notices)
+    verdicts_of: dict[str, list[list[Verdict]]] = {}
+    grids: dict[str, str] = {}
     stems = _unique(Path(name).stem for name in images.names)
     with _Bar() as bar:
         for batch in data.batches(images, min(16, options.batch_size)):
@@ -364,9 +413,13 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
                     pixels = open_image(Path(batch.names[place]), side, max_pixels)[0]
                 picture = torch.from_numpy(pixels).movedim(-1, 0)[None]  # the network saw all of it
                 columns: dict[str, torch.Tensor] = {}
+                captions: dict[str, str] = {}
                 signed: list[str] = []
                 for method, values in raw.items():
                     verdicts = found.verdicts[method][place]
+                    verdicts_of.setdefault(method, []).append(verdicts)
+                    can_be_trained = Path(options.run).is_dir() and not named(method)[1].is_control
+                    grids[method] = _positions(values.shape, bool(found.layers[method]), can_be_trained)
                     at, *shape = found.layers[method].removesuffix(")").split(" (")
                     rows.append(
                         {
@@ -379,13 +432,15 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
                             "method": method,
                             "layer": at,
                             "shape": "".join(shape),
+                            "positions": " x ".join(map(str, values.shape)),
                             "lowest": float(values.min()),
                             "highest": float(values.max()),
+                            "level": worst(verdicts) or "",
                             "verdicts": "; ".join(verdicts),
                         }
                     )
-                    doubts = "; ".join(filter(_is_doubt, verdicts))
-                    title = f"{method}: {doubts}" if doubts else method
+                    title = _titled(method, verdicts)
+                    captions[title] = grids[method]
                     columns[title] = torch.from_numpy(values)[None, None]
                     if named(method)[1].is_signed:
                         signed.append(title)
@@ -394,7 +449,9 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
                         files[f"{stems[index]}--{_file_name(method)}.png"] = maps.png(alone)
                 said = [f"{name} ({share:.0%})" for name, share in zip(names, shares, strict=True)]
                 title = f"explained: {said[0]}" + (f"; predicted: {said[1]}" if pair[0] != pair[1] else "")
-                page = maps.side_by_side(picture, columns, signed=signed, scales=True, per_row=_PER_ROW, title=title)
+                page = maps.side_by_side(
+                    picture, columns, signed=signed, scales=True, captions=captions, per_row=_PER_ROW, title=title
+                )
                 files[f"{stems[index]}--page.png"] = maps.png(page)
                 for file, content in files.items():
                     runs.write(out / file, content)
@@ -405,14 +462,12 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     runs.write(out / "maps.csv", table.getvalue().encode())
-    said_of: dict[str, list[list[str]]] = {}
-    for row in rows:
-        said_of.setdefault(row["method"], []).append([*filter(_is_doubt, row["verdicts"].split("; "))])
-    doubtful = sum(bool(doubts) for images_of in said_of.values() for doubts in images_of)
-    counts = f"{_counted(len(images), 'image')} x {_counted(len(said_of), 'method')}"
-    print(f"{counts} in {out}; {_counted(doubtful, 'map')} with a verdict, see maps.csv")
-    for line in _doubts(said_of):
+    counts = f"{_counted(len(images), 'image')} x {_counted(len(verdicts_of), 'method')}"
+    print(f"{counts} in {out}; {_levels(verdicts_of)}, see maps.csv")
+    for line in _doubts(verdicts_of):
         print(line)
+    for grid in dict.fromkeys(grids.values()):
+        print(f"{grid}: {', '.join(method for method, own in grids.items() if own == grid)}")
     for notice in notices:
         print(f"notice: {notice}", file=sys.stderr)
     if unchecked:
@@ -421,23 +476,94 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
         print(f"{_counted(old, 'file')} of before still in {out}", file=sys.stderr)
 
 
-def _is_doubt(verdict: str) -> bool:
-    """Whether a verdict speaks against the map; that all rectifiers were intercepted does not."""
-    return not re.fullmatch(r"(rectifiers intercepted: \d+)?", verdict)
+def _first(model: "nn.Module", images: "ImageSet") -> "torch.Tensor":
+    """The first image, as the model takes it."""
+    from sightline import data
+
+    device = next(model.parameters()).device
+    return data.normalise(next(data.batches(images, 1)).images.to(device), images.preprocess)
 
 
-def _doubts(verdicts: dict[str, list[list[str]]]) -> Iterator[str]:
-    """For each method with a doubtful map: what is said, with its figure where it is always the same, and how often."""
-    for method, images in verdicts.items():
-        figures: dict[str, list[str]] = {}
-        for verdict in (verdict for image in images for verdict in image):
-            figures.setdefault(verdict.partition(":")[0], []).append(verdict)
-        said = [
-            f"{found[0] if len(set(found)) == 1 else name} ({_counted(len(found), 'image')})"
-            for name, found in figures.items()
-        ]
-        if said:
-            yield f"  {method}: {', '.join(said)}"
+def _fitting(
+    model: "nn.Module",
+    first: "torch.Tensor",
+    methods: list[str],
+    target: int | None = None,
+    layer: str | None = None,
+    *,
+    output: "Output" = None,
+    strict: bool,
+) -> tuple[list[str], dict[str, str]]:
+    """Those methods that the model has evidence for, and for each of the others why not, which is printed too.
+
+    A method that is the only one, or has a layer of its own, or `strict`, is left in: its error will be the answer.
+    """
+    from sightline.explainers import EXPLAINERS, fitting, named
+
+    everything = methods == ["all"]
+    if not everything and (strict or len(methods) == 1):
+        return methods, {}
+    names = list(EXPLAINERS) if everything else methods
+    for name in names:
+        named(name)  # a misspelled name is no method that does not fit
+    try:
+        fit, reasons = fitting(model, first, names, target, layer, output=output)
+    except ValueError:
+        if everything:
+            raise
+        return methods, {}
+    if any("@" in name for name in reasons):
+        return methods, {}
+    reasons = {name: " ".join(reason.split()) for name, reason in reasons.items()}
+    for name, reason in reasons.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    return fit, reasons
+
+
+def _titled(method: str, verdicts: Sequence["Verdict"]) -> str:
+    """A method's name with what is to be distrusted in its map; the gravest level in brackets, unless it is a note."""
+    from sightline.explainers.verdicts import worst
+
+    level = worst(verdicts)
+    brackets = f" ({level})" if level not in (None, "note") else ""
+    return f"{method}{brackets}: {'; '.join(verdicts)}" if verdicts else method
+
+
+def _positions(grid: Sequence[int], has_layer: bool, can_be_trained: bool) -> str:
+    """The positions of a map, and of a coarse one what gives more."""
+    from sightline.maps import COARSE
+
+    ways = ["train with a larger --data.size"] * can_be_trained + ["name an earlier --layer"] * has_layer
+    finer = f" (coarse; for finer maps {' or '.join(ways)})" if min(grid) < COARSE and ways else ""
+    return f"{' x '.join(map(str, grid))} positions{finer}"
+
+
+def _levels(verdicts: dict[str, list[list["Verdict"]]]) -> str:
+    """How many maps have a verdict, by its gravest level."""
+    from sightline.explainers.verdicts import LEVELS, worst
+
+    counts = Counter(worst(image) for images in verdicts.values() for image in images)
+    levels = [f"{counts[level]} {level}" for level in reversed(LEVELS) if counts[level]]
+    return f"{_counted(sum(counts.values()) - counts[None], 'map')} with a verdict" + (
+        f" ({', '.join(levels)})" if levels else ""
+    )
+
+
+def _doubts(verdicts: dict[str, list[list["Verdict"]]]) -> Iterator[str]:
+    """The verdicts above a note, by level and method, each with a figure that is always the same, and how often."""
+    from sightline.explainers.verdicts import LEVELS
+
+    for level in reversed(LEVELS[1:]):
+        for method, images in verdicts.items():
+            alike: dict[str, list[str]] = {}
+            for verdict in (verdict for image in images for verdict in image if verdict.level == level):
+                alike.setdefault(verdict.name, []).append(verdict)
+            counts = [
+                f"{texts[0] if len(set(texts)) == 1 else name} ({_counted(len(texts), 'image')})"
+                for name, texts in alike.items()
+            ]
+            if counts:
+                yield f"  {level}: {method}: {', '.join(counts)}"
 
 
 def _class_index(text: str | None, classes: Sequence[str]) -> int | None:
@@ -487,13 +613,13 @@ def export(options: argparse.Namespace, _: dict[str, Any]) -> None:
 
 def show(options: argparse.Namespace, _: dict[str, Any]) -> None:
     """List data sets, models, attention blocks, explainers and metrics, one line each."""
-    from sightline import attention, data, explainers, metrics, models
-
     if options.compare:
         if options.kind != "attention":
             raise ValueError("expected --compare with `list attention`, got another list; leave it out")
         _compare(options.compare)
         return
+    from sightline import attention, data, explainers, metrics, models
+
     tables: dict[str, dict[str, Any]] = {
         "datasets": data.DATASETS,
         "models": models.MODELS,
@@ -575,8 +701,8 @@ def _parser() -> argparse.ArgumentParser:
     def evaluation(new: argparse.ArgumentParser) -> None:
         new.add_argument("--limit", type=_count, default=100, metavar="N", help="images to make maps of (100)")
 
-    def images(new: argparse.ArgumentParser, duplicates: bool = False) -> None:
-        new.add_argument("--strict", action="store_true", help="stop at the first unreadable image (data.strict)")
+    def images(new: argparse.ArgumentParser, strict: str = _STRICT, duplicates: bool = False) -> None:
+        new.add_argument("--strict", action="store_true", help=strict)
         new.add_argument(
             "--max-pixels", type=_count, metavar="N", help="skip larger images, 89478485 (data.max_pixels)"
         )
@@ -601,7 +727,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--recipe", metavar="FILE", help="YAML file to start from")
     new.add_argument("--seeds", metavar="A,B,...", help="one run per seed (seeds)")
     new.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    images(new, duplicates=True)
+    images(new, "stop at the first unreadable image (data.strict)", duplicates=True)
     new.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
     new.add_argument("--profile", action="store_true", help="show where the time of ten steps goes")
     evaluation(new)
@@ -941,4 +1067,6 @@ def _count(text: str) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, without the middle of a text that fills the screen."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 2 * _LONG else f"{text[:_LONG]} ... {text[-_LONG:]}"

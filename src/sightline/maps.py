@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 UNDEFINED = 128
-"""Grey level of a value that is not finite; no colour of the map is grey."""
+"""Grey level of a value that is not finite, and of a map that is nearly flat; no colour of the map is grey."""
+ROUNDING = 1e-6
+"""Variation up to which a float32 map is flat: its positions differ by rounding errors."""
+NEARLY_FLAT = 0.01
+"""Variation below which a map is nearly flat: all positions have the same value to within one percent."""
+COARSE = 7
+"""Positions along either side below which a map enlarged to its image suggests more detail than it has."""
 
 
 Mode = Literal["bilinear", "nearest"]
@@ -72,6 +78,22 @@ def resize(
     undefined = maps.isnan()
     low = maps.where(~undefined, torch.inf).amin((2, 3), keepdim=True)
     return found.clamp(low, maps.where(~undefined, -torch.inf).amax((2, 3), keepdim=True))
+
+
+def variation(maps: Float[Tensor, "b t *grid"]) -> Float[Tensor, "b t"]:
+    """Highest less lowest finite value of each map, as a share of its largest absolute value; 0 for a map of zeros.
+
+    0 counts as a value that means something: no weight, no evidence. A map that reaches 0, or has values on both sides
+    of it, varies by 1 at least, however small its values are, and adding a constant to a map makes it flatter.
+
+    >>> variation(torch.tensor([[[[0.50, 0.51]], [[0.0, 1e-9]], [[-1.0, 1.0]], [[7.0, 7.0]]]]))
+    tensor([[0.0196, 1.0000, 2.0000, 0.0000]])
+    """
+    values = maps.flatten(2) / 2  # the difference of two extreme values would overflow
+    finite = values.isfinite()
+    high, low = values.where(finite, -torch.inf).amax(2), values.where(finite, torch.inf).amin(2)
+    largest = values.where(finite, 0.0).abs().amax(2)
+    return ((high - low) / largest).where(largest > 0, 0.0)
 
 
 def normalise(maps: Float[Tensor, "*b h w"], signed: bool = False) -> Float[Tensor, "*b h w"]:
@@ -139,6 +161,8 @@ def overlay(
     colour, where a few extreme pixels would otherwise leave none for the others; but no map is brightened more than
     tenfold, so that rounding errors stay dark. Maps of fewer than 100 positions have their whole range on the scale.
 
+    A map that is flat or nearly so (`variation` below 1 %) is grey: colours would draw differences that mean nothing.
+
     Raises:
         TypeError: images that are not uint8, something that is no tensor.
         ValueError: `opacity` outside [0, 1]; shapes that are no images and maps, or not equally many of them.
@@ -156,8 +180,10 @@ def overlay(
             f"expected as many maps as images, got {len(maps)} and {len(images)}; pick the same rows of both"
         )
     height, width = images.shape[-2:]
-    shares = resize(normalise(_cut(maps.to(images.device), signed), signed), (height, width))
-    above = colour(shares.clamp(-1 if signed else 0, 1), signed).float()
+    maps = maps.to(images.device)
+    shares = resize(normalise(_cut(maps, signed), signed), (height, width)).clamp(-1 if signed else 0, 1)
+    varies = (variation(maps) >= NEARLY_FLAT)[:, :, None, None]
+    above = colour(shares.where(varies, torch.nan), signed).float()
     grey = torch.einsum("bchw,c->bhw", images.float(), above.new_tensor(_GREY))
     return torch.lerp(grey[:, None, None], above, opacity).round().to(torch.uint8)
 
@@ -222,6 +248,7 @@ def side_by_side(
     *,
     signed: Collection[str] | None = None,
     scales: bool = False,
+    captions: Mapping[str, str] | None = None,
     per_row: int | None = None,
     title: str = "image",
 ) -> UInt8[Tensor, "3 H W"]:
@@ -237,21 +264,23 @@ def side_by_side(
         opacity: as for `overlay`.
         signed: titles of the maps whose negative values speak against the class; None: all with a negative value.
         scales: below each map its colours, with the values of the first and the last one.
+        captions: text at the foot of columns, by title.
         per_row: so many columns beside the images, the others below, beside the images again.
         title: over the images.
 
     Raises:
         TypeError: images that are not uint8, or no tensor.
         ValueError: a column that is neither, or not of as many rows as there are images; a title in `signed` that is no
-            column; `opacity` outside [0, 1].
+            column, nor one in `captions`; `opacity` outside [0, 1].
 
     >>> images = torch.zeros(2, 3, 100, 100, dtype=torch.uint8)
     >>> side_by_side(images, {"Grad-CAM": torch.zeros(2, 1, 7, 7)}).shape[2]
     204
     """
     _check_images(images)
-    if unknown := [name for name in signed or () if name not in columns]:
-        raise ValueError(f"expected signed columns out of {', '.join(columns)}; got {unknown[0]!r}")
+    for what, names in (("signed columns", signed or ()), ("captions of columns", captions or ())):
+        if unknown := [name for name in names if name not in columns]:
+            raise ValueError(f"expected {what} out of {', '.join(columns)}; got {unknown[0]!r}")
     if per_row is not None and len(columns) > per_row:
         names = list(columns)
         rows = [names[i : i + per_row] for i in range(0, len(names), per_row)]
@@ -262,6 +291,7 @@ def side_by_side(
                 opacity,
                 signed=None if signed is None else [name for name in row if name in signed],
                 scales=scales,
+                captions=None if captions is None else {name: captions[name] for name in row if name in captions},
                 title=title,
             )
             for row in rows
@@ -286,7 +316,7 @@ def side_by_side(
         if of_map:
             as_signed = bool((column < 0).any()) if signed is None else name in signed
             cells.append(overlay(cells[0], column, opacity, as_signed)[:, 0])
-            below.append(_scale(_cut(column.detach(), as_signed), len(images), width, as_signed))
+            below.append(_scale(column.detach(), len(images), width, as_signed))
         else:
             mode = "nearest" if column.shape == images.shape else "bilinear"
             cells.append(resize(column.float(), (height, width), mode).round().to(torch.uint8))
@@ -294,50 +324,66 @@ def side_by_side(
     if scales:
         cells = [torch.cat([cell, scale.to(cell.device)], 2) for cell, scale in zip(cells, below, strict=True)]
     grid = F.pad(torch.stack(cells, 1), (0, _GAP, 0, _GAP), value=255).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    return torch.cat([_titles([title, *columns], width).to(grid.device), grid[:, :-_GAP, :-_GAP]], 1)
+    figure = torch.cat([_titles([title, *columns], width).to(grid.device), grid[:, :-_GAP, :-_GAP]], 1)
+    if not captions:
+        return figure
+    foot = _texts(["", *(captions.get(name, "") for name in columns)], width, _letters(width), "ma")
+    return torch.cat([figure, foot.to(grid.device)], 1)
 
 
 def _scale(
     maps: Float[Tensor, "b 1 h w"] | None, count: int, width: int, signed: bool = False
 ) -> UInt8[Tensor, "b 3 _ width"]:
     """For each map its colours with the values of the first and the last one; white for what is no map."""
-    letters = max(10, width // 22)
+    letters = _letters(width)
     font = ImageFont.load_default(letters)
     bar, line = max(4, width // 40), round(1.5 * letters)
     strips = torch.full((count, 3, _GAP + bar + line, width), 255, dtype=torch.uint8)
     if maps is None:
         return strips
-    strips[:, :, _GAP : _GAP + bar] = colour_bar(bar, width, signed)
-    for strip, values in zip(strips, maps.cpu(), strict=True):
+    varies = (variation(maps) >= NEARLY_FLAT)[:, :, None, None].cpu()
+    strips[:, :, _GAP : _GAP + bar] = colour_bar(bar, width, signed).where(varies, UNDEFINED)
+    for strip, values in zip(strips, _cut(maps, signed).cpu(), strict=True):
         values = values[values.isfinite()]
         ends = (float(values.min()), float(values.max())) if len(values) else (torch.nan, torch.nan)
         low, high = (-max(map(abs, ends)), max(map(abs, ends))) if signed else ends
+        digits = next((n for n in range(2, 9) if f"{low:.{n}g}" != f"{high:.{n}g}"), 2)
         picture = Image.new("RGB", (width, line), "white")
         draw = ImageDraw.Draw(picture)
-        draw.text((_GAP, line), f"{low:.2g}", "black", font, anchor="ld")
-        draw.text((width - _GAP, line), f"{high:.2g}", "black", font, anchor="rd")
+        draw.text((_GAP, line), f"{low:.{digits}g}", "black", font, anchor="ld")
+        draw.text((width - _GAP, line), f"{high:.{digits}g}", "black", font, anchor="rd")
         strip[:, -line:] = torch.from_numpy(np.array(picture)).movedim(-1, 0)
     return strips
 
 
+def _letters(width: int) -> int:
+    """Size of the letters below a map of this width."""
+    return max(10, width // 22)
+
+
 def _titles(titles: Sequence[str], width: int) -> UInt8[Tensor, "3 h w"]:
-    font = ImageFont.load_default(max(12, width // 14))
+    return _texts([title.replace("_", " ") for title in titles], width, max(12, width // 14), "md")
 
-    def wrapped(title: str) -> str:
-        for length in range(len(title), 1, -1):
-            text = textwrap.fill(title, length, break_on_hyphens=False)
-            if max(map(font.getlength, text.splitlines()), default=0) <= width - _GAP:
-                return text
-        return title
 
-    texts = [wrapped(title.replace("_", " ")) for title in titles]
+def _texts(texts: Sequence[str], width: int, letters: int, anchor: Literal["ma", "md"]) -> UInt8[Tensor, "3 h w"]:
+    """One text per column, wrapped, with the first ("ma") or last ("md") lines at one height."""
+    font = ImageFont.load_default(letters)
+
+    def wrapped(text: str) -> str:
+        for length in range(len(text), 1, -1):
+            lines = textwrap.fill(text, length, break_on_hyphens=False)
+            if max(map(font.getlength, lines.splitlines()), default=0) <= width - _GAP:
+                return lines
+        return text
+
+    texts = [wrapped(text) for text in texts]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     height = _GAP + round(max(ruler.multiline_textbbox((0, 0), text, font)[3] for text in texts))
-    picture = Image.new("RGB", (len(titles) * (width + _GAP) - _GAP, height + _GAP), "white")
+    picture = Image.new("RGB", (len(texts) * (width + _GAP) - _GAP, height + _GAP), "white")
     draw = ImageDraw.Draw(picture)
     for i, text in enumerate(texts):
-        middle = i * (width + _GAP) + width / 2
-        draw.multiline_text((middle, height), text, "black", font, anchor="md", align="center")
+        at = i * (width + _GAP) + width / 2, height if anchor == "md" else _GAP
+        draw.multiline_text(at, text, "black", font, anchor=anchor, align="center")
     return torch.from_numpy(np.array(picture)).movedim(-1, 0)
 
 

@@ -274,7 +274,7 @@ def read(path: Path) -> Any:
         raise FileNotFoundError(f"recipe {path} not found{hint or '; expected a YAML file'}")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 

@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -60,19 +61,20 @@ def open_run(folder: Path | str) -> Run:
         hint = f"open one of {', '.join(seeds)} in it" if seeds else "expected a folder that `sightline train` wrote"
         raise FileNotFoundError(f"{folder} is not a run, it has no {missing[0]}; {hint}")
     try:
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        facts = _checked(json.loads((folder / "run.json").read_text(encoding="utf-8")), _FACTS, "run.json")
+        numbers = _checked(facts["preprocess"], _PREPROCESS, "preprocess")
         return Run(
             folder=folder,
             recipe=recipe.load(folder / "recipe.yaml"),
             seed=facts["seed"],
             classes=tuple(facts["classes"]),
-            preprocess=data.Preprocess(**{k: tuple(v) for k, v in facts["preprocess"].items()}),
+            preprocess=data.Preprocess(**{name: tuple(numbers[name]) for name in _PREPROCESS}),
             info=facts["info"],
             history=_read_history(folder / "metrics.csv"),
             skipped=[(name, reason) for name, reason in facts["skipped"]],
             notices=[*facts.get("notices", [])],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"run {folder} is damaged or of another version: {error}") from error
 
 
@@ -207,6 +209,66 @@ def surroundings() -> dict[str, str]:
     }
 
 
+_Limit = tuple[str, Callable[[Any], bool]]
+_LARGEST_SIDE = 2**14
+
+
+def _are(values: Any, count: int, is_one: Callable[[Any], bool]) -> bool:
+    return isinstance(values, list) and len(values) == count and all(is_one(value) for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+_FACTS: dict[str, _Limit] = {
+    "seed": ("a whole number from 0 to 2**32 - 1", lambda x: type(x) is int and 0 <= x < 2**32),
+    "classes": (
+        "a list of different names",
+        lambda x: isinstance(x, list) and 0 < len(x) == len({name for name in x if isinstance(name, str)}),
+    ),
+    "preprocess": ("size, mean and std", lambda x: isinstance(x, dict)),
+    "info": ("names with texts", lambda x: isinstance(x, dict) and all(isinstance(text, str) for text in x.values())),
+    "skipped": (
+        "pairs of file and reason",
+        lambda x: isinstance(x, list) and all(_are(pair, 2, lambda text: isinstance(text, str)) for pair in x),
+    ),
+}
+_PREPROCESS: dict[str, _Limit] = {
+    "size": (
+        f"two whole numbers from 1 to {_LARGEST_SIDE:,}",
+        lambda x: _are(x, 2, lambda side: type(side) is int and 0 < side <= _LARGEST_SIDE),
+    ),
+    "mean": ("three numbers", lambda x: _are(x, 3, _is_number)),
+    "std": ("three numbers above 0", lambda x: _are(x, 3, lambda value: _is_number(value) and value > 0)),
+}
+_COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+
+
+def _checked(facts: Any, limits: Mapping[str, _Limit], where: str) -> dict[str, Any]:
+    """A mapping of JSON in which each of the names has such a value.
+
+    Raises:
+        ValueError: it is none, or a name is missing or has another value.
+    """
+    if not isinstance(facts, dict):
+        raise ValueError(f"expected {', '.join(limits)} in {where}, got {facts!r}")
+    for name, (words, is_so) in limits.items():
+        if name not in facts:
+            raise ValueError(f"expected {name} in {where}, got none")
+        if not is_so(facts[name]):
+            raise ValueError(f"expected {words} as {name} in {where}, got {facts[name]!r}")
+    return facts
+
+
 def _read_history(path: Path) -> list[dict[str, float]]:
     with path.open(encoding="utf-8", newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        try:
+            rows = list(csv.DictReader(file, strict=True))
+        except csv.Error as error:
+            raise ValueError(f"{path.name} is no table: {error}") from error
+    for row in rows:
+        if None in row or None in row.values() or any(name not in row for name in _COLUMNS):
+            got = ", ".join(str(name) for name, value in row.items() if value is not None)
+            raise ValueError(f"expected the columns {', '.join(_COLUMNS)} in {path.name}, got {got}")
+    return [{name: float(value) for name, value in row.items()} for row in rows]

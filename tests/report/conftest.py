@@ -9,6 +9,7 @@ import pytest
 from sightline import data, runs
 from sightline.evaluation import Comparison, Curve, Evaluation, Example, Score, Standing
 from sightline.evaluation.standings import metric_agreement
+from sightline.explainers import Verdict
 from sightline.metrics.classification import Quality, quality
 from sightline.metrics.uncertainty import Interval
 from sightline.recipe import Recipe
@@ -39,13 +40,13 @@ def example(index: int, side: int, rng: np.random.Generator, wrong: bool = False
         "cam": (4 * near - 1 + rng.normal(0, 0.5, (10, 10))).astype(np.float32),
         "grad_cam": (1e-4 * near + rng.uniform(0, 1e-5, (10, 10))).astype(np.float32),
     }
-    verdicts: dict[str, list[str]] = {method: [] for method in METHODS}
+    verdicts: dict[str, list[Verdict]] = {method: [] for method in METHODS}
     if index == 2:
         maps["grad_cam"] = np.zeros((10, 10), np.float32)
-        verdicts["grad_cam"] = ["flat"]
+        verdicts["grad_cam"] = [Verdict("flat", "do not read")]
     if index == 3:
         maps["cam"][:3, :3] = np.nan
-        verdicts["cam"] = ["non-finite"]
+        verdicts["cam"] = [Verdict("non-finite", "do not read")]
     label = int(rng.integers(10))
     return Example(
         name=f"test/{index:05d}.png",
@@ -151,6 +152,7 @@ def evaluation_of(side: int, n: int = 24, errors: int = 6) -> Evaluation:
             for method in METHODS
         },
         verdicts={method: {"flat": 3} if method == "grad_cam" else {} for method in METHODS},
+        verdict_levels={"grad_cam": {"flat": {"do not read": 3}}},
         standings={
             metric: Standing(best="cam", tied=(), unbeaten=("edge_map",) if metric == "deletion_auc" else ())
             for metric in METRICS

@@ -14,6 +14,7 @@ from PIL import Image
 
 from sightline import report, runs
 from sightline.evaluation import Curve, Evaluation, Example, evaluate
+from sightline.explainers import Verdict
 from sightline.metrics.uncertainty import Interval
 from sightline.report import pictures, tables
 from sightline.testing import PooledModel
@@ -183,7 +184,7 @@ def test_gallery_says_what_it_shows(page: Page, evaluation: Evaluation):
     assert text.startswith(
         f"{first.name} true {first.label} predicted {first.prediction} {100 * first.probability:.1f} %"
     )
-    assert "✓ correct" in text and "grad cam flat 0.000 0.000" in text
+    assert "✓ correct" in text and "grad cam do not read: flat 0.000 0.000 10 x 10 positions" in text
     low, high = first.maps["attention"].min(), first.maps["attention"].max()
     assert f"attention {report.number(float(low))} {report.number(float(high))}" in text
     labels = [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
@@ -223,7 +224,9 @@ def test_names_are_text_and_never_markup(evaluation: Evaluation, run: runs.Run, 
         layers={EVIL: EVIL},
         scores=tuple(replace(s, method=EVIL) if s.method == "cam" else s for s in evaluation.scores),
         examples=tuple(
-            replace(e, name=EVIL, label=EVIL, prediction=EVIL, maps={EVIL: e.maps["cam"]}, verdicts={EVIL: [EVIL]})
+            replace(
+                e, name=EVIL, label=EVIL, prediction=EVIL, maps={EVIL: e.maps["cam"]}, verdicts={EVIL: [Verdict(EVIL)]}
+            )
             for e in evaluation.examples[:2]
         ),
         mean_maps={EVIL: dict(zip(classes, evaluation.mean_maps["cam"].values(), strict=True))},
@@ -234,6 +237,7 @@ def test_names_are_text_and_never_markup(evaluation: Evaluation, run: runs.Run, 
         method_agreement=evaluation.method_agreement[:5, :5],
         left_out={EVIL: EVIL},
         verdicts={EVIL: {EVIL: 3}},
+        verdict_levels={EVIL: {EVIL: {"doubt": 3}}},
         summary=(EVIL, EVIL),
         skipped=((EVIL, EVIL),),
         provenance={EVIL: EVIL},
@@ -382,7 +386,10 @@ def test_pictures_are_true():
     small = rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)
     assert np.array_equal(pixels(pictures.picture(small)), small)
     assert pixels(pictures.picture(np.zeros((300, 600, 3), np.uint8))).shape == (128, 256, 3)
-    assert (pixels(pictures.heat(np.full((3, 3), 7.0))) == [0, 0, 4]).all()
+    for flat in (7.0 + 0.06 * np.eye(3), np.full((3, 3), 7.0), np.zeros((3, 3))):
+        assert (pixels(pictures.heat(flat)) == 128).all() and (pixels(pictures.heat(flat, signed=True)) == 128).all()
+    assert (pixels(pictures.heat(np.zeros((2, 2)), ends=(0.0, 0.0))) == 128).all()
+    assert pixels(pictures.heat(7.0 + 0.08 * np.eye(3), side=3))[0, :2].tolist() == [[252, 255, 164], [0, 0, 4]]
     half = pixels(pictures.heat(np.array([[-3.0, 5.0]]), side=4))
     assert half[0, 0].tolist() == [0, 0, 4] and half[0, 3].tolist() == [252, 255, 164]
     assert (pixels(pictures.heat(np.full((2, 2), 0.5), ends=(0.0, 1.0))) == [188, 55, 84]).all()
@@ -396,7 +403,7 @@ def test_pictures_are_true():
 
 def test_signed_maps_are_drawn_and_labelled_around_zero(evaluation: Evaluation, tmp_path: Path):
     raw = np.array([[-0.5, 2.0]], np.float32)
-    example = replace(evaluation.examples[0], maps={"cam": raw, "grad_cam": raw}, verdicts={"cam": [LONG]})
+    example = replace(evaluation.examples[0], maps={"cam": raw, "grad_cam": raw}, verdicts={"cam": [Verdict(LONG)]})
     means = {method: {"zero": raw} for method in ("cam", "grad_cam")}
     found = replace(evaluation, signed=("cam",), examples=(example,), errors=(), mean_maps=means)
     html = report.write(found, tmp_path).read_text()
@@ -432,6 +439,7 @@ def test_outline_encloses_the_mask():
         ),
         ([[-1.0, -2.0]], "it has no positive value"),
         ([[3.0, 3.0]], "it is flat, 3 everywhere"),
+        ([[0.50939, 0.50948]], "it is nearly flat, 0.509 to within 1 % everywhere"),
         ([[np.nan, np.inf]], "it has no finite value"),
         ([[np.nan, 1.0], [0.0, 3.0]], "75 % of its positive values lie in the lower right quarter"),
     ],

@@ -20,7 +20,17 @@ from sightline.evaluation.result import Comparison, Curve, Evaluation, Example, 
 from sightline.evaluation.sentences import OF_ANOTHER_CLASS, summary
 from sightline.evaluation.source import Answers, Known, Source, predict
 from sightline.evaluation.standings import curve_of, failing, league, mean, standing_of
-from sightline.explainers import EXPLAINERS, Explanation, Method, Progress, attention_maps, explain, fitting, named
+from sightline.explainers import (
+    EXPLAINERS,
+    Explanation,
+    Method,
+    Progress,
+    Verdict,
+    attention_maps,
+    explain,
+    fitting,
+    named,
+)
 from sightline.inference import Output
 from sightline.metrics import METRICS, Hiding, inputs_of, measure
 from sightline.metrics.agreement import ranks
@@ -30,7 +40,7 @@ from sightline.metrics.hiding import Fill
 __all__ = ["Comparison", "Curve", "Evaluation", "Example", "Score", "Standing", "evaluate", "standing_of"]
 
 Array = np.ndarray
-_Verdicts = Mapping[str, Mapping[int, list[str]]]  # method -> row -> what to distrust
+_Verdicts = Mapping[str, Mapping[int, list[Verdict]]]  # method -> row -> what to distrust
 
 _DEFAULT = ("insertion_auc", "deletion_auc", "pointing_game", "energy_in_mask", "parameter_randomisation")
 _MEAN_MAP_SIDE = 32
@@ -282,12 +292,13 @@ class _Maker:
             maps=self._kept(maps, rows, keep),
             alike=_alike(maps),
             areas=areas[areas > 0],  # an empty mask is undefined for the score too
-            verdicts={name: [[] for _ in rows] for name in maps} | self._verdicts(explanation),
+            verdicts={name: [list[Verdict]() for _ in rows] for name in maps} | self._verdicts(explanation),
             layers=explanation.layers | {name: "" for name in maps if name not in self.asked},
+            positions={name: list(value.shape[2:]) for name, value in maps.items()},
             notices=list(explanation.notices),
         )
 
-    def shown(self, batch: Known) -> tuple[dict[tuple[str, str], Array], dict[str, list[list[str]]]]:
+    def shown(self, batch: Known) -> tuple[dict[tuple[str, str], Array], dict[str, list[list[Verdict]]]]:
         """Maps and verdicts of a batch that is only looked at."""
         rows = batch.rows.numpy()
         targets = torch.from_numpy(self.answers.predictions[rows]).to(batch.images.device)
@@ -295,7 +306,7 @@ class _Maker:
         found = explain(self.model, batch.images, targets, list(self.asked.values()), **hiding.of_model)
         return self._kept(found.maps, rows, {name: rows >= 0 for name in found.maps}), self._verdicts(found)
 
-    def _verdicts(self, explanation: Explanation) -> dict[str, list[list[str]]]:
+    def _verdicts(self, explanation: Explanation) -> dict[str, list[list[Verdict]]]:
         """What to distrust; that a map is the same for every class only where it should not be."""
         return {
             method: [[v for v in said if v != "class-independent" or method in self.by_class] for said in images]
@@ -323,7 +334,9 @@ class _Maker:
         counts: Counter[tuple[str, str]] = Counter()
         for method, value in maps.items():
             resized = pixels.resize(value, (_MEAN_MAP_SIDE, _MEAN_MAP_SIDE))[:, 0]
-            scaled = pixels.normalise(resized, signed=method in self.signed).double().cpu().numpy()
+            scaled = pixels.normalise(resized, signed=method in self.signed).double()
+            varies = pixels.variation(value)[:, 0] >= pixels.NEARLY_FLAT
+            scaled = (scaled * varies[:, None, None]).cpu().numpy()
             for image, row in zip(scaled, rows, strict=True):
                 if np.isfinite(image).all():
                     key = method, str(self.answers.predictions[row])
@@ -402,6 +415,7 @@ def _found(
         controls=maker.controls,
         signed=maker.signed,
         layers=whole.layers,
+        positions={method: tuple(grid) for method, grid in whole.positions.items()},
         metrics=maker.metrics,
         higher_is_better=up,
         chance=chance,
@@ -423,9 +437,10 @@ def _found(
             for method in methods
         },
         verdicts={
-            method: dict(Counter(verdict.partition(":")[0] for image in images for verdict in image))
+            method: dict(Counter(verdict.name for image in images for verdict in image))
             for method, images in whole.verdicts.items()
         },
+        verdict_levels={method: _levels(images) for method, images in whole.verdicts.items()},
         failed=failing(table, asked, groups, seed),
         curves={kind: of for kind, of in curves.items() if of},
         worst={method: tuple(example(int(row), [method]) for row in of) for method, of in worst.items() if len(of)},
@@ -444,6 +459,13 @@ def _found(
         provenance={"seed": str(seed), "images with maps": str(len(rows.chosen))},
         **vars(found),
     )
+
+
+def _levels(images: Sequence[Sequence[Verdict]]) -> dict[str, dict[str, int]]:
+    counts: dict[str, Counter[str]] = {}
+    for verdict in (verdict for image in images for verdict in image):
+        counts.setdefault(verdict.name, Counter())[verdict.level] += 1
+    return {name: dict(levels) for name, levels in counts.items()}
 
 
 def _examples(

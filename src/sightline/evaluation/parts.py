@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from sightline.explainers import Verdict
 from sightline.runs import write
 from sightline.version import __version__
 
@@ -39,8 +40,10 @@ class Part:
     """Sum over images of the rank correlations between the maps of methods."""
     areas: Array
     """Share of each image that its mask covers; none where it is empty."""
-    verdicts: dict[str, list[list[str]]]
+    verdicts: dict[str, list[list[Verdict]]]
     layers: dict[str, str]
+    positions: dict[str, list[int]]
+    """Height and width of each method's maps."""
     notices: list[str] = field(default_factory=list)
 
     def __add__(self, other: "Part") -> "Part":
@@ -62,6 +65,7 @@ class Part:
             areas=np.concatenate([self.areas, other.areas]),
             verdicts={method: said + other.verdicts[method] for method, said in self.verdicts.items()},
             layers=other.layers,
+            positions=other.positions,
             notices=list(dict.fromkeys([*self.notices, *other.notices])),
         )
 
@@ -70,9 +74,14 @@ class Part:
         arrays = {"alike": self.alike, "areas": self.areas}
         for name in _TABLES:
             arrays |= {"\t".join((name, *key)): value for key, value in getattr(self, name).items()}
-        facts = json.dumps({name: getattr(self, name) for name in ("verdicts", "layers", "notices")})
+        facts: dict[str, Any] = {name: getattr(self, name) for name in ("layers", "positions", "notices")}
+        facts["verdicts"] = {
+            method: [[(verdict, verdict.level) for verdict in image] for image in images]
+            for method, images in self.verdicts.items()
+        }
+        packed = json.dumps(facts)
         file = io.BytesIO()
-        np.savez(file, allow_pickle=False, facts=np.array(facts), **arrays)
+        np.savez(file, allow_pickle=False, facts=np.array(packed), **arrays)
         try:
             write(path, file.getvalue())
         except FileNotFoundError:
@@ -90,6 +99,10 @@ class Part:
             facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
         except Exception:  # what a damaged archive raises depends on the bit: RuntimeError, TokenError, KeyError, ...
             return None
+        facts["verdicts"] = {
+            method: [[Verdict(*verdict) for verdict in image] for image in images]
+            for method, images in facts["verdicts"].items()
+        }
         tables: dict[str, dict[tuple[str, str], Array]] = {name: {} for name in _TABLES}
         for name in [name for name in arrays if "\t" in name]:
             table, method, key = name.split("\t")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from sightline.explainers import Verdict
 from sightline.metrics.classification import Quality
 from sightline.metrics.uncertainty import Interval
 from sightline.runs import plain, write
@@ -81,7 +82,7 @@ class Example:
     """Probability of the prediction."""
     maps: dict[str, Float[Array, "_ _"]]
     """Raw map per method, at the method's own resolution; controls left out."""
-    verdicts: dict[str, list[str]]
+    verdicts: dict[str, list[Verdict]]
     """What to distrust, per method; an empty list is a clean map."""
     mask: Bool[Array, "h w"] | None = None
 
@@ -105,6 +106,8 @@ class Evaluation:
     """Those of `methods` whose negative values speak against the class."""
     layers: dict[str, str]
     """method -> where its map was read, for example `features.conv13 (512 x 5 x 5)`."""
+    positions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """method -> height and width of its maps."""
     metrics: tuple[str, ...]
     higher_is_better: dict[str, bool | None]
     """None for a test or a description, which ranks nothing."""
@@ -126,6 +129,8 @@ class Evaluation:
     """method -> predicted class -> mean of the maps, each scaled to [0, 1], signed ones to [-1, 1]."""
     verdicts: dict[str, dict[str, int]]
     """method -> verdict -> number of images."""
+    verdict_levels: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    """method -> verdict -> level ("note", "doubt", "do not read") -> number of images."""
     standings: dict[str, Standing]
     """metric -> how its best method stands to the others; left out where no method is defined for enough images."""
     failed: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -9,19 +9,23 @@ import numpy as np
 from sightline.evaluation.result import Evaluation
 from sightline.evaluation.source import Answers
 from sightline.evaluation.standings import LEVEL, UNDEFINED_SHARE
+from sightline.explainers.verdicts import LEVELS
+from sightline.maps import COARSE, NEARLY_FLAT
 from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import Interval, paired_test
 
 _FEW_GROUPS = 20
 _AT_ODDS = -1.96  # standard errors of a rank correlation over methods that have nothing in common
 OF_ANOTHER_CLASS = " of another class"
-_MEANS = {
-    "flat": ": one value everywhere",
-    "all-negative": ": nothing in them speaks for the class",
-    "non-finite": ": infinite or undefined",
-    "class-independent": ": another class has the same",
-    "conservation gap": ": they do not add up to the score",
-    "plain gradient": ": some operations have no rule",
+_STATES = {
+    "flat": "are flat: one value everywhere",
+    "nearly flat": f"are nearly flat: their positions differ by less than {NEARLY_FLAT:.0%}",
+    "all-negative": "are all-negative: nothing in them speaks for the class",
+    "non-finite": "are non-finite: infinite or undefined",
+    "class-independent": "are class-independent: another class has the same",
+    "conservation gap": "have a conservation gap: they do not add up to the score",
+    "plain gradient": "have a plain gradient: some operations have no rule",
+    "rectifiers intercepted": "are in part plain gradients: some activations are no rectifiers",
 }
 """Verdict -> what it means, for those who read no page."""
 
@@ -47,19 +51,38 @@ def summary(found: Evaluation, answers: Answers) -> Iterator[str]:
             figures = [f"{method} ({_figures(found.score(method, test).interval)})" for method in methods]
             yield METRICS[test].sentence.format(methods=", ".join(figures)) + "."
     yield from _at_odds(found)
-    alike = defaultdict[tuple[str, int], list[str]](list)
-    for method in real:
-        for verdict, count in found.verdicts[method].items():
-            if verdict != "rectifiers intercepted":
-                alike[verdict, count].append(method)
-    for (verdict, count), methods in alike.items():
-        which = f"{'each of ' if len(methods) > 1 else ''}{', '.join(methods)}"
-        state = f"{'have a' if ' ' in verdict else 'are'} {verdict}{_MEANS.get(verdict, '')}"
-        yield f"{count} of {made} maps of {which} {state}."
+    yield from _doubtful(found, real, made)
+    yield from _coarse(found, real)
     if found.left_out:
         yield f"Left out, since the time would not have been enough: {', '.join(found.left_out)}."
     if found.skipped:
         yield f"{len(found.skipped)} images could not be read and were left out."
+
+
+def _doubtful(found: Evaluation, real: Sequence[str], made: int) -> Iterator[str]:
+    """Verdicts graver than a note, the gravest first."""
+    for level in reversed(LEVELS[1:]):
+        alike = defaultdict[tuple[str, int], list[str]](list)
+        for method in real:
+            for verdict, levels in found.verdict_levels.get(method, {}).items():
+                if level in levels:
+                    alike[verdict, levels[level]].append(method)
+        for (verdict, count), methods in alike.items():
+            which = f"{'each of ' if len(methods) > 1 else ''}{', '.join(methods)}"
+            what_to_do = "; do not read them" if level == "do not read" else ""
+            yield f"{count} of {made} maps of {which} {_STATES.get(verdict, f'are {verdict}')}{what_to_do}."
+
+
+def _coarse(found: Evaluation, real: Sequence[str]) -> Iterator[str]:
+    alike = defaultdict[tuple[int, ...], list[str]](list)
+    for method in real:
+        if min(found.positions.get(method, (COARSE,))) < COARSE:
+            alike[found.positions[method]].append(method)
+    for positions, methods in alike.items():
+        yield (
+            f"Maps of {', '.join(methods)} have only {' x '.join(map(str, positions))} positions: for finer ones train "
+            "on larger images (--data.size), or name an earlier layer (METHOD@LAYER)."
+        )
 
 
 def _accuracy(found: Evaluation, answers: Answers) -> Iterator[str]:

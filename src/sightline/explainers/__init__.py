@@ -53,7 +53,7 @@ from sightline.explainers.relevance import (
 )
 from sightline.explainers.rollout import attention_rollout, gradient_rollout
 from sightline.explainers.scorer import Progress, Targets
-from sightline.explainers.verdicts import signs_of, verdicts_of
+from sightline.explainers.verdicts import Verdict, signs_of, verdicts_of
 from sightline.inference import Output, check_images, exact, forward_call
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "Flat",
     "Gamma",
     "Progress",
+    "Verdict",
     "ZBox",
     "ZPlus",
     "Zero",
@@ -161,8 +162,9 @@ class Explanation:
     """Of each class, or of each label for itself, as the model has it; where a function made the scores, the scores."""
     layers: dict[str, str]
     """Where each map was read: name and shape, for example `features.conv13 (128 x 5 x 5)`; empty for controls."""
-    verdicts: dict[str, list[list[str]]]
-    """For each method and image what to distrust; an empty list says that nothing was found."""
+    verdicts: dict[str, list[list[Verdict]]]
+    """For each method and image what to distrust, strings with a `level`: "note", "doubt" or "do not read"; an empty
+    list says that nothing was found."""
     unchecked: tuple[str, ...] = ()
     """Maps that were not compared with those of another class in every image, because that would have taken another
     backward or two: that they are not said to be `class-independent` means nothing. Ask for two targets to compare."""

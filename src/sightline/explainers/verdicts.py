@@ -1,14 +1,56 @@
-"""What to distrust in a map."""
+"""What to distrust in a map, and how much."""
+
+from collections.abc import Iterable
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sightline import maps as pixels
 from sightline.explainers.evidence import Evidence, Explainer
 
+Level = Literal["note", "doubt", "do not read"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
 _SAME = 0.999  # correlation of the maps of two classes
-_GAP = 0.01  # of the sum of the map's absolute values
-_FOUND = ("non-finite", "flat", "all-negative", "class-independent")
+_GAPS: tuple[tuple[float, Level], ...] = ((1.0, "do not read"), (0.1, "doubt"), (0.01, "note"))
+"""Least conservation gap of each level, as a share of the sum of the map's absolute values."""
+
+
+class Verdict(str):
+    """What to distrust in a map: text, a name or a name and more behind a colon, with a `level`.
+
+    "note" says how to read the map, "doubt" what speaks against it; of a map that nobody should "do not read", the
+    picture shows nothing about the model.
+
+    >>> gap = Verdict("conservation gap: 12%", "doubt")
+    >>> gap == "conservation gap: 12%", gap.name, gap.level
+    (True, 'conservation gap', 'doubt')
+    """
+
+    level: Level
+
+    def __new__(cls, text: str, level: Level = "doubt") -> "Verdict":
+        """The text, with its level."""
+        verdict = super().__new__(cls, text)
+        verdict.level = level
+        return verdict
+
+    @property
+    def name(self) -> str:
+        """What stands before the colon."""
+        return self.partition(":")[0]
+
+
+def worst(verdicts: Iterable[Verdict]) -> Level | None:
+    """The gravest level among verdicts; None where there is none.
+
+    >>> worst([Verdict("class-independent", "note"), Verdict("flat", "do not read")]), worst([])
+    ('do not read', None)
+    """
+    levels = {verdict.level for verdict in verdicts}
+    return next((level for level in reversed(LEVELS) if level in levels), None)
 
 
 def signs_of(
@@ -16,8 +58,8 @@ def signs_of(
     maps: Float[Tensor, "b t *grid"],
     rivals: Float[Tensor, "b t *grid"] | None,
     evidence: Evidence,
-) -> Float[Tensor, "b 6"]:
-    """Per image what `verdicts_of` reads: which of the names hold, the gap, and whether classes were compared.
+) -> Float[Tensor, "b 7"]:
+    """Per image what `verdicts_of` reads: which verdicts hold, variation and gap, and whether classes were compared.
 
     `rivals` are the maps of another class. A tensor, so that the device is asked once for all methods.
     """
@@ -27,7 +69,8 @@ def signs_of(
     targets = evidence.score.targets
     if not explainer.is_control:
         finite &= evidence.score.of(targets).detach().isfinite().all(1)
-    flat = finite & (high - low <= 1e-6 * values.abs().amax(2)).any(1)
+    variation = pixels.variation(maps.detach()).amin(1)
+    flat = finite & (variation <= pixels.ROUNDING)
     compared = torch.ones_like(flat)
     if explainer.is_blind_to_class:
         same = torch.full_like(flat, not explainer.is_control)
@@ -39,24 +82,38 @@ def signs_of(
     if explainer.sums_to_score:
         score = (evidence.score.of(targets) - evidence.score.origin).detach()
         gaps = ((values.sum(2) - score).abs() / total).amax(1)
-    signs = [~finite, flat, finite & (high < 0).any(1), finite & ~flat & same, gaps, compared]
+    negative = finite & ((high <= 0) & (low < 0)).any(1)
+    signs = [~finite, flat, variation, negative, finite & ~flat & same, gaps, compared]
     return torch.stack([sign.float() for sign in signs], 1)
 
 
-def verdicts_of(explainer: Explainer, evidence: Evidence, signs: list[list[float]]) -> list[list[str]]:
-    """Per image, what to distrust in its maps; an empty list says that nothing was found.
+def verdicts_of(explainer: Explainer, evidence: Evidence, signs: list[list[float]]) -> list[list[Verdict]]:
+    """Per image, what to distrust in its maps; an empty list says that nothing was found."""
+    of_all = [Verdict(remark) for remark in evidence.score.remarks]
+    rectifiers = evidence.rectifiers
+    if rectifiers is not None and explainer.needs & {"guided_gradients", "deconvolved_gradients"}:
+        of_all.append(Verdict(rectifiers.verdict(), "doubt" if rectifiers.smooth else "note"))
 
-    A verdict is a name, or a name and more behind a colon.
-    """
-    said = list(evidence.score.remarks)
-    if evidence.rectifiers is not None and explainer.needs & {"guided_gradients", "deconvolved_gradients"}:
-        said.append(evidence.rectifiers.verdict())
-    return [
-        [name for name, is_so in zip(_FOUND, row, strict=False) if is_so]
-        + ([f"conservation gap: {row[4]:.0%}"] if row[4] > _GAP else [])
-        + said
-        for row in signs
-    ]
+    def of_image(
+        broken: float, flat: float, variation: float, negative: float, same: float, gap: float, _: float
+    ) -> list[Verdict]:
+        verdicts: list[Verdict] = []
+        if broken:
+            verdicts.append(Verdict("non-finite", "do not read"))
+        if flat:
+            verdicts.append(Verdict("flat", "do not read"))
+        elif variation < pixels.NEARLY_FLAT and not broken:
+            verdicts.append(Verdict(f"nearly flat: varies {100 * variation:.1g} %", "do not read"))
+        if negative:
+            verdicts.append(Verdict("all-negative"))
+        if same:
+            verdicts.append(Verdict("class-independent", "note" if explainer.is_blind_to_class else "doubt"))
+        level: Level | None = next((level for least, level in _GAPS if gap > least), None)
+        if level is not None:
+            verdicts.append(Verdict(f"conservation gap: {gap:.0%}", level))
+        return verdicts
+
+    return [of_image(*row) + of_all for row in signs]
 
 
 def _same(one: Float[Tensor, "b t n"], other: Float[Tensor, "b t n"]) -> Tensor:

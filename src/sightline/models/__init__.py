@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 import zipfile
 from collections.abc import Callable
 from itertools import islice
@@ -80,7 +81,7 @@ def create_model(
         checked = _checked(name, options)
         if weights is not None and "pretrained" in checked:
             checked["pretrained"] = False  # a file's weights replace what would be downloaded
-        model = MODELS[name](**classes, **checked)
+        model = _built(f"cannot build {name!r}", MODELS[name], {**classes, **checked})
     else:
         model = _torchvision(name, {**classes, **options})
     if high_resolution:
@@ -141,9 +142,9 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
             f"unknown model {name!r}{closest(name, [*MODELS, *timm.list_models()])}; see `sightline list models`"
         )
     try:
-        return timm.create_model(name, pretrained=pretrained, **options)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"timm cannot build {name!r}: {error}") from error
+        return _built(
+            f"timm cannot build {name!r}", timm.create_model, {"model_name": name, "pretrained": pretrained, **options}
+        )
     except OSError as error:
         raise OSError(f"cannot download the weights of {name!r}; check the connection or give a file") from error
 
@@ -154,10 +155,23 @@ def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
     known = [f"torchvision:{known}" for known in torchvision.models.list_models(torchvision.models)]
     if name not in known:
         raise ValueError(f"unknown model {name!r}{closest(name, known)}; see `torchvision.models.list_models()`")
+    options = {"name": name.removeprefix("torchvision:"), "weights": None, **options}
+    return _built(f"torchvision cannot build {name!r}", torchvision.models.get_model, options)
+
+
+def _built(failure: str, build: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:
+    """A network with these options, whatever fails in its constructor told in one line."""
     try:
-        return torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None, **options)
-    except TypeError as error:
-        raise ValueError(f"torchvision cannot build {name!r}: {error}") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # an error follows, in one line
+            return build(**options)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # options are anybody's: a text where a layer class belongs, a patch of 0
+        reason = " ".join(str(error).split()) or type(error).__name__
+        classes = [name for name, value in options.items() if name.endswith(("_layer", "block")) and value is not None]
+        hint = f"; leave out {classes[0]}, which takes a class, not {options[classes[0]]!r}" if classes else ""
+        raise ValueError(f"{failure}: {reason}{hint}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class TinyViT(nn.Module):
         size: side of the images for which the positions are learned; others are interpolated.
 
     Raises:
-        ValueError: a width that the heads do not divide, or a size that the patch does not divide.
+        ValueError: a width that the heads do not divide, a size that the patch does not divide, a number below 1.
 
     >>> TinyViT(10, depth=1)(torch.zeros(2, 3, 40, 56)).shape
     torch.Size([2, 10])
@@ -87,6 +87,10 @@ class TinyViT(nn.Module):
         size: int = 40,
     ) -> None:
         super().__init__()
+        if width < 1 or depth < 1:
+            raise ValueError(
+                f"expected a width and a depth of 1 or more, got {width} and {depth}; the defaults are 64 and 4"
+            )
         if heads < 1 or width % heads:
             raise ValueError(f"expected heads that divide width {width}, got {heads}; choose another number")
         if patch < 1 or size < 1 or size % patch:

@@ -8,6 +8,7 @@ import jinja2
 
 from sightline import recipe, runs
 from sightline.evaluation import Evaluation
+from sightline.maps import COARSE
 from sightline.metrics import METRICS
 from sightline.report import pictures, tables
 from sightline.report.studies import Part
@@ -38,12 +39,8 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
         maps_made=len(evaluation.per_image["name"]),
         methods=methods,
         columns={metric: tables.column(evaluation, metric) for metric in evaluation.metrics},
-        doubts=[
-            (method, verdict, count)
-            for method, found in evaluation.verdicts.items()
-            for verdict, count in found.items()
-            if count
-        ],
+        doubts=tables.doubts(evaluation),
+        coarse=COARSE,
         meanings={metric: _first_line(METRICS[metric].function) for metric in evaluation.metrics if metric in METRICS},
         groups=tables.grouped(evaluation.summary[1:]),
         charts=pictures.courses(evaluation.curves, foremost, evaluation.controls),

@@ -40,19 +40,29 @@ def heat(
 ) -> str:
     """A data URI of a map in colours, `side` pixels square. `ends`: values of the first and last colour; None: its own.
 
-    `signed`: on the diverging scale, whose middle is 0; `ends` then lie as far above it as below.
+    `signed`: on the diverging scale, whose middle is 0; `ends` then lie as far above it as below. Grey where all values
+    are the same, or nearly so on a scale of their own.
 
     >>> heat(np.eye(2))[:22]
     'data:image/png;base64,'
     """
     values = torch.from_numpy(raw.astype(np.float64))
     if ends is None:
-        values = maps.normalise(values, signed)
+        values = maps.normalise(values, signed) if not is_nearly_flat(raw) else torch.nan * values
     else:
         low, high = (0.0, ends[1]) if signed else ends
-        values = (values - low) / (high - low) if high > low else 0 * values
+        values = (values - low) / (high - low) if high > low else torch.nan * values
     drawn = maps.resize(values[None, None], (side, side))[0, 0].clamp(-1 if signed else 0, 1)
     return _uri("png", _png(maps.colour(drawn, signed)))
+
+
+def is_nearly_flat(raw: Float[Array, "h w"]) -> bool:
+    """Whether all values are the same to within 1 %: what `sightline.maps.overlay` draws grey.
+
+    >>> is_nearly_flat(np.array([[0.500, 0.501]])), is_nearly_flat(np.array([[0.0, 1e-9]]))
+    (True, False)
+    """
+    return bool(maps.variation(torch.from_numpy(raw)[None, None]) < maps.NEARLY_FLAT)
 
 
 def homes(examples: Mapping[str, Example]) -> dict[str, str]:
@@ -133,6 +143,8 @@ def in_words(raw: Float[Array, "h w"]) -> str:
         return "it has no finite value"
     if ends[0] == ends[1]:
         return f"it is flat, {ends[0]:.3g} everywhere"
+    if is_nearly_flat(raw):
+        return f"it is nearly flat, {ends[0]:.3g} to within 1 % everywhere"
     energy = np.where(np.isfinite(raw), raw, 0).clip(0)
     if not energy.any():
         return "it has no positive value"

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from sightline.evaluation import Curve, Evaluation, Score
 from sightline.evaluation.standings import LEVEL
+from sightline.explainers.verdicts import LEVELS
 from sightline.metrics.classification import ClassQuality
 from sightline.metrics.uncertainty import Interval
 
@@ -21,7 +22,10 @@ MANY = 8
 """Methods, metrics or sentences above which the page folds away what would take several screens."""
 
 _KINDS = (
-    ("What to distrust", r"Do not |not reliably|is (?:not )?shown to be|against one another|\d maps of "),
+    (
+        "What to distrust",
+        r"Do not |not reliably|is (?:not )?shown to be|against one another|\d maps of |only \d+ x \d+ positions",
+    ),
     ("What is missing", r"^Left out|could not be read|is not judged|have no label|No image shows|^Only \d"),
 )
 
@@ -84,6 +88,17 @@ def grouped(sentences: Sequence[str]) -> dict[str, list[str]]:
     for sentence in sentences:
         groups[next((title for title, pattern in _KINDS if re.search(pattern, sentence)), first)].append(sentence)
     return {title: found for title, found in groups.items() if found}
+
+
+def doubts(evaluation: Evaluation) -> list[tuple[str, str, str, int]]:
+    """(method, verdict, level, number of maps), the gravest level first."""
+    rows = [
+        (method, verdict, level, count)
+        for method, verdicts in evaluation.verdict_levels.items()
+        for verdict, levels in verdicts.items()
+        for level, count in levels.items()
+    ]
+    return sorted(rows, key=lambda row: -LEVELS.index(row[2]))
 
 
 @dataclass(frozen=True, kw_only=True)
