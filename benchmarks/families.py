@@ -1,6 +1,6 @@
 """One small network of every family of timm, torchvision and transformers, with random weights.
 
-`timm_networks()`, `torchvision_networks()`, `transformers_networks()` list them; `network.make(num_classes)` builds one.
+`network.make(num_classes)` builds one of those that `timm_networks()` and the two functions beside it list.
 Sides differ where the network allows it, so that rows and columns cannot be confused.
 """
 
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import timm
 import torchvision
-from torch import nn
+import transformers
+from torch import Tensor, nn
 
 WIDE = (3, 128, 160)
 SQUARE = (3, 224, 224)
@@ -188,3 +189,87 @@ def torchvision_networks() -> list[Network]:
         for name, size in _VIDEO.items()
     ]
     return convolutional + mixing + video
+
+
+_VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+_PATCHES = {**_VIT, "image_size": (96, 128), "patch_size": 16}
+_SWIN = {"image_size": (96, 128), "embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 4], "window_size": 4}
+_TRANSFORMERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "Beit": ((3, 96, 128), {**_PATCHES, "use_relative_position_bias": True}),
+    "Bit": (WIDE, {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "num_groups": 4}),
+    "ConvNext": (WIDE, {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1]}),
+    "ConvNextV2": (WIDE, {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1]}),
+    "Cvt": (WIDE, {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 3]}),
+    "Data2VecVision": ((3, 96, 128), _PATCHES),
+    "DeiT": ((3, 96, 128), _PATCHES),
+    "Dinov2": ((3, 96, 96), {**_VIT, "image_size": 96, "patch_size": 16, "mlp_ratio": 2}),
+    "Dinov2WithRegisters": ((3, 96, 96), {**_VIT, "image_size": 96, "patch_size": 16, "mlp_ratio": 2}),
+    "EfficientNet": (WIDE, {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320}),
+    "FocalNet": (WIDE, {"image_size": 128, "embed_dim": 16, "depths": [1, 1, 2], "focal_levels": [2, 2, 2]}),
+    "Hiera": (SQUARE, {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8]}),
+    "IJepa": ((3, 96, 128), _PATCHES),
+    "Levit": (SQUARE, {"hidden_sizes": [16, 32, 48], "num_attention_heads": [1, 2, 3], "depths": [1, 1, 1]}),
+    "MobileNetV1": (WIDE, {"depth_multiplier": 0.25}),
+    "MobileNetV2": (WIDE, {"depth_multiplier": 0.35}),
+    "MobileViT": (
+        (3, 128, 128),
+        {"image_size": 128, "hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 16, 16, 24, 32, 40, 64]},
+    ),
+    "MobileViTV2": ((3, 128, 128), {"image_size": 128, "width_multiplier": 0.5}),
+    "PoolFormer": (WIDE, {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1]}),
+    "Pvt": (SQUARE, {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 1, 2, 1]}),
+    "PvtV2": (WIDE, {"image_size": (128, 160), "hidden_sizes": [8, 16, 40, 64], "depths": [1, 1, 2, 1]}),
+    "RegNet": (
+        WIDE,
+        {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1], "groups_width": 8},
+    ),
+    "ResNet": (WIDE, {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1]}),
+    "Segformer": (WIDE, {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 2, 1]}),
+    "SwiftFormer": (WIDE, {"depths": [1, 1, 2, 1], "embed_dims": [16, 32, 48, 64]}),
+    "Swin": ((3, 96, 128), _SWIN),
+    "Swinv2": ((3, 96, 128), _SWIN),
+    "TextNet": (WIDE, {}),
+    "ViT": ((3, 96, 128), _PATCHES),
+    "ViTMSN": ((3, 96, 128), _PATCHES),
+}
+_TRANSFORMERS_CONVOLUTIONAL = {
+    *("Bit", "ConvNext", "ConvNextV2", "EfficientNet", "FocalNet", "MobileNetV1", "MobileNetV2", "PoolFormer"),
+    *("RegNet", "ResNet", "TextNet"),
+}
+_CLIP = {**_VIT, "image_size": 96, "patch_size": 16}
+_TRANSFORMERS_VIDEO = {
+    "VideoMAE": ((3, 4, 96, 96), {**_VIT, "image_size": 96, "num_frames": 4, "tubelet_size": 2}),
+    "Timesformer": ((3, 4, 96, 96), {**_VIT, "image_size": 96, "num_frames": 4}),
+    "Vivit": ((3, 4, 96, 96), {**_VIT, "image_size": 96, "num_frames": 4, "tubelet_size": [2, 16, 16]}),
+}
+
+
+class _FramesFirst(nn.Module):
+    """Takes (b, c, t, h, w), as sightline does, for a network that wants (b, t, c, h, w)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, videos: Tensor) -> Any:
+        return self.network(videos.transpose(1, 2))
+
+
+def _transformers(name: str, kind: str, options: dict[str, Any], num_classes: int) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")(num_labels=num_classes, **options)
+    network = getattr(transformers, f"{name}For{kind}Classification")(config)
+    return _FramesFirst(network) if kind == "Video" else network
+
+
+def transformers_networks() -> list[Network]:
+    """Image and video classifiers of transformers, from small configurations."""
+    networks = [
+        Network(name, partial(_transformers, name, "Image", options), size, name in _TRANSFORMERS_CONVOLUTIONAL)
+        for name, (size, options) in _TRANSFORMERS.items()
+    ]
+    for name in ("CLIP", "Siglip"):
+        options = {"vision_config": _CLIP}
+        networks.append(Network(name, partial(_transformers, name, "Image", options), (3, 96, 96), False))
+    for name, (size, options) in _TRANSFORMERS_VIDEO.items():
+        networks.append(Network(name, partial(_transformers, name, "Video", options), size, False))
+    return networks
