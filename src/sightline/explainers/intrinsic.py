@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sightline.explainers.evidence import Explainer, gather
+from sightline.explainers.capture import gates_of
+from sightline.explainers.evidence import Explainer
 
 
 def attention_maps(model: nn.Module, images: Float[Tensor, "b c H W"]) -> dict[str, Float[Tensor, "b _ _ _"]]:
@@ -21,11 +22,11 @@ def attention_maps(model: nn.Module, images: Float[Tensor, "b c H W"]) -> dict[s
     >>> attention_maps(PlantedAttention(), torch.ones(1, 3, 2, 2))["pool"].flatten().tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
-    return gather(model, images, [(None, frozenset({"gates"}))]).gates
+    return gates_of(model, images)
 
 
 @Explainer
-def attention(gate: Float[Tensor, "b k h w"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t h w"]:
+def attention(gate: Float[Tensor, "b k *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
     """Learned attention of the chosen block, the same for every target; with several heads their mean.
 
     `layer` names the block; by default the last block whose map has more than one position.
@@ -35,7 +36,7 @@ def attention(gate: Float[Tensor, "b k h w"], targets: Int[Tensor, "b t"]) -> Fl
 
     Source: Jetley et al. 2018 (1804.02391), eq. 3, for Learn To Pay Attention; for other blocks the output of `gate`.
     """
-    return gate.mean(1, keepdim=True).expand(-1, targets.shape[1], -1, -1)
+    return gate.mean(1, keepdim=True).expand(-1, targets.shape[1], *gate.shape[2:])
 
 
 @Explainer
