@@ -153,7 +153,6 @@ _VIDEO = {
     "mvit_v2_s": (3, 16, 224, 224),
     "swin3d_t": (3, 8, 128, 160),
 }
-_SMALLER = {"convmixer"}  # 32 layers on patches of 7 pixels
 _LARGER = {"inception_v3", "inception_v4", "inception_resnet_v2", "nasnet", "pnasnet", "xception", "xception_aligned"}
 
 
@@ -166,7 +165,7 @@ def timm_networks() -> list[Network]:
     networks: list[Network] = []
     for family, entry in _CONVOLUTIONAL.items():
         name, options = (entry, {}) if isinstance(entry, str) else entry
-        size = (3, 192, 224) if family in _LARGER else (3, 70, 84) if family in _SMALLER else WIDE
+        size = (3, 192, 224) if family in _LARGER else WIDE
         networks.append(Network(name, partial(_timm, name, options), size, True))
     for name, size, options in _MIXING.values():
         networks.append(Network(name, partial(_timm, name, options), size, False))

@@ -47,6 +47,7 @@ def calibrate(model: nn.Module, size: tuple[int, ...]) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("attention_biases"):
             parameter.data[:, 0] += 10
+    model.train().eval()  # drops the biases that LeViT keeps
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.train()

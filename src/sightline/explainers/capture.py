@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from sightline.explainers.features import LastFeatures, Watch, first_of, guess_of
+from sightline.explainers.features import LastFeatures, Watch, first_of, guess_of, hook_on, quantized_in
 from sightline.explainers.layout import Layout, grids_like, guessed, layout_in, other, tokens_of
 from sightline.explainers.scorer import Scorer
 from sightline.explainers.tokens import MANY_REGISTERS, patch_maps
@@ -134,6 +134,7 @@ class Capture:
         self.model = model
         self.scorer = scorer
         self.modules = dict(model.named_modules())
+        self.scripted = [name for name, module in self.modules.items() if isinstance(module, torch.jit.ScriptModule)]
         self.names = ["" if layer is None else find_layer(model, layer)[0] for layer in layers]
         self.call = call
         self.read_gates = gates
@@ -149,6 +150,8 @@ class Capture:
             self._check_calls(name, calls)
         for name in searched:
             assert isinstance(watch, LastFeatures)
+            if not watch.sources_of(self.scores) and (quantized := quantized_in(self.model)):
+                raise ValueError(quantized)
             automatic, alone = watch.find(self.scores, self.scorer.logits, self.scorer.notices, name)
             if not alone and automatic.name in self.modules:
                 # Attention weights feed the logits too and are made from it: named, it gets their gradient as well.
@@ -178,6 +181,11 @@ class Capture:
             name: [] for name in self.names if name in self.modules and name
         }
         self.grids: list[tuple[int, ...]] = []
+        if isinstance(self.model, torch.jit.ScriptModule) and (search or self.calls or self.read_gates):
+            raise ValueError(
+                f"expected a model of Python modules, whose layers can be read, got {type(self.model).__name__} of "
+                "TorchScript; explain the model it was made from, or take saliency, occlusion or rise"
+            )
         handles: list[RemovableHandle] = []
         cut = not self.whole
         watch: Watch | None = None
@@ -189,12 +197,14 @@ class Capture:
         try:
             with ExitStack() as modes:
                 for name in self.calls:
-                    handles.append(self.modules[name].register_forward_hook(self._keep(name)))
+                    handles.append(hook_on(self.modules[name], self._keep(name)))
                 for name, module in self.modules.items():
+                    if watch is None or self._compiled_around(name):
+                        continue
                     if isinstance(watch, LastFeatures):
-                        handles.append(module.register_forward_hook(watch.produced(name) if name else watch.end))
-                    elif watch is not None and name:
-                        handles.append(module.register_forward_hook(watch.passed))
+                        handles.append(hook_on(module, watch.produced(name) if name else watch.end))
+                    elif name:
+                        handles.append(hook_on(module, watch.passed))
                     if self.calls and isinstance(module, nn.Conv2d | nn.Conv3d):
                         handles.append(module.register_forward_hook(self._see_grid))
                     if self.read_gates and isinstance(gate := getattr(module, "gate", None), nn.Module):
@@ -208,7 +218,16 @@ class Capture:
             for handle in handles:
                 handle.remove()
 
+    def _compiled_around(self, name: str) -> str:
+        """Name of the part that TorchScript has compiled, if the module lies inside one."""
+        return next((part for part in self.scripted if name.startswith(f"{part}.")), "")
+
     def _check_calls(self, name: str, calls: list[tuple[int, ...]]) -> None:
+        if not calls and (part := self._compiled_around(name)):
+            raise ValueError(
+                f"expected a layer of Python, got {name!r} inside {part!r}, which TorchScript has compiled; "
+                f"name {part!r} itself"
+            )
         if not calls:
             raise ValueError(
                 f"expected a layer that the forward runs, got {name!r}, which it never called; choose another"
@@ -225,6 +244,8 @@ class Capture:
     def _keep(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             tensor = first = first_of(output)
+            if tensor is not None and tensor.is_quantized:
+                raise ValueError(quantized_in(self.model))
             if tensor is None or tensor.ndim < 3 or not tensor.is_floating_point():
                 got = f"shape {tuple(tensor.shape)}" if tensor is not None else type(output).__name__
                 raise ValueError(
@@ -306,7 +327,7 @@ def _guess(tensor: Tensor, images: Tensor, grids: Sequence[tuple[int, ...]]) -> 
     """By the images' shape, whatever the stretch, and the grids of the convolutions before the layer."""
     size, shape = tuple(images.shape[2:]), tuple(tensor.shape)
     if tensor.ndim == images.ndim:
-        return guessed(shape, size) or guessed(shape, size, math.inf)
+        return guessed(shape, size) or (Layout(shape[2:]) if math.prod(shape[2:]) > 1 else None)
     if tensor.ndim == 3:
         fitting = [grid for grid in grids if 0 <= shape[1] - math.prod(grid) <= MANY_REGISTERS]
         fitting.sort(key=math.prod)  # a convolution that only shortens the keys leaves more tokens over

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from sightline.explainers.layout import BATCH, Layout, guessed, layout_in, tokens_of
 from sightline.explainers.positions import Positions
@@ -19,6 +21,24 @@ from sightline.inference import version_of
 
 _LARGEST_HEAD = 8  # weight layers; VGG has three, LTPA one per level
 _WEIGHT_LAYERS = ("linear", "conv1d", "conv2d", "conv3d")
+
+
+def hook_on(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+    """A forward hook, also of a part that TorchScript has compiled, on which PyTorch allows none."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return module.register_forward_hook(hook)
+    return register_module_forward_hook(lambda m, inputs, output: hook(m, inputs, output) if m is module else None)
+
+
+def quantized_in(model: nn.Module) -> str:
+    """What to say of a model of whole numbers, through which no gradient flows; empty for others."""
+    for name, module in model.named_modules():
+        if ".quantized." in type(module).__module__ and "_packed_params" not in name:
+            return (
+                f"expected a model with gradients, got quantized layers ({name!r}: {type(module).__name__}), through "
+                "which none flows; explain the model it was made from, or take occlusion or rise"
+            )
+    return ""
 
 
 def first_of(output: Any) -> Tensor | None:
@@ -136,7 +156,7 @@ class LastFeatures(Watch):
             if tensor is None or (isinstance(module, nn.Identity) and self._producer(tensor)[0]):
                 return
             self.producers[id(tensor)] = weakref.ref(tensor), version_of(tensor), name, call
-            sources = self._sources(tensor)
+            sources = self.sources_of(tensor)
             if sources and tensor.ndim == 3 and not isinstance(module, nn.Linear):
                 dims = self.positions.of(tensor)
                 layout = None if dims is None else layout_in(dims, self.positions.axes)
@@ -155,7 +175,7 @@ class LastFeatures(Watch):
         same = reference is not None and reference() is tensor and version == version_of(tensor)
         return (name, call) if same else ("", 0)
 
-    def _sources(self, tensor: Tensor) -> frozenset[int]:
+    def sources_of(self, tensor: Tensor) -> frozenset[int]:
         """Which leaves a tensor is made from."""
         reference, sources = self.sources.get(id(tensor), (None, frozenset[int]()))
         return sources if reference is not None and reference() is tensor else frozenset()
@@ -171,7 +191,7 @@ class LastFeatures(Watch):
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         if not tensors:
             return func(*args, **kwargs)  # switching gradients on and off, too
-        sources = frozenset[int]().union(*map(self._sources, tensors))
+        sources = frozenset[int]().union(*map(self.sources_of, tensors))
         maps = [a for a in tensors if self._is_feature_map(a)]
         self.layers_behind += bool(sources) and func.__name__ in _WEIGHT_LAYERS
         with torch.set_grad_enabled(torch.is_grad_enabled() or bool(sources and not maps)):
@@ -198,7 +218,7 @@ class LastFeatures(Watch):
             return detached
         for tensor in tree_leaves(output if output is not None else args[:1]):
             if isinstance(tensor, Tensor):
-                self.sources[id(tensor)] = weakref.ref(tensor), sources | self._sources(tensor)
+                self.sources[id(tensor)] = weakref.ref(tensor), sources | self.sources_of(tensor)
         return output
 
     def _layout(self, value: Tensor) -> tuple[Layout | None, bool]:
@@ -224,7 +244,7 @@ class LastFeatures(Watch):
 
         In a batch of one a parameter (1, c, h, w) looks like a map.
         """
-        if value.ndim < 3 or self._sources(value):
+        if value.ndim < 3 or self.sources_of(value):
             return False
         return (self.positions.knows(value) or len(self.images) > 1) and self._is_map(value)
 
@@ -272,7 +292,7 @@ class LastFeatures(Watch):
 
         Attention weights are no features.
         """
-        leaves = [self.leaves[i] for i in sorted(self._sources(scores))]
+        leaves = [self.leaves[i] for i in sorted(self.sources_of(scores))]
         if not leaves:
             raise ValueError(
                 "expected a model in which a (b, c, h, w) tensor feeds the logits, got none that does; "

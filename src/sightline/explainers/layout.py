@@ -18,7 +18,7 @@ class Atom(NamedTuple):
     """A digit of an index: along `axis` the index is the sum of value * stride over the axis' digits."""
 
     axis: int
-    """Of the images: 0, 1, 2; or BATCH, or OTHER, which is no position, or PAIR, batches that lie one behind the other."""
+    """Of the images: 0, 1, 2; or BATCH; or OTHER, which is no position; or PAIR, batches one behind the other."""
     size: int
     stride: int = 1
     length: int = 0
@@ -167,7 +167,7 @@ class Layout:
 
 
 def layout_in(dims: Dims, axes: int) -> Layout | None:
-    """Where the positions are; None where they are incomplete, doubled, or beside more than one dimension of channels."""
+    """Where the positions are; None where they are incomplete, doubled, or beside two dimensions of channels."""
     first, rest = dims[0], dims[1:]
     if first.before or first.after or not rest:
         return None
@@ -201,13 +201,13 @@ def layout_in(dims: Dims, axes: int) -> Layout | None:
 
 
 @lru_cache(maxsize=256)
-def guessed(shape: tuple[int, ...], size: tuple[int, ...], stretch: float = _LARGEST_STRETCH) -> Layout | None:
+def guessed(shape: tuple[int, ...], size: tuple[int, ...]) -> Layout | None:
     """Channels first or last, by the shape alone: whichever is more like the image, give or take a row and a column.
 
     Where both are, a grid exactly like the image decides, else channels are first.
     """
     readings = [Layout(shape[2:]), Layout(shape[1:-1], len(shape) - 1)]
-    fitting = [r for r in readings if math.prod(r.grid) > 1 and _stretch(r.grid, size) <= stretch]
+    fitting = [r for r in readings if math.prod(r.grid) > 1 and _stretch(r.grid, size) <= _LARGEST_STRETCH]
     return min(fitting, key=lambda r: (_stretch(r.grid, size, rounding=1), _stretch(r.grid, size) > 1), default=None)
 
 

@@ -57,9 +57,9 @@ class Positions:
         self.obstacle = ""
         """What the model does with the images that forbids a map, if anything: an error."""
         spatial = [Dim((Atom(i, n, 1, n),) if n > 1 else ()) for i, n in enumerate(images.shape[2:])]
-        batch = Dim((Atom(BATCH, len(images)),) if len(images) > 1 else ())
+        self.batch = Dim((Atom(BATCH, len(images)),) if len(images) > 1 else ())
         self._seen: dict[int, tuple[weakref.ref[Tensor], Dims | None]] = {}
-        self.put(images, (batch, other(images.shape[1]), *spatial))
+        self.put(images, (self.batch, other(images.shape[1]), *spatial))
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether it is made from the images."""
@@ -114,8 +114,10 @@ class Positions:
             return
         dims, kind = self.of(given[0]), getattr(module, "original_name", type(module).__name__)
         spatial = _SPATIAL_MODULE.match(kind)
-        if dims is not None and spatial:
-            self.put(output, self._spatial(dims, output, int(spatial[1]), convolved=kind.startswith("Conv")))
+        if spatial:
+            count = int(spatial[1])
+            moved = None if dims is None else self._spatial(dims, output, count, convolved=kind.startswith("Conv"))
+            self.put(output, self._assumed(output, count) if dims is None else moved)
         else:
             self.put(output, dims if dims is not None and output.shape == given[0].shape else None)
 
@@ -132,6 +134,8 @@ class Positions:
         dims = self.of(first) if isinstance(first, Tensor) else None
         shape = tuple(results[0].shape)
         spatial = _SPATIAL.search(name)
+        if name == "unfold" and dims is not None and len(args) == 4:
+            return [_cut(dims, *args[1:])]
         if name in _SHUFFLED:
             return []
         if name == "cat" or name in ("concat", "concatenate"):
@@ -141,7 +145,7 @@ class Positions:
         if name in _PRODUCTS:
             return [self._product(tensors[-2:] if name in ("baddbmm", "addmm", "addbmm") else tensors[:2], shape, name)]
         if isinstance(first, Tensor) and dims is None and (spatial or name in ("linear", *_RECURRENT)):
-            return []
+            return [self._assumed(result, int(spatial[1])) if spatial else None for result in results]
         if dims is None or not isinstance(first, Tensor):
             return [self._broadcast(tensors, result) for result in results]
         if spatial or name in _RESIZED:
@@ -207,6 +211,12 @@ class Positions:
             made.append(axis_of(atom, size) if atom is not None and alone else other(size))
         return tuple(made)
 
+    def _assumed(self, result: Tensor, count: int) -> Dims | None:
+        """What a convolution or pooling says of an input that could not be followed: the axes are in their places."""
+        if count != self.axes or result.ndim != count + 2 or len(result) != self.batch.size:
+            return None
+        return (self.batch, other(result.shape[1]), *(axis_of(Atom(i, 1), n) for i, n in enumerate(result.shape[2:])))
+
     def _joined(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: Sequence[int]) -> Dims | None:
         parts = args[0] if args else kwargs["tensors"]
         axis = (args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))) % len(shape)
@@ -214,13 +224,13 @@ class Positions:
         pieces = [dims for dims in known if dims is not None and len(dims) == len(shape)]
         if not pieces:
             return None
-        rest = self._broadcast_rest(pieces, shape, axis)
+        rest = self._beside(pieces, shape, axis)
         along = [
             dims[axis] if dims is not None else other(part.shape[axis]) for part, dims in zip(parts, known, strict=True)
         ]
         along = [dim for dim, part in zip(along, parts, strict=True) if part.shape[axis]]
         with_axis = [i for i, dim in enumerate(along) if dim.has_axis]
-        if axis == 0 and len(set(along)) == 1 and along[0] == Dim(along[0].atoms):
+        if axis == 0 and len(set(known)) == 1 and not (along[0].before or along[0].after):
             joined = Dim(merged([Atom(PAIR, len(along)), *along[0].atoms]))
         elif len(with_axis) == 1:
             i = with_axis[0]
@@ -230,12 +240,13 @@ class Positions:
             joined = other(shape[axis])
         return (*rest[:axis], joined, *rest[axis:])
 
-    def _broadcast_rest(self, pieces: list[Dims], shape: Sequence[int], axis: int) -> list[Dim]:
+    def _beside(self, pieces: list[Dims], shape: Sequence[int], axis: int) -> list[Dim]:
         """The dimensions but one, each of the first piece that has positions there."""
         rest: list[Dim] = []
         for place in (i for i in range(len(shape)) if i != axis):
-            options = [dims[place] for dims in pieces if dims[place].size == shape[place]]
-            rest.append(next((dim for dim in options if dim.has_axis), options[0] if options else other(shape[place])))
+            options = list(dict.fromkeys(d[place] for d in pieces if d[place].size == shape[place]))
+            lying = [dim for dim in options if dim.has_axis] or options
+            rest.append(lying[0] if len(lying) == 1 or not lying[0].has_axis else other(shape[place]))
         return rest
 
     def _stacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dims | None:
@@ -317,6 +328,15 @@ def _padded(dims: Dims, pad: Sequence[int]) -> Dims:
         else:
             made[-1 - i] = other(dim.size + low + high)
     return tuple(made)
+
+
+def _cut(dims: Dims, axis: int, size: int, step: int) -> Dims | None:
+    """Into pieces beside one another, whose insides come last; None where they overlap."""
+    axis %= len(dims)
+    if size != step or dims[axis].size % size:
+        return None
+    parts = reshaped((dims[axis],), (dims[axis].size // size, size))
+    return None if parts is None else (*dims[:axis], parts[0], *dims[axis + 1 :], parts[1])
 
 
 def _indexed(dims: Dims, index: Any) -> Dims | None:
