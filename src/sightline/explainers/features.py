@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from sightline.explainers.layout import BATCH, Layout, guessed, layout_in, tokens_of
-from sightline.explainers.positions import Positions
+from sightline.explainers.positions import Positions, tensors_in
 from sightline.explainers.tokens import MANY_REGISTERS
 from sightline.inference import version_of
 
@@ -82,8 +82,7 @@ class Watch(TorchFunctionMode):
 
     def _behind(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.cut and not torch.is_grad_enabled():
-            given = tree_leaves((args, kwargs))
-            if any(isinstance(a, Tensor) and a.requires_grad and not isinstance(a, nn.Parameter) for a in given):
+            if any(a.requires_grad and not isinstance(a, nn.Parameter) for a in tensors_in(args, kwargs)):
                 with torch.enable_grad():
                     return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -188,7 +187,7 @@ class LastFeatures(Watch):
             first = first_of(output)
             if first is None or not self._is_summary(first):
                 return output
-        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        tensors = tensors_in(args, kwargs)
         if not tensors:
             return func(*args, **kwargs)  # switching gradients on and off, too
         sources = frozenset[int]().union(*map(self.sources_of, tensors))

@@ -113,7 +113,7 @@ def sliced(dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
     first, last = dim.before, dim.before + cells
     if step == 1 and (dim.before or dim.after) and start <= first and stop >= last:
         return Dim(dim.atoms, first - start, stop - last)
-    if dim.before or dim.after or len(dim.atoms) > 1 or not dim.has_axis:
+    if dim.before or dim.after or len(dim.atoms) != 1 or not dim.has_axis:
         return other(size)
     atom = dim.atoms[0]
     whole = atom.stride * atom.size == atom.length and stop - start >= _KEPT * cells
@@ -166,6 +166,7 @@ class Layout:
         return values.reshape(*values.shape[: lead + 1], *self.grid)
 
 
+@lru_cache(maxsize=1024)
 def layout_in(dims: Dims, axes: int) -> Layout | None:
     """Where the positions are; None where they are incomplete, doubled, or beside two dimensions of channels."""
     first, rest = dims[0], dims[1:]

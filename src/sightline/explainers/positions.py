@@ -3,6 +3,7 @@
 import re
 import weakref
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,6 +46,28 @@ _FRESH = re.compile(r"(?:new_|empty|zeros|ones|full|rand).*|.*_like")
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 
+def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of an operation, also in lists."""
+    tensors: list[Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, list | tuple) and not all(type(each) is int for each in value):
+            tensors += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return tensors
+
+
+@lru_cache(maxsize=1024)
+def _name(func: Callable[..., Any]) -> tuple[str, int]:
+    """What an operation is called, without the mark of those in place, and over how many axes it slides, if it does."""
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+    name = name if name.endswith("__") else name.rstrip("_")
+    spatial = _SPATIAL.search(name)
+    return name, int(spatial[1]) if spatial else 0
+
+
 class Positions:
     """Where the positions are in every tensor that is made from the images, or None where that is not known.
 
@@ -84,26 +107,28 @@ class Positions:
 
     def follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Take note of what an operation has made."""
-        if output is None:  # an assignment
-            if args and isinstance(args[0], Tensor) and not self.knows(args[0]):
-                if any(isinstance(a, Tensor) and self.knows(a) for a in args[1:]):
-                    self.put(args[0], None)
-            return
-        results = [output] if isinstance(output, Tensor) else [v for v in tree_leaves(output) if isinstance(v, Tensor)]
+        if isinstance(output, Tensor):
+            results = [output]
+        elif output is None:  # an assignment
+            results = [a for a in args[:1] if isinstance(a, Tensor) and not self.knows(a)]
+        else:
+            results = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
         if not results:
             return
-        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-        if not any(self.knows(tensor) for tensor in tensors):
+        tensors = tensors_in(args, kwargs)
+        if not any(map(self.knows, tensors)):
             return
-        name: str = getattr(func, "__name__", "")
-        if name == "__get__":
-            name = getattr(getattr(func, "__self__", None), "__name__", "")
-        name = name if name.endswith("__") else name.rstrip("_")
-        if _FRESH.fullmatch(name):
+        name, spatial = _name(func)
+        if output is None or name in _SHUFFLED:
+            known: list[Dims | None] = []
+            if name == "unfold" and len(args) == 4 and (dims := self.of(args[0])) is not None:
+                known = [_cut(dims, *args[1:])]
+        elif _FRESH.fullmatch(name):
             return
-        dims = self._results(func, name, args, kwargs, tensors, results)
+        else:
+            known = self._results(func, name, spatial, args, kwargs, tensors, results)
         for i, result in enumerate(results):
-            self.put(result, dims[i] if i < len(dims) else None)
+            self.put(result, known[i] if i < len(known) else None)
 
     def follow_module(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """The same for a module whose operations could not be seen, as those of TorchScript and of quantized layers."""
@@ -125,6 +150,7 @@ class Positions:
         self,
         func: Callable[..., Any],
         name: str,
+        spatial: int,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         tensors: list[Tensor],
@@ -133,11 +159,6 @@ class Positions:
         first = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
         dims = self.of(first) if isinstance(first, Tensor) else None
         shape = tuple(results[0].shape)
-        spatial = _SPATIAL.search(name)
-        if name == "unfold" and dims is not None and len(args) == 4:
-            return [_cut(dims, *args[1:])]
-        if name in _SHUFFLED:
-            return []
         if name == "cat" or name in ("concat", "concatenate"):
             return [self._joined(args, kwargs, shape)]
         if name in ("stack", "einsum"):
@@ -145,11 +166,11 @@ class Positions:
         if name in _PRODUCTS:
             return [self._product(tensors[-2:] if name in ("baddbmm", "addmm", "addbmm") else tensors[:2], shape, name)]
         if isinstance(first, Tensor) and dims is None and (spatial or name in ("linear", *_RECURRENT)):
-            return [self._assumed(result, int(spatial[1])) if spatial else None for result in results]
+            return [self._assumed(result, spatial) if spatial else None for result in results]
         if dims is None or not isinstance(first, Tensor):
             return [self._broadcast(tensors, result) for result in results]
         if spatial or name in _RESIZED:
-            count = int(spatial[1]) if spatial else first.ndim - 2
+            count = spatial or first.ndim - 2
             convolved = name.startswith("conv") or "shuffle" in name
             return [self._spatial(dims, result, count, convolved=convolved) for result in results]
         if name == "linear":
@@ -181,6 +202,8 @@ class Positions:
     def _broadcast(self, tensors: list[Tensor], result: Tensor) -> Dims | None:
         """Element by element: each dimension is that of the operand that has positions there."""
         operands = [dims for tensor in tensors if (dims := self.of(tensor)) is not None]
+        if len(operands) == 1 and tuple(dim.size for dim in operands[0]) == result.shape:
+            return operands[0]
         if not operands or any(len(dims) > result.ndim for dims in operands):
             return None
         made: list[Dim] = []
