@@ -127,12 +127,23 @@ def test_a_layer_without_a_row_for_each_image_is_refused(batch, images):
         def forward(self, x):
             return self.fc(self.tokens(self.features(x).flatten(2).permute(2, 0, 1)).tanh().mean(0))
 
-    options = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1)}
-    swin = torch_seeded(timm.create_model, "swin_tiny_patch4_window7_224", num_classes=5, **options)
     inputs = torch.randn(batch, 3, 32, 32)
-    for model, layer in ((swin, "layers.0.blocks.0.attn"), (Flipping(), "c2"), (PositionsFirst(), "tokens")):
+    for model, layer in ((Flipping(), "c2"), (PositionsFirst(), "tokens"))[:batch]:
         with pytest.raises(ValueError, match=rf"expected a layer that yields one row for each of {batch} images, got"):
             explain(model, inputs, 1, ["grad_cam"], layer)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_windows_are_put_together_again(batch):
+    options = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1)}
+    swin = torch_seeded(timm.create_model, "swin_tiny_patch4_window7_224", num_classes=5, **options)
+    inputs, layer = torch.randn(batch, 3, 32, 32), "layers.0.blocks.0.attn"
+    found = explain(swin, inputs, 1, ["activation_map"], layer)
+    kept = []
+    swin.get_submodule(layer).register_forward_hook(lambda m, i, o: kept.append(o.detach()))
+    swin(inputs)
+    whole = kept[0].view(batch, 2, 2, 4, 4, 8).permute(0, 1, 3, 2, 4, 5).reshape(batch, 1, 8, 8, 8)
+    assert found.layer == f"{layer} (8 x 8 x 8)" and close(whole.norm(dim=4), found["activation_map"])
 
 
 # --- the layer that is found, and the one that is ablated ------------------------------------------------------------

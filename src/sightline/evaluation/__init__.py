@@ -520,7 +520,8 @@ def _methods_of(model: nn.Module, images: Tensor, everything: bool, of_model: di
     cheap = ("attention", "activation_map", "cam", "grad_cam")
     names = [name for name, method in EXPLAINERS.items() if not method.is_control] if everything else cheap
     methods, _ = fitting(model, images, names, **of_model)
-    maps = attention_maps(model, images, **of_model)
+    beside = {name: value for name, value in of_model.items() if name != "output"}
+    maps = attention_maps(model, images, **beside)
     gates = [name for name, gate in maps.items() if gate.shape[2] * gate.shape[3] > 1]
     return [f"attention@{name}" for name in gates] + methods[1:] if len(gates) > 1 else methods
 

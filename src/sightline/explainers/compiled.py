@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sightline.explainers.capture import Capture, Captured, Layout
+from sightline.explainers.capture import Capture, Captured
+from sightline.explainers.layout import Layout
 from sightline.explainers.scorer import Scorer
 from sightline.inference import ForwardCall, logits_of, run, version_of
 

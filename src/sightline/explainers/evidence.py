@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sightline.explainers.capture import Capture, Captured, Layer, find_layer
 from sightline.explainers.compiled import CompiledCapture
+from sightline.explainers.features import quantized_in
 from sightline.explainers.rectifiers import Rectifiers, Rule
 from sightline.explainers.scorer import Progress, Scorer, Targets, gradients_of, rows_of
 from sightline.inference import ForwardCall, Output, check_images, forward_call, probabilities_of, untouched, version_of
@@ -280,14 +281,19 @@ class Gathered:
         names = [self._of(i).name for i in through] + ["the images"]
         if tensors and not scores.requires_grad:
             raise ValueError(
-                f"expected a layer that the logits depend on, got {names[0]!r}; choose another, "
+                quantized_in(self.model)
+                or f"expected a layer that the logits depend on, got {names[0]!r}; choose another, "
                 "and see that the forward does not switch gradients off"
             )
         differentiable = self.scorer.differentiable
         back = gradients_of(scores, tensors, create_graph=differentiable, retain_graph=keep) if tensors else []
         for name, gradient in zip(names, back, strict=False):
             if gradient is None:
-                raise ValueError(f"expected a layer that the logits depend on, got {name!r}; choose another")
+                raise ValueError(
+                    quantized_in(self.model)
+                    or f"expected a layer that the logits depend on, got {name!r}; choose another, and see that the "
+                    "forward does not switch gradients off"
+                )
         made = [self._float(gradient) for gradient in back if gradient is not None]
         found = {i: self._of(i).layout.maps(gradient, lead=2) for i, gradient in zip(through, made, strict=False)}
         for i in set(places) - set(through):

@@ -7,15 +7,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sightline.explainers.evidence import Explainer, gather
-from sightline.inference import Output, check_images, forward_call
+from sightline.explainers.capture import gates_of
+from sightline.explainers.evidence import Explainer
+from sightline.inference import check_images, forward_call
 
 
 def attention_maps(
     model: nn.Module,
     images: Float[Tensor, "b c H W"],
     *,
-    output: Output = None,
     forward_args: Any = (),
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Float[Tensor, "b _ _ _"]]:
@@ -24,20 +24,19 @@ def attention_maps(
     A block is any module with a child called `gate` that returns a 4-D tensor, whoever wrote it, or the attention of a
     vision transformer between all its tokens: (b, heads, h, w), what each patch receives from the class token if the
     head reads that token, else from all patches on average (see `sightline.explainers.tokens`). The model runs once, in
-    eval mode, and is left as it was; the weights that a fused kernel does not show are computed beside it. The options
-    are those of `explain`.
+    eval mode, and is left as it was; the weights that a fused kernel does not show are computed beside it. `forward_args`
+    and `forward_kwargs` are those of `explain`.
 
     >>> from sightline.testing import PlantedAttention
     >>> attention_maps(PlantedAttention(), torch.ones(1, 3, 2, 2))["pool"].flatten().tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
     check_images(images)
-    asked = forward_call(images, output, forward_args, forward_kwargs)
-    return gather(model, images, [(None, frozenset({"gates"}))], asked=asked).gates
+    return gates_of(model, images, forward_call(images, None, forward_args, forward_kwargs))
 
 
 @Explainer
-def attention(gate: Float[Tensor, "b k h w"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t h w"]:
+def attention(gate: Float[Tensor, "b k *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
     """Learned attention of the chosen block, the same for every target; with several heads their mean.
 
     `layer` names the block; by default the last block whose map has more than one position.
@@ -47,7 +46,7 @@ def attention(gate: Float[Tensor, "b k h w"], targets: Int[Tensor, "b t"]) -> Fl
 
     Source: Jetley et al. 2018 (1804.02391), eq. 3, for Learn To Pay Attention; for other blocks the output of `gate`.
     """
-    return gate.mean(1, keepdim=True).expand(-1, targets.shape[1], -1, -1)
+    return gate.mean(1, keepdim=True).expand(-1, targets.shape[1], *gate.shape[2:])
 
 
 @Explainer
