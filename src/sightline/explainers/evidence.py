@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sightline.checks import check_whole
 from sightline.explainers.capture import Capture, Captured, Layer, find_layer
 from sightline.explainers.compiled import CompiledCapture
 from sightline.explainers.rectifiers import Rectifiers, Rule
@@ -369,6 +370,7 @@ def gather(
         TypeError: targets that are no class indices, a model that is none.
     """
     check_images(images)
+    check_whole(call=call)
     needs = frozenset[str]().union(*(own for _, own in requests))
     whole = differentiable or bool(needs & _OF_IMAGE.keys())
     with untouched(model) as net, torch.inference_mode(False), torch.set_grad_enabled(whole):

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sightline.checks import check_whole
 from sightline.inference import either, output_of, probabilities_of, run, run_with_link, untouched
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor] | None
@@ -83,6 +84,7 @@ class Scorer:
         progress: Progress | None = None,
         differentiable: bool = False,
     ) -> None:
+        check_whole(batch_size=batch_size)
         if batch_size < 1:
             raise ValueError(f"expected at least 1 image per batch, got {batch_size}")
         self.model = model

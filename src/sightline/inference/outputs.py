@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from sightline.checks import check_whole
 from sightline.inference.preserve import untouched
 
 
@@ -199,7 +200,7 @@ def probabilities_of(logits: Float[Tensor, "b n"], link: str = "") -> Float[Tens
     return logits.sigmoid() if link == "sigmoid" and logits.shape[1] > 1 else either(logits).softmax(1)
 
 
-def forward(model: nn.Module, images: Float[Tensor, "b c h w"], batch_size: int = 64) -> Float[Tensor, "b n"]:
+def forward(model: nn.Module, images: Float[Tensor, "b c *grid"], batch_size: int = 64) -> Float[Tensor, "b n"]:
     """Logits of all images in float32, in eval mode, without gradient, at most `batch_size` images at a time.
 
     >>> forward(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.zeros(3, 3, 2, 2), batch_size=2).shape
@@ -209,7 +210,7 @@ def forward(model: nn.Module, images: Float[Tensor, "b c h w"], batch_size: int 
 
 
 def answers(
-    model: nn.Module, images: Float[Tensor, "b c h w"], batch_size: int = 64
+    model: nn.Module, images: Float[Tensor, "b c *grid"], batch_size: int = 64
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b classes"]]:
     """The same logits and, beside them, the probability of each class.
 
@@ -217,6 +218,7 @@ def answers(
     >>> logits.shape, probabilities.shape
     (torch.Size([3, 1]), torch.Size([3, 2]))
     """
+    check_whole(batch_size=batch_size)
     found: list[tuple[Tensor, Tensor]] = []
     with untouched(model) as m, torch.inference_mode(False), torch.no_grad():
         for chunk in images.split(batch_size):

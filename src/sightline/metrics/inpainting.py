@@ -5,6 +5,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from sightline.checks import check_planes
+
 _TURNS = 100  # no hole takes more than 20
 _UNSEEN = 5  # the error that is left, at most, in sizes of the next correction
 
@@ -27,6 +29,7 @@ def inpaint(
     >>> inpaint(image, torch.tensor([[[[False, True, False]]]])).round(decimals=4)
     tensor([[[[0., 1., 2.]]]])
     """
+    check_planes("painting", images.shape)
     exact = images.double() if images.dtype == torch.float64 else images.float()
     scale = exact.amax((2, 3), keepdim=True) - exact.amin((2, 3), keepdim=True)
     left = (~hole).sum((2, 3), keepdim=True)
