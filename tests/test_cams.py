@@ -411,3 +411,79 @@ def test_a_map_can_be_differentiated(name):
     smooth = [random(1, 3, 2, 2, seed=7).abs() + 0.1, random(1, 1, 3, 2, 2, seed=8).abs() + 0.1]
     fields["rival_gradients"] = -smooth[1]
     assert torch.autograd.gradcheck(of, [value.requires_grad_() for value in smooth])
+
+
+def features():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()]
+
+
+class Of(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+POOL, MEAN = lambda: nn.AdaptiveAvgPool2d(1), lambda: Of(lambda x: x.mean((2, 3)))
+LINEAR_HEADS = {
+    "pool conv flatten": lambda: [POOL(), nn.Dropout(), nn.Conv2d(6, 4, 1), nn.Flatten()],
+    "pool conv squeeze": lambda: [
+        nn.AvgPool2d(8),
+        nn.Conv2d(6, 4, 1, bias=False),
+        Of(lambda x: x.squeeze(3).squeeze(2)),
+    ],
+    "mean conv pick": lambda: [
+        *(Of(lambda x: x.mean((2, 3), keepdim=True)), nn.Conv2d(6, 4, 1), Of(lambda x: x[:, :, 0, 0]))
+    ],
+    "conv pool flatten": lambda: [nn.Conv2d(6, 4, 1), POOL(), nn.Flatten()],
+    "conv mean": lambda: [nn.Conv2d(6, 4, 1), MEAN()],
+    "channels last": lambda: [
+        *(Of(lambda x: x.contiguous(memory_format=torch.channels_last)), POOL(), nn.Conv2d(6, 4, 1), nn.Flatten())
+    ],
+}
+OTHER_HEADS = {
+    "rectified": lambda: [nn.Conv2d(6, 4, 1), nn.ReLU(), MEAN()],
+    "rectified behind": lambda: [POOL(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Flatten()],
+    "3 x 3": lambda: [nn.Conv2d(6, 4, 3, padding=1), MEAN()],
+    "stride": lambda: [nn.Conv2d(6, 4, 1, stride=2), MEAN()],
+    "padding": lambda: [nn.Conv2d(6, 4, 1, padding=1), MEAN()],
+    "groups": lambda: [POOL(), nn.Conv2d(6, 4, 1, groups=2), nn.Flatten()],
+    "two layers": lambda: [POOL(), nn.Conv2d(6, 5, 1), nn.Conv2d(5, 4, 1), nn.Flatten()],
+    "coarser pooling": lambda: [nn.AdaptiveAvgPool2d(2), nn.Conv2d(6, 4, 1), Of(lambda x: x[:, :, 0, 0])],
+    "transposed": lambda: [POOL(), nn.ConvTranspose2d(6, 6, 1), nn.Flatten()],
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_HEADS)
+def test_a_1x1_convolution_is_a_linear_layer_before_and_behind_the_pooling(name):
+    model = nn.Sequential(*features(), *LINEAR_HEADS[name]()).double().eval()
+    images = random(2, 3, 8, 8)
+    layer = next(m for m in model if isinstance(m, nn.Conv2d) and m.out_channels == 4)
+    read = model[:2](images).detach()
+    found = explain(model, images, 1, ["cam", "grad_cam"], "1")
+    expected = torch.einsum("k,bkhw->bhw", layer.weight[1, :, 0, 0].detach(), read)[:, None]
+    assert close(expected, found["cam"])
+    assert close(expected.relu() / 64, found["grad_cam"])
+
+
+@pytest.mark.parametrize("name", OTHER_HEADS)
+def test_other_heads_have_no_class_activation_map(name):
+    model = nn.Sequential(*features(), *OTHER_HEADS[name]()).double().eval()
+    with pytest.raises(
+        ValueError, match="expected global average pooling and one linear layer behind '1' for cam, got"
+    ):
+        explain(model, random(2, 3, 8, 8), 1, ["cam"], "1")
+
+
+def test_pooled_maps_of_the_classes_are_their_class_activation_maps():
+    model = nn.Sequential(*features(), nn.Conv2d(6, 4, 1), nn.ReLU(), POOL(), nn.Flatten()).double().eval()
+    images = random(2, 3, 8, 8)
+    found = explain(model, images, torch.tensor([[1, 3], [0, 2]]), ["cam", "grad_cam", "hires_cam"])
+    maps = model[:4](images).detach()
+    expected = torch.stack([maps[0, [1, 3]], maps[1, [0, 2]]])
+    assert found.layer == "3 (4 x 8 x 8)" and close(expected, found["cam"])
+    assert close(expected / 64, found["grad_cam"]) and close(expected / 64, found["hires_cam"])

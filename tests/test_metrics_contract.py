@@ -7,7 +7,7 @@ import torch
 from tests.same import assert_same_state, state_of
 from torch import nn
 
-from sightline.metrics import METRICS, inputs_of
+from sightline.metrics import METRICS, HidingMetric, inputs_of
 
 N = 6
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -155,6 +155,63 @@ def test_odd_masks(case, name, odd):
         assert found.isnan().all()  # nothing outside to compare with
     else:
         assert found.isfinite().all() and (found >= -1).all() and (found <= 1).all()
+
+
+class DeepNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv3d(2, 4, 3, padding=1), nn.LazyLinear(3)
+
+    def forward(self, images):
+        return self.head(self.conv(images).tanh().flatten(1))
+
+
+PLANES = [name for name in METRICS if isinstance(METRICS[name].function, HidingMetric)] + ["max_box_accuracy"]
+"""Metrics that take no volumes."""
+FLAT = [name for name in METRICS if inputs_of(METRICS[name]) <= {"maps", "masks"} and name not in PLANES]
+
+
+def deep(case, depth):
+    """The same images, cut along their height into a volume of another shape."""
+    torch.manual_seed(0)
+    cut = {key: value.unflatten(2, (depth, -1)) for key, value in case.items() if key in ("images", "maps", "masks")}
+    model = DeepNet().eval()
+    model(cut["images"])
+    return case | cut | {"model": model}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_volumes_are_scored_or_refused(case, name, unchecked):
+    if name in PLANES:
+        with pytest.raises(
+            ValueError, match=r"expected \(b, c, h, w\) for .*, got a volume \(6, \d, 2, 4, 7\); score its"
+        ):
+            scores(name, deep(case, 2))
+    else:
+        found = scores(name, deep(case, 2))
+        assert found.shape == (N,) and found.isfinite().any()
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_where_the_positions_lie_changes_nothing(case, name):
+    assert same(scores(name, deep(case, 2)), scores(name, case))
+    maps = case["maps"][:, :, ::2]  # to be resized
+    assert same(scores(name, deep(case, 1) | {"maps": maps[:, :, None]}), scores(name, case | {"maps": maps}))
+
+
+@pytest.mark.parametrize("name", ["parameter_randomisation", "random_logit", "max_sensitivity", "completeness"])
+def test_a_volume_of_one_slice_is_an_image(case, name):
+    plain = Net().eval()
+    with torch.no_grad():
+        model = deep(case, 1)["model"]
+        model.conv.weight.zero_()[:, :, 1] = plain.conv.weight
+        model.conv.bias.copy_(plain.conv.bias)
+        model.head.load_state_dict(plain.head.state_dict())
+    volumes = deep(case, 1) | {"model": model}
+    if name == "parameter_randomisation":  # shuffles the weights that the plain network does not have, too
+        assert scores(name, volumes).shape == (N,)
+    else:
+        assert same(scores(name, volumes), scores(name, case | {"model": plain}))
 
 
 CONSTANT = {

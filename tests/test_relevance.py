@@ -1,7 +1,9 @@
 """LRP by hand, by slow reference, by conservation, and by another library."""
 
+import copy
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from tests.hand import one_conv
 from tests.reference import relevance as reference
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlusFlat
 from zennit.layer import Sum
@@ -266,6 +269,80 @@ def test_batch_normalisation_that_follows_no_layer():
     net, images = seeded(Unfolded), noise(1, 3, 6, 6)
     found = lrp_epsilon_alpha2_beta1(net, images, 0)[0, 0]
     assert close(found, reference.lrp(net.stages(reference.alpha_beta, reference.epsilon), images[0], 0))
+
+
+class Normed(nn.Module):
+    """A layer and what is to be folded into it, between a convolution and a linear layer."""
+
+    def __init__(self, layer, norm):
+        super().__init__()
+        self.conv, self.layer, self.norm, self.fc = nn.Conv2d(3, 4, 3, padding=1), layer, norm, nn.Linear(6, 3)
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            value = getattr(norm, name, None)
+            if value is not None:
+                value.data = torch.rand(6) + 0.5 if name == "running_var" else torch.randn(6)
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        x = x.mean((2, 3)) if isinstance(self.layer, nn.Linear) else x.flatten(2)
+        depth = self.layer.weight.ndim - 2
+        if depth > 1:
+            x = x.unflatten(2, (4, 4) if depth == 2 else (4, 2, 2))
+        x = F.relu(self.norm(self.layer(x)))
+        return self.fc(x.flatten(2).mean(2) if x.ndim > 2 else x)
+
+    def folded(self):
+        """The same function with other weights instead of the normalisation."""
+        net, norm = copy.deepcopy(self), self.norm
+        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+        shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+        layer, net.norm = net.layer, nn.Identity()
+        inputs, outputs = len(layer.weight), layer.weight.shape[1]
+        with torch.no_grad():
+            if "Transpose" in type(layer).__name__:
+                for i, j in product(range(inputs), range(outputs)):
+                    layer.weight[i, j] *= scale[i // (inputs // layer.groups) * outputs + j]
+            else:
+                for k, factor in enumerate(scale):
+                    layer.weight[k] *= factor
+            layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias * scale + shift)
+        return net
+
+
+FOLDED = {
+    "linear": lambda: Normed(nn.Linear(4, 6), nn.BatchNorm1d(6)),
+    "1d": lambda: Normed(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)),
+    "3d": lambda: Normed(nn.Conv3d(4, 6, 2, groups=2), nn.BatchNorm3d(6, affine=False)),
+    "no bias": lambda: Normed(nn.Conv2d(4, 6, 3, padding="same", bias=False), nn.SyncBatchNorm(6)),
+    "transposed 1d": lambda: Normed(nn.ConvTranspose1d(4, 6, 3, stride=2), nn.BatchNorm1d(6)),
+    "transposed 2d": lambda: Normed(nn.ConvTranspose2d(4, 6, 3, 2, output_padding=1, groups=2), nn.BatchNorm2d(6)),
+    "transposed 3d": lambda: Normed(nn.ConvTranspose3d(4, 6, 3, dilation=2, bias=False), nn.BatchNorm3d(6)),
+    "frozen": lambda: Normed(nn.Conv2d(4, 6, 3), FrozenBatchNorm2d(6)),
+    "frozen transposed": lambda: Normed(nn.ConvTranspose2d(4, 6, 3, groups=2), FrozenBatchNorm2d(6)),
+    "instance": lambda: Normed(nn.Conv2d(4, 6, 3), nn.InstanceNorm2d(6, affine=True, track_running_stats=True)),
+    "timm": lambda: Normed(nn.Conv2d(4, 6, 3), timm.layers.BatchNormAct2d(6)),
+    "timm frozen": lambda: Normed(nn.Conv2d(4, 6, 3), timm.layers.FrozenBatchNormAct2d(6)),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_batch_normalisation_behind_a_layer_is_folded_into_it(name):
+    net, images = seeded(FOLDED[name]), noise(2, 3, 4, 4)
+    folded = net.folded()
+    assert close(net(images).detach(), folded(images).detach())
+    for method in METHODS:
+        assert close(method(net, images, 1), method(folded, images, 1)), method
+
+
+def test_a_scale_without_a_shift_and_what_is_no_scale_of_channels_stay_as_they_are():
+    """All relevance is handed on by them."""
+    for change in (lambda x: x * torch.tensor([1.0, -2, 3, -4]).view(-1, 1, 1), lambda x: x + 0, lambda x: x / 2 * x):
+        net, images = seeded(lambda f=change: Then(f)), noise(2, 3, 4, 4)
+        assert close(lrp(net, images, 1).sum((1, 2, 3)), net(images)[:, 1].detach(), 1e-3)
+    place = noise(1, 4, 4, 4)
+    net, images = seeded(lambda: Then(lambda x: x + place)), noise(2, 3, 4, 4)
+    without = (net.conv(images) * net.fc.weight[1].view(-1, 1, 1)).mean((2, 3)).sum(1)
+    assert close(lrp(net, images, 1).sum((1, 2, 3)), without.detach(), 1e-3)
 
 
 class Gated(nn.Module):

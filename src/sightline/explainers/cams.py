@@ -20,8 +20,8 @@ def cam(
     r"""Channels weighted by the linear layer behind global average pooling, summed: $\sum_k w_k^c A^k$, no ReLU.
 
     The mean of the map plus the layer's bias is the logit; of a single logit z that is z for class 1 and -z for class
-    0. The head is read off the graph of the logits: a mean over all positions and one linear layer, nothing else. No
-    backward pass is needed, however many targets.
+    0. The head is read off the graph of the logits: a mean over all positions and one linear layer, or none, in either
+    order; a 1 x 1 convolution is one. No backward pass is needed, however many targets.
 
     Raises:
         ValueError: the head is another one, or the targets are a function, which has no weights.

@@ -48,43 +48,67 @@ class Captured:
     """Which run of the module of that name, from 0."""
 
     def head(self, logits: Tensor) -> Tensor | None:
-        """Weights (n, k) if the logits are one linear layer on the mean over the positions, read off their graph."""
-        node, weights, pooled = logits.grad_fn, None, False
+        """Weights (n, k) if the logits are one linear layer and the mean over the positions, read off their graph.
+
+        In either order: a 1 x 1 convolution is a linear layer at each position. Without any layer they are 1 or 0.
+        """
+        node, weights, pooled, channels = logits.grad_fn, None, False, logits.shape[1]
         while node is not None:
             if node is self.tensor.grad_fn or getattr(node, "variable", None) is self.tensor:
-                return weights.mT if pooled and weights is not None else None
+                if not pooled or channels != self.channels:
+                    return None
+                return torch.eye(channels).to(logits) if weights is None else weights
             name, place = node.name(), 0
-            if name in _LINEAR and weights is None:
-                weights, place = node._saved_mat2, _LINEAR[name]  # pyright: ignore[reportAttributeAccessIssue]
-            elif name in _POOLED and weights is not None and not pooled:
-                pooled = weights.shape[0] == self.channels and self._is_mean_of_all(node)
+            if name in _LINEAR and weights is None and not pooled:
+                weights, place = node._saved_mat2.mT, _LINEAR[name]  # pyright: ignore[reportAttributeAccessIssue]
+                channels = weights.shape[1]
+            elif weights is None and _is_pointwise(node):
+                weights = node._saved_weight.flatten(1)  # pyright: ignore[reportAttributeAccessIssue]
+                channels = weights.shape[1]
+            elif name in _POOLED and not pooled:
+                pooled = self._is_mean_of_all(node, channels)
                 if not pooled:
                     return None
-            elif name not in _RESHAPED and not self._is_restrided_mean(node):
+            elif name not in _RESHAPED and not _picks_the_only_one(node) and not _is_restrided_mean(node, channels):
                 return None
             node = node.next_functions[place][0]
         return None
-
-    def _is_restrided_mean(self, node: Any) -> bool:
-        """What adaptive pooling does to the mean of a channels-last tensor."""
-        if node.name() != "AsStridedBackward1" or node.next_functions[0][0].name() != "MeanBackward1":
-            return False
-        return tuple(node._saved_stride[:2]) == (self.channels, 1) and not node._saved_storage_offset
 
     @property
     def channels(self) -> int:
         """Number of channels."""
         return self.layout.maps(self.tensor.detach()).shape[1]
 
-    def _is_mean_of_all(self, node: Any) -> bool:
+    def _is_mean_of_all(self, node: Any, channels: int) -> bool:
         if node.name() == "AvgPool2DBackward0":
-            whole = tuple(node._saved_self.shape[1:]) == (self.channels, *node._saved_kernel_size)
+            whole = tuple(node._saved_self.shape[1:]) == (channels, *node._saved_kernel_size)
             return whole and not any(node._saved_padding) and node._saved_divisor_override is None
         shape = list(node._saved_self_sym_sizes)
-        dims = {dim % 2**64 - 2**64 if dim >= 2**63 else dim for dim in node._saved_dim}
-        dims = {dim % len(shape) for dim in dims}
+        dims = {_signed(dim) % len(shape) for dim in node._saved_dim}
         kept = len(shape) - 1 if self.layout.channels_last else 1
-        return dims == set(range(1, len(shape))) - {kept} and shape[kept] == self.channels
+        return dims == set(range(1, len(shape))) - {kept} and shape[kept] == channels
+
+
+def _signed(dim: int) -> int:
+    return dim - 2**64 if dim >= 2**63 else dim
+
+
+def _is_pointwise(node: Any) -> bool:
+    """A 1 x 1 convolution that keeps the grid."""
+    if node.name() != "ConvolutionBackward0" or node._saved_transposed or node._saved_groups != 1:
+        return False
+    return not any(node._saved_padding) and {*node._saved_weight.shape[2:], *node._saved_stride} == {1}
+
+
+def _picks_the_only_one(node: Any) -> bool:
+    return node.name() == "SelectBackward0" and node._saved_self_sym_sizes[_signed(node._saved_dim)] == 1
+
+
+def _is_restrided_mean(node: Any, channels: int) -> bool:
+    """What adaptive pooling does to the mean of a channels-last tensor."""
+    if node.name() != "AsStridedBackward1" or node.next_functions[0][0].name() != "MeanBackward1":
+        return False
+    return tuple(node._saved_stride[:2]) == (channels, 1) and not node._saved_storage_offset
 
 
 def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sightline.checks import check_whole
 from sightline.explainers.evidence import Explainer
 from sightline.inference import wide
 
@@ -19,6 +20,7 @@ def random_map(
     Drawn from a generator seeded by `seed` and the pixels of each image: the same image gets the same map in any batch,
     and the global random state is left alone.
     """
+    check_whole(seed=seed, cells=cells)
     maps: list[Tensor] = []
     for image in images:
         pixels = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes())

@@ -13,11 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sightline.checks import check_whole
 from sightline.explainers.capture import Capture, Captured, Layer, find_layer
 from sightline.explainers.compiled import CompiledCapture
 from sightline.explainers.features import quantized_in
 from sightline.explainers.rectifiers import Rectifiers, Rule
 from sightline.explainers.scorer import Progress, Scorer, Targets, gradients_of, rows_of
+from sightline.explainers.tokens import SmoothAttention
 from sightline.inference import ForwardCall, Output, check_images, forward_call, probabilities_of, untouched, version_of
 
 _OF_LAYER = {"activations", "gradients", "mean_gradients", "rival_gradients", "head"}
@@ -147,9 +149,11 @@ class Explainer:
         """
         given = {name: getattr(evidence, name) for name in self.needs}
         versions = {name: version_of(value) for name, value in given.items() if isinstance(value, Tensor)}
+        score = evidence.score
         autocast = torch.autocast(evidence.images.device.type, enabled=False)
-        still = untouched(evidence.score.model) if "score" in self.needs else nullcontext()
-        with still, autocast, torch.inference_mode(False), torch.set_grad_enabled(evidence.score.differentiable):
+        still = untouched(score.model) if "score" in self.needs else nullcontext()
+        smooth = SmoothAttention() if "score" in self.needs and score.differentiable else nullcontext()
+        with still, smooth, autocast, torch.inference_mode(False), torch.set_grad_enabled(score.differentiable):
             found = self.formula(**given, **options)
         if changed := [name for name, version in versions.items() if version_of(given[name]) != version]:
             raise RuntimeError(
@@ -267,6 +271,8 @@ class Gathered:
             found |= at_places
             if at_images is not None:
                 of_image[name] = at_images
+        if self.rectifiers is not None:
+            self.rectifiers.rule = "plain"  # a loss on the maps goes back through the same graph
         made = [self._evidence(i, targets, found.get(i), rival.get(i), of_image) for i in every]
         alike = set(rival) - {i for i in every if "rival_gradients" in needs[i]}
         other = [self._evidence(i, rivals, rival[i], None, {}) if i in alike else None for i in every]
@@ -383,6 +389,7 @@ def gather(
         TypeError: targets that are no class indices, a model that is none.
     """
     check_images(images)
+    check_whole(call=call)
     needs = frozenset[str]().union(*(own for _, own in requests))
     whole = differentiable or bool(needs & _OF_IMAGE.keys())
     with untouched(model) as net, torch.inference_mode(False), torch.set_grad_enabled(whole):
@@ -406,7 +413,7 @@ def gather(
             return Gathered(CompiledCapture(net, scorer, layers[0], images, len(layers)), requests, images, None)
         capture = Capture(net, scorer, layers, call=call, gates=bool(needs & {"gate", "gates"}), whole=whole)
         rectifiers = Rectifiers() if needs & {"guided_gradients", "deconvolved_gradients"} else None
-        with rectifiers or nullcontext():
+        with SmoothAttention() if differentiable else nullcontext(), rectifiers or nullcontext():
             capture.run(images)
         if rectifiers is not None:
             rectifiers.check()

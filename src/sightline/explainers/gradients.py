@@ -8,6 +8,7 @@ from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 from sightline import maps
+from sightline.checks import check_whole
 from sightline.explainers.cams import grad_cam, grad_cam_plus_plus
 from sightline.explainers.evidence import Explainer
 from sightline.explainers.scorer import Scorer
@@ -68,6 +69,7 @@ def integrated_gradients(
 
     Differs: Gauss-Legendre nodes and weights, where the paper's eq. 3 sums equal steps from the right.
     """
+    check_whole(steps=steps)
     if steps < 1:
         raise ValueError(f"expected at least one step, got steps={steps}; take 32")
     start = _baseline(images, baseline)
@@ -217,6 +219,7 @@ def _moments(
     name: str, images: Float[Tensor, "b c *grid"], score: Scorer, samples: int, noise: float, seed: int
 ) -> tuple[Float[Tensor, "b t c *grid"], Float[Tensor, "b t c *grid"]]:
     """Mean and variance of the gradients of noisy copies, in one pass (Welford 1962)."""
+    check_whole(samples=samples, seed=seed)
     if samples < 1 or noise < 0:
         raise ValueError(
             f"expected at least one sample and noise of 0 or more, got samples={samples}, noise={noise}; "

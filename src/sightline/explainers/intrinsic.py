@@ -24,8 +24,8 @@ def attention_maps(
     A block is any module with a child called `gate` that returns a 4-D tensor, whoever wrote it, or the attention of a
     vision transformer between all its tokens: (b, heads, h, w), what each patch receives from the class token if the
     head reads that token, else from all patches on average (see `sightline.explainers.tokens`). The model runs once, in
-    eval mode, and is left as it was; the weights that a fused kernel does not show are computed beside it. `forward_args`
-    and `forward_kwargs` are those of `explain`.
+    eval mode, and is left as it was; the weights that a fused kernel does not show are computed beside it.
+    `forward_args` and `forward_kwargs` are those of `explain`.
 
     >>> from sightline.testing import PlantedAttention
     >>> attention_maps(PlantedAttention(), torch.ones(1, 3, 2, 2))["pool"].flatten().tolist()

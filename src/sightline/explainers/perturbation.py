@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sightline import maps
+from sightline.checks import check_whole
 from sightline.explainers.evidence import Explainer
 from sightline.explainers.scorer import Scorer, rows_of
 from sightline.inference import untouched, wide
@@ -48,6 +49,7 @@ def occlusion(
     [[[[3.0, 10.0]]]]
     """
     sides = images.shape[2:]
+    check_whole(patch=patch, stride=stride)
     if not isinstance(fill, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"expected a number as fill of occlusion, in the model's input, got {fill!r}")
     if patch is not None and not 1 <= patch <= min(sides):
@@ -109,8 +111,11 @@ def rise(
 
     Source: Petsiuk et al. 2018 (1806.07421), eq. 6 and section 3.2.
 
-    Differs: cells are $\lceil H/h \rceil$ pixels large, as in the authors' code, where the paper rounds down.
+    Differs: cells are $\lceil H/h \rceil$ pixels large, as in the authors' code, where the paper rounds down. In the
+    half cell along the border a mask keeps the value of its outermost cell; the authors' code mirrors the grid there,
+    so that it changes towards that of the next cell.
     """
+    check_whole(masks=masks, cells=cells, seed=seed)
     if min(masks, cells) < 1 or not 0 < keep <= 1:
         raise ValueError(f"expected masks and cells of at least 1 and keep in (0, 1], got {masks}, {cells} and {keep}")
     sides = images.shape[2:]
@@ -166,6 +171,7 @@ def score_cam(
     pytorch-grad-cam, which enlarges with aligned corners, and torch-cam, which scales before it enlarges: both give
     flat channels a share.
     """
+    check_whole(channels=channels)
     if channels is not None and channels < 1:
         raise ValueError(f"expected channels of at least 1, got {channels}; leave it out for all")
     flat = activations.flatten(2)

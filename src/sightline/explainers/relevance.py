@@ -10,7 +10,7 @@ passes its plain gradient back, and a verdict names it.
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -314,13 +314,15 @@ def lrp(
     gap between the two is what a map does not explain. `composite` says which layer takes which rule; LRP-epsilon by
     default.
 
-    What else a model does: batch normalisation directly behind a convolution or linear layer is folded into it for the
-    pass, elsewhere (DenseNet) it is a layer of its own with LRP-epsilon. Activations hand on all of their relevance,
-    SiLU and its kind too, $c \mapsto c f(x)/x$. In a product of two tensors made from the image one is the gate, a
-    constant: what came out of a sigmoid, else the one that is broadcast; two equals share their relevance. Softmax,
-    attention weights, divisors and the standard deviation of layer and group normalisation are constants. What a model
-    does to the pixels before its first layer (normalising, padding, resizing) only moves relevance. Operations that no
-    rule knows pass their plain gradient back: the verdict `plain gradient` names them.
+    What else a model does: batch normalisation directly behind a convolution, transposed or not, or a linear layer is
+    folded into it for the pass, and so is any other constant that shifts whole channels, with the scale before it
+    (frozen batch normalisation); elsewhere (DenseNet) batch normalisation is a layer of its own with LRP-epsilon.
+    Activations hand on all of their relevance, SiLU and its kind too, $c \mapsto c f(x)/x$. In a product of two tensors
+    made from the image one is the gate, a constant: what came out of a sigmoid, else the one that is broadcast; two
+    equals share their relevance. Softmax, attention weights, divisors and the standard deviation of layer and group
+    normalisation are constants. What a model does to the pixels before its first layer (normalising, padding, resizing)
+    only moves relevance. Operations that no rule knows pass their plain gradient back: the verdict `plain gradient`
+    names them.
 
     Raises:
         ValueError: no convolution or linear layer is met on the way from the images to the score, or a graph of the map
@@ -400,6 +402,13 @@ _DIVISIONS = {"div", "truediv", "itruediv", "divide", "true_divide"}
 _ELEMENTWISE_PRODUCTS = {"mul", "rmul", "imul", "multiply"}
 _PRODUCTS = _ELEMENTWISE_PRODUCTS | {"matmul", "rmatmul", "bmm", "einsum"}
 _SHIFTS = _DIVISIONS | _ELEMENTWISE_PRODUCTS | {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract", "batch_norm"}
+_AFFINE = {
+    *(torch.add, torch.sub, torch.subtract, torch.rsub, torch.mul, torch.multiply),
+    *(torch.div, torch.divide, torch.true_divide),
+    *(getattr(Tensor, name) for name in "add sub subtract mul multiply div divide true_divide".split()),
+    *(getattr(Tensor, f"__{name}__") for name in "add radd sub rsub mul rmul truediv".split()),
+}
+"""None of them in place."""
 _NORMS = {"layer_norm", "group_norm", "instance_norm"}
 _CONSTANTS: dict[str, tuple[str, ...]] = {
     "scaled_dot_product_attention": ("query", "key"),
@@ -427,7 +436,7 @@ _LINEAR = _MOVES | _SHIFTS | _PRODUCTS | _SUMS_AND_CHOICES
 
 @dataclass(frozen=True)
 class _Made:
-    """The layer that a tensor came out of, into which a batch normalisation can be folded."""
+    """The layer that a tensor came out of, into which a scale and a shift of its channels can be folded."""
 
     layer: Linear
     x: Tensor
@@ -435,6 +444,18 @@ class _Made:
     bias: Tensor | None
     rule: Rule
     version: int
+    axis: int
+    """Of the tensor's channels."""
+    is_transposed: bool
+
+    def folded(self, scale: Float[Tensor, " k"], shift: Float[Tensor, " k"]) -> "_Made":
+        """The layer that yields the scaled and shifted output."""
+        if self.is_transposed:  # its weights are (inputs, outputs of a group, ...)
+            by_group = scale.reshape(-1, 1, self.weight.shape[1], *[1] * (self.weight.ndim - 2))
+            weight = (self.weight.unflatten(0, (len(by_group), -1)) * by_group).flatten(0, 1)
+        else:
+            weight = self.weight * scale.reshape(-1, *[1] * (self.weight.ndim - 1))
+        return replace(self, weight=weight, bias=shift if self.bias is None else shift + scale * self.bias)
 
 
 class _Layer(torch.autograd.Function):
@@ -522,6 +543,12 @@ class _Propagation(TorchFunctionMode):
         inputs = _made_from_images((args, options))
         if func is F.batch_norm:
             return self._batch_norm(func, *args, **options)
+        if func is F.instance_norm:
+            given = _bound(func, *args, **options)
+            if not given.pop("use_input_stats"):
+                return self._batch_norm(F.batch_norm, **given)
+        if len(inputs) == 1 and (affine := self._affine(func, name, args, options, inputs[0])) is not None:
+            return affine
         dividend = args[0] if args else options.get("input")
         if len(inputs) == 1 and (name in _POINTWISE or (name in _DIVISIONS and dividend is not inputs[0])):
             output = _pointwise(func, args, options, inputs[0])
@@ -585,10 +612,46 @@ class _Propagation(TorchFunctionMode):
             rule = self.composite.first or rule
         x = input if rule.for_pixels else self._entered(input)
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-        output = _ruled(rule, layer, x, weight, bias, lambda: layer(x, weight, bias))
-        if "transpose" not in name and (name != "linear" or output.ndim == 2):
-            self.made[output] = _Made(layer, x, weight, bias, rule, output._version)
+        axis, is_transposed = -1 if name == "linear" else 1, "transpose" in name
+        made = _Made(layer, x, weight, bias, rule, 0, axis, is_transposed)
+        return self._of_layer(made, lambda: layer(x, weight, bias))
+
+    def _of_layer(self, made: _Made, value: Callable[[], Tensor]) -> Tensor:
+        output = _ruled(made.rule, made.layer, made.x, made.weight, made.bias, value)
+        self.made[output] = replace(made, version=output._version, axis=made.axis % output.ndim)
         return output
+
+    def _made_by(self, output: Tensor) -> _Made | None:
+        """The layer that it came out of and was not changed since."""
+        made: _Made | None = self.made.get(output)
+        return made if made is not None and made.version == output._version else None
+
+    def _affine(self, func: Callable[..., Tensor], name: str, args: Any, options: Any, input: Tensor) -> Tensor | None:
+        """A constant that shifts whole channels behind a layer, or scales them before a shift; None otherwise.
+
+        The shift is folded into the layer with the scales before it, as batch normalisation is, which it may be.
+        """
+        made = self._made_by(input)
+        if made is None or func not in _AFFINE or not any(value is input for value in args) or "out" in options:
+            return None
+        if name in _DIVISIONS and (args[0] is not input or "rounding_mode" in options):
+            return None
+        zeros = input.new_zeros([side if axis == made.axis else 1 for axis, side in enumerate(input.shape)])
+        zeros.requires_grad_()
+
+        def at(x: Tensor) -> Tensor:
+            return func(*tree_map(lambda value: x if value is input else value, args), **options)
+
+        shift = at(zeros)
+        if shift.shape != zeros.shape or shift.dtype != zeros.dtype:
+            return None
+        (scale,) = torch.autograd.grad(shift.sum(), zeros)
+        folded = made.folded(scale.flatten(), shift.detach().flatten())
+        if name in _DIVISIONS | _PRODUCTS:
+            output = at(input)
+            self.made[output] = replace(folded, version=output._version)
+            return output
+        return self._of_layer(folded, lambda: at(input.detach()))
 
     def _batch_norm(
         self,
@@ -611,11 +674,9 @@ class _Propagation(TorchFunctionMode):
         def value() -> Tensor:
             return func(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
-        made: _Made | None = self.made.get(input)
-        if made is not None and made.version == input._version:
-            folded = made.weight * scale.reshape(-1, *[1] * (made.weight.ndim - 1))
-            offset = shift if made.bias is None else shift + scale * made.bias
-            return _ruled(made.rule, made.layer, made.x, folded, offset, value)
+        made = self._made_by(input)
+        if made is not None and made.axis == 1:
+            return self._of_layer(made.folded(scale, shift), value)
         scale, shift = (v.reshape(-1, *[1] * (input.ndim - 2)) for v in (scale, shift))
         return _ruled(Epsilon(), _diagonal, input, scale, shift, value)
 
@@ -690,11 +751,15 @@ def _gated(input: Tensor, dim: int = -1) -> Tensor:
     return values * gates.detach().sigmoid()
 
 
+def _bound(func: Callable[..., Any], *args: Any, **options: Any) -> dict[str, Any]:
+    bound = inspect.signature(func).bind(*args, **options)
+    bound.apply_defaults()
+    return bound.arguments
+
+
 def _normalised(func: Callable[..., Tensor], name: str, input: Tensor, *rest: Any, **options: Any) -> Tensor:
     """Layer, group or instance normalisation with a constant standard deviation."""
-    bound = inspect.signature(func).bind(input, *rest, **options)
-    bound.apply_defaults()
-    given = bound.arguments
+    given = _bound(func, input, *rest, **options)
     if name == "layer_norm":
         x = input.flatten(-len(given["normalized_shape"]))
     else:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sightline.checks import check_whole
 from sightline.inference import ForwardCall, either, probabilities_of, resolve_targets, untouched
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor] | None
@@ -49,6 +50,7 @@ class Scorer:
         progress: Progress | None = None,
         differentiable: bool = False,
     ) -> None:
+        check_whole(batch_size=batch_size)
         if batch_size < 1:
             raise ValueError(f"expected at least 1 image per batch, got {batch_size}")
         self.model = model

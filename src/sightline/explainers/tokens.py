@@ -4,6 +4,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from types import FunctionType
 from typing import Any
@@ -124,32 +125,11 @@ class AttentionWeights(TorchFunctionMode):
             self.obstacle = self.obstacle or f"a convolution behind the attention of {self.weights[-1][0]!r}"
         return output
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
         place = self._place(torch.Size((*query.shape[:-1], key.shape[-2])))
         if place is None:
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        if enable_gqa:
-            key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))
-        scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        elif attn_mask is not None:
-            scores = scores + attn_mask
-        return F.dropout(self._keep(*place, scores.softmax(-1)), dropout_p) @ value
+            return F.scaled_dot_product_attention(query, key, value, *rest, **options)
+        return _attended(query, key, value, *rest, **options, keep=partial(self._keep, *place))
 
     def _place(self, shape: torch.Size) -> tuple[str, int] | None:
         """Name of the running module and number of images, if weights of this shape are between all tokens of each."""
@@ -205,6 +185,48 @@ class AttentionWeights(TorchFunctionMode):
             tokens.shape[axis] == len(places) and not bool(pick(places.view(shape).expand_as(tokens)).any())
             for axis, shape in enumerate([(-1, 1, 1), (1, -1, 1)])  # (n, b, c) or (b, n, c)
         )
+
+
+class SmoothAttention(TorchFunctionMode):
+    """Computes attention by operations that have a second derivative, which PyTorch's fused kernels lack.
+
+    >>> query = torch.ones(1, 1, 2, 4, requires_grad=True)
+    >>> with SmoothAttention():
+    ...     F.scaled_dot_product_attention(query, query, query).grad_fn.name()
+    'UnsafeViewBackward0'
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _multi_head_attention(*args, **(kwargs or {}))
+        return (_attended if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    keep: Callable[[Tensor], Tensor] = lambda weights: weights,
+) -> Tensor:
+    """`scaled_dot_product_attention` written out; `keep` sees the weights, and returns those to use."""
+    if enable_gqa:
+        key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return F.dropout(keep(scores.softmax(-1)), dropout_p) @ value
 
 
 def _grids(before: torch.Size, after: torch.Size) -> list[Grid]:

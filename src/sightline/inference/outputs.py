@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import SUPPORTED_NODES, tree_flatten_with_path, tree_map
 
+from sightline.checks import check_whole
 from sightline.inference.preserve import untouched
 from sightline.inference.probabilities import Kind, Probabilities, read
 
@@ -332,6 +333,7 @@ def answers(
     >>> logits.shape, probabilities.shape
     (torch.Size([3, 1]), torch.Size([3, 2]))
     """
+    check_whole(batch_size=batch_size)
     call = call or ForwardCall()
     parts: list[tuple[Tensor, Tensor]] = []
     with untouched(model) as net, torch.inference_mode(False), torch.no_grad():

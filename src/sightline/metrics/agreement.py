@@ -18,9 +18,7 @@ Level = Literal["nominal", "ordinal", "interval"]
 Values = TypeVar("Values", Tensor, Array)
 
 
-def rank_correlation(
-    maps: Float[Tensor, "b 1 h w"], others: Float[Tensor, "b 1 other_h other_w"]
-) -> Float[Tensor, " b"]:
+def rank_correlation(maps: Float[Tensor, "b 1 *grid"], others: Float[Tensor, "b 1 *other_grid"]) -> Float[Tensor, " b"]:
     """Spearman's rank correlation of two maps, -1 to 1; 1: the same order of all cells. Chance: 0.
 
     Signs count, ties share their mean rank. The map with fewer rows or columns is resized bilinearly to the other's. A
@@ -43,7 +41,7 @@ def rank_correlation(
 
 
 def top_overlap(
-    maps: Float[Tensor, "b 1 h w"], others: Float[Tensor, "b 1 other_h other_w"], *, share: float = 0.1
+    maps: Float[Tensor, "b 1 *grid"], others: Float[Tensor, "b 1 *other_grid"], *, share: float = 0.1
 ) -> Float[Tensor, " b"]:
     """Intersection over union of the highest `share` of the cells of two maps, 0 to 1; 1: the same cells.
 
@@ -181,12 +179,12 @@ def reliability(values: Mapping[str, Float[Array, " n"]]) -> float:
 
 def _fit(maps: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Both on the larger grid, flattened to (b, n)."""
-    if maps.ndim != 4 or maps.shape[1] != 1 or others.ndim != 4 or others.shape[:2] != maps.shape[:2]:
+    if maps.ndim not in (4, 5) or maps.shape[1] != 1 or (others.ndim, others.shape[:2]) != (maps.ndim, maps.shape[:2]):
         raise ValueError(
-            f"expected two maps of shape (b, 1, h, w), got {tuple(maps.shape)} and {tuple(others.shape)}; "
-            "compare one target at a time"
+            "expected two maps of shape (b, 1, h, w), or both (b, 1, d, h, w), got "
+            f"{tuple(maps.shape)} and {tuple(others.shape)}; compare one target at a time"
         )
-    size = max(maps.shape[2], others.shape[2]), max(maps.shape[3], others.shape[3])
+    size = tuple(map(max, maps.shape[2:], others.shape[2:]))
     return pixels.resize(maps, size).flatten(1), pixels.resize(others.to(maps.device), size).flatten(1)
 
 

@@ -10,11 +10,11 @@ from sightline.inference import wide
 from sightline.metrics.per_image import PerImageMean
 
 
-def sparsity(maps: Float[Tensor, "b k h w"]) -> Float[Tensor, " b"]:
-    """Largest value of a map divided by its mean: 1 for a flat map, h * w for a one-hot one.
+def sparsity(maps: Float[Tensor, "b k *grid"]) -> Float[Tensor, " b"]:
+    """Largest value of a map divided by its mean: 1 for a flat map, the number of positions for a one-hot one.
 
-    Of the k maps of an image the harmonic mean. Negative values count as 0. It grows with the number of positions, so
-    compare maps of one resolution, or divide by h * w. A map without a positive value, or with one that is not finite,
+    Harmonic mean over an image's k maps. Negative values count as 0. It grows with the number of positions, so compare
+    maps of one resolution, or divide by that number. A map without a positive value, or with one that is not finite,
     gives NaN.
 
     Source: Gomez et al. 2021 (2106.02566), code: the inverse of the mean of map / max, where each map is first
@@ -23,13 +23,14 @@ def sparsity(maps: Float[Tensor, "b k h w"]) -> Float[Tensor, " b"]:
     >>> sparsity(torch.tensor([[[[3.0, 1.0], [0.0, 0.0]]], [[[5.0, 5.0], [5.0, 5.0]]]]))
     tensor([3., 1.])
     """
-    positive = maps.clamp(min=0)
-    shares = positive.mean((2, 3)) / positive.amax((2, 3))
-    return 1 / shares.where(maps.isfinite().all(3).all(2), torch.nan).mean(1)
+    values = maps.flatten(2)
+    positive = values.clamp(min=0)
+    shares = positive.mean(2) / positive.amax(2)
+    return 1 / shares.where(values.isfinite().all(2), torch.nan).mean(1)
 
 
-def gini(maps: Float[Tensor, "b 1 h w"]) -> Float[Tensor, " b"]:
-    """Gini index of the map's positive values: 0 for a flat map (one pixel too), 1 - 1 / (h * w) for a one-hot one.
+def gini(maps: Float[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
+    """Gini index of the map's positive values: 0 for a flat map (one pixel too), 1 - 1 / n for a one-hot one of n.
 
     Higher is more concentrated. Negative values count as 0. Repeating every pixel changes nothing, yet smooth
     enlarging does: compare maps of one resolution. A map without a positive value, or with one that is not finite,
@@ -47,8 +48,8 @@ def gini(maps: Float[Tensor, "b 1 h w"]) -> Float[Tensor, " b"]:
     return _as(maps, 1 - 2 * (ascending * (n - places + 0.5)).sum(1) / n)
 
 
-def entropy(maps: Float[Tensor, "b 1 h w"]) -> Float[Tensor, " b"]:
-    """Entropy of the map's positive values over log(h * w): 1 for a flat map (one pixel too), 0 for a one-hot one.
+def entropy(maps: Float[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
+    """Entropy of the map's positive values over log(n): 1 for a flat map (one pixel too), 0 for a one-hot one of n.
 
     Lower is more concentrated. Negative values count as 0; the rest is divided by its sum. Compare maps of one
     resolution. A map without a positive value, or with one that is not finite, gives NaN.

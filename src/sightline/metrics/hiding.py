@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from sightline import maps as pixels
+from sightline.checks import check_planes, check_whole
 from sightline.inference import (
     ForwardCall,
     Output,
@@ -69,6 +70,7 @@ class Hiding:
         return forward_call(images, self.output, self.forward_args, self.forward_kwargs)
 
     def __post_init__(self) -> None:
+        check_whole(steps=self.steps, batch_size=self.batch_size)
         if self.steps < 1:
             raise ValueError(f"expected at least 1 step, got {self.steps}")
         if self.batch_size < 1:
@@ -141,6 +143,7 @@ def hidden_scores(
         TypeError: targets that are no class indices.
     """
     hiding = hiding or Hiding()
+    check_planes("metrics that hide parts of images", images.shape)
     count, _, height, width = images.shape
     for values in maps.values():
         if values.ndim != 4 or values.shape[:2] != (count, 1):
@@ -378,11 +381,11 @@ def _score(logits: Tensor, link: str, targets: Tensor, score: Score) -> Tensor:
 
 
 def substitute(
-    images: Float[Tensor, "b c H W"],
+    images: Float[Tensor, "b c *grid"],
     fill: Fill,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> Float[Tensor, "b c H W"]:
+) -> Float[Tensor, "b c *grid"]:
     """What replaces a pixel, as images of the same shape.
 
     Raises:
@@ -392,12 +395,13 @@ def substitute(
     if isinstance(fill, Tensor):
         if fill.shape != (channels,):
             raise ValueError(f"expected a fill of shape ({channels},), one number per channel, got {tuple(fill.shape)}")
-        return fill.to(images)[None, :, None, None].expand_as(images)
+        return fill.to(images).view(-1, *[1] * (images.ndim - 2)).expand_as(images)
     if fill == "zero" or isinstance(fill, int | float):
         return torch.full_like(images, 0.0 if isinstance(fill, str) else fill)
     if fill == "mean":
-        return images.mean((2, 3), keepdim=True).expand_as(images)
+        return images.mean(tuple(range(2, images.ndim)), keepdim=True).expand_as(images)
     if fill == "blur":
+        check_planes("fill='blur'", images.shape)
         side = max(min(images.shape[2:]) // 5, 9) // 2 * 2 + 1
         reach = min(side, 2 * min(images.shape[2:]) - 1)  # the reflected border is at most one pixel short of the image
         return gaussian_blur(images, [reach, reach], [side / 4, side / 4])
@@ -405,7 +409,7 @@ def substitute(
         if mean is None or std is None:
             raise ValueError("expected mean= and std= of the preprocessing for fill='black', got none; pass them")
         black = -torch.tensor(mean).to(images) / torch.tensor(std).to(images)
-        return black[None, :, None, None].expand_as(images)
+        return black.view(-1, *[1] * (images.ndim - 2)).expand_as(images)
     raise ValueError(
         f"expected fill 'zero', 'mean', 'blur', 'inpaint', 'black', a number or a ({channels},) tensor, got {fill!r}"
     )

@@ -1,17 +1,20 @@
 """Is the map where the evidence is? Scores against masks of the evidence."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
 from sightline import maps as pixels
+from sightline.checks import check_planes, check_whole
 from sightline.inference import wide
 from sightline.metrics.per_image import PerImageMean
 
 
 def pointing_game(
-    maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"], *, tolerance: int = 0
+    maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"], *, tolerance: int = 0
 ) -> Float[Tensor, " b"]:
     """1 where the highest value of the map lies in the mask, else 0; higher is better. Chance: the mask's area.
 
@@ -24,22 +27,28 @@ def pointing_game(
         ValueError: shapes that do not fit, a negative tolerance.
 
     Source: Zhang et al. 2016 (1608.00507), whose code has a circle of radius 15 at the size of the original image.
+    Differs: the circle's rim is part of it, in TorchRay's code it is not: a mask exactly `tolerance` pixels away is a
+    miss there. TorchRay takes one of several highest pixels, and the mean over classes.
 
     >>> masks = torch.tensor([[[[True, False]]], [[[False, True]]]])
     >>> pointing_game(torch.tensor([[[[2.0, 1.0]]], [[[2.0, 1.0]]]]), masks)
     tensor([1., 0.])
     """
+    check_whole(tolerance=tolerance)
     if tolerance < 0:
         raise ValueError(f"expected a tolerance of at least 0 pixels, got {tolerance}; 15 is that of the paper")
     maps, masks = _fit(maps, masks)
     squares = torch.arange(-tolerance, tolerance + 1, device=maps.device).square()
-    circle = (squares[:, None] + squares <= tolerance**2).float()
-    near = F.conv2d(masks.float(), circle[None, None], padding=tolerance) > 0.5
-    highest = maps == maps.amax((2, 3), keepdim=True)
-    return _where_defined((highest & near).sum((1, 2, 3)).double() / highest.sum((1, 2, 3)), maps, masks)
+    distances = torch.stack(torch.meshgrid([squares] * (maps.ndim - 2), indexing="ij")).sum(0)
+    ball = (distances <= tolerance**2).float()
+    convolve = F.conv2d if maps.ndim == 4 else F.conv3d
+    near = (convolve(masks.float(), ball[None, None], padding=tolerance) > 0.5).flatten(1)
+    values = maps.flatten(1)
+    highest = values == values.amax(1, keepdim=True)
+    return _where_defined((highest & near).sum(1).double() / highest.sum(1), maps, masks)
 
 
-def energy_in_mask(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"]) -> Float[Tensor, " b"]:
+def energy_in_mask(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """Share of the map's positive values that lies in the mask, 0 to 1; higher is better. Chance: the mask's area.
 
     The map is resized bilinearly to the mask; negative values count as 0. An empty mask, a map without a positive value
@@ -54,11 +63,11 @@ def energy_in_mask(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H 
     tensor([0.7500])
     """
     maps, masks = _fit(maps, masks)
-    positive = maps.double().clamp(min=0)
-    return _where_defined((positive * masks).sum((1, 2, 3)) / positive.sum((1, 2, 3)), maps, masks)
+    positive = maps.flatten(1).double().clamp(min=0)
+    return _where_defined((positive * masks.flatten(1)).sum(1) / positive.sum(1), maps, masks)
 
 
-def relevance_rank(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"]) -> Float[Tensor, " b"]:
+def relevance_rank(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """Of the highest pixels, as many as the mask has, the share inside it, 0 to 1; higher is better.
 
     Chance: the mask's area. The map is resized bilinearly to the mask. Of pixels with equal values a random choice is
@@ -84,7 +93,7 @@ def relevance_rank(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H 
 
 
 def iou(
-    maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"], *, threshold: float = 0.15
+    maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"], *, threshold: float = 0.15
 ) -> Float[Tensor, " b"]:
     """Intersection over union of the mask and the pixels of at least `threshold` times the maximum; higher is better.
 
@@ -102,27 +111,34 @@ def iou(
     if not 0 <= threshold <= 1:
         raise ValueError(f"expected a threshold from 0 to 1, got {threshold}; it is a share of the map's maximum")
     maps, masks = _fit(maps, masks)
-    highest = maps.amax((2, 3), keepdim=True)
-    marked = maps >= threshold * highest
-    shared, joined = (marked & masks).sum((1, 2, 3)), (marked | masks).sum((1, 2, 3))
-    return _where_defined((shared.double() / joined).where(highest.flatten() > 0, torch.nan), maps, masks)
+    values, inside = maps.flatten(1), masks.flatten(1)
+    highest = values.amax(1, keepdim=True)
+    marked = values >= threshold * highest
+    shared, joined = (marked & inside).sum(1), (marked | inside).sum(1)
+    return _where_defined((shared.double() / joined).where(highest[:, 0] > 0, torch.nan), maps, masks)
 
 
 def max_box_accuracy(
-    maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"], *, iou: float = 0.5
+    maps: Float[Tensor, "b 1 h w"],
+    masks: Shaped[Tensor, "b 1 H W"],
+    *,
+    iou: float = 0.5,
+    thresholds: int | Sequence[float] = 20,
 ) -> Float[Tensor, "b thresholds"]:
-    """1 where the box of the map fits that of the mask, at 20 thresholds: 0, 0.05, ..., 0.95; higher is better.
+    """1 where the box of the map fits that of the mask, at each threshold; higher is better.
 
     The box around the largest connected component (`sightline.maps.boxes`) of the pixels whose value, scaled from the
     map's minimum 0 to its maximum 1, reaches the threshold; it fits if its intersection over union with the box around
     the mask is at least `iou`. MaxBoxAcc is the mean over all images at the best threshold, one for the data set:
     `MaxBoxAccuracy`. Chance: at threshold 0 every map's box is the whole image, so that none scores below the share of
     images whose object's box covers at least `iou` of the image; a flat map has that box at every threshold.
+    `thresholds`: from 0 to 1, or how many in equal steps: 20 are 0, 0.05, ..., 0.95. More of them find a better best
+    one, so compare scores of equal thresholds; published ones have 1000.
 
     The map is resized bilinearly to the mask. An empty mask or a value that is not finite gives NaN.
 
     Raises:
-        ValueError: shapes that do not fit, `iou` not in (0, 1].
+        ValueError: shapes that do not fit (volumes too), `iou` not in (0, 1], no threshold or one outside [0, 1].
 
     Source: Choe et al. 2020 (2001.07437), MaxBoxAcc.
     Differs: 20 thresholds, in the authors' code 1000; there the map has 8 bits, a box is one pixel longer, and the box
@@ -134,10 +150,18 @@ def max_box_accuracy(
     """
     if not 0 < iou <= 1:
         raise ValueError(f"expected an iou above 0 and up to 1, got {iou}; it is the least overlap of a hit")
+    if not isinstance(thresholds, Sequence):
+        check_whole(thresholds=thresholds)
+        thresholds = [step / thresholds for step in range(thresholds)]
+    if not thresholds or not all(0 <= threshold <= 1 for threshold in thresholds):
+        raise ValueError(
+            f"expected thresholds from 0 to 1, at least one, got {thresholds}; they are shares of the range"
+        )
+    check_planes("max_box_accuracy", maps.shape)
     maps, masks = _fit(maps, masks)
     flat = maps.amax((2, 3), keepdim=True) == maps.amin((2, 3), keepdim=True)
     scaled = pixels.normalise(maps).masked_fill(flat, 1.0)
-    found = torch.cat([pixels.boxes(scaled, step / 20) for step in range(20)], 1)
+    found = torch.cat([pixels.boxes(scaled, threshold) for threshold in thresholds], 1)
     wanted = pixels.box_around(masks)
     corners = torch.maximum(found[..., :2], wanted[..., :2]), torch.minimum(found[..., 2:], wanted[..., 2:])
     shared = _areas(*corners)
@@ -145,7 +169,7 @@ def max_box_accuracy(
     return _where_defined((shared >= iou * joined).double(), maps, masks)
 
 
-def mask_auc(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"]) -> Float[Tensor, " b"]:
+def mask_auc(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """Chance that a pixel of the mask has a higher value than one outside, ties half, 0 to 1; higher is better.
 
     The area under the ROC curve of the map as a detector of the mask. Chance: 0.5, which a flat map scores too. The map
@@ -171,7 +195,7 @@ def mask_auc(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"]) -
     return _where_defined((ranks - m * (m + 1) / 2) / (m * others), maps, masks)
 
 
-def point_biserial(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"]) -> Float[Tensor, " b"]:
+def point_biserial(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """Pearson's correlation between the map and the mask as 0 and 1, -1 to 1; higher is better. Chance: 0.
 
     Of the signed map, resized bilinearly to the mask. A flat map, an empty or full mask (a single pixel among them) or
@@ -186,7 +210,7 @@ def point_biserial(maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H 
     tensor([1.])
     """
     maps, masks = _fit(maps, masks)
-    a, b = (x.double().flatten(1) for x in (pixels.normalise(maps), masks))
+    a, b = pixels.normalise(maps.flatten(2)).double().flatten(1), masks.double().flatten(1)
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     return _where_defined((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)), maps, masks)
 
@@ -247,24 +271,25 @@ class PointBiserial(PerImageMean):
     higher_is_better = True
 
 
-def _fit(maps: Tensor, masks: Tensor) -> tuple[Float[Tensor, "b 1 H W"], Bool[Tensor, "b 1 H W"]]:
+def _fit(maps: Tensor, masks: Tensor) -> tuple[Float[Tensor, "b 1 *grid"], Bool[Tensor, "b 1 *grid"]]:
     """Maps of at least 32 bits, resized to the masks, and masks as bool."""
-    if maps.ndim != 4 or masks.ndim != 4 or maps.shape[1] != 1 or masks.shape[:2] != maps.shape[:2]:
+    fits = maps.ndim == masks.ndim in (4, 5) and maps.shape[1] == 1 and masks.shape[:2] == maps.shape[:2]
+    if not fits:
         raise ValueError(
-            f"expected maps and masks of shape (b, 1, h, w), got {tuple(maps.shape)} and {tuple(masks.shape)}; "
-            "score one target at a time"
+            "expected maps and masks of shape (b, 1, h, w), or both (b, 1, d, h, w), got "
+            f"{tuple(maps.shape)} and {tuple(masks.shape)}; score one target at a time"
         )
     if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
         raise ValueError(
             f"expected masks that are bool or 0 and 1, got values up to {masks.max()}; compare them with 0"
         )
     maps = maps.to(wide(maps))
-    return pixels.resize(maps, (masks.shape[2], masks.shape[3])), masks.to(maps.device).bool()
+    return pixels.resize(maps, tuple(masks.shape[2:])), masks.to(maps.device).bool()
 
 
 def _where_defined(scores: Tensor, maps: Tensor, masks: Tensor) -> Tensor:
     """NaN for an empty mask and for a map with a value that is not finite."""
-    defined = maps.isfinite().all((1, 2, 3)) & masks.any((1, 2, 3))
+    defined = maps.isfinite().flatten(1).all(1) & masks.flatten(1).any(1)
     return scores.to(maps.dtype).where(defined.view(-1, *[1] * (scores.ndim - 1)), torch.nan)
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from sightline.checks import check_whole
 from sightline.inference import Output, check_classes, either, forward_call, one_target_each, untouched
 from sightline.metrics.per_image import PerImageMean
 from sightline.metrics.sanity import Explain, Values
@@ -15,7 +16,7 @@ from sightline.metrics.sanity import Explain, Values
 
 def max_sensitivity(
     model: nn.Module,
-    images: Float[Tensor, "b c H W"],
+    images: Float[Tensor, "b c *grid"],
     targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
     explain: Explain,
     *,
@@ -38,6 +39,7 @@ def max_sensitivity(
     >>> max_sensitivity(nn.Identity(), image, torch.tensor([0]), lambda model, images, targets: 0 * images + 1)
     tensor([0.])
     """
+    check_whole(samples=samples, seed=seed)
     if samples < 1 or radius < 0:
         raise ValueError(f"expected at least 1 sample and a radius of at least 0, got {samples} and {radius}")
     generator = torch.Generator().manual_seed(seed)
@@ -52,7 +54,7 @@ def max_sensitivity(
 
 def fooling_rate(
     model: nn.Module,
-    images: Float[Tensor, "b c H W"],
+    images: Float[Tensor, "b c *grid"],
     labels: Int[Tensor, " b"] | Int[Tensor, "b 1"],
     *,
     epsilon: float = 0.03,
@@ -108,7 +110,7 @@ class FoolingRate(PerImageMean):
     higher_is_better = False
 
 
-def _change(maps: Float[Tensor, "b 1 h w"], others: Float[Tensor, "b 1 h w"]) -> Float[Tensor, " b"]:
+def _change(maps: Float[Tensor, "b 1 *cells"], others: Float[Tensor, "b 1 *cells"]) -> Float[Tensor, " b"]:
     """Distance of the maps relative to the first."""
     maps, others = maps.detach(), others.detach()
     change = (others - maps).flatten(1).double().norm(dim=1) / maps.flatten(1).double().norm(dim=1)

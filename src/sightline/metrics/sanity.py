@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sightline import maps as pixels
+from sightline.checks import check_whole
 from sightline.inference import (
     ForwardCall,
     Output,
@@ -27,14 +28,14 @@ from sightline.metrics.per_image import PerImageMean
 
 Order = Literal["cascading", "independent"]
 Explain = Callable[[nn.Module, Tensor, Tensor], Any]
-"""(model, images, targets) -> maps (b, 1, h, w), or a dict of such maps by method."""
+"""(model, images, targets) -> maps (b, 1, h, w) or (b, 1, d, h, w), or a dict of such maps by method."""
 Values = Float[Tensor, " b"] | dict[str, Float[Tensor, " b"]]
 """One value per image, or a dict of them by method where `explain` gives one."""
 
 
 def parameter_randomisation(
     model: nn.Module,
-    images: Float[Tensor, "b c H W"],
+    images: Float[Tensor, "b c *grid"],
     targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
     explain: Explain,
     *,
@@ -80,7 +81,7 @@ def parameter_randomisation(
 
 def randomisation_curve(
     model: nn.Module,
-    images: Float[Tensor, "b c H W"],
+    images: Float[Tensor, "b c *grid"],
     targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
     explain: Explain,
     *,
@@ -105,6 +106,7 @@ def randomisation_curve(
     """
     if order not in get_args(Order):
         raise ValueError(f"expected order to be one of {', '.join(get_args(Order))}; got {order!r}")
+    check_whole(stages=stages, seed=seed)
     if stages < 1:
         raise ValueError(f"expected at least 1 stage, got {stages}")
     one_target_each(targets, len(images))
@@ -127,7 +129,7 @@ def randomisation_curve(
 
 def random_logit(
     model: nn.Module,
-    images: Float[Tensor, "b c H W"],
+    images: Float[Tensor, "b c *grid"],
     targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
     explain: Explain,
     *,
@@ -154,6 +156,7 @@ def random_logit(
     >>> random_logit(model, image, torch.tensor([0]), lambda model, images, targets: model.weight[targets])
     tensor([0.5000])
     """
+    check_whole(seed=seed)
     call = forward_call(images, output, forward_args, forward_kwargs).at(torch.zeros(1, dtype=torch.long))
     classes = either(forward(model, images[:1], call=call)).shape[1]
     check_classes(one_target_each(targets, len(images)), classes)
@@ -165,9 +168,9 @@ def random_logit(
 
 def completeness(
     model: nn.Module,
-    images: Float[Tensor, "b c H W"],
+    images: Float[Tensor, "b c *grid"],
     targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
-    maps: Float[Tensor, "b 1 h w"],
+    maps: Float[Tensor, "b 1 *cells"],
     *,
     fill: Fill = "zero",
     mean: Sequence[float] | None = None,
@@ -204,7 +207,7 @@ def completeness(
     logits = either(raw) * (2 if raw.shape[1] == 1 else 1)
     asked = check_classes(one_target_each(targets, len(images)), logits.shape[1]).to(raw.device)
     full, none = logits.gather(1, asked.repeat(2)[:, None])[:, 0].chunk(2)
-    total = maps.double().sum((1, 2, 3)).to(raw.device)
+    total = maps.double().flatten(1).sum(1).to(raw.device)
     gap = (total - (full - none)).abs() / (total.abs() + (full - none).abs())
     return gap.to(maps)
 
@@ -232,9 +235,9 @@ class Completeness(PerImageMean):
     higher_is_better = None
 
 
-def _similarity(maps: Float[Tensor, "b 1 h w"], others: Float[Tensor, "b 1 _ _"]) -> Float[Tensor, " b"]:
+def _similarity(maps: Float[Tensor, "b 1 *cells"], others: Float[Tensor, "b 1 *other_cells"]) -> Float[Tensor, " b"]:
     """Spearman's rank correlation of the absolute values."""
-    others = pixels.resize(others.to(maps.device), (maps.shape[2], maps.shape[3]))
+    others = pixels.resize(others.to(maps.device), tuple(maps.shape[2:]))
     return rank_correlation(maps.detach().abs(), others.detach().abs())
 
 
@@ -244,7 +247,7 @@ def _shuffled(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _top_down(
-    model: nn.Module, image: Float[Tensor, "1 c H W"], stages: int, call: ForwardCall
+    model: nn.Module, image: Float[Tensor, "1 c *grid"], stages: int, call: ForwardCall
 ) -> dict[str, list[str]]:
     """Names of parameters in at most `stages` groups, from the logits to the input, by first and last module."""
     owned: dict[str, list[str]] = {}

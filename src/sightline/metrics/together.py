@@ -35,12 +35,12 @@ def inputs_of(metric: type[PerImageMean]) -> frozenset[str]:
 
 def measure(
     metrics: Mapping[str, type[PerImageMean]],
-    maps: Mapping[str, Float[Tensor, "b 1 h w"]],
+    maps: Mapping[str, Float[Tensor, "b 1 *cells"]],
     *,
     model: nn.Module | None = None,
-    images: Float[Tensor, "b c H W"] | None = None,
+    images: Float[Tensor, "b c *grid"] | None = None,
     targets: Int[Tensor, " b"] | Int[Tensor, "b 1"] | None = None,
-    masks: Bool[Tensor, "b 1 H W"] | None = None,
+    masks: Bool[Tensor, "b 1 *grid"] | None = None,
     explain: Explain | None = None,
     hiding: Hiding | None = None,
     progress: Progress | None = None,
