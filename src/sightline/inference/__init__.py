@@ -13,7 +13,7 @@ from sightline.inference.outputs import (
     version_of,
     wide,
 )
-from sightline.inference.preserve import exact, untouched
+from sightline.inference.preserve import exact, preserving, untouched
 
 __all__ = [
     "answers",
@@ -23,6 +23,7 @@ __all__ = [
     "forward",
     "logits_of",
     "output_of",
+    "preserving",
     "probabilities_of",
     "run",
     "run_with_link",
