@@ -250,15 +250,13 @@ class _Modules:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.attributes = [(module, type(module), module.training, vars(module).copy()) for module in modules]
-        self.contents: dict[int, Any] = {}
+        values = [value for _, _, _, attributes in self.attributes for value in attributes.values()]
+        self.contents = {id(value): value.copy() for value in values if value.__class__ in _CONTAINERS and value}
+        held = [buffer for *_, attributes in self.attributes for buffer in attributes.get("_buffers", {}).values()]
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for _, _, _, attributes in self.attributes:
-            for value in (*attributes.values(), *attributes.get("_buffers", {}).values()):
-                if type(value) in _CONTAINERS:
-                    if value:
-                        self.contents[id(value)] = value.copy()
-                elif type(value) is Tensor and _is_state(value):
-                    groups.setdefault((value.dtype, value.device), []).append(value)
+        for tensor in (value for value in values + held if value.__class__ is Tensor):
+            if _is_state(tensor):
+                groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         self.buffers = [(tensors, _joined(tensors)) for tensors in groups.values()]
 
     def put_back(self) -> None:
@@ -267,7 +265,7 @@ class _Modules:
         for tensors, joined in self.buffers:
             if not _same_bits(_joined(tensors), joined):
                 for tensor, value in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
-                    if not _same_bits(tensor.detach().reshape(-1), value):
+                    if not _same_bits(tensor.reshape(-1), value):
                         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                             tensor.copy_(value.view_as(tensor))
 
@@ -282,12 +280,9 @@ class _Modules:
             if len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values())):
                 _fill(now, attributes)
             for value in attributes.values():
-                if type(value) in _CONTAINERS:
-                    content = self.contents.get(id(value))
-                    if content is None:
-                        if value:
-                            value.clear()
-                    elif not _same(value, content):
+                if value.__class__ in _CONTAINERS and (value or id(value) in self.contents):
+                    content = self.contents.get(id(value), ())
+                    if not _same(value, content):
                         _fill(value, content)
 
 
@@ -297,7 +292,7 @@ def _is_state(tensor: Tensor) -> bool:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -315,7 +310,9 @@ def _same(one: Any, other: Any) -> bool:
 
 def _fill(container: Any, content: Any) -> None:
     """Make a container hold what another one does."""
-    if isinstance(container, list):
+    if not content:
+        container.clear()
+    elif isinstance(container, list):
         container[:] = content
     elif isinstance(container, set):
         container &= content
