@@ -259,23 +259,17 @@ def _calls(model: nn.Module) -> list[_Call]:
 
         return keep
 
-    handles = [layer.register_forward_hook(keeper(name)) for name, layer in model.named_modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     problem = ""
-    try:
-        with untouched(model), torch.no_grad():
-            for size in (*known, *((side, side) for side in SIDES)):
-                calls.clear()
-                try:
-                    model(torch.zeros(1, channels, *size, device=like.device, dtype=like.dtype))
-                    return calls
-                except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                    problem = problem or str(error).strip().splitlines()[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    with untouched(model), torch.no_grad():  # which takes the hooks off
+        for name, layer in model.named_modules():
+            layer.register_forward_hook(keeper(name))
+        for size in (*known, *((side, side) for side in SIDES)):
+            calls.clear()
+            try:
+                model(torch.zeros(1, channels, *size, device=like.device, dtype=like.dtype))
+                return calls
+            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+                problem = problem or str(error).strip().splitlines()[0]
     raise ValueError(
         f"expected a model that takes images of {channels} channels and {SIDES[0]} or {SIDES[1]} px, "
         f"got {type(model).__name__}, which raises: {problem}"

@@ -135,7 +135,7 @@ class Turn:
 
     def waits_for(self) -> list["Turn"]:
         """Those that must end before this one begins."""
-        return [] if self.is_running else self.blockers
+        return [] if self.is_running else [turn for turn in self.blockers if turn in _LINE]
 
 
 def line() -> list[Turn]:
