@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -252,6 +251,8 @@ def interrupt_at_random(call: Call, times: int, seed: int = 0) -> tuple[int, dic
 
 
 def main() -> None:
+    from measure import save
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every n-th line only; writes nothing")
     parser.add_argument("--signals", type=int, default=500, metavar="N", help="real signals for each call (500)")

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-from measure import save
 from torch import Tensor, nn
 
 import sightline as sl
@@ -156,6 +155,8 @@ ARRANGEMENTS = ("one model", "wrappers of one network", "a model each")
 
 
 def main() -> None:
+    from measure import save
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=200, metavar="N", help="of each method in each thread (200)")
     arguments = parser.parse_args()

@@ -20,6 +20,8 @@ from torch import nn
 import sightline as sl
 from sightline.inference import forward, untouched
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # the type checker draws random numbers of its own
+
 
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_is_left_behind(name):

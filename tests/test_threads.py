@@ -18,12 +18,13 @@ from tests.same import close
 from torch import nn
 
 import sightline as sl
-from sightline.explainers import grad_cam
+from sightline.explainers import Explainer, grad_cam
 from sightline.explainers.evidence import gather
 from sightline.inference import exact, untouched
 from sightline.inference.turns import line
 from sightline.metrics import max_sensitivity
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # the type checker draws random numbers of its own
 SOON = 60.0  # seconds; what takes longer hangs
 
 
@@ -54,12 +55,12 @@ def test_a_model_is_free_for_the_same_thread(images):
     model = small()
     expected = sl.explain(model, images, 1)["grad_cam"]
 
-    def score(output):
-        assert close(expected, sl.explain(model, images, 1)["grad_cam"])
-        assert close(expected, grad_cam(Wrapper(model), images, 1))
-        return output[:, 1]
+    @Explainer
+    def again(images, targets, score):
+        assert close(expected, sl.explain(score.model, images, 1)["grad_cam"])
+        return grad_cam(Wrapper(score.model), images, targets)
 
-    assert close(expected, sl.explain(model, images, score, layer="c2")["grad_cam"])
+    assert close(expected, sl.explain(model, images, 1, [again])["again"])
     sensitivity = max_sensitivity(model, images, torch.tensor([1]), grad_cam, samples=2)
     assert sensitivity.isfinite().all()
 

@@ -260,16 +260,19 @@ def _calls(model: nn.Module) -> list[_Call]:
         return keep
 
     problem = ""
-    with untouched(model), torch.no_grad():  # which takes the hooks off
-        for name, layer in model.named_modules():
-            layer.register_forward_hook(keeper(name))
-        for size in (*known, *((side, side) for side in SIDES)):
-            calls.clear()
-            try:
-                model(torch.zeros(1, channels, *size, device=like.device, dtype=like.dtype))
-                return calls
-            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                problem = problem or str(error).strip().splitlines()[0]
+    with untouched(model), torch.no_grad():
+        handles = [layer.register_forward_hook(keeper(name)) for name, layer in model.named_modules()]
+        try:
+            for size in (*known, *((side, side) for side in SIDES)):
+                calls.clear()
+                try:
+                    model(torch.zeros(1, channels, *size, device=like.device, dtype=like.dtype))
+                    return calls
+                except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+                    problem = problem or str(error).strip().splitlines()[0]
+        finally:
+            for handle in handles:
+                handle.remove()
     raise ValueError(
         f"expected a model that takes images of {channels} channels and {SIDES[0]} or {SIDES[1]} px, "
         f"got {type(model).__name__}, which raises: {problem}"
@@ -326,14 +329,14 @@ def _loops(layer: nn.Module, call: _Call) -> bool:
     """Whether a layer runs all the children it finds, so that one more would be run too."""
     if call.taken is None or not list(layer.children()):
         return False
-    layer.add_module("sightline_probe", _Probe())
-    try:
-        with untouched(layer), torch.no_grad():
+    with untouched(layer), torch.no_grad():
+        layer.add_module("sightline_probe", _Probe())
+        try:
             layer.forward(torch.zeros(call.taken, device=call.device, dtype=call.dtype))
-    except _Seen:
-        return True
-    finally:
-        del layer.sightline_probe
+        except _Seen:
+            return True
+        finally:
+            del layer.sightline_probe
     return False
 
 
