@@ -159,17 +159,15 @@ class Interrupted:
 
     def __init__(self, place: int, folder: str) -> None:
         self.place, self.folder = place, folder
-        self.lines = 0
-        self.where = ""
+        self.lines: list[str] = []
 
     def _enter(self, frame: Any, event: str, argument: Any) -> Any:
         return self._line if frame.f_code.co_filename.startswith(self.folder) else None
 
     def _line(self, frame: Any, event: str, argument: Any) -> Any:
         if event == "line":
-            self.lines += 1
-            if self.lines == self.place:
-                self.where = f"{os.path.relpath(frame.f_code.co_filename, ROOT)}:{frame.f_lineno}"
+            self.lines.append(f"{os.path.relpath(frame.f_code.co_filename, ROOT)}:{frame.f_lineno}")
+            if len(self.lines) == self.place:
                 raise KeyboardInterrupt
         return self._line
 
@@ -196,28 +194,37 @@ def around(name: str) -> AbstractContextManager[Any]:
 
 
 def interrupt_each_line(
-    call: Call, folder: str = ROOT, every: int = 1, surroundings: str = ""
+    call: Call, folder: str = ROOT, every: int = 1, surroundings: str = "", repeated: bool = True
 ) -> tuple[int, int, dict[str, list[str]]]:
-    """Lines of the call, interrupts, and by place what was not as before."""
+    """Lines of the call, interrupts, and by place what was not as before.
+
+    A line that runs again and again is interrupted each time, or, unless `repeated`, the first and the last time.
+    """
     model = restless()
     call(model)
     count = Interrupted(0, folder)
     count.run(lambda: call(model))
+    places = range(1, len(count.lines) + 1, every)
+    if not repeated:
+        first = {where: place for place, where in reversed([*enumerate(count.lines, 1)])}
+        last = {where: place for place, where in enumerate(count.lines, 1)}
+        places = sorted({*first.values(), *last.values()})
     left: dict[str, list[str]] = {}
     interrupts = 0
     with around(surroundings):
         before = everything(model)
-        for place in range(1, count.lines + 1, every):
+        for place in places:
             interrupt = Interrupted(place, folder)
             if interrupt.run(lambda: call(model)):
                 continue  # caches made it shorter
             interrupts += 1
             if changed := differences(before, everything(model)):
-                left[interrupt.where] = changed
-                model = restless()
+                left[interrupt.lines[-1]] = changed
+                with torch.inference_mode(False):
+                    model = restless()
                 turns._LINE.clear()
                 before = everything(model)
-    return count.lines, interrupts, left
+    return len(count.lines), interrupts, left
 
 
 def interrupt_at_random(call: Call, times: int, seed: int = 0) -> tuple[int, dict[str, list[str]]]:

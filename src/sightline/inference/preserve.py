@@ -4,8 +4,9 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
-from functools import wraps
+from functools import partial, wraps
 from io import IOBase
+from itertools import chain, compress
 from operator import call, is_
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -141,8 +142,10 @@ class _Use(Turn):
                 self.modes.put_back()
             if self.kept is not None:
                 self.kept.put_back()
-        finally:
+        except Exception:  # as of a broken GPU; after an interrupt the second call goes on, and others still wait
             self.leave()
+            raise
+        self.leave()
         self.is_over = True
 
 
@@ -250,11 +253,13 @@ class _Modules:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.attributes = [(module, type(module), module.training, vars(module).copy()) for module in modules]
-        values = [value for _, _, _, attributes in self.attributes for value in attributes.values()]
-        self.contents = {id(value): value.copy() for value in values if value.__class__ in _CONTAINERS and value}
-        held = [buffer for *_, attributes in self.attributes for buffer in attributes.get("_buffers", {}).values()]
+        values = [*chain.from_iterable(attributes.values() for *_, attributes in self.attributes)]
+        self.containers = [*compress(values, map(_CONTAINERS.__contains__, map(type, values)))]
+        self.contents = {id(value): (value, value.copy()) for value in compress(self.containers, self.containers)}
+        for module in modules:
+            values += vars(module).get("_buffers", {}).values()
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in (value for value in values + held if value.__class__ is Tensor):
+        for tensor in compress(values, map(partial(is_, Tensor), map(type, values))):
             if _is_state(tensor):
                 groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         self.buffers = [(tensors, _joined(tensors)) for tensors in groups.values()]
@@ -279,11 +284,12 @@ class _Modules:
             now = vars(module)
             if len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values())):
                 _fill(now, attributes)
-            for value in attributes.values():
-                if value.__class__ in _CONTAINERS and (value or id(value) in self.contents):
-                    content = self.contents.get(id(value), ())
-                    if not _same(value, content):
-                        _fill(value, content)
+        for value in compress(self.containers, self.containers):
+            if id(value) not in self.contents:
+                value.clear()
+        for value, content in self.contents.values():
+            if not _same(value, content):
+                _fill(value, content)
 
 
 def _is_state(tensor: Tensor) -> bool:
@@ -310,9 +316,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _fill(container: Any, content: Any) -> None:
     """Make a container hold what another one does."""
-    if not content:
-        container.clear()
-    elif isinstance(container, list):
+    if isinstance(container, list):
         container[:] = content
     elif isinstance(container, set):
         container &= content

@@ -93,15 +93,13 @@ class Turn:
     def leave(self) -> None:
         """Give the modules to the next one; the last of all calls that run puts the random state back."""
         lock()
-        try:
-            if self.is_running and not any(turn.is_running for turn in _LINE if turn is not self):
-                self.random.put_back()
-        finally:
-            self.is_running = False
-            if self in _LINE:
-                _LINE.remove(self)
-            self.over.put(None)
-            unlock()
+        if self.is_running and not any(turn.is_running for turn in _LINE if turn is not self):
+            self.random.put_back()
+        self.is_running = False
+        if self in _LINE:
+            _LINE.remove(self)
+        self.over.put(None)
+        unlock()
 
     def wait(self) -> None:
         """Wait until it is over."""
