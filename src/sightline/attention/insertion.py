@@ -259,11 +259,10 @@ def _calls(model: nn.Module) -> list[_Call]:
 
         return keep
 
-    handles = [layer.register_forward_hook(keeper(name)) for name, layer in model.named_modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     problem = ""
-    try:
-        with untouched(model), torch.no_grad():
+    with untouched(model), torch.no_grad():
+        handles = [layer.register_forward_hook(keeper(name)) for name, layer in model.named_modules()]
+        try:
             for size in (*known, *((side, side) for side in SIDES)):
                 calls.clear()
                 try:
@@ -271,11 +270,9 @@ def _calls(model: nn.Module) -> list[_Call]:
                     return calls
                 except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                     problem = problem or str(error).strip().splitlines()[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        finally:
+            for handle in handles:
+                handle.remove()
     raise ValueError(
         f"expected a model that takes images of {channels} channels and {SIDES[0]} or {SIDES[1]} px, "
         f"got {type(model).__name__}, which raises: {problem}"
@@ -332,14 +329,14 @@ def _loops(layer: nn.Module, call: _Call) -> bool:
     """Whether a layer runs all the children it finds, so that one more would be run too."""
     if call.taken is None or not list(layer.children()):
         return False
-    layer.add_module("sightline_probe", _Probe())
-    try:
-        with untouched(layer), torch.no_grad():
+    with untouched(layer), torch.no_grad():
+        layer.add_module("sightline_probe", _Probe())
+        try:
             layer.forward(torch.zeros(call.taken, device=call.device, dtype=call.dtype))
-    except _Seen:
-        return True
-    finally:
-        del layer.sightline_probe
+        except _Seen:
+            return True
+        finally:
+            del layer.sightline_probe
     return False
 
 

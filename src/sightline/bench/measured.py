@@ -228,14 +228,14 @@ def _similarities(model: nn.Module, images: Tensor) -> list[Tensor]:
             found.append((cosines.sum((1, 2)) - k) / (k * (k - 1)))
 
     blocks = [block for block in model.modules() if isinstance(block, RepresentativeVectors)]
-    handles = [block.register_forward_hook(look) for block in blocks]
-    try:
-        if blocks:
-            with untouched(model), torch.no_grad():
+    with untouched(model), torch.no_grad():
+        handles = [block.register_forward_hook(look) for block in blocks]
+        try:
+            if blocks:
                 model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     return found
 
 

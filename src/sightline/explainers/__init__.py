@@ -54,7 +54,7 @@ from sightline.explainers.relevance import (
 from sightline.explainers.rollout import attention_rollout, gradient_rollout
 from sightline.explainers.scorer import Progress, Targets
 from sightline.explainers.verdicts import Verdict, signs_of, verdicts_of
-from sightline.inference import Output, check_images, exact, forward_call
+from sightline.inference import Output, check_images, forward_call, preserving
 
 __all__ = [
     "EXPLAINERS",
@@ -194,7 +194,7 @@ class Explanation:
         return replace(self, maps=resized)
 
 
-@exact()
+@preserving
 def explain(
     model: nn.Module,
     images: Float[Tensor, "b c *grid"],

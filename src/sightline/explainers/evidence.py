@@ -135,10 +135,11 @@ class Explainer:
         **options: Any,
     ) -> Float[Tensor, "b t *cells"]:
         """Raw map per target, at the layer's own resolution, float32 (float64 where the model computes in it)."""
-        check_images(images)
-        asked = forward_call(images, output, forward_args, forward_kwargs)
-        gathered = gather(model, images, [(layer, self.needs)], targets, asked=asked)
-        return torch.cat([self.map_of(one, **options) for (one,) in gathered.blocks() if one is not None], 1)
+        with untouched(model):
+            check_images(images)
+            asked = forward_call(images, output, forward_args, forward_kwargs)
+            gathered = gather(model, images, [(layer, self.needs)], targets, asked=asked)
+            return torch.cat([self.map_of(one, **options) for (one,) in gathered.blocks() if one is not None], 1)
 
     def map_of(self, evidence: Evidence, **options: Any) -> Float[Tensor, "b t *grid"]:
         """The formula on evidence that is already there.

@@ -16,7 +16,7 @@ from sightline.inference.outputs import (
     run,
     wide,
 )
-from sightline.inference.preserve import exact, untouched
+from sightline.inference.preserve import exact, preserving, untouched
 from sightline.inference.probabilities import version_of
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "forward_call",
     "logits_of",
     "one_target_each",
+    "preserving",
     "probabilities_of",
     "resolve_targets",
     "run",

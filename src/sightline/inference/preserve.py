@@ -1,22 +1,77 @@
-"""Leaves anybody's model, and the state of the process, as they came."""
+"""Leaves anybody's model, and the state of the process, as they came: in every thread, and whatever interrupts."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+from functools import partial, wraps
+from io import IOBase
+from itertools import chain, compress
+from operator import call, is_
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sightline.inference.turns import Random, Turn, line, lock, renew_lock, unlock
 
-@contextmanager
-def untouched(model: nn.Module) -> Generator[nn.Module]:
-    """Run a model in eval mode, then put every module's own train/eval flag and the global random state back.
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 
-    Also after an exception. `torch.compile` (also in place), `DataParallel` and `DistributedDataParallel` are looked
-    through, so that hooks fire and every image of the batch is seen.
+_CONTAINERS = {dict, OrderedDict, list, set}
+_MISSING = object()
+
+
+class Ensured(IOBase, Generic[T]):
+    """A context that ends, though an interrupt may come at any line: while it begins, in its body, or while it ends.
+
+    `end` is called twice; the second time it goes on where an interrupt stopped it. Before the first line of an
+    `__exit__` written in Python an interrupt would skip all of it. That of IOBase is written in C, as is `close` of a
+    generator, which goes on inside the two `finally`.
+    """
+
+    def __init__(self, begin: Callable[[], T], end: Callable[[], None]) -> None:
+        super().__init__()
+        self._steps = _steps(begin, end)
+        self.close = self._steps.close
+
+    def __enter__(self) -> T:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            return next(self._steps)
+        except BaseException:
+            self._steps.close()
+            raise
+
+
+def _steps(begin: Callable[[], T], end: Callable[[], None]) -> Generator[T]:
+    try:
+        try:
+            yield begin()
+        finally:
+            end()
+    finally:
+        end()
+
+
+def untouched(model: nn.Module) -> Ensured[nn.Module]:
+    """Run a model in eval mode, then put back all that a forward, a hook or an exception may have changed in it.
+
+    That is: the train/eval flag of every module, its attributes and what is in lists, dicts and sets among them (hooks,
+    children), the values of its buffers; the random state of PyTorch, NumPy and Python; gradient, inference and
+    autocast mode and whatever else `torch` keeps for a thread. It is put back after an exception, too, also after a
+    KeyboardInterrupt in the midst of it. Parameters that a forward changes in place are not.
+
+    One thread at a time is in such a context with a model, or with one that shares a module with it. The others wait.
+    In a context with the same model inside this one flags and random state alone are put back.
+
+    `torch.compile` (also in place), `DataParallel` and `DistributedDataParallel` are looked through, so that hooks fire
+    and every image of the batch is seen.
 
     Raises:
         TypeError: the model is no module.
+        RuntimeError: two threads, each in a context with a model that the other one asks for.
 
     >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3).eval())
     >>> with untouched(model) as m:
@@ -29,42 +84,265 @@ def untouched(model: nn.Module) -> Generator[nn.Module]:
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # pyright: ignore[reportAssignmentType]
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
-    flags = [(module, module.training) for module in model.modules()]
-    in_place = [module for module in model.modules() if module.__dict__.get("_compiled_call_impl")]
-    calls = [module.__dict__["_compiled_call_impl"] for module in in_place]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})):
-        try:
-            for module, training in flags:  # eval() may be the model's own, and do more, as merging weights
-                if training:
-                    module.training = False
-            for module in in_place:
-                del module.__dict__["_compiled_call_impl"]  # that of the class is None
-            yield model
-        finally:
-            for module, call in zip(in_place, calls, strict=True):
-                module.__dict__["_compiled_call_impl"] = call
-            for module, training in flags:
-                if module.training != training:
-                    module.training = training
+    here = threading.get_ident()
+    outer = (turn for turn in line() if turn.thread == here and turn.is_running and id(model) in turn.ids)
+    use = _Use(model) if next(outer, None) is None else _Again(model)
+    return Ensured(use.begin, use.end)
 
 
-@contextmanager
-def exact() -> Generator[None]:
+def exact() -> Ensured[None]:
     """Convolutions of a GPU in full 32 bits instead of TF32, as on a CPU, unless the user has set their precision.
 
     TF32, which PyTorch takes by default, keeps 10 bits: enough for an answer, not for the small differences that a
-    gradient or a relevance is made of.
+    gradient or a relevance is made of. The setting is the process's: it is put back when no thread needs it any more.
     """
-    flags = torch.backends.cudnn
+    use = _Exact()
+    return Ensured(use.begin, use.end)
+
+
+def preserving(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function of a model so that all of it runs in `untouched` and `exact`."""
+
+    @wraps(function)
+    def preserved(*args: P.args, **kwargs: P.kwargs) -> R:
+        model: Any = args[0] if args else kwargs["model"]
+        with untouched(model), exact():
+            return function(*args, **kwargs)
+
+    return preserved
+
+
+class _Use(Turn):
+    """All of what `untouched` says."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = [*model.modules()]
+        super().__init__(self.modules)
+        self.modes: _Modes | None = None
+        self.kept: _Modules | None = None
+        self.is_over = False
+
+    def begin(self) -> nn.Module:
+        self.take()
+        self.modes = _Modes()
+        self.modes.leave_inference()
+        self.kept = _Modules(self.modules)
+        for module in self.modules:
+            if module.training:  # eval() may be the model's own, and do more, as merging weights
+                module.training = False
+            vars(module).pop("_compiled_call_impl", None)  # that of the class is None
+        return self.model
+
+    def end(self) -> None:
+        if self.is_over:
+            return
+        try:
+            if self.modes is not None:
+                self.modes.put_back()
+            if self.kept is not None:
+                self.kept.put_back()
+        except Exception:  # as of a broken GPU; after an interrupt the second call goes on, and others still wait
+            self.leave()
+            raise
+        self.leave()
+        self.is_over = True
+
+
+class _Again:
+    """The same inside another such context with the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.training: list[nn.Module] = []
+        self.random: Random | None = None
+
+    def begin(self) -> nn.Module:
+        self.random = Random()
+        self.training = [module for module in self.model.modules() if module.training]
+        for module in self.training:
+            module.training = False
+        return self.model
+
+    def end(self) -> None:
+        for module in self.training:
+            module.training = True
+        if self.random is not None:
+            self.random.put_back()
+        self.random = None
+
+
+class _Exact:
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.rounded = False
+
+    def begin(self) -> None:
+        lock()
+        self.rounded = _EXACT[0].rounded if _EXACT else _rounds()
+        _EXACT.append(self)
+        if self.rounded:
+            torch.backends.cudnn.allow_tf32 = False
+        unlock()
+
+    def end(self) -> None:
+        lock()
+        if self in _EXACT:
+            _EXACT.remove(self)
+        if self.rounded and not _EXACT:
+            torch.backends.cudnn.allow_tf32 = True
+        self.rounded = False
+        unlock()
+
+
+_EXACT: list[_Exact] = []
+
+
+def _rounds() -> bool:
     try:
-        rounded = flags.allow_tf32
+        return torch.backends.cudnn.allow_tf32
     except RuntimeError:  # cannot be read where it was set by its newer names, `fp32_precision`
-        rounded = False
-    if rounded:
-        flags.allow_tf32 = False
-    try:
-        yield
-    finally:
-        if rounded:
-            flags.allow_tf32 = True
+        return False
+
+
+class _Modes:
+    """What PyTorch keeps for each thread."""
+
+    def __init__(self) -> None:
+        self.gradients = torch.is_grad_enabled()
+        kinds = ("cpu", "cuda")
+        self.autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+        self.cache = torch.is_autocast_cache_enabled()
+        self.nesting = _autocast_nesting()
+        self.functions = torch._C._len_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
+        self.dispatches = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
+        self.inference: Any = None
+
+    def leave_inference(self) -> None:
+        """Switch inference mode off: what is computed in it has no gradient."""
+        if torch.is_inference_mode_enabled():
+            self.inference = torch._C._InferenceMode(False)  # pyright: ignore[reportPrivateUsage]
+            self.inference.__enter__()
+            torch.set_grad_enabled(self.gradients)
+
+    def put_back(self) -> None:
+        while torch._C._len_torch_function_stack() > self.functions:  # pyright: ignore[reportPrivateUsage]
+            torch._C._pop_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
+        while torch._C._len_torch_dispatch_stack() > self.dispatches:  # pyright: ignore[reportPrivateUsage]
+            torch._C._pop_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
+        if self.inference is not None:
+            self.inference.__exit__(None, None, None)
+        if torch.is_grad_enabled() != self.gradients:
+            torch.set_grad_enabled(self.gradients)
+        for kind, (enabled, dtype) in self.autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(self.cache)
+        for _ in range(_autocast_nesting() - self.nesting):
+            torch.autocast_decrement_nesting()
+
+
+def _autocast_nesting() -> int:
+    # One step up and one down, which tells the level; unpacking a map, no interrupt comes between the two.
+    _, level = map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
+    return level
+
+
+class _Modules:
+    """Attributes of modules, what is in containers among them, and values of their buffers."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.attributes = [(module, type(module), module.training, vars(module).copy()) for module in modules]
+        values = [*chain.from_iterable(attributes.values() for *_, attributes in self.attributes)]
+        self.containers = [*compress(values, map(_CONTAINERS.__contains__, map(type, values)))]
+        self.contents = {id(value): (value, value.copy()) for value in compress(self.containers, self.containers)}
+        for module in modules:
+            values += vars(module).get("_buffers", {}).values()
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in compress(values, map(partial(is_, Tensor), map(type, values))):
+            if _is_state(tensor):
+                groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        self.buffers = [(tensors, _joined(tensors)) for tensors in groups.values()]
+
+    def put_back(self) -> None:
+        """Change only what was changed: another thread may be using the model on its own."""
+        self.put_back_attributes()
+        for tensors, joined in self.buffers:
+            if not _same_bits(_joined(tensors), joined):
+                for tensor, value in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
+                    if not _same_bits(tensor.reshape(-1), value):
+                        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                            tensor.copy_(value.view_as(tensor))
+
+    def put_back_attributes(self) -> None:
+        """All but the values of buffers."""
+        for module, kind, training, attributes in self.attributes:
+            if type(module) is not kind:
+                continue  # its first forward has made another of it, as it does of nn.LazyLinear
+            if module.training != training:  # TorchScript does not keep it among the attributes
+                module.training = training
+            now = vars(module)
+            if len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values())):
+                _fill(now, attributes)
+        for value in compress(self.containers, self.containers):
+            if id(value) not in self.contents:
+                value.clear()
+        for value, content in self.contents.values():
+            if not _same(value, content):
+                _fill(value, content)
+
+
+def _is_state(tensor: Tensor) -> bool:
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
+    return plain and not tensor.requires_grad
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.view(torch.uint8))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two containers of a kind hold the very same things in the same order."""
+    if len(one) != len(other):
+        return False
+    if isinstance(one, dict):
+        return all(map(is_, one, other)) and all(map(is_, one.values(), other.values()))
+    return one == other if isinstance(one, set) else all(map(is_, one, other))
+
+
+def _fill(container: Any, content: Any) -> None:
+    """Make a container hold what another one does."""
+    if isinstance(container, list):
+        container[:] = content
+    elif isinstance(container, set):
+        container &= content
+        container |= content
+    else:
+        for key in [key for key in container if key not in content]:
+            del container[key]
+        for key, value in content.items():
+            if container.get(key, _MISSING) is not value:
+                container[key] = value
+        if [*container] != [*content]:  # hooks are called in this order
+            for key in content:
+                container[key] = container.pop(key)
+
+
+def _forget_other_threads() -> None:
+    """In a forked process: end what threads have begun that exist in the parent alone."""
+    renew_lock()
+    here = threading.get_ident()
+    for use in (turn for turn in line() if turn.thread != here):
+        if isinstance(use, _Use) and use.kept is not None:
+            use.kept.put_back_attributes()  # of the values nothing: large tensors are compared by threads, too
+        use.leave()
+    for use in [use for use in _EXACT if use.thread != here]:
+        use.end()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)

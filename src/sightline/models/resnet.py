@@ -129,12 +129,12 @@ def _check(model: nn.Module, stages: dict[str, nn.Module]) -> None:
                 f"{tuple(inputs[0].shape[2:])} into {tuple(output.shape[2:])}; leave high_resolution out"
             )
 
-    handles = [stage.register_forward_hook(hook) for stage in stages.values()]
     like = next(model.parameters())
     channels = next(layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    try:
-        with untouched(model), torch.no_grad():
+    with untouched(model), torch.no_grad():
+        handles = [stage.register_forward_hook(hook) for stage in stages.values()]
+        try:
             model(torch.zeros(1, channels, 64, 64, device=like.device, dtype=like.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,139 @@
+"""What all threads share: the models, at which they take turns, and the random state."""
+
+import random
+import threading
+from collections.abc import Iterable
+from queue import Empty, SimpleQueue
+
+import numpy as np
+import torch
+from torch import nn
+
+_LINE: list["Turn"] = []
+"""Calls that use a model or wait for it, in the order in which they came."""
+_LOCK = threading.RLock()
+_PATIENCE = 1.0  # seconds after which a waiting thread looks again, whatever it was told
+
+
+def lock() -> None:
+    """Keep other threads from looking at what is shared, until `unlock`."""
+    _LOCK.acquire()
+
+
+def unlock() -> None:
+    """Let go, also of what an interrupt kept this thread from letting go before."""
+    try:
+        while True:
+            _LOCK.release()
+    except RuntimeError:  # it is no longer this thread's
+        pass
+
+
+def renew_lock() -> None:
+    """In a forked process, where the thread that held the lock does not exist."""
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+class Random:
+    """State of the random numbers of PyTorch, NumPy and Python."""
+
+    def __init__(self) -> None:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        self.torch = torch.get_rng_state()
+        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+        self.numpy = np.random.get_state(legacy=False)
+        self.python = random.getstate()
+
+    def put_back(self) -> None:
+        """Make it the present state."""
+        torch.set_rng_state(self.torch)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+
+class Turn:
+    """One call's turn at the modules of a model.
+
+    Calls that share a module take turns, in the order in which they came, unless they are of the same thread. A thread
+    that has a turn and asks for another waits only for those who have theirs: nobody who waits can wait for itself.
+    """
+
+    random: Random
+    """As it was before the first of the calls that now run at the same time."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.thread = threading.get_ident()
+        self.ids = frozenset(map(id, modules))
+        self.is_running = False
+        self.blockers: list[Turn] = []
+        self.over: SimpleQueue[None] = SimpleQueue()
+
+    def take(self) -> None:
+        """Wait until no other thread uses one of the modules.
+
+        Raises:
+            RuntimeError: that would last forever: the other thread waits for a model that this one uses.
+        """
+        _LINE.append(self)
+        while not self.is_running:
+            lock()
+            self.blockers = self._blockers()
+            if self.blockers:
+                self._check_end()
+            else:
+                self.random = next((turn.random for turn in _LINE if turn.is_running), None) or Random()
+                self.is_running = True
+            unlock()
+            if not self.is_running:
+                self.blockers[0].wait()
+
+    def leave(self) -> None:
+        """Give the modules to the next one; the last of all calls that run puts the random state back."""
+        lock()
+        if self.is_running and not any(turn.is_running for turn in _LINE if turn is not self):
+            self.random.put_back()
+        self.is_running = False
+        if self in _LINE:
+            _LINE.remove(self)
+        self.over.put(None)
+        unlock()
+
+    def wait(self) -> None:
+        """Wait until it is over."""
+        try:
+            self.over.get(timeout=_PATIENCE)
+        except Empty:
+            return
+        self.over.put(None)  # for whoever else waits
+
+    def _blockers(self) -> list["Turn"]:
+        has_turn = any(turn.is_running for turn in _LINE if turn.thread == self.thread)
+        before = set[Turn]() if has_turn else set(_LINE[: _LINE.index(self)])
+        return [
+            turn
+            for turn in _LINE
+            if turn.thread != self.thread and (turn.is_running or turn in before) and not turn.ids.isdisjoint(self.ids)
+        ]
+
+    def _check_end(self) -> None:
+        """See that no chain of threads that wait for one another leads back to this one."""
+        threads = {turn.thread for turn in self.blockers}
+        while more := {b.thread for turn in _LINE if turn.thread in threads for b in turn.waits_for()} - threads:
+            threads |= more
+        if self.thread in threads:
+            raise RuntimeError(
+                "expected threads that use one model inside a call with another to take them in one order, got two "
+                "that wait for each other; use one model after the other"
+            )
+
+    def waits_for(self) -> list["Turn"]:
+        """Those that must end before this one begins."""
+        return [] if self.is_running else [turn for turn in self.blockers if turn in _LINE]
+
+
+def line() -> list[Turn]:
+    """Calls that use a model or wait for it."""
+    return [*_LINE]
