@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 def hidden_width(channels: int, reduction: int) -> int:
-    """Channels of a bottleneck, rounded down: `channels` need not be divisible by `reduction`.
+    """Channels of a bottleneck: `channels // reduction`, at least 1.
 
     Raises:
-        ValueError: `reduction` below 1 or above `channels`.
+        ValueError: `reduction` below 1.
 
-    >>> hidden_width(100, 16)
-    6
+    >>> hidden_width(100, 16), hidden_width(8, 16)
+    (6, 1)
     """
-    if not 1 <= reduction <= channels:
-        raise ValueError(f"expected reduction between 1 and the {channels} channels, got {reduction}; choose another")
-    return channels // reduction
+    if reduction < 1:
+        raise ValueError(f"expected a reduction of 1 or more, got {reduction}; 16 is usual")
+    return max(1, channels // reduction)
 
 
 def zero(layer: nn.Module) -> None:
