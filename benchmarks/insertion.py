@@ -33,7 +33,7 @@ POOLING = ("ltpa", "brnpa", "bap", "bilinear", "mil", "hard", "gap", "gem")
 OPTIONS: dict[str, dict[str, Any]] = {"bilinear": {"project": 8}}  # all pairs of 2,048 channels are 4 million numbers
 EVERY_BLOCK, CLASSES = 3, (1, 2, 1000)
 ONE_OF_A_KIND = ("cbam", "bam", "brnpa")  # with the other numbers of classes
-SMALLER = {(3, 128, 160): (3, 64, 96), (3, 192, 224): (3, 128, 160)}
+SMALLER: dict[tuple[int, ...], tuple[int, ...]] = {(3, 128, 160): (3, 64, 96), (3, 192, 224): (3, 128, 160)}
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -43,9 +43,11 @@ def lively(model: nn.Module) -> nn.Module:
         if parameter.unique().numel() == 1 and parameter.numel() > 0:
             parameter.data.uniform_(0.5, 1.5, generator=generator)
     for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
-            layer.running_mean.normal_(0, 0.1, generator=generator)
-            layer.running_var.uniform_(0.5, 1.5, generator=generator)
+        for name, buffer in layer.named_buffers(recurse=False):
+            if name == "running_mean":
+                buffer.normal_(0, 0.1, generator=generator)
+            if name == "running_var":
+                buffer.uniform_(0.5, 1.5, generator=generator)
     return model.eval()
 
 
@@ -53,10 +55,11 @@ def narrow(model: nn.Module) -> nn.Module:
     """The heads of VGG and AlexNet with 64 units for 4,096: a hundred million weights less."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and 4096 in (layer.in_features, layer.out_features):
-            new: nn.Module = nn.Linear(*(64 if n == 4096 else n for n in (layer.in_features, layer.out_features)))
+            taken, given = (64 if n == 4096 else n for n in (layer.in_features, layer.out_features))
+            new: nn.Module = nn.Linear(taken, given)
         elif isinstance(layer, nn.Conv2d) and 4096 in (layer.in_channels, layer.out_channels):
-            channels = (64 if n == 4096 else n for n in (layer.in_channels, layer.out_channels))
-            new = nn.Conv2d(*channels, layer.kernel_size)
+            taken, given = (64 if n == 4096 else n for n in (layer.in_channels, layer.out_channels))
+            new = nn.Conv2d(taken, given, layer.kernel_size)  # pyright: ignore[reportArgumentType]
         else:
             continue
         parent, _, child = name.rpartition(".")
@@ -78,12 +81,12 @@ class Judge:
         self.state = {name: value.clone() for name, value in self.model.state_dict().items()}
         with torch.no_grad():
             self.logits = self.model(self.images)
-        self.model.default_cfg = {"input_size": size}  # what `insert` tries first: small is quick
+        vars(self.model)["default_cfg"] = {"input_size": size}  # what `insert` tries first: small is quick
         if self.logits.shape != (2, classes) or not self.logits.isfinite().all():
             raise RuntimeError(f"{network.name}: logits {tuple(self.logits.shape)}, finite: {self.logits.isfinite()}")
 
     def verdict(self, block: str) -> str:
-        """"right", "refused: reason" or "wrong: reason"."""
+        """Right, "refused: reason" or "wrong: reason"."""
         verdict = ""
         for seed in range(6):
             torch.manual_seed(seed)
@@ -193,13 +196,15 @@ class _Run:
         try:
             logits = inserted(images)
             weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
-            gradients = torch.autograd.grad((logits * weights).sum(), list(outputs.values()), allow_unused=True)
+            gradients = torch.autograd.grad((logits * weights).sum(), list(outputs.values()), materialize_grads=True)
         finally:
             for handle in handles:
                 handle.remove()
         self.logits = logits.detach()
         self.without_gradient = [
-            name for name, gradient in zip(outputs, gradients, strict=True) if gradient is None or not gradient.any()
+            name
+            for name, gradient in zip(outputs, gradients, strict=True)
+            if not gradient.any()
         ]
 
 
@@ -217,7 +222,10 @@ def rows_of(network: Network) -> list[dict[str, Any]]:
     for classes in (EVERY_BLOCK, *CLASSES):
         judge = Judge(network, classes)
         blocks = (*GATING, *POOLING) if classes == EVERY_BLOCK else ONE_OF_A_KIND
-        rows += [{"network": network.name, "classes": classes, "block": block, "is": judge.verdict(block)} for block in blocks]
+        rows += [
+            {"network": network.name, "classes": classes, "block": block, "is": judge.verdict(block)}
+            for block in blocks
+        ]
     bad = [row for row in rows if row["is"] != "right"]
     print(f"{network.name:28} {len(rows) - len(bad):3} right  {time.perf_counter() - start:6.1f} s", flush=True)
     for row in bad:
@@ -228,11 +236,12 @@ def rows_of(network: Network) -> list[dict[str, Any]]:
 def networks() -> list[Network]:
     """Classifiers of images; torchvision's carry its name."""
     torchvision = [network for network in torchvision_networks() if len(network.size) == 3]
-    return timm_networks() + [network._replace(name=f"torchvision:{network.name}") for network in torchvision]
+    image = [network for network in timm_networks() if len(network.size) == 3]
+    return image + [network._replace(name=f"torchvision:{network.name}") for network in torchvision]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", help="networks whose name holds one of these")
     parser.add_argument("--missing", action="store_true", help="only networks that the results lack")
     arguments = parser.parse_args()

@@ -9,7 +9,7 @@ then has the block. A layer that loops over its children (a dense block) must no
 import copy
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, get_args
@@ -250,7 +250,9 @@ def _maker(block: Block, options: dict[str, Any]) -> tuple[str, Callable[..., nn
 def _place(trace: Trace, call: Call, pooling: bool) -> _Place:
     name = call.name
     if not (call.given is not None and call.given.is_map) and not (pooling and call.takes_map):
-        raise ValueError(f"expected a layer that yields (b, c, h, w), got {call.kind} from {name!r}; name another layer")
+        raise ValueError(
+            f"expected a layer that yields (b, c, h, w), got {call.kind} from {name!r}; name another layer"
+        )
     before = pooling and call.takes_map and not call.gives_map
     while not before and type(call.layer).forward is nn.Sequential.forward:
         last = [other for other in trace.calls if other.layer is list(call.layer.children())[-1]]
@@ -378,7 +380,7 @@ def _fit(
 
 
 @contextmanager
-def _watched(model: nn.Module, blocks: list[nn.Module], behind: set[str], runs: list[nn.Module]) -> Iterator[None]:
+def _watched(model: nn.Module, blocks: list[nn.Module], behind: set[str], runs: list[nn.Module]) -> Generator[None]:
     def count(block: nn.Module, inputs: Any, output: Any) -> None:
         runs.append(block)
 
@@ -429,7 +431,7 @@ def _remade(name: str, layer: nn.Module, channels: int) -> nn.Module:
                 f"expected linear, convolution or normalization layers behind the pooling, got {type(layer).__name__} "
                 f"of {layer.groups} groups at {name!r}; name another place or write the head yourself"
             )
-        shape = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+        shape: Any = layer.kernel_size, layer.stride, layer.padding, layer.dilation
         new = nn.Conv2d(channels, layer.out_channels, *shape, bias="bias" in dict(layer.named_parameters()), **to)
     else:
         new = copy.deepcopy(layer)

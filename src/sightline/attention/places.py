@@ -109,12 +109,12 @@ class _Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note where its results come from."""
-        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        taken = _tensors((args, kwargs))
         axes = [self._axes.get(_geometry(tensor)) for tensor in taken]
         shapes = [tensor.shape for tensor in taken]
         storages = {_storage(tensor) for tensor in taken}
         result = func(*args, **kwargs or {})
-        given = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        given = _tensors(result)
         written = {
             _storage(tensor)
             for argument, tensor in zip(func._schema.arguments, args, strict=False)
@@ -154,8 +154,12 @@ class _Flow(TorchDispatchMode):
         return on_path, trunk
 
 
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.numel()]
+
+
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage().data_ptr()
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:
@@ -252,7 +256,7 @@ class Trace:
             for handle in handles:
                 handle.remove()
         self.shapes = shapes_of(result)
-        numbers = [flow.value(leaf).number for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        numbers = [flow.value(leaf).number for leaf in _tensors(result)]
         self.on_path, self._trunk = flow.ways_to(max((number for number in numbers if number is not None), default=0))
         self._convolved = flow.convolved
         runs = Counter(call.name for call in self.calls)
@@ -314,7 +318,6 @@ class Trace:
             and call.gives_map
             and _number(call.given) in self._trunk
             and call.given != call.taken  # it does not just hand it on
-            and "attention" not in call.name.split(".")
         ]
 
     def _weights_behind(self, call: Call) -> list[Call]:
@@ -332,15 +335,14 @@ class Trace:
         if not maps:
             return None
         first, *others = self._weights_behind(maps[-1])
-        by_position = getattr(first.layer, "kernel_size", None) == (1, 1)
-        logits = by_position and not others and _number(first.taken) == _number(maps[-1].given)
-        reads = logits or first.takes_one_position or first.makes_one_position
+        reads = first.takes_one_position or first.makes_one_position
+        if getattr(first.layer, "kernel_size", None) == (1, 1) and not others:  # logits of each position, then pooled
+            pooled = all(shape[2:].numel() == 1 for shape in self.shapes)
+            reads = reads or (pooled and _number(first.taken) == _number(maps[-1].given))
         return maps[-1] if reads and all(call.takes_one_position for call in others) else None
 
     def _pool_behind(self, features: Call) -> Call | None:
-        pools = (
-            call for call in reversed(self.calls) if call.pools and _number(call.taken) == _number(features.given)
-        )
+        pools = (call for call in reversed(self.calls) if call.pools and _number(call.taken) == _number(features.given))
         return next((call for call in pools if call.name in self._once), None)
 
     def _branch_ends(self) -> list[Call]:
@@ -365,15 +367,16 @@ class Trace:
             return own
         units = [call for call in maps if not _shrinks(call)]
         names = {call.name for call in units}
-        last: dict[torch.Size, Call] = {}
+        last: dict[tuple[int, ...], Call] = {}
         for call in units:
-            side = call.given.shape[2:]
+            side = () if call.given is None else tuple(call.given.shape[2:])
             behind_blocks = side in last and last[side].name in deep and call.name not in deep
             starts = side not in last and next(call.layer.parameters(), None) is None
             if not (behind_blocks or starts or any(_is_inside(call.name, unit) for unit in names)):
                 last[side] = call
         stages = list(last.values())
-        if features is None and maps and self._weights_behind(maps[-1]) and not any(c.name in deep for c in stages):
+        before = self.calls[: self.calls.index(maps[-1]) + 1] if maps else []
+        if features is None and sum(isinstance(call.layer, nn.Conv2d) for call in before) == 1:
             return []  # nothing but the patches of a transformer
         return stages[next((index for index, call in enumerate(stages) if call.name in deep), 0) :]
 
@@ -384,9 +387,9 @@ def _number(value: Value | None) -> int | None:
 
 def _shrinks(call: Call) -> bool:
     """Whether a layer made of layers more than halves the resolution."""
-    if not list(call.layer.children()) or call.given is None:
+    if call.taken is None or call.given is None or not call.takes_map or not list(call.layer.children()):
         return False
-    return call.taken is not None and call.takes_map and call.taken.shape[2] > 2 * call.given.shape[2]
+    return call.taken.shape[2] > 2 * call.given.shape[2]
 
 
 def _is_inside(name: str, other: str) -> bool:
