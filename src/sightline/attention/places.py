@@ -25,6 +25,7 @@ CHANNELS_FIRST, CHANNELS_LAST = (2, 3), (1, 2)
 WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _OF_MAPS = ("conv", "pool2d", "batch_norm", "group_norm", "upsample", "pixel_")
 _OF_TOKENS = ("mm", "attention")
+_MIXING = ("conv", "mm", "norm", "pool", "attention", "cat", "mean", "sum")
 _OF_SHAPE = ("view", "reshape", "squeeze")
 
 
@@ -95,6 +96,7 @@ class _Flow(TorchDispatchMode):
         super().__init__()
         self.parents: list[set[int]] = [set()]
         self.convolved = [False]
+        self._names = [""]
         self._numbers = {_storage(images): 0}
         self._axes: dict[tuple[Any, ...], tuple[int, int]] = {}
 
@@ -125,6 +127,7 @@ class _Flow(TorchDispatchMode):
         fresh = ({_storage(tensor) for tensor in given} - storages) | written
         if parents and fresh:
             self.parents.append(parents)
+            self._names.append(name)
             self.convolved.append("conv" in name or any(self.convolved[parent] for parent in parents))
         for storage in fresh:
             if parents:
@@ -138,6 +141,20 @@ class _Flow(TorchDispatchMode):
             else:
                 self._axes[_geometry(tensor)] = after
         return result
+
+    def is_branch_end(self, number: int) -> bool:
+        """Whether a value, or what factors make of it, is added to one that does not come from it."""
+        branch, descendants = {number}, {number}
+        for later in range(number + 1, len(self.parents)):
+            parents, name = self.parents[later], self._names[later]
+            if not parents & descendants:
+                continue
+            if parents & branch and name in ("add", "add_") and parents - descendants:
+                return True
+            descendants.add(later)
+            if parents & branch and not any(word in name for word in _MIXING):
+                branch.add(later)
+        return False
 
     def ways_to(self, end: int) -> tuple[set[int], set[int]]:
         """Numbers on the ways from the images to `end`, and those that no way leads around."""
@@ -258,7 +275,7 @@ class Trace:
         self.shapes = shapes_of(result)
         numbers = [flow.value(leaf).number for leaf in _tensors(result)]
         self.on_path, self._trunk = flow.ways_to(max((number for number in numbers if number is not None), default=0))
-        self._convolved = flow.convolved
+        self._flow = flow
         runs = Counter(call.name for call in self.calls)
         self._once = {name for name, count in runs.items() if count == 1}
 
@@ -307,7 +324,7 @@ class Trace:
         value = call.given
         if value is None or value.number is None or value.axes != CHANNELS_FIRST or not value.is_map:
             return False
-        return call.name in self._once and value.number in self.on_path and self._convolved[value.number]
+        return call.name in self._once and value.number in self.on_path and self._flow.convolved[value.number]
 
     def _maps(self) -> list[Call]:
         """Runs that yield features of several positions, which all that comes later is made of."""
@@ -349,8 +366,9 @@ class Trace:
         found = {call.name: (index, call) for index, call in enumerate(self.calls) if self._is_features(call)}
         order = {name: index for name, (index, _) in found.items()}
         ends = (_branch_end(call.name, call.layer, order) for call in self.calls)
-        names = dict.fromkeys(end for end in ends if end in found)
-        return [call for name, _ in self.model.named_modules() if name in names for call in [found[name][1]]]
+        names = {end for end in ends if end in found}
+        calls = [found[name][1] for name, _ in self.model.named_modules() if name in names]
+        return [call for call in calls if self._flow.is_branch_end(_number(call.given) or 0)]
 
     def _stages(self) -> list[Call]:
         """A ResNet's stages; else, for each resolution of the features, the last unit made of blocks, or the last one.
