@@ -1,8 +1,9 @@
 """Every block put into one network of each convolutional family of timm and torchvision: right, refused, or wrong?
 
-    python benchmarks/insertion.py              all networks: results/insertion.json and the table of docs/attention.md
-    python benchmarks/insertion.py --missing    only networks that the JSON file lacks: goes on where a run was stopped
-    python benchmarks/insertion.py vgg11 dla    these again (families or names), keeps the rows of the others
+    python benchmarks/insertion.py              all networks: results/insertion.json
+    python benchmarks/insertion.py --missing    only what the JSON file lacks: goes on where a run was stopped
+    python benchmarks/insertion.py vgg11 dla    these again, keeps the rows of the others
+    python benchmarks/insertion.py --quick      one or two blocks of each kind, in a third of the time
 
 The judge knows nothing about how places are chosen. A gating block is right if the logits keep every bit, each block
 sees features (not the image) of the image's proportions, runs once and gets a gradient. A pooling is right if the
@@ -14,7 +15,7 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,8 +32,11 @@ GATING = (
 )
 POOLING = ("ltpa", "brnpa", "bap", "bilinear", "mil", "hard", "gap", "gem")
 OPTIONS: dict[str, dict[str, Any]] = {"bilinear": {"project": 8}}  # all pairs of 2,048 channels are 4 million numbers
-EVERY_BLOCK, CLASSES = 3, (1, 2, 1000)
-ONE_OF_A_KIND = ("cbam", "bam", "brnpa")  # with the other numbers of classes
+KINDS = ("cbam", "bam", "brnpa")
+# Three classes, because images have three channels.
+QUICK = {3: ("cbam", "bam", "brnpa", "gem"), 1: ("brnpa",), 2: ("brnpa",), 1000: ("cbam", "brnpa")}
+EVERYTHING = {3: (*GATING, *POOLING), 1: KINDS, 2: KINDS, 1000: KINDS}
+Row = dict[str, Any]
 SMALLER: dict[tuple[int, ...], tuple[int, ...]] = {(3, 128, 160): (3, 64, 96), (3, 192, 224): (3, 128, 160)}
 
 
@@ -201,11 +205,7 @@ class _Run:
             for handle in handles:
                 handle.remove()
         self.logits = logits.detach()
-        self.without_gradient = [
-            name
-            for name, gradient in zip(outputs, gradients, strict=True)
-            if not gradient.any()
-        ]
+        self.without_gradient = [name for name, gradient in zip(outputs, gradients, strict=True) if not gradient.any()]
 
 
 def _perturb(made: dict[str, nn.Module]) -> None:
@@ -216,20 +216,22 @@ def _perturb(made: dict[str, nn.Module]) -> None:
             parameter.neg_().add_(noise)  # the best position becomes the worst
 
 
-def rows_of(network: Network) -> list[dict[str, Any]]:
+def rows_of(network: Network, wanted: Mapping[int, tuple[str, ...]], done: list[Row]) -> list[Row]:
+    """Rows of a network that are not done yet."""
     start = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    for classes in (EVERY_BLOCK, *CLASSES):
-        judge = Judge(network, classes)
-        blocks = (*GATING, *POOLING) if classes == EVERY_BLOCK else ONE_OF_A_KIND
-        rows += [
-            {"network": network.name, "classes": classes, "block": block, "is": judge.verdict(block)}
-            for block in blocks
-        ]
-    bad = [row for row in rows if row["is"] != "right"]
-    print(f"{network.name:28} {len(rows) - len(bad):3} right  {time.perf_counter() - start:6.1f} s", flush=True)
-    for row in bad:
-        print(f"    {row['block']:15} {row['classes']:5}  {row['is'][:230]}", flush=True)
+    have = {(row["classes"], row["block"]) for row in done if row["network"] == network.name}
+    rows: list[Row] = []
+    for classes, blocks in wanted.items():
+        missing = [block for block in blocks if (classes, block) not in have]
+        if missing:
+            judge = Judge(network, classes)
+            for block in missing:
+                rows.append({"network": network.name, "classes": classes, "block": block, "is": judge.verdict(block)})
+    if rows:
+        bad = [row for row in rows if row["is"] != "right"]
+        print(f"{network.name:28} {len(rows) - len(bad):3} right  {time.perf_counter() - start:6.1f} s", flush=True)
+        for row in bad:
+            print(f"    {row['block']:15} {row['classes']:5}  {row['is'][:230]}", flush=True)
     return rows
 
 
@@ -242,24 +244,25 @@ def networks() -> list[Network]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("names", nargs="*", help="networks whose name holds one of these")
-    parser.add_argument("--missing", action="store_true", help="only networks that the results lack")
+    parser.add_argument("names", nargs="*", help="networks whose name holds one of these, measured again")
+    parser.add_argument("--missing", action="store_true", help="only what the results lack")
+    parser.add_argument("--quick", action="store_true", help="one or two blocks of each kind")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     assert {*GATING, *POOLING} == set(ATTENTION), "a block of ATTENTION is in neither list"
     file = RESULTS / "insertion.json"
-    kept: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
-    if not arguments.missing and not arguments.names:
-        kept = []
-    for network in networks():
-        if arguments.names and not any(name in network.name for name in arguments.names):
-            continue
-        if arguments.missing and any(row["network"] == network.name for row in kept):
-            continue
-        kept = [row for row in kept if row["network"] != network.name] + rows_of(network)
-        save("insertion", kept)
-    wrong = sum(row["is"].startswith("wrong") for row in kept)
-    print(f"{len(kept)} insertions: {sum(row['is'] == 'right' for row in kept)} right, {wrong} wrong, the rest refused")
+    rows: list[Row] = json.loads(file.read_text())["rows"] if file.exists() else []
+    chosen = [n for n in networks() if not arguments.names or any(name in n.name for name in arguments.names)]
+    if not arguments.missing:
+        again = {network.name for network in chosen}
+        rows = [row for row in rows if row["network"] not in again]
+    for network in chosen:
+        new = rows_of(network, QUICK if arguments.quick else EVERYTHING, rows)
+        rows += new
+        if new:
+            save("insertion", rows)
+    wrong = sum(row["is"].startswith("wrong") for row in rows)
+    print(f"{len(rows)} insertions: {sum(row['is'] == 'right' for row in rows)} right, {wrong} wrong, the rest refused")
 
 
 if __name__ == "__main__":

@@ -45,10 +45,12 @@ def insert(
     Args:
         model: a network of `nn.Module`s whose layers yield (b, c, h, w).
         block: a key of `ATTENTION`, or a callable that makes a block for a number of channels.
-        at: dotted names or patterns of layers, part by part as in file names: "layer3", "layer*.[0-9].bn2". None: the
-            paper's places. For most blocks that is the end of each residual branch, before the sum, and where the
-            network has none that is known, the end of each stage; for BAM the end of stages 1 to 3; for
-            self-attention and non-local blocks that of the last two; for poolings the global pool.
+        at: dotted names or patterns of layers, part by part as in file names: "layer3", "layer*.[0-9].bn2". None, for
+            most blocks: the end of each residual branch, before the sum, in ResNets, RegNets and inverted residual
+            blocks of timm and torchvision, and in other networks the end of each stage. BAM: the end of stages 1 to 3;
+            self-attention and non-local blocks: of the last two. Poolings: the global pool, or the map in front of it
+            where a function pools or the classifier is a convolution. A stage is `layer1` to `layer4`, or the last
+            layer of a resolution that all later ones depend on.
         init: "identity", a fresh gating block returns its input, so that the logits stay the same bit for bit; "fresh",
             the block's own initialisation. Poolings have one initialisation only. Blocks may compute different things
             in the two settings: a buffer `attention.inserted_as_identity` keeps their weights apart.
@@ -60,7 +62,8 @@ def insert(
 
     Raises:
         ValueError: unknown block, option or layer; a layer that yields no (b, c, h, w), runs twice or has a block
-            already; with "identity", a block that changes its input.
+            already; no such places; with "identity", a block that changes its input; a network that with the block
+            does not run or returns another shape. The model is left as it was.
 
     Source: Hu et al. 2018 and Woo et al. 2018 (before the sum), Park et al. 2018 (BAM after stages 1 to 3).
 

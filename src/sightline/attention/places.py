@@ -393,9 +393,10 @@ class Trace:
             if not (behind_blocks or starts or any(_is_inside(call.name, unit) for unit in names)):
                 last[side] = call
         stages = list(last.values())
-        before = self.calls[: self.calls.index(maps[-1]) + 1] if maps else []
-        if features is None and sum(isinstance(call.layer, nn.Conv2d) for call in before) == 1:
-            return []  # nothing but the patches of a transformer
+        if features is None and maps:
+            before = self.calls[: self.calls.index(maps[-1]) + 1]
+            if len(self._weights_behind(maps[-1])) > sum(isinstance(call.layer, WEIGHTS) for call in before):
+                return []  # nothing but the patches of a transformer
         return stages[next((index for index, call in enumerate(stages) if call.name in deep), 0) :]
 
 
