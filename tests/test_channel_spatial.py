@@ -385,11 +385,26 @@ def test_no_parameter_is_stuck_at_the_start(block, options):
 @pytest.mark.parametrize("block", [SqueezeExcite, GlobalContext, ChannelGate, CBAM, BAM])
 def test_reduction_rounds_down_and_is_checked(block):
     assert block(35, reduction=16).eval()(torch.zeros(1, 35, 2, 3)).shape == (1, 35, 2, 3)
-    for reduction in (0, -1, 33):
-        with pytest.raises(
-            ValueError, match=f"expected reduction between 1 and the 32 channels, got {reduction}; choose another"
-        ):
+    for reduction in (0, -1):
+        with pytest.raises(ValueError, match=f"expected a reduction of 1 or more, got {reduction}; choose another"):
             block(32, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("block", "parameters"),
+    [
+        (SqueezeExcite, 8 + 1 + 8 + 8),
+        (ChannelGate, 8 + 1 + 8 + 8),
+        (CBAM, 8 + 1 + 8 + 8 + 2 * 49 + 2),
+        (BAM, (8 + 1 + 2 + 8 + 8) + (8 + 1 + 2 + 2 * (9 + 1 + 2) + 2)),
+        (GlobalContext, 8 + (16 + 2) + 4 + (16 + 8)),  # two units: the LayerNorm of a single one is constant
+    ],
+)
+def test_narrow_layers_have_one_hidden_unit(block, parameters):
+    for reduction in (8, 16, 100):
+        assert sum(p.numel() for p in block(8, reduction=reduction).parameters()) == parameters
+    x = features(2, 8, 5, 4)
+    assert torch.equal(block(8, identity=True).double()(x), x)
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,11 @@ def test_a_saved_block_is_the_same(kind, options):
     assert torch.equal(other(x), attention(x))
 
 
+def test_the_non_local_block_rounds_its_width_down_to_one_at_least():
+    widths = [NonLocal(channels, reduction=reduction).project.in_channels for channels, reduction in ((9, 2), (1, 2))]
+    assert widths == [4, 1]
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("build", "message"),
@@ -242,8 +247,7 @@ def test_a_saved_block_is_the_same(kind, options):
         (lambda: SelfAttention(6, heads=0), "expected heads that divide 6 channels, got 0; choose"),
         (lambda: SelfAttention(8, positions="x"), "expected positions to be one of none, learned, relative; got 'x'"),
         (lambda: SelfAttention(8, positions="learned"), "expected the size of the map for .*, got none; pass size="),
-        (lambda: NonLocal(9), "expected a reduction that divides 9 channels, got 2; choose"),
-        (lambda: NonLocal(9, reduction=0), "expected a reduction that divides 9 channels, got 0; choose"),
+        (lambda: NonLocal(9, reduction=0), "expected a reduction of 1 or more, got 0; choose another"),
     ],
 )
 def test_bad_options_are_one_clear_line(build, message):

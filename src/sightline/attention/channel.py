@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 def hidden_width(channels: int, reduction: int) -> int:
-    """Channels of a bottleneck, rounded down: `channels` need not be divisible by `reduction`.
+    """Channels of a bottleneck: `channels // reduction`, at least 1.
 
     Raises:
-        ValueError: `reduction` below 1 or above `channels`.
+        ValueError: `reduction` below 1.
 
-    >>> hidden_width(100, 16)
-    6
+    >>> hidden_width(100, 16), hidden_width(8, 16)
+    (6, 1)
     """
-    if not 1 <= reduction <= channels:
-        raise ValueError(f"expected reduction between 1 and the {channels} channels, got {reduction}; choose another")
-    return channels // reduction
+    if reduction < 1:
+        raise ValueError(f"expected a reduction of 1 or more, got {reduction}; choose another")
+    return max(1, channels // reduction)
 
 
 def zero(layer: nn.Module) -> None:
@@ -92,16 +92,17 @@ class SqueezeExcite(Gating):
 
     Args:
         channels: channels of the feature map.
-        reduction: the bottleneck has `channels // reduction` units.
+        reduction: the bottleneck has `channels // reduction` units, at least 1.
         bias: biases in its two layers.
         identity: a new block returns its input: weights count twice and the second layer starts at zero.
 
     Raises:
-        ValueError: `reduction` below 1 or above `channels`.
+        ValueError: `reduction` below 1.
 
     Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, equations 2 to 4.
 
-    Differs: the paper writes no biases; published SE-ResNets have them.
+    Differs: the paper writes no biases; published SE-ResNets have them. Fewer channels than `reduction` still get one
+    unit; the paper has none so narrow.
 
     >>> SqueezeExcite(4, reduction=2, identity=True)(torch.full((1, 4, 1, 1), 3.0)).flatten().tolist()
     [3.0, 3.0, 3.0, 3.0]
@@ -183,7 +184,7 @@ class GlobalContext(nn.Module):
         identity: a new block returns its input: the last layer starts at zero, as in the authors' code.
 
     Raises:
-        ValueError: `reduction` below 1 or above `channels`.
+        ValueError: `reduction` below 1.
 
     Source: Cao et al., "GCNet", ICCVW 2019 (1904.11492), global context block.
 

@@ -9,25 +9,23 @@ then has the block. A layer that loops over its children (a dense block) must no
 import copy
 import difflib
 import inspect
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple, TypeGuard, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sightline.attention.places import Call, Trace, shapes_of, unmoved
 from sightline.inference import untouched
 
 Block = str | Callable[..., nn.Module]
 Init = Literal["identity", "fresh"]
 
-# Blocks whose papers name stages; all others go to the end of every residual branch.
-STAGES = {"bam": slice(0, 3), "self_attention": slice(-2, None), "non_local": slice(-2, None)}
 # Which of two architectures a block has is in its state_dict, or the weights of one would load into the other.
 MARK = "inserted_as_identity"
-SIDES = (224, 32, 64, 28, 96, 128, 256, 299, 384, 448)
 
 
 def insert(
@@ -47,10 +45,12 @@ def insert(
     Args:
         model: a network of `nn.Module`s whose layers yield (b, c, h, w).
         block: a key of `ATTENTION`, or a callable that makes a block for a number of channels.
-        at: dotted names or patterns of layers, part by part as in file names: "layer3", "layer*.[0-9].bn2". None: the
-            paper's places. For most blocks that is the end of each residual branch, before the sum, and where the
-            network has none that is known, the end of each stage; for BAM the end of stages 1 to 3; for
-            self-attention and non-local blocks that of the last two; for poolings the global pool.
+        at: dotted names or patterns of layers, part by part as in file names: "layer3", "layer*.[0-9].bn2". None, for
+            most blocks: the end of each residual branch, before the sum, in ResNets, RegNets and inverted residual
+            blocks of timm and torchvision, and in other networks the end of each stage. BAM: the end of stages 1 to 3;
+            self-attention and non-local blocks: of the last two. Poolings: the global pool, or the map in front of it
+            where a function pools or the classifier is a convolution. A stage is `layer1` to `layer4`, or the last
+            layer of a resolution that all later ones depend on.
         init: "identity", a fresh gating block returns its input, so that the logits stay the same bit for bit; "fresh",
             the block's own initialisation. Poolings have one initialisation only. Blocks may compute different things
             in the two settings: a buffer `attention.inserted_as_identity` keeps their weights apart.
@@ -62,7 +62,8 @@ def insert(
 
     Raises:
         ValueError: unknown block, option or layer; a layer that yields no (b, c, h, w), runs twice or has a block
-            already; with "identity", a block that changes its input.
+            already; no such places; with "identity", a block that changes its input; a network that with the block
+            does not run or returns another shape. The model is left as it was.
 
     Source: Hu et al. 2018 and Woo et al. 2018 (before the sum), Park et al. 2018 (BAM after stages 1 to 3).
 
@@ -78,34 +79,39 @@ def insert(
         options = {"identity": init == "identity", **options}
     marked = options.get("identity", False)
     model = model if inplace else copy.deepcopy(model)
-    calls = _calls(model)
-    names = [_global_pool(calls).name] if at is None else _matches(model, [at] if isinstance(at, str) else at)
-    pooling = _pools(make, options, _only_call(calls, names[0]))
-    if at is None and not pooling:
-        names = _paper_places(model, calls, name)
+    trace = Trace(model)
+    if at is not None:
+        calls = [trace.only_call(name) for name in _matches(model, [at] if isinstance(at, str) else at)]
+        pooling = _pools(make, options, calls[0])
+    else:
+        pool = trace.pool()
+        calls = trace.places(name) if pool is None else [pool]
+        pooling = _pools(make, options, calls[0])
+        if pooling and pool is None:
+            raise ValueError(
+                f"expected a network with one map (b, c, h, w) that becomes one position before the classifier, got "
+                f"{type(model).__name__}; name the layer with at"
+            )
+        calls = calls if pooling else trace.places(name)
     places: dict[str, tuple[_Place, nn.Module]] = {}
-    for wanted in names:
-        place = _place(calls, wanted, pooling)
+    for call in calls:
+        place = _place(trace, call, pooling)
         if place.holder in places:
             raise ValueError(f"expected one block per layer, got two for {place.holder!r}; name fewer layers")
-        made = make(place.shape[1], **options).to(place.call.device, place.call.dtype)
-        _check(made, place, pooling, init)
+        made = _made(make, options, place.call, place.shape[1])
+        if not pooling:
+            _check(made, place, init)
         if marked:
             made.register_buffer(MARK, torch.tensor(True, device=place.call.device))
         places[place.holder] = place, made.train(model.training)
-    rebuilt: list[dict[str, nn.Module]] = [
-        _fitting_head(calls, place, made) if pooling else {} for place, made in places.values()
-    ]
-    for (place, made), layers in zip(places.values(), rebuilt, strict=True):
-        replaced = {name: model.get_submodule(name) for name in layers}
-        for name, layer in layers.items():
-            _replace(model, name, layer.train(model.training))
-        place.holding.attention = made
-        hook = _Attend(place.holder[len(place.call.name) :].lstrip("."), replaced)
-        if place.before:
-            place.call.layer.register_forward_pre_hook(hook)
-        else:
-            place.call.layer.register_forward_hook(hook)
+    hooks = [_attach(place, made) for place, made in places.values()]
+    behind = trace.calls[trace.calls.index(calls[0]) + 1 :] if pooling else []
+    try:
+        _fit(model, trace, [made for _, made in places.values()], {call.name for call in behind}, hooks[0].replaced)
+    except BaseException:
+        for place, _ in places.values():
+            _detach(model, place.call.layer, *_hooks(place.call.layer)[0])
+        raise
     return model
 
 
@@ -124,11 +130,7 @@ def remove(model: nn.Module, inplace: bool = False) -> nn.Module:
     if not found:
         raise ValueError(f"expected a model with inserted blocks, got {type(model).__name__} without; see insert")
     for layer, hooks, key in found:
-        hook = hooks.pop(key)
-        del layer.get_submodule(hook.holder).attention
-        for name, original in hook.replaced.items():
-            now = next(model.get_submodule(name).parameters())
-            _replace(model, name, original.to(now.device, now.dtype).train(model.training))
+        _detach(model, layer, hooks, key)
     return model
 
 
@@ -190,22 +192,30 @@ class _Attend:
         return attended if attended.ndim == 4 else attended[:, :, None, None]
 
 
-class _Call(NamedTuple):
-    name: str
-    layer: nn.Module
-    taken: torch.Size | None
-    given: torch.Size | None
-    kind: str
-    device: torch.device
-    dtype: torch.dtype
-
-
 class _Place(NamedTuple):
-    call: _Call
+    call: Call
     holder: str
     holding: nn.Module
     before: bool
     shape: torch.Size
+
+
+def _attach(place: _Place, made: nn.Module) -> _Attend:
+    place.holding.attention = made
+    hook = _Attend(place.holder[len(place.call.name) :].lstrip("."), {})
+    if place.before:
+        place.call.layer.register_forward_pre_hook(hook)
+    else:
+        place.call.layer.register_forward_hook(hook)
+    return hook
+
+
+def _detach(model: nn.Module, layer: nn.Module, hooks: dict[int, _Attend], key: int) -> None:
+    hook = hooks.pop(key)
+    del layer.get_submodule(hook.holder).attention
+    for name, original in hook.replaced.items():
+        now = next(model.get_submodule(name).parameters())
+        _replace(model, name, original.to(now.device, now.dtype).train(model.training))
 
 
 def _hooks(layer: nn.Module) -> list[tuple[dict[int, _Attend], int]]:
@@ -240,80 +250,33 @@ def _maker(block: Block, options: dict[str, Any]) -> tuple[str, Callable[..., nn
     return name, make
 
 
-def _calls(model: nn.Module) -> list[_Call]:
-    """Every call of a module in one forward on zeros, in the order in which they end."""
-    like = next(model.parameters(), torch.zeros(()))
-    channels = next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), 3)
-    config: dict[str, Any] = getattr(model, "default_cfg", None) or {}
-    known: tuple[tuple[int, int], ...] = (tuple(config["input_size"][1:]),) if "input_size" in config else ()
-    calls: list[_Call] = []
-
-    def keeper(name: str) -> Callable[..., None]:
-        def keep(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            taken = inputs[0].shape if len(inputs) == 1 and isinstance(inputs[0], Tensor) else None
-            tensor = output if isinstance(output, Tensor) else None
-            kind = type(output).__name__ if tensor is None else str(tuple(tensor.shape))
-            like_output = like if tensor is None else tensor
-            given = None if tensor is None else tensor.shape
-            calls.append(_Call(name, layer, taken, given, kind, like_output.device, like_output.dtype))
-
-        return keep
-
-    problem = ""
-    with untouched(model), torch.no_grad():
-        handles = [layer.register_forward_hook(keeper(name)) for name, layer in model.named_modules()]
-        try:
-            for size in (*known, *((side, side) for side in SIDES)):
-                calls.clear()
-                try:
-                    model(torch.zeros(1, channels, *size, device=like.device, dtype=like.dtype))
-                    return calls
-                except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                    problem = problem or str(error).strip().splitlines()[0]
-        finally:
-            for handle in handles:
-                handle.remove()
-    raise ValueError(
-        f"expected a model that takes images of {channels} channels and {SIDES[0]} or {SIDES[1]} px, "
-        f"got {type(model).__name__}, which raises: {problem}"
-    )
-
-
-def _place(calls: list[_Call], name: str, pooling: bool) -> _Place:
-    call = _only_call(calls, name)
-    if not _is_map(call.given) and not (pooling and _is_wide(call.taken)):
+def _place(trace: Trace, call: Call, pooling: bool) -> _Place:
+    name = call.name
+    if not (call.given is not None and call.given.is_map) and not (pooling and call.takes_map):
         raise ValueError(
             f"expected a layer that yields (b, c, h, w), got {call.kind} from {name!r}; name another layer"
         )
-    before = pooling and _is_wide(call.taken) and not _is_wide(call.given)
+    before = pooling and call.takes_map and not call.gives_map
     while not before and type(call.layer).forward is nn.Sequential.forward:
-        last = [other for other in calls if other.layer is list(call.layer.children())[-1]]
+        last = [other for other in trace.calls if other.layer is list(call.layer.children())[-1]]
         if len(last) != 1 or last[0].given != call.given:
             break
         call = last[0]
-    shape = call.taken if before else call.given
-    assert shape is not None
+    value = call.taken if before else call.given
+    assert value is not None
     holder, holding = call.name, call.layer
     if _hooks(call.layer):
         raise ValueError(
             f"expected a layer without a block, got {name!r}, which has one; take it out with remove first"
         )
-    while _loops(holding, next(other for other in calls if other.layer is holding)):
-        last, holding = list(holding.named_children())[-1]
-        holder = f"{holder}.{last}".lstrip(".")
+    while _loops(holding, next(other for other in trace.calls if other.layer is holding)):
+        child, holding = list(holding.named_children())[-1]
+        holder = f"{holder}.{child}".lstrip(".")
     if hasattr(holding, "attention"):
         raise ValueError(
             f"expected a layer without a child `attention`, got {holder!r}, which has one; name another layer"
         )
-    return _Place(call, holder, holding, before, shape)
-
-
-def _only_call(calls: list[_Call], name: str) -> _Call:
-    found = [call for call in calls if call.name == name]
-    if len(found) != 1:
-        got = f"which it runs {len(found)} times" if found else "which it never runs"
-        raise ValueError(f"expected a layer that the network runs once, got {name!r}, {got}; name another layer")
-    return found[0]
+    return _Place(call, holder, holding, before, value.shape)
 
 
 class _Seen(Exception):
@@ -325,14 +288,14 @@ class _Probe(nn.Module):
         raise _Seen
 
 
-def _loops(layer: nn.Module, call: _Call) -> bool:
+def _loops(layer: nn.Module, call: Call) -> bool:
     """Whether a layer runs all the children it finds, so that one more would be run too."""
     if call.taken is None or not list(layer.children()):
         return False
     with untouched(layer), torch.no_grad():
         layer.add_module("sightline_probe", _Probe())
         try:
-            layer.forward(torch.zeros(call.taken, device=call.device, dtype=call.dtype))
+            layer.forward(torch.zeros(call.taken.shape, device=call.device, dtype=call.dtype))
         except _Seen:
             return True
         finally:
@@ -340,24 +303,28 @@ def _loops(layer: nn.Module, call: _Call) -> bool:
     return False
 
 
-def _pools(make: Callable[..., nn.Module], options: dict[str, Any], call: _Call) -> bool:
+def _made(make: Callable[..., nn.Module], options: dict[str, Any], call: Call, channels: int) -> nn.Module:
+    try:
+        return make(channels, **options).to(call.device, call.dtype)
+    except ValueError as error:
+        raise ValueError(f"{error} (at {call.name!r})") from error
+
+
+def _pools(make: Callable[..., nn.Module], options: dict[str, Any], call: Call) -> bool:
     """Whether a block turns a map into one vector per image."""
-    maps = sorted(filter(_is_map, (call.given, call.taken)), key=_is_wide)
-    if not maps:
+    value = call.taken if call.takes_map and not call.gives_map else call.given
+    if value is None or not value.is_map:
         raise ValueError(
             f"expected a layer that yields (b, c, h, w), got {call.kind} from {call.name!r}; name another layer"
         )
-    shape = maps[-1]
     devices = [call.device] if call.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
-        made = make(shape[1], **options).to(call.device, call.dtype).eval()
-        return made(torch.zeros(shape, device=call.device, dtype=call.dtype)).ndim == 2
+        made = _made(make, options, call, value.shape[1]).eval()
+        return made(torch.zeros(value.shape, device=call.device, dtype=call.dtype)).ndim == 2
 
 
-def _check(made: nn.Module, place: _Place, pooling: bool, init: Init) -> None:
+def _check(made: nn.Module, place: _Place, init: Init) -> None:
     """A gating block keeps the shape and, with "identity", every bit."""
-    if pooling:
-        return
     features = torch.randn(place.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     features = features.to(place.call.device, place.call.dtype)
     with untouched(made), torch.no_grad():
@@ -375,108 +342,110 @@ def _check(made: nn.Module, place: _Place, pooling: bool, init: Init) -> None:
         )
 
 
-def _fitting_head(calls: list[_Call], place: _Place, made: nn.Module) -> dict[str, nn.Module]:
-    """New layers for those behind a pooling, up to the first linear one, that take another number of channels."""
-    with untouched(made), torch.no_grad():
-        pooled = made(torch.zeros(place.shape, device=place.call.device, dtype=place.call.dtype))
-    channels = pooled.shape[1]
-    fresh: dict[str, nn.Module] = {}
-    for call in calls[calls.index(place.call) + 1 :]:
-        layer = call.layer
-        own = dict(layer.named_parameters(recurse=False))
-        if not own:
-            continue
-        if isinstance(layer, nn.Linear):
-            taken, new = layer.in_features, nn.Linear(channels, layer.out_features, "bias" in own)
-        elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
-            taken, new = layer.in_channels, nn.Conv2d(channels, layer.out_channels, 1, bias="bias" in own)
-        elif isinstance(layer, nn.LayerNorm):
-            taken, new = layer.normalized_shape[-1], type(layer)(channels, eps=layer.eps)
-        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            taken, new = layer.num_features, type(layer)(channels)
-        else:
-            raise ValueError(
-                f"expected linear, 1x1 convolution or normalisation layers behind the pooling, got "
-                f"{type(layer).__name__} at {call.name!r}; name another place or write the head yourself"
-            )
-        if taken != channels:
-            fresh[call.name] = new.to(call.device, next(iter(own.values())).dtype)
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+class _Misfit(Exception):
+    def __init__(self, name: str, channels: int) -> None:
+        self.name = name
+        self.channels = channels
+
+
+def _fit(
+    model: nn.Module, trace: Trace, blocks: list[nn.Module], behind: set[str], replaced: dict[str, nn.Module]
+) -> None:
+    """Run the network with its blocks; layers behind a pooling that take another number of channels are made anew.
+
+    Raises:
+        ValueError: it cannot run so, or does not return what it did.
+    """
+    runs: list[nn.Module] = []
+    while True:
+        try:
+            with unmoved(model), _watched(model, blocks, behind, runs):
+                result = model(trace.images)
             break
-    return fresh
+        except _Misfit as misfit:
+            layer = model.get_submodule(misfit.name)
+            fresh = _remade(misfit.name, layer, misfit.channels)
+            replaced[misfit.name] = layer
+            _replace(model, misfit.name, fresh)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"expected a network that runs with the block, got {type(model).__name__}, which then raises: "
+                f"{str(error).strip().splitlines()[0]}; name another layer with at"
+            ) from error
+    count = next((runs.count(block) for block in blocks if runs.count(block) != 1), 1)
+    if count != 1:
+        raise ValueError(f"expected a block that the network runs once, got one that it runs {count} times")
+    if shapes_of(result) != trace.shapes:
+        before, after = ([tuple(shape) for shape in shapes] for shapes in (trace.shapes, shapes_of(result)))
+        raise ValueError(
+            f"expected a network that returns {before}, as without the block, got {after}; name another layer with at"
+        )
 
 
-def _global_pool(calls: list[_Call]) -> _Call:
-    """The last module that makes one position of a map; where none does, the last one that yields a map."""
-    wide = max((index for index, call in enumerate(calls) if _is_wide(call.given)), default=None)
-    if wide is None:
-        raise ValueError("expected a CNN, got a model none of whose layers yields (b, c, h, w) with h*w > 1")
-    for call in reversed(calls[wide + 1 :]):
-        keeps = call.taken is not None and call.given is not None and call.given[1:2] == call.taken[1:2]
-        if keeps and _is_wide(call.taken) and not any(isinstance(m, nn.Linear) for m in call.layer.modules()):
-            return call
-    return calls[wide]
+@contextmanager
+def _watched(model: nn.Module, blocks: list[nn.Module], behind: set[str], runs: list[nn.Module]) -> Generator[None]:
+    def count(block: nn.Module, inputs: Any, output: Any) -> None:
+        runs.append(block)
+
+    def check(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def compare(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            channels = inputs[0].shape[-1 if isinstance(layer, nn.Linear) else 1]
+            if isinstance(layer, nn.LayerNorm):  # of one position, wherever its channels are
+                channels = inputs[0].shape[1:].numel()
+            if channels != _width(layer):
+                raise _Misfit(name, channels)
+
+        return compare
+
+    runs.clear()
+    handles = [block.register_forward_hook(count) for block in blocks]
+    handles += [
+        layer.register_forward_pre_hook(check(name))
+        for name, layer in model.named_modules()
+        if name in behind and _width(layer)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _paper_places(model: nn.Module, calls: list[_Call], name: str) -> list[str]:
-    if name in STAGES:
-        return _stages(model, calls)[STAGES[name]]
-    ended = {call.name: index for index, call in enumerate(calls)}
-    ends = (_branch_end(name, layer, ended) for name, layer in model.named_modules() if name in ended)
-    return [end for end in ends if end] or _stages(model, calls)
+def _width(layer: nn.Module) -> int:
+    """Channels that a layer of a head takes; 0 for any other layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels
+    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        return layer.num_features
+    return layer.normalized_shape[-1] if isinstance(layer, nn.LayerNorm) else 0
 
 
-def _branch_end(name: str, block: nn.Module, ended: dict[str, int]) -> str | None:
-    """Last layer of the residual branch in the blocks of torchvision and timm, or None for another module."""
-    children = dict(block.named_children())
-    if hasattr(block, "downsample") or getattr(block, "has_skip", False):
-        numbered = [f"{name}.{child}" for child in children if re.fullmatch(r"(conv|bn|norm)\d", child)]
-        return max((child for child in numbered if child in ended), key=ended.__getitem__, default=None)
-    if getattr(block, "use_res_connect", False):
-        return f"{name}.{'conv' if 'conv' in children else 'block'}"
-    return f"{name}.f" if "f" in children and hasattr(block, "proj") else None
-
-
-def _stages(model: nn.Module, calls: list[_Call]) -> list[str]:
-    """A ResNet's stages; else the last unit at each resolution: of those made of blocks, or of the layers."""
-    found = {call.name: call for call in calls}
-    own = [name for name in found if re.fullmatch(r"layer\d", name)]
-    if len(own) > 2:  # at high resolution several are of one size
-        return own
-    last: dict[torch.Size, str] = {}
-    deep: dict[torch.Size, str] = {}
-    for call in _units(model, found[""], found):
-        if call.given is None or not _is_wide(call.given):
-            continue
-        side = call.given[2:]
-        if next(call.layer.parameters(), None) is not None or side in last:
-            last[side] = call.name
-        if any(_linear_layers(inner) > 1 for inner in call.layer.modules() if inner is not call.layer):
-            deep[side] = call.name
-    return list((deep or last).values())
-
-
-def _units(model: nn.Module, call: _Call, found: dict[str, _Call]) -> Iterator[_Call]:
-    """The network in pieces that halve the resolution at most."""
-    shrinks = _is_wide(call.taken) and (not _is_map(call.given) or call.taken[2] > 2 * call.given[2])
-    if not shrinks or not list(call.layer.children()):
-        yield call
-        return
-    for inner in _called_children(call.name, call.layer, found):
-        yield from _units(model, inner, found)
-
-
-def _called_children(name: str, layer: nn.Module, found: dict[str, _Call]) -> Iterator[_Call]:
-    for child, inner in layer.named_children():
-        path = f"{name}.{child}".lstrip(".")
-        if path in found:
-            yield found[path]
-        else:
-            yield from _called_children(path, inner, found)
-
-
-def _linear_layers(layer: nn.Module) -> int:
-    return sum(isinstance(inner, nn.Conv2d | nn.Linear) for inner in layer.modules())
+def _remade(name: str, layer: nn.Module, channels: int) -> nn.Module:
+    """A fresh layer like another one, for another number of channels."""
+    like = next(layer.parameters(), torch.zeros(()))
+    to: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    if isinstance(layer, nn.Linear):
+        new = nn.Linear(channels, layer.out_features, "bias" in dict(layer.named_parameters()), **to)
+    elif isinstance(layer, nn.Conv2d):
+        if layer.groups > 1 or (type(layer) is not nn.Conv2d and layer.kernel_size != (1, 1)):
+            raise ValueError(
+                f"expected linear, convolution or normalization layers behind the pooling, got {type(layer).__name__} "
+                f"of {layer.groups} groups at {name!r}; name another place or write the head yourself"
+            )
+        shape: Any = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+        new = nn.Conv2d(channels, layer.out_channels, *shape, bias="bias" in dict(layer.named_parameters()), **to)
+    else:
+        new = copy.deepcopy(layer)
+        new.__dict__["normalized_shape" if isinstance(layer, nn.LayerNorm) else "num_features"] = (
+            (channels,) if isinstance(layer, nn.LayerNorm) else channels
+        )
+        for own, old in layer.named_parameters(recurse=False):
+            setattr(new, own, nn.Parameter(old.new_full((channels,), float(own == "weight")), old.requires_grad))
+        for own, old in layer.named_buffers(recurse=False):
+            setattr(new, own, old.new_full((channels,) if old.ndim else (), float(own == "running_var")))
+    return new.train(layer.training)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -510,11 +479,3 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
-
-
-def _is_map(shape: torch.Size | None) -> TypeGuard[torch.Size]:
-    return shape is not None and len(shape) == 4
-
-
-def _is_wide(shape: torch.Size | None) -> TypeGuard[torch.Size]:
-    return _is_map(shape) and shape[2] * shape[3] > 1

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sightline.attention.channel import hidden_width
+
 Positions = Literal["none", "learned", "relative"]
 
 
@@ -184,12 +186,12 @@ class NonLocal(nn.Module):
 
     Args:
         channels: channels of the feature map.
-        reduction: factor by which queries, keys and values are shorter.
+        reduction: queries, keys and values have `channels // reduction` numbers, at least 1.
         identity: changes nothing: with either value the last BatchNorm starts at zero, as in the paper, and the block
             returns its input.
 
     Raises:
-        ValueError: channels that the reduction does not divide.
+        ValueError: `reduction` below 1.
 
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018, equations 4 and 6, section 4.1.
 
@@ -202,11 +204,10 @@ class NonLocal(nn.Module):
 
     def __init__(self, channels: int, *, reduction: int = 2, identity: bool = False) -> None:
         super().__init__()
-        if reduction < 1 or channels % reduction:
-            raise ValueError(f"expected a reduction that divides {channels} channels, got {reduction}; choose another")
-        self.qkv = nn.Conv2d(channels, 3 * (channels // reduction), 1, bias=False)
+        hidden = hidden_width(channels, reduction)
+        self.qkv = nn.Conv2d(channels, 3 * hidden, 1, bias=False)
         self.gate = ReceivedAttention(scale=1.0)
-        self.project = nn.Conv2d(channels // reduction, channels, 1, bias=False)
+        self.project = nn.Conv2d(hidden, channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(channels)
         nn.init.zeros_(self.norm.weight)
 

@@ -36,13 +36,15 @@ class ChannelGate(Gating):
 
     Args:
         channels: channels of the feature map.
-        reduction: the bottleneck has `channels // reduction` units.
+        reduction: the bottleneck has `channels // reduction` units, at least 1.
         identity: a new block returns its input: weights count twice and the second layer starts at zero.
 
     Raises:
-        ValueError: `reduction` below 1 or above `channels`.
+        ValueError: `reduction` below 1.
 
     Source: Woo et al., "CBAM", ECCV 2018, equation 2.
+
+    Differs: fewer channels than `reduction` get one hidden unit; the authors' code has none then.
 
     >>> ChannelGate(4, reduction=2, identity=True)(torch.full((1, 4, 1, 1), 3.0)).flatten().tolist()
     [3.0, 3.0, 3.0, 3.0]
@@ -110,7 +112,7 @@ class CBAM(nn.Module):
         identity: a new block returns its input: both children do.
 
     Raises:
-        ValueError: an unknown `order`, `reduction` below 1 or above `channels`, an even `kernel` or one below 1.
+        ValueError: an unknown `order`, `reduction` below 1, an even `kernel` or one below 1.
 
     Source: Woo et al., "CBAM", ECCV 2018, equations 1 to 3; for the other orders its table 3.
 
@@ -193,18 +195,19 @@ class BAM(nn.Module):
 
     Args:
         channels: channels of the feature map.
-        reduction: both branches have `channels // reduction` hidden channels.
+        reduction: both branches have `channels // reduction` hidden channels, at least 1.
         dilation: of the spatial branch's two 3x3 convolutions.
         variant: the branches' scores are added ("paper") or multiplied ("official", what the authors' code does and
             their weights need).
         identity: a new block returns its input: x * 2 * weights in place of x + x * weights, weights starting at 0.5.
 
     Raises:
-        ValueError: an unknown `variant`, `reduction` below 1 or above `channels`, `dilation` below 1.
+        ValueError: an unknown `variant`, `reduction` or `dilation` below 1.
 
     Source: Park et al., "BAM", BMVC 2018 (1807.06514), section 3.
 
-    Differs: BatchNorm after each hidden layer and none at the end, as in the authors' code.
+    Differs: BatchNorm after each hidden layer and none at the end, as in the authors' code; fewer channels than
+    `reduction` get one hidden channel, where that code has none.
 
     >>> BAM(4, reduction=2, identity=True)(torch.full((2, 4, 1, 1), 3.0))[0].flatten().tolist()
     [3.0, 3.0, 3.0, 3.0]

@@ -46,7 +46,7 @@ def create_model(
 ) -> nn.Module:
     """Build a network by name, with fresh weights or those of a file, and attention if wanted.
 
-    Blocks come to the paper's places, see `sightline.attention.insertion.insert`. With fresh weights they start as in
+    Blocks go where `sightline.attention.insertion.insert` puts them by itself. With fresh weights they start as in
     their papers; beside weights that know no blocks, pretrained ones for example, they start as the identity, so that
     the logits are those of the weights. Weights of another resolution fit.
 

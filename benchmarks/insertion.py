@@ -1,0 +1,269 @@
+"""Every block put into one network of each convolutional family of timm and torchvision: right, refused, or wrong?
+
+    python benchmarks/insertion.py              all networks: results/insertion.json
+    python benchmarks/insertion.py --missing    only what the JSON file lacks: goes on where a run was stopped
+    python benchmarks/insertion.py vgg11 dla    these again, keeps the rows of the others
+    python benchmarks/insertion.py --quick      one or two blocks of each kind, in a third of the time
+
+The judge knows nothing about how places are chosen. A gating block is right if the logits keep every bit, each block
+sees features (not the image) of the image's proportions, runs once and gets a gradient. A pooling is right if the
+logits keep their shape, it runs once on a map, no convolution behind it sees one, and a gradient reaches it. In both
+cases the original stays as it was, keeps its keys in the copy, and comes back bit by bit with `remove`.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from families import Network, timm_networks, torchvision_networks
+from measure import RESULTS, save
+from torch import Tensor, nn
+
+import sightline as sl
+from sightline.attention import ATTENTION
+
+GATING = (
+    *("se", "eca", "gc", "cbam", "channel_gate", "spatial_gate", "bam", "attention_gate"),
+    *("self_attention", "non_local"),
+)
+POOLING = ("ltpa", "brnpa", "bap", "bilinear", "mil", "hard", "gap", "gem")
+OPTIONS: dict[str, dict[str, Any]] = {"bilinear": {"project": 8}}  # all pairs of 2,048 channels are 4 million numbers
+KINDS = ("cbam", "bam", "brnpa")
+# Three classes, because images have three channels.
+QUICK = {3: ("cbam", "bam", "brnpa", "gem"), 1: ("brnpa",), 2: ("brnpa",), 1000: ("cbam", "brnpa")}
+EVERYTHING = {3: (*GATING, *POOLING), 1: KINDS, 2: KINDS, 1000: KINDS}
+Row = dict[str, Any]
+SMALLER: dict[tuple[int, ...], tuple[int, ...]] = {(3, 128, 160): (3, 64, 96), (3, 192, 224): (3, 128, 160)}
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Factors and statistics unlike those of a new network, whose zeros would hide a change."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.unique().numel() == 1 and parameter.numel() > 0:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+    for layer in model.modules():
+        for name, buffer in layer.named_buffers(recurse=False):
+            if name == "running_mean":
+                buffer.normal_(0, 0.1, generator=generator)
+            if name == "running_var":
+                buffer.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def narrow(model: nn.Module) -> nn.Module:
+    """The heads of VGG and AlexNet with 64 units for 4,096: a hundred million weights less."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and 4096 in (layer.in_features, layer.out_features):
+            taken, given = (64 if n == 4096 else n for n in (layer.in_features, layer.out_features))
+            new: nn.Module = nn.Linear(taken, given)
+        elif isinstance(layer, nn.Conv2d) and 4096 in (layer.in_channels, layer.out_channels):
+            taken, given = (64 if n == 4096 else n for n in (layer.in_channels, layer.out_channels))
+            new = nn.Conv2d(taken, given, layer.kernel_size)  # pyright: ignore[reportArgumentType]
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+class Judge:
+    """One network with one number of classes."""
+
+    def __init__(self, network: Network, classes: int) -> None:
+        torch.manual_seed(0)
+        self.model = lively(narrow(network.make(classes)))
+        size = SMALLER.get(network.size, network.size)
+        resized = (m.output_size for m in self.model.modules() if isinstance(m, nn.AdaptiveAvgPool2d))
+        if any(side not in (1, (1, 1)) for side in resized):  # the network itself makes maps square
+            size = (3, 96, 96)
+        self.images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+        self.state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        with torch.no_grad():
+            self.logits = self.model(self.images)
+        vars(self.model)["default_cfg"] = {"input_size": size}  # what `insert` tries first: small is quick
+        if self.logits.shape != (2, classes) or not self.logits.isfinite().all():
+            raise RuntimeError(f"{network.name}: logits {tuple(self.logits.shape)}, finite: {self.logits.isfinite()}")
+
+    def verdict(self, block: str) -> str:
+        """Right, "refused: reason" or "wrong: reason"."""
+        verdict = ""
+        for seed in range(6):
+            torch.manual_seed(seed)
+            verdict = self._verdict(block)
+            if not verdict.startswith("wrong: no gradient"):  # as where a ReLU behind fresh logits leaves none
+                break
+        return verdict
+
+    def _verdict(self, block: str) -> str:
+        try:
+            inserted = sl.insert(self.model, block, **OPTIONS.get(block, {}))
+        except ValueError as error:
+            line = str(error)
+            return f"refused: {line}" if "\n" not in line else f"wrong: refused in several lines: {line}"
+        except Exception as error:
+            return f"wrong: {type(error).__name__} instead of a refusal: {str(error).splitlines()[0]}"
+        return next((f"wrong: {problem}" for problem in self._problems(block, inserted)), "right")
+
+    def _problems(self, block: str, inserted: nn.Module) -> Iterator[str]:
+        now = self.model.state_dict()
+        if now.keys() != self.state.keys() or not all(torch.equal(now[key], old) for key, old in self.state.items()):
+            yield "the original has changed"
+        made = {name: layer for name, layer in inserted.named_modules() if name.rpartition(".")[2] == "attention"}
+        made = {name: layer for name, layer in made.items() if name not in dict(self.model.named_modules())}
+        if not made:
+            yield "there is no block"
+        state = inserted.state_dict()
+        if not all(key in state for key in self.state):
+            yield "keys of the original are missing"
+        pooling = block in POOLING
+        if not pooling and not all(torch.equal(state[key], value) for key, value in self.state.items()):
+            yield "weights of the original have changed"
+        try:
+            run = _Run(inserted, made, self.images)
+        except Exception as error:
+            yield f"forward raises: {str(error).splitlines()[0]}"
+            return
+        if run.logits.shape != self.logits.shape:
+            yield f"logits of shape {tuple(run.logits.shape)} instead of {tuple(self.logits.shape)}"
+        if not pooling and not torch.equal(run.logits, self.logits):
+            yield f"logits change by {(run.logits - self.logits).abs().max():.1g}"
+        for name, calls in run.seen.items():
+            if len(calls) != 1:
+                yield f"{name} runs {len(calls)} times"
+            else:
+                yield from self._bad_place(name, calls[0], pooling)
+        for name in run.without_gradient:
+            yield f"no gradient reaches {name}"
+        if pooling and len(made) != 1:
+            yield f"{len(made)} poolings"
+        if pooling and run.later:
+            yield f"{run.later} sees a map behind the pooling"
+        if any(True for layer in made.values() for _ in layer.parameters()):
+            with torch.no_grad():
+                _perturb(made)
+                if torch.equal(inserted(self.images), run.logits):
+                    yield "a changed block changes nothing"
+        removed = sl.attention.remove(inserted, inplace=True)
+        with torch.no_grad():
+            back = removed(self.images)
+        if list(removed.state_dict()) != list(self.state) or not torch.equal(back, self.logits):
+            yield "remove does not bring the original back"
+
+    def _bad_place(self, name: str, features: Tensor, pooling: bool) -> Iterator[str]:
+        height, width = self.images.shape[2:]
+        if features.ndim != 4:
+            yield f"{name} sees {tuple(features.shape)}"
+        elif features.shape == self.images.shape and torch.equal(features, self.images):
+            yield f"{name} sees the image"
+        elif abs(features.shape[2] - features.shape[3] * height / width) > 1.5:
+            yield f"{name} sees {tuple(features.shape)}, of other proportions than the image"
+        elif pooling and features.shape[2:].numel() == 1:
+            yield f"{name} sees one position"
+
+
+class _Run:
+    """A forward and a backward, with everything the judge looks at."""
+
+    def __init__(self, inserted: nn.Module, made: dict[str, nn.Module], images: Tensor) -> None:
+        self.seen: dict[str, list[Tensor]] = {name: [] for name in made}
+        self.later = ""
+        outputs: dict[str, Tensor] = {}
+        inside = {id(layer) for block in made.values() for layer in block.modules()}
+
+        def keep(name: str) -> Any:
+            def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+                self.seen[name].append(inputs[0].detach())
+                outputs[name] = output + 0.0
+                return outputs[name]
+
+            return hook
+
+        def convolution(name: str) -> Any:
+            def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+                if outputs and inputs[0].ndim == 4 and inputs[0].shape[2:].numel() > 1:
+                    spread = inputs[0].amax((2, 3)).equal(inputs[0].amin((2, 3)))  # one position, made a map again
+                    self.later = self.later or ("" if spread else name)
+
+            return hook
+
+        handles = [layer.register_forward_hook(keep(name)) for name, layer in made.items()]
+        handles += [
+            layer.register_forward_hook(convolution(name))
+            for name, layer in inserted.named_modules()
+            if isinstance(layer, nn.Conv2d) and id(layer) not in inside
+        ]
+        try:
+            logits = inserted(images)
+            weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+            gradients = torch.autograd.grad((logits * weights).sum(), list(outputs.values()), materialize_grads=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.logits = logits.detach()
+        self.without_gradient = [name for name, gradient in zip(outputs, gradients, strict=True) if not gradient.any()]
+
+
+def _perturb(made: dict[str, nn.Module]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for layer in made.values():
+        for parameter in layer.parameters():
+            noise = torch.empty_like(parameter).normal_(0, 0.1, generator=generator)
+            parameter.neg_().add_(noise)  # the best position becomes the worst
+
+
+def rows_of(network: Network, wanted: Mapping[int, tuple[str, ...]], done: list[Row]) -> list[Row]:
+    """Rows of a network that are not done yet."""
+    start = time.perf_counter()
+    have = {(row["classes"], row["block"]) for row in done if row["network"] == network.name}
+    rows: list[Row] = []
+    for classes, blocks in wanted.items():
+        missing = [block for block in blocks if (classes, block) not in have]
+        if missing:
+            judge = Judge(network, classes)
+            for block in missing:
+                rows.append({"network": network.name, "classes": classes, "block": block, "is": judge.verdict(block)})
+    if rows:
+        bad = [row for row in rows if row["is"] != "right"]
+        print(f"{network.name:28} {len(rows) - len(bad):3} right  {time.perf_counter() - start:6.1f} s", flush=True)
+        for row in bad:
+            print(f"    {row['block']:15} {row['classes']:5}  {row['is'][:230]}", flush=True)
+    return rows
+
+
+def networks() -> list[Network]:
+    """Classifiers of images; torchvision's carry its name."""
+    torchvision = [network for network in torchvision_networks() if len(network.size) == 3]
+    image = [network for network in timm_networks() if len(network.size) == 3]
+    return image + [network._replace(name=f"torchvision:{network.name}") for network in torchvision]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", help="networks whose name holds one of these, measured again")
+    parser.add_argument("--missing", action="store_true", help="only what the results lack")
+    parser.add_argument("--quick", action="store_true", help="one or two blocks of each kind")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    assert {*GATING, *POOLING} == set(ATTENTION), "a block of ATTENTION is in neither list"
+    file = RESULTS / "insertion.json"
+    rows: list[Row] = json.loads(file.read_text())["rows"] if file.exists() else []
+    chosen = [n for n in networks() if not arguments.names or any(name in n.name for name in arguments.names)]
+    if not arguments.missing:
+        again = {network.name for network in chosen}
+        rows = [row for row in rows if row["network"] not in again]
+    for network in chosen:
+        new = rows_of(network, QUICK if arguments.quick else EVERYTHING, rows)
+        rows += new
+        if new:
+            save("insertion", rows)
+    wrong = sum(row["is"].startswith("wrong") for row in rows)
+    print(f"{len(rows)} insertions: {sum(row['is'] == 'right' for row in rows)} right, {wrong} wrong, the rest refused")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,450 @@
+"""Where blocks go: one forward shows what every layer takes and gives, and which of these tensors come from which.
+
+Neither names nor numbers of channels say what a tensor is, since an image of three channels and three logits look
+alike. The operations do: a feature map comes from the image through a convolution, and its rows and columns are
+followed from there through every change of shape.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sightline.inference import untouched
+
+# Blocks whose papers name stages; all others go to the end of every residual branch.
+STAGES = {"bam": slice(0, 3), "self_attention": slice(-2, None), "non_local": slice(-2, None)}
+SIDES = (224, 32, 64, 28, 96, 128, 256, 299, 384, 448)
+CHANNELS_FIRST, CHANNELS_LAST = (2, 3), (1, 2)
+WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_OF_MAPS = ("conv", "pool2d", "batch_norm", "group_norm", "upsample", "pixel_")
+_OF_TOKENS = ("mm", "attention")
+_MIXING = ("conv", "mm", "norm", "pool", "attention", "cat", "mean", "sum")
+_OF_SHAPE = ("view", "reshape", "squeeze")
+
+
+class Value(NamedTuple):
+    """A tensor in the forward.
+
+    Its number is above those of the tensors that it is made of; a view has that of its base, a tensor that does not
+    come from the images none. `axes` are its rows and columns, None where they could not be followed.
+    """
+
+    shape: torch.Size
+    number: int | None
+    axes: tuple[int, int] | None
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it may be (b, c, h, w)."""
+        return len(self.shape) == 4 and self.axes in (None, CHANNELS_FIRST)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it has more than one position then."""
+        return self.is_map and self.shape[2] * self.shape[3] > 1
+
+
+class Call(NamedTuple):
+    """One run of a layer: its only argument and its result, where these are tensors."""
+
+    name: str
+    layer: nn.Module
+    taken: Value | None
+    given: Value | None
+    kind: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def takes_map(self) -> bool:
+        """Whether its argument has several positions."""
+        return self.taken is not None and self.taken.is_wide
+
+    @property
+    def gives_map(self) -> bool:
+        """Whether its result has several positions."""
+        return self.given is not None and self.given.is_wide
+
+    @property
+    def takes_one_position(self) -> bool:
+        """Whether a linear layer or a convolution reads one vector per image."""
+        width = getattr(self.layer, "in_features", None) or getattr(self.layer, "in_channels", None)
+        return self.taken is not None and self.taken.shape[1:].numel() == width
+
+    @property
+    def makes_one_position(self) -> bool:
+        """Whether it makes one vector per image of a map."""
+        return self.takes_map and self.given is not None and self.given.shape[2:].numel() == 1
+
+    @property
+    def pools(self) -> bool:
+        """Whether it does so without any weights of a head."""
+        return self.makes_one_position and not any(isinstance(layer, WEIGHTS) for layer in self.layer.modules())
+
+
+class _Flow(TorchDispatchMode):
+    """Follows the tensors that are made from the images through every operation."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.parents: list[set[int]] = [set()]
+        self.convolved = [False]
+        self._names = [""]
+        self._numbers = {_storage(images): 0}
+        self._axes: dict[tuple[Any, ...], tuple[int, int]] = {}
+
+    def value(self, tensor: Tensor) -> Value:
+        """What is known of a tensor now."""
+        return Value(tensor.shape, self._numbers.get(_storage(tensor)), self._axes.get(_geometry(tensor)))
+
+    def keep_axes(self, old: Value, new: Tensor) -> None:
+        """The result of a linear layer, which flattens its argument meanwhile, has the same rows and columns."""
+        if old.axes is not None and max(old.axes) < new.ndim - 1:
+            self._axes[_geometry(new)] = old.axes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and note where its results come from."""
+        taken = _tensors((args, kwargs))
+        axes = [self._axes.get(_geometry(tensor)) for tensor in taken]
+        shapes = [tensor.shape for tensor in taken]
+        storages = {_storage(tensor) for tensor in taken}
+        result = func(*args, **kwargs or {})
+        given = _tensors(result)
+        written = {
+            _storage(tensor)
+            for argument, tensor in zip(func._schema.arguments, args, strict=False)
+            if isinstance(tensor, Tensor) and argument.alias_info is not None and argument.alias_info.is_write
+        }
+        name = func.__name__.partition(".")[0]
+        parents = {self._numbers[storage] for storage in storages if storage in self._numbers}
+        fresh = ({_storage(tensor) for tensor in given} - storages) | written
+        if parents and fresh:
+            self.parents.append(parents)
+            self._names.append(name)
+            self.convolved.append("conv" in name or any(self.convolved[parent] for parent in parents))
+        for storage in fresh:
+            if parents:
+                self._numbers[storage] = len(self.parents) - 1
+            else:
+                self._numbers.pop(storage, None)
+        for tensor in given:
+            after = _axes_after(name, args, axes, shapes, tensor)
+            if after is None:
+                self._axes.pop(_geometry(tensor), None)
+            else:
+                self._axes[_geometry(tensor)] = after
+        return result
+
+    def is_branch_end(self, number: int) -> bool:
+        """Whether a value, or what factors make of it, is added to one that does not come from it."""
+        branch, descendants = {number}, {number}
+        for later in range(number + 1, len(self.parents)):
+            parents, name = self.parents[later], self._names[later]
+            if not parents & descendants:
+                continue
+            if parents & branch and name in ("add", "add_") and parents - descendants:
+                return True
+            descendants.add(later)
+            if parents & branch and not any(word in name for word in _MIXING):
+                branch.add(later)
+        return False
+
+    def ways_to(self, end: int) -> tuple[set[int], set[int]]:
+        """Numbers on the ways from the images to `end`, and those that no way leads around."""
+        on_path = {end}
+        for number in range(end, 0, -1):
+            if number in on_path:
+                on_path |= self.parents[number]
+        trunk: set[int] = set()
+        earliest = end
+        for number in sorted(on_path, reverse=True):
+            if number <= earliest:
+                trunk.add(number)
+            earliest = min([earliest, *self.parents[number]])
+        return on_path, trunk
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.numel()]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+    return _storage(tensor), tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _axes_after(
+    name: str, args: Any, axes: list[tuple[int, int] | None], shapes: list[torch.Size], result: Tensor
+) -> tuple[int, int] | None:
+    """Rows and columns of an operation's result."""
+    if any(word in name for word in _OF_MAPS):
+        return CHANNELS_FIRST if result.ndim == 4 else None
+    if any(word in name for word in _OF_TOKENS) or not axes:
+        return None
+    if name in ("permute", "transpose", "t"):
+        return axes[0] and _permuted(axes[0], name, args, result.ndim)
+    if any(word in name for word in _OF_SHAPE):
+        return axes[0] and _reshaped(axes[0], shapes[0], result.shape)
+    return next((found for found, shape in zip(axes, shapes, strict=True) if found and len(shape) == result.ndim), None)
+
+
+def _permuted(axes: tuple[int, int], name: str, args: Any, ndim: int) -> tuple[int, int]:
+    order = list(range(ndim))
+    if name == "permute":
+        order = [dim % ndim for dim in args[1]]
+    else:
+        first, second = (dim % ndim for dim in args[1:]) if name == "transpose" else (0, 1)
+        order[first], order[second] = order[second], order[first]
+    return order.index(axes[0]), order.index(axes[1])
+
+
+def _reshaped(axes: tuple[int, int], old: torch.Size, new: torch.Size) -> tuple[int, int] | None:
+    """An axis is still there if one of its length has as many elements before it."""
+    found: list[int] = []
+    for axis in axes:
+        before = old[:axis].numel()
+        found += [dim for dim in range(len(new)) if new[dim] == old[axis] and new[:dim].numel() == before][:1]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+class Trace:
+    """Every run of a layer in one forward on zeros, in the order in which they end.
+
+    Raises:
+        ValueError: no size of image that the network takes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        like = next(model.parameters(), torch.zeros(()))
+        config: dict[str, Any] = getattr(model, "default_cfg", None) or {}
+        known: tuple[tuple[int, int], ...] = (tuple(config["input_size"][1:]),) if "input_size" in config else ()
+        first = next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), 3)
+        problem = ""
+        for size in (*known, *((side, side) for side in SIDES)):
+            for channels in dict.fromkeys((first, 3)):  # a first convolution may see pixels moved into channels
+                try:
+                    self._run(torch.zeros(1, channels, *size, device=like.device, dtype=like.dtype))
+                    return
+                except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+                    problem = problem or str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"expected a model that takes images of {first} channels and {SIDES[0]} or {SIDES[1]} px, "
+            f"got {type(model).__name__}, which raises: {problem}"
+        )
+
+    def _run(self, images: Tensor) -> None:
+        self.images = images
+        self.calls: list[Call] = []
+        flow = _Flow(images)
+        begun: list[Value | None] = []
+
+        def begin(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            only = inputs[0] if len(inputs) == 1 else None
+            begun.append(flow.value(only) if isinstance(only, Tensor) else None)
+
+        def keeper(name: str) -> Callable[..., None]:
+            def keep(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+                taken, given, kind, like = begun.pop(), None, type(output).__name__, images
+                if isinstance(output, Tensor):
+                    if isinstance(layer, nn.Linear) and taken is not None:
+                        flow.keep_axes(taken, output)
+                    given, kind, like = flow.value(output), str(tuple(output.shape)), output
+                self.calls.append(Call(name, layer, taken, given, kind, like.device, like.dtype))
+
+            return keep
+
+        handles = [layer.register_forward_pre_hook(begin) for layer in self.model.modules()]
+        handles += [layer.register_forward_hook(keeper(name)) for name, layer in self.model.named_modules()]
+        try:
+            with unmoved(self.model), flow:
+                result = self.model(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.shapes = shapes_of(result)
+        numbers = [flow.value(leaf).number for leaf in _tensors(result)]
+        self.on_path, self._trunk = flow.ways_to(max((number for number in numbers if number is not None), default=0))
+        self._flow = flow
+        runs = Counter(call.name for call in self.calls)
+        self._once = {name for name, count in runs.items() if count == 1}
+
+    def only_call(self, name: str) -> Call:
+        """The one run of a layer.
+
+        Raises:
+            ValueError: it runs never or more than once.
+        """
+        calls = [call for call in self.calls if call.name == name]
+        if len(calls) != 1:
+            got = f"which it runs {len(calls)} times" if calls else "which it never runs"
+            raise ValueError(f"expected a layer that the network runs once, got {name!r}, {got}; name another layer")
+        return calls[0]
+
+    def places(self, name: str) -> list[Call]:
+        """Where a gating block of this name goes, see `insert`.
+
+        Raises:
+            ValueError: no layer yields a feature map.
+        """
+        ends = [] if name in STAGES else self._branch_ends()
+        places = ends or self._stages()[STAGES.get(name, slice(None))]
+        if not places:
+            raise ValueError(
+                f"expected a CNN of layers that yield maps (b, c, h, w), got {type(self.model).__name__}, "
+                f"{self._without_maps()}; name the layers with at"
+            )
+        return places
+
+    def pool(self) -> Call | None:
+        """The layer that makes one position of the features; where none does, the layer that yields them."""
+        features = self._features_of_head()
+        if features is None:
+            maps = self._maps()
+            pool = self._pool_behind(maps[-1]) if maps else None
+            return pool if pool is not None and not self._weights_behind(pool) else None
+        return self._pool_behind(features) or features
+
+    def _without_maps(self) -> str:
+        last = any(call.given is not None and call.given.axes == CHANNELS_LAST for call in self.calls)
+        return "whose maps are (b, h, w, c)" if last else "which has none that all later layers come from"
+
+    def _is_features(self, call: Call) -> bool:
+        """Whether a layer that runs once yields a map (b, c, h, w) that convolutions made from the images."""
+        value = call.given
+        if value is None or value.number is None or value.axes != CHANNELS_FIRST or not value.is_map:
+            return False
+        return call.name in self._once and value.number in self.on_path and self._flow.convolved[value.number]
+
+    def _maps(self) -> list[Call]:
+        """Runs that yield features of several positions, which all that comes later is made of."""
+        return [
+            call
+            for call in self.calls
+            if self._is_features(call)
+            and call.gives_map
+            and _number(call.given) in self._trunk
+            and call.given != call.taken  # it does not just hand it on
+        ]
+
+    def _weights_behind(self, call: Call) -> list[Call]:
+        """Linear layers and convolutions that work on what a layer yields, on the way to the result."""
+        behind = self.calls[self.calls.index(call) + 1 :]
+        return [call for call in behind if isinstance(call.layer, WEIGHTS) and _number(call.given) in self.on_path]
+
+    def _features_of_head(self) -> Call | None:
+        """The run that yields the last map which layers with weights read.
+
+        They read it as one position. The first may also take the map itself, if it makes one position of it, or one
+        map of logits for each position.
+        """
+        maps = [call for call in self._maps() if self._weights_behind(call)]
+        if not maps:
+            return None
+        first, *others = self._weights_behind(maps[-1])
+        reads = first.takes_one_position or first.makes_one_position
+        if getattr(first.layer, "kernel_size", None) == (1, 1) and not others:  # logits of each position, then pooled
+            pooled = all(shape[2:].numel() == 1 for shape in self.shapes)
+            reads = reads or (pooled and _number(first.taken) == _number(maps[-1].given))
+        return maps[-1] if reads and all(call.takes_one_position for call in others) else None
+
+    def _pool_behind(self, features: Call) -> Call | None:
+        pools = (call for call in reversed(self.calls) if call.pools and _number(call.taken) == _number(features.given))
+        return next((call for call in pools if call.name in self._once), None)
+
+    def _branch_ends(self) -> list[Call]:
+        found = {call.name: (index, call) for index, call in enumerate(self.calls) if self._is_features(call)}
+        order = {name: index for name, (index, _) in found.items()}
+        ends = (_branch_end(call.name, call.layer, order) for call in self.calls)
+        names = {end for end in ends if end in found}
+        calls = [found[name][1] for name, _ in self.model.named_modules() if name in names]
+        return [call for call in calls if self._flow.is_branch_end(_number(call.given) or 0)]
+
+    def _stages(self) -> list[Call]:
+        """A ResNet's stages; else, for each resolution of the features, the last unit made of blocks, or the last one.
+
+        A unit halves the resolution at most. What comes before the first blocks, the stem, is no stage.
+        """
+        maps = self._maps()
+        features = self._features_of_head()
+        if features is not None:  # behind it are logits
+            maps = maps[: maps.index(features) + 1]
+        deep = {call.name for call in maps if _has_blocks(call.layer)}
+        own = [call for call in maps if re.fullmatch(r"layer\d", call.name) and call.name in deep]
+        if len(own) > 2:  # at high resolution several are of one size
+            return own
+        units = [call for call in maps if not _shrinks(call)]
+        names = {call.name for call in units}
+        last: dict[tuple[int, ...], Call] = {}
+        for call in units:
+            side = () if call.given is None else tuple(call.given.shape[2:])
+            behind_blocks = side in last and last[side].name in deep and call.name not in deep
+            starts = side not in last and next(call.layer.parameters(), None) is None
+            if not (behind_blocks or starts or any(_is_inside(call.name, unit) for unit in names)):
+                last[side] = call
+        stages = list(last.values())
+        if features is None and maps:
+            before = self.calls[: self.calls.index(maps[-1]) + 1]
+            if len(self._weights_behind(maps[-1])) > sum(isinstance(call.layer, WEIGHTS) for call in before):
+                return []  # nothing but the patches of a transformer
+        return stages[next((index for index, call in enumerate(stages) if call.name in deep), 0) :]
+
+
+def _number(value: Value | None) -> int | None:
+    return None if value is None else value.number
+
+
+def _shrinks(call: Call) -> bool:
+    """Whether a layer made of layers more than halves the resolution."""
+    if call.taken is None or call.given is None or not call.takes_map or not list(call.layer.children()):
+        return False
+    return call.taken.shape[2] > 2 * call.given.shape[2]
+
+
+def _is_inside(name: str, other: str) -> bool:
+    return name != other and (not other or name.startswith(f"{other}."))
+
+
+def _has_blocks(layer: nn.Module) -> bool:
+    """Whether inside a layer is one with two layers with weights or more."""
+    inner = (block for block in layer.modules() if block is not layer)
+    return any(sum(isinstance(part, WEIGHTS) for part in block.modules()) > 1 for block in inner)
+
+
+def _branch_end(name: str, block: nn.Module, order: dict[str, int]) -> str | None:
+    """Last layer of the residual branch in the blocks of torchvision and timm, or None for another module."""
+    children = dict(block.named_children())
+    if hasattr(block, "downsample") or getattr(block, "has_skip", False):
+        numbered = [f"{name}.{child}" for child in children if re.fullmatch(r"(conv|bn|norm)\d", child)]
+        return max((child for child in numbered if child in order), key=order.__getitem__, default=None)
+    if getattr(block, "use_res_connect", False):
+        return f"{name}.{'conv' if 'conv' in children else 'block'}"
+    return f"{name}.f" if "f" in children and hasattr(block, "proj") else None
+
+
+def shapes_of(result: Any) -> list[torch.Size]:
+    """Shapes of all tensors in what a network returns."""
+    return [leaf.shape for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Generator[None]:
+    """Run a model without gradients; flags, random state and buffers are as before afterwards."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with untouched(model), torch.no_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
