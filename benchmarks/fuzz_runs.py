@@ -30,7 +30,7 @@ from sightline import cli, models, runs
 from sightline.data import Preprocess
 from sightline.recipe import Data, Model, Recipe
 
-SECONDS = 30
+SECONDS = 120
 MEMORY = 12 * 2**30
 NETWORKS = {
     "vgg_gap": {"width": 1 / 16, "stem_pool": 2},

@@ -20,7 +20,7 @@ from sightline import data, explainers, runs
 from sightline.explainers import explain, fitting
 from sightline.maps import NEARLY_FLAT, ROUNDING, variation
 
-IMAGES = 8
+IMAGES = 4
 FRESH = ("test_resnet", "test_vit", "mobilenetv3_small_050")
 LARGE = 3_000_000  # parameters; bfloat16 takes minutes on a CPU
 SLOW = ("rise", "occlusion", "score_cam", "ablation_cam")
@@ -91,7 +91,7 @@ def main() -> None:
             }
             print(row, flush=True)
             rows.append(row)
-    print(save("nearly_flat", rows))
+            save("nearly_flat", rows)
 
 
 if __name__ == "__main__":

@@ -151,8 +151,8 @@ def test_explain_by_every_method_that_fits(run, tmp_path, capsys):
     image = torch.from_numpy(np.array(Image.open(images[0]))).movedim(-1, 0)[None]
     name, share = rows[0]["class"], float(rows[0]["probability"])
     doubts = {row["method"]: row["verdicts"] for row in rows[: len(made)]}
-    graver = {row["method"]: row["level"].replace("note", "") for row in rows[: len(made)]}
-    brackets = {name: f" ({of})" if of else "" for name, of in graver.items()}
+    levels = {row["method"]: row["level"].replace("note", "") for row in rows[: len(made)]}
+    brackets = {name: f" ({of})" if of else "" for name, of in levels.items()}
     titles = {name: f"{name}{brackets[name]}: {said}" if said else name for name, said in doubts.items()}
     expected = maps.side_by_side(
         image,
