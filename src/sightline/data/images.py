@@ -4,7 +4,7 @@ import io
 import threading
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -95,21 +95,30 @@ def open_image(
     Raises:
         UnreadableImage: not an image, cut off, or of more pixels than allowed.
     """
-    with _opened(file) as image:
-        width, height = image.size
-        scale = min(1.0, size / max(width, height)) if isinstance(size, int) else 1.0
-        side = max(1, round(scale * max(width, height))) if isinstance(size, int) else max(size)
-        with _room(_draft(image, side), max_pixels):
-            drafted = image.size
-            image.load()
-            turned = image.size == drafted[::-1] != drafted  # a TIFF turns itself; most say its upright size before
-            orientation = _orientation(image)
-            upright = _turned(_in_bands(image, side, _ends(image)), orientation)
-        if turned != (orientation in (5, 6, 7, 8)):
-            width, height = height, width
+    with ExitStack() as room:  # is left when the decoded image is gone
+        upright, (height, width) = _decoded(file, size, max_pixels, room)
         if isinstance(size, int):
+            scale = min(1.0, size / max(width, height))
             size = (max(1, round(scale * height)), max(1, round(scale * width)))
         return np.array(upright.resize((size[1], size[0]), Image.Resampling.BILINEAR)), (height, width)
+
+
+def _decoded(
+    file: Path | bytes, size: tuple[int, int] | int, max_pixels: int, room: ExitStack
+) -> tuple[Image.Image, tuple[int, int]]:
+    """An upright RGB image, large ones reduced, and its own height and width."""
+    with _opened(file) as image:
+        width, height = image.size
+        side = min(size, max(width, height)) if isinstance(size, int) else max(size)
+        room.enter_context(_room(_draft(image, side), max_pixels))
+        drafted = image.size
+        image.load()
+        turned = image.size == drafted[::-1] != drafted  # a TIFF turns itself; most say its upright size before
+        orientation = _orientation(image)
+        upright = _turned(_in_bands(image, side, _ends(image)), orientation)
+        if turned != (orientation in (5, 6, 7, 8)):
+            width, height = height, width
+        return upright, (height, width)
 
 
 class MaskPixels(NamedTuple):
