@@ -6,7 +6,6 @@ network keeps the dotted names, the state_dict keys and the types of all its lay
 then has the block. A layer that loops over its children (a dense block) must not see one more: its last child keeps it.
 """
 
-import copy
 import difflib
 import inspect
 import re
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sightline.inference import untouched
+from sightline.inference import copy_of, untouched
 
 Block = str | Callable[..., nn.Module]
 Init = Literal["identity", "fresh"]
@@ -77,7 +76,7 @@ def insert(
     if "identity" in inspect.signature(make).parameters:
         options = {"identity": init == "identity", **options}
     marked = options.get("identity", False)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_of(model)
     calls = _calls(model)
     names = [_global_pool(calls).name] if at is None else _matches(model, [at] if isinstance(at, str) else at)
     pooling = _pools(make, options, _only_call(calls, names[0]))
@@ -119,7 +118,7 @@ def remove(model: nn.Module, inplace: bool = False) -> nn.Module:
     >>> list(remove(insert(model, nn.BatchNorm2d, init="fresh")).state_dict())
     ['0.weight', '0.bias']
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_of(model)
     found = [(layer, hooks, key) for layer in model.modules() for hooks, key in _hooks(layer)]
     if not found:
         raise ValueError(f"expected a model with inserted blocks, got {type(model).__name__} without; see insert")

@@ -1,5 +1,6 @@
 """Calls anybody's model without leaving a trace."""
 
+from sightline.inference.copies import copy_of
 from sightline.inference.outputs import (
     answers,
     check_images,
@@ -18,6 +19,7 @@ from sightline.inference.preserve import exact, untouched
 __all__ = [
     "answers",
     "check_images",
+    "copy_of",
     "either",
     "exact",
     "forward",

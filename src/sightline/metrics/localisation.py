@@ -150,7 +150,7 @@ def max_box_accuracy(
     """
     if not 0 < iou <= 1:
         raise ValueError(f"expected an iou above 0 and up to 1, got {iou}; it is the least overlap of a hit")
-    if not isinstance(thresholds, Sequence):
+    if isinstance(thresholds, str) or not isinstance(thresholds, Sequence):
         check_whole(thresholds=thresholds)
         thresholds = [step / thresholds for step in range(thresholds)]
     if not thresholds or not all(0 <= threshold <= 1 for threshold in thresholds):

@@ -1,7 +1,6 @@
 """Does the map depend on what the model learned and on the class? Does it share out the whole score?"""
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from sightline import maps as pixels
 from sightline.checks import check_whole
-from sightline.inference import either, forward, untouched
+from sightline.inference import copy_of, either, forward, untouched
 from sightline.metrics.agreement import rank_correlation
 from sightline.metrics.hiding import Fill, substitute
 from sightline.metrics.inpainting import inpaint
@@ -90,10 +89,10 @@ def randomisation_curve(
         generator = torch.Generator().manual_seed(seed)
         shuffled = {name: _shuffled(parameter.detach(), generator) for name, parameter in net.named_parameters()}
         maps = explain(net, images, targets)
-        randomised, found = deepcopy(net), list[Any]()
+        randomised, found = copy_of(net), list[Any]()
         for names in groups.values():
             if order == "independent":
-                randomised = deepcopy(net)
+                randomised = copy_of(net)
             with torch.no_grad():
                 for name in names:
                     randomised.get_parameter(name).copy_(shuffled[name])
@@ -214,7 +213,7 @@ def _top_down(model: nn.Module, image: Float[Tensor, "1 c *grid"], stages: int) 
     if not owned:
         raise ValueError(f"expected a model with parameters, got none in {type(model).__name__}; drop this metric")
     reached: dict[str, int] = {}
-    probe = deepcopy(model)
+    probe = copy_of(model)
 
     def mark(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
