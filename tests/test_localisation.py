@@ -292,3 +292,24 @@ def test_box_around():
 def test_bad_inputs_say_what_to_do(call, message, unchecked):
     with pytest.raises(ValueError, match=message):
         call(*quarter())
+
+
+def test_more_thresholds_hold_the_fewer_and_find_a_better_best_one():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(12, 1, 5, 5, generator=generator)
+    masks = torch.zeros(12, 1, 40, 40, dtype=torch.bool)
+    for mask, (top, left, height, width) in zip(masks, torch.randint(5, 20, (12, 4), generator=generator), strict=True):
+        mask[0, top : top + height, left : left + width] = True
+    few, many = (max_box_accuracy(maps, masks, iou=0.3, thresholds=count) for count in (20, 1000))
+    assert few.shape == (12, 20) and many.shape == (12, 1000)
+    assert torch.equal(few, max_box_accuracy(maps, masks, iou=0.3)) and torch.equal(few, many[:, ::50])
+    assert torch.equal(many[:, [137, 777]], max_box_accuracy(maps, masks, iou=0.3, thresholds=[0.137, 0.777]))
+    metric = MaxBoxAccuracy(iou=0.3, thresholds=1000)
+    metric.update(maps, masks)
+    assert metric.compute() == many.double().mean(0).amax() > few.double().mean(0).amax()
+
+
+@pytest.mark.parametrize("thresholds", [0, [], [1.5], [-0.1, 0.5]])
+def test_bad_thresholds_say_what_to_do(thresholds, unchecked):
+    with pytest.raises(ValueError, match="expected thresholds from 0 to 1, at least one, got"):
+        max_box_accuracy(torch.rand(1, 1, 4, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool), thresholds=thresholds)

@@ -1,13 +1,16 @@
 """Maps that must pass or fail the sanity tests by construction, by hand, and by slow reference."""
 
 import math
+import threading
 
 import pytest
 import torch
 from tests.reference import sanity as reference
 from tests.same import assert_same_state, close, state_of
 from torch import nn
+from torch.nn.utils import prune
 
+from sightline.explainers import explain
 from sightline.metrics.sanity import (
     Completeness,
     ParameterRandomisation,
@@ -388,3 +391,74 @@ def test_classes_average_the_functions(case):
         metric.update(**given)
         assert metric.compute().item() == pytest.approx(values.double().mean().item(), abs=1e-12)
         assert cls.higher_is_better is None and "{method}" not in cls.sentence  # nobody is best in a test
+
+
+def input_x_gradient(model, images, targets):
+    return explain(model, images, targets, ["input_x_gradient"])["input_x_gradient"]
+
+
+def masked(layer):
+    return prune.random_unstructured(layer, "weight", 0.3)
+
+
+def locked(layer):
+    layer.lock = threading.Lock()
+    return layer
+
+
+def remembering(layer):
+    layer.register_forward_hook(lambda module, inputs, output: setattr(module, "seen", {"outputs": [output]}))
+    return layer
+
+
+WRAPPED = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": masked,
+    "parametrized": nn.utils.parametrizations.weight_norm,
+    "locked": locked,
+    "remembering": remembering,
+}
+
+
+def small(wrap, ran=True):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 8, 3, bias=False)
+        model = nn.Sequential(wrap(conv), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    if ran:
+        model(torch.ones(1, 3, 8, 8))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("order", ["cascading", "independent"])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_models_that_pytorch_does_not_copy_once_they_have_run(name, order):
+    images, targets = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
+    model, explained = small(WRAPPED[name]), []
+
+    def explain_and_keep(model, images, targets):
+        explained.append((model(images).detach(), input_x_gradient(model, images, targets)))
+        return explained[-1][1]
+
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    logits = model(images).detach()
+    found = parameter_randomisation(model, images, targets, explain_and_keep, order=order)
+    assert found.isfinite().all() and (found < 0.999).all()
+    assert not any(torch.allclose(logits, shuffled) for shuffled, _ in explained[1:])
+    assert torch.equal(model(images), logits) and explained[0][1].abs().sum() > 0
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    if name in ("locked", "remembering"):
+        plain = small(lambda layer: layer)
+        assert torch.equal(found, parameter_randomisation(plain, images, targets, input_x_gradient, order=order))
+
+
+@pytest.mark.parametrize("order", ["cascading", "independent"])
+def test_a_mask_of_ones_changes_nothing(order):
+    images, targets = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
+    found, expected = (
+        randomisation_curve(small(wrap), images, targets, input_x_gradient, order=order)[1]
+        for wrap in (lambda layer: prune.identity(layer, "weight"), lambda layer: layer)
+    )
+    assert torch.equal(found, expected)

@@ -6,7 +6,6 @@ network keeps the dotted names, the state_dict keys and the types of all its lay
 then has the block. A layer that loops over its children (a dense block) must not see one more: its last child keeps it.
 """
 
-import copy
 import difflib
 import inspect
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline.attention.places import Call, Trace, shapes_of, unmoved
-from sightline.inference import untouched
+from sightline.inference import copy_of, untouched
 
 Block = str | Callable[..., nn.Module]
 Init = Literal["identity", "fresh"]
@@ -78,7 +77,7 @@ def insert(
     if "identity" in inspect.signature(make).parameters:
         options = {"identity": init == "identity", **options}
     marked = options.get("identity", False)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_of(model)
     trace = Trace(model)
     if at is not None:
         calls = [trace.only_call(name) for name in _matches(model, [at] if isinstance(at, str) else at)]
@@ -125,7 +124,7 @@ def remove(model: nn.Module, inplace: bool = False) -> nn.Module:
     >>> list(remove(insert(model, nn.BatchNorm2d, init="fresh")).state_dict())
     ['0.weight', '0.bias']
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_of(model)
     found = [(layer, hooks, key) for layer in model.modules() for hooks, key in _hooks(layer)]
     if not found:
         raise ValueError(f"expected a model with inserted blocks, got {type(model).__name__} without; see insert")

@@ -1,6 +1,5 @@
 """A forward compiled once, for maps of many batches of the same model."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from sightline.explainers.capture import Capture, Captured
 from sightline.explainers.layout import Layout
 from sightline.explainers.scorer import Scorer
-from sightline.inference import ForwardCall, logits_of, run, version_of
+from sightline.inference import ForwardCall, copy_of, logits_of, run, version_of
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,6 @@ class CompiledCapture:
                 "expected a model whose last feature map is a module's output, pooled into one linear layer that "
                 f"yields the logits, for compile=True, got {type(self.model).__name__}; leave compile out"
             )
-        copied = _Both(copy.deepcopy(self.model).to(memory_format=torch.channels_last), found.name)
+        copied = _Both(copy_of(self.model).to(memory_format=torch.channels_last), found.name)
         call = torch.compile(copied, options={"freezing": True})
         return _Compiled(key, call, found.name, found.layout, head.detach().clone())

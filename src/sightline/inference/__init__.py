@@ -1,5 +1,6 @@
 """Calls anybody's model without leaving a trace."""
 
+from sightline.inference.copies import copy_of
 from sightline.inference.outputs import (
     ForwardCall,
     Output,
@@ -25,6 +26,7 @@ __all__ = [
     "answers",
     "check_classes",
     "check_images",
+    "copy_of",
     "either",
     "exact",
     "forward",

@@ -150,9 +150,10 @@ def max_box_accuracy(
     """
     if not 0 < iou <= 1:
         raise ValueError(f"expected an iou above 0 and up to 1, got {iou}; it is the least overlap of a hit")
-    if not isinstance(thresholds, Sequence):
+    if isinstance(thresholds, str) or not isinstance(thresholds, Sequence):
         check_whole(thresholds=thresholds)
-        thresholds = [step / thresholds for step in range(thresholds)]
+        count = int(thresholds)
+        thresholds = [step / count for step in range(count)]
     if not thresholds or not all(0 <= threshold <= 1 for threshold in thresholds):
         raise ValueError(
             f"expected thresholds from 0 to 1, at least one, got {thresholds}; they are shares of the range"

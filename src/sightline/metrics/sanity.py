@@ -1,7 +1,6 @@
 """Does the map depend on what the model learned and on the class? Does it share out the whole score?"""
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +14,7 @@ from sightline.inference import (
     ForwardCall,
     Output,
     check_classes,
+    copy_of,
     either,
     forward,
     forward_call,
@@ -116,10 +116,10 @@ def randomisation_curve(
         generator = torch.Generator().manual_seed(seed)
         shuffled = {name: _shuffled(parameter.detach(), generator) for name, parameter in net.named_parameters()}
         maps = explain(net, images, targets)
-        randomised, found = deepcopy(net), list[Any]()
+        randomised, found = copy_of(net), list[Any]()
         for names in groups.values():
             if order == "independent":
-                randomised = deepcopy(net)
+                randomised = copy_of(net)
             with torch.no_grad():
                 for name in names:
                     randomised.get_parameter(name).copy_(shuffled[name])
@@ -256,7 +256,7 @@ def _top_down(
     if not owned:
         raise ValueError(f"expected a model with parameters, got none in {type(model).__name__}; drop this metric")
     reached: dict[str, int] = {}
-    probe = deepcopy(model)
+    probe = copy_of(model)
 
     def mark(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:

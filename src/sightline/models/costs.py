@@ -1,6 +1,5 @@
 """What a network costs: parameters, multiplications, time, and memory kept for the backward pass."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sightline.inference import untouched
+from sightline.inference import copy_of, untouched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,7 @@ def _macs(model: nn.Module, image: Tensor) -> int:
 
 
 def _saved(model: nn.Module, images: Tensor) -> int:
-    model = copy.deepcopy(model).train()  # a training forward moves the statistics of BatchNorm
+    model = copy_of(model).train()  # a training forward moves the statistics of BatchNorm
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -1,6 +1,5 @@
 """Training: `fit` builds data and network from a recipe, runs the loop and keeps a run folder."""
 
-import copy
 import math
 import os
 import shutil
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline import data, models, runs
+from sightline.inference import copy_of
 from sightline.recipe import Model, Recipe
 from sightline.recipe import load as load_recipe
 from sightline.runs import Run
@@ -349,7 +349,7 @@ def _try(network: nn.Module, recipe: Recipe, size: tuple[int, int]) -> None:
     batch = min(recipe.optim.batch_size, 2)
     try:
         with torch.no_grad():
-            copy.deepcopy(network).train()(torch.zeros(batch, 3, *size))
+            copy_of(network).train()(torch.zeros(batch, 3, *size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"{recipe.model.name} cannot be trained on batches of {recipe.optim.batch_size} images of {size[1]} x "

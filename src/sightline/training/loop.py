@@ -1,6 +1,5 @@
 """The training loop. It owns every number that decides how a training goes on, so it can stop and resume anywhere."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from sightline import data
-from sightline.inference import logits_of, untouched
+from sightline.inference import copy_of, logits_of, untouched
 from sightline.recipe import Recipe
 from sightline.training import processes
 from sightline.training.losses import Loss, Mixed
@@ -56,7 +55,7 @@ class Training:
             self.network = convert_sync_batchnorm(self.network)  # knows the ones with an activation inside, too
         if not optim.sharded:  # which has no other memory layout than the plain one
             self.network = self.network.to(memory_format=torch.channels_last)
-        self.averaged = None if optim.ema is None else copy.deepcopy(self.network).to(self.fabric.device)
+        self.averaged = None if optim.ema is None else copy_of(self.network).to(self.fabric.device)
         if self.averaged is not None:
             processes.shard_alike(self.fabric, self.averaged)
         staged: Any = network

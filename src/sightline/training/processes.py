@@ -1,6 +1,5 @@
 """The processes that train together: one, or those that torchrun or SLURM has started."""
 
-import copy
 import logging
 import os
 from collections.abc import Generator, Iterator
@@ -14,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sightline.inference import logits_of
+from sightline.inference import copy_of, logits_of
 from sightline.recipe import Optim
 
 try:
@@ -125,7 +124,7 @@ def same_buffers(module: nn.Module) -> None:
 
 def _has_unused(network: nn.Module, size: tuple[int, int]) -> bool:
     """Whether parameters get no gradient, for which the processes would wait."""
-    tried = copy.deepcopy(network).train()
+    tried = copy_of(network).train()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         logits_of(tried(torch.zeros(2, 3, *size))).sum().backward()
     return any(p.requires_grad and p.grad is None for p in tried.parameters())

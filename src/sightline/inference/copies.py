@@ -1,0 +1,50 @@
+"""Copies of anybody's model."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copy_of(model: Model) -> Model:
+    """A deep copy, with the hooks; also of a model that PyTorch refuses to copy because it has run.
+
+    What a forward leaves behind with a graph (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`) is copied without
+    it, and objects that cannot be copied (locks, open files) are shared.
+
+    >>> layer = nn.utils.prune.identity(nn.Linear(2, 2), "weight")
+    >>> layer.weight.is_leaf, copy_of(layer).weight.is_leaf
+    (False, True)
+    """
+    with _WithoutGraphs():
+        try:
+            return copy.deepcopy(model)
+        except (TypeError, NotImplementedError):
+            shared: dict[int, Any] = {}
+            for module in model.modules():
+                shared |= {id(value): value for value in tree_leaves(vars(module)) if not _can_be_copied(value)}
+            return copy.deepcopy(model, shared)
+
+
+class _WithoutGraphs(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def _can_be_copied(value: Any) -> bool:
+    if isinstance(value, Tensor | nn.Module):
+        return True
+    try:
+        copy.deepcopy(value)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
