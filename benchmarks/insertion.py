@@ -16,6 +16,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ KINDS = ("cbam", "bam", "brnpa")
 QUICK = {3: ("cbam", "bam", "brnpa", "gem"), 1: ("brnpa",), 2: ("brnpa",), 1000: ("cbam", "brnpa")}
 EVERYTHING = {3: (*GATING, *POOLING), 1: KINDS, 2: KINDS, 1000: KINDS}
 Row = dict[str, Any]
+PAGE, HEADING = Path(__file__).parents[1] / "docs/attention.md", "### Every family\n"
+ABOUT = """[benchmarks/insertion.py](../benchmarks/insertion.py) puts blocks into one small network of each family of
+timm and torchvision, with 1, 2, 3 and 1000 classes. Gating blocks must leave every bit of the logits, see features of
+the image's proportions, run once and reach the logits; poolings must keep the logits' shape, and nothing behind them
+may see a map; both must come out again without a trace."""
 SMALLER: dict[tuple[int, ...], tuple[int, ...]] = {(3, 128, 160): (3, 64, 96), (3, 192, 224): (3, 128, 160)}
 
 
@@ -235,6 +241,25 @@ def rows_of(network: Network, wanted: Mapping[int, tuple[str, ...]], done: list[
     return rows
 
 
+def table(rows: list[Row]) -> str:
+    """Networks x kinds of blocks, for the page: those where everything is right in one row."""
+    lines = ["| networks | gating | poolings |", "|---|---|---|"]
+    cells: dict[str, list[str]] = {}
+    for name in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == name]
+        columns: list[str] = []
+        for kind, word in ((GATING, "bit-equal"), (POOLING, "right")):
+            verdicts = [row for row in own if row["block"] in kind]
+            right = sum(row["is"] == "right" for row in verdicts)
+            reasons = dict.fromkeys(row["is"] for row in verdicts if row["is"] != "right")
+            columns.append("; ".join([f"{right} {word}"] * (right > 0) + list(reasons)))
+        text = f"{columns[0]} | {columns[1]}"
+        everything = not any(row["is"] != "right" for row in own)
+        cells.setdefault("all bit-equal | all right" if everything else text, []).append(f"`{name}`")
+    lines += [f"| {' '.join(names)} | {text} |" for text, names in cells.items()]
+    return "\n".join(lines)
+
+
 def networks() -> list[Network]:
     """Classifiers of images; torchvision's carry its name."""
     torchvision = [network for network in torchvision_networks() if len(network.size) == 3]
@@ -262,7 +287,11 @@ def main() -> None:
         if new:
             save("insertion", rows)
     wrong = sum(row["is"].startswith("wrong") for row in rows)
-    print(f"{len(rows)} insertions: {sum(row['is'] == 'right' for row in rows)} right, {wrong} wrong, the rest refused")
+    right = sum(row["is"] == "right" for row in rows)
+    says = f"{len(rows)} insertions: {right} right, {len(rows) - right - wrong} refused, {wrong} wrong."
+    print(says)
+    before, _, rest = PAGE.read_text().partition(HEADING)
+    PAGE.write_text(f"{before}{HEADING}\n{ABOUT}\n\n{says}\n\n{table(rows)}\n\n## " + rest.partition("\n## ")[2])
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def insert(
 
     A gating block follows each place: the parent sees the layer's output with the block applied. A pooling replaces
     the global average: it hands the network a map of one position, whose average is itself. Layers behind it that
-    expect another number of channels are made anew, up to the first linear one.
+    expect another number of channels are made anew.
 
     Args:
         model: a network of `nn.Module`s whose layers yield (b, c, h, w).
