@@ -4,7 +4,8 @@ A KeyboardInterrupt is raised at the first line that sightline runs during a cal
 and so on, until the call comes to its end. After each, all of this is compared: every attribute of every module, hooks,
 flags, buffers and parameters; the random state of PyTorch, NumPy and Python; gradient, inference and autocast mode;
 the stacks of modes; the precision of a GPU; and whether another thread gets its turn. A second series sends real
-signals at random moments. `--every 50` is a quick look, which writes nothing.
+signals at random moments. `--every 50` is a quick look, which
+writes nothing.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 
 import sightline as sl
 from sightline.explainers import attention_maps
-from sightline.inference import turns, untouched
+from sightline.inference import turns
 from sightline.metrics import deletion_auc, max_sensitivity, parameter_randomisation, random_logit
 
 ROOT = str(Path(sl.__file__).parent)
@@ -110,9 +111,9 @@ def _is_free() -> bool:
     answers: list[bool] = []
 
     def ask() -> None:
-        answers.append(turns._LOCK.acquire(blocking=False))
+        answers.append(turns._shared.acquire(blocking=False))
         if answers[0]:
-            turns._LOCK.release()
+            turns._shared.release()
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -151,7 +152,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             return one[0] == other[0] and torch.equal(one[1].view(-1), other[1].view(-1))
         return one == other
 
-    return [name for name in before | after if name not in before or name not in after or not same(before[name], after[name])]
+    both = before.keys() & after.keys()
+    return [name for name in before | after if name not in both or not same(before[name], after[name])]
 
 
 class Interrupted:
@@ -203,7 +205,7 @@ def interrupt_each_line(
     model = restless()
     call(model)
     count = Interrupted(0, folder)
-    count.run(lambda: call(model))
+    count.run(partial(call, model))
     places = range(1, len(count.lines) + 1, every)
     if not repeated:
         first = {where: place for place, where in reversed([*enumerate(count.lines, 1)])}
@@ -215,7 +217,7 @@ def interrupt_each_line(
         before = everything(model)
         for place in places:
             interrupt = Interrupted(place, folder)
-            if interrupt.run(lambda: call(model)):
+            if interrupt.run(partial(call, model)):
                 continue  # caches made it shorter
             interrupts += 1
             if changed := differences(before, everything(model)):
@@ -261,7 +263,9 @@ def main() -> None:
     from measure import save
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="every n-th line only; writes nothing")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="every n-th line only; from 20 on nothing is written"
+    )
     parser.add_argument("--signals", type=int, default=500, metavar="N", help="real signals for each call (500)")
     parser.add_argument("--only", default="", metavar="WORD", help="calls whose name holds the word; writes nothing")
     arguments = parser.parse_args()
@@ -272,15 +276,23 @@ def main() -> None:
             continue
         for surroundings in ("", "inference mode and autocast"):
             lines, interrupts, left = interrupt_each_line(call, every=arguments.every, surroundings=surroundings)
-            row = {"call": name, "around": surroundings, "lines": lines, "interrupts": interrupts, "left behind": left}
-            print(name, surroundings, f"{lines} lines, {interrupts} interrupts, {len(left)} left something", left, flush=True)
+            row = {
+                "call": name,
+                "around": surroundings,
+                "lines": lines,
+                "interrupts": interrupts,
+                "left behind": left,
+                "every": arguments.every,
+            }
+            text = f"{lines} lines, {interrupts} interrupts, {len(left)} left something"
+            print(name, surroundings, text, left or "", flush=True)
             rows.append(row)
         if not arguments.signals:
             continue
         hits, left = interrupt_at_random(call, arguments.signals)
         print(name, f"{hits} signals, {len(left)} left something", left, flush=True)
         rows.append({"call": name, "signals": hits, "left behind": left})
-    if arguments.every == 1 and not arguments.only:
+    if arguments.every < 20 and not arguments.only:
         print(save("interrupts", rows))
 
 

@@ -276,19 +276,21 @@ class _Modules:
 
     def put_back_attributes(self) -> None:
         """All but the values of buffers."""
+        others: set[int] = set()
         for module, kind, training, attributes in self.attributes:
-            if type(module) is not kind:
-                continue  # its first forward has made another of it, as it does of nn.LazyLinear
+            if type(module) is not kind:  # the first forward turns nn.LazyLinear into nn.Linear, which stays
+                others |= set(map(id, attributes.values()))
+                continue
             if module.training != training:  # TorchScript does not keep it among the attributes
                 module.training = training
             now = vars(module)
             if len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values())):
                 _fill(now, attributes)
         for value in compress(self.containers, self.containers):
-            if id(value) not in self.contents:
+            if id(value) not in self.contents and id(value) not in others:
                 value.clear()
         for value, content in self.contents.values():
-            if not _same(value, content):
+            if not _same(value, content) and id(value) not in others:
                 _fill(value, content)
 
 
