@@ -4,8 +4,7 @@ A KeyboardInterrupt is raised at the first line that sightline runs during a cal
 and so on, until the call comes to its end. After each, all of this is compared: every attribute of every module, hooks,
 flags, buffers and parameters; the random state of PyTorch, NumPy and Python; gradient, inference and autocast mode;
 the stacks of modes; the precision of a GPU; and whether another thread gets its turn. A second series sends real
-signals at random moments. `--every 50` is a quick look, which
-writes nothing.
+signals at random moments. `--every 50` is a quick look, which writes nothing.
 """
 
 import argparse
@@ -240,6 +239,7 @@ def interrupt_at_random(call: Call, times: int, seed: int = 0) -> tuple[int, dic
     before = everything(model)
     left: dict[str, list[str]] = {}
     hits = 0
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this without one
     for _ in range(times):
         timer = threading.Timer(rng.uniform(0, 1.2) * seconds, partial(os.kill, os.getpid(), signal.SIGINT))
         try:
@@ -256,6 +256,7 @@ def interrupt_at_random(call: Call, times: int, seed: int = 0) -> tuple[int, dic
             left[f"signal {hits}"] = changed
             model = restless()
             before = everything(model)
+    signal.signal(signal.SIGINT, handler)
     return hits, left
 
 
