@@ -110,9 +110,9 @@ def _is_free() -> bool:
     answers: list[bool] = []
 
     def ask() -> None:
-        answers.append(turns._LOCK.acquire(blocking=False))
+        answers.append(turns._shared.acquire(blocking=False))
         if answers[0]:
-            turns._LOCK.release()
+            turns._shared.release()
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -151,11 +151,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             return one[0] == other[0] and torch.equal(one[1].view(-1), other[1].view(-1))
         return one == other
 
-    return [
-        name
-        for name in before | after
-        if name not in before or name not in after or not same(before[name], after[name])
-    ]
+    both = before.keys() & after.keys()
+    return [name for name in before | after if name not in both or not same(before[name], after[name])]
 
 
 class Interrupted:
@@ -207,7 +204,7 @@ def interrupt_each_line(
     model = restless()
     call(model)
     count = Interrupted(0, folder)
-    count.run(lambda: call(model))
+    count.run(partial(call, model))
     places = range(1, len(count.lines) + 1, every)
     if not repeated:
         first = {where: place for place, where in reversed([*enumerate(count.lines, 1)])}
@@ -219,7 +216,7 @@ def interrupt_each_line(
         before = everything(model)
         for place in places:
             interrupt = Interrupted(place, folder)
-            if interrupt.run(lambda: call(model)):
+            if interrupt.run(partial(call, model)):
                 continue  # caches made it shorter
             interrupts += 1
             if changed := differences(before, everything(model)):
@@ -242,6 +239,7 @@ def interrupt_at_random(call: Call, times: int, seed: int = 0) -> tuple[int, dic
     before = everything(model)
     left: dict[str, list[str]] = {}
     hits = 0
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this without one
     for _ in range(times):
         timer = threading.Timer(rng.uniform(0, 1.2) * seconds, partial(os.kill, os.getpid(), signal.SIGINT))
         try:
@@ -258,6 +256,7 @@ def interrupt_at_random(call: Call, times: int, seed: int = 0) -> tuple[int, dic
             left[f"signal {hits}"] = changed
             model = restless()
             before = everything(model)
+    signal.signal(signal.SIGINT, handler)
     return hits, left
 
 
@@ -265,7 +264,9 @@ def main() -> None:
     from measure import save
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="every n-th line only; writes nothing")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="every n-th line only; from 20 on nothing is written"
+    )
     parser.add_argument("--signals", type=int, default=500, metavar="N", help="real signals for each call (500)")
     parser.add_argument("--only", default="", metavar="WORD", help="calls whose name holds the word; writes nothing")
     arguments = parser.parse_args()
@@ -276,21 +277,23 @@ def main() -> None:
             continue
         for surroundings in ("", "inference mode and autocast"):
             lines, interrupts, left = interrupt_each_line(call, every=arguments.every, surroundings=surroundings)
-            row = {"call": name, "around": surroundings, "lines": lines, "interrupts": interrupts, "left behind": left}
-            print(
-                name,
-                surroundings,
-                f"{lines} lines, {interrupts} interrupts, {len(left)} left something",
-                left,
-                flush=True,
-            )
+            row = {
+                "call": name,
+                "around": surroundings,
+                "lines": lines,
+                "interrupts": interrupts,
+                "left behind": left,
+                "every": arguments.every,
+            }
+            text = f"{lines} lines, {interrupts} interrupts, {len(left)} left something"
+            print(name, surroundings, text, left or "", flush=True)
             rows.append(row)
         if not arguments.signals:
             continue
         hits, left = interrupt_at_random(call, arguments.signals)
         print(name, f"{hits} signals, {len(left)} left something", left, flush=True)
         rows.append({"call": name, "signals": hits, "left behind": left})
-    if arguments.every == 1 and not arguments.only:
+    if arguments.every < 20 and not arguments.only:
         print(save("interrupts", rows))
 
 

@@ -3,7 +3,8 @@
 Each thread makes 200 calls of each of six methods; all use one model, or each a wrapper of its own around one network,
 or each a model of its own. The models are in train mode, so that every call has to switch flags. Each map is compared
 with that of a call without other threads (to 1e-6 of its maximum); afterwards the models are compared bit by bit, and
-the random states. `--calls 5` is a quick look, which writes nothing.
+the random states. With less than 20 calls
+it is a quick look, which writes nothing.
 """
 
 import argparse
@@ -167,7 +168,7 @@ def main() -> None:
             outcome = at_once(make, arrangement, arguments.calls)
             print(f"{name:24} {arrangement:24} {outcome}", flush=True)
             rows.append({"model": name, "arrangement": arrangement, **outcome._asdict()})
-    if arguments.calls >= 50:
+    if arguments.calls >= 20:
         print(save("threads", rows))
 
 

@@ -56,7 +56,7 @@ def test_an_interrupt_at_any_line_that_preserves_leaves_nothing_behind(surroundi
 
 
 @pytest.mark.parametrize(
-    ("name", "every"), [("explain: grad_cam", 59), ("attention_maps", 37), ("deletion_auc", 41), ("random_logit", 307)]
+    ("name", "every"), [("explain: grad_cam", 59), ("attention_maps", 19), ("deletion_auc", 41), ("random_logit", 307)]
 )
 def test_an_interrupt_at_any_line_of_a_call_leaves_nothing_behind(name, every):
     _, interrupts, left = interrupt_each_line(CALLS[name], every=every)
@@ -64,8 +64,8 @@ def test_an_interrupt_at_any_line_of_a_call_leaves_nothing_behind(name, every):
 
 
 def test_signals_at_random_moments_leave_nothing_behind():
-    _, left = interrupt_at_random(CALLS["explain: grad_cam"], 20)
-    assert left == {}
+    hits, left = interrupt_at_random(CALLS["explain: grad_cam"], 20)
+    assert hits and left == {}
 
 
 def test_every_forward_draws_the_same_numbers():

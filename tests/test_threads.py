@@ -253,6 +253,7 @@ def test_an_interrupt_ends_the_wait():
     thread.start()
     begun.wait(SOON)
     timer = threading.Timer(0.1, partial(os.kill, os.getpid(), signal.SIGINT))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             timer.start()
@@ -260,6 +261,7 @@ def test_an_interrupt_ends_the_wait():
                 pass
         assert [turn.thread for turn in line()] == [thread.ident]
     finally:
+        signal.signal(signal.SIGINT, handler)
         may_end.set()
         thread.join()
     assert model.training

@@ -436,7 +436,7 @@ def _remade(name: str, layer: nn.Module, channels: int) -> nn.Module:
         shape: Any = layer.kernel_size, layer.stride, layer.padding, layer.dilation
         new = nn.Conv2d(channels, layer.out_channels, *shape, bias="bias" in dict(layer.named_parameters()), **to)
     else:
-        new = copy.deepcopy(layer)
+        new = copy_of(layer)
         new.__dict__["normalized_shape" if isinstance(layer, nn.LayerNorm) else "num_features"] = (
             (channels,) if isinstance(layer, nn.LayerNorm) else channels
         )

@@ -220,9 +220,10 @@ def explain(
     found as `explanation[method, layer]`); None is the model's `default_layer`, else the last feature map, or the last
     tokens of a transformer's patches, that feeds the logits. A layer may yield (b, c, h, w), (b, h, w, c) or tokens.
 
-    The model, its flags and gradients, and the random state are left as they were. Until then they are not: explain one
-    model in one thread at a time. A GPU computes convolutions in full 32 bits meanwhile, not in TF32, unless you have
-    set `torch.backends.cudnn.conv.fp32_precision`.
+    The model, its flags, buffers, attributes and gradients, and the random states of PyTorch, NumPy and Python are left
+    as they were, even after an error or Ctrl-C. Threads may explain one model at the same time: they take turns, also
+    where two models share modules. Nothing protects a model that you run yourself in another thread meanwhile. A GPU
+    computes convolutions in full 32 bits, not in TF32, unless you have set `torch.backends.cudnn.conv.fp32_precision`.
 
     Args:
         model: any classifier that takes (b, c, h, w), or (b, c, d, h, w), and returns logits: a tensor, the only one in

@@ -27,9 +27,10 @@ _MISSING = object()
 class Ensured(IOBase, Generic[T]):
     """A context that ends, though an interrupt may come at any line: while it begins, in its body, or while it ends.
 
-    `end` is called twice; the second time it goes on where an interrupt stopped it. Before the first line of an
-    `__exit__` written in Python an interrupt would skip all of it. That of IOBase is written in C, as is `close` of a
-    generator, which goes on inside the two `finally`.
+    `end` is called twice; the second call does what the first did not because an interrupt stopped it. An interrupt
+    before the first line of an `__exit__` written in Python would skip all of it. That of IOBase is written in C, as is
+    `close` of a generator, which goes on inside the two `finally`. A second interrupt while the first one is being
+    handled, within a millisecond or so, is not provided for.
     """
 
     def __init__(self, begin: Callable[[], T], end: Callable[[], None]) -> None:
@@ -58,13 +59,14 @@ def _steps(begin: Callable[[], T], end: Callable[[], None]) -> Generator[T]:
 def untouched(model: nn.Module) -> Ensured[nn.Module]:
     """Run a model in eval mode, then put back all that a forward, a hook or an exception may have changed in it.
 
-    That is: the train/eval flag of every module, its attributes and what is in lists, dicts and sets among them (hooks,
-    children), the values of its buffers; the random state of PyTorch, NumPy and Python; gradient, inference and
-    autocast mode and whatever else `torch` keeps for a thread. It is put back after an exception, too, also after a
-    KeyboardInterrupt in the midst of it. Parameters that a forward changes in place are not.
+    These are the train/eval flag of every module, its attributes, what is in lists, dicts and sets among them (hooks,
+    children, a log that it keeps), and the values of its buffers; the random states of PyTorch, NumPy and Python; and
+    the thread's gradient, inference and autocast mode and stacks of modes. An attribute is put back as it was bound: a
+    counter, a cache or a saved feature map is again what it was before. Parameters that a forward changes in place, and
+    what lies deeper than one container, are not put back.
 
-    One thread at a time is in such a context with a model, or with one that shares a module with it. The others wait.
-    In a context with the same model inside this one flags and random state alone are put back.
+    One thread at a time uses a model, or models that share a module; the others wait for their turn. Inside another
+    such context with the same model, this one puts back flags and random states only.
 
     `torch.compile` (also in place), `DataParallel` and `DistributedDataParallel` are looked through, so that hooks fire
     and every image of the batch is seen.
@@ -105,7 +107,7 @@ def preserving(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def preserved(*args: P.args, **kwargs: P.kwargs) -> R:
-        model: Any = args[0] if args else kwargs["model"]
+        model: Any = args[0] if args else kwargs.get("model")
         with untouched(model), exact():
             return function(*args, **kwargs)
 
@@ -276,19 +278,21 @@ class _Modules:
 
     def put_back_attributes(self) -> None:
         """All but the values of buffers."""
+        others: set[int] = set()
         for module, kind, training, attributes in self.attributes:
-            if type(module) is not kind:
-                continue  # its first forward has made another of it, as it does of nn.LazyLinear
+            if type(module) is not kind:  # the first forward turns nn.LazyLinear into nn.Linear, which stays
+                others |= set(map(id, attributes.values()))
+                continue
             if module.training != training:  # TorchScript does not keep it among the attributes
                 module.training = training
             now = vars(module)
             if len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values())):
                 _fill(now, attributes)
         for value in compress(self.containers, self.containers):
-            if id(value) not in self.contents:
+            if id(value) not in self.contents and id(value) not in others:
                 value.clear()
         for value, content in self.contents.values():
-            if not _same(value, content):
+            if not _same(value, content) and id(value) not in others:
                 _fill(value, content)
 
 

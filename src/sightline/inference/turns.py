@@ -11,28 +11,28 @@ from torch import nn
 
 _LINE: list["Turn"] = []
 """Calls that use a model or wait for it, in the order in which they came."""
-_LOCK = threading.RLock()
+_shared = threading.RLock()
 _PATIENCE = 1.0  # seconds after which a waiting thread looks again, whatever it was told
 
 
 def lock() -> None:
     """Keep other threads from looking at what is shared, until `unlock`."""
-    _LOCK.acquire()
+    _shared.acquire()
 
 
 def unlock() -> None:
     """Let go, also of what an interrupt kept this thread from letting go before."""
     try:
         while True:
-            _LOCK.release()
+            _shared.release()
     except RuntimeError:  # it is no longer this thread's
         pass
 
 
 def renew_lock() -> None:
     """In a forked process, where the thread that held the lock does not exist."""
-    global _LOCK
-    _LOCK = threading.RLock()
+    global _shared
+    _shared = threading.RLock()
 
 
 class Random:
