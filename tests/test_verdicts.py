@@ -159,3 +159,7 @@ def test_levels_survive_an_interrupted_evaluation(tmp_path):
     back = Part.load(tmp_path / "a.npz")
     assert back is not None and back.verdicts == verdicts and back.positions == {"cam": [5, 4]}
     assert [worst(image) for image in back.verdicts["cam"]] == ["do not read", None, "note"]
+    with np.load(tmp_path / "a.npz") as stored:
+        arrays = dict(stored) | {"facts": np.array('{"verdicts": {"cam": [["flat"]]}, "layers": {}}')}
+    np.savez(tmp_path / "b.npz", **arrays)  # of another version: made again
+    assert Part.load(tmp_path / "b.npz") is None

@@ -97,17 +97,17 @@ class Part:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 arrays: dict[str, Array] = dict(stored)
             facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
+            facts["verdicts"] = {
+                method: [[Verdict(*verdict) for verdict in image] for image in images]
+                for method, images in facts["verdicts"].items()
+            }
+            tables: dict[str, dict[tuple[str, str], Array]] = {name: {} for name in _TABLES}
+            for name in [name for name in arrays if "\t" in name]:
+                table, method, key = name.split("\t")
+                tables[table][method, key] = arrays.pop(name)
+            return cls(**tables, **arrays, **facts)
         except Exception:  # what a damaged archive raises depends on the bit: RuntimeError, TokenError, KeyError, ...
             return None
-        facts["verdicts"] = {
-            method: [[Verdict(*verdict) for verdict in image] for image in images]
-            for method, images in facts["verdicts"].items()
-        }
-        tables: dict[str, dict[tuple[str, str], Array]] = {name: {} for name in _TABLES}
-        for name in [name for name in arrays if "\t" in name]:
-            table, method, key = name.split("\t")
-            tables[table][method, key] = arrays.pop(name)
-        return cls(**tables, **arrays, **facts)
 
 
 def key_of(model: nn.Module, *question: Any) -> str:

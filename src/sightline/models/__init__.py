@@ -5,6 +5,7 @@ import json
 import warnings
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -142,9 +143,8 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
             f"unknown model {name!r}{closest(name, [*MODELS, *timm.list_models()])}; see `sightline list models`"
         )
     try:
-        return _built(
-            f"timm cannot build {name!r}", timm.create_model, {"model_name": name, "pretrained": pretrained, **options}
-        )
+        build = partial(timm.create_model, name, pretrained=pretrained)
+        return _built(f"timm cannot build {name!r}", build, options)
     except OSError as error:
         raise OSError(f"cannot download the weights of {name!r}; check the connection or give a file") from error
 
