@@ -149,7 +149,6 @@ _VIDEO = {
     "r2plus1d_18": (3, 16, 64, 96),
     "r3d_18": (3, 16, 64, 96),
     "s3d": (3, 16, 224, 256),
-    "mvit_v1_b": (3, 16, 224, 224),
     "mvit_v2_s": (3, 16, 224, 224),
     "swin3d_t": (3, 8, 128, 160),
 }
@@ -199,7 +198,7 @@ _TRANSFORMERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "Bit": (WIDE, {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "num_groups": 4}),
     "ConvNext": (WIDE, {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1]}),
     "ConvNextV2": (WIDE, {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1]}),
-    "Cvt": (WIDE, {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 3]}),
+    "Cvt": (WIDE, {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]}),
     "Data2VecVision": ((3, 96, 128), _PATCHES),
     "DeiT": ((3, 96, 128), _PATCHES),
     "Dinov2": ((3, 96, 96), {**_VIT, "image_size": 96, "patch_size": 16, "mlp_ratio": 2}),

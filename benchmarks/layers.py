@@ -2,11 +2,12 @@
 
 Each network of families.py gets one random image and eight copies of it, in which one patch differs: at the corners and
 at the middle of the sides. Where the layer's output then changes, as sightline reads it, must be where the patch
-is. `--only WORD` takes the networks whose name holds the word and writes nothing.
+is. Every row is written at once: `--resume` goes on, `--only WORD` judges some networks anew.
 """
 
 import argparse
 import itertools
+import json
 import math
 import time
 import warnings
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from families import Network, timm_networks, torchvision_networks, transformers_networks
-from measure import save
+from measure import RESULTS, save
 from torch import Tensor, nn
 
 from sightline.explainers.evidence import gather
@@ -147,29 +148,29 @@ def judge(network: Network) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", metavar="WORD", help="networks whose name holds the word; writes nothing")
-    only = parser.parse_args().only
+    parser.add_argument("--only", default="", metavar="WORD", help="networks whose name holds the word")
+    parser.add_argument("--library", default="", help="timm, torchvision or transformers")
+    parser.add_argument("--resume", action="store_true", help="leave out networks that were judged already")
+    asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows: list[dict[str, Any]] = []
+    path = RESULTS / "layers.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows: dict[tuple[str, str], dict[str, Any]] = {(row["library"], row["network"]): row for row in known}
     libraries = {"timm": timm_networks, "torchvision": torchvision_networks, "transformers": transformers_networks}
     for library, networks in libraries.items():
         for network in networks():
-            if only not in network.name:
+            key = library, network.name
+            if asked.library not in library or asked.only not in network.name or (asked.resume and key in rows):
                 continue
             began = time.perf_counter()
             row = {"library": library, "network": network.name, **judge(network)}
-            rows.append(row)
+            rows[key] = row
             said = row.get("reason") or f"{row['correlation']:.2f}, {row['before']:.0%} of the weight layers before it"
             print(f"{network.name:32} {row['status']:8} {row['layer']:48} {said}", end="")
             print(f"  {time.perf_counter() - began:.1f} s", flush=True)
+            save("layers", [*rows.values()])
     for library in libraries:
-        counts = {
-            s: sum(r["status"] == s for r in rows if r["library"] == library)
-            for s in ("right", "refused", "wrong", "crashed")
-        }
-        print(library, counts)
-    if not only:
-        print(save("layers", rows))
+        print(library, dict(Counter(row["status"] for row in rows.values() if row["library"] == library)))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ MOVES = {
     "rectified in place": lambda x: x.clone().relu_().contiguous(),
     "unbound": lambda x: torch.stack([x, x], 2).unbind(2)[1],
     "gated": lambda x: x * (x.mean((2, 3), keepdim=True) * 0 + 1),
+    "cut into pieces": lambda x: F.unfold(x, 2, stride=2).unflatten(1, (2, 2, 2)).permute(0, 1, 4, 2, 3).flatten(2),
     "cut into tiles": lambda x: x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3, 5)[..., :1],
 }
 

@@ -120,9 +120,8 @@ class Positions:
             return
         name, spatial = _name(func)
         if output is None or name in _SHUFFLED:
-            known: list[Dims | None] = []
-            if name == "unfold" and len(args) == 4 and (dims := self.of(args[0])) is not None:
-                known = [_cut(dims, *args[1:])]
+            dims = self.of(args[0]) if name == "unfold" and args else None
+            known = [] if dims is None else [_unfolded(dims, args[1:], kwargs)]
         elif _FRESH.fullmatch(name):
             return
         else:
@@ -353,13 +352,26 @@ def _padded(dims: Dims, pad: Sequence[int]) -> Dims:
     return tuple(made)
 
 
-def _cut(dims: Dims, axis: int, size: int, step: int) -> Dims | None:
-    """Into pieces beside one another, whose insides come last; None where they overlap."""
-    axis %= len(dims)
-    if size != step or dims[axis].size % size:
+def _unfolded(dims: Dims, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dims | None:
+    """Cut into pieces beside one another, of one axis (of a tensor) or two (a function); None where they overlap."""
+    if len(args) == 3:
+        axis, size, step = args[0] % len(dims), *args[1:]
+        parts = _cut(dims[axis], size, step)
+        return None if parts is None else (*dims[:axis], parts[0], *dims[axis + 1 :], parts[1])
+    given = [args[0], kwargs.get("dilation", 1), kwargs.get("padding", 0), kwargs.get("stride", 1)]
+    kernel, dilation, padding, stride = (pair if isinstance(pair, tuple | list) else (pair, pair) for pair in given)
+    if len(dims) != 4 or (*dilation, *padding) != (1, 1, 0, 0):
         return None
-    parts = reshaped((dims[axis],), (dims[axis].size // size, size))
-    return None if parts is None else (*dims[:axis], parts[0], *dims[axis + 1 :], parts[1])
+    rows, columns = (_cut(dim, size, step) for dim, size, step in zip(dims[2:], kernel, stride, strict=True))
+    if rows is None or columns is None:
+        return None
+    flat = (dims[0], dims[1], rows[1], columns[1], rows[0], columns[0])
+    inner = dims[1].size * rows[1].size * columns[1].size
+    return reshaped(flat, (dims[0].size, inner, rows[0].size * columns[0].size))
+
+
+def _cut(dim: Dim, size: int, step: int) -> Dims | None:
+    return reshaped((dim,), (dim.size // size, size)) if size == step and dim.size % size == 0 else None
 
 
 def _indexed(dims: Dims, index: Any) -> Dims | None:
