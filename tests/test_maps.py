@@ -666,3 +666,12 @@ def test_captions_stand_at_the_foot_of_their_columns():
     assert wide.shape[2] == 204
     with pytest.raises(ValueError, match="expected captions of columns out of a, b; got 'c'"):
         maps.side_by_side(images, columns, captions={"c": "?"})
+
+
+def test_a_sliver_of_an_image_is_enlarged_within_bounds():
+    for size in ((1, 512), (512, 1)):
+        figure = maps.side_by_side(
+            torch.zeros(1, 3, *size, dtype=torch.uint8), {"map": torch.rand(1, 1, 7, 7)}, scales=True
+        )
+        assert max(figure.shape[1:]) < 5000
+    assert maps.side_by_side(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), {}).shape[2] == 96

@@ -28,6 +28,7 @@ Mode = Literal["bilinear", "nearest"]
 _GREY = (0.299, 0.587, 0.114)  # brightness of red, green and blue (ITU-R BT.601)
 _SHARE = 100  # one position of so many may lie beyond the colours of an overlay
 _GAP = 4  # pixels between the cells of a figure
+_SMALLEST, _LONGEST = 96, 2048  # side of an image that is shown, in pixels
 
 
 @cache
@@ -255,7 +256,7 @@ def side_by_side(
     """One figure: a row per image, first the image, then each column under its title.
 
     A raw map (b, 1, h, w) is laid over the images; a picture (b, 3, h, w), from `parts` for example, is resized and
-    shown as it is. Images below 96 pixels are enlarged by a whole factor. Titles are wrapped, with spaces for
+    shown as it is. Images below 96 pixels are enlarged by a whole factor, to 2,048 pixels at most. Titles are wrapped, with spaces for
     underscores.
 
     Args:
@@ -298,7 +299,7 @@ def side_by_side(
         ]
         width = panels[0].shape[2]
         return torch.cat([F.pad(panel, (0, width - panel.shape[2], 0, 3 * _GAP), value=255) for panel in panels], 1)
-    factor = max(1, -(-96 // min(images.shape[2:])))
+    factor = max(1, min(-(-_SMALLEST // min(images.shape[2:])), _LONGEST // max(images.shape[2:])))
     cells = [images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)]
     height, width = cells[0].shape[2:]
     below = [_scale(None, len(images), width)]
