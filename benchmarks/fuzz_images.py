@@ -3,16 +3,21 @@
 python benchmarks/fuzz_images.py [--files 10000] [--bombs 1] [--work FOLDER] [--minutes 30]
 
 Files lie in folders of 500, each read by a process of its own as `sightline explain` reads a folder; what is done in
-FOLDER is not done again. Bombs of 89 to 178 megapixels come last.
+FOLDER is not done again. Bombs of 68 to 178 megapixels come last: their folder is read, then explained by the command
+with a network of random weights, with the usual limit of pixels and with the largest.
 """
 
 import argparse
 import io
+import itertools
 import json
+import os
 import random
 import resource
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -167,6 +172,10 @@ def bombs(folder: Path) -> None:
         "turned.png": (wide, "RGB", {"compress_level": 1, "exif": exif}),
         "long.png": ((80_000_000, 1), "L", {"compress_level": 1}),
         "rgb.tif": (wide, "RGB", {"compression": "tiff_lzw"}),
+        "turned-178.tif": (most, "RGB", {"compression": "packbits", "exif": exif}),
+        "cmyk-progressive.jpg": (most, "CMYK", {"progressive": True, "subsampling": 0}),
+        "rgba-68.webp": ((16_383, 4_190), "RGBA", {"method": 0, "lossless": True, "quality": 0}),
+        "rgb-178.avif": (most, "RGB", {"speed": 10, "quality": 40}),
         "turned.tif": (wide, "RGB", {"compression": "packbits", "exif": exif}),
         "float.tif": (wide, "F", {"compression": "tiff_adobe_deflate"}),
         "rgb-178.tif": (most, "RGB", {"compression": "tiff_lzw"}),
@@ -192,6 +201,10 @@ def bombs(folder: Path) -> None:
         partial = folder / f".{name}"
         image.save(partial, Image.registered_extensions()[Path(name).suffix], **options)
         partial.rename(folder / name)
+    # formats that Pillow decodes in Python, a million pixels in a second
+    (folder / "plain.ppm").write_bytes(b"P2 10900 8200 255 " + wide[0] * wide[1] * b"7 ")
+    noise = np.random.default_rng(0).integers(0, 192, 3_000_000, dtype=np.uint8).tobytes()
+    (folder / "noise.qoi").write_bytes(b"qoif" + struct.pack(">IIBB", *wide, 3, 0) + 45 * noise)
 
 
 def read(folder: Path) -> dict:
@@ -231,7 +244,39 @@ def read(folder: Path) -> dict:
         "slowest": dict(zip(("cpu_seconds", "seconds", "file"), slowest, strict=True)),
         "seconds": round(seconds, 1),
         "peak_mb": {"one by one": alone >> 10, "folder": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10},
-        "reasons": dict(images.skipped) if len(files) < FOLDER / 2 else {},
+        "reasons": {Path(name).name: reason for name, reason in images.skipped} if len(files) < FOLDER / 2 else {},
+    }
+
+
+def explain(folder: Path, max_pixels: int) -> dict:
+    """What `sightline explain` takes over a folder: memory at most, the time between two pages at most."""
+    import timm
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), work / "weights.safetensors")
+        (work / "classes.txt").write_text("a\nb\nc\n")
+        command = [sys.executable, "-m", "sightline", "explain", "test_resnet", str(folder), "--out", str(work / "out")]
+        command += ["--weights", str(work / "weights.safetensors"), "--classes", str(work / "classes.txt")]
+        command += ["--max-pixels", str(max_pixels), "--batch-size", "1"]
+        began = time.perf_counter()
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert child.stderr is not None
+        told = child.stderr.read().splitlines()
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - began
+        pages = sorted((page.stat().st_mtime, page.name) for page in (work / "out").glob("*--page.png"))
+        between = [(round(b[0] - a[0], 2), b[1]) for a, b in itertools.pairwise(pages)]
+    return {
+        "max_pixels": max_pixels,
+        "exit": os.waitstatus_to_exitcode(status),
+        "explained": len(pages),
+        "listed": sum(line.startswith("skipped ") for line in told),
+        "slowest": dict(zip(("seconds", "file"), max(between), strict=True)),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "seconds": round(seconds, 1),
+        "peak_mb": usage.ru_maxrss >> 10,
     }
 
 
@@ -285,6 +330,10 @@ def main() -> None:
         "peak_mb": max(max(row["peak_mb"].values()) for row in rows if "peak_mb" in row),
     }
     print(total)
+    for max_pixels in (89_478_485, 178_956_970) if options.bombs else ():
+        row = {"folder": "bombs", "command": "explain"} | explain(options.work / "bombs", max_pixels)
+        print(row)
+        rows.append(row)
     print(save("fuzz_images", [total, *rows]))
 
 

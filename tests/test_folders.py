@@ -1,20 +1,22 @@
 """Folders as people have them: hidden folders, splits, masks beside images, formats, links, large images."""
 
 import os
+import struct
 import sys
 import threading
 import types
 import unicodedata
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from tests.test_data_images import bomb, encoded
 
 from sightline.data import Preprocess, images, load, load_whole, read_images
 from sightline.data.hugging_face import parquet_files
-from sightline.data.images import UnreadableImage, open_image, open_mask, quiet
+from sightline.data.images import UnreadableImage, open_image, open_mask, quiet, read_mask
 from sightline.recipe import Data
 
 GRAY = Preprocess(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -427,3 +429,91 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch):
 def test_a_mask_that_is_a_bomb_is_refused():
     with quiet(), pytest.raises(UnreadableImage, match="expected at most 89,478,485 pixels to decode, got 100,000,000"):
         open_mask(bomb(10_000), (8, 8), (8, 8))
+
+
+def progressive(image: Image.Image) -> bytes:
+    return encoded(image, "JPEG", progressive=True)
+
+
+def turned_tiff(image: Image.Image) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(image, "TIFF", exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("file", "each"),
+    [
+        (encoded(noise(0, (64, 48))), 4),
+        (encoded(noise(0, (64, 48)), "WEBP"), 16),
+        (encoded(noise(0, (64, 48)), "AVIF"), 12),
+        (
+            encoded(
+                Image.merge("RGBA", [*noise(0, (64, 48)).split(), Image.linear_gradient("L").resize((64, 48))]), "AVIF"
+            ),
+            16,
+        ),
+        (turned_tiff(noise(0, (64, 48))), 8),
+        (progressive(noise(0, (64, 48))), 6 + 4),
+        (progressive(noise(0, (64, 48)).convert("CMYK")), 8 + 4),
+    ],
+)
+def test_memory_is_bounded_whatever_the_decoder_takes(file, each, monkeypatch):
+    monkeypatch.setattr(images, "_MOST_BYTES", each * 64 * 48)
+    assert open_image(file, 64)[0].size == 3 * 64 * 48
+    assert read_mask(file).values.size == 64 * 48
+    monkeypatch.setattr(images, "_MOST_BYTES", each * 64 * 48 - 1)
+    reason = (
+        rf"expected at most 3,071 pixels, since the \w+ decoder takes {each} bytes for each, got 3,072; scale it down"
+    )
+    with pytest.raises(UnreadableImage, match=reason):
+        open_image(file, 64)
+    with pytest.raises(UnreadableImage, match=f"its mask cannot be read: {reason}"):
+        read_mask(file)
+
+
+def test_a_draft_of_a_progressive_image_takes_less(monkeypatch):
+    file = progressive(noise(0, (640, 480)))
+    monkeypatch.setattr(images, "LARGE", 1000)
+    monkeypatch.setattr(images, "_MOST_BYTES", int(6.3 * 640 * 480))
+    assert open_image(file, 40)[0].shape == (30, 40, 3)
+    with pytest.raises(UnreadableImage, match="the JPEG decoder takes 10 bytes for each"):
+        open_image(file, 640)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [b"qoif" + struct.pack(">IIBB", 4000, 3000, 3, 0), b"P3 4000 3000 255 1 2 3", b"P2 4000 3000 255 1 2 3"],
+    ids=["qoi", "plain color", "plain gray"],
+)
+def test_large_images_with_a_decoder_in_python_are_refused(file):
+    with pytest.raises(
+        UnreadableImage, match=r"expected at most 8,388,608 pixels, since the \w+ decoder is slow, got 12,0"
+    ):
+        open_image(file, 8)
+
+
+def test_a_thin_jpeg_2000_that_cannot_be_halved_counts_three_times(monkeypatch):
+    file = encoded(noise(0, (640, 20)), "JPEG2000")
+    monkeypatch.setattr(images, "LARGE", 1000)
+    with pytest.raises(UnreadableImage, match="expected at most 20,000 pixels to decode, got 38,400"):
+        open_image(file, (16, 16), 20_000)
+    assert open_image(file, (4, 4), 20_000)[0].shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_memory_of_a_large_image_goes_back_to_the_system(is_cut, monkeypatch):
+    """Pillow's blocks of 16 MB stay with the process when they are freed; those of 64 MB do not."""
+    monkeypatch.setattr(images, "LARGE", 1000)
+    sizes, usual = [], Image.core.get_block_size()
+    plain = ImageFile.ImageFile.load
+
+    def load(image):
+        sizes.append(Image.core.get_block_size())
+        return plain(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    file = encoded(noise(0, (64, 48)))
+    with pytest.raises(UnreadableImage, match="truncated") if is_cut else nullcontext():
+        open_image(file[: len(file) // 2] if is_cut else file, 8)
+    assert min(sizes) >= 2**26 and Image.core.get_block_size() == usual

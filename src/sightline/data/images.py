@@ -4,7 +4,7 @@ import io
 import threading
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,9 @@ from PIL import Image, Jpeg2KImagePlugin, TiffImagePlugin, UnidentifiedImageErro
 Array = np.ndarray
 MAX_PIXELS = 89_478_485  # Pillow warns above this
 LARGE = 2**24  # pixels; larger images are decoded one at a time and brought to their size in bands
+_MOST_BYTES = 1_100_000_000  # that one image may take while it is decoded
+_MOST_IN_PYTHON = 2**23  # pixels of formats whose decoder is written in Python: about a million in a second
+_BLOCK = 2**26  # bytes; the C library gives blocks of this size back to the system when they are freed
 ORIENTATION = 0x0112
 HEIF = "needs the package pillow-heif; pip install pillow-heif"
 _TURNS = {
@@ -110,7 +113,8 @@ def _decoded(
     with _opened(file) as image:
         width, height = image.size
         side = min(size, max(width, height)) if isinstance(size, int) else max(size)
-        room.enter_context(_room(_draft(image, side), max_pixels))
+        pixels = _draft(image, side)
+        room.enter_context(_room(pixels, max_pixels, image))
         drafted = image.size
         image.load()
         turned = image.size == drafted[::-1] != drafted  # a TIFF turns itself; most say its upright size before
@@ -153,13 +157,16 @@ def read_mask(file: Any, max_pixels: int = MAX_PIXELS) -> MaskPixels:
             raise UnreadableImage("its mask cannot be read: expected rows of numbers of one length") from None
         return MaskPixels(values.max(-1) if values.ndim == 3 else values, None, "")
     try:
-        with _opened(file) as image, _room(image.width * image.height, max_pixels):
+        with _opened(file) as image, _room(image.width * image.height, max_pixels, image):
             image.load()
             upright = _turned(image, _orientation(image))
-            values, kind = np.asarray(upright), image.format
+            return _mask_pixels(np.asarray(upright), "A" in upright.getbands(), image.format or "")
     except UnreadableImage as error:
         raise UnreadableImage(f"its mask cannot be read: {error}") from error
-    if "A" in upright.getbands():
+
+
+def _mask_pixels(values: Shaped[Array, "h w *_"], has_alpha: bool, kind: str) -> MaskPixels:
+    if has_alpha:
         values, alpha = values[..., :-1].max(-1), values[..., -1]
         if alpha.min() != alpha.max() or (not alpha.any() and values.min() == values.max()):
             return MaskPixels(alpha, 128, "alpha")
@@ -206,7 +213,7 @@ def few_values(file: Path) -> bool:
     Raises:
         UnreadableImage: it cannot be decoded.
     """
-    with _opened(file) as image, _room(image.width * image.height, MAX_PIXELS):
+    with _opened(file) as image, _room(image.width * image.height, MAX_PIXELS, image):
         small = np.asarray(image.resize((min(256, image.width), min(256, image.height)), Image.Resampling.NEAREST))
     _, counts = np.unique(small.reshape(small.shape[0] * small.shape[1], -1), axis=0, return_counts=True)
     return bool(np.sort(counts)[-32:].sum() >= 0.95 * counts.sum())
@@ -259,16 +266,14 @@ def _draft(image: Image.Image, side: int) -> int:
     if whole <= LARGE:
         return image.width * image.height
     if isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile):
-        levels = _levels(image)
-        if not levels:
-            return 3 * whole  # its decoder is the slowest, and holds four bytes for each color
-        most = min((min(image.size) // (2 * side)).bit_length() - 1, levels)
+        most = min((min(image.size) // (2 * side)).bit_length() - 1, _levels(image))
         # Pillow rounds sides to the nearest, the decoder up; it fails where they differ
         fitting = [n for n in range(1, most + 1) if all(-(-s >> n) == (s + (1 << n - 1)) >> n for s in image.size)]
-        if fitting:
-            image.reduce = fitting[-1]
-            return whole >> 2 * fitting[-1]
-    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        if not fitting:
+            return 3 * whole  # its decoder is slow, and holds four bytes for each color
+        image.reduce = fitting[-1]
+        return whole >> 2 * fitting[-1]
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         image.seek(_smallest_page(image, side))
     # a progressive JPEG is held whole until its last scan
     return whole if image.info.get("progressive") else image.width * image.height
@@ -298,18 +303,46 @@ def _smallest_page(image: TiffImagePlugin.TiffImageFile, side: int) -> int:
 
 
 @contextmanager
-def _room(pixels: int, max_pixels: int) -> Generator[None]:
+def _room(pixels: int, max_pixels: int, image: Image.Image) -> Generator[None]:
     """Let an image be decoded if it is not too large, and alone if it is large.
 
     Raises:
-        UnreadableImage: more pixels are to be decoded than allowed.
+        UnreadableImage: more pixels are to be decoded than allowed, or than this format's decoder can cope with.
     """
     if pixels > max_pixels:
         raise UnreadableImage(
             f"expected at most {max_pixels:,} pixels to decode, got {pixels:,}; scale it down or raise data.max_pixels"
         )
-    with _one_at_a_time if pixels > LARGE else nullcontext():
+    most, reason = _most(image, pixels)
+    if pixels > most:
+        raise UnreadableImage(f"expected at most {most:,} pixels, {reason}, got {pixels:,}; scale it down")
+    if pixels <= LARGE:
         yield
+        return
+    with _one_at_a_time:
+        usual = Image.core.get_block_size()
+        Image.core.set_block_size(max(usual, _BLOCK))
+        try:
+            yield
+        finally:
+            Image.core.set_block_size(usual)
+
+
+def _most(image: Image.Image, pixels: int) -> tuple[int, str]:
+    """How many pixels such an image may have, so that time and memory are bounded, and why no more."""
+    kind, colors = image.format or "", len(image.getbands())
+    if any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ())):
+        return _MOST_IN_PYTHON, f"since the {kind} decoder is slow"
+    each = 4
+    if kind == "WEBP":
+        each = 16
+    elif kind == "AVIF":
+        each = 4 * colors
+    elif image.info.get("progressive"):
+        each = 2 * colors + 4 * image.width * image.height / pixels  # all of it before the draft is made
+    elif isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(ORIENTATION, 1) != 1:
+        each = 8  # it is turned, whole, while it is read
+    return int(_MOST_BYTES / each), f"since the {kind} decoder takes {each:.0f} bytes for each"
 
 
 def _orientation(image: Image.Image) -> int:
