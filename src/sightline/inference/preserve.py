@@ -62,8 +62,8 @@ def untouched(model: nn.Module) -> Ensured[nn.Module]:
     These are the train/eval flag of every module, its attributes, what is in lists, dicts and sets among them (hooks,
     children, a log that it keeps), and the values of its buffers; the random states of PyTorch, NumPy and Python; and
     the thread's gradient, inference and autocast mode and stacks of modes. An attribute is put back as it was bound: a
-    counter, a cache or a saved feature map is again what it was before. Parameters that a forward changes in place, and
-    what lies deeper than one container, are not put back.
+    counter, a cache or a saved feature map is again what it was before. Parameters that a forward changes or replaces,
+    and what lies deeper than one container, are not put back.
 
     One thread at a time uses a model, or models that share a module; the others wait for their turn. Inside another
     such context with the same model, this one puts back flags and random states only.
@@ -278,7 +278,8 @@ class _Modules:
 
     def put_back_attributes(self) -> None:
         """All but the values of buffers."""
-        others: set[int] = set()
+        # Sharded training swaps parameters in and out, and keeps their state elsewhere.
+        others = {id(attributes.get("_parameters")) for *_, attributes in self.attributes}
         for module, kind, training, attributes in self.attributes:
             if type(module) is not kind:  # the first forward turns nn.LazyLinear into nn.Linear, which stays
                 others |= set(map(id, attributes.values()))
