@@ -1,6 +1,7 @@
 """Leaves anybody's model, and the state of the process, as they came: in every thread, and whatever interrupts."""
 
 import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
@@ -257,6 +258,8 @@ class _Modules:
         self.attributes = [(module, type(module), module.training, vars(module).copy()) for module in modules]
         values = [*chain.from_iterable(attributes.values() for *_, attributes in self.attributes)]
         self.containers = [*compress(values, map(_CONTAINERS.__contains__, map(type, values)))]
+        if _is_sharded(modules):
+            self.containers = []
         self.contents = {id(value): (value, value.copy()) for value in compress(self.containers, self.containers)}
         for module in modules:
             values += vars(module).get("_buffers", {}).values()
@@ -278,8 +281,7 @@ class _Modules:
 
     def put_back_attributes(self) -> None:
         """All but the values of buffers."""
-        # Sharded training swaps parameters in and out, and keeps their state elsewhere.
-        others = {id(attributes.get("_parameters")) for *_, attributes in self.attributes}
+        others = set[int]()
         for module, kind, training, attributes in self.attributes:
             if type(module) is not kind:  # the first forward turns nn.LazyLinear into nn.Linear, which stays
                 others |= set(map(id, attributes.values()))
@@ -295,6 +297,12 @@ class _Modules:
         for value, content in self.contents.values():
             if not _same(value, content) and id(value) not in others:
                 _fill(value, content)
+
+
+def _is_sharded(modules: Sequence[nn.Module]) -> bool:
+    """Whether FSDP swaps their parameters in and out; its first forward adds the hooks that it does so by."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules)
 
 
 def _is_state(tensor: Tensor) -> bool:
