@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits
-from tests.test_bad_input import TINY, folder
+from tests.test_bad_input import folder
 from tests.test_cli import sightline
 
 from sightline.data import load, load_whole
 from sightline.data.duplicates import copies, imprint
-from sightline.recipe import Data
+from sightline.recipe import Data, Model, Optim, Recipe
+from sightline.training import fit
+
+SMALLEST = Model(options={"width": 0.0625})
 
 
 @pytest.fixture(autouse=True)
@@ -174,13 +177,16 @@ def test_the_command_line_and_the_report_tell_of_copies(tmp_path, capsys):
     folder(tmp_path / "data", n=8)
     shutil.copy(tmp_path / "data" / "cat" / "0.png", tmp_path / "data" / "dog" / "cat.png")
     run = tmp_path / "run"
-    sightline("train", "--data", tmp_path / "data", "--out", run, *TINY)
+    fit(Recipe(data=Data(source=str(tmp_path / "data"), size=24), model=SMALLEST, optim=Optim(epochs=1)), run)
     notice = "2 images are copies of one another with different labels, such as "
     assert f"notice: {notice}" in capsys.readouterr().err
     assert json.loads((run / "run.json").read_text())["notices"][0].startswith(notice)
+    cheap = ("--methods", "centre_map", "--metrics", "sparsity", "--limit", 2)
+    sightline("evaluate", run, *cheap)
+    assert f"notice: {notice}" in capsys.readouterr().err
     assert json.loads((run / "evaluation.json").read_text())["notices"][0].startswith(notice)
     assert notice in (run / "report.html").read_text()
-    sightline("evaluate", run, "--drop-duplicates", "--limit", 2)
+    sightline("evaluate", run, "--drop-duplicates", *cheap)
     assert "all of them were left out" in capsys.readouterr().err
     sightline("train", "--data", tmp_path / "data", "--drop-duplicates", "--max-pixels", 1000, "--print-recipe")
     said = capsys.readouterr().out
