@@ -3,7 +3,7 @@
 python benchmarks/fuzz_images.py [--files 10000] [--bombs 1] [--work FOLDER] [--minutes 30]
 
 Files lie in folders of 500, each read by a process of its own as `sightline explain` reads a folder; what is done in
-FOLDER is not done again. Bombs of 68 to 178 megapixels come last: their folder is read, then explained by the command
+FOLDER is not done again. Bombs of 56 to 178 megapixels come last: their folder is read, then explained by the command
 with a network of random weights, with the usual limit of pixels and with the largest.
 """
 
@@ -172,9 +172,10 @@ def bombs(folder: Path) -> None:
         "turned.png": (wide, "RGB", {"compress_level": 1, "exif": exif}),
         "long.png": ((80_000_000, 1), "L", {"compress_level": 1}),
         "rgb.tif": (wide, "RGB", {"compression": "tiff_lzw"}),
-        "turned-178.tif": (most, "RGB", {"compression": "packbits", "exif": exif}),
+        "turned-112.tif": ((11_800, 9_500), "RGB", {"compression": "packbits", "exif": exif}),
+        "progressive-147.jpg": ((13_550, 10_850), "RGB", {"progressive": True, "subsampling": 0}),
         "cmyk-progressive.jpg": (most, "CMYK", {"progressive": True, "subsampling": 0}),
-        "rgba-68.webp": ((16_383, 4_190), "RGBA", {"method": 0, "lossless": True, "quality": 0}),
+        "rgba-56.webp": ((16_383, 3_430), "RGBA", {"method": 0, "lossless": True, "quality": 0}),
         "rgb-178.avif": (most, "RGB", {"speed": 10, "quality": 40}),
         "turned.tif": (wide, "RGB", {"compression": "packbits", "exif": exif}),
         "float.tif": (wide, "F", {"compression": "tiff_adobe_deflate"}),

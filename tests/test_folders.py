@@ -435,6 +435,11 @@ def progressive(image: Image.Image) -> bytes:
     return encoded(image, "JPEG", progressive=True)
 
 
+def see_through(width: int, height: int) -> Image.Image:
+    shades = Image.linear_gradient("L").resize((width, height))
+    return Image.merge("RGBA", [shades] * 4)
+
+
 def turned_tiff(image: Image.Image) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -446,13 +451,8 @@ def turned_tiff(image: Image.Image) -> bytes:
     [
         (encoded(noise(0, (64, 48))), 4),
         (encoded(noise(0, (64, 48)), "WEBP"), 16),
-        (encoded(noise(0, (64, 48)), "AVIF"), 12),
-        (
-            encoded(
-                Image.merge("RGBA", [*noise(0, (64, 48)).split(), Image.linear_gradient("L").resize((64, 48))]), "AVIF"
-            ),
-            16,
-        ),
+        (encoded(noise(0, (64, 48)), "AVIF"), 10),
+        (encoded(see_through(64, 48), "AVIF"), 14),
         (turned_tiff(noise(0, (64, 48))), 8),
         (progressive(noise(0, (64, 48))), 6 + 4),
         (progressive(noise(0, (64, 48)).convert("CMYK")), 8 + 4),

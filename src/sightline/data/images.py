@@ -16,7 +16,7 @@ from PIL import Image, Jpeg2KImagePlugin, TiffImagePlugin, UnidentifiedImageErro
 Array = np.ndarray
 MAX_PIXELS = 89_478_485  # Pillow warns above this
 LARGE = 2**24  # pixels; larger images are decoded one at a time and brought to their size in bands
-_MOST_BYTES = 1_100_000_000  # that one image may take while it is decoded
+_MOST_BYTES = 900_000_000  # that one image may take while it is decoded
 _MOST_IN_PYTHON = 2**23  # pixels of formats whose decoder is written in Python: about a million in a second
 _BLOCK = 2**26  # bytes; the C library gives blocks of this size back to the system when they are freed
 ORIENTATION = 0x0112
@@ -337,7 +337,7 @@ def _most(image: Image.Image, pixels: int) -> tuple[int, str]:
     if kind == "WEBP":
         each = 16
     elif kind == "AVIF":
-        each = 4 * colors
+        each = 4 * colors - 2
     elif image.info.get("progressive"):
         each = 2 * colors + 4 * image.width * image.height / pixels  # all of it before the draft is made
     elif isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(ORIENTATION, 1) != 1:
