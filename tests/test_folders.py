@@ -454,6 +454,8 @@ def turned_tiff(image: Image.Image) -> bytes:
         (encoded(noise(0, (64, 48)), "AVIF"), 10),
         (encoded(see_through(64, 48), "AVIF"), 14),
         (turned_tiff(noise(0, (64, 48))), 8),
+        (encoded(noise(0, (64, 48)), "TIFF"), 8),
+        (encoded(noise(0, (64, 48)), "TIFF", tiffinfo={278: 16}), 4),
         (progressive(noise(0, (64, 48))), 6 + 4),
         (progressive(noise(0, (64, 48)).convert("CMYK")), 8 + 4),
     ],
@@ -499,6 +501,10 @@ def test_a_thin_jpeg_2000_that_cannot_be_halved_counts_three_times(monkeypatch):
     with pytest.raises(UnreadableImage, match="expected at most 20,000 pixels to decode, got 38,400"):
         open_image(file, (16, 16), 20_000)
     assert open_image(file, (4, 4), 20_000)[0].shape == (4, 4, 3)
+    with pytest.raises(
+        UnreadableImage, match="mask cannot be read: expected at most 20,000 pixels to decode, got 38,4"
+    ):
+        read_mask(file, 20_000)
 
 
 @pytest.mark.parametrize("is_cut", [False, True])

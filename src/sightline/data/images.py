@@ -157,7 +157,7 @@ def read_mask(file: Any, max_pixels: int = MAX_PIXELS) -> MaskPixels:
             raise UnreadableImage("its mask cannot be read: expected rows of numbers of one length") from None
         return MaskPixels(values.max(-1) if values.ndim == 3 else values, None, "")
     try:
-        with _opened(file) as image, _room(image.width * image.height, max_pixels, image):
+        with _opened(file) as image, _room(_draft(image, max(image.size)), max_pixels, image):
             image.load()
             upright = _turned(image, _orientation(image))
             return _mask_pixels(np.asarray(upright), "A" in upright.getbands(), image.format or "")
@@ -213,7 +213,7 @@ def few_values(file: Path) -> bool:
     Raises:
         UnreadableImage: it cannot be decoded.
     """
-    with _opened(file) as image, _room(image.width * image.height, MAX_PIXELS, image):
+    with _opened(file) as image, _room(_draft(image, max(image.size)), MAX_PIXELS, image):
         small = np.asarray(image.resize((min(256, image.width), min(256, image.height)), Image.Resampling.NEAREST))
     _, counts = np.unique(small.reshape(small.shape[0] * small.shape[1], -1), axis=0, return_counts=True)
     return bool(np.sort(counts)[-32:].sum() >= 0.95 * counts.sum())
@@ -269,10 +269,9 @@ def _draft(image: Image.Image, side: int) -> int:
         most = min((min(image.size) // (2 * side)).bit_length() - 1, _levels(image))
         # Pillow rounds sides to the nearest, the decoder up; it fails where they differ
         fitting = [n for n in range(1, most + 1) if all(-(-s >> n) == (s + (1 << n - 1)) >> n for s in image.size)]
-        if not fitting:
-            return 3 * whole  # its decoder is slow, and holds four bytes for each color
-        image.reduce = fitting[-1]
-        return whole >> 2 * fitting[-1]
+        halvings = max(fitting, default=0)
+        image.reduce = halvings
+        return 3 * (whole >> 2 * halvings)  # its decoder is slow
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         image.seek(_smallest_page(image, side))
     # a progressive JPEG is held whole until its last scan
@@ -340,8 +339,12 @@ def _most(image: Image.Image, pixels: int) -> tuple[int, str]:
         each = 4 * colors - 2
     elif image.info.get("progressive"):
         each = 2 * colors + 4 * image.width * image.height / pixels  # all of it before the draft is made
-    elif isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(ORIENTATION, 1) != 1:
-        each = 8  # it is turned, whole, while it is read
+    elif kind == "JPEG2000":
+        each = 2.5 * colors  # of three times as many pixels, see `_draft`
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        is_tiled, rows = 322 in image.tag_v2, image.tag_v2.get(278, image.height)
+        if image.tag_v2.get(ORIENTATION, 1) != 1 or not (is_tiled or rows <= image.height // 2):
+            each = 8  # it is turned while it is read, or its one strip is held besides
     return int(_MOST_BYTES / each), f"since the {kind} decoder takes {each:.0f} bytes for each"
 
 
