@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
@@ -44,7 +45,7 @@ def quantized_in(model: nn.Module) -> str:
 def first_of(output: Any) -> Tensor | None:
     """The tensor that a module returns, or the first of several."""
     first = output[0] if isinstance(output, tuple | list) and output else output
-    return first if isinstance(first, Tensor) else None
+    return first if isinstance(first, Tensor) and not is_lazy(first) else None
 
 
 @dataclass(frozen=True)
