@@ -46,6 +46,12 @@ def test_images_that_are_others_in_the_second_pass_are_refused():
     assert straight.n_images == 40
 
 
+def test_volumes_are_refused():
+    volumes = [(torch.rand(2, 1, 4, 4, 4), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(ValueError, match=r"expected \(b, c, h, w\) for evaluate, got a volume \(2, 1, 4, 4, 4\)"):
+        evaluate(MODEL, volumes, ["saliency"], ["deletion_auc"])
+
+
 def test_an_answer_that_is_no_number_is_no_answer():
     class Broken(PooledModel):
         def forward(self, images):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sightline import inference
+from sightline.checks import check_planes
 from sightline.data import ImageSet, normalise
 from sightline.inference import Output, check_images, forward_call
 from sightline.metrics.uncertainty import Interval, mean_interval, wilson_interval
@@ -119,6 +120,7 @@ class Source:
         where = f"the batch that starts with image {start}"
         batch = {key: value for key, value in batch.items() if value is not None}
         check_images(batch["images"])
+        check_planes("evaluate", batch["images"].shape)
         images = batch["images"].to(self.device)
         masks = torch.as_tensor(batch["masks"]) if "masks" in batch else None
         sums = images.flatten(1).sum(1, dtype=torch.float64)
