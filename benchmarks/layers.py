@@ -11,6 +11,7 @@ import json
 import math
 import time
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sightline.explainers.evidence import gather
 
 PATCHES = [*itertools.product((1 / 6, 3 / 6, 5 / 6), repeat=2)]
 LEAST = 0.5  # correlation of changes with places; 1 is exact, 0 is chance, and what the mirrored map has is below 0
+ALIKE = 0.1  # least contrast by which a network can be judged: below it every patch changes all cells alike
 EARLY = 0.5  # share of the weight layers that must lie before the layer
 
 
@@ -78,6 +80,13 @@ def correlation(changed: Tensor, places: list[tuple[float, float]]) -> float:
     for values in (changed.flatten(1), torch.stack(expected).flatten(1)):
         both.append(values - values.mean(0) - values.mean(1, keepdim=True) + values.mean())
     return float((both[0] * both[1]).sum() / (both[0].norm() * both[1].norm()).clamp_min(1e-300))
+
+
+def contrast(changed: Tensor) -> float:
+    """Share of the changes that depends on both the cell and the patch; near 0 all cells change alike."""
+    values = changed.flatten(1)
+    both = values - values.mean(0) - values.mean(1, keepdim=True) + values.mean()
+    return float(both.norm() / values.norm().clamp_min(1e-300))
 
 
 def share_before(model: nn.Module, images: Tensor, layer: str) -> float:
@@ -137,13 +146,14 @@ def judge(network: Network) -> dict[str, Any]:
             "layer": f"{evidence.layer} ({shape})",
             "status": "right" if found >= LEAST and is_late else "wrong",
             "correlation": round(found, 3),
+            "contrast": round(contrast(mean), 3),
             "mirrored": round(correlation(mean.flip(1, 2), places), 3),
             "before": round(before, 3),
             **({"notices": list(gathered.scorer.notices)} if gathered.scorer.notices else {}),
         }
         if row["status"] == "right" or not is_late or len(network.size) > 3:
             return row
-    return row
+    return {**row, "status": "undecided"} if row["contrast"] < ALIKE else row
 
 
 def main() -> None:

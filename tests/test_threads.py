@@ -44,10 +44,11 @@ def small():
     return Small()
 
 
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("name", ["small", "transformer"])
+@pytest.mark.parametrize(
+    ("name", "arrangement"), [*(("small", each) for each in ARRANGEMENTS), ("transformer", "one model")]
+)
 def test_maps_of_four_threads_are_right_and_the_models_unharmed(name, arrangement):
-    outcome = at_once(MODELS[name], arrangement, 1 if name == "transformer" else 3)
+    outcome = at_once(MODELS[name], arrangement, 2)
     assert outcome.right == outcome.calls and outcome.is_unharmed, outcome
 
 

@@ -256,8 +256,8 @@ def side_by_side(
     """One figure: a row per image, first the image, then each column under its title.
 
     A raw map (b, 1, h, w) is laid over the images; a picture (b, 3, h, w), from `parts` for example, is resized and
-    shown as it is. Images below 96 pixels are enlarged by a whole factor, to 2,048 pixels at most. Titles are wrapped, with spaces for
-    underscores.
+    shown as it is. Images below 96 pixels are enlarged by a whole factor, to 2,048 pixels at most. Titles are wrapped,
+    with spaces for underscores.
 
     Args:
         images: as they look, not normalised.

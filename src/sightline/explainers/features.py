@@ -21,6 +21,7 @@ from sightline.explainers.tokens import MANY_REGISTERS
 from sightline.inference import version_of
 
 _LARGEST_HEAD = 8  # weight layers; VGG has three, LTPA one per level
+_LARGEST_BLOCK = 16  # weight layers behind tokens: the rest of a block of attention, its head, and other branches
 _WEIGHT_LAYERS = ("linear", "conv1d", "conv2d", "conv3d")
 
 
@@ -118,6 +119,7 @@ class _Tokens:
     """None where it is not known."""
     version: int
     sources: frozenset[int]
+    behind_before: int
 
 
 class LastFeatures(Watch):
@@ -161,7 +163,9 @@ class LastFeatures(Watch):
                 dims = self.positions.of(tensor)
                 layout = None if dims is None else layout_in(dims, self.positions.axes)
                 if layout is not None or (dims is None and len(tensor) == len(self.images)):
-                    self.tokens.append(_Tokens(tensor, name, call, layout, version_of(tensor), sources))
+                    self.tokens.append(
+                        _Tokens(tensor, name, call, layout, version_of(tensor), sources, self.layers_behind)
+                    )
 
         return hook
 
@@ -254,7 +258,7 @@ class LastFeatures(Watch):
         if value.shape[0] != len(self.images):  # frames, or the images of a pair, in one batch
             dims = self.positions.of(value)
             atoms = () if dims is None else tuple(atom for atom in dims[0].atoms if atom.axis != BATCH)
-            if len(atoms) != 1 or value.ndim > 2:
+            if len(atoms) != 1 or atoms[0].stride > 1:
                 return False
         return not self._is_map(value)
 
@@ -393,6 +397,12 @@ class LastFeatures(Watch):
         for made, layout in live or [(made, layout) for made, layout, _ in read]:
             widths = Counter(other.tensor.shape[layout.channels] for other, same in fitting if same.grid == layout.grid)
             if made.tensor.shape[layout.channels] == max(widths, key=lambda each: widths[each]):
+                behind = self.layers_behind - made.behind_before
+                if behind > _LARGEST_BLOCK:
+                    raise ValueError(
+                        f"expected tokens close to the logits, got {made.name!r}, {behind} weight layers away; "
+                        "pass layer="
+                    )
                 return Feature(made.name, made.tensor, layout, made.call)
         return None
 

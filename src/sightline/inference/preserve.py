@@ -1,6 +1,7 @@
 """Leaves anybody's model, and the state of the process, as they came: in every thread, and whatever interrupts."""
 
 import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
@@ -62,8 +63,8 @@ def untouched(model: nn.Module) -> Ensured[nn.Module]:
     These are the train/eval flag of every module, its attributes, what is in lists, dicts and sets among them (hooks,
     children, a log that it keeps), and the values of its buffers; the random states of PyTorch, NumPy and Python; and
     the thread's gradient, inference and autocast mode and stacks of modes. An attribute is put back as it was bound: a
-    counter, a cache or a saved feature map is again what it was before. Parameters that a forward changes in place, and
-    what lies deeper than one container, are not put back.
+    counter, a cache or a saved feature map is again what it was before. Parameters that a forward changes or replaces,
+    and what lies deeper than one container, are not put back.
 
     One thread at a time uses a model, or models that share a module; the others wait for their turn. Inside another
     such context with the same model, this one puts back flags and random states only.
@@ -257,6 +258,8 @@ class _Modules:
         self.attributes = [(module, type(module), module.training, vars(module).copy()) for module in modules]
         values = [*chain.from_iterable(attributes.values() for *_, attributes in self.attributes)]
         self.containers = [*compress(values, map(_CONTAINERS.__contains__, map(type, values)))]
+        if _is_sharded(modules):
+            self.containers = []
         self.contents = {id(value): (value, value.copy()) for value in compress(self.containers, self.containers)}
         for module in modules:
             values += vars(module).get("_buffers", {}).values()
@@ -278,7 +281,7 @@ class _Modules:
 
     def put_back_attributes(self) -> None:
         """All but the values of buffers."""
-        others: set[int] = set()
+        others = set[int]()
         for module, kind, training, attributes in self.attributes:
             if module.training != training:  # TorchScript does not keep it among the attributes
                 module.training = training
@@ -294,6 +297,12 @@ class _Modules:
         for value, content in self.contents.values():
             if not _same(value, content) and id(value) not in others:
                 _fill(value, content)
+
+
+def _is_sharded(modules: Sequence[nn.Module]) -> bool:
+    """Whether FSDP swaps their parameters in and out; its first forward adds the hooks that it does so by."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules)
 
 
 def _is_state(tensor: Tensor) -> bool:
