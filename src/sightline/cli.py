@@ -159,7 +159,8 @@ def bench(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Train the rows of a study with every seed, a control among them, and compare: accuracy, maps, cost."""
     from sightline import bench
 
-    study = bench.load(options.study, {"seeds": options.seeds} | overrides if options.seeds else overrides)
+    seeds = {"seeds": options.seeds} if options.seeds else {}
+    study = bench.load(options.study, seeds | overrides, options.row, options.dataset)
     found = _bench(study, options, options.dataset)
     for dataset in found.datasets:
         own = found.on(dataset)
