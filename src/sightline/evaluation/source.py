@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from sightline import inference
 from sightline.checks import check_planes
 from sightline.data import ImageSet, normalise
+from sightline.evaluation.parts import digest_of, exact_text
 from sightline.inference import Output, check_images, forward_call
 from sightline.metrics.uncertainty import Interval, mean_interval, wilson_interval
 
@@ -36,6 +37,11 @@ class Known:
     forward_args: Any = ()
     """What the model takes beside the images; see `explain`."""
     forward_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def digest(self) -> str:
+        """The same for what maps and scores are made of, and for nothing else."""
+        return digest_of(self.images, self.masks, also=exact_text((self.forward_args, self.forward_kwargs)))
 
     def picked(self, keep: Tensor) -> "Known | None":
         """Those images alone; None where there is none."""

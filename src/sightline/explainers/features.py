@@ -356,11 +356,17 @@ class LastFeatures(Watch):
         if leaf.is_guess:
             notices[guess_of(leaf.name, leaf.tensor, leaf.layout)] = None
         others = list(dict.fromkeys(other.name for other in features if other is not leaf))
-        if self.cut and others and leaf.name not in others:
+        if others and leaf.name not in others:
             both = ", ".join(repr(each) for each in [*others, leaf.name])
             notices[
                 f"{leaf.name!r} was read, but the logits depend on {' and '.join(map(repr, others))} beside it; "
                 f"layer=[{both}] reads all of them"
+            ] = None
+        alike = sum(other.name == leaf.name for other in features)
+        if alike > 1:
+            notices[
+                f"{leaf.name!r} was read, the last of {alike} of that name that feed the logits beside each other; "
+                "read the others by naming the layers before them in layer="
             ] = None
         if leaf.layers_before == 0 and behind:
             notices[
