@@ -600,3 +600,12 @@ def test_an_override_that_the_study_would_cover_up_is_refused(field, value, name
     ):
         bench.load("recipes/bench_fine_grained.yaml", {field: value})
     assert bench.load("recipes/bench_fine_grained.yaml", {"data.size": 64}).recipe.data.size == 64
+
+
+def test_only_the_chosen_rows_and_data_sets_can_cover_up_an_override():
+    changed = {"data.train_size": 50}  # which cifar10 sets for itself, clutter does not
+    study = bench.load("recipes/bench_attention.yaml", changed, datasets_done=["clutter"])
+    row = next(iter(study.rows))
+    assert study.changed(row, "clutter").data.train_size == 50
+    with pytest.raises(ValueError, match=r"--data.train_size: .* its data set 'cifar10' sets for itself"):
+        bench.load("recipes/bench_attention.yaml", changed, datasets_done=["clutter", "cifar10"])

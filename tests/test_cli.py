@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -272,6 +274,15 @@ def plain(tmp_path_factory):
     out = tmp_path_factory.mktemp("plain") / "run"
     sightline("train", "--data", "clutter", "--model", "vgg_gap", "--out", out, *TINY)
     return out
+
+
+def test_train_says_once_what_the_evaluation_decided(run, monkeypatch, capsys):
+    trained = replace(runs.open_run(run), notices=["of the images"])
+    monkeypatch.setattr("sightline.training.fit", lambda *_, **__: trained)
+    evaluated = SimpleNamespace(notices=("of the images", "of the model"))
+    monkeypatch.setattr(cli, "_evaluate_run", lambda *_: evaluated)
+    sightline("train", "--data", "clutter", "--out", run)
+    assert capsys.readouterr().err == "notice: of the model\n"
 
 
 def test_a_named_method_that_does_not_fit_is_left_out_if_others_fit(plain, tmp_path, capsys):

@@ -46,6 +46,30 @@ def test_images_that_are_others_in_the_second_pass_are_refused():
     assert straight.n_images == 40
 
 
+def test_a_part_made_with_other_arguments_is_not_taken(tmp_path):
+    class Shared(PooledModel):
+        def forward(self, images, share):  # the logits are the same whatever the share, the gradients are not
+            return super().forward(share * images + (1 - share) * images.detach())
+
+    def score(columns, **more):
+        share = torch.zeros(1, 1, 1, 8)
+        share[..., :columns] = 1
+        data = [batch | {"forward_kwargs": {"share": share}} for batch in batches()]
+        found = evaluate(Shared(torch.eye(3)), data, ["saliency"], ["entropy"], controls=[], **more)
+        return found.score("saliency", "entropy").interval.value
+
+    with pytest.raises(KeyboardInterrupt):
+        score(8, partial_results=tmp_path / "parts", progress=stopping(4))
+    assert any((tmp_path / "parts").iterdir()) and score(1) < score(8) == 1
+    assert score(1, partial_results=tmp_path / "parts") == score(1)
+
+
+def test_volumes_are_refused():
+    volumes = [(torch.rand(2, 1, 4, 4, 4), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(ValueError, match=r"expected \(b, c, h, w\) for evaluate, got a volume \(2, 1, 4, 4, 4\)"):
+        evaluate(MODEL, volumes, ["saliency"], ["deletion_auc"])
+
+
 def test_an_answer_that_is_no_number_is_no_answer():
     class Broken(PooledModel):
         def forward(self, images):

@@ -526,6 +526,8 @@ def test_convolutions_are_exact_meanwhile_and_as_they_were_afterwards():
 
     before = (flags.allow_tf32, flags.conv.fp32_precision)
     explain(Watched(False), torch.ones(1, 3, 4, 4))
+    explainers.saliency(Watched(False), torch.ones(1, 3, 4, 4))
+    explainers.attention_maps(Watched(False), torch.ones(1, 3, 4, 4))
     with pytest.raises(RuntimeError, match="broken"):
         explain(Watched(True), torch.ones(1, 3, 4, 4))
     assert before[0] and seen and not any(seen)

@@ -17,6 +17,7 @@ from benchmarks.interrupts import (
 )
 from torch import nn
 
+from sightline.explainers import explain
 from sightline.inference import forward, untouched
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # the type checker draws random numbers of its own
@@ -157,6 +158,15 @@ def test_a_lazy_layer_is_ready_afterwards():
     model = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
     logits = forward(model, IMAGES)
     assert type(model[1]) is nn.Linear and torch.equal(logits, forward(model, IMAGES))
+    assert all(module.training for module in model.modules())
+
+
+def test_lazy_layers_get_their_sizes_from_an_explanation():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    before = [module.training for module in model.append(nn.LazyLinear(2)).modules()]
+    first = explain(model, IMAGES, 0)["grad_cam"]
+    assert [module.training for module in model.modules()] == before
+    assert torch.equal(first, explain(model, IMAGES, 0)["grad_cam"]) and type(model[1]) is nn.BatchNorm2d
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")

@@ -291,10 +291,24 @@ class Branches(nn.Module):
         return self.fc(torch.cat([self.color(x[:, :3]).mean((2, 3)), self.depth(x[:, 3:]).mean((2, 3))], 1))
 
 
+def test_parallel_feature_maps_without_a_name_are_counted():
+    class Rectified(Branches):
+        def forward(self, x):
+            maps = self.color(x[:, :3]).relu(), self.depth(x[:, 3:]).relu()
+            return self.fc(torch.cat([each.mean((2, 3)) for each in maps], 1))
+
+    found = explain(seeded(Rectified), images(2, 4, 16, 16), 0, ["hires_cam", "saliency"])
+    assert found.notices == (
+        "'input of mean' was read, the last of 2 of that name that feed the logits beside each other; read the others "
+        "by naming the layers before them in layer=",
+    )
+
+
 def test_parallel_feature_maps_are_named():
     model, x = seeded(Branches), images(2, 4, 16, 16)
     found = explain(model, x, 0, ["hires_cam"])
     assert found.layer == "depth (8 x 8 x 8)"
+    assert explain(model, x, 0, ["hires_cam", "saliency"]).notices == found.notices
     assert found.notices == (
         "'depth' was read, but the logits depend on 'color' beside it; layer=['color', 'depth'] reads all of them",
     )

@@ -121,6 +121,7 @@ def _train(start: recipe.Recipe, options: argparse.Namespace, overrides: dict[st
     runs = found if isinstance(found, list) else [found]
     _list_skipped(runs[0].skipped)
     evaluations = [_evaluate_run(run, {}, "test", run.folder, options.limit, {}) for run in runs]
+    _print_notices(notice for one in evaluations for notice in one.notices if notice not in runs[0].notices)
     if len(runs) > 1:
         import numpy as np
 
@@ -158,7 +159,8 @@ def bench(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Train the rows of a study with every seed, a control among them, and compare: accuracy, maps, cost."""
     from sightline import bench
 
-    study = bench.load(options.study, {"seeds": options.seeds} | overrides if options.seeds else overrides)
+    seeds = {"seeds": options.seeds} if options.seeds else {}
+    study = bench.load(options.study, seeds | overrides, options.row, options.dataset)
     found = _bench(study, options, options.dataset)
     for dataset in found.datasets:
         own = found.on(dataset)
@@ -226,6 +228,11 @@ def _print_lines(title: str, columns: Sequence[str], lines: Sequence[Sequence[st
         _print(table)
 
 
+def _print_notices(notices: Iterable[str]) -> None:
+    for notice in dict.fromkeys(notices):
+        print(f"notice: {notice}", file=sys.stderr)
+
+
 def _print_sentences(sentences: Iterable[str]) -> None:
     for sentence in sentences:
         print(textwrap.fill(f"- {sentence}", 100, subsequent_indent="  "))
@@ -275,9 +282,7 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     }
     fill = options.fill
     chosen["fill"] = float(fill) if fill.replace(".", "", 1).lstrip("-").isdigit() else fill
-    found = _evaluate_run(run, overrides, options.split, out, options.limit, chosen)
-    for notice in found.notices:
-        print(f"notice: {notice}", file=sys.stderr)
+    _print_notices(_evaluate_run(run, overrides, options.split, out, options.limit, chosen).notices)
 
 
 def _evaluate_run(
@@ -468,12 +473,11 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
         print(line)
     for grid in dict.fromkeys(grids.values()):
         print(f"{grid}: {', '.join(method for method, own in grids.items() if own == grid)}")
-    for notice in notices:
-        print(f"notice: {notice}", file=sys.stderr)
+    _print_notices(notices)
     if unchecked:
         print(f"not compared with the map of another class: {', '.join(unchecked)}")
     if old := len(before - written):
-        print(f"{_counted(old, 'file')} of before still in {out}", file=sys.stderr)
+        print(f"{_counted(old, 'file')} from before still in {out}", file=sys.stderr)
 
 
 def _first(model: "nn.Module", images: "ImageSet") -> "torch.Tensor":

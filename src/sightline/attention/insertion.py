@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sightline.attention.places import Call, Trace, shapes_of, unmoved
+from sightline.attention.places import Call, Trace, shapes_of
 from sightline.inference import copy_of, untouched
 
 Block = str | Callable[..., nn.Module]
@@ -358,7 +358,7 @@ def _fit(
     runs: list[nn.Module] = []
     while True:
         try:
-            with unmoved(model), _watched(model, blocks, behind, runs):
+            with untouched(model), torch.no_grad(), _watched(model, blocks, behind, runs):
                 result = model(trace.images)
             break
         except _Misfit as misfit:

@@ -7,8 +7,7 @@ followed from there through every change of shape.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -267,7 +266,7 @@ class Trace:
         handles = [layer.register_forward_pre_hook(begin) for layer in self.model.modules()]
         handles += [layer.register_forward_hook(keeper(name)) for name, layer in self.model.named_modules()]
         try:
-            with unmoved(self.model), flow:
+            with untouched(self.model), torch.no_grad(), flow:
                 result = self.model(images)
         finally:
             for handle in handles:
@@ -435,16 +434,3 @@ def _branch_end(name: str, block: nn.Module, order: dict[str, int]) -> str | Non
 def shapes_of(result: Any) -> list[torch.Size]:
     """Shapes of all tensors in what a network returns."""
     return [leaf.shape for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
-@contextmanager
-def unmoved(model: nn.Module) -> Generator[None]:
-    """Run a model without gradients; flags, random state and buffers are as before afterwards."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with untouched(model), torch.no_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)

@@ -1,7 +1,7 @@
 """A study: one recipe, the changes that make its rows, and the data sets on which they are compared."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -123,8 +123,19 @@ def _classes(of: Data) -> int:
     return len(data.load(of)["test"].classes)
 
 
-def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Study:
+def load(
+    path: Path | str,
+    overrides: Mapping[str, Any] | None = None,
+    rows_done: Collection[str] | None = None,
+    datasets_done: Collection[str] | None = None,
+) -> Study:
     """Read a study: a recipe with one part more, `rows`, and perhaps another, `datasets`.
+
+    Args:
+        path: the file.
+        overrides: fields of the recipe. One that a row or data set sets for itself is refused.
+        rows_done: rows that will be trained, the only ones that matter for this. None: all.
+        datasets_done: the same of data sets.
 
     Raises:
         OSError: there is no such file.
@@ -151,7 +162,8 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Study:
         rows={str(name): row for name, row in rows.items()},
         datasets={str(name): changes for name, changes in datasets.items()},
     )
-    _check_heeded(overrides or {}, {"data set": study.datasets, "row": study.rows})
+    _check_heeded(overrides or {}, "data set", study.datasets, datasets_done)
+    _check_heeded(overrides or {}, "row", study.rows, rows_done)
     for name, row in study.rows.items():
         for dataset, changes in study.datasets.items():
             place = f"row {name!r}" + (f" on {dataset}" if dataset else "")
@@ -167,16 +179,17 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Study:
     return study
 
 
-def _check_heeded(overrides: Mapping[str, Any], parts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+def _check_heeded(
+    overrides: Mapping[str, Any], kind: str, changes: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | None
+) -> None:
     """Refuse an override that the study's own changes would cover up."""
     for field_name in overrides:
-        for kind, changes in parts.items():
-            setting = [name for name, own in changes.items() if field_name in own]
-            if setting:
-                raise ValueError(
-                    f"--{field_name}: expected a field that the study leaves alone, got one that its {kind} "
-                    f"{setting[0]!r} sets for itself; change it in the file, or choose by --{kind.replace(' ', '')}"
-                )
+        setting = [name for name, own in changes.items() if field_name in own and (chosen is None or name in chosen)]
+        if setting:
+            raise ValueError(
+                f"--{field_name}: expected a field that the study leaves alone, got one that its {kind} "
+                f"{setting[0]!r} sets for itself; change it in the file, or choose by --{kind.replace(' ', '')}"
+            )
 
 
 def _are_changes(part: Any) -> TypeGuard[dict[Any, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sightline import maps as pixels
 from sightline.data import ImageSet
 from sightline.evaluation.budget import Plan, kept, plan
-from sightline.evaluation.parts import Part, clear, digest_of, key_of
+from sightline.evaluation.parts import Part, clear, key_of
 from sightline.evaluation.result import Comparison, Curve, Evaluation, Example, Score, Standing
 from sightline.evaluation.sentences import OF_ANOTHER_CLASS, summary
 from sightline.evaluation.source import Answers, Known, Source, predict
@@ -188,7 +188,7 @@ def evaluate(
     for number, batch in enumerate(source.batches(rows.chosen)):
         part = None
         if folder is not None:
-            files.append(folder / f"{key}-{number}-{digest_of(batch.images, batch.masks)}.npz")
+            files.append(folder / f"{key}-{number}-{batch.digest}.npz")
             part = Part.load(files[-1])
         if part is None:
             part = maker.part(batch, np.union1d(rows.gallery, wrong))

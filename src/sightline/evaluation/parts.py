@@ -113,7 +113,7 @@ class Part:
 def key_of(model: nn.Module, *question: Any) -> str:
     """The same for the same weights and question, and for no other; tensors and arrays in it count to the last bit."""
     layer = getattr(model, "default_layer", None)
-    facts = repr((tree_map(_exact, question), layer, __version__))
+    facts = exact_text((question, layer, __version__))
     state = model.state_dict()
     return digest_of(*state.values(), also=facts + repr(list(state)))
 
@@ -137,5 +137,10 @@ def clear(folder: Path, files: Iterable[Path]) -> None:
         folder.rmdir()
 
 
-def _exact(leaf: Any) -> Any:
-    return digest_of(torch.as_tensor(leaf)) if isinstance(leaf, Tensor | np.ndarray) else leaf
+def exact_text(values: Any) -> str:
+    """Values in containers as text, tensors and arrays in them to the last bit."""
+
+    def exact(leaf: Any) -> Any:
+        return digest_of(torch.as_tensor(leaf)) if isinstance(leaf, Tensor | np.ndarray) else leaf
+
+    return repr(tree_map(exact, values))

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sightline import inference
+from sightline.checks import check_planes
 from sightline.data import ImageSet, normalise
+from sightline.evaluation.parts import digest_of, exact_text
 from sightline.inference import Output, check_images, forward_call
 from sightline.metrics.uncertainty import Interval, mean_interval, wilson_interval
 
@@ -35,6 +37,11 @@ class Known:
     forward_args: Any = ()
     """What the model takes beside the images; see `explain`."""
     forward_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def digest(self) -> str:
+        """The same for what maps and scores are made of, and for nothing else."""
+        return digest_of(self.images, self.masks, also=exact_text((self.forward_args, self.forward_kwargs)))
 
     def picked(self, keep: Tensor) -> "Known | None":
         """Those images alone; None where there is none."""
@@ -119,6 +126,7 @@ class Source:
         where = f"the batch that starts with image {start}"
         batch = {key: value for key, value in batch.items() if value is not None}
         check_images(batch["images"])
+        check_planes("evaluate", batch["images"].shape)
         images = batch["images"].to(self.device)
         masks = torch.as_tensor(batch["masks"]) if "masks" in batch else None
         sums = images.flatten(1).sum(1, dtype=torch.float64)

@@ -20,7 +20,16 @@ from sightline.explainers.features import quantized_in
 from sightline.explainers.rectifiers import Rectifiers, Rule
 from sightline.explainers.scorer import Progress, Scorer, Targets, gradients_of, rows_of
 from sightline.explainers.tokens import SmoothAttention
-from sightline.inference import ForwardCall, Output, check_images, forward_call, probabilities_of, untouched, version_of
+from sightline.inference import (
+    ForwardCall,
+    Output,
+    check_images,
+    exact,
+    forward_call,
+    probabilities_of,
+    untouched,
+    version_of,
+)
 
 _OF_LAYER = {"activations", "gradients", "mean_gradients", "rival_gradients", "head"}
 _OF_IMAGE: dict[str, Rule] = {
@@ -135,7 +144,7 @@ class Explainer:
         **options: Any,
     ) -> Float[Tensor, "b t *cells"]:
         """Raw map per target, at the layer's own resolution, float32 (float64 where the model computes in it)."""
-        with untouched(model):
+        with untouched(model), exact():
             check_images(images)
             asked = forward_call(images, output, forward_args, forward_kwargs)
             gathered = gather(model, images, [(layer, self.needs)], targets, asked=asked)

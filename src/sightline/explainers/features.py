@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
@@ -45,7 +46,7 @@ def quantized_in(model: nn.Module) -> str:
 def first_of(output: Any) -> Tensor | None:
     """The tensor that a module returns, or the first of several."""
     first = output[0] if isinstance(output, tuple | list) and output else output
-    return first if isinstance(first, Tensor) else None
+    return first if isinstance(first, Tensor) and not is_lazy(first) else None
 
 
 @dataclass(frozen=True)
@@ -355,11 +356,17 @@ class LastFeatures(Watch):
         if leaf.is_guess:
             notices[guess_of(leaf.name, leaf.tensor, leaf.layout)] = None
         others = list(dict.fromkeys(other.name for other in features if other is not leaf))
-        if self.cut and others and leaf.name not in others:
+        if others and leaf.name not in others:
             both = ", ".join(repr(each) for each in [*others, leaf.name])
             notices[
                 f"{leaf.name!r} was read, but the logits depend on {' and '.join(map(repr, others))} beside it; "
                 f"layer=[{both}] reads all of them"
+            ] = None
+        alike = sum(other.name == leaf.name for other in features)
+        if alike > 1:
+            notices[
+                f"{leaf.name!r} was read, the last of {alike} of that name that feed the logits beside each other; "
+                "read the others by naming the layers before them in layer="
             ] = None
         if leaf.layers_before == 0 and behind:
             notices[

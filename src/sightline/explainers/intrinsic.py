@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from sightline.explainers.capture import gates_of
 from sightline.explainers.evidence import Explainer
-from sightline.inference import check_images, forward_call
+from sightline.inference import check_images, forward_call, preserving
 
 
+@preserving
 def attention_maps(
     model: nn.Module,
     images: Float[Tensor, "b c H W"],

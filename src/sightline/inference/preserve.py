@@ -283,11 +283,11 @@ class _Modules:
         """All but the values of buffers."""
         others = set[int]()
         for module, kind, training, attributes in self.attributes:
+            if module.training != training:  # TorchScript does not keep it among the attributes
+                module.training = training
             if type(module) is not kind:  # the first forward turns nn.LazyLinear into nn.Linear, which stays
                 others |= set(map(id, attributes.values()))
                 continue
-            if module.training != training:  # TorchScript does not keep it among the attributes
-                module.training = training
             now = vars(module)
             if len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values())):
                 _fill(now, attributes)
