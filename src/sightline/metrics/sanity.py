@@ -64,6 +64,7 @@ def parameter_randomisation(
     >>> parameter_randomisation(model, image, torch.tensor([0]), lambda model, images, targets: images)
     tensor([1.])
     """
+    check_whole(stages=stages)
     stages = 1 if order == "cascading" else stages
     _, curves = randomisation_curve(
         model,
