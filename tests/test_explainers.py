@@ -262,7 +262,7 @@ def test_attention_of_a_planted_gate():
     found = explain(model, images, torch.tensor([[0, 1], [1, 2]]), ["attention"], layer="pool")
     assert torch.equal(found["attention"], expected.expand(2, 2, 3, 3))
     assert found.layer == "pool (1 x 3 x 3)"
-    with pytest.raises(ValueError, match=r"expected an attention block .* got 'a model' without one"):
+    with pytest.raises(ValueError, match=r"expected an attention block .* got Net without one"):
         explain(seeded(Net), images, methods=["attention"])
     with pytest.raises(ValueError, match=r"got 'pool.gate' without one; blocks of this model: pool"):
         explain(model, images, methods=["attention"], layer="pool.gate")

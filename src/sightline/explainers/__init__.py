@@ -222,8 +222,9 @@ def explain(
 
     The model, its flags, buffers, attributes and gradients, and the random states of PyTorch, NumPy and Python are left
     as they were, even after an error or Ctrl-C. Threads may explain one model at the same time: they take turns, also
-    where two models share modules. Nothing protects a model that you run yourself in another thread meanwhile. A GPU
-    computes convolutions in full 32 bits, not in TF32, unless you have set `torch.backends.cudnn.conv.fp32_precision`.
+    where two models share modules. Nothing protects a model that you run yourself in another thread meanwhile, and
+    random numbers drawn there may repeat. A GPU computes convolutions in full 32 bits, not in TF32, unless you have set
+    `torch.backends.cudnn.conv.fp32_precision`.
 
     Args:
         model: any classifier that takes (b, c, h, w), or (b, c, d, h, w), and returns logits: a tensor, the only one in

@@ -464,7 +464,7 @@ def _find_block(model: nn.Module, gates: dict[str, Tensor], layer: Layer) -> str
     if name not in spatial:
         blocks = ", ".join(spatial) or "none"
         raise ValueError(
-            f"expected an attention block with a spatial map, got {name or 'a model'!r} without one; "
+            f"expected an attention block with a spatial map, got {repr(name) if name else type(model).__name__} without one; "
             f"blocks of this model: {blocks}; for another map try grad_cam"
         )
     return name
