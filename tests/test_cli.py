@@ -290,7 +290,7 @@ def test_a_named_method_that_does_not_fit_is_left_out_if_others_fit(plain, tmp_p
     capsys.readouterr()
     explained = ["explain", plain, tmp_path / "red.png", "--out", tmp_path / "out"]
     evaluated = ["evaluate", plain, "--limit", 2, "--steps", 2, "--metrics", "deletion_auc", "--out", tmp_path / "out"]
-    reason = "left out: attention: expected an attention block with a spatial map, got CifarResNet without one"
+    reason = "left out: attention: expected an attention block with a spatial map, got VGGGap without one"
     for given in (explained, evaluated):
         sightline(*given, "--methods", "attention,grad_cam")
         said = capsys.readouterr()

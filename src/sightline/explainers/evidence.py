@@ -463,8 +463,9 @@ def _find_block(model: nn.Module, gates: dict[str, Tensor], layer: Layer) -> str
     name = "" if layer is None else find_layer(model, layer)[0]
     if name not in spatial:
         blocks = ", ".join(spatial) or "none"
+        wanted = repr(name) if name else type(model).__name__
         raise ValueError(
-            f"expected an attention block with a spatial map, got {repr(name) if name else type(model).__name__} without one; "
+            f"expected an attention block with a spatial map, got {wanted} without one; "
             f"blocks of this model: {blocks}; for another map try grad_cam"
         )
     return name
