@@ -285,6 +285,19 @@ def test_train_says_once_what_the_evaluation_decided(run, monkeypatch, capsys):
     assert capsys.readouterr().err == "notice: of the model\n"
 
 
+def test_evaluating_all_methods_names_those_that_do_not_fit(plain, tmp_path, capsys, monkeypatch):
+    def evaluate(*arguments, **options):
+        raise ValueError("expected no more")
+
+    monkeypatch.setattr("sightline.evaluation.evaluate", evaluate)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        sightline("evaluate", plain, "--methods", "all", "--out", tmp_path / "out")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("left out: attention: expected an attention block")
+    assert lines[-1] == "sightline: error: expected no more"
+
+
 def test_a_named_method_that_does_not_fit_is_left_out_if_others_fit(plain, tmp_path, capsys):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     capsys.readouterr()

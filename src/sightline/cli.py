@@ -315,11 +315,12 @@ def _evaluate_run(
     images = _in_order_of(replace(splits[split], preprocess=run.preprocess), run.classes)
     model = _on_best_device(runs.load(run.folder))
     reasons: dict[str, str] = {}
-    if isinstance(chosen.get("methods"), list):
+    if (methods := chosen.get("methods")) is not None:
+        asked = ["all"] if methods == "all" else methods
         fit, reasons = _fitting(
-            model, _first(model, images), chosen["methods"], output=chosen.get("output"), strict=wanted.data.strict
+            model, _first(model, images), asked, output=chosen.get("output"), strict=wanted.data.strict
         )
-        chosen = chosen | {"methods": fit}
+        chosen = chosen | ({} if methods == "all" else {"methods": fit})
     with _Bar() as bar:
         found = evaluate(
             model,
