@@ -27,7 +27,7 @@ class Atom(NamedTuple):
 
 
 class Dim(NamedTuple):
-    """A dimension of a tensor: entries that are not positions, then the digits, outermost first, then more such entries."""
+    """A dimension of a tensor: entries without positions, then the digits, outermost first, then more such entries."""
 
     atoms: tuple[Atom, ...]
     before: int = 0
@@ -213,7 +213,7 @@ def guessed(shape: tuple[int, ...], size: tuple[int, ...]) -> Layout | None:
 
 
 def _stretch(grid: Sequence[int], size: Sequence[int], rounding: int = 0) -> float:
-    """How much longer cells are along one side than along another, if each side may have so many cells more or fewer."""
+    """How much longer cells are along one side than another, if each side may have so many cells more or fewer."""
     sides = [*zip(grid, size, strict=True)]
     shortest = [pixels / (cells + rounding) for cells, pixels in sides]
     longest = [pixels / (cells - rounding) if cells > rounding else math.inf for cells, pixels in sides]
