@@ -142,7 +142,7 @@ class Layout(NamedTuple):
     """Where the class folders of a source lie."""
 
     roots: list[tuple[str, Path]]
-    """train, val, test or nothing, and the folder that holds its class folders."""
+    """Name of each split (train, val, test or empty), and the folder that holds its class folders."""
     masks: list[Path]
     """Folders of masks beside those of images."""
     notices: list[str]

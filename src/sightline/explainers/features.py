@@ -137,15 +137,15 @@ class LastFeatures(Watch):
         self.layers = 0
         """Weight layers so far."""
         self.layers_behind = 0
-        """Those of them that see what is made from a leaf."""
+        """Weight layers so far that read a tensor made from a leaf."""
         self.calls: Counter[str] = Counter()
         self.producers: dict[int, tuple[weakref.ref[Tensor], int, str, int]] = {}
-        """Of the outputs of modules: as of which version, the name, and which run."""
+        """The outputs of modules, each with its version, the module's name, and which run it was."""
         self.sources: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
         self.tokens: list[_Tokens] = []
         self.ended = False
         self.outputs: set[int] = set()
-        """Leaves that a function of the model's output, which runs behind the model, is made from."""
+        """Leaves that feed a function of the model's output, which runs behind the model."""
 
     def produced(self, name: str) -> Callable[..., None]:
         """Forward hook of the module of that name."""

@@ -18,7 +18,7 @@ class Atom(NamedTuple):
     """A digit of an index: along `axis` the index is the sum of value * stride over the axis' digits."""
 
     axis: int
-    """Of the images: 0, 1, 2; or BATCH; or OTHER, which is no position; or PAIR, batches one behind the other."""
+    """An axis of the images (0, 1, 2), BATCH, OTHER (not a position), or PAIR (batches one behind the other)."""
     size: int
     stride: int = 1
     length: int = 0
@@ -130,7 +130,7 @@ class Layout:
     rows: tuple[Atom, ...] = ()
     """Digits of positions that lie behind the batch in the first dimension."""
     cells: Dims = ()
-    """The other dimensions, in order; none: those of the grid, as they are."""
+    """The other dimensions, in order; empty if they are those of the grid."""
     fold: int = 1
     """Images of each row that lie one batch behind the other in the first dimension."""
     part: int = 0

@@ -46,7 +46,7 @@ class _Link:
     logs: Callable[[], Tensor]
     """Logarithm of the probabilities, exact where they round to 0 or 1."""
     is_mixed: bool = False
-    """Whether it is an average or selection of probabilities: what it is then depends on its values, too."""
+    """Whether it is an average or selection of probabilities, so that its kind depends on its values, too."""
     largest: float = 1.0
     """No value can be larger."""
 
@@ -63,7 +63,7 @@ class Reading(NamedTuple):
 
     logits: Float[Tensor, "b n"]
     link: str
-    """Of what the logits are the inverse: "softmax", "log_softmax" or "sigmoid"; empty if nothing was undone."""
+    """The function that was undone to get the logits: "softmax", "log_softmax" or "sigmoid"; empty if none was."""
     kind: Kind | None
     """To read further outputs of the model in the same way."""
     notice: str

@@ -62,7 +62,7 @@ class Turn:
     """
 
     random: Random
-    """As it was before the first of the calls that now run at the same time."""
+    """The state before the first of the calls that now run at the same time."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.thread = threading.get_ident()
