@@ -1,14 +1,14 @@
-"""What many functions ask of their arguments."""
+"""Checks of arguments that many functions share."""
 
 from collections.abc import Sequence
 from numbers import Integral
 
 
 def check_whole(**options: object) -> None:
-    """Options that count something; None stands for one that was left out.
+    """Check options that count something; None stands for one that was left out.
 
     Raises:
-        TypeError: one is no whole number.
+        TypeError: an option is not a whole number.
 
     >>> check_whole(steps=3, stride=None)
     >>> check_whole(steps=1.5)
@@ -21,7 +21,7 @@ def check_whole(**options: object) -> None:
 
 
 def check_planes(what: str, shape: Sequence[int]) -> None:
-    """Images or maps (b, c, h, w), for what has no meaning for volumes here.
+    """Check that images or maps are (b, c, h, w), for functions that do not support volumes.
 
     Raises:
         ValueError: they are volumes.

@@ -1,8 +1,8 @@
-"""Where blocks go: one forward shows what every layer takes and gives, and which of these tensors come from which.
+"""Finds the places of blocks: one forward shows every layer's inputs and outputs, and which of them come from which.
 
-Neither names nor numbers of channels say what a tensor is, since an image of three channels and three logits look
+Neither names nor numbers of channels tell what a tensor is, since an image of three channels and three logits look
 alike. The operations do: a feature map comes from the image through a convolution, and its rows and columns are
-followed from there through every change of shape.
+tracked from there through every change of shape.
 """
 
 import re
@@ -31,8 +31,8 @@ _OF_SHAPE = ("view", "reshape", "squeeze")
 class Value(NamedTuple):
     """A tensor in the forward.
 
-    Its number is above those of the tensors that it is made of; a view has that of its base, a tensor that does not
-    come from the images none. `axes` are its rows and columns, None where they could not be followed.
+    Its number is higher than those of the tensors it is made from. A view shares the number of its base, and a tensor
+    that does not come from the images has none. `axes` are its rows and columns, None where they could not be tracked.
     """
 
     shape: torch.Size
@@ -46,7 +46,7 @@ class Value(NamedTuple):
 
     @property
     def is_wide(self) -> bool:
-        """Whether it has more than one position then."""
+        """Whether it may be a map and has more than one position."""
         return self.is_map and self.shape[2] * self.shape[3] > 1
 
 
@@ -79,12 +79,12 @@ class Call(NamedTuple):
 
     @property
     def makes_one_position(self) -> bool:
-        """Whether it makes one vector per image of a map."""
+        """Whether it turns a map into one vector per image."""
         return self.takes_map and self.given is not None and self.given.shape[2:].numel() == 1
 
     @property
     def pools(self) -> bool:
-        """Whether it does so without any weights of a head."""
+        """Whether it turns a map into one vector per image without linear layers or convolutions."""
         return self.makes_one_position and not any(isinstance(layer, WEIGHTS) for layer in self.layer.modules())
 
 
@@ -100,11 +100,11 @@ class _Flow(TorchDispatchMode):
         self._axes: dict[tuple[Any, ...], tuple[int, int]] = {}
 
     def value(self, tensor: Tensor) -> Value:
-        """What is known of a tensor now."""
+        """What is known about a tensor at this moment."""
         return Value(tensor.shape, self._numbers.get(_storage(tensor)), self._axes.get(_geometry(tensor)))
 
     def keep_axes(self, old: Value, new: Tensor) -> None:
-        """The result of a linear layer, which flattens its argument meanwhile, has the same rows and columns."""
+        """Give a linear layer's result the rows and columns of its argument, which the layer flattens in between."""
         if old.axes is not None and max(old.axes) < new.ndim - 1:
             self._axes[_geometry(new)] = old.axes
 
@@ -142,7 +142,7 @@ class _Flow(TorchDispatchMode):
         return result
 
     def is_branch_end(self, number: int) -> bool:
-        """Whether a value, or what factors make of it, is added to one that does not come from it."""
+        """Whether a value, scaled or not, is added to one that does not come from it."""
         branch, descendants = {number}, {number}
         for later in range(number + 1, len(self.parents)):
             parents, name = self.parents[later], self._names[later]
@@ -156,7 +156,7 @@ class _Flow(TorchDispatchMode):
         return False
 
     def ways_to(self, end: int) -> tuple[set[int], set[int]]:
-        """Numbers on the ways from the images to `end`, and those that no way leads around."""
+        """Numbers on the paths from the images to `end`, and those that every path passes through."""
         on_path = {end}
         for number in range(end, 0, -1):
             if number in on_path:
@@ -208,7 +208,7 @@ def _permuted(axes: tuple[int, int], name: str, args: Any, ndim: int) -> tuple[i
 
 
 def _reshaped(axes: tuple[int, int], old: torch.Size, new: torch.Size) -> tuple[int, int] | None:
-    """An axis is still there if one of its length has as many elements before it."""
+    """The axes after a reshape: each is kept if an axis of its length has as many elements before it."""
     found: list[int] = []
     for axis in axes:
         before = old[:axis].numel()
@@ -220,7 +220,7 @@ class Trace:
     """Every run of a layer in one forward on zeros, in the order in which they end.
 
     Raises:
-        ValueError: no size of image that the network takes.
+        ValueError: the network takes none of the image sizes tried.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -282,7 +282,7 @@ class Trace:
         """The one run of a layer.
 
         Raises:
-            ValueError: it runs never or more than once.
+            ValueError: it never runs, or runs more than once.
         """
         calls = [call for call in self.calls if call.name == name]
         if len(calls) != 1:
@@ -306,7 +306,7 @@ class Trace:
         return places
 
     def pool(self) -> Call | None:
-        """The layer that makes one position of the features; where none does, the layer that yields them."""
+        """The layer that pools the features to one position, or, if there is none, the layer that returns them."""
         features = self._features_of_head()
         if features is None:
             maps = self._maps()
@@ -319,33 +319,33 @@ class Trace:
         return "whose maps are (b, h, w, c)" if last else "which has none that all later layers come from"
 
     def _is_features(self, call: Call) -> bool:
-        """Whether a layer that runs once yields a map (b, c, h, w) that convolutions made from the images."""
+        """Whether a layer runs once and returns a map (b, c, h, w) made from the images by convolutions."""
         value = call.given
         if value is None or value.number is None or value.axes != CHANNELS_FIRST or not value.is_map:
             return False
         return call.name in self._once and value.number in self.on_path and self._flow.convolved[value.number]
 
     def _maps(self) -> list[Call]:
-        """Runs that yield features of several positions, which all that comes later is made of."""
+        """Runs that return features of several positions on which everything later depends."""
         return [
             call
             for call in self.calls
             if self._is_features(call)
             and call.gives_map
             and _number(call.given) in self._trunk
-            and call.given != call.taken  # it does not just hand it on
+            and call.given != call.taken  # it does not just pass it on
         ]
 
     def _weights_behind(self, call: Call) -> list[Call]:
-        """Linear layers and convolutions that work on what a layer yields, on the way to the result."""
+        """Linear layers and convolutions behind a layer, on the way to the result."""
         behind = self.calls[self.calls.index(call) + 1 :]
         return [call for call in behind if isinstance(call.layer, WEIGHTS) and _number(call.given) in self.on_path]
 
     def _features_of_head(self) -> Call | None:
-        """The run that yields the last map which layers with weights read.
+        """The run that returns the last map read by layers with weights.
 
-        They read it as one position. The first may also take the map itself, if it makes one position of it, or one
-        map of logits for each position.
+        They read it as one position. The first may also take the map itself, if it reduces it to one position, or makes
+        logits for each position.
         """
         maps = [call for call in self._maps() if self._weights_behind(call)]
         if not maps:
@@ -372,7 +372,7 @@ class Trace:
     def _stages(self) -> list[Call]:
         """A ResNet's stages; else, for each resolution of the features, the last unit made of blocks, or the last one.
 
-        A unit halves the resolution at most. What comes before the first blocks, the stem, is no stage.
+        A unit at most halves the resolution. The stem, everything before the first blocks, is not a stage.
         """
         maps = self._maps()
         features = self._features_of_head()
@@ -415,7 +415,7 @@ def _is_inside(name: str, other: str) -> bool:
 
 
 def _has_blocks(layer: nn.Module) -> bool:
-    """Whether inside a layer is one with two layers with weights or more."""
+    """Whether a layer contains a block with at least two layers with weights."""
     inner = (block for block in layer.modules() if block is not layer)
     return any(sum(isinstance(part, WEIGHTS) for part in block.modules()) > 1 for block in inner)
 
@@ -432,5 +432,5 @@ def _branch_end(name: str, block: nn.Module, order: dict[str, int]) -> str | Non
 
 
 def shapes_of(result: Any) -> list[torch.Size]:
-    """Shapes of all tensors in what a network returns."""
+    """Shapes of all tensors in a network's output."""
     return [leaf.shape for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

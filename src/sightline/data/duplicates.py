@@ -1,4 +1,4 @@
-"""The same image twice: in training and test, or with two labels; by its bytes, and by how it looks."""
+"""Finds images that occur twice, in two splits or with two labels, by their bytes and by their looks."""
 
 import hashlib
 from collections import defaultdict
@@ -19,7 +19,7 @@ _BITS = 8  # of their looks
 
 
 def imprint(file: Path | bytes, image: UInt8[Array, "3 h w"]) -> Array:
-    """What tells an image from another one: a scalar of type `IMPRINT`."""
+    """Fingerprint of an image: a scalar of type `IMPRINT`."""
     if isinstance(file, Path):
         with file.open("rb") as opened:
             hashed = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).digest()
@@ -34,7 +34,7 @@ def imprint(file: Path | bytes, image: UInt8[Array, "3 h w"]) -> Array:
 
 
 class Copies(NamedTuple):
-    """For each image, the place of another one that it repeats, or -1."""
+    """For each image, the index of another one that it repeats, or -1."""
 
     earlier: Int64[Array, " n"]
     """The same bytes in an earlier split."""
@@ -47,7 +47,7 @@ class Copies(NamedTuple):
 
 
 def copies(imprints: Array, splits: Int64[Array, " n"], labels: Int64[Array, " n"]) -> Copies:
-    """Images that repeat one of an earlier split, or one with another label; those without a label count for no label.
+    """Images that repeat one of an earlier split, or one with another label; unlabeled images contradict no label.
 
     Args:
         imprints: As `imprint` makes them.
@@ -101,13 +101,13 @@ def _first(places: Int64[Array, " n"], row: int, others: Int64[Array, " _"]) -> 
 def sentences(
     found: Copies, splits: Sequence[str], names: Sequence[str], dropped: Bool[Array, " n"] | None = None
 ) -> Iterator[str]:
-    """What to tell about copies.
+    """Notices about copies.
 
     Args:
         found: The copies.
         splits: Split of each image.
         names: Name of each image.
-        dropped: The images that were left out for it. None: nobody asked for that.
+        dropped: The images left out as copies; None if that was not requested.
     """
     total = defaultdict[str, int](int)
     for split in splits:

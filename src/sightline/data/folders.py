@@ -1,4 +1,4 @@
-"""What lies in a folder: images, files that are none, folders of splits, masks beside their images."""
+"""Contents of a folder: images, other files, folders of splits, masks beside their images."""
 
 import os
 import re
@@ -22,7 +22,7 @@ PARTS = {
     "test": "test",
     "testing": "test",
 }
-# folders that systems and tools leave behind; those that begin with a dot are hidden as well
+# folders that systems and tools leave behind; names that begin with a dot are hidden as well
 SYSTEM = {
     "__macosx",
     "__pycache__",
@@ -62,9 +62,9 @@ class Contents(NamedTuple):
 
 
 def contents(folder: Path, deep: bool = True) -> Contents:
-    """The files of a folder and its sub-folders, also linked ones; what is hidden is left out.
+    """The files of a folder and its sub-folders, linked ones included and hidden ones left out.
 
-    Files without a suffix are images if they begin as one does.
+    Files without a suffix count as images if they begin like one.
     """
     found = Contents([], [], Counter())
     visited = {at.resolve() for at in (folder, *folder.resolve().parents)}
@@ -124,7 +124,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def of_others(others: Counter[str]) -> list[str]:
-    """A notice of files that are no images, if there are any.
+    """A notice about files that are not images, if there are any.
 
     >>> of_others(Counter({".xml": 400, ".txt": 1}))
     ['401 files are no images and were not read: .xml (400), .txt (1)']
@@ -142,7 +142,7 @@ class Layout(NamedTuple):
     """Where the class folders of a source lie."""
 
     roots: list[tuple[str, Path]]
-    """train, val, test or nothing, and the folder that holds its class folders."""
+    """Name of each split (train, val, test or empty), and the folder that holds its class folders."""
     masks: list[Path]
     """Folders of masks beside those of images."""
     notices: list[str]
@@ -151,12 +151,12 @@ class Layout(NamedTuple):
 def layout(folder: Path) -> Layout:
     """The folders that hold class folders: this one, those of its splits, or those of the only folder in it.
 
-    Names such as `seg_train` and `seg_test`, or `train_images` and `test_images`, are splits where they differ in that
-    word alone. A split may be wrapped in a folder of the same name. Images for validation or testing that lie in no
-    class folder are left out.
+    Names such as `seg_train` and `seg_test`, or `train_images` and `test_images`, are splits if they differ only in
+    that word. A split may be wrapped in a folder of the same name. Images for validation or testing outside class
+    folders are left out.
 
     Raises:
-        ValueError: folders bear the names of splits and hold no class folders.
+        ValueError: folders are named like splits and hold no class folders.
     """
     notices: list[str] = []
     while True:
@@ -199,7 +199,7 @@ def _leads_on(folder: Path) -> bool:
 
 
 def _named_part(name: str) -> tuple[str, str] | None:
-    """The split that one word of a name tells, and the rest of the name.
+    """The split that one word of a name stands for, and the rest of the name.
 
     >>> _named_part("seg_train"), _named_part("TestImages"), _named_part("station")
     (('train', 'seg_'), ('test', 'images'), None)
@@ -212,7 +212,7 @@ def _named_part(name: str) -> tuple[str, str] | None:
 
 
 def _families(kinds: Sequence[Path]) -> list[list[tuple[str, Path]]]:
-    """Folders that are named after different splits and alike otherwise, or all folders if all are named after one."""
+    """Folders named after different splits and otherwise alike, or all folders if each is named after a split."""
     named = [(*part, kind) for kind in kinds if (part := _named_part(kind.name)) is not None]
     families: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     for part, rest, kind in named:
@@ -255,7 +255,7 @@ def _unwrapped(split: Path) -> Path:
 
 
 def _images_beside_masks(root: Path) -> tuple[Path, list[Path]]:
-    """Where the class folders lie if `root` holds one folder of images and others of masks."""
+    """The folder of class folders if `root` holds one folder of images and others of masks."""
     kinds = subfolders(root)
     images = [d for d in kinds if d.name.lower() in IMAGE_WORDS]
     masks = [d for d in kinds if d.name.lower() in MASK_WORDS]
@@ -265,7 +265,7 @@ def _images_beside_masks(root: Path) -> tuple[Path, list[Path]]:
 
 
 def masks_of(files: Sequence[Path]) -> dict[Path, Path]:
-    """Files that are masks by their names, each with its image among the others.
+    """Files named like masks, each with its image among the other files.
 
     `x_mask.png`, `x_mask_1.png`, `x_segmentation.png` ... beside an image `x`, and `x.png` in a folder `masks` whose
     image lies beside that folder or in a folder `images` there.
@@ -290,7 +290,7 @@ def masks_of(files: Sequence[Path]) -> dict[Path, Path]:
 
 @lru_cache(maxsize=1024)
 def _image_folders(folder: Path) -> list[Path]:
-    """Where the images of a folder of masks may lie."""
+    """Folders that may hold the images of a folder of masks."""
     names = folder.parts
     for i in reversed(range(len(names))):
         if match := _MASK_FOLDER.fullmatch(names[i]):
@@ -301,7 +301,7 @@ def _image_folders(folder: Path) -> list[Path]:
 
 
 def marked(files: Sequence[Path]) -> tuple[list[Path], dict[Path, tuple[Path, ...]], list[str]]:
-    """Images, the masks of each, and a notice, if files that are masks by their names look like masks.
+    """Images, the masks of each, and a notice, if files named like masks also look like masks.
 
     A sample of them is opened. Masks of another size than their images are left out.
     """

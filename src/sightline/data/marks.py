@@ -1,4 +1,4 @@
-"""How masks and boxes are written, and what looks as if another way was meant."""
+"""How masks and boxes are written, and signs that they are meant in another way."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from sightline.recipe import Data
 
 Array = np.ndarray
 BoxForm = Literal["xyxy", "xywh", "relative", "relative_xywh", "cxcywh"]
-_LOOKED_AT = 32  # images whose masks and boxes tell how those of all are written
+_LOOKED_AT = 32  # images whose masks and boxes show how those of all images are written
 _GRID = 128  # side of the grid on which the area of boxes is counted
 
 
@@ -23,7 +23,7 @@ class Marks:
 
     boxes: BoxForm = "xyxy"
     mask_values: tuple[int, ...] | None = None
-    """Values of the object. None: all but 0."""
+    """Values of the object; None: every value but 0."""
 
 
 USUAL = Marks()
@@ -39,10 +39,10 @@ class Record(NamedTuple):
 
 
 def pixel_boxes(cell: Any, form: BoxForm, size: tuple[int, int]) -> Float32[Array, "_ 4"]:
-    """The boxes in a cell, [x0, y0, x1, y1] in pixels, cut off at the edges of an image of this height and width.
+    """The boxes in a cell, [x0, y0, x1, y1] in pixels, clipped at the edges of an image of this height and width.
 
     Raises:
-        UnreadableImage: not four finite numbers each, or a box without area or outside of the image.
+        UnreadableImage: a box is not four finite numbers, has no area or lies outside the image.
 
     >>> pixel_boxes([10, 10, 20, 10], "xywh", (40, 60)).tolist()
     [[10.0, 10.0, 30.0, 20.0]]
@@ -66,7 +66,7 @@ def pixel_boxes(cell: Any, form: BoxForm, size: tuple[int, int]) -> Float32[Arra
 
 
 def _numbers(cell: Any) -> Float32[Array, "_ 4"]:
-    """The numbers in a cell of one box, several or none; also in a cell of objects of which `bbox` is one field."""
+    """The numbers in a cell of one box, several or none, or of objects with a field `bbox`."""
     if isinstance(cell, dict):
         cell = cell.get("bbox")
     try:
@@ -92,15 +92,15 @@ def _corners(numbers: Float32[Array, "n 4"], form: BoxForm, size: tuple[int, int
 
 
 def settle(data: Data, name: str, records: Sequence[Record]) -> tuple[Marks, tuple[str, ...]]:
-    """How to read the masks and boxes of a source, and what its owner should know about that.
+    """How to read the masks and boxes of a source, and notices to its owner about that.
 
     Args:
-        data: the form of boxes and the mask values that its owner names.
-        name: what the source is called.
+        data: the form of boxes and the mask values, if the owner set them.
+        name: name of the source.
         records: some of its images.
 
     Raises:
-        ValueError: the boxes look like another form than xyxy and no form is named.
+        ValueError: the boxes look like a form other than xyxy and no form was set.
     """
     form = data.boxes or "xyxy"
     with quiet():
@@ -158,7 +158,7 @@ def _look_at_boxes(records: Sequence[Record], name: str, form: BoxForm, is_named
 
 
 def _misfits(boxes: Sequence[tuple[Float32[Array, "_ 4"], tuple[int, int]]], form: BoxForm) -> int:
-    """Boxes that are reversed, empty, or reach beyond their image by more than a rounding."""
+    """Boxes that are reversed, empty, or reach beyond their image by more than a rounding error."""
     count = 0
     for numbers, size in boxes:
         corners = _corners(numbers, form, size)
@@ -192,7 +192,7 @@ def _masks_of(records: Sequence[Record]) -> list[MaskPixels]:
 
 
 def _has_void(pixels: MaskPixels) -> bool:
-    """Whether 255 stands beside class numbers, as in Pascal VOC and Cityscapes, where it means neither."""
+    """Whether 255 occurs beside class numbers, as in Pascal VOC and Cityscapes, where it means void."""
     positive = np.unique(pixels.values[pixels.values > 0])
     return bool(pixels.least is None and len(positive) > 1 and positive[-1] == 255 and positive[-2] <= 100)
 
@@ -248,7 +248,7 @@ def _holds_corners(inside: Bool[Array, "h w"]) -> bool:
 
 
 def _listed(values: Array) -> str:
-    """The values in words: all of them, or how many and from where to where.
+    """The values in words: all of them, or their number and range.
 
     >>> _listed(np.array([0, 8, 255])), _listed(np.arange(100))
     ('0, 8, 255', '100 values from 0 to 99')

@@ -41,7 +41,7 @@ _DECIMAL = re.compile(r"-?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which column of a table holds what."""
+    """The columns of a table, by their content."""
 
     image: str
     label: str | None
@@ -62,7 +62,7 @@ class Line:
     cells: dict[str, Any]
 
     def text(self, column: str | None) -> str:
-        """What a cell says, composed as most keyboards write it; nothing for NaN and missing cells."""
+        """Text of a cell, composed as most keyboards write it; empty for NaN and missing cells."""
         cell = None if column is None else self.cells.get(column)
         text = "" if cell is None else unicodedata.normalize("NFC", str(cell)).strip()
         return "" if text.lower() == "nan" else text
@@ -83,7 +83,7 @@ class Listed:
 
     @property
     def facts(self) -> tuple[Any, ...]:
-        """What several lines of one image must agree in."""
+        """The entries in which all lines of one image must agree."""
         return self.label, self.group, self.part, self.mask
 
 
@@ -103,7 +103,7 @@ def read_text(file: Path) -> str:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no text, or in another encoding.
+        ValueError: it is not text, or is in another encoding.
     """
     content = file.read_bytes()
     is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -120,7 +120,7 @@ def read_text(file: Path) -> str:
 
 
 def table_files(source: Path) -> list[Path]:
-    """The table that a path is, or each metadata.csv and metadata.jsonl in a folder and below it."""
+    """The table at a path, or each metadata.csv and metadata.jsonl in a folder and below it."""
     if not source.is_dir():
         return [source] if source.suffix.lower() in TABLES and source.is_file() else []
     files: list[Path] = []
@@ -141,12 +141,12 @@ def lists_images(file: Path, data: Data) -> bool:
 
 
 def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
-    """The images that tables list, with label, group, mask, boxes and split of each as far as the tables have them.
+    """The images that tables list, each with the label, group, mask, boxes and split that the tables give it.
 
-    Paths are relative to the folder of their table. Without a column of labels the class is the folder of the image.
+    Paths are relative to the folder of their table. Without a label column, the class is the image's folder.
 
     Raises:
-        FileNotFoundError: images or masks are not there.
+        FileNotFoundError: images or masks are missing.
         ValueError: a table cannot be read, lacks a column, or lists an image twice.
     """
     root = source if source.is_dir() else source.parent
@@ -227,7 +227,7 @@ def _json_cells(line: str, where: str) -> dict[str, Any]:
 
 
 def _separator(text: str) -> str:
-    """What separates the cells: the most frequent of comma, semicolon and tab in the header.
+    """The separator of the cells: the most frequent of comma, semicolon and tab in the header.
 
     >>> _separator("image;label;note, if any")
     ';'
@@ -239,7 +239,7 @@ def _separator(text: str) -> str:
 
 
 def _usual(names: Sequence[str] | dict[str, Any], wanted: Sequence[str]) -> str | None:
-    """The first of the wanted columns that there is, in whatever case."""
+    """The first of the wanted columns that exists, in upper or lower case."""
     by_case = {name.casefold(): name for name in names}
     return next((by_case[name.casefold()] for name in wanted if name.casefold() in by_case), None)
 
@@ -275,7 +275,7 @@ def _choose(data: Data, names: dict[str, None], file: Path) -> Columns:
 def _files(
     lines: Sequence[Line], column: str | None, what: str, root: Path
 ) -> tuple[list[Path | None], tuple[str, ...]]:
-    """The files that a column names, and what is to be said of them."""
+    """The files that a column names, and notices about them."""
     if column is None:
         return [None] * len(lines), ()
     lookup = _Lookup()
@@ -303,7 +303,7 @@ def _files(
 
 
 def _elsewhere(name: str, root: Path) -> str:
-    """What to do about a file that is not where its table says."""
+    """Advice for a file that is not where its table says."""
     last = re.split(r"[/\\]", name)[-1]
     same = [file for file in image_files(root) if last and _folded(file.name) == _folded(last)]
     if len(same) == 1:
@@ -360,7 +360,7 @@ def _name(path: Path, root: Path) -> str:
 
 
 def _listed(line: Line, image: Path | None, mask: Path | None, columns: Columns, root: Path) -> Listed:
-    assert image is not None  # `_files` refuses lines without
+    assert image is not None  # `_files` refuses lines without an image
     folders = [*image.relative_to(root).parts[:-1]] if image.is_relative_to(root) else [image.parent.name]
     has_split = bool(folders) and folders[0].lower() in PARTS and (columns.label is not None or len(folders) > 1)
     part = PARTS[folders[0].lower()] if has_split else ""
@@ -393,7 +393,7 @@ def _listed(line: Line, image: Path | None, mask: Path | None, columns: Columns,
 
 
 def _numbers(cell: Any) -> list[Any]:
-    """The numbers of a cell with boxes: a list, objects with a list `bbox`, or text as "[1, 2, 3, 4]" or "1 2 3 4".
+    """The numbers of a cell with boxes: a list, objects with a list `bbox`, or text like "[1, 2, 3, 4]" or "1 2 3 4".
 
     >>> _numbers("[[1, 2, 3, 4], [5, 6, 7, 8]]"), _numbers("1 2 3 4.5")
     ([1, 2, 3, 4, 5, 6, 7, 8], [1.0, 2.0, 3.0, 4.5])
@@ -418,7 +418,7 @@ def _number(text: str) -> float | str:
 
 
 def _merged(listed: Sequence[Listed], columns: Columns) -> list[Listed]:
-    """One entry per image; of several lines of one image, as tables of boxes have, the boxes are put together."""
+    """One entry per image; if an image has several lines, as in tables of boxes, their boxes are combined."""
     images: dict[Path, Listed] = {}
     doubled: list[tuple[Listed, Listed]] = []
     for image in listed:

@@ -21,7 +21,7 @@ from sightline.explainers.tokens import MANY_REGISTERS, patch_maps
 from sightline.inference import ForwardCall, untouched
 
 Layer = str | nn.Module | None
-_SHAPE = re.compile(r" \(\d+( x \d+)*\)$")  # behind the name, as an explanation says it
+_SHAPE = re.compile(r" \(\d+( x \d+)*\)$")  # behind the name, as explanations show it
 _LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}  # node -> place of its input
 _POOLED = ("MeanBackward1", "AvgPool2DBackward0")  # adaptive pooling to one position is a mean, too
 _RESHAPED = (
@@ -48,9 +48,10 @@ class Captured:
     """Which run of the module of that name, from 0."""
 
     def head(self, logits: Tensor) -> Tensor | None:
-        """Weights (n, k) if the logits are one linear layer and the mean over the positions, read off their graph.
+        """Weights (n, k) if the logits are one linear layer and the mean over the positions, read from their graph.
 
-        In either order: a 1 x 1 convolution is a linear layer at each position. Without any layer they are 1 or 0.
+        The order does not matter: a 1 x 1 convolution is a linear layer at each position. Without a layer, the weights
+        are the identity.
         """
         node, weights, pooled, channels = logits.grad_fn, None, False, logits.shape[1]
         while node is not None:
@@ -105,7 +106,7 @@ def _picks_the_only_one(node: Any) -> bool:
 
 
 def _is_restrided_mean(node: Any, channels: int) -> bool:
-    """What adaptive pooling does to the mean of a channels-last tensor."""
+    """The step that adaptive pooling adds behind the mean of a channels-last tensor."""
     if node.name() != "AsStridedBackward1" or node.next_functions[0][0].name() != "MeanBackward1":
         return False
     return tuple(node._saved_stride[:2]) == (channels, 1) and not node._saved_storage_offset
@@ -127,7 +128,7 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
             layer = layer.removeprefix("module.").removeprefix("_orig_mod.")
         if layer and layer in modules:
             return layer, modules[layer]
-        if layer.startswith("input of "):  # what the automatic layer is called where no module yields it
+        if layer.startswith("input of "):  # name of the automatic layer where no module returns it
             return layer, model
         close = get_close_matches(layer, modules, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.named_modules()"
@@ -145,7 +146,7 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
 class Capture:
     """One forward that keeps the output of each layer; None is the last feature map that feeds the scores.
 
-    Unless `whole`, what comes before the first layer runs without gradient, and the graph begins there.
+    Unless `whole`, everything before the first layer runs without gradient, and the graph begins at that layer.
     """
 
     scores: Tensor
@@ -165,7 +166,7 @@ class Capture:
         self.whole = whole
 
     def run(self, images: Tensor) -> None:
-        """Fill `scores`, `captured`, `gates` and what the scorer keeps."""
+        """Fill `scores`, `captured`, `gates` and the tensors that the scorer keeps."""
         searched = [name for name in dict.fromkeys(self.names) if name not in self.modules or not name]
         with self._watched(images, search=bool(searched)) as watch:
             self.scores = self.scorer.begin(images)
@@ -178,7 +179,7 @@ class Capture:
                 raise ValueError(quantized)
             automatic, alone = watch.find(self.scores, self.scorer.logits, self.scorer.notices, name)
             if not alone and automatic.name in self.modules:
-                # Attention weights feed the logits too and are made from it: named, it gets their gradient as well.
+                # Attention weights feed the logits too and are made from it; a named layer gets their gradient as well.
                 self.names = [automatic.name if name == "" else name for name in self.names]
                 return self.run(images)
             self.found[name] = Captured(automatic.name, automatic.tensor, automatic.layout, automatic.call)
@@ -295,10 +296,10 @@ class Capture:
         return hook
 
     def _layout_of(self, name: str, tensor: Tensor) -> Layout:
-        """Where the positions are in a layer's tensor: as followed, else by the shapes of images and convolutions.
+        """Where the positions are in a layer's tensor: as tracked, else by the shapes of images and convolutions.
 
         Raises:
-            ValueError: the tensor has no positions, or no row for each image.
+            ValueError: the tensor has no positions, or not one row for each image.
         """
         dims = None if self.watch is None else self.watch.positions.of(tensor)
         shape = tuple(tensor.shape)
@@ -348,7 +349,7 @@ class Capture:
 
 
 def _guess(tensor: Tensor, images: Tensor, grids: Sequence[tuple[int, ...]]) -> Layout | None:
-    """By the images' shape, whatever the stretch, and the grids of the convolutions before the layer."""
+    """A guess by the images' shape, however stretched, and the grids of the convolutions before the layer."""
     size, shape = tuple(images.shape[2:]), tuple(tensor.shape)
     if tensor.ndim == images.ndim:
         return guessed(shape, size) or (Layout(shape[2:]) if math.prod(shape[2:]) > 1 else None)

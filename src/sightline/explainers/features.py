@@ -1,4 +1,4 @@
-"""Watches a forward: where positions are, and which is the last feature map that the scores are made from."""
+"""Watches a forward for positions and for the last feature map that the scores are made from."""
 
 import weakref
 from collections import Counter
@@ -26,14 +26,14 @@ _WEIGHT_LAYERS = ("linear", "conv1d", "conv2d", "conv3d")
 
 
 def hook_on(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
-    """A forward hook, also of a part that TorchScript has compiled, on which PyTorch allows none."""
+    """A forward hook, even on a part compiled by TorchScript, where PyTorch allows none."""
     if not isinstance(module, torch.jit.ScriptModule):
         return module.register_forward_hook(hook)
     return register_module_forward_hook(lambda m, inputs, output: hook(m, inputs, output) if m is module else None)
 
 
 def quantized_in(model: nn.Module) -> str:
-    """What to say of a model of whole numbers, through which no gradient flows; empty for others."""
+    """The error message for a quantized model, through which no gradient flows; empty for others."""
     for name, module in model.named_modules():
         if ".quantized." in type(module).__module__ and "_packed_params" not in name:
             return (
@@ -60,10 +60,10 @@ class Feature:
 
 
 class Watch(TorchFunctionMode):
-    """Follows the positions, and keeps gradients on behind a layer that was read, whatever the model does.
+    """Tracks the positions, and keeps gradients on behind a layer that was read, whatever the model does.
 
-    With `cut` everything before the layer runs without gradient; a `no_grad` of the model's own would end that too
-    late, or begin again.
+    With `cut`, everything before the layer runs without gradient; a `no_grad` in the model itself would end that too
+    late, or start it again.
     """
 
     def __init__(self, images: Tensor, *, cut: bool) -> None:
@@ -90,7 +90,7 @@ class Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def passed(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Forward hook of every module: the operations of some cannot be seen."""
+        """Forward hook of every module, since the operations of some cannot be seen."""
         tensor = first_of(output)
         if tensor is not None:
             self.positions.follow_module(module, inputs, tensor)
@@ -125,10 +125,10 @@ class _Tokens:
 class LastFeatures(Watch):
     """Watches a forward for the last feature map that the scores are made from.
 
-    An operation that takes a feature map (b, c, h, w) and yields something that is none (a pooling, a flatten) may be
-    the beginning of the head: a copy of its input is remembered, and so is what is made from its output, until
-    something flows back into a feature map, as the gate of a squeeze-and-excitation block does. With `cut` only what is
-    made from such copies has a graph.
+    An operation that takes a feature map (b, c, h, w) and returns something else (a pooling, a flatten) may be the
+    beginning of the head: a copy of its input is kept, and so is everything made from its output, until something flows
+    back into a feature map, as the gate of a squeeze-and-excitation block does. With `cut`, only tensors made from such
+    copies have a graph.
     """
 
     def __init__(self, images: Tensor, *, cut: bool) -> None:
@@ -137,15 +137,15 @@ class LastFeatures(Watch):
         self.layers = 0
         """Weight layers so far."""
         self.layers_behind = 0
-        """Those of them that see what is made from a leaf."""
+        """Weight layers so far that read a tensor made from a leaf."""
         self.calls: Counter[str] = Counter()
         self.producers: dict[int, tuple[weakref.ref[Tensor], int, str, int]] = {}
-        """Of the outputs of modules: as of which version, the name, and which run."""
+        """The outputs of modules, each with its version, the module's name, and which run it was."""
         self.sources: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
         self.tokens: list[_Tokens] = []
         self.ended = False
         self.outputs: set[int] = set()
-        """Leaves that a function of the model's output, which runs behind the model, is made from."""
+        """Leaves that feed a function of the model's output, which runs behind the model."""
 
     def produced(self, name: str) -> Callable[..., None]:
         """Forward hook of the module of that name."""
@@ -174,13 +174,13 @@ class LastFeatures(Watch):
         self.ended = True
 
     def _producer(self, tensor: Tensor) -> tuple[str, int]:
-        """The module whose output it is and still is, not changed in place, and which of its runs."""
+        """The module whose output a tensor is, if not changed in place since, and which of the module's runs."""
         reference, version, name, call = self.producers.get(id(tensor), (None, 0, "", 0))
         same = reference is not None and reference() is tensor and version == version_of(tensor)
         return (name, call) if same else ("", 0)
 
     def sources_of(self, tensor: Tensor) -> frozenset[int]:
-        """Which leaves a tensor is made from."""
+        """The leaves that a tensor is made from."""
         reference, sources = self.sources.get(id(tensor), (None, frozenset[int]()))
         return sources if reference is not None and reference() is tensor else frozenset()
 
@@ -226,7 +226,7 @@ class LastFeatures(Watch):
         return output
 
     def _layout(self, value: Tensor) -> tuple[Layout | None, bool]:
-        """Where the positions of a feature map are, and whether that is guessed from its shape."""
+        """Layout of a feature map, and whether it is guessed from the shape."""
         dims = self.positions.of(value)
         axes = self.positions.axes
         if dims is not None:
@@ -244,7 +244,7 @@ class LastFeatures(Watch):
         return value.ndim > 2 and value.is_floating_point() and self._layout(value)[0] is not None
 
     def _is_feature_map(self, value: Tensor) -> bool:
-        """Whether it is a map that is made from the images, and not from a summary of another.
+        """Whether a tensor is a map made from the images, and not from a summary of another map.
 
         In a batch of one a parameter (1, c, h, w) looks like a map.
         """
@@ -263,7 +263,7 @@ class LastFeatures(Watch):
         return not self._is_map(value)
 
     def _flows_back(self, value: Tensor, maps: list[Tensor], sources: frozenset[int]) -> bool:
-        """Whether it is a feature map again: not of a guessed shape, or of the positions of what it is made from."""
+        """Whether it is a feature map again: its shape is not guessed, or it has the positions of its sources."""
         if not self._is_map(value):
             return False
         if maps or self.positions.of(value) is not None:
@@ -294,7 +294,7 @@ class LastFeatures(Watch):
     def find(self, scores: Tensor, logits: Tensor, notices: dict[str, None], name: str = "") -> tuple[Feature, bool]:
         """The last feature map (of that name), and whether nothing else feeds the scores.
 
-        Attention weights are no features.
+        Attention weights do not count as features.
         """
         leaves = [self.leaves[i] for i in sorted(self.sources_of(scores))]
         if not leaves:
@@ -331,7 +331,7 @@ class LastFeatures(Watch):
         behind = self.layers_behind - leaf.behind_before
         is_stem = leaf.layers_before <= 1 and behind > 1
         if not name and (behind > _LARGEST_HEAD or len(used) > 1 or is_stem):
-            # What joins all that feeds the logits comes after it.
+            # A tensor that joins everything that feeds the logits comes after it.
             if (tokens := self._last_tokens(best, leaf.layout, {self.leaves.index(each) for each in used})) is not None:
                 return tokens, True
         if behind > _LARGEST_HEAD:
@@ -352,7 +352,7 @@ class LastFeatures(Watch):
         return of_name
 
     def _notice(self, leaf: _Leaf, features: list[_Leaf], behind: int, notices: dict[str, None]) -> None:
-        """Say what the owner of the model may want otherwise."""
+        """Add notices about choices that the owner of the model may want to change."""
         if leaf.is_guess:
             notices[guess_of(leaf.name, leaf.tensor, leaf.layout)] = None
         others = list(dict.fromkeys(other.name for other in features if other is not leaf))
@@ -382,7 +382,7 @@ class LastFeatures(Watch):
     def _last_tokens(self, best: Tensor, patches: Layout, leaves: set[int]) -> Feature | None:
         """The last tokens of the patches, as wide as most of their grid, made from these leaves, with a gradient.
 
-        Of a head that is all zeros, as it may be before training, the last ones that it reads.
+        If the head is all zeros, as it may be before training, the last tokens that it reads.
         """
         cells = torch.Size(patches.grid).numel()
         fitting: list[tuple[_Tokens, Layout]] = []
@@ -424,6 +424,6 @@ def guess_of(name: str, tensor: Tensor, layout: Layout) -> str:
 
 
 def gradients(score: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """By one backward; None where none flows."""
+    """Gradients from one backward; None where none flows."""
     found = torch.autograd.grad(score, tensors, allow_unused=True, retain_graph=True) if tensors else []
     return [*found]

@@ -10,15 +10,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 BATCH, OTHER, PAIR = -1, -2, -3
-_KEPT = 0.75  # share of an axis that a slice must keep to be a trim, as of padding, and no crop
-_LARGEST_STRETCH = 2.5  # of a map's height/width against the image's; rounding 3 pixels to 2 and 1 gives 2
+_KEPT = 0.75  # share of an axis that a slice must keep to count as a trim (of padding, say) and not as a crop
+_LARGEST_STRETCH = 2.5  # of a map's height/width relative to the image's; rounding 3 pixels to 2 and 1 gives 2
 
 
 class Atom(NamedTuple):
     """A digit of an index: along `axis` the index is the sum of value * stride over the axis' digits."""
 
     axis: int
-    """Of the images: 0, 1, 2; or BATCH; or OTHER, which is no position; or PAIR, batches one behind the other."""
+    """An axis of the images (0, 1, 2), BATCH, OTHER (not a position), or PAIR (batches one behind the other)."""
     size: int
     stride: int = 1
     length: int = 0
@@ -27,7 +27,7 @@ class Atom(NamedTuple):
 
 
 class Dim(NamedTuple):
-    """A dimension of a tensor: entries that are no positions, then the digits, outermost first, then others."""
+    """A dimension of a tensor: entries without positions, then the digits, outermost first, then more such entries."""
 
     atoms: tuple[Atom, ...]
     before: int = 0
@@ -58,7 +58,7 @@ def axis_of(atom: Atom, size: int) -> Dim:
 
 
 def merged(atoms: Iterable[Atom]) -> tuple[Atom, ...]:
-    """The same digits, neighbours of one axis as one."""
+    """The same digits, with neighbors along one axis merged into one."""
     whole: list[Atom] = []
     for atom in atoms:
         last = whole[-1] if whole else None
@@ -73,7 +73,7 @@ def merged(atoms: Iterable[Atom]) -> tuple[Atom, ...]:
 
 
 def reshaped(dims: Dims, shape: Sequence[int]) -> Dims | None:
-    """What a reshape makes of the dimensions; None where it tears one apart that holds other entries too."""
+    """The dimensions after a reshape; None where it splits one that holds other entries too."""
     parts: list[Atom | Dim] = []
     for dim in reversed(dims):
         parts += [dim] if dim.before or dim.after else [atom for atom in reversed(dim.atoms) if atom.size > 1]
@@ -130,7 +130,7 @@ class Layout:
     rows: tuple[Atom, ...] = ()
     """Digits of positions that lie behind the batch in the first dimension."""
     cells: Dims = ()
-    """The other dimensions, in order; none: those of the grid, as they are."""
+    """The other dimensions, in order; empty if they are those of the grid."""
     fold: int = 1
     """Images of each row that lie one batch behind the other in the first dimension."""
     part: int = 0
@@ -168,7 +168,7 @@ class Layout:
 
 @lru_cache(maxsize=1024)
 def layout_in(dims: Dims, axes: int) -> Layout | None:
-    """Where the positions are; None where they are incomplete, doubled, or beside two dimensions of channels."""
+    """The layout of a tensor; None where positions are incomplete, doubled, or beside two dimensions of channels."""
     first, rest = dims[0], dims[1:]
     if first.before or first.after or not rest:
         return None
@@ -203,9 +203,9 @@ def layout_in(dims: Dims, axes: int) -> Layout | None:
 
 @lru_cache(maxsize=256)
 def guessed(shape: tuple[int, ...], size: tuple[int, ...]) -> Layout | None:
-    """Channels first or last, by the shape alone: whichever is more like the image, give or take a row and a column.
+    """Channels first or last, by shape alone: whichever grid is more like the image, give or take a row and a column.
 
-    Where both are, a grid exactly like the image decides, else channels are first.
+    Where both are alike, a grid shaped exactly like the image decides; otherwise channels are first.
     """
     readings = [Layout(shape[2:]), Layout(shape[1:-1], len(shape) - 1)]
     fitting = [r for r in readings if math.prod(r.grid) > 1 and _stretch(r.grid, size) <= _LARGEST_STRETCH]
@@ -213,7 +213,7 @@ def guessed(shape: tuple[int, ...], size: tuple[int, ...]) -> Layout | None:
 
 
 def _stretch(grid: Sequence[int], size: Sequence[int], rounding: int = 0) -> float:
-    """By how much cells are longer along one side than another, if sides may have so many cells more or less."""
+    """How much longer cells are along one side than another, if each side may have so many cells more or fewer."""
     sides = [*zip(grid, size, strict=True)]
     shortest = [pixels / (cells + rounding) for cells, pixels in sides]
     longest = [pixels / (cells - rounding) if cells > rounding else math.inf for cells, pixels in sides]
@@ -221,7 +221,7 @@ def _stretch(grid: Sequence[int], size: Sequence[int], rounding: int = 0) -> flo
 
 
 def grids_like(tokens: int, size: Sequence[int], most: int) -> list[tuple[int, ...]]:
-    """Grids shaped exactly like the image that leave at most so many tokens before them, fewest first."""
+    """Grids shaped exactly like the image, with at most so many tokens left before them, fewest first."""
     scale = math.gcd(*size)
     unit = [side // scale for side in size]
     cells = [math.prod(unit) * n ** len(size) for n in range(1, tokens + 1)]
@@ -230,6 +230,6 @@ def grids_like(tokens: int, size: Sequence[int], most: int) -> list[tuple[int, .
 
 
 def tokens_of(tokens: int, grid: tuple[int, ...]) -> Layout:
-    """Tokens (b, n, c) of the cells of a grid, row by row, behind whatever tokens are left over."""
+    """Tokens (b, n, c) of a grid's cells, row by row, behind any tokens left over."""
     atoms = [Atom(axis, size, 1, size) for axis, size in enumerate(grid) if size > 1]
     return Layout(grid, 2, cells=(Dim(tuple(atoms), before=tokens - math.prod(grid)),))

@@ -1,4 +1,4 @@
-"""Where the positions of the images are in the tensors of a forward, followed from operation to operation."""
+"""Tracks the positions of the images through the tensors of a forward, from operation to operation."""
 
 import re
 import weakref
@@ -59,7 +59,7 @@ def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 @lru_cache(maxsize=1024)
 def _name(func: Callable[..., Any]) -> tuple[str, int]:
-    """What an operation is called, without the mark of those in place, and over how many axes it slides, if it does."""
+    """Name of an operation, without the in-place mark, and the number of axes it slides over (0 if none)."""
     name: str = getattr(func, "__name__", "")
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -69,44 +69,44 @@ def _name(func: Callable[..., Any]) -> tuple[str, int]:
 
 
 class Positions:
-    """Where the positions are in every tensor that is made from the images, or None where that is not known.
+    """Where the positions are in every tensor made from the images, or None where that is not known.
 
-    A convolution or a pooling says where they are: its last dimensions. Operations element by element hand them on,
-    reshapes and permutations move them, products and slices take some of them away.
+    A convolution or a pooling has them in its last dimensions. Elementwise operations pass them on, reshapes and
+    permutations move them, and products and slices remove some of them.
     """
 
     def __init__(self, images: Tensor) -> None:
         self.axes = images.ndim - 2
         self.obstacle = ""
-        """What the model does with the images that forbids a map, if anything: an error."""
+        """The error to raise if the model does something with the images that rules out a map; empty if not."""
         spatial = [Dim((Atom(i, n, 1, n),) if n > 1 else ()) for i, n in enumerate(images.shape[2:])]
         self.batch = Dim((Atom(BATCH, len(images)),) if len(images) > 1 else ())
         self._seen: dict[int, tuple[weakref.ref[Tensor], Dims | None]] = {}
         self.put(images, (self.batch, other(images.shape[1]), *spatial))
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether it is made from the images."""
+        """Whether a tensor is made from the images."""
         reference, _ = self._seen.get(id(tensor), (None, None))
         return reference is not None and reference() is tensor
 
     def of(self, tensor: Tensor) -> Dims | None:
-        """Its dimensions; None where they are not known."""
+        """Dimensions of a tensor; None where they are not known."""
         reference, dims = self._seen.get(id(tensor), (None, None))
         return dims if reference is not None and reference() is tensor else None
 
     def layout(self, tensor: Tensor) -> Layout | None:
-        """Where its positions are; None where it has none, or they are not known."""
+        """Layout of a tensor; None where it has no positions or they are not known."""
         dims = self.of(tensor)
         return None if dims is None else layout_in(dims, self.axes)
 
     def put(self, tensor: Tensor, dims: Dims | None) -> None:
-        """Say what the dimensions of a tensor are."""
+        """Record the dimensions of a tensor."""
         if dims is not None and tuple(dim.size for dim in dims) != tuple(tensor.shape):
             dims = None
         self._seen[id(tensor)] = weakref.ref(tensor), dims
 
     def follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Take note of what an operation has made."""
+        """Record the results of an operation."""
         if isinstance(output, Tensor):
             results = [output]
         elif output is None:  # an assignment
@@ -130,7 +130,7 @@ class Positions:
             self.put(result, known[i] if i < len(known) else None)
 
     def follow_module(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """The same for a module whose operations could not be seen, as those of TorchScript and of quantized layers."""
+        """The same for a module whose operations are hidden, as in TorchScript and quantized layers."""
         if self.knows(output):
             return
         given = [value for value in tree_leaves(inputs) if isinstance(value, Tensor) and self.knows(value)]
@@ -199,7 +199,7 @@ class Positions:
         return [self._broadcast(tensors, result) for result in results]
 
     def _broadcast(self, tensors: list[Tensor], result: Tensor) -> Dims | None:
-        """Element by element: each dimension is that of the operand that has positions there."""
+        """An elementwise operation: each dimension comes from the operand that has positions there."""
         operands = [dims for tensor in tensors if (dims := self.of(tensor)) is not None]
         if len(operands) == 1 and tuple(dim.size for dim in operands[0]) == result.shape:
             return operands[0]
@@ -234,7 +234,7 @@ class Positions:
         return tuple(made)
 
     def _assumed(self, result: Tensor, count: int) -> Dims | None:
-        """What a convolution or pooling says of an input that could not be followed: the axes are in their places."""
+        """The axes in their usual places, for a convolution or pooling whose input could not be tracked."""
         if count != self.axes or result.ndim != count + 2 or len(result) != self.batch.size:
             return None
         return (self.batch, other(result.shape[1]), *(axis_of(Atom(i, 1), n) for i, n in enumerate(result.shape[2:])))
@@ -263,7 +263,7 @@ class Positions:
         return (*rest[:axis], joined, *rest[axis:])
 
     def _beside(self, pieces: list[Dims], shape: Sequence[int], axis: int) -> list[Dim]:
-        """The dimensions but one, each of the first piece that has positions there."""
+        """All dimensions but one, each taken from the first piece that has positions there."""
         rest: list[Dim] = []
         for place in (i for i in range(len(shape)) if i != axis):
             options = list(dict.fromkeys(d[place] for d in pieces if d[place].size == shape[place]))
@@ -281,7 +281,7 @@ class Positions:
         return (*pieces[0][:axis], stacked, *pieces[0][axis:])
 
     def _summed(self, args: tuple[Any, ...]) -> Dims | None:
-        """An Einstein sum: each letter is the first operand's that has positions there."""
+        """An Einstein sum: each letter comes from the first operand that has positions there."""
         equation, *operands = args
         if len(operands) == 1 and isinstance(operands[0], list | tuple):
             operands = [*operands[0]]
@@ -336,7 +336,7 @@ def _mirrored(dim: Dim) -> Dim:
 
 
 def _padded(dims: Dims, pad: Sequence[int]) -> Dims:
-    """With entries added at both ends: padding of an axis that lies alone in its dimension, else tokens."""
+    """Entries added at both ends: padding of an axis that is alone in its dimension, otherwise tokens."""
     made = [*dims]
     for i in range(len(pad) // 2):
         low, high = pad[2 * i], pad[2 * i + 1]
@@ -353,7 +353,7 @@ def _padded(dims: Dims, pad: Sequence[int]) -> Dims:
 
 
 def _unfolded(dims: Dims, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dims | None:
-    """Cut into pieces beside one another, of one axis (of a tensor) or two (a function); None where they overlap."""
+    """One axis (tensor method) or two (function) cut into adjacent pieces; None where they overlap."""
     if len(args) == 3:
         axis, size, step = args[0] % len(dims), *args[1:]
         parts = _cut(dims[axis], size, step)
@@ -403,7 +403,7 @@ def _indexed(dims: Dims, index: Any) -> Dims | None:
 
 
 def _probed(func: Callable[..., Any], dims: Dims, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dims | None:
-    """By running the operation on an empty tensor whose sides tell one dimension from another."""
+    """Dimensions found by running the operation on an empty tensor whose sides tell one dimension from another."""
     probe = torch.empty(_PRIMES[: len(dims)], device="meta")
     try:
         sides = tree_leaves(func(*tree_map(lambda a: probe if isinstance(a, Tensor) else a, args), **kwargs))[0].shape

@@ -1,4 +1,4 @@
-"""What to distrust in a map, and how much."""
+"""Verdicts: reasons to distrust a map, and how strong they are."""
 
 from collections.abc import Iterable
 from typing import Literal, get_args
@@ -19,10 +19,10 @@ _GAPS: tuple[tuple[float, Level], ...] = ((1.0, "do not read"), (0.1, "doubt"), 
 
 
 class Verdict(str):
-    """What to distrust in a map: text, a name or a name and more behind a colon, with a `level`.
+    """A reason to distrust a map, with a `level`: the text is a name, or a name, a colon and details.
 
-    "note" says how to read the map, "doubt" what speaks against it; of a map that nobody should "do not read", the
-    picture shows nothing about the model.
+    "note" says how to read the map, "doubt" says what speaks against it, and "do not read" means that the picture shows
+    nothing about the model.
 
     >>> gap = Verdict("conservation gap: 12%", "doubt")
     >>> gap == "conservation gap: 12%", gap.name, gap.level
@@ -39,12 +39,12 @@ class Verdict(str):
 
     @property
     def name(self) -> str:
-        """What stands before the colon."""
+        """The text before the colon."""
         return self.partition(":")[0]
 
 
 def worst(verdicts: Iterable[Verdict]) -> Level | None:
-    """The gravest level among verdicts; None where there is none.
+    """The most severe level among verdicts; None if there are none.
 
     >>> worst([Verdict("class-independent", "note"), Verdict("flat", "do not read")]), worst([])
     ('do not read', None)
@@ -59,7 +59,7 @@ def signs_of(
     rivals: Float[Tensor, "b t *grid"] | None,
     evidence: Evidence,
 ) -> Float[Tensor, "b 7"]:
-    """Per image what `verdicts_of` reads: which verdicts hold, variation and gap, and whether classes were compared.
+    """The input of `verdicts_of`, per image: which verdicts hold, variation, gap, and whether classes were compared.
 
     `rivals` are the maps of another class. A tensor, so that the device is asked once for all methods.
     """
@@ -88,7 +88,7 @@ def signs_of(
 
 
 def verdicts_of(explainer: Explainer, evidence: Evidence, signs: list[list[float]]) -> list[list[Verdict]]:
-    """Per image, what to distrust in its maps; an empty list says that nothing was found."""
+    """Verdicts on the maps of each image; an empty list means that nothing was found."""
     of_all = [Verdict(remark) for remark in evidence.score.remarks]
     rectifiers = evidence.rectifiers
     if rectifiers is not None and explainer.needs & {"guided_gradients", "deconvolved_gradients"}:
@@ -117,16 +117,16 @@ def verdicts_of(explainer: Explainer, evidence: Evidence, signs: list[list[float
 
 
 def _same(one: Float[Tensor, "b t n"], other: Float[Tensor, "b t n"]) -> Tensor:
-    """Whether two maps are the same but for scale and offset."""
+    """Whether two maps are the same except for scale and offset."""
     one, other = one - one.mean(2, keepdim=True), other - other.mean(2, keepdim=True)
     lengths = one.square().sum(2).sqrt() * other.square().sum(2).sqrt()
     return (one * other).sum(2) >= _SAME * lengths.where(lengths > 0, torch.inf)
 
 
 def _same_among(maps: Float[Tensor, "b t n"], targets: Int[Tensor, "b t"]) -> tuple[Tensor, Tensor]:
-    """Whether the maps of an image, each beside that of its next target, are the same though the classes differ.
+    """Whether an image's maps for different classes, each compared with the next target's, are the same.
 
-    And whether there are two classes to compare.
+    Also whether there are two classes to compare.
     """
     differ = targets != targets.roll(-1, 1)
     return (_same(maps, maps.roll(-1, 1)) | ~differ).all(1) & differ.any(1), differ.any(1)

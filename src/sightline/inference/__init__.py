@@ -1,4 +1,4 @@
-"""Calls anybody's model without leaving a trace."""
+"""Calls any model and leaves it unchanged."""
 
 from sightline.inference.copies import copy_of
 from sightline.inference.outputs import (

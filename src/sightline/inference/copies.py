@@ -1,4 +1,4 @@
-"""Copies of anybody's model."""
+"""Copies of any model."""
 
 import copy
 from collections.abc import Callable
@@ -12,10 +12,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def copy_of(model: Model) -> Model:
-    """A deep copy, with the hooks; also of a model that PyTorch refuses to copy because it has run.
+    """A deep copy with its hooks, even of a model that PyTorch refuses to copy because it has run.
 
-    What a forward leaves behind with a graph (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`) is copied without
-    it, and objects that cannot be copied (locks, open files) are shared.
+    Tensors that a forward leaves behind with a graph (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`) are
+    copied without it, and objects that cannot be copied (locks, open files) are shared.
 
     >>> layer = nn.utils.prune.identity(nn.Linear(2, 2), "weight")
     >>> layer.weight.is_leaf, copy_of(layer).weight.is_leaf

@@ -1,4 +1,4 @@
-"""What a model's output says: its logits, however it returns them."""
+"""Reads the logits from a model's output, however it returns them."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +23,11 @@ _KINDS = get_args(Kind)
 
 
 def check_images(images: object) -> None:
-    """Say what is wrong with images before PyTorch does.
+    """Check images before PyTorch does.
 
     Raises:
-        TypeError: no tensor.
-        ValueError: not floating-point, another shape than (b, c, h, w) or (b, c, d, h, w), or empty.
+        TypeError: they are not a tensor.
+        ValueError: they are not floating-point, not of shape (b, c, h, w) or (b, c, d, h, w), or empty.
 
     >>> check_images(torch.zeros(1, 3, 8, 8))
     """
@@ -49,10 +49,10 @@ def wide(values: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ForwardCall:
-    """How a model is called and read: what it takes beside the images, and which numbers of its output count.
+    """How a model is called and read: its arguments besides the images, and the part of its output that counts.
 
-    Called as `(model, images)`, or `(model, images, rows)` for images made from those at `rows`: then arguments with a
-    row for each of the first `batch` images are handed on for those rows. See `forward_call`.
+    Call it as `(model, images)`, or `(model, images, rows)` for images made from those at `rows`: arguments with one
+    row for each of the first `batch` images are then passed on for those rows. See `forward_call`.
     """
 
     pick: Pick = None
@@ -64,11 +64,11 @@ class ForwardCall:
 
     @property
     def output(self) -> Output:
-        """What `forward_call` takes to read outputs in the same way."""
+        """The `output` argument that makes `forward_call` read outputs in the same way."""
         return self.pick if self.kind is None else (self.pick, self.kind)
 
     def at(self, rows: Int[Tensor, " n"]) -> "ForwardCall":
-        """The call for other images, made from those at these rows."""
+        """The call for images made from those at these rows."""
 
         def chosen(value: Any) -> Any:
             has_rows = isinstance(value, Tensor) and value.ndim and len(value) == self.batch
@@ -122,25 +122,25 @@ class ForwardCall:
         return Answer(logits, link, replace(self, kind=kind), notice)
 
     def settled(self, model: nn.Module, images: Float[Tensor, "b c *grid"]) -> tuple["ForwardCall", str]:
-        """The call that reads every further output as those of the first of these, and what was decided for that."""
+        """The call that reads every output like those for the first of these images, and what was decided for that."""
         rows = torch.arange(min(len(images), 64), device=images.device)
         with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
             answer = self(net, images[rows], rows)
         return replace(self, kind=answer.call.kind), answer.notice
 
     def _hint(self, rows: Tensor | None) -> str:
-        """Why a model may fail on more images than those that were given."""
+        """The reason why a model may fail on more images than it was given."""
         if rows is None or len(rows) == self.batch:
             return ""
         return "; a second input that the model holds for its first batch belongs into forward_args="
 
 
 class Answer(NamedTuple):
-    """What a model says of images."""
+    """A model's answer for some images."""
 
     logits: Float[Tensor, "b n"]
     link: str
-    """Of what the logits are the inverse (see `probabilities_of`); empty if nothing was undone."""
+    """The function that was undone to get the logits (see `probabilities_of`); empty if none was."""
     call: ForwardCall
     """Reads further outputs of the model in the same way."""
     notice: str
@@ -150,12 +150,12 @@ class Answer(NamedTuple):
 def forward_call(
     images: Tensor, output: Output = None, args: Any = (), kwargs: Mapping[str, Any] | None = None
 ) -> ForwardCall:
-    """How to call a model for these images; `args` that are no tuple are one argument.
+    """How to call a model for these images; `args` is a tuple, or a single argument.
 
-    Tensors with as many rows as images have one for each of them; everything else is handed on as it is.
+    A tensor with as many rows as there are images holds one row for each; everything else is passed on unchanged.
 
     Raises:
-        TypeError: an `output` that says nothing.
+        TypeError: `output` is of a type that selects nothing.
 
     >>> forward_call(torch.zeros(2, 3, 4, 4), "prediction", torch.ones(2, 1)).at(torch.tensor([1, 1, 1])).args[0].shape
     torch.Size([3, 1])
@@ -182,12 +182,12 @@ def forward_call(
 def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float[Tensor, "b n"]:
     """Find the logits in whatever a classifier returned: a tensor, a tuple, a dict, or an object with `.logits`.
 
-    In a tuple or a dict without `logits` the only (batch, classes) tensor; a (batch,) tensor is one logit per image.
-    `pick` chooses another one.
+    In a tuple or a dict without `logits`, they are the only (batch, classes) tensor; a (batch,) tensor is one logit per
+    image. `pick` chooses another one.
 
     Raises:
-        TypeError: nothing of shape (batch, classes) is in it.
-        ValueError: several tensors may be the logits, what was picked is not there, or it holds class indices.
+        TypeError: it holds nothing of shape (batch, classes).
+        ValueError: several tensors may be the logits, or the picked one is missing or holds class indices.
 
     >>> logits_of({"logits": torch.zeros(2, 5)}).shape, logits_of((torch.zeros(2, 8), torch.zeros(2, 4)), 1).shape
     (torch.Size([2, 5]), torch.Size([2, 4]))
@@ -255,7 +255,7 @@ def _only(output: Any, batch: int | None) -> Any:
 
 
 def _contents(output: Any) -> str:
-    """What may be picked out of an output."""
+    """The entries that can be picked out of an output."""
     if isinstance(output, Tensor):
         return f"a tensor of shape {tuple(output.shape)}"
     shapes = [f"{name} {tuple(leaf.shape)}" for name, leaf in _leaves(output) if isinstance(leaf, Tensor)]
@@ -271,7 +271,7 @@ def _leaves(output: Any) -> list[tuple[str, Any]]:
 
 
 def _missing(model: nn.Module, images: Tensor, call: ForwardCall) -> str:
-    """What the forward needs that it was not given, in one line."""
+    """Arguments that the forward needs and was not given, in one line."""
     try:
         inspect.signature(model.forward).bind(images, *call.args, **call.kwargs)
     except TypeError as error:
@@ -303,7 +303,7 @@ def run(model: nn.Module, images: Float[Tensor, "b c *grid"]) -> Float[Tensor, "
 
 
 def probabilities_of(logits: Float[Tensor, "b n"], link: str = "") -> Float[Tensor, "b classes"]:
-    """Probability of each class: of its own where the model ended in a sigmoid over several, else by softmax.
+    """Probability of each class: its own sigmoid where the model ended in one over several classes, else softmax.
 
     The logits are those of an `Answer`, before `either`.
 
@@ -350,8 +350,8 @@ def resolve_targets(targets: int | Tensor | None, logits: Float[Tensor, "b n"]) 
     """Class indices as (batch, targets): None = the predicted class, an int = that class for every image.
 
     Raises:
-        ValueError: another length than the batch, or a class that does not exist.
-        TypeError: neither None, an int, nor an integer tensor.
+        ValueError: their number differs from the batch, or a class does not exist.
+        TypeError: they are neither None, an int nor an integer tensor.
 
     >>> resolve_targets(None, torch.tensor([[0.0, 3.0], [2.0, 1.0]])).tolist()
     [[1], [0]]
@@ -365,8 +365,8 @@ def one_target_each(targets: int | Tensor, batch: int) -> Int[Tensor, " b"]:
     """Class indices, one per image; `check_classes` says whether the model has them.
 
     Raises:
-        ValueError: another length than the batch, or several targets.
-        TypeError: neither an int nor an integer tensor.
+        ValueError: their number differs from the batch, or an image has several targets.
+        TypeError: they are neither an int nor an integer tensor.
 
     >>> one_target_each(torch.tensor([[1], [0]]), 2).tolist()
     [1, 0]
@@ -379,7 +379,7 @@ def one_target_each(targets: int | Tensor, batch: int) -> Int[Tensor, " b"]:
 
 
 def check_classes(indices: Int[Tensor, "..."], classes: int) -> Int[Tensor, "..."]:
-    """The same indices, if there are such classes; on a GPU a wrong one would end the process's use of it.
+    """The same indices, if the classes exist; on a GPU, a wrong one would end the process's use of the device.
 
     Raises:
         ValueError: a class that does not exist.
@@ -408,4 +408,4 @@ def _indices(targets: int | Tensor, batch: int) -> Int[Tensor, "b t"]:
             f"expected targets of shape ({batch},) or ({batch}, t), one row per image, got {tuple(targets.shape)}; "
             "pass an int to explain the same class in every image"
         )
-    return targets.to(torch.long, copy=True).reshape(batch, -1)  # that of inference mode has no gradient
+    return targets.to(torch.long, copy=True).reshape(batch, -1)  # a tensor made in inference mode has no gradient

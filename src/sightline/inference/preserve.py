@@ -1,4 +1,4 @@
-"""Leaves anybody's model, and the state of the process, as they came: in every thread, and whatever interrupts."""
+"""Leaves any model and the state of the process as they were, in every thread and after any interruption."""
 
 import os
 import sys
@@ -26,12 +26,12 @@ _MISSING = object()
 
 
 class Ensured(IOBase, Generic[T]):
-    """A context that ends, though an interrupt may come at any line: while it begins, in its body, or while it ends.
+    """A context that always ends, even if an interrupt comes while it begins, in its body, or while it ends.
 
-    `end` is called twice; the second call does what the first did not because an interrupt stopped it. An interrupt
-    before the first line of an `__exit__` written in Python would skip all of it. That of IOBase is written in C, as is
+    `end` is called twice; if an interrupt stopped the first call, the second one does the rest. An interrupt before the
+    first line of an `__exit__` written in Python would skip all of it. The `__exit__` of IOBase is written in C, as is
     `close` of a generator, which goes on inside the two `finally`. A second interrupt while the first one is being
-    handled, within a millisecond or so, is not provided for.
+    handled, within a millisecond or so, is not covered.
     """
 
     def __init__(self, begin: Callable[[], T], end: Callable[[], None]) -> None:
@@ -58,23 +58,23 @@ def _steps(begin: Callable[[], T], end: Callable[[], None]) -> Generator[T]:
 
 
 def untouched(model: nn.Module) -> Ensured[nn.Module]:
-    """Run a model in eval mode, then put back all that a forward, a hook or an exception may have changed in it.
+    """Run a model in eval mode, then restore everything that a forward, a hook or an exception may have changed in it.
 
-    These are the train/eval flag of every module, its attributes, what is in lists, dicts and sets among them (hooks,
+    Restored are every module's train/eval flag, attributes, the contents of lists, dicts and sets among them (hooks,
     children, a log that it keeps), and the values of its buffers; the random states of PyTorch, NumPy and Python; and
-    the thread's gradient, inference and autocast mode and stacks of modes. An attribute is put back as it was bound: a
-    counter, a cache or a saved feature map is again what it was before. Parameters that a forward changes or replaces,
-    and what lies deeper than one container, are not put back.
+    the thread's gradient, inference and autocast modes and stacks of modes. An attribute is bound again to the same
+    object: a counter, a cache or a saved feature map is what it was before. Parameters that a forward changes or
+    replaces, and contents deeper than one container, are not restored.
 
     One thread at a time uses a model, or models that share a module; the others wait for their turn. Inside another
-    such context with the same model, this one puts back flags and random states only.
+    such context with the same model, this one restores only flags and random states.
 
     `torch.compile` (also in place), `DataParallel` and `DistributedDataParallel` are looked through, so that hooks fire
     and every image of the batch is seen.
 
     Raises:
-        TypeError: the model is no module.
-        RuntimeError: two threads, each in a context with a model that the other one asks for.
+        TypeError: the model is not a module.
+        RuntimeError: two threads are each in a context with a model that the other one asks for.
 
     >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3).eval())
     >>> with untouched(model) as m:
@@ -94,10 +94,10 @@ def untouched(model: nn.Module) -> Ensured[nn.Module]:
 
 
 def exact() -> Ensured[None]:
-    """Convolutions of a GPU in full 32 bits instead of TF32, as on a CPU, unless the user has set their precision.
+    """Run a GPU's convolutions in full 32 bits instead of TF32, as on a CPU, unless the user has set their precision.
 
-    TF32, which PyTorch takes by default, keeps 10 bits: enough for an answer, not for the small differences that a
-    gradient or a relevance is made of. The setting is the process's: it is put back when no thread needs it any more.
+    TF32, PyTorch's default, keeps 10 bits: enough for an answer, but not for the small differences that make up a
+    gradient or a relevance. The setting belongs to the process and is restored once no thread needs it any more.
     """
     use = _Exact()
     return Ensured(use.begin, use.end)
@@ -116,7 +116,7 @@ def preserving(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class _Use(Turn):
-    """All of what `untouched` says."""
+    """Everything that `untouched` does."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -145,7 +145,7 @@ class _Use(Turn):
                 self.modes.put_back()
             if self.kept is not None:
                 self.kept.put_back()
-        except Exception:  # as of a broken GPU; after an interrupt the second call goes on, and others still wait
+        except Exception:  # a broken GPU, say; after an interrupt the second call goes on, and others still wait
             self.leave()
             raise
         self.leave()
@@ -209,7 +209,7 @@ def _rounds() -> bool:
 
 
 class _Modes:
-    """What PyTorch keeps for each thread."""
+    """State that PyTorch keeps per thread."""
 
     def __init__(self) -> None:
         self.gradients = torch.is_grad_enabled()
@@ -222,7 +222,7 @@ class _Modes:
         self.inference: Any = None
 
     def leave_inference(self) -> None:
-        """Switch inference mode off: what is computed in it has no gradient."""
+        """Switch inference mode off, since tensors computed in it have no gradient."""
         if torch.is_inference_mode_enabled():
             self.inference = torch._C._InferenceMode(False)  # pyright: ignore[reportPrivateUsage]
             self.inference.__enter__()
@@ -252,7 +252,7 @@ def _autocast_nesting() -> int:
 
 
 class _Modules:
-    """Attributes of modules, what is in containers among them, and values of their buffers."""
+    """Attributes of modules, contents of containers among them, and values of their buffers."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.attributes = [(module, type(module), module.training, vars(module).copy()) for module in modules]
@@ -280,7 +280,7 @@ class _Modules:
                             tensor.copy_(value.view_as(tensor))
 
     def put_back_attributes(self) -> None:
-        """All but the values of buffers."""
+        """Everything but the values of buffers."""
         others = set[int]()
         for module, kind, training, attributes in self.attributes:
             if module.training != training:  # TorchScript does not keep it among the attributes
@@ -319,7 +319,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two containers of a kind hold the very same things in the same order."""
+    """Whether two containers of the same type hold the very same objects in the same order."""
     if len(one) != len(other):
         return False
     if isinstance(one, dict):
@@ -328,7 +328,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _fill(container: Any, content: Any) -> None:
-    """Make a container hold what another one does."""
+    """Give a container the contents of another one."""
     if isinstance(container, list):
         container[:] = content
     elif isinstance(container, set):
@@ -346,12 +346,12 @@ def _fill(container: Any, content: Any) -> None:
 
 
 def _forget_other_threads() -> None:
-    """In a forked process: end what threads have begun that exist in the parent alone."""
+    """In a forked process, end the calls of threads that exist only in the parent."""
     renew_lock()
     here = threading.get_ident()
     for use in (turn for turn in line() if turn.thread != here):
         if isinstance(use, _Use) and use.kept is not None:
-            use.kept.put_back_attributes()  # of the values nothing: large tensors are compared by threads, too
+            use.kept.put_back_attributes()  # not the values: comparing large tensors uses threads, too
         use.leave()
     for use in [use for use in _EXACT if use.thread != here]:
         use.end()

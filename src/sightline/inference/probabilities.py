@@ -1,4 +1,4 @@
-"""Are a model's outputs probabilities, and of which logits? By the operations that made them, else by their values."""
+"""Whether outputs are probabilities, and of which logits: by the operations that made them, else by their values."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -46,12 +46,12 @@ class _Link:
     logs: Callable[[], Tensor]
     """Logarithm of the probabilities, exact where they round to 0 or 1."""
     is_mixed: bool = False
-    """Whether it is an average or selection of probabilities: what it is then depends on its values, too."""
+    """Whether it is an average or selection of probabilities, so that its kind depends on its values, too."""
     largest: float = 1.0
     """No value can be larger."""
 
     def mixed(self, logs: Callable[[], Tensor], name: str = "", largest: float | None = None) -> "_Link":
-        """What an operation makes of it that leaves no logits."""
+        """The link of a mixture, which has no logits of its own."""
         name = name or self.name
         logits = logs if name == "softmax" else lambda: _log_odds(logs())
         largest = self.largest if largest is None else largest
@@ -59,11 +59,11 @@ class _Link:
 
 
 class Reading(NamedTuple):
-    """What a model's output says."""
+    """A model's output as it was read."""
 
     logits: Float[Tensor, "b n"]
     link: str
-    """Of what the logits are the inverse: "softmax", "log_softmax" or "sigmoid"; empty if nothing was undone."""
+    """The function that was undone to get the logits: "softmax", "log_softmax" or "sigmoid"; empty if none was."""
     kind: Kind | None
     """To read further outputs of the model in the same way."""
     notice: str
@@ -71,7 +71,7 @@ class Reading(NamedTuple):
 
 
 class Probabilities(TorchFunctionMode):
-    """Follows probabilities through a forward: each softmax and sigmoid, and what it is moved, mixed or split into."""
+    """Follows each softmax and sigmoid of a forward, and all that is moved, mixed or split from it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Probabilities(TorchFunctionMode):
         return output
 
     def link_of(self, tensor: Any) -> _Link | None:
-        """What it is known to be; an operation in place has made another version of it."""
+        """The link of a tensor, unless an in-place operation has made another version of it."""
         link = self.links.get(tensor) if isinstance(tensor, Tensor) and len(self.links) else None
         return link if link is not None and link.version == version_of(tensor) else None
 
@@ -180,7 +180,7 @@ def _mixed(
     rest: tuple[Any, ...],
     options: Any,
 ) -> _Link | None:
-    """Sums, averages, products, extremes and what lacks to 1, in logarithms."""
+    """Sums, averages, products, extremes and complements (1 - p), in logarithms."""
     if name in ("sum", "mean", "prod"):
         dims = options.get("dim", rest[0] if rest else None)
         keep = bool(options.get("keepdim", rest[1] if len(rest) > 1 else False))
@@ -234,13 +234,13 @@ def _common(links: Sequence[_Link]) -> str:
 
 
 def read(values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None) -> Reading:
-    """The logits behind the values; of probabilities that have none their logarithms, whose softmax they are.
+    """The logits behind the values; for probabilities without logits, their logarithms, whose softmax they are.
 
-    Without a `kind` values are probabilities that are made by a softmax or a sigmoid, or by averages and selections of
-    such, and values without a visible origin are if all rows lie in [0, 1] and sum to 1, unless all of them are 0 or 1.
+    Without a `kind`, values count as probabilities if a softmax or a sigmoid, or averages and selections of such, made
+    them. Values without a visible origin do if all rows lie in [0, 1] and sum to 1, unless all of them are 0 or 1.
 
     Raises:
-        ValueError: no probabilities, where they should be.
+        ValueError: the values are not the probabilities that `kind` promises.
     """
     link = seen.link_of(values)
     if kind == "logits":
@@ -265,7 +265,7 @@ def read(values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None) -
 
 
 def _kind_of(values: Tensor, link: _Link | None, kind: Kind | None) -> tuple[Kind, str]:
-    """What the values are, and what to say of it."""
+    """The kind of the values, and what to say about it."""
     slack = max(_ROUNDING, 2 * torch.finfo(values.dtype).eps)
     outside = (values < 0) | (values > 1 + slack)  # what is not a number says nothing
     if bool(outside.any()):
@@ -308,7 +308,7 @@ def _log_odds(logs: Tensor) -> Tensor:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often it was changed in place; 0 for those of inference mode, which do not count.
+    """How often a tensor was changed in place; 0 for tensors of inference mode, which do not count it.
 
     >>> version_of(torch.zeros(1)), version_of(torch.zeros(1).add_(1))
     (0, 1)

@@ -1,4 +1,4 @@
-"""What all threads share: the models, at which they take turns, and the random state."""
+"""State that all threads share: the models, which they use in turns, and the random state."""
 
 import random
 import threading
@@ -12,16 +12,16 @@ from torch import nn
 _LINE: list["Turn"] = []
 """Calls that use a model or wait for it, in the order in which they came."""
 _shared = threading.RLock()
-_PATIENCE = 1.0  # seconds after which a waiting thread looks again, whatever it was told
+_PATIENCE = 1.0  # seconds after which a waiting thread looks again, notified or not
 
 
 def lock() -> None:
-    """Keep other threads from looking at what is shared, until `unlock`."""
+    """Keep other threads away from the shared state until `unlock`."""
     _shared.acquire()
 
 
 def unlock() -> None:
-    """Let go, also of what an interrupt kept this thread from letting go before."""
+    """Release the lock, and any hold that an interrupt kept this thread from releasing earlier."""
     try:
         while True:
             _shared.release()
@@ -30,7 +30,7 @@ def unlock() -> None:
 
 
 def renew_lock() -> None:
-    """In a forked process, where the thread that held the lock does not exist."""
+    """Make a new lock in a forked process, where the thread that held the old one does not exist."""
     global _shared
     _shared = threading.RLock()
 
@@ -55,14 +55,14 @@ class Random:
 
 
 class Turn:
-    """One call's turn at the modules of a model.
+    """One call's turn with the modules of a model.
 
-    Calls that share a module take turns, in the order in which they came, unless they are of the same thread. A thread
-    that has a turn and asks for another waits only for those who have theirs: nobody who waits can wait for itself.
+    Calls that share a module take turns in order of arrival, unless they belong to the same thread. A thread that has a
+    turn and asks for another waits only for threads that have theirs, so no waiting thread can wait for itself.
     """
 
     random: Random
-    """As it was before the first of the calls that now run at the same time."""
+    """The state before the first of the calls that now run at the same time."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.thread = threading.get_ident()
@@ -75,7 +75,7 @@ class Turn:
         """Wait until no other thread uses one of the modules.
 
         Raises:
-            RuntimeError: that would last forever: the other thread waits for a model that this one uses.
+            RuntimeError: the wait would never end, since the other thread waits for a model that this one uses.
         """
         _LINE.append(self)
         while not self.is_running:
@@ -91,7 +91,7 @@ class Turn:
                 self.blockers[0].wait()
 
     def leave(self) -> None:
-        """Give the modules to the next one; the last of all calls that run puts the random state back."""
+        """Give the modules to the next call; the last of all running calls restores the random state."""
         lock()
         if self.is_running and not any(turn.is_running for turn in _LINE if turn is not self):
             self.random.put_back()
@@ -119,7 +119,7 @@ class Turn:
         ]
 
     def _check_end(self) -> None:
-        """See that no chain of threads that wait for one another leads back to this one."""
+        """Check that no chain of waiting threads leads back to this one."""
         threads = {turn.thread for turn in self.blockers}
         while more := {b.thread for turn in _LINE if turn.thread in threads for b in turn.waits_for()} - threads:
             threads |= more
@@ -130,7 +130,7 @@ class Turn:
             )
 
     def waits_for(self) -> list["Turn"]:
-        """Those that must end before this one begins."""
+        """Calls that must end before this one begins."""
         return [] if self.is_running else [turn for turn in self.blockers if turn in _LINE]
 
 

@@ -1,4 +1,4 @@
-"""Networks that bring the course of their training along."""
+"""Networks that come with a training course of their own."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -12,10 +12,10 @@ from sightline.training import processes
 
 
 class Course(Protocol):
-    """When which part of a network moves."""
+    """Schedule of the parts of a network: which of them train in which epoch."""
 
     def rates(self, epoch: int) -> dict[str, float]:
-        """Learning rate of each child that moves in an epoch, counted from 0."""
+        """Learning rate of each child that trains in an epoch (counted from 0)."""
         ...
 
     def settles(self, epoch: int, epochs: int) -> bool:
@@ -25,7 +25,7 @@ class Course(Protocol):
 
 @runtime_checkable
 class Staged(Protocol):
-    """A network that is trained in stages of its own: by its loss, at its rates, with a step after some epochs."""
+    """A network with training stages of its own: its loss, its learning rates, and a step after some epochs."""
 
     stages: Course
 
@@ -34,7 +34,7 @@ class Staged(Protocol):
         ...
 
     def settle(self, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], batch_size: int, seed: int) -> Any:
-        """What follows an epoch; `batches` gives the training images, neither shuffled nor changed."""
+        """The step that follows an epoch; `batches` gives the training images, neither shuffled nor augmented."""
         ...
 
 
@@ -45,10 +45,10 @@ _IMPOSSIBLE = ("label_smoothing", "class_weights", "ema", "patience", "teacher",
 
 
 def check_stages(network: nn.Module, recipe: Recipe) -> str:
-    """What a recipe asks of a network with a course of its own that goes unheeded, in one sentence; empty if nothing.
+    """Recipe fields that a network with stages of its own ignores, in one sentence; empty if there are none.
 
     Raises:
-        ValueError: the recipe asks for what such a training cannot do.
+        ValueError: the recipe asks for something that such a training cannot do.
     """
     if not isinstance(network, Staged):
         return ""
@@ -74,7 +74,7 @@ def create_optimizer(network: nn.Module) -> torch.optim.Optimizer:
 
 
 def move(optimizer: torch.optim.Optimizer, rates: dict[str, float], *, begins: bool) -> None:
-    """Set the rates of an epoch; the other children stand still. A stage that begins does so without moments."""
+    """Set the rates of an epoch and freeze the other children; if a stage begins, Adam's moments are reset."""
     if begins:
         optimizer.state.clear()
     for group in optimizer.param_groups:
