@@ -89,8 +89,7 @@ class Judge:
             size = (3, 96, 96)
         self.images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
         self.state = {name: value.clone() for name, value in self.model.state_dict().items()}
-        with torch.no_grad():
-            self.logits = self.model(self.images)
+        self.logits = self.model(self.images).detach()  # without gradients attention runs by another kernel
         vars(self.model)["default_cfg"] = {"input_size": size}  # what `insert` tries first: small is quick
         if self.logits.shape != (2, classes) or not self.logits.isfinite().all():
             raise RuntimeError(f"{network.name}: logits {tuple(self.logits.shape)}, finite: {self.logits.isfinite()}")
@@ -155,8 +154,7 @@ class Judge:
                 if torch.equal(inserted(self.images), run.logits):
                     yield "a changed block changes nothing"
         removed = sl.attention.remove(inserted, inplace=True)
-        with torch.no_grad():
-            back = removed(self.images)
+        back = removed(self.images).detach()
         if list(removed.state_dict()) != list(self.state) or not torch.equal(back, self.logits):
             yield "remove does not bring the original back"
 
