@@ -205,9 +205,8 @@ def _pooled_norms(model: nn.Module) -> Generator[dict[str, Float[Tensor, "b 1 h 
 
         return keep
 
-    poolings = {
-        n: m for n, m in model.named_modules() if isinstance(m, RepresentativeVectors | BilinearAttentionPooling)
-    }
+    kinds = RepresentativeVectors | BilinearAttentionPooling
+    poolings = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     handles = [block.register_forward_pre_hook(keeper(name)) for name, block in poolings.items()]
     try:
         yield norms

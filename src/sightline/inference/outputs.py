@@ -132,7 +132,7 @@ class ForwardCall:
         """The reason why a model may fail on more images than it was given."""
         if rows is None or len(rows) == self.batch:
             return ""
-        return "; a second input that the model holds for its first batch belongs into forward_args="
+        return "; a second input that the model holds for its first batch belongs in forward_args="
 
 
 class Answer(NamedTuple):

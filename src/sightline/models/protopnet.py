@@ -34,7 +34,7 @@ class Stages:
     warm: int = 5
     """Epochs in which add-on layers and prototypes move alone."""
     push_every: int = 10
-    """Epochs after which the prototypes become patches of images, and the head is trained; so at the end."""
+    """Epochs after which the prototypes become patches of images and the head is trained; also done after the last."""
     last: int = 20
     """Epochs of the head's training after each push."""
     features_lr: float = 1e-4
@@ -366,7 +366,9 @@ def fit_prototypes(
     for epoch in range(epochs):
         rates = stages.rates(epoch)
         groups = [{"params": [*model.get_submodule(child).parameters()], "lr": rate} for child, rate in rates.items()]
-        optimizer = optimizers.setdefault(tuple(rates), torch.optim.Adam(groups))
+        if tuple(rates) not in optimizers:  # each stage begins without moments
+            optimizers[tuple(rates)] = torch.optim.Adam(groups)
+        optimizer = optimizers[tuple(rates)]
         for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
             group["lr"] = rate
         moved = [p for child in rates for p in model.get_submodule(child).parameters()]

@@ -21,7 +21,7 @@ from sightline.training import processes
 from sightline.training.losses import Loss, Mixed
 from sightline.training.optimisers import average, create_optimiser
 from sightline.training.schedule import learning_rate
-from sightline.training.stages import Staged, create_optimizer, move
+from sightline.training.stages import Staged, move, staged_optimizer
 
 RESIDENT = 0.25
 """Share of a GPU's free memory that images may take, so that no step waits for them."""
@@ -67,7 +67,7 @@ class Training:
             self.optimizer = create_optimiser(self.network, optim)
             self.fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
         else:
-            self.optimizer = create_optimiser(self.network, optim) if self.staged is None else create_optimizer(network)
+            self.optimizer = create_optimiser(self.network, optim) if self.staged is None else staged_optimizer(network)
             self.model, self.fabric_optimizer = self.fabric.setup(called, self.optimizer)
         self.loss = loss.to(self.fabric.device).to(memory_format=torch.channels_last)  # a teacher, if there is one
         self.batch_size = min(optim.batch_size, len(train))
@@ -227,7 +227,7 @@ class Training:
         return learning_rate(self.optim, self.epoch * self.steps + step, self.steps)
 
     def _settle(self, staged: Staged) -> None:
-        """What follows an epoch of a network with stages, once, on the images as they are."""
+        """The step after an epoch of a network with stages: done once, on images without random changes."""
         if self.settled:  # before an interruption
             return
 

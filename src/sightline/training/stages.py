@@ -67,7 +67,7 @@ def check_stages(network: nn.Module, recipe: Recipe) -> str:
     return f"{name} trains in stages of its own, by Adam at its own rates; not used: {', '.join(unheeded)}"
 
 
-def create_optimizer(network: nn.Module) -> torch.optim.Optimizer:
+def staged_optimizer(network: nn.Module) -> torch.optim.Optimizer:
     """Adam, with one group of parameters for each child; `move` gives the rates."""
     groups = [{"params": [*child.parameters()], "child": name} for name, child in network.named_children()]
     return torch.optim.Adam([group for group in groups if group["params"]])
