@@ -155,7 +155,7 @@ class Reinforced(HardAttention):
         return torch.cat([pooled, self.log_prob[:, None], self.entropy[:, None]], 1)
 
 
-class PlainGeneralisedMean(nn.Module):
+class PlainGeneralizedMean(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.p = nn.Parameter(torch.empty(()))
@@ -211,7 +211,7 @@ CASES = {
     "mil": (Case("formula", PlainMIL, POOLED),),
     "hard": (Case("formula", PlainHard, POOLED),),
     "gap": (Case("timm", lambda channels: SelectAdaptivePool2d(pool_type="avg", flatten=True), POOLED),),
-    "gem": (Case("formula", PlainGeneralisedMean, POOLED),),
+    "gem": (Case("formula", PlainGeneralizedMean, POOLED),),
 }
 OURS = ATTENTION | {"attention_gate": partial(AttentionGate, query_channels=512), "hard": Reinforced}
 
@@ -257,12 +257,12 @@ def against_counterpart(name: str, case: Case, layout: torch.memory_format, roun
 def training(model: nn.Module) -> Callable[[], None]:
     """One step: forward, cross entropy, backward, SGD."""
     images, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(1000, (BATCH,))
-    optimiser = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
         F.cross_entropy(model(images), labels).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 

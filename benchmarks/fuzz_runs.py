@@ -289,7 +289,7 @@ def main() -> None:
                         "--methods",
                         "grad_cam",
                         "--controls",
-                        "centre_map",
+                        "center_map",
                         "--out",
                         "scores",
                     ],

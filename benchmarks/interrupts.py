@@ -29,7 +29,7 @@ from torch.nn import functional as F
 import sightline as sl
 from sightline.explainers import attention_maps
 from sightline.inference import turns
-from sightline.metrics import deletion_auc, max_sensitivity, parameter_randomisation, random_logit
+from sightline.metrics import deletion_auc, max_sensitivity, parameter_randomization, random_logit
 
 ROOT = str(Path(sl.__file__).parent)
 INFERENCE = os.path.join(ROOT, "inference")
@@ -84,7 +84,7 @@ CALLS: dict[str, Call] = {
     "deletion_auc": lambda model: deletion_auc(model, IMAGES, TARGETS, IMAGES[:, :1], steps=4),
     "max_sensitivity": lambda model: max_sensitivity(model, IMAGES, TARGETS, saliency, samples=2),
     "random_logit": lambda model: random_logit(model, IMAGES, TARGETS, saliency),
-    "parameter_randomisation": lambda model: parameter_randomisation(model, IMAGES, TARGETS, saliency),
+    "parameter_randomization": lambda model: parameter_randomization(model, IMAGES, TARGETS, saliency),
 }
 
 

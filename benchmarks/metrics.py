@@ -33,7 +33,7 @@ def quantus_library(model: nn.Module, images: Tensor, targets: Tensor, maps: Ten
 
     np.trapz = np.trapezoid  # gone in numpy 2.4, called by quantus 0.6
     pixels = images.shape[2] * images.shape[3]
-    # a step is of single colours, and must divide the number of pixels: three times as many steps as ours
+    # a step is of single colors, and must divide the number of pixels: three times as many steps as ours
     metric = quantus.PixelFlipping(
         features_in_step=pixels // STEPS,
         perturb_baseline="black",

@@ -116,11 +116,11 @@ TARGETS = net()(IMAGES).argmax(1)
 MIXED = torch.stack([net()(IMAGES).argmin(1), TARGETS])[torch.tensor([0, 1, 0]), torch.arange(3)]
 """The least likely, the likeliest and the least likely class."""
 SIGNED = drawn(3, 1, SIDE, SIDE, seed=2)
-MAPS = pixels.normalise(SIGNED[:, 0])[:, None]
-COARSE = pixels.normalise(drawn(3, 5, 5, seed=3))[:, None]
-GREY = drawn(16, 1, SIDE, SIDE, seed=4).float()
-GREY_TARGETS = net(1, torch.float)(GREY).argmax(1)
-GREY_MAPS = torch.rand(16, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
+MAPS = pixels.normalize(SIGNED[:, 0])[:, None]
+COARSE = pixels.normalize(drawn(3, 5, 5, seed=3))[:, None]
+GRAY = drawn(16, 1, SIDE, SIDE, seed=4).float()
+GRAY_TARGETS = net(1, torch.float)(GRAY).argmax(1)
+GRAY_MAPS = torch.rand(16, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
 FLAT = torch.zeros(1, 1, SIDE, SIDE).double()
 FLAT_AND_NOT = torch.cat([FLAT, MAPS[:1]])
 """As Quantus refuses batches of zeros only."""
@@ -140,7 +140,7 @@ def summing(*shape: int) -> nn.Module:
 
 
 def gradient_maps(model: nn.Module, images: Tensor, targets: Tensor, channels: bool = False) -> Tensor:
-    """Input x gradient, summed over the colours."""
+    """Input x gradient, summed over the colors."""
     with torch.enable_grad():
         given = images.detach().clone().requires_grad_()
         score = model(given).gather(1, targets.reshape(-1, 1)).sum()
@@ -274,9 +274,9 @@ def captum_cases() -> list[Case]:
     return [
         Case(
             metric="infidelity, our squares",
-            ours='infidelity(normalise=False, score="logit")',
+            ours='infidelity(normalize=False, score="logit")',
             theirs=lambda: captum_infidelity(SIGNED),
-            mine=lambda: ours(SIGNED, normalise=False),
+            mine=lambda: ours(SIGNED, normalize=False),
         ),
         Case(
             metric="infidelity(normalize=True), our squares",
@@ -292,9 +292,9 @@ def captum_cases() -> list[Case]:
         ),
         Case(
             metric="infidelity with its decorator, our squares, images with black pixels",
-            ours='infidelity(normalise=False, score="logit")',
+            ours='infidelity(normalize=False, score="logit")',
             theirs=lambda: captum_infidelity(SIGNED, dark, decorated=True),
-            mine=lambda: metrics.infidelity(net(), dark, TARGETS, SIGNED, normalise=False, score="logit"),
+            mine=lambda: metrics.infidelity(net(), dark, TARGETS, SIGNED, normalize=False, score="logit"),
             verdict="differs",
             reason="What the map says of a pixel that is 0 already is left out of the sum, as hiding it changes "
             "nothing. We take the map's whole sum in the square. Proof: that sum gives captum's score.",
@@ -531,7 +531,7 @@ def torchcam_cases() -> list[Case]:
             reason="torch-cam scales the map from 0 to 1 and then enlarges it, after which it may reach neither. "
             "We scale the enlarged map. (The map is that of the probability, as `logits_fn` comes before it; ours is "
             "given the same.) Proof: the drop of that mask, written out, gives the peer's score.",
-            proof=is_theirs(lambda: drop(enlarged(pixels.normalise(raw_grad_cam()[:, 0])[:, None]))),
+            proof=is_theirs(lambda: drop(enlarged(pixels.normalize(raw_grad_cam()[:, 0])[:, None]))),
         ),
         Case(
             metric="ClassificationMetric without its `logits_fn`, avg_drop, the score falls from -1 to -3",
@@ -736,7 +736,7 @@ def area(masks: Tensor) -> Tensor:
     return masks.double().mean((1, 2, 3))
 
 
-def localisation_cases() -> list[Case]:
+def localization_cases() -> list[Case]:
     twice = partial(
         quantus_score,
         "AttributionLocalisation",
@@ -995,9 +995,9 @@ def quantus_road(images: Tensor, targets: Tensor, maps: Tensor, *, batch: int = 
 def stacked_patches(*, stacked: bool) -> Tensor:
     """Mean of (sum of map x what a patch hides - fall)^2 over 25 patches of 4 x 4, each on top of those before or not.
 
-    In one colour, as the peer takes the map once per colour.
+    In one color, as the peer takes the map once per color.
     """
-    model, images, found = net(1, torch.float), GREY[:3], list[Tensor]()
+    model, images, found = net(1, torch.float), GRAY[:3], list[Tensor]()
     whole = model(images).gather(1, TARGETS[:, None])[:, 0]
     hidden = images.clone()
     for top in range(0, SIDE, 4):
@@ -1005,17 +1005,17 @@ def stacked_patches(*, stacked: bool) -> Tensor:
             hidden = hidden.clone() if stacked else images.clone()
             hidden[:, :, top : top + 4, left : left + 4] = 0
             fall = whole - model(hidden).gather(1, TARGETS[:, None])[:, 0]
-            found.append((sums(GREY_MAPS[:3], images - hidden) - fall).square())
+            found.append((sums(GRAY_MAPS[:3], images - hidden) - fall).square())
     return torch.stack(found).mean(0)
 
 
 def quantus_infidelity(**options: Any) -> Tensor:
-    return quantus_net("Infidelity", GREY[:3], TARGETS, GREY_MAPS[:3], perturb_baseline=0.0, **options)
+    return quantus_net("Infidelity", GRAY[:3], TARGETS, GRAY_MAPS[:3], perturb_baseline=0.0, **options)
 
 
 def hide_alone(arr: Any, indices: Any, **_: Any) -> Any:
     """A perturbation for Quantus' Infidelity that puts back what was hidden before."""
-    changed = GREY[:3].reshape(3, -1).numpy().copy()
+    changed = GRAY[:3].reshape(3, -1).numpy().copy()
     changed[np.arange(3)[:, None], indices] = 0
     return changed
 
@@ -1083,13 +1083,13 @@ def twins(*_: Tensor) -> float:
 
 
 def shuffled_curve() -> Tensor:
-    curve = metrics.randomisation_curve(net(dtype=torch.float), IMAGES.float(), TARGETS, gradient_maps)[1]
+    curve = metrics.randomization_curve(net(dtype=torch.float), IMAGES.float(), TARGETS, gradient_maps)[1]
     assert isinstance(curve, Tensor)
     return curve
 
 
 def flipping_cases() -> list[Case]:
-    images, maps, targets = GREY[:3], GREY_MAPS[:3], GREY_TARGETS[:3]
+    images, maps, targets = GRAY[:3], GRAY_MAPS[:3], GRAY_TARGETS[:3]
     constant = ConstantModel(torch.zeros(2)).eval()
     steps = {"features_in_step": SIDE, "perturb_baseline": 0.0}
     flip = partial(quantus_net, "PixelFlipping", call={"softmax": True})
@@ -1106,13 +1106,13 @@ def flipping_cases() -> list[Case]:
     ours: dict[str, Any] = {"steps": 20}
     return [
         Case(
-            metric="PixelFlipping, curve, one colour",
+            metric="PixelFlipping, curve, one color",
             ours="deletion of hidden_scores(steps=20), without its first point",
             theirs=lambda: flip(images, targets, maps, **steps),
             mine=lambda: deletion_curve(images, targets, maps),
         ),
         Case(
-            metric="PixelFlipping, curve, three colours, every third point",
+            metric="PixelFlipping, curve, three colors, every third point",
             ours="deletion of hidden_scores(steps=20), without its first point",
             theirs=lambda: flip(IMAGES.float(), TARGETS, MAPS.float(), **steps)[:, 2::3],
             mine=lambda: deletion_curve(IMAGES.float(), TARGETS, MAPS.float()),
@@ -1170,14 +1170,14 @@ def flipping_cases() -> list[Case]:
 
 
 def faithfulness_cases() -> list[Case]:
-    road = partial(quantus_road, GREY, GREY_TARGETS, GREY_MAPS)
-    colours = partial(quantus_net, "ROAD", IMAGES.float(), TARGETS, MAPS.float(), percentages=[50])
-    painted = partial(accuracy_painted, GREY, GREY_TARGETS, GREY_MAPS)
+    road = partial(quantus_road, GRAY, GRAY_TARGETS, GRAY_MAPS)
+    colors = partial(quantus_net, "ROAD", IMAGES.float(), TARGETS, MAPS.float(), percentages=[50])
+    painted = partial(accuracy_painted, GRAY, GRAY_TARGETS, GRAY_MAPS)
     weights = drawn(1, 1, SIDE, SIDE, seed=7).float().expand(3, -1, -1, -1)
     linear = LinearModel(weights[:2]).eval()
-    ours = partial(metrics.infidelity, net(1, torch.float), GREY[:3], TARGETS, normalise=False, score="logit")
+    ours = partial(metrics.infidelity, net(1, torch.float), GRAY[:3], TARGETS, normalize=False, score="logit")
     whole_numbers = torch.arange(4.0).reshape(1, 1, 2, 2)
-    tenths = GREY[:3] * weights
+    tenths = GRAY[:3] * weights
     gap: Any = lambda maps, model, images: (  # noqa: E731
         metrics.completeness(model, images, torch.zeros(len(images), dtype=torch.long), maps) < 1e-5
     ).double()
@@ -1185,7 +1185,7 @@ def faithfulness_cases() -> list[Case]:
     return [
         *flipping_cases(),
         Case(
-            metric="ROAD, accuracy at 10 to 90 %, one colour, our noise",
+            metric="ROAD, accuracy at 10 to 90 %, one color, our noise",
             ours="most_first of hidden_scores(), scored by whether the class is right",
             theirs=road,
             mine=painted,
@@ -1197,31 +1197,31 @@ def faithfulness_cases() -> list[Case]:
             mine=painted,
             verdict="peer is wrong",
             reason="Only the first batch counts. Proof: it gives the score of the first four images alone.",
-            proof=is_theirs(lambda: accuracy_painted(GREY[:4], GREY_TARGETS[:4], GREY_MAPS[:4])),
+            proof=is_theirs(lambda: accuracy_painted(GRAY[:4], GRAY_TARGETS[:4], GRAY_MAPS[:4])),
         ),
         Case(
-            metric="ROAD, three colours",
+            metric="ROAD, three colors",
             ours="road_morf()",
-            theirs=colours,
+            theirs=colors,
             mine=lambda: metrics.road_morf(net(), IMAGES, TARGETS, MAPS),
             verdict="peer is wrong",
-            reason="It fails: it ranks the colours of a pixel one by one and takes their numbers for those of pixels.",
+            reason="It fails: it ranks the colors of a pixel one by one and takes their numbers for those of pixels.",
             error="out of bounds",
         ),
         Case(
             metric="Infidelity, exact map of a linear model",
-            ours='infidelity(normalise=False, score="logit") of map x image',
-            theirs=lambda: quantus_score("Infidelity", GREY[:3], weights, model=linear, perturb_baseline=0.0),
+            ours='infidelity(normalize=False, score="logit") of map x image',
+            theirs=lambda: quantus_score("Infidelity", GRAY[:3], weights, model=linear, perturb_baseline=0.0),
             mine=lambda: metrics.infidelity(
-                linear, GREY[:3], torch.zeros(3, dtype=torch.long), tenths, normalise=False, score="logit"
+                linear, GRAY[:3], torch.zeros(3, dtype=torch.long), tenths, normalize=False, score="logit"
             ),
             truth=[0, 0, 0],
         ),
         Case(
             metric="Infidelity",
-            ours='infidelity(normalise=False, score="logit") of map x image',
+            ours='infidelity(normalize=False, score="logit") of map x image',
             theirs=quantus_infidelity,
-            mine=lambda: ours(GREY_MAPS[:3] * GREY[:3]),
+            mine=lambda: ours(GRAY_MAPS[:3] * GRAY[:3]),
             verdict="peer is wrong",
             reason="Each patch is hidden on top of all patches before it, so that most of the image is gone for most "
             "of them, and the ten samples are ten times the same. Proof: stacked patches, written out, give the "
@@ -1243,21 +1243,21 @@ def faithfulness_cases() -> list[Case]:
             truth=[1],
             verdict="peer is wrong",
             reason="By default the map is divided by its largest value before it is summed. Proof: with "
-            "`normalise=False` it is found complete.",
+            "`normalize=False` it is found complete.",
             proof=is_mine(
-                lambda: complete(whole_numbers, whole_numbers, model=summing(1, 2, 2).float(), normalise=False)
+                lambda: complete(whole_numbers, whole_numbers, model=summing(1, 2, 2).float(), normalize=False)
             ),
         ),
         Case(
-            metric="Completeness(normalise=False), the same for products that are rounded, 1 = complete",
+            metric="Completeness(normalize=False), the same for products that are rounded, 1 = complete",
             ours="completeness() < 1e-5",
-            theirs=lambda: complete(GREY[:3], tenths, model=linear, normalise=False),
-            mine=lambda: gap(tenths, linear, GREY[:3]),
+            theirs=lambda: complete(GRAY[:3], tenths, model=linear, normalize=False),
+            mine=lambda: gap(tenths, linear, GRAY[:3]),
             truth=[1, 1, 1],
             verdict="peer is wrong",
             reason="Two sums in floating point are compared by `==`. Proof: they differ by less than 1e-5 of their "
             "size and are not found equal.",
-            proof=lambda theirs, mine: ((sums(tenths, tenths * 0 + 1) / linear(GREY[:3])[:, 0]) - 1).abs().max().item(),
+            proof=lambda theirs, mine: ((sums(tenths, tenths * 0 + 1) / linear(GRAY[:3])[:, 0]) - 1).abs().max().item(),
         ),
     ]
 
@@ -1301,9 +1301,9 @@ def sanity_cases() -> list[Case]:
         ),
         Case(
             metric="MPRT(abs=True, return_last_correlation=True)",
-            ours="parameter_randomisation()",
+            ours="parameter_randomization()",
             theirs=lambda: quantus_mprt(return_last_correlation=True),
-            mine=lambda: metrics.parameter_randomisation(
+            mine=lambda: metrics.parameter_randomization(
                 net(dtype=torch.float), IMAGES.float(), TARGETS, gradient_maps
             ),
             verdict="differs",
@@ -1314,7 +1314,7 @@ def sanity_cases() -> list[Case]:
         ),
         Case(
             metric="MPRT(abs=True, return_average_correlation=True)",
-            ours="mean of randomisation_curve()",
+            ours="mean of randomization_curve()",
             theirs=lambda: quantus_mprt(return_average_correlation=True),
             mine=lambda: shuffled_curve().mean(1),
             verdict="peer is wrong",
@@ -1326,7 +1326,7 @@ def sanity_cases() -> list[Case]:
 
 
 def quantus_cases() -> list[Case]:
-    return [*localisation_cases(), *complexity_cases(), *faithfulness_cases(), *sanity_cases()]
+    return [*localization_cases(), *complexity_cases(), *faithfulness_cases(), *sanity_cases()]
 
 
 # -------------------------------------------------------------------------------------------- saliency-maps-metrics

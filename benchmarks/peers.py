@@ -253,7 +253,7 @@ def zennit_occlusion(net: Net, patch: int) -> Tensor:
 
 
 def exact_norms(model: nn.Module) -> nn.Module:
-    """The same function with an epsilon of 0 in every batch normalisation."""
+    """The same function with an epsilon of 0 in every batch normalization."""
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
             norm.running_var += norm.eps
@@ -347,8 +347,8 @@ def finer(net: Net, activations: Tensor, *, before: bool, epsilon: float = 0) ->
     return mean_weights(activations, gradients if net.reshape is None else net.reshape(gradients))
 
 
-def centred_component(activations: Tensor, theirs: Tensor) -> Tensor:
-    """First component of the centred activations; of its two signs the one that the peer got."""
+def centerd_component(activations: Tensor, theirs: Tensor) -> Tensor:
+    """First component of the centerd activations; of its two signs the one that the peer got."""
     parts: list[Tensor] = []
     for image, peer in zip(activations, theirs, strict=True):
         rows = image.flatten(1).T
@@ -499,8 +499,8 @@ NOTES = {
     "peer.",
     "share": "pytorch-grad-cam takes a mean over rival classes weighted by their probabilities p, divided by their sum "
     "plus 1e-9: where p is not far above that, the map shrinks with it. Proof: Grad-CAM of that score equals the peer.",
-    "centred": "pytorch-grad-cam centres the activations before the decomposition (the paper does not) and takes "
-    "whichever sign the singular vector happens to have. Proof: the centred component, with the peer's sign, equals "
+    "centerd": "pytorch-grad-cam centers the activations before the decomposition (the paper does not) and takes "
+    "whichever sign the singular vector happens to have. Proof: the centerd component, with the peer's sign, equals "
     "it.",
     "aligned": "pytorch-grad-cam enlarges the masks of Score-CAM with aligned corners, and flat channels take "
     "their share of the softmax. Proof: a loop with that enlargement equals the peer.",
@@ -520,17 +520,17 @@ NOTES = {
     "changed it in place, gets the CAM of that: the mean of its map plus the bias is the logit.",
     "right sum": "zennit integrates with equal steps taken at their right ends, we with as many Gauss-Legendre "
     "nodes. Proof: the right sum, written out, equals the peer.",
-    "nearest": "captum's `nearest` rounds positions down (PyTorch's oldest rule), ours takes the nearest centre; they "
+    "nearest": "captum's `nearest` rounds positions down (PyTorch's oldest rule), ours takes the nearest center; they "
     "differ where the sides do not divide. Proof: our guided gradient times a map enlarged that way equals captum.",
     "clipped": "The last patches do not fit: captum cuts them off at the edge, we move them inwards, so that all "
     "patches are equally large. Proof: a loop with cut patches equals captum.",
     "stabiliser": "zennit also stabilises sums and poolings, with 1e-6, and what it leaves of a merged batch "
-    "normalisation still divides by the root of 1 + its epsilon, so that it explains slightly other logits. Proof: "
+    "normalization still divides by the root of 1 + its epsilon, so that it explains slightly other logits. Proof: "
     "with 1e-14 there, and that epsilon 0 in a network of the same function, it equals ours.",
     "poolings": "captum also stabilises poolings, with 1e-9, where nothing can be 0/0. Proof: with 1e-30 there "
     "it equals ours.",
     "not conserved": "The peer has no rule for something in this network (sums that are no module, gates, "
-    "normalisation, attention) and lets the plain gradient carry the relevance across. Proof: in a copy of the network "
+    "normalization, attention) and lets the plain gradient carry the relevance across. Proof: in a copy of the network "
     "without biases, where relevance must sum to the logit, the peer's misses it by more than 1 % and by more than 10 "
     "times as much as ours (which misses it where the rule itself does: alpha-beta where an output has contributions "
     "of one sign only).",
@@ -645,8 +645,8 @@ def cases() -> Iterator[Case]:
         relu_of("eigen_cam"),
         lambda net: grad_cam_library(net, "EigenCAM"),
         (
-            Reason("centred", lambda net, _, theirs: distance(centred_component(net.evidence[0], theirs), theirs)),
-            Reason("in-place", lambda net, _, theirs: distance(centred_component(net.overwritten[0], theirs), theirs)),
+            Reason("centerd", lambda net, _, theirs: distance(centerd_component(net.evidence[0], theirs), theirs)),
+            Reason("in-place", lambda net, _, theirs: distance(centerd_component(net.overwritten[0], theirs), theirs)),
         ),
     )
     yield Case(
@@ -908,7 +908,7 @@ sightline does, "both refuse" = both do, "n/a" = left out.
 Cells: {counts["equal"]} equal, {counts["explained"]} explained, {counts["fails"]} where the peer fails or both refuse,
 {counts["unexplained"]} unexplained.
 
-Networks: torchvision, random weights (seed 0), biases and scales jittered, statistics of batch normalisation from one
+Networks: torchvision, random weights (seed 0), biases and scales jittered, statistics of batch normalization from one
 batch; {CLASSES} classes, two images of {SIDE} x {SIDE} pixels, float64 (pytorch-grad-cam computes Eigen-, Score- and
 Ablation-CAM partly in float32), the predicted classes. Everybody reads the layer that sightline picks by itself (of
 DenseNet the one before it, since the ReLU between them is a function, which no peer can name); for
@@ -917,7 +917,7 @@ image only: {layers}.
 
 Common footing: raw maps at the layer's size. The resizing and scaling to [0, 1] of pytorch-grad-cam and the scaling of
 torch-cam are switched off; pytorch-grad-cam cuts all maps off at 0, so ours are cut off there too. Pixel maps are sums
-over colours (saliency and SmoothGrad: the largest absolute value). captum and zennit get copies of the network without
+over colors (saliency and SmoothGrad: the largest absolute value). captum and zennit get copies of the network without
 operations in place, as they demand; every peer gets a fresh copy for every call. Integrated gradients: {STEPS} steps.
 The LRP maps of zennit are made with its own canonizers.
 

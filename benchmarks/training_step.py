@@ -1,11 +1,11 @@
 """What our training loop costs beside the same network in a bare PyTorch loop, and beside the loop of a public code.
 
-Ours is an epoch over batches that lie in memory: order, batch, normalisation, forward, backward, optimiser, and what an
-epoch ends with. The bare steps have their images already normalised, in the same memory layout, and the same optimiser.
+Ours is an epoch over batches that lie in memory: order, batch, normalization, forward, backward, optimizer, and what an
+epoch ends with. The bare steps have their images already normalized, in the same memory layout, and the same optimizer.
 
 The public loop is that of a PyTorch re-implementation of "Learn To Pay Attention" that many use, said again in our own
 words: images from torchvision's transforms one by one (without its worker processes), the default memory layout,
-precision and optimiser, and every ten steps one more forward in eval mode for the accuracy of the batch. Its network is
+precision and optimizer, and every ten steps one more forward in eval mode for the accuracy of the batch. Its network is
 ours. Beside ours in 32 bits stands ours in bfloat16, which is another arithmetic, not another loop.
 
 Last, how much arithmetic a second of our loop does, beside what one large matrix product of the same type reaches on
@@ -86,15 +86,15 @@ def our_epoch(
 def bare_epoch(name: str, images: data.ImageSet, device: torch.device) -> partial[object]:
     """As many steps, each on the same images."""
     bare = network(name).to(device, memory_format=torch.channels_last).train()
-    optimiser = torch.optim.SGD(bare.parameters(), **SGD, fused=True)
+    optimizer = torch.optim.SGD(bare.parameters(), **SGD, fused=True)
     batch = images.batch(range(BATCH)).to(device)
-    inputs = data.normalise(batch.images, images.preprocess).to(memory_format=torch.channels_last)
+    inputs = data.normalize(batch.images, images.preprocess).to(memory_format=torch.channels_last)
 
     def steps() -> None:
         for _ in range(STEPS):
             F.cross_entropy(bare(inputs), batch.labels).backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -120,16 +120,16 @@ def public_epoch(name: str, images: data.ImageSet, device: torch.device) -> part
 
     loader: Any = torch.utils.data.DataLoader(examples, BATCH, shuffle=True, collate_fn=together)  # pyright: ignore[reportArgumentType]
     model = network(name).to(device)
-    optimiser = torch.optim.SGD(model.parameters(), **SGD)
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
 
     def epoch() -> None:
         for number, (inputs, labels) in enumerate(loader):
             model.train()
             model.zero_grad()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             inputs, labels = inputs.to(device), labels.to(device)
             F.cross_entropy(model(inputs), labels).backward()
-            optimiser.step()
+            optimizer.step()
             if number % 10 == 0:
                 model.eval()
                 (model(inputs).argmax(1) == labels).float().mean().item()

@@ -81,12 +81,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     torch.manual_seed(0)
     model, test = Network(), planted(200, seed=1)
     before = measured(model, *test)
-    optimiser = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     for step in range(options.steps):
         images, labels, _ = planted(64, seed=2 + step)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
-        optimiser.step()
+        optimizer.step()
     after = measured(model, *test)
 
     area = PATCH**2 / SIDE**2

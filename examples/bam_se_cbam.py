@@ -27,7 +27,7 @@ or CBAM, but three of them are lighter than sixteen.
 
 What they are worth: on ImageNet, with one recipe for all, a ResNet-50 reached 76.4 % without, 76.9 % with BAM, 77.2 %
 with SE and 77.6 % with CBAM (README of implus/PytorchInsight). Ours, if `--bench` names the file of a study. And here a
-tiny network with each block learns to name the colour of a square. It learns that without a block as well: the figure
+tiny network with each block learns to name the color of a square. It learns that without a block as well: the figure
 shows what the blocks do, not that they are needed. Run it:
 
     python examples/bam_se_cbam.py --out bam_se_cbam.png
@@ -190,17 +190,17 @@ def draw(
     axes[0, 1].set_ylabel("where: weight of each position")
 
     rows = {"parameters": "more parameters", "multiplications": "more macs", "memory in training": "more saved"}
-    for offset, (name, grey) in enumerate(zip(BLOCKS, ("0.8", "0.55", "0.2"), strict=True)):
+    for offset, (name, gray) in enumerate(zip(BLOCKS, ("0.8", "0.55", "0.2"), strict=True)):
         added = [100 * result[name][row] for row in rows.values()]
-        bars = axes[1, 0].barh([row + 0.27 * (offset - 1) for row in range(3)], added, 0.25, color=grey, label=name)
+        bars = axes[1, 0].barh([row + 0.27 * (offset - 1) for row in range(3)], added, 0.25, color=gray, label=name)
         axes[1, 0].bar_label(bars, [f" {share:.2g}" for share in added], fontsize=8)
     axes[1, 0].set_yticks(range(3), rows)
     axes[1, 0].invert_yaxis()
     axes[1, 0].set(title="what it adds to a ResNet-50", xlim=(0, 70), xlabel="% more")
     axes[1, 0].legend()
     for axis, name in zip(axes[1, 1:], BLOCKS, strict=True):
-        for label, colour in enumerate(CLASSES):
-            axis.plot(what[name][labels == label].mean(0).numpy(), "o-", color=colour, label=colour)
+        for label, color in enumerate(CLASSES):
+            axis.plot(what[name][labels == label].mean(0).numpy(), "o-", color=color, label=color)
         axis.set(ylim=(0, 1), xlabel="channel")
     axes[1, 1].set_ylabel("what: weight of each channel")
     axes[1, 1].legend(title="square")

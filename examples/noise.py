@@ -32,7 +32,7 @@ def accuracy(model: nn.Module, images: data.ImageSet, sigma: float) -> float:
     """Share of right answers."""
     right = 0
     for place, batch in enumerate(data.batches(images, 250)):
-        inputs = data.normalise(noisy(batch.images, sigma, place), images.preprocess)
+        inputs = data.normalize(noisy(batch.images, sigma, place), images.preprocess)
         right += int((forward(model, inputs).argmax(1) == batch.labels).sum())
     return right / len(images)
 

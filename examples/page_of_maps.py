@@ -1,7 +1,7 @@
 """Every map side by side: a few images of a run's test split, and what each method that fits the network makes of them.
 
 The images are drawn at random among those that the network gets right, and the class it names is explained. Each map is
-coloured from its own lowest to its own highest value, but for a few extreme pixels (see `sightline.maps.overlay`);
+colored from its own lowest to its own highest value, but for a few extreme pixels (see `sightline.maps.overlay`);
 where negative values speak against the class, blue is below 0, white is 0 and red is above. A method that does not fit
 the network is named on the terminal, with the reason, and of every other how like the others its maps are.
 
@@ -32,7 +32,7 @@ def drawn(model: torch.nn.Module, images: data.ImageSet, count: int, seed: int) 
     found: list[int] = []
     for start in range(0, len(order), 100):
         batch = images.batch(order[start : start + 100])
-        right = forward(model, data.normalise(batch.images, images.preprocess)).argmax(1) == batch.labels
+        right = forward(model, data.normalize(batch.images, images.preprocess)).argmax(1) == batch.labels
         found += batch.indices[right].tolist()
         if len(found) >= count:
             break
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
     images = replace(data.load(source)["test"], preprocess=run.preprocess)
     model = sl.load(options.run)
     batch = images.batch(drawn(model, images, options.images, options.seed))
-    inputs = data.normalise(batch.images, run.preprocess)
+    inputs = data.normalize(batch.images, run.preprocess)
     methods, reasons = fitting(model, inputs)
     for name, reason in reasons.items():
         print(f"left out: {name}: {reason}")
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
         print(f"{name}: {run.classes[int(shares.argmax())]}, {float(shares.max()):.0%}")
 
     table = correlations(found, methods, tuple(inputs.shape[2:]))
-    controls = [name for name in ("centre_map", "edge_map") if name in methods]
+    controls = [name for name in ("center_map", "edge_map") if name in methods]
     for name, row in zip(methods, table, strict=True):
         order = [place for place in row.argsort(descending=True).tolist() if methods[place] != name]
         shown = [methods[place] for place in (order[0], order[-1])] + controls

@@ -18,7 +18,7 @@ Printed for new sequences: the share of letters written correctly, and the share
 largest weight lies on the antidiagonal. Chance is 1 in 10 for both.
 
 In both papers the keys are the values too, and the decoder's state has a say in what is written. A key knows its
-neighbours and the state remembers, so that a network may look elsewhere and still write the right letter: built that
+neighbors and the state remembers, so that a network may look elsewhere and still write the right letter: built that
 way, the first one here wrote 98 % of the letters correctly with 79 % of its looks on the antidiagonal. Hence the values
 here are the letters themselves, and what is written depends on nothing but what is read.
 """
@@ -67,15 +67,15 @@ class Reverser(nn.Module):
 
 
 def train(model: Reverser, steps: int) -> None:
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(steps):
         letters = torch.randint(LETTERS, (64, LENGTH))
         answer = letters.flip(1)
         loss = nn.functional.cross_entropy(model(letters, answer).flatten(0, 1), answer.flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

@@ -83,7 +83,7 @@ class Network(nn.Module):
 
 def train(model: Network, steps: int) -> None:
     baseline = MovingBaseline()
-    optimiser = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     for step in range(steps):
         images, labels, _ = planted(64, seed=2 + step)
         errors = F.cross_entropy(model(images), labels, reduction="none")
@@ -91,9 +91,9 @@ def train(model: Network, steps: int) -> None:
         log_prob, entropy = (getattr(model.attention, name, None) for name in ("log_prob", "entropy"))
         if log_prob is not None and entropy is not None:  # REINFORCE: the reward is the log-probability of the class
             loss = loss + reinforce_loss(log_prob, -errors, baseline(-errors), entropy)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     model.eval()
 
 
@@ -146,7 +146,7 @@ def draw(networks: dict[str, Network], image: Tensor, mask: Tensor, out: Path) -
     grid = figure.add_gridspec(len(networks), len(networks) + 6)
     picture = figure.add_subplot(grid[:, : len(networks)])
     picture.imshow(image.mean((0, 1)).numpy(), cmap="gray")
-    picture.set_title("the image, colours averaged; patches outlined")
+    picture.set_title("the image, colors averaged; patches outlined")
     cells = [picture]
     for row, (name, model) in enumerate(networks.items()):
         features, gate = model.features(image), hard_gate(model)

@@ -6,8 +6,8 @@ channel, the same at all positions; a spatial gate gives one weight per position
     channel   x[b, c, i, j] * m[b, c]        m from the averages of all channels (squeeze and excitation)
     spatial   x[b, c, i, j] * m[b, i, j]     m from the mean and maximum over channels around each position
 
-Both are read here from one network that was trained on noise with one coloured square, red, green or blue; the class
-is the colour. What follows from the formulas is checked, not believed:
+Both are read here from one network that was trained on noise with one colored square, red, green or blue; the class
+is the color. What follows from the formulas is checked, not believed:
 
     - shift the image: the spatial weights shift along, the channel weights stay as they are;
     - shuffle the channels of the feature map together with the gate's weights: the channel weights are shuffled alike.
@@ -48,7 +48,7 @@ def squares(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def trained(*blocks: nn.Module, steps: int) -> nn.Sequential:
-    """A convolution, the blocks, the mean over positions, a linear layer: trained to name the colour of a square."""
+    """A convolution, the blocks, the mean over positions, a linear layer: trained to name the color of a square."""
     model = nn.Sequential(
         nn.Conv2d(3, CHANNELS, 3, padding=1, padding_mode="circular"),
         nn.ReLU(),
@@ -58,12 +58,12 @@ def trained(*blocks: nn.Module, steps: int) -> nn.Sequential:
         nn.BatchNorm1d(CHANNELS),  # or the gates would open wide only to make their sums larger
         nn.Linear(CHANNELS, len(CLASSES)),
     )
-    optimiser = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     for step in range(steps):
         images, labels, _ = squares(64, seed=step)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
-        optimiser.step()
+        optimizer.step()
     return model.eval()
 
 

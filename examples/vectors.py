@@ -7,7 +7,7 @@ linear classifier is fitted to some of its vectors only: all three, two of them,
     python examples/vectors.py --out runs/resolution
 
 Source: Gomez et al. 2021 (2106.02566), BR-NPA, and the slides on it, Table 5.
-Differs: the classifier is a logistic regression (L2, C = 1) on standardised vectors, fitted to its optimum.
+Differs: the classifier is a logistic regression (L2, C = 1) on standardized vectors, fitted to its optimum.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def vectors(model: nn.Module, images: data.ImageSet) -> tuple[np.ndarray, np.nda
     labels: list[Tensor] = []
     handle = block.register_forward_hook(lambda layer, inputs, output: found.append(output.unflatten(1, (layer.k, -1))))
     for batch in data.batches(images, 250):
-        forward(model, data.normalise(batch.images, images.preprocess))
+        forward(model, data.normalize(batch.images, images.preprocess))
         labels.append(batch.labels)
     handle.remove()
     return torch.cat(found).numpy(), torch.cat(labels).numpy()

@@ -24,7 +24,7 @@ from sightline.attention.alignment import (
     FeatureBased,
     GaussianKernel,
     General,
-    GeneralisedKernel,
+    GeneralizedKernel,
     LocationBased,
     NadarayaWatson,
     ScaledDotProduct,
@@ -54,9 +54,9 @@ CASES = {
             lambda q, k: reference.activated_general(q, k, a.project.weight.T.tolist(), a.bias.item(), act=math.tanh)
         ),
     ),
-    "generalised_kernel": (
-        lambda: GeneralisedKernel(torch.exp),
-        lambda a: lambda q, k: reference.generalised_kernel(q, k, phi=math.exp),
+    "generalized_kernel": (
+        lambda: GeneralizedKernel(torch.exp),
+        lambda a: lambda q, k: reference.generalized_kernel(q, k, phi=math.exp),
     ),
     "concat": (
         lambda: Concat(D, D, 5),
@@ -250,7 +250,7 @@ def test_biased_general_without_bias_is_general_with_the_transposed_matrix():
 
 def test_kernel_of_the_inputs_themselves_is_dot():
     queries, keys, _ = inputs()
-    close(GeneralisedKernel(nn.Identity())(queries, keys), DotProduct()(queries, keys))
+    close(GeneralizedKernel(nn.Identity())(queries, keys), DotProduct()(queries, keys))
 
 
 def test_deep_of_two_layers_is_additive_and_a_constant():
@@ -348,7 +348,7 @@ def test_positive_random_features_approach_softmax_attention():
     for features in (100, 100_000):
         R = random(features, D)
         phi = lambda x, R=R: (x @ R.T - x.square().sum(2, keepdim=True) / 2).exp()  # noqa: E731
-        kernel = GeneralisedKernel(phi)(queries, keys)
+        kernel = GeneralizedKernel(phi)(queries, keys)
         errors.append((kernel / kernel.sum(2, keepdim=True) - wanted).abs().max().item())
     assert errors[1] < 0.005 < errors[0]
 
@@ -412,7 +412,7 @@ def test_half_precision_and_huge_inputs_stay_finite(name):
     read = attention(queries / 4, keys / 4, values)
     assert read.dtype == torch.bfloat16
     close(read, attention.double()(queries.double() / 4, keys.double() / 4, values.double()).bfloat16(), 2**-5)
-    if name != "generalised_kernel":  # exp(1e4) is infinite
+    if name != "generalized_kernel":  # exp(1e4) is infinite
         queries, keys, values = inputs(dtype=torch.float32)
         assert Attend(make(name, dtype=torch.float32))(1e4 * queries, 1e4 * keys, values).isfinite().all()
 
@@ -523,7 +523,7 @@ def test_kernel_regression_gradients_half_precision_and_masks():
         (lambda q, k: DotProduct()(q, k[..., :3]), "expected queries and keys of one length, got 4 and 3; project one"),
         (lambda q, k: ScaledDotProduct()(q, k[..., :3]), "expected queries and keys of one length, got 4 and 3"),
         (lambda q, k: Similarity()(q, k[..., :3]), "expected queries and keys of one length, got 4 and 3"),
-        (lambda q, k: GeneralisedKernel(torch.exp)(q, k[..., :3]), "expected queries and keys of one length"),
+        (lambda q, k: GeneralizedKernel(torch.exp)(q, k[..., :3]), "expected queries and keys of one length"),
         (lambda q, k: LocationBased(D, 6)(q.float(), k), "expected at most 6 keys, got 7; build it with a larger"),
         (lambda q, k: DotProduct()(q, k, torch.ones(2, 3, 7)), "expected a boolean mask, .* got torch.float32; take"),
         (lambda q, k: Deep(D, D, 5, layers=1), "expected layers of 2 or more, got 1; take General"),
@@ -576,13 +576,13 @@ def learned(name, task, steps=300):
     torch.manual_seed(0)
     model = Retrieval(CASES[name][0]())
     generator = torch.Generator().manual_seed(0)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     for _ in range(steps):
         *example, target = retrieval(task, 64, generator)
         loss = F.nll_loss((model(*example) + 1e-6).log(), target)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     *example, target = retrieval(task, 2000, generator)
     return (model(*example).argmax(1) == target).float().mean().item()
 

@@ -142,7 +142,7 @@ def _sparsity_of_table_6(run):
     pooled, features = model.get_submodule("avgpool.attention"), []
     handle = pooled.register_forward_pre_hook(lambda block, inputs: features.append(inputs[0]))
     with torch.no_grad():
-        model(data.normalise(batch.images, run.preprocess))
+        model(data.normalize(batch.images, run.preprocess))
     handle.remove()
     values = []
     for one, maps in zip(features[0], pooled.weights(features[0]), strict=True):
@@ -387,11 +387,11 @@ def test_sentences_say_no_more_than_their_intervals():
     assert large.table()[1][0][-2] == "1,234 (as b)"
 
 
-def test_sentences_on_maps_compare_with_the_centre_of_the_same_network():
+def test_sentences_on_maps_compare_with_the_center_of_the_same_network():
     def run(row: str, seed: int, energy: float, deletion: float) -> Measured:
         own = Quality(energy_in_mask=energy, sparsity=2.0, deletion_auc=deletion)
-        centre = Quality(energy_in_mask=0.1, sparsity=3.0, deletion_auc=0.3)
-        quality = {"own": own, "activation_map": own, "centre_map": centre}
+        center = Quality(energy_in_mask=0.1, sparsity=3.0, deletion_auc=0.3)
+        quality = {"own": own, "activation_map": own, "center_map": center}
         return replace(measured(row, seed, 0.5), quality=quality)
 
     seeds = (-0.001, 0.0, 0.001)
@@ -405,12 +405,12 @@ def test_sentences_on_maps_compare_with_the_centre_of_the_same_network():
         failed={},
     )
     assert found.sentences()[-2:] == [
-        "After correction, the own map lies more on the mask than a blob in the centre for b; the blob is ahead for a.",
-        "After correction, the own map beats a blob in the centre in deletion for b; the blob is ahead for none; the "
+        "After correction, the own map lies more on the mask than a blob in the center for b; the blob is ahead for a.",
+        "After correction, the own map beats a blob in the center in deletion for b; the blob is ahead for none; the "
         "rest is open.",
     ]
     columns, lines = found.map_table()
-    assert columns[1] == "in mask, own map" and columns[-1] == "deletion, centre control"
+    assert columns[1] == "in mask, own map" and columns[-1] == "deletion, center control"
     assert lines[1][1] == "0.200 ± 0.001" and lines[0][-1] == "0.300 ± 0.000"
 
 
@@ -442,7 +442,7 @@ def test_a_study_of_several_data_sets(tmp_path: Path):
     cost = found.costs["plain"]["control"]
     assert cost.parameters == own.measured[0].parameters and cost.macs > 10_000 and 0 < cost.seconds < 1
     quality = own.measured[0].quality
-    assert list(quality) == ["own", "activation_map", "centre_map"] and quality["own"] == quality["activation_map"]
+    assert list(quality) == ["own", "activation_map", "center_map"] and quality["own"] == quality["activation_map"]
     assert all(0 < of.energy_in_mask < 1 <= of.sparsity and 0 < of.deletion_auc < 1 for of in quality.values())
     facts = json.loads((out / "bench.json").read_text())
     assert facts["differences"]["plain"]["<b>ECA</b>"]["other"] == "control"

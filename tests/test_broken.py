@@ -22,7 +22,7 @@ DRAWN = [
     "var_grad",
     partial(explainers.rise, masks=4),
     "random_map",
-    "centre_map",
+    "center_map",
     "edge_map",
     "contrast_map",
     "occlusion",

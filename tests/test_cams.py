@@ -56,7 +56,7 @@ def capture(model, layer, images, targets):
 METHODS = {
     "grad_cam": partial(apply, cams.grad_cam),
     "grad_cam_plus_plus": partial(apply, cams.grad_cam_plus_plus),
-    "grad_cam_plus_plus(normalise_alpha)": partial(apply, cams.grad_cam_plus_plus, normalise_alpha=True),
+    "grad_cam_plus_plus(normalize_alpha)": partial(apply, cams.grad_cam_plus_plus, normalize_alpha=True),
     "xgrad_cam": partial(apply, cams.xgrad_cam),
     "layer_cam": partial(apply, cams.layer_cam),
     "hires_cam": partial(apply, cams.hires_cam),
@@ -67,7 +67,7 @@ METHODS = {
 SLOW = {  # of activations (k, *grid), gradients and rival's gradients of one image and target
     "grad_cam": lambda a, g, r: reference.grad_cam(a, g),
     "grad_cam_plus_plus": lambda a, g, r: reference.grad_cam_plus_plus(a, g),
-    "grad_cam_plus_plus(normalise_alpha)": lambda a, g, r: reference.grad_cam_plus_plus(a, g, normalise_alpha=True),
+    "grad_cam_plus_plus(normalize_alpha)": lambda a, g, r: reference.grad_cam_plus_plus(a, g, normalize_alpha=True),
     "xgrad_cam": lambda a, g, r: reference.xgrad_cam(a, g),
     "layer_cam": lambda a, g, r: reference.layer_cam(a, g),
     "hires_cam": lambda a, g, r: reference.hires_cam(a, g),
@@ -147,8 +147,8 @@ def test_hand_values():
     # 2 / (2 + 4 * 2) + 4 / (2 + 4 * 4) = 19/45, 3 / (2 + 2 * 3) = 3/8
     assert close(torch.tensor([[[[19 / 45 + 3 / 4, 19 / 15]]]]), apply(cams.grad_cam_plus_plus, fields))
     # (19/45) / (1/10 + 1/18) = 19/7, (3/8) / (1/8) = 3
-    normalised = apply(cams.grad_cam_plus_plus, fields, normalise_alpha=True)
-    assert close(torch.tensor([[[[19 / 7 + 6, 57 / 7]]]]), normalised)
+    normalized = apply(cams.grad_cam_plus_plus, fields, normalize_alpha=True)
+    assert close(torch.tensor([[[[19 / 7 + 6, 57 / 7]]]]), normalized)
     # (2 + 12) / 4 * [1, 3] + (-2) / 2 * [2, 0]
     assert apply(cams.xgrad_cam, fields).tolist() == [[[[1.5, 10.5]]]]
     assert apply(cams.layer_cam, fields).tolist() == [[[[2.0, 12.0]]]]
@@ -297,7 +297,7 @@ def test_grad_cam_plus_plus_in_float32_at_every_scale_of_the_gradient():
     for scale in (1e-30, 1e-12, 1e-3, 1.0, 1e12):
         small = fields | {"gradients": fields["gradients"] * scale}
         single = {key: value.float() if value.is_floating_point() else value for key, value in small.items()}
-        for options in ({}, {"normalise_alpha": True}):
+        for options in ({}, {"normalize_alpha": True}):
             slow = reference.grad_cam_plus_plus(fields["activations"][0], small["gradients"][0, 0], **options)
             assert slow.max() > 0
             found = apply(cams.grad_cam_plus_plus, single, **options)[0, 0]

@@ -370,11 +370,11 @@ def test_no_parameter_is_stuck_at_the_start(block, options):
     module = block(32, identity=True, **options).double()
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     x, target = features(4, 32, 6, 6), features(4, 32, 6, 6, seed=1)
-    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0)
     for _ in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (module(x) - target).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
     moved = {name: (value - before[name]).abs().max().item() for name, value in module.named_parameters()}
     assert all(distance > 1e-3 for name, distance in moved.items() if name not in BEFORE_BATCH_NORM), moved
 

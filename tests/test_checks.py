@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sightline.explainers import EXPLAINERS, explain
-from sightline.metrics import METRICS, HidingMetric, inputs_of, max_box_accuracy, pointing_game, randomisation_curve
+from sightline.metrics import METRICS, HidingMetric, inputs_of, max_box_accuracy, pointing_game, randomization_curve
 
 COUNTED = {
     "integrated_gradients": ["steps"],
@@ -23,7 +23,7 @@ SHARED = ["steps", "batch_size"]
 IN_METRICS = {
     "pointing_game": ["tolerance"],
     "max_box_accuracy": ["thresholds"],
-    "parameter_randomisation": ["stages", "seed"],
+    "parameter_randomization": ["stages", "seed"],
     "random_logit": ["seed"],
     "max_sensitivity": ["samples", "seed"],
 } | {name: SHARED for name, metric in METRICS.items() if isinstance(metric.function, HidingMetric)}
@@ -76,7 +76,7 @@ def test_whole_numbers_of_other_libraries_are_taken(unchecked):
     assert max_box_accuracy(images, masks, thresholds=np.int16(3)).shape == (1, 3)
     maps = explain(model(), images, 0, [partial(EXPLAINERS["rise"], masks=np.int32(3))]).maps
     assert next(iter(maps.values())).shape == images.shape
-    _, curve = randomisation_curve(
+    _, curve = randomization_curve(
         model(), images, torch.tensor([0]), lambda model, images, targets: images, stages=np.uint8(2)
     )
     assert curve.shape == (1, 2)

@@ -141,7 +141,7 @@ def test_what_is_no_probability_and_no_label(unchecked):
 
 
 class Net(nn.Module):
-    """Features of the mean colour, a side branch that is linear too, and a head."""
+    """Features of the mean color, a side branch that is linear too, and a head."""
 
     def __init__(self):
         super().__init__()
@@ -156,8 +156,8 @@ class Net(nn.Module):
 def pictures(seed, n=60):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 3
-    colour = nn.functional.one_hot(labels, 3) + torch.randn(n, 3, generator=generator)
-    return colour[:, :, None, None] + 0.1 * torch.randn(n, 3, 4, 4, generator=generator), labels
+    color = nn.functional.one_hot(labels, 3) + torch.randn(n, 3, generator=generator)
+    return color[:, :, None, None] + 0.1 * torch.randn(n, 3, 4, 4, generator=generator), labels
 
 
 @pytest.mark.parametrize("penalty", [0.1, 1.0, 30.0])

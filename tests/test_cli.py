@@ -193,7 +193,7 @@ def test_explain_draws_on_the_image_as_it_is(run, tmp_path):
         with Image.open(tmp_path / "maps" / f"turned--{method}.png") as drawn:
             assert drawn.size == size[::-1]
     with Image.open(tmp_path / "maps" / "wide--page.png") as page:
-        below = 4 + 12 + 34  # colours, values
+        below = 4 + 12 + 34  # colors, values
         foot = len(maps._texts(["", cli._positions((5, 5), True, True), "40 x 40 positions"], 512, 23, "ma")[0])
         cell = np.array(page)[-(size[1] + below + foot) :, : size[0]]
         assert page.width == 3 * (512 + 4) - 4 and (cell[: size[1]] == picture.numpy()).all()
@@ -246,10 +246,14 @@ def test_explain_reports_progress_within_the_batch_size(run, tmp_path, monkeypat
 
 
 def test_verdicts_are_counted_by_level_and_keep_a_figure_that_is_always_the_same():
-    flat, note = Verdict("flat", "do not read"), Verdict("rectifiers intercepted: 49", "note")
-    gaps = [Verdict("conservation gap: 12%"), Verdict("conservation gap: 30%"), Verdict("conservation gap: 2%", "note")]
+    flat, note = Verdict("flat", "do not read"), Verdict("rectifiers intercepted", "note", details="49")
+    gaps = [
+        Verdict("conservation gap", details="12%"),
+        Verdict("conservation gap", details="30%"),
+        Verdict("conservation gap", "note", details="2%"),
+    ]
     verdicts = {"lrp": [[gaps[0]], [flat, gaps[1]], [gaps[2]]], "grad_cam": [[], [], []], "guided": [[note]] * 3}
-    verdicts["rollout"] = [[Verdict("gap: 49")]] * 3
+    verdicts["rollout"] = [[Verdict("gap", details="49")]] * 3
     assert list(cli._doubts(verdicts)) == [
         "  do not read: lrp: flat (1 image)",
         "  doubt: lrp: conservation gap (2 images)",
@@ -403,7 +407,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
         (["--methods", "grad_cam@features.conv99"], "did you mean 'features.conv"),
         (["--metrics", "deletion"], "did you mean 'deletion_auc'?"),
         (["--split", "dev"], "expected a split with images out of train, val, test, got 'dev'"),
-        (["--fill", "grey"], "got 'grey'"),
+        (["--fill", "gray"], "got 'gray'"),
         (["--optim.lr", "1"], "--optim.lr: expected only data fields with evaluate; leave it out"),
         (["--methods", "cam"], "for cam, got another head; use grad_cam"),
         (["--output", "head"], "expected output= that the model returns, got 'head' and a tensor of shape"),

@@ -154,7 +154,7 @@ LINES = [
         for more in (
             *("--data nowhere", "--data images", "--data empty", "--data notes.txt", "--split tests", "--split ''"),
             *("--methods ''", "--methods grad_kam", "--methods attention", "--metrics ''", "--metrics deletion"),
-            *("--metrics deletion_auc --fill grey", "--controls grad_cam", "--controls nothing", "--controls ''"),
+            *("--metrics deletion_auc --fill gray", "--controls grad_cam", "--controls nothing", "--controls ''"),
             *("--budget 0s", "--budget soon", "--budget 3", "--steps 0", "--steps x", "--limit 0", "--limit -3"),
             *("--model.name vgg", "--optim.epochs 3", "--data.size 0", "--data.size 2", "--data.size x", "--fill ''"),
             *("--data.mask patch", "--data.label digit", "--data.test_size 0", "--unknown", "--seeds 1"),

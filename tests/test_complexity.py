@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from scipy.stats import entropy as scipy_entropy
-from tests.reference import localisation as reference
+from tests.reference import localization as reference
 from tests.same import close
 
 from sightline.metrics.complexity import Entropy, Gini, Sparsity, entropy, gini, sparsity

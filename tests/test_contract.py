@@ -141,12 +141,12 @@ def test_identity_changes_no_bit_and_every_parameter_learns(name):
     for mode in (False, True):
         assert torch.equal(block.train(mode)(x), x)
     before = {key: value.clone() for key, value in block.named_parameters()}
-    optimiser = torch.optim.AdamW(block.parameters(), 1e-2, weight_decay=0)
+    optimizer = torch.optim.AdamW(block.parameters(), 1e-2, weight_decay=0)
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for _ in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (block(x) - target).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
     stuck = [key for key, value in block.named_parameters() if torch.equal(value, before[key])]
     assert not [key for key in stuck if not biased_before_norm(block, key)]
 

@@ -3,7 +3,7 @@ import pytest
 from scipy import ndimage
 
 from sightline.data import clutter, load
-from sightline.data.clutter import PARTS, PATCH_COLOURS, SPLITS, compose, digits
+from sightline.data.clutter import PARTS, PATCH_COLORS, SPLITS, compose, digits
 from sightline.recipe import Data
 
 
@@ -40,8 +40,8 @@ def test_digits_lie_everywhere_with_the_promised_size():
     digit = compose(0, "train", range(500))[1]
     heights = digit.any(2).sum(1)
     assert 12 <= heights.min() and heights.max() <= 24
-    centre = digit.mean(0)
-    assert (centre[8:32, 8:32] > 0.02).all()  # no empty place in the middle
+    center = digit.mean(0)
+    assert (center[8:32, 8:32] > 0.02).all()  # no empty place in the middle
     somewhere = digit.any(0)
     assert somewhere[:6].any() and somewhere[-6:].any() and somewhere[:, :6].any() and somewhere[:, -6:].any()
 
@@ -57,7 +57,7 @@ def test_the_background_does_not_tell_the_class():
     outside = np.where(digit[:, None], 0, images).sum((2, 3)) / (~digit).sum((1, 2))[:, None]
     means = np.stack([outside[k::10].mean(0) for k in range(10)])
     spread = outside.std(0) / np.sqrt(300)
-    # the ink around the digit's soft edge differs a little between classes; ten classes and three colours are looked at
+    # the ink around the digit's soft edge differs a little between classes; ten classes and three colors are looked at
     assert (np.abs(means - means.mean(0)) < 5 * spread).all()
 
 
@@ -78,17 +78,17 @@ def test_splits_sizes_classes_and_flips():
     assert sets["train"].preprocess.size == (40, 40)
 
 
-def patch_colours(split: str, share: float, n: int = 500):
+def patch_colors(split: str, share: float, n: int = 500):
     images, _, patch = compose(0, split, range(n), shortcut=share)
     found = np.array([image[:, mask].T[0] for image, mask in zip(images, patch, strict=True)])
-    return np.array([int((PATCH_COLOURS == colour).all(1).nonzero()[0][0]) for colour in found])
+    return np.array([int((PATCH_COLORS == color).all(1).nonzero()[0][0]) for color in found])
 
 
 def test_the_patch_tells_the_class_in_the_share_asked_for():
     label = np.arange(500) % 10
-    assert (patch_colours("train", 1.0) == label).all()
-    assert 0.85 < (patch_colours("train", 0.9) == label).mean() < 0.97  # 0.9 + 0.1 x 1/10
-    assert 0.05 < (patch_colours("train", 0.0) == label).mean() < 0.16
+    assert (patch_colors("train", 1.0) == label).all()
+    assert 0.85 < (patch_colors("train", 0.9) == label).mean() < 0.97  # 0.9 + 0.1 x 1/10
+    assert 0.05 < (patch_colors("train", 0.0) == label).mean() < 0.16
 
 
 def test_the_patch_of_test_images_tells_nothing_whatever_the_share():

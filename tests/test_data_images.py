@@ -50,7 +50,7 @@ def test_orientation_of_the_camera_is_applied():
     assert mask[:4].all() and not mask[4:].any()
 
 
-def test_grey_palette_one_bit_and_cmyk():
+def test_gray_palette_one_bit_and_cmyk():
     assert middle(encoded(Image.new("L", (8, 8), 77))) == (77, 77, 77)
     assert middle(encoded(Image.new("RGB", (8, 8), RED).quantize(4))) == RED
     assert middle(encoded(Image.new("1", (8, 8), 1))) == (255, 255, 255)
@@ -61,8 +61,8 @@ def test_grey_palette_one_bit_and_cmyk():
 def test_sixteen_bits_are_scaled_to_eight():
     for kind in ("PNG", "TIFF"):
         for value, expected in ((65535, 255), (32896, 128), (257, 1), (0, 0)):
-            grey = Image.fromarray(np.full((8, 8), value, np.uint16))
-            assert middle(encoded(grey, kind)) == (expected,) * 3
+            gray = Image.fromarray(np.full((8, 8), value, np.uint16))
+            assert middle(encoded(gray, kind)) == (expected,) * 3
 
 
 def test_floating_point_white_is_one_and_other_ranges_are_refused():
@@ -81,7 +81,7 @@ def test_what_is_transparent_lies_on_white():
 
 
 def test_the_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):
         red, _, blue = middle(encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True))
         assert red > 240 and blue < 15
@@ -163,12 +163,12 @@ def test_quiet_gives_the_filters_back():
 
 def test_masks_keep_pixels_that_are_half_covered():
     mask = np.zeros((4, 8), np.uint8)
-    mask[:, :3] = 2  # an index, not a grey value
+    mask[:, :3] = 2  # an index, not a gray value
     assert open_mask(encoded(Image.fromarray(mask)), (2, 4), (4, 8)).tolist() == [[True, True, False, False]] * 2
     assert open_mask(mask.tolist(), (2, 4), (4, 8)).tolist() == [[True, True, False, False]] * 2
 
 
-def test_masks_in_colour_and_with_alpha():
+def test_masks_in_color_and_with_alpha():
     for mode, black, white in (("RGB", (0, 0, 0), (0, 9, 0)), ("RGBA", (0, 0, 0, 255), (1, 1, 1, 255)), ("1", 0, 1)):
         mask = Image.new(mode, (4, 4), black)
         mask.paste(white, (0, 0, 2, 4))

@@ -6,12 +6,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as F
 
-from sightline.data import Batch, ImageSet, Preprocess, batches, normalise
+from sightline.data import Batch, ImageSet, Preprocess, batches, normalize
 from sightline.data.decoded import Stored
 from sightline.data.sets import statistics
 from sightline.recipe import Augment
 
-GREY = Preprocess(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+GRAY = Preprocess(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 def some_images(n: int = 20, size: int = 8, **options) -> ImageSet:
@@ -29,7 +29,7 @@ def some_images(n: int = 20, size: int = 8, **options) -> ImageSet:
         name="some",
         split="train",
         classes=("a", "b"),
-        preprocess=replace(GREY, size=(size, size)),
+        preprocess=replace(GRAY, size=(size, size)),
         labels=np.arange(n) % 2,
         names=[f"image {i}" for i in range(n)],
         store=Stored(images, masks, boxes),
@@ -67,7 +67,7 @@ def test_regions_are_the_masks_or_else_the_pixels_in_a_box():
     assert replace(batch, masks=None, boxes=None).regions is None
 
 
-def test_boxes_take_the_pixels_whose_centre_they_hold():
+def test_boxes_take_the_pixels_whose_center_they_hold():
     boxes = [torch.tensor([[0.4, 0.6, 2.4, 1.6], [3.0, 3.0, 4.0, 4.0]]), torch.zeros(0, 4)]
     batch = Batch(
         torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2).long(), None, boxes, torch.arange(2), ["", ""]
@@ -231,8 +231,8 @@ def test_a_part_that_there_is_not_is_refused(part):
         batches(some_images(), 4, part=part)
 
 
-def test_what_is_cut_out_has_the_mean_colour():
-    images = replace(some_images(), preprocess=replace(GREY, mean=(0.0, 0.5, 0.996)))
+def test_what_is_cut_out_has_the_mean_color():
+    images = replace(some_images(), preprocess=replace(GRAY, mean=(0.0, 0.5, 0.996)))
     plain, changed = images.batch(range(20)), images.batch(range(20), (Augment(cutout=4, flip=False), 0, 0))
     hole = (changed.images == torch.tensor([0, 128, 254])[:, None, None]).all(1, keepdim=True)
     assert torch.equal(torch.where(hole, changed.images, plain.images), changed.images)
@@ -333,24 +333,24 @@ def test_turns_of_images_that_are_not_square_keep_their_size():
         assert any(torch.equal(a, t) for t in (b, b.flip(1), b.flip(2), b.flip(1, 2)))
 
 
-def test_colour_changes_leave_masks_alone():
+def test_color_changes_leave_masks_alone():
     images = some_images()
     plain, changed = images.batch(range(20)), images.batch(range(20), (Augment(color=0.5, flip=False), 0, 0))
     assert torch.equal(plain.masks, changed.masks) and not torch.equal(plain.images, changed.images)
 
 
-def test_normalise_uses_mean_and_std_of_each_channel():
+def test_normalize_uses_mean_and_std_of_each_channel():
     preprocess = Preprocess(size=(1, 2), mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 0.25))
     pixels = torch.tensor([[[[0, 255]], [[0, 255]], [[0, 255]]]], dtype=torch.uint8)
-    found = normalise(pixels, preprocess)
+    found = normalize(pixels, preprocess)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.tensor([[[[0.0, 1.0]], [[-1.0, 1.0]], [[-4.0, 0.0]]]]))
 
 
-def test_normalised_training_images_have_mean_zero_and_std_one():
+def test_normalized_training_images_have_mean_zero_and_std_one():
     images = some_images(50)
     pixels = images.batch(range(50)).images
-    found = normalise(pixels, statistics([pixels[:30].numpy(), pixels[30:].numpy()]))
+    found = normalize(pixels, statistics([pixels[:30].numpy(), pixels[30:].numpy()]))
     torch.testing.assert_close(found.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(found.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
 

@@ -25,7 +25,7 @@ from sightline.data import (
 from sightline.data.clutter import PARTS
 from sightline.recipe import Augment, Data
 
-GREY = Preprocess(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+GRAY = Preprocess(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 @pytest.fixture(autouse=True)
@@ -286,12 +286,12 @@ def test_binary_columns_hold_images_too(tmp_path):
 def test_labels_missing_in_test(tmp_path):
     make_parquet(tmp_path / "train.parquet", 20)
     file = make_parquet(tmp_path / "test.parquet", 10)
-    unlabelled = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "c"))
-    unlabelled.remove_columns("label").to_parquet(file)
+    unlabeled = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "c"))
+    unlabeled.remove_columns("label").to_parquet(file)
     with pytest.raises(ValueError, match=r"the test images of .* have no column 'label', the others do; add it"):
         load(Data(source=str(tmp_path)))
-    features = unlabelled.features
-    unlabelled.remove_columns("label").add_column("label", [-1] * 10, feature=features["label"]).to_parquet(file)
+    features = unlabeled.features
+    unlabeled.remove_columns("label").add_column("label", [-1] * 10, feature=features["label"]).to_parquet(file)
     with pytest.raises(ValueError, match="10 of 10 test images have no label"):
         load(Data(source=str(tmp_path)))
 
@@ -769,20 +769,20 @@ def test_what_is_read_ahead_fails_where_it_is_and_stops_when_nobody_asks(tmp_pat
 def test_images_without_labels(tmp_path):
     make_folder(tmp_path, {"a": 3, "b": 2})
     (tmp_path / "a" / "000.png").write_bytes(b"")
-    images = read_images([tmp_path, str(tmp_path / "b" / "001.png")], GREY)
+    images = read_images([tmp_path, str(tmp_path / "b" / "001.png")], GRAY)
     assert len(images) == 5 and images.labels.tolist() == [-1] * 5 and images.classes == ()
     assert images.names[-1] == str(tmp_path / "b" / "001.png")
     assert images.skipped == ((str(tmp_path / "a" / "000.png"), "the file is empty"),)
-    assert images.batch([0]).images.shape == (1, 3, 16, 16) and images.preprocess == GREY
+    assert images.batch([0]).images.shape == (1, 3, 16, 16) and images.preprocess == GRAY
     with pytest.raises(ValueError, match=r"a/000\.png: the file is empty"):
-        read_images([tmp_path], GREY, strict=True)
+        read_images([tmp_path], GRAY, strict=True)
 
 
 def test_images_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere"):
-        read_images([tmp_path / "nowhere"], GREY)
+        read_images([tmp_path / "nowhere"], GRAY)
     with pytest.raises(FileNotFoundError, match=r"the folder .* holds no image"):
-        read_images([tmp_path], GREY)
+        read_images([tmp_path], GRAY)
 
 
 def test_other_data_for_a_trained_network_are_taken_whole(tmp_path):

@@ -62,7 +62,7 @@ def test_draws_are_uniform():
     ("seed", "epoch", "by"),
     [(5, 5, 1), (5, 5, 64), (5, 6, 0), (6, 5, 0), (6, 6, 1), (4, 6, -1), (5, 4, 1), (0, 0, 0)],
 )
-def test_draws_are_independent_of_neighbours_epochs_and_seeds(seed, epoch, by):
+def test_draws_are_independent_of_neighbors_epochs_and_seeds(seed, epoch, by):
     places = torch.arange(1, 20_001)
     one, other = draws(5, 5, places, DRAWS), draws(seed, epoch, places + by, DRAWS)
     together = torch.corrcoef(torch.cat([one, other], 1).T) - torch.eye(2 * DRAWS)
@@ -126,7 +126,7 @@ def test_whole_pixels_move_as_torchvision_moves_them(what, size):
 
 @pytest.mark.parametrize("size", [(24, 24), (17, 40), (64, 64)], ids=str)
 @pytest.mark.parametrize("scale", [0.05, 0.3, 0.8])
-def test_a_resized_crop_is_that_of_torchvision_to_one_grey_level(scale, size):
+def test_a_resized_crop_is_that_of_torchvision_to_one_gray_level(scale, size):
     found, expected = both(Augment(scale=scale, flip=False), 60, *size)
     difference = (found[0].int() - expected[0].int()).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.2
@@ -145,7 +145,7 @@ def test_a_large_batch_is_resized_in_blocks():
 
 
 @pytest.mark.parametrize("color", [0.1, 0.5, 1.0])
-def test_colours_change_as_torchvision_changes_them(color):
+def test_colors_change_as_torchvision_changes_them(color):
     found, expected = both(Augment(color=color, flip=False), 100)
     difference = (found[0].int() - expected[0].int()).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
@@ -167,7 +167,7 @@ def test_a_square_is_cut_out_anywhere_and_at_the_border_only_in_part():
     assert torch.equal(hole, (found != 0).any(1))
     sizes = hole.flatten(1).sum(1)
     assert set(sizes.tolist()) == {4, 6, 9}
-    # the centre is each pixel equally often: 3 x 3 holes are those of the 6 x 8 pixels inside
+    # the center is each pixel equally often: 3 x 3 holes are those of the 6 x 8 pixels inside
     assert abs((sizes == 9).float().mean() - 48 / 80) < 0.03
     middle = hole[:, 1:-1, 1:-1].float().mean(0)
     assert (middle - 9 / 80).abs().max() < 0.03

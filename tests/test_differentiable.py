@@ -20,7 +20,7 @@ OPTIONS = {
     "occlusion": {"patch": 4, "stride": 4},
 }
 REFUSED = [name for name in EXPLAINERS if name.startswith("lrp")]
-CONSTANT = ["random_map", "centre_map"]
+CONSTANT = ["random_map", "center_map"]
 OF_TOKENS = ["attention_rollout", "gradient_rollout"]
 OF_RECTIFIERS = ["guided_backprop", "deconvolution", "guided_grad_cam", "guided_grad_cam_plus_plus"]
 DIFFERENTIABLE = [name for name in EXPLAINERS if name not in REFUSED + CONSTANT]

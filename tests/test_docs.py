@@ -64,8 +64,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(36):
         folder = tmp_path / "photos" / ("cat", "dog", "newt")[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
-        colour = np.eye(3)[number % 3] * 120
-        pixels = (colour + rng.integers(0, 120, (48, 40, 3))).astype(np.uint8)
+        color = np.eye(3)[number % 3] * 120
+        pixels = (color + rng.integers(0, 120, (48, 40, 3))).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:02d}.png")
         if number < 3:
             (tmp_path / "new-photos").mkdir(exist_ok=True)

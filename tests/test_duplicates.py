@@ -181,7 +181,7 @@ def test_the_command_line_and_the_report_tell_of_copies(tmp_path, capsys):
     notice = "2 images are copies of one another with different labels, such as "
     assert f"notice: {notice}" in capsys.readouterr().err
     assert json.loads((run / "run.json").read_text())["notices"][0].startswith(notice)
-    cheap = ("--methods", "centre_map", "--metrics", "sparsity", "--limit", 2)
+    cheap = ("--methods", "center_map", "--metrics", "sparsity", "--limit", 2)
     sightline("evaluate", run, *cheap)
     assert f"notice: {notice}" in capsys.readouterr().err
     assert json.loads((run / "evaluation.json").read_text())["notices"][0].startswith(notice)

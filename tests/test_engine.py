@@ -156,7 +156,7 @@ def test_the_closed_form_of_a_pooled_linear_head_is_the_backward(dtype, images, 
         lambda self, x: self.fc(x.mean((2, 3)).view(len(x), -1)),
     ],
 )
-def test_a_head_that_pools_is_recognised(head, images):
+def test_a_head_that_pools_is_recognized(head, images):
     model = seeded(Net).eval()
     model.forward = lambda x: head(model, model.features(x))
     model.requires_grad_(False)
@@ -200,7 +200,7 @@ def test_a_fixed_pooling_of_a_larger_image_is_not_the_mean():
     )
 
 
-def test_a_head_of_a_channels_last_model_is_recognised(images):
+def test_a_head_of_a_channels_last_model_is_recognized(images):
     model = seeded(Net).eval()
     model.forward = lambda x: model.fc(F.adaptive_avg_pool2d(model.features(x), 1).flatten(1))
     expected = explain(model, images, 1, ["cam"])["cam"]
@@ -400,7 +400,7 @@ def test_volumes():
     model = seeded(Volume).double().eval().requires_grad_(False)
     images = torch.randn(2, 2, 4, 6, 5, dtype=torch.float64)
     methods = [*CAMS, "saliency", "integrated_gradients", "guided_grad_cam", "lrp"]
-    methods += ["centre_map", "random_map", "edge_map", "contrast_map"]
+    methods += ["center_map", "random_map", "edge_map", "contrast_map"]
     found = explain(model, images, 1, methods)
     assert found.layer == "input of adaptive_avg_pool3d (4 x 4 x 6 x 5)"
     features = model.conv(images).relu()

@@ -65,7 +65,7 @@ def test_the_true_map_beats_every_control(found):
         "cam",
         "grad_cam",
         "random_map",
-        "centre_map",
+        "center_map",
         "edge_map",
         "contrast_map",
     )
@@ -74,12 +74,12 @@ def test_the_true_map_beats_every_control(found):
         "deletion_auc",
         "pointing_game",
         "energy_in_mask",
-        "parameter_randomisation",
+        "parameter_randomization",
     )
     assert found.chance == {"pointing_game": 1 / 16, "energy_in_mask": 1 / 16}
     cam = {metric: found.score("cam", metric).interval for metric in found.metrics}
     assert cam["pointing_game"].value == 1
-    for control in ("random_map", "centre_map"):
+    for control in ("random_map", "center_map"):
         assert cam["energy_in_mask"].low > found.score(control, "energy_in_mask").interval.high
         assert cam["insertion_auc"].low > found.score(control, "insertion_auc").interval.high
         assert cam["deletion_auc"].high < found.score(control, "deletion_auc").interval.low
@@ -186,16 +186,16 @@ def test_own_batches_of_tuples_and_dicts():
     dicts = [{"images": images[:8], "names": list("abcdefgh"), "groups": list("xxxxyyyy")}]
     found = evaluate(PooledModel(torch.eye(3)), dicts, ["cam"], steps=4)
     assert found.accuracy is None and found.confusion is None and found.unit == "group"
-    assert found.metrics == ("insertion_auc", "deletion_auc", "parameter_randomisation")
+    assert found.metrics == ("insertion_auc", "deletion_auc", "parameter_randomization")
     assert found.examples[0].label is None and found.examples[0].name == "a"
 
 
 def test_methods_may_be_explainers_and_partials(found):
-    methods = [explainers.cam, partial(explainers.activation_map, norm="mean"), "centre_map"]
+    methods = [explainers.cam, partial(explainers.activation_map, norm="mean"), "center_map"]
     own = evaluate(PooledModel(torch.eye(3)), planted(), methods, ["energy_in_mask"], limit=30, controls=["edge_map"])
-    assert own.methods == ("cam", "activation_map(norm=mean)", "centre_map", "edge_map")
-    assert own.controls == ("centre_map", "edge_map") and set(own.examples[0].maps) == set(own.methods[:2])
-    for method in ("cam", "centre_map"):
+    assert own.methods == ("cam", "activation_map(norm=mean)", "center_map", "edge_map")
+    assert own.controls == ("center_map", "edge_map") and set(own.examples[0].maps) == set(own.methods[:2])
+    for method in ("cam", "center_map"):
         assert own.score(method, "energy_in_mask") == found.score(method, "energy_in_mask")
 
 
@@ -420,10 +420,10 @@ def test_a_control_that_beats_the_best_is_said_to():
     def least(activations):
         return -activations.sum(1, keepdim=True)
 
-    found = evaluate(PooledModel(torch.eye(3)), planted(), [least], ["mask_auc"], controls=["random_map", "centre_map"])
-    assert found.standings["mask_auc"].unbeaten == ("random_map", "centre_map", "chance")
+    found = evaluate(PooledModel(torch.eye(3)), planted(), [least], ["mask_auc"], controls=["random_map", "center_map"])
+    assert found.standings["mask_auc"].unbeaten == ("random_map", "center_map", "chance")
     assert (
-        "does not reliably beat random_map, centre_map, chance; random_map, centre_map reliably beat it."
+        "does not reliably beat random_map, center_map, chance; random_map, center_map reliably beat it."
         in found.summary[1]
     )
 
@@ -480,7 +480,7 @@ def test_agreement_of_metrics_methods_and_images(found):
     assert alike.shape == (7, 7) and np.allclose(np.diag(alike), 1)
     i = found.methods.index
     assert alike[i("cam"), i("grad_cam")] > 0.99  # ReLU ties what was negative: nothing here is
-    assert abs(alike[i("random_map"), i("centre_map")]) < 0.2
+    assert abs(alike[i("random_map"), i("center_map")]) < 0.2
     assert set(found.reliability) == set(found.standings)
     assert found.reliability["energy_in_mask"] > 0.5
 
@@ -549,14 +549,14 @@ def test_a_metric_of_several_columns_may_come_first():
 
 def test_maps_that_ignore_the_weights_are_named():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
-    found = evaluate(model, planted(), ["activation_map"], ["parameter_randomisation"], limit=20, controls=["edge_map"])
-    score = found.score("activation_map", "parameter_randomisation").interval
+    found = evaluate(model, planted(), ["activation_map"], ["parameter_randomization"], limit=20, controls=["edge_map"])
+    score = found.score("activation_map", "parameter_randomization").interval
     assert ("Do not use here" in "\n".join(found.summary)) == (score.low > 0.5)
-    assert found.failed == {"parameter_randomisation": ("activation_map",) if score.low > 0.5 else ()}
-    assert found.score("edge_map", "parameter_randomisation").interval.value == pytest.approx(1)
+    assert found.failed == {"parameter_randomization": ("activation_map",) if score.low > 0.5 else ()}
+    assert found.score("edge_map", "parameter_randomization").interval.value == pytest.approx(1)
 
 
-@pytest.mark.parametrize("metric", ["parameter_randomisation", "random_logit", "sparsity", "gini", "entropy"])
+@pytest.mark.parametrize("metric", ["parameter_randomization", "random_logit", "sparsity", "gini", "entropy"])
 def test_tests_and_descriptions_rank_nothing(metric):
     model = PooledModel(torch.eye(3))
     found = evaluate(model, planted(), ["cam", "activation_map"], [metric, "energy_in_mask"], limit=20)

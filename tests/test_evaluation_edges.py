@@ -111,10 +111,10 @@ def test_two_images_make_no_method_fail():
 
 
 def test_metrics_are_at_odds_over_the_methods_that_both_have():
-    names = ["random_map", "centre_map", "edge_map", "contrast_map"]
+    names = ["random_map", "center_map", "edge_map", "contrast_map"]
     found = evaluate(MODEL, batches(), ["cam"], ["iou", "energy_in_mask"], controls=names)
     found = replace(found, metric_agreement=np.array([[1.0, -0.99], [-0.99, 1.0]]))
-    both = [pair for pair in found.comparisons if {pair.method, pair.other} <= {"cam", "random_map", "centre_map"}]
+    both = [pair for pair in found.comparisons if {pair.method, pair.other} <= {"cam", "random_map", "center_map"}]
     of_two = [pair for pair in found.comparisons if pair.metric == "iou" or pair in both]
     assert len(list(sentences._at_odds(found))) == 1
     assert not list(sentences._at_odds(replace(found, comparisons=tuple(of_two))))  # one order of three in six

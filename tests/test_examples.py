@@ -130,7 +130,7 @@ def test_vectors(tmp_path, capsys):
     images = sl.data.load(sl.recipe.Data(train_size=64, test_size=40))["test"]
     kept, labels = vectors.vectors(model, images)
     batch = images.batch(np.arange(40))
-    logits = model(sl.data.normalise(batch.images, images.preprocess))
+    logits = model(sl.data.normalize(batch.images, images.preprocess))
     torch.testing.assert_close(model.fc(torch.from_numpy(kept).flatten(1)), logits)
     assert labels.tolist() == batch.labels.tolist()
 
@@ -152,7 +152,7 @@ def test_page_of_maps(tmp_path, capsys):
 
     model, images = sl.load(tmp_path / "run"), sl.data.load(start.data)["test"]
     chosen = images.batch(np.array([images.names.index(name) for name in found["images"]]))
-    inputs = sl.data.normalise(chosen.images, images.preprocess)
+    inputs = sl.data.normalize(chosen.images, images.preprocess)
     assert model(inputs).argmax(1).tolist() == chosen.labels.tolist() and len(set(found["images"])) == 2
     with Image.open(tmp_path / "page.png") as page:
         rows = -(-len(found["methods"]) // page_of_maps.COLUMNS)
@@ -166,4 +166,4 @@ def test_page_of_maps(tmp_path, capsys):
     one, two = (sl.maps.resize(pair[name], tuple(inputs.shape[2:])).relu().flatten(1) for name in pair.maps)
     slow = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(one.numpy(), two.numpy(), strict=True)])
     assert float(table[0, 1]) == pytest.approx(slow, abs=1e-5) and table.diag().tolist() == pytest.approx([1, 1])
-    assert all(f"\n{name:28}" in printed for name in found["methods"][1:]) and "centre_map" in printed
+    assert all(f"\n{name:28}" in printed for name in found["methods"][1:]) and "center_map" in printed

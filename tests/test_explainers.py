@@ -221,7 +221,7 @@ def test_grad_cam_agrees_with_captum(images):
 def test_several_targets_and_single_images_give_the_same_maps(images):
     model = seeded(Net)
     targets = torch.tensor([[0, 1, 2]]).expand(4, 3)
-    methods = ["grad_cam", "cam", "activation_map", "random_map", "centre_map", "edge_map", "contrast_map"]
+    methods = ["grad_cam", "cam", "activation_map", "random_map", "center_map", "edge_map", "contrast_map"]
     together = explain(model, images, targets, methods)
     for method in methods:
         if method != "random_map":
@@ -277,7 +277,7 @@ def test_layer_that_the_model_names_itself(images):
 
 def test_controls_do_not_depend_on_the_model(images):
     a, b = seeded(Net), PooledModel(torch.eye(3))
-    for control in ("random_map", "centre_map", "edge_map", "contrast_map"):
+    for control in ("random_map", "center_map", "edge_map", "contrast_map"):
         assert torch.equal(explain(a, images, 0, [control])[control], explain(b, images, 0, [control])[control])
 
 
@@ -292,8 +292,8 @@ def test_controls_by_hand():
     assert contrast[2, 2].item() == pytest.approx((24 + 8) / 9) and contrast[0, 0].item() == pytest.approx(1)
     random = explainers.random_map(PooledModel(torch.eye(3)), step, torch.tensor([[0, 1]]), seed=3, cells=5)
     assert random.shape == (1, 2, 5, 5) and 0 <= random.min() and random.max() < 1 and random.unique().numel() == 50
-    centre = explainers.centre_map(PooledModel(torch.eye(3)), torch.zeros(1, 3, 4, 8))[0, 0]
-    assert torch.equal(centre, centre.flip(0, 1)) and centre.argmax() in (11, 12, 19, 20)
+    center = explainers.center_map(PooledModel(torch.eye(3)), torch.zeros(1, 3, 4, 8))[0, 0]
+    assert torch.equal(center, center.flip(0, 1)) and center.argmax() in (11, 12, 19, 20)
 
 
 def test_verdicts(images):
@@ -345,7 +345,7 @@ def test_the_model_is_left_as_it_was(method, images):
     assert_same_state(before, state_of(model))
     with torch.no_grad():
         explain(model, images, 1, [method])
-    if method not in ("random_map", "centre_map", "edge_map", "contrast_map"):
+    if method not in ("random_map", "center_map", "edge_map", "contrast_map"):
         with pytest.raises(ValueError, match="expected the name of a layer"):
             explain(model, images, 1, [method], layer="nowhere")
         assert_same_state(before, state_of(model))

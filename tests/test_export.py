@@ -49,7 +49,7 @@ def pixels(n: int) -> torch.Tensor:
 
 
 def expected(folder: Path, images: torch.Tensor, blocks: list[str]) -> list[torch.Tensor]:
-    """Logits of the loaded run on images normalised by hand, and what its gates yielded."""
+    """Logits of the loaded run on images normalized by hand, and what its gates yielded."""
     model, kept = runs.load(folder), {}
     for name in blocks:
         model.get_submodule(f"{name}.gate").register_forward_hook(

@@ -50,12 +50,12 @@ KINDS = {
 }
 
 
-def layers(relu=nn.ReLU, relu6=nn.ReLU6, colours=3):
+def layers(relu=nn.ReLU, relu6=nn.ReLU6, colors=3):
     """A plain chain with every kind of layer that matters here; activations reach 6."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         chain = nn.Sequential(
-            *(nn.Conv2d(colours, 6, 3, padding=1), nn.BatchNorm2d(6), relu(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(colors, 6, 3, padding=1), nn.BatchNorm2d(6), relu(), nn.MaxPool2d(2)),
             *(nn.Conv2d(6, 8, 3), relu6(), nn.Conv2d(8, 6, 1, bias=False), relu()),
             *(nn.Flatten(), nn.Linear(24, 7), relu(), nn.Linear(7, 4)),
         )
@@ -64,12 +64,12 @@ def layers(relu=nn.ReLU, relu6=nn.ReLU6, colours=3):
     return chain.double().eval()
 
 
-def smooth_net(colours=3):
+def smooth_net(colors=3):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return (
             nn.Sequential(
-                nn.Conv2d(colours, 6, 3), nn.SiLU(), nn.Conv2d(6, 4, 3), nn.Tanh(), Call(lambda x: x.mean((2, 3)))
+                nn.Conv2d(colors, 6, 3), nn.SiLU(), nn.Conv2d(6, 4, 3), nn.Tanh(), Call(lambda x: x.mean((2, 3)))
             )
             .double()
             .eval()
@@ -419,9 +419,9 @@ def gradient_at(model, target):
 @pytest.mark.parametrize("steps", [1, 5])
 def test_integrated_gradients_equal_the_loop(build, steps, images):
     model = build()
-    colours, image = torch.tensor([0.5, -0.25, 1.0]), torch.linspace(-1, 1, 216).double().view(3, 8, 9)
-    by_colour = torch.stack([torch.full((8, 9), float(c), dtype=torch.float64) for c in colours])
-    for given, baseline in ((0.5, torch.full_like(image, 0.5)), (colours, by_colour), (image, image)):
+    colors, image = torch.tensor([0.5, -0.25, 1.0]), torch.linspace(-1, 1, 216).double().view(3, 8, 9)
+    by_color = torch.stack([torch.full((8, 9), float(c), dtype=torch.float64) for c in colors])
+    for given, baseline in ((0.5, torch.full_like(image, 0.5)), (colors, by_color), (image, image)):
         found = integrated_gradients.formula(images, scorer(model, images, TARGETS), steps=steps, baseline=given)
         for i in range(3):
             for t in range(2):
@@ -622,7 +622,7 @@ def test_nothing_is_left_behind(images):
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_map_can_stand_in_a_loss(name):
     images = torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    model, targets = smooth_net(colours=1), torch.tensor([0, 1])
+    model, targets = smooth_net(colors=1), torch.tensor([0, 1])
     method = partial(SAMPLED[name].func, **{"steps": 3} if "integrated" in name else {"samples": 3})
     plain = method(images, scorer(model, images, targets))
 

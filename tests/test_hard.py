@@ -236,8 +236,8 @@ def test_a_trained_block_can_be_copied_saved_and_read():
 def test_a_hard_glimpse_copies_whole_pixels():
     images = torch.arange(2 * 3 * 8 * 12.0).reshape(2, 3, 8, 12)
     weights = torch.zeros(2, 1, 4, 4)
-    weights[0, 0, 1, 2] = 1  # centre at row 3, column 7.5
-    weights[1, 0, 0, 3] = 1  # centre at row 1, column 10.5: the crop stops at the border
+    weights[0, 0, 1, 2] = 1  # center at row 3, column 7.5
+    weights[1, 0, 0, 3] = 1  # center at row 1, column 10.5: the crop stops at the border
     got = Glimpse(3, hard=True)(images, weights)
     assert torch.equal(got, torch.stack([images[0, :, 2:5, 6:9], images[1, :, 0:3, 9:12]]))
     assert torch.equal(Glimpse(8, hard=True)(images[..., :8], weights), images[..., :8])

@@ -223,7 +223,7 @@ def test_scores_that_are_not_positive_have_no_relative_drop():
 
 
 def test_whole_cells():
-    # 2 x 2 cells on 5 x 4 pixels: each pixel belongs to the cell that holds its centre
+    # 2 x 2 cells on 5 x 4 pixels: each pixel belongs to the cell that holds its center
     maps = torch.tensor([[[[4.0, 3.0], [2.0, 1.0]]]])
     images, target = torch.ones(1, 1, 5, 4), torch.tensor([0])
     model = LinearModel(torch.ones(1, 1, 5, 4))

@@ -34,7 +34,7 @@ EVALUATION = {
     "split": "test",
     "unit": "patient",
     "accuracy": {"value": 0.875, "low": 0.8, "high": 0.925, "n": 40},
-    "summary": ["The model names the right class in 87.5 %.", "grad_cam does not reliably beat centre_map."],
+    "summary": ["The model names the right class in 87.5 %.", "grad_cam does not reliably beat center_map."],
     "provenance": {"run": "/data/clinic-7/run"},
 }
 

@@ -100,11 +100,11 @@ def stuck(model, steps=5):
     """Parameters of blocks that 5 steps of AdamW without weight decay leave as they are."""
     model = model.double().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(model(images(4).double()), torch.arange(4)).backward()
-        optimiser.step()
+        optimizer.step()
     return [name for name, p in model.named_parameters() if ".attention." in name and torch.equal(p, before[name])]
 
 

@@ -17,31 +17,31 @@ LOWEST, MIDDLE, HIGHEST = [0, 0, 4], [188, 55, 84], [252, 255, 164]
 BLUE, RED = [5, 48, 97], [103, 0, 31]
 
 
-def test_colours_at_0_half_and_1():
-    rgb = maps.colour(torch.tensor([[0.0, 0.5, 1.0]]))
+def test_colors_at_0_half_and_1():
+    rgb = maps.color(torch.tensor([[0.0, 0.5, 1.0]]))
     assert rgb.dtype == torch.uint8
     assert rgb[:, 0].T.tolist() == [LOWEST, MIDDLE, HIGHEST]
 
 
-def test_colour_is_matplotlibs_inferno_and_gets_ever_lighter():
+def test_color_is_matplotlibs_inferno_and_gets_ever_lighter():
     from matplotlib import colormaps
 
     values = torch.linspace(0, 1, 1001)
-    rgb = maps.colour(values[None])[:, 0].T.numpy()
+    rgb = maps.color(values[None])[:, 0].T.numpy()
     np.testing.assert_allclose(rgb / 255, colormaps["inferno"](values.numpy())[:, :3], atol=0.5001 / 255)
     lightness = (rgb / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(lightness) > -0.003).all() and lightness[-1] > 0.9
 
 
-def test_nan_is_grey_and_nothing_else_is():
-    assert maps.colour(torch.tensor([[torch.nan]])).flatten().tolist() == [128, 128, 128]
-    assert not (maps.colour(torch.linspace(0, 1, 1001)[None])[:, 0] == 128).all(0).any()
+def test_nan_is_gray_and_nothing_else_is():
+    assert maps.color(torch.tensor([[torch.nan]])).flatten().tolist() == [128, 128, 128]
+    assert not (maps.color(torch.linspace(0, 1, 1001)[None])[:, 0] == 128).all(0).any()
 
 
 @pytest.mark.parametrize("bad", [-0.01, 1.01, torch.inf])
-def test_colour_refuses_what_is_not_normalised(bad: float):
-    with pytest.raises(ValueError, match=r"expected values in \[0, 1\].*maps.normalise"):
-        maps.colour(torch.tensor([[0.5, bad]]))
+def test_color_refuses_what_is_not_normalized(bad: float):
+    with pytest.raises(ValueError, match=r"expected values in \[0, 1\].*maps.normalize"):
+        maps.color(torch.tensor([[0.5, bad]]))
 
 
 def test_resize_by_hand():
@@ -52,7 +52,7 @@ def test_resize_by_hand():
 
 
 def test_resize_averages_where_it_shrinks():
-    stripes = torch.tensor([0.0, 0, 0, 1, 1, 0, 0, 0]).repeat(1, 1, 64, 8)  # taken at the centres it would be 1
+    stripes = torch.tensor([0.0, 0, 0, 1, 1, 0, 0, 0]).repeat(1, 1, 64, 8)  # taken at the centers it would be 1
     for shrunk in (maps.resize(stripes, (8, 8))[..., 1:-1], maps.resize(stripes.mT, (8, 8))[..., 1:-1, :]):
         torch.testing.assert_close(shrunk, torch.full_like(shrunk, 0.25))
 
@@ -118,41 +118,41 @@ def test_resize_in_3d_averages_where_it_shrinks(axis: int):
     torch.testing.assert_close(shrunk, torch.full_like(shrunk, 0.25))
 
 
-def test_normalise_by_hand():
+def test_normalize_by_hand():
     raw = torch.tensor([[[[-2.0, 0.0, 2.0]], [[5.0, 5.0, 5.0]]], [[[0.0, 1e30, 2e30]], [[-3e38, 0.0, 3e38]]]])
     expected = torch.tensor([[[[0.0, 0.5, 1.0]], [[0.0, 0.0, 0.0]]], [[[0.0, 0.5, 1.0]], [[0.0, 0.5, 1.0]]]])
-    assert torch.equal(maps.normalise(raw), expected)
+    assert torch.equal(maps.normalize(raw), expected)
 
 
-def test_normalise_of_non_finite_values():
-    assert str(maps.normalise(torch.tensor([[1.0, torch.inf, 3.0, torch.nan]])).tolist()) == "[[0.0, nan, 1.0, nan]]"
-    assert maps.normalise(torch.full((2, 2), torch.nan)).isnan().all()
+def test_normalize_of_non_finite_values():
+    assert str(maps.normalize(torch.tensor([[1.0, torch.inf, 3.0, torch.nan]])).tolist()) == "[[0.0, nan, 1.0, nan]]"
+    assert maps.normalize(torch.full((2, 2), torch.nan)).isnan().all()
 
 
-def test_normalise_signed_by_hand():
+def test_normalize_signed_by_hand():
     raw = torch.tensor([[[-4.0, 0.0, 2.0]], [[1.0, 0.0, 4.0]], [[0.0, 0.0, 0.0]], [[-3e38, 1.5e38, 3e38]]])
     expected = torch.tensor([[[-1.0, 0.0, 0.5]], [[0.25, 0.0, 1.0]], [[0.0, 0.0, 0.0]], [[-1.0, 0.5, 1.0]]])
-    assert torch.equal(maps.normalise(raw, signed=True), expected)
-    broken = maps.normalise(torch.tensor([[1.0, -torch.inf, -2.0, torch.nan]]), signed=True)
+    assert torch.equal(maps.normalize(raw, signed=True), expected)
+    broken = maps.normalize(torch.tensor([[1.0, -torch.inf, -2.0, torch.nan]]), signed=True)
     assert str(broken.tolist()) == "[[0.5, nan, -1.0, nan]]"
 
 
-def test_signed_colours():
+def test_signed_colors():
     from matplotlib import colormaps
 
     values = torch.linspace(-1, 1, 1001)
-    rgb = maps.colour(values[None], signed=True)[:, 0].T
+    rgb = maps.color(values[None], signed=True)[:, 0].T
     np.testing.assert_allclose(rgb / 255, colormaps["RdBu_r"]((values.numpy() + 1) / 2)[:, :3], atol=0.5001 / 255)
     assert rgb[0].tolist() == BLUE and rgb[-1].tolist() == RED
     assert rgb[500].min() >= 245  # 0 is white
     assert not (rgb == 128).all(1).any()
-    assert maps.colour(torch.tensor([[torch.nan]]), signed=True).flatten().tolist() == [128, 128, 128]
+    assert maps.color(torch.tensor([[torch.nan]]), signed=True).flatten().tolist() == [128, 128, 128]
 
 
 @pytest.mark.parametrize("bad", [-1.01, 1.01])
-def test_signed_colour_refuses_what_is_not_normalised(bad: float):
-    with pytest.raises(ValueError, match=r"expected values in \[-1, 1\].*normalise\(\.\.\., signed=True\) first"):
-        maps.colour(torch.tensor([[0.5, bad]]), signed=True)
+def test_signed_color_refuses_what_is_not_normalized(bad: float):
+    with pytest.raises(ValueError, match=r"expected values in \[-1, 1\].*normalize\(\.\.\., signed=True\) first"):
+        maps.color(torch.tensor([[0.5, bad]]), signed=True)
 
 
 def test_signed_overlay_shows_0_as_white_whatever_the_range():
@@ -165,26 +165,26 @@ def test_signed_overlay_shows_0_as_white_whatever_the_range():
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=20))
-def test_normalise_keeps_the_order(values: list[float]):
+def test_normalize_keeps_the_order(values: list[float]):
     raw = torch.tensor([values])
-    out = maps.normalise(raw)
+    out = maps.normalize(raw)
     assert out.min() >= 0 and out.max() <= 1
     order = raw[0].argsort(stable=True)
     assert (out[0, order].diff() >= 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_normalise_keeps_the_type(dtype: torch.dtype):
-    assert maps.normalise(torch.arange(4, dtype=dtype).view(2, 2)).dtype == dtype
+def test_normalize_keeps_the_type(dtype: torch.dtype):
+    assert maps.normalize(torch.arange(4, dtype=dtype).view(2, 2)).dtype == dtype
 
 
 def test_overlay_at_0_half_and_1():
     images = torch.tensor([100, 150, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 1, 2)
     raw = torch.tensor([[[[-7.0, 3.0]]]])
-    grey = 0.299 * 100 + 0.587 * 150 + 0.114 * 200
-    assert (maps.overlay(images, raw, 0.0) == round(grey)).all()
+    gray = 0.299 * 100 + 0.587 * 150 + 0.114 * 200
+    assert (maps.overlay(images, raw, 0.0) == round(gray)).all()
     assert maps.overlay(images, raw, 1.0)[0, 0, :, 0].T.tolist() == [LOWEST, HIGHEST]
-    expected = [[round((grey + channel) / 2) for channel in colour] for colour in (LOWEST, HIGHEST)]
+    expected = [[round((gray + channel) / 2) for channel in color] for color in (LOWEST, HIGHEST)]
     assert maps.overlay(images, raw, 0.5)[0, 0, :, 0].T.tolist() == expected
 
 
@@ -206,20 +206,20 @@ def test_overlay_refuses_an_opacity_outside_0_to_1(opacity: float):
 
 
 @pytest.mark.parametrize("signed", [False, True])
-def test_a_few_extreme_pixels_do_not_take_all_the_colours(signed: bool):
+def test_a_few_extreme_pixels_do_not_take_all_the_colors(signed: bool):
     black = torch.zeros(1, 3, 10, 30, dtype=torch.uint8)
     raw = torch.linspace(-0.5 if signed else 0, 1, 300).view(1, 1, 10, 30)
     extreme = raw.clone()
     extreme[0, 0, -1, -3:] = torch.tensor([2.0, 3.0, 8.0])  # 1 % of the pixels
     drawn = maps.overlay(black, extreme, 1.0, signed)[0, 0]
     assert drawn[:, -1, -4:].T.tolist() == [RED if signed else HIGHEST] * 4
-    expected = maps.colour((raw / raw[0, 0, -1, -4]).clamp(max=1), signed)[0, 0]  # the next is the end of the scale
+    expected = maps.color((raw / raw[0, 0, -1, -4]).clamp(max=1), signed)[0, 0]  # the next is the end of the scale
     assert torch.equal(drawn, expected)
     few = extreme[..., -9:, -10:]  # of 90 none is left out
     assert maps.overlay(black[..., :9, :10], few, 1.0)[0, 0, :, 0, 0].tolist() == LOWEST
     assert (
         maps.overlay(black[..., :9, :10], few, 1.0)[0, 0, :, -1, -2].tolist()
-        == maps.colour(maps.normalise(few)[0, 0, -1:, -2:-1]).flatten().tolist()
+        == maps.color(maps.normalize(few)[0, 0, -1:, -2:-1]).flatten().tolist()
     )
 
 
@@ -236,7 +236,7 @@ def test_what_is_almost_zero_is_not_brightened_more_than_tenfold():
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("signed", [False, True])
-def test_a_value_that_is_not_finite_is_grey_and_leaves_the_rest_alone(value: float, signed: bool):
+def test_a_value_that_is_not_finite_is_gray_and_leaves_the_rest_alone(value: float, signed: bool):
     black = torch.zeros(1, 3, 40, 40, dtype=torch.uint8)
     raw = torch.linspace(0.5, 1, 400).view(1, 1, 20, 20).clone()
     whole = maps.overlay(black, raw, 1.0, signed)[0, 0]
@@ -279,14 +279,14 @@ def test_what_is_no_picture_or_map_is_one_line(unchecked: None, call, error: typ
     assert "\n" not in str(refused.value)
 
 
-def test_colour_bar_runs_from_left_to_right():
-    bar = maps.colour_bar(4, 257)
+def test_color_bar_runs_from_left_to_right():
+    bar = maps.color_bar(4, 257)
     assert bar.shape == (3, 4, 257)
     assert bar[:, 0, 0].tolist() == LOWEST and bar[:, 3, 128].tolist() == MIDDLE and bar[:, 0, -1].tolist() == HIGHEST
 
 
-def test_signed_colour_bar_runs_from_blue_through_white_to_red():
-    bar = maps.colour_bar(2, 257, signed=True)
+def test_signed_color_bar_runs_from_blue_through_white_to_red():
+    bar = maps.color_bar(2, 257, signed=True)
     assert bar[:, 0, 0].tolist() == BLUE and bar[:, 1, -1].tolist() == RED and bar[:, 0, 128].min() >= 245
 
 
@@ -377,7 +377,7 @@ def test_equally_large_components():
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, torch.nan, torch.inf])
-def test_a_map_that_shows_nothing_has_an_empty_box_and_leaves_its_neighbours_alone(value: float):
+def test_a_map_that_shows_nothing_has_an_empty_box_and_leaves_its_neighbors_alone(value: float):
     raw = torch.zeros(1, 2, 3, 3)
     raw[0, 0] = value
     raw[0, 1, 1, 2] = 1.0
@@ -492,7 +492,7 @@ def test_side_by_side_enlarges_small_images_by_a_whole_factor(side: int, factor:
     assert torch.equal(cells[0, 1], cells[0, 0])
 
 
-def test_side_by_side_colours_maps_with_negative_values_as_signed():
+def test_side_by_side_colors_maps_with_negative_values_as_signed():
     images = torch.randint(0, 255, (2, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     positive = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     columns = {"grad_cam": positive, "hires_cam": positive - torch.tensor([0.5, 0.0]).view(2, 1, 1, 1)}
@@ -510,7 +510,7 @@ def test_side_by_side_colours_maps_with_negative_values_as_signed():
         assert torch.equal(found[:, 1], one) and torch.equal(found[:, 2], two)
 
 
-def test_scales_show_the_colours_below_each_map_with_their_ends():
+def test_scales_show_the_colors_below_each_map_with_their_ends():
     images = torch.zeros(2, 3, 96, 96, dtype=torch.uint8)
     raw = torch.tensor([[[[-4.0, 1.0]]], [[[0.5, 2.0]]]])
     columns = {"signed": raw, "plain": raw.abs(), "picture": images}
@@ -523,8 +523,8 @@ def test_scales_show_the_colours_below_each_map_with_their_ends():
     below = cells[:, :, :, 96:]
     assert (below[:, (0, 3)] == 255).all()
     for row in range(2):
-        assert torch.equal(below[row, 1, :, 4:8], maps.colour_bar(4, 96, signed=True))
-        assert torch.equal(below[row, 2, :, 4:8], maps.colour_bar(4, 96))
+        assert torch.equal(below[row, 1, :, 4:8], maps.color_bar(4, 96, signed=True))
+        assert torch.equal(below[row, 2, :, 4:8], maps.color_bar(4, 96))
     font = ImageFont.load_default(10)
     for row, column, ends in ((0, 1, ("-4", "4")), (1, 1, ("-2", "2")), (0, 2, ("1", "4")), (1, 2, ("0.5", "2"))):
         expected = Image.new("L", (96, 15), 255)
@@ -639,14 +639,14 @@ def test_variation_is_that_of_the_finite_values():
     assert maps.variation(torch.tensor([[[[[-3e38, 3e38]]]]])).tolist() == [[2.0]]  # of a volume
 
 
-def test_a_nearly_flat_map_has_a_grey_bar_with_ends_that_differ():
+def test_a_nearly_flat_map_has_a_gray_bar_with_ends_that_differ():
     images = torch.zeros(1, 3, 100, 100, dtype=torch.uint8)
     raw = torch.tensor([[[[0.50939, 0.50948]]]])
-    for name, factor, is_grey in (("flat", 1.0, True), ("clear", 100.0, False)):
+    for name, factor, is_gray in (("flat", 1.0, True), ("clear", 100.0, False)):
         column = {name: raw + (factor - 1) * (raw - raw.min())}
         figure = maps.side_by_side(images, column, scales=True)[:, -(4 + 4 + 15) :, 104:]
         bar = figure[:, 4:8]
-        assert bool((bar == 128).all()) == is_grey
+        assert bool((bar == 128).all()) == is_gray
     ends = [
         maps.side_by_side(images, {"a": values}, scales=True)[:, -15:, 104:]
         for values in (raw, torch.tensor([[[[0.51, 0.51]]]]))

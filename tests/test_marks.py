@@ -187,7 +187,7 @@ TRIMAP = np.where(OBJECT, 1, 2).astype(np.uint8)
 TRIMAP[9, 9:31] = 3
 VOC = np.where(OBJECT, 8, 0).astype(np.uint8)
 VOC[30:] = 255
-GREY = np.where(OBJECT, 255, 0).astype(np.uint8)
+GRAY = np.where(OBJECT, 255, 0).astype(np.uint8)
 SOFT = np.clip(np.hypot(*np.mgrid[-20:20, -30:30]) * -8 + 200, 0, 255).astype(np.uint8)
 
 
@@ -208,24 +208,24 @@ def read(mask: bytes, chosen=None) -> np.ndarray:
 @pytest.mark.parametrize(
     ("mask", "chosen"),
     [
-        (encoded(GREY), None),
-        (encoded(GREY // 255), None),
+        (encoded(GRAY), None),
+        (encoded(GRAY // 255), None),
         (encoded(OBJECT), None),
-        (encoded(GREY, "JPEG", quality=75), None),
-        (encoded(GREY, "JPEG", quality=30), None),
-        (encoded(GREY // 2, "JPEG", quality=75), None),
-        (encoded(np.dstack([GREY, 0 * GREY, 0 * GREY]), "JPEG", quality=90, subsampling=0), None),
-        (encoded(GREY, "WEBP", quality=50), None),
-        (encoded(GREY, "WEBP", lossless=True), None),
+        (encoded(GRAY, "JPEG", quality=75), None),
+        (encoded(GRAY, "JPEG", quality=30), None),
+        (encoded(GRAY // 2, "JPEG", quality=75), None),
+        (encoded(np.dstack([GRAY, 0 * GRAY, 0 * GRAY]), "JPEG", quality=90, subsampling=0), None),
+        (encoded(GRAY, "WEBP", quality=50), None),
+        (encoded(GRAY, "WEBP", lossless=True), None),
         (encoded(VOC // 8 * (VOC < 255), "WEBP", lossless=True), None),
-        (encoded(with_alpha(255, GREY)), None),
-        (encoded(with_alpha(0, GREY)), None),
-        (encoded(np.dstack([GREY, np.full_like(GREY, 255)])), None),
-        (encoded(np.dstack([GREY, np.zeros_like(GREY)])), None),
+        (encoded(with_alpha(255, GRAY)), None),
+        (encoded(with_alpha(0, GRAY)), None),
+        (encoded(np.dstack([GRAY, np.full_like(GRAY, 255)])), None),
+        (encoded(np.dstack([GRAY, np.zeros_like(GRAY)])), None),
         (encoded(TRIMAP), [1]),
         (encoded(VOC), [8]),
-        (encoded(255 - GREY), [0]),
-        (encoded(with_alpha(255, GREY)), range(128, 256)),
+        (encoded(255 - GRAY), [0]),
+        (encoded(with_alpha(255, GRAY)), range(128, 256)),
     ],
 )
 def test_the_object_in_many_masks(mask, chosen):
@@ -254,7 +254,7 @@ def said_of(*masks: bytes, **options) -> tuple[tuple[int, ...] | None, tuple[str
 SHARE = OBJECT.mean()  # 8.3 %
 
 
-@pytest.mark.parametrize("mask", [encoded(GREY), encoded(GREY // 255), encoded(OBJECT), encoded(OBJECT * np.uint8(8))])
+@pytest.mark.parametrize("mask", [encoded(GRAY), encoded(GRAY // 255), encoded(OBJECT), encoded(OBJECT * np.uint8(8))])
 def test_plain_masks_are_not_talked_about(mask):
     assert said_of(mask, mask) == (None, ())
 
@@ -264,12 +264,12 @@ def test_plain_masks_are_not_talked_about(mask):
     [
         (TRIMAP, "every mask of cells covers its whole image, the values are 1, 2, 3 and none is 0; set "
          "data.mask_values to the values of the object (a trimap has 1 for the object)"),
-        (255 - GREY, "masks of cells look inverted: the object covers 91.7% of an image on average (2 masks looked at) "
+        (255 - GRAY, "masks of cells look inverted: the object covers 91.7% of an image on average (2 masks looked at) "
          "and lies in all four corners; if 0 is the object, set data.mask_values to 0"),
         (VOC // 8 + OBJECT, "masks of cells hold 0, 2, 31; all but 0 is the object, which covers 33.3% of an image on "
          "average (2 masks looked at); to change that, set data.mask_values to the values of the object"),
         (SOFT, f"all but 0 is the object, which covers {(SOFT > 0).mean():.1%} of an image"),
-        (with_alpha(255, GREY), "masks of cells lie in the alpha channel; opaque is the object; the object covers 8"),
+        (with_alpha(255, GRAY), "masks of cells lie in the alpha channel; opaque is the object; the object covers 8"),
     ],
 )  # fmt: skip
 def test_what_is_said_of_other_masks(mask, said):
@@ -278,12 +278,12 @@ def test_what_is_said_of_other_masks(mask, said):
 
 
 def test_jpeg_masks_are_said():
-    _, (notice,) = said_of(encoded(GREY, "JPEG"))
+    _, (notice,) = said_of(encoded(GRAY, "JPEG"))
     assert notice.startswith("masks of cells are stored in a format that blurs their edges (JPEG); from half of the")
 
 
 def test_jpeg_masks_that_are_inverted_are_said_to_be():
-    _, (blurred, inverted) = said_of(encoded(255 - GREY, "JPEG"))
+    _, (blurred, inverted) = said_of(encoded(255 - GRAY, "JPEG"))
     assert "blurs their edges" in blurred and "look inverted: the object covers 91.7%" in inverted
 
 
@@ -291,13 +291,13 @@ def test_255_beside_class_numbers_is_void():
     values, (notice,) = said_of(encoded(VOC), encoded(OBJECT * np.uint8(8)))
     assert values == tuple(range(1, 255)) and (read(encoded(VOC), values) == OBJECT).all()
     assert "hold 0, 8, 255; 255 beside class numbers is taken as void" in notice and "covers 8.3%" in notice
-    assert said_of(encoded(GREY), encoded(GREY // 255))[0] is None  # never in the same mask
+    assert said_of(encoded(GRAY), encoded(GRAY // 255))[0] is None  # never in the same mask
 
 
 def test_values_that_are_named():
     values, (notice,) = said_of(encoded(TRIMAP), mask_values=(1,))
     assert values == (1,) and notice.startswith("masks of cells hold 1, 2, 3; 1 is the object; the object covers 8.3%")
-    _, (notice,) = said_of(encoded(GREY), mask_values=(7,))
+    _, (notice,) = said_of(encoded(GRAY), mask_values=(7,))
     assert "7 is the object, so none of them marks anything" in notice
 
 

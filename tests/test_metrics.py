@@ -144,7 +144,7 @@ def test_fills():
     assert not torch.allclose(blurred, score(images), atol=1e-2) and blurred.isfinite().all()
 
 
-def test_localisation_of_planted_maps():
+def test_localization_of_planted_maps():
     maps, masks = quarter()
     assert pointing_game(maps, masks).tolist() == [1, 0, 0.5]
     assert energy_in_mask(maps, masks).tolist() == [1, 0, 0.5]
@@ -154,7 +154,7 @@ def test_localisation_of_planted_maps():
     assert energy_in_mask(torch.tensor([[[[3.0, -1.0, 1.0]]]]), torch.tensor([[[[True, True, False]]]])).item() == 0.75
 
 
-def test_localisation_at_the_edges_of_its_definition():
+def test_localization_at_the_edges_of_its_definition():
     maps, masks = quarter()
     flat = torch.full_like(maps, 3.0)
     assert pointing_game(flat, masks).tolist() == [0.25] * 3
@@ -235,7 +235,7 @@ def test_metric_classes_hold_no_model_and_count_the_undefined():
         ({"maps": torch.zeros(4, 2, 5, 6)}, r"expected maps of shape \(4, 1, h, w\).*got \(4, 2, 5, 6\)"),
         ({"targets": torch.zeros(3, dtype=torch.long)}, r"expected 4 targets.*got shape \(3,\)"),
         ({"steps": 0}, "expected at least 1 step, got 0"),
-        ({"fill": "grey"}, "expected fill 'zero', 'mean', .*got 'grey'"),
+        ({"fill": "gray"}, "expected fill 'zero', 'mean', .*got 'gray'"),
         ({"fill": "black"}, "expected mean= and std="),
         ({"fill": torch.zeros(5)}, r"expected a fill of shape \(2,\).*got \(5,\)"),
         ({"score": "margin"}, "expected score 'probability', 'logit' or a function, got 'margin'"),

@@ -116,7 +116,7 @@ def test_model_inputs_and_random_state_are_left_alone(case, name):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", [name for name in METRICS if "maps" in signature(METRICS[name].function).parameters])
-def test_a_broken_map_is_undefined_and_leaves_its_neighbours_alone(case, name, bad):
+def test_a_broken_map_is_undefined_and_leaves_its_neighbors_alone(case, name, bad):
     whole = scores(name, case)
     case["maps"][2, 0, 1, 1] = bad
     found = scores(name, case)
@@ -199,7 +199,7 @@ def test_where_the_positions_lie_changes_nothing(case, name):
     assert same(scores(name, deep(case, 1) | {"maps": maps[:, :, None]}), scores(name, case | {"maps": maps}))
 
 
-@pytest.mark.parametrize("name", ["parameter_randomisation", "random_logit", "max_sensitivity", "completeness"])
+@pytest.mark.parametrize("name", ["parameter_randomization", "random_logit", "max_sensitivity", "completeness"])
 def test_a_volume_of_one_slice_is_an_image(case, name):
     plain = Net().eval()
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_a_volume_of_one_slice_is_an_image(case, name):
         model.conv.bias.copy_(plain.conv.bias)
         model.head.load_state_dict(plain.head.state_dict())
     volumes = deep(case, 1) | {"model": model}
-    if name == "parameter_randomisation":  # shuffles the weights that the plain network does not have, too
+    if name == "parameter_randomization":  # shuffles the weights that the plain network does not have, too
         assert scores(name, volumes).shape == (N,)
     else:
         assert same(scores(name, volumes), scores(name, case | {"model": plain}))

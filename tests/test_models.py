@@ -208,7 +208,7 @@ def test_concat_classifies_all_levels_together():
 
 
 @pytest.mark.parametrize("name", [n for n in VGGS if n != "vgg_gap"])
-def test_official_head_normalises_rectifies_and_drops(name):
+def test_official_head_normalizes_rectifies_and_drops(name):
     steps = [type(m) for m in small(name).head.prepare[0]]
     assert steps == [nn.BatchNorm1d, nn.ReLU, nn.Dropout]
     assert len(small(name, official_head=False).head.prepare[0]) == 0
@@ -257,7 +257,7 @@ def test_with_gradient():
     assert torch.equal(y, x) and x.grad.tolist() == pytest.approx([1 / 3, 1 / 3])
 
 
-def test_initialisation_of_the_paper():
+def test_initialization_of_the_paper():
     torch.manual_seed(0)
     model = create_model("vgg_att", width=0.5)
     for name in ("conv3", "conv8"):

@@ -386,11 +386,11 @@ def test_a_class_that_does_not_exist_is_said_the_same_everywhere(name, images):
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    "name", ["fooling_rate", "deletion_auc", "random_logit", "completeness", "parameter_randomisation"]
+    "name", ["fooling_rate", "deletion_auc", "random_logit", "completeness", "parameter_randomization"]
 )
 def test_targets_of_another_type_or_shape(name, images):
     model = model_of(lambda a, b, c: a)
-    given = {"explain": again} if name in ("random_logit", "parameter_randomisation") else {"maps": images[:, :1]}
+    given = {"explain": again} if name in ("random_logit", "parameter_randomization") else {"maps": images[:, :1]}
     function = partial(getattr(metrics, name), model, images, **({} if name == "fooling_rate" else given))
     with pytest.raises(TypeError, match=r"expected targets .*an integer tensor.*got a torch.float32 tensor"):
         function(torch.tensor([0.0, 1.0, 2.0]))
@@ -406,14 +406,14 @@ def test_evaluation_decides_once_and_says_it(images):
     model = model_of(MIXTURES["stack, mean"])
     data = [(images, torch.tensor([0, 1, 2])), (images.flip(3), torch.tensor([0, 1, 2]))]
     asked = ["grad_cam"], ["deletion_auc", "completeness"]
-    found = evaluate(model, data, *asked, controls=["centre_map"], steps=3, examples=2)
+    found = evaluate(model, data, *asked, controls=["center_map"], steps=3, examples=2)
     says = torch.cat([model(batch).detach() for batch, _ in data])
     assert found.per_image["probability"] == pytest.approx(says.amax(1).tolist(), abs=1e-6)
     (notice,) = (each for each in found.notices if "probabilities" in each)
     assert "log-probability" in notice
-    told = evaluate(model, data, *asked, controls=["centre_map"], steps=3, examples=2, output="probabilities")
+    told = evaluate(model, data, *asked, controls=["center_map"], steps=3, examples=2, output="probabilities")
     assert set(told.notices) == set(found.notices) - {notice} and told.per_image == found.per_image
-    other = evaluate(model, data, *asked, controls=["centre_map"], steps=3, examples=2, output="logits")
+    other = evaluate(model, data, *asked, controls=["center_map"], steps=3, examples=2, output="logits")
     assert other.per_image["probability"] == pytest.approx(says.softmax(1).amax(1).tolist(), abs=1e-6)
 
 
@@ -426,7 +426,7 @@ def test_a_later_batch_does_not_change_the_reading():
     second[:, :, 0] *= 0.5
     second[:, :, 1] *= 1.5
     data = [(batch, torch.tensor([0, 1])) for batch in (first, second)]
-    found = evaluate(model, data, ["saliency"], ["deletion_auc"], controls=["centre_map"], steps=2, examples=2)
+    found = evaluate(model, data, ["saliency"], ["deletion_auc"], controls=["center_map"], steps=2, examples=2)
     expected = torch.cat([model(batch) for batch, _ in data]).softmax(1).amax(1)
     assert found.notices == () and found.per_image["probability"] == pytest.approx(expected.tolist(), abs=1e-6)
 

@@ -80,11 +80,11 @@ def test_the_classes_of_a_convolution_are_not_pooled(classes):
 
 
 class Branches(nn.Module):
-    """Two branches side by side, one image normalised by a layer of three channels, three classes from two heads."""
+    """Two branches side by side, one image normalized by a layer of three channels, three classes from two heads."""
 
     def __init__(self):
         super().__init__()
-        self.normalise = nn.BatchNorm2d(3)
+        self.normalize = nn.BatchNorm2d(3)
         self.stem = nn.Conv2d(3, 8, 3, 2, 1)
         self.left = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, 1, 1))
         self.right = nn.Conv2d(8, 8, 1, 2)
@@ -94,7 +94,7 @@ class Branches(nn.Module):
         self.head, self.second = nn.Linear(12, 3), nn.Linear(12, 3)
 
     def forward(self, x):
-        x = self.relu(self.stem(self.normalise(x)))
+        x = self.relu(self.stem(self.normalize(x)))
         x = self.mix(torch.cat([self.left(x), self.right(x)], 1))
         x = self.norm(self.relu(x).mean((2, 3)))
         return (self.head(x) + self.second(x)) / 2

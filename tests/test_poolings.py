@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 import sightline as sl
 from sightline.attention.bags import MILPooling
-from sightline.attention.bilinear import BilinearCNN, GeneralisedMean, GlobalAveragePool, signed_root
+from sightline.attention.bilinear import BilinearCNN, GeneralizedMean, GlobalAveragePool, signed_root
 from sightline.attention.parts import BilinearAttentionPooling, RepresentativeVectors, representative_vectors
 
 GOLDEN = Path(__file__).parent / "golden"
-UPDATES = list(product(("cosine", "normalised"), (1, 2)))
+UPDATES = list(product(("cosine", "normalized"), (1, 2)))
 
 
 def rectified(*size, seed=0, dtype=torch.float64):
@@ -80,7 +80,7 @@ def test_the_handwritten_gradient_is_that_of_the_algorithm(update, power, layout
     assert gradients[1].is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("options", [{}, {"update": "normalised"}, {"refine": False}, {"first": "random"}])
+@pytest.mark.parametrize("options", [{}, {"update": "normalized"}, {"refine": False}, {"first": "random"}])
 def test_first_and_second_derivatives(options):
     features = rectified(2, 4, 3, 2).add(0.1).requires_grad_()
     block = RepresentativeVectors(4, **options).eval()
@@ -110,14 +110,14 @@ def test_on_unstructured_features_the_vectors_are_nearly_one():
 
 
 @pytest.mark.parametrize(("side", "again"), [(14, 0.5), (56, 1.0)])
-def test_the_normalised_update_picks_the_same_position_again(side, again):
+def test_the_normalized_update_picks_the_same_position_again(side, again):
     """With many positions cosine / sum is tiny, and the scores stay as they are: the vectors collapse into one."""
     features = rectified(16, 64, side, side, dtype=torch.float32)
-    for update, share in (("normalised", again), ("cosine", 0.0)):
+    for update, share in (("normalized", again), ("cosine", 0.0)):
         picks = representative_vectors(features, k=3, update=update)[2]
         same = (picks == picks[:, :1]).all(1).float().mean().item()
-        assert same >= share if update == "normalised" else same == share
-        assert update == "normalised" or (picks.sort(1).values.diff(dim=1) > 0).all()
+        assert same >= share if update == "normalized" else same == share
+        assert update == "normalized" or (picks.sort(1).values.diff(dim=1) > 0).all()
 
 
 def test_negative_cosines_count_as_zero():
@@ -234,7 +234,7 @@ def test_bad_options_of_representative_vectors_are_one_clear_line():
     with pytest.raises(ValueError, match=r"expected at least k=7 positions, got 6 \(2x3\); take a smaller k"):
         RepresentativeVectors(4, k=7)(torch.rand(1, 4, 2, 3))
     for options, line in (
-        ({"update": "x"}, "expected update to be one of cosine, normalised; got 'x'"),
+        ({"update": "x"}, "expected update to be one of cosine, normalized; got 'x'"),
         ({"first": "x"}, "expected first to be one of norm, random; got 'x'"),
         ({"power": 3}, "expected power to be one of 1, 2; got 3"),
         ({"k": 0}, "expected k of 1 or more vectors, got 0; 3 is the paper's"),
@@ -247,14 +247,14 @@ def test_bad_options_of_representative_vectors_are_one_clear_line():
 @pytest.mark.parametrize("variant", ["wsdan", "brnpa"])
 def test_bilinear_attention_equals_the_equations(variant):
     torch.manual_seed(0)
-    block = BilinearAttentionPooling(6, k=2, variant=variant, normalised=False).double()
+    block = BilinearAttentionPooling(6, k=2, variant=variant, normalized=False).double()
     features = rectified(3, 6, 5, 4)
     block(features)
     maps = block.eval().gate(features).detach()
     assert maps.shape == (3, 2, 5, 4) and (maps >= 0).all() and (maps > 0).any()
     wanted = torch.from_numpy(poolings.attended(features.numpy(), maps.numpy()))
     close(block(features), wanted.flatten(1))
-    block.normalised = True
+    block.normalized = True
     rooted = torch.from_numpy(np.stack([poolings.signed_root(row, 1e-6) for row in wanted.flatten(1).numpy()]))
     close(block(features), 100 * rooted / rooted.norm(dim=1, keepdim=True), 1e-9)
     close(block(features).norm(dim=1), torch.full((3,), 100.0).double(), 1e-9)
@@ -265,8 +265,8 @@ def test_the_maps_of_the_two_variants():
     features = rectified(3, 6, 5, 4)
     gate = BilinearAttentionPooling(6, k=2).double().gate
     scores = torch.einsum("bchw,kc->bkhw", features, gate[0].weight[:, :, 0, 0])
-    centred = scores - scores.mean((0, 2, 3), keepdim=True)
-    close(gate(features), (centred / (centred.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()).relu())
+    centerd = scores - scores.mean((0, 2, 3), keepdim=True)
+    close(gate(features), (centerd / (centerd.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()).relu())
 
     gate = BilinearAttentionPooling(6, k=2, variant="brnpa").double().eval().gate
     block, last = gate[0], gate[1]
@@ -275,9 +275,9 @@ def test_the_maps_of_the_two_variants():
     close(gate(features), wanted.relu())
 
 
-def test_only_wsdan_normalises_by_itself():
-    assert BilinearAttentionPooling(4).normalised and not BilinearAttentionPooling(4, variant="brnpa").normalised
-    assert BilinearAttentionPooling(4, variant="brnpa", normalised=True).normalised
+def test_only_wsdan_normalizes_by_itself():
+    assert BilinearAttentionPooling(4).normalized and not BilinearAttentionPooling(4, variant="brnpa").normalized
+    assert BilinearAttentionPooling(4, variant="brnpa", normalized=True).normalized
     assert BilinearAttentionPooling(512, k=32).out_channels == 32 * 512
 
 
@@ -300,7 +300,7 @@ def test_signed_root_has_a_finite_slope_everywhere():
     (slope,) = torch.autograd.grad(y.sum(), x)
     assert slope[2].item() == pytest.approx(1000) and (slope > 0).all() and (slope <= 1000.001).all()
     dead = torch.zeros(2, 4, 3, 3, requires_grad=True)
-    for block in (BilinearCNN(4), BilinearAttentionPooling(4).eval(), GeneralisedMean(4)):
+    for block in (BilinearCNN(4), BilinearAttentionPooling(4).eval(), GeneralizedMean(4)):
         out = block(dead)
         assert out.isfinite().all() and torch.autograd.grad(out.sum(), dead)[0].isfinite().all()
 
@@ -350,13 +350,13 @@ def test_a_gated_bag_is_read_tile_by_tile():
 def test_means():
     features = rectified(3, 6, 5, 4)
     close(GlobalAveragePool(6)(features), features.mean((2, 3)))
-    close(GeneralisedMean(6, p=1.0).double()(features), features.clamp_min(1e-6).mean((2, 3)))
+    close(GeneralizedMean(6, p=1.0).double()(features), features.clamp_min(1e-6).mean((2, 3)))
     hand = (features.clamp_min(1e-6) ** 3).mean((2, 3)) ** (1 / 3)
-    close(GeneralisedMean(6).double()(features), hand)
+    close(GeneralizedMean(6).double()(features), hand)
     close(
-        GeneralisedMean(6, p=300.0).double()(features / features.amax()), features.amax((2, 3)) / features.amax(), 0.02
+        GeneralizedMean(6, p=300.0).double()(features / features.amax()), features.amax((2, 3)) / features.amax(), 0.02
     )
-    block = GeneralisedMean(6).double()
+    block = GeneralizedMean(6).double()
     block(features).sum().backward()
     assert block.p.grad.abs() > 0
     constant = torch.full((1, 6, 3, 3), 2.5).double()
@@ -370,7 +370,7 @@ def test_means():
         (lambda: BilinearAttentionPooling(4, variant="x"), "expected variant to be one of wsdan, brnpa; got 'x'"),
         (lambda: BilinearAttentionPooling(4, k=0), "expected k of 1 or more vectors, got 0"),
         (lambda: BilinearCNN(4, project=0), "expected project of 1 channel or more, got 0; None keeps all"),
-        (lambda: GeneralisedMean(4, p=0.0), "expected p above 0, got 0.0; 3 is the paper's"),
+        (lambda: GeneralizedMean(4, p=0.0), "expected p above 0, got 0.0; 3 is the paper's"),
         (lambda: MILPooling(4, hidden=0), "expected hidden of 1 or more, got 0; 128 is the paper's"),
     ],
 )
@@ -381,7 +381,7 @@ def test_bad_options_are_one_clear_line(make, line):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("options", [{}, {"refine": False}, {"update": "normalised", "power": 2}, {"first": "random"}])
+@pytest.mark.parametrize("options", [{}, {"refine": False}, {"update": "normalized", "power": 2}, {"first": "random"}])
 def test_representative_vectors_compiled_and_exported(options, layout):
     features = rectified(2, 6, 5, 4, dtype=torch.float32).contiguous(memory_format=layout).requires_grad_()
     block = RepresentativeVectors(6, **options).eval()

@@ -184,7 +184,7 @@ def test_stages_move_what_they_should():
 def test_the_schedule_is_the_authors():
     rates = []
     hook = register_optimizer_step_post_hook(
-        lambda optimiser, *_: rates.append([group["lr"] for group in optimiser.param_groups])
+        lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
     )
     try:
         fit_prototypes(network(), images_of(12), torch.arange(12) % 3, epochs=8, warm=2, push_every=4, last=1)
@@ -295,7 +295,7 @@ def moves(run):
     """How far each prototype of a run is from the nearest patch of its class in the training images."""
     images = replace(data.load(run.recipe.data)["train"], preprocess=run.preprocess)
     model = runs.load(run.folder)
-    parts = ((data.normalise(b.images, run.preprocess), b.labels) for b in data.batches(images, 50))
+    parts = ((data.normalize(b.images, run.preprocess), b.labels) for b in data.batches(images, 50))
     return push(model, parts).distance
 
 

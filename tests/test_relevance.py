@@ -50,7 +50,7 @@ RULES = {
 
 
 class Net(nn.Module):
-    """A convolution with and one without batch normalisation; a grouped one; in place or not."""
+    """A convolution with and one without batch normalization; a grouped one; in place or not."""
 
     def __init__(self, inplace=False):
         super().__init__()
@@ -109,7 +109,7 @@ def formula(method, net, images, targets, **options):
 
 
 def calibrated(net, bias_free):
-    """Batch normalisation as after training: its statistics are those of its input. Or no bias and no shift at all."""
+    """Batch normalization as after training: its statistics are those of its input. Or no bias and no shift at all."""
     net = net.double().eval()
     generator = torch.Generator().manual_seed(2)
     layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -216,7 +216,7 @@ def test_composites_from_the_jacobian():
     assert close(lrp(net, images, 2)[0, 0], expected)
 
 
-class Normalising(nn.Module):
+class Normalizing(nn.Module):
     """Does to the images itself what is otherwise done before the model."""
 
     def __init__(self, net, inplace=False):
@@ -236,15 +236,15 @@ class Normalising(nn.Module):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_model_that_normalises_has_the_map_of_normalised_images(method, inplace):
-    net, images = seeded(lambda: Normalising(Net(), inplace)), noise(2, 3, 6, 6)
+def test_a_model_that_normalizes_has_the_map_of_normalized_images(method, inplace):
+    net, images = seeded(lambda: Normalizing(Net(), inplace)), noise(2, 3, 6, 6)
     before = images.clone()
     assert close(formula(method, net, images, 1), method(net.net, (images - net.mean) / net.std, 1))
     assert torch.equal(images, before)
 
 
 class Unfolded(nn.Module):
-    """Batch normalisation in front of the convolution, as in DenseNet: a diagonal layer with LRP-epsilon."""
+    """Batch normalization in front of the convolution, as in DenseNet: a diagonal layer with LRP-epsilon."""
 
     def __init__(self):
         super().__init__()
@@ -265,7 +265,7 @@ class Unfolded(nn.Module):
         return first + self.net.stages(rule, rule, linear)
 
 
-def test_batch_normalisation_that_follows_no_layer():
+def test_batch_normalization_that_follows_no_layer():
     net, images = seeded(Unfolded), noise(1, 3, 6, 6)
     found = lrp_epsilon_alpha2_beta1(net, images, 0)[0, 0]
     assert close(found, reference.lrp(net.stages(reference.alpha_beta, reference.epsilon), images[0], 0))
@@ -292,7 +292,7 @@ class Normed(nn.Module):
         return self.fc(x.flatten(2).mean(2) if x.ndim > 2 else x)
 
     def folded(self):
-        """The same function with other weights instead of the normalisation."""
+        """The same function with other weights instead of the normalization."""
         net, norm = copy.deepcopy(self), self.norm
         scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
         shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
@@ -326,7 +326,7 @@ FOLDED = {
 
 
 @pytest.mark.parametrize("name", FOLDED)
-def test_batch_normalisation_behind_a_layer_is_folded_into_it(name):
+def test_batch_normalization_behind_a_layer_is_folded_into_it(name):
     net, images = seeded(FOLDED[name]), noise(2, 3, 4, 4)
     folded = net.folded()
     assert close(net(images).detach(), folded(images).detach())
@@ -531,7 +531,7 @@ def test_two_equal_factors_share_their_relevance(how):
 
 
 class Attention(nn.Module):
-    """Tokens, one attention, layer or group normalisation, without biases."""
+    """Tokens, one attention, layer or group normalization, without biases."""
 
     def __init__(self, how, norm):
         super().__init__()
@@ -563,7 +563,7 @@ def norms():
 
 
 @pytest.mark.parametrize("norm", range(3))
-def test_attention_weights_and_normalisation_conserve(norm):
+def test_attention_weights_and_normalization_conserve(norm):
     images = noise(2, 3, 6, 6)
     found = []
     for how in ("by hand", "fused", "module"):

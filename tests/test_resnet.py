@@ -14,7 +14,7 @@ from sightline.models.resnet import keep_resolution
 
 
 class Scale(nn.Module):
-    """A gating block whose initialisation shows: a factor for each channel."""
+    """A gating block whose initialization shows: a factor for each channel."""
 
     def __init__(self, channels, *, factor=0.5, identity=False):
         super().__init__()

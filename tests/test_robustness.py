@@ -242,9 +242,9 @@ def test_classes_average_the_functions(case):
     assert MaxSensitivity.higher_is_better is None  # a map that never looks at the image scores best
 
 
-@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("score", ["logit", "probability"])
-def test_infidelity_equals_captum(case, score, normalise):
+def test_infidelity_equals_captum(case, score, normalize):
     model, images = case[0].float(), case[1].float()
     maps = gradient(model, images, TARGETS) * images.sum(1, keepdim=True)
     squares = _squares(6, 7)
@@ -258,7 +258,7 @@ def test_infidelity_equals_captum(case, score, normalise):
 
     over_channels = torch.cat([maps, torch.zeros_like(maps)], 1)  # captum wants one value per channel
     theirs = captum.infidelity(
-        score_of, perturb, images, over_channels, target=TARGETS, n_perturb_samples=len(squares), normalize=normalise
+        score_of, perturb, images, over_channels, target=TARGETS, n_perturb_samples=len(squares), normalize=normalize
     )
-    ours = infidelity(model, images, TARGETS, maps, score=score, normalise=normalise)
+    ours = infidelity(model, images, TARGETS, maps, score=score, normalize=normalize)
     assert close(ours, theirs) and (ours > 0).all()

@@ -13,13 +13,13 @@ from torch.nn.utils import prune
 from sightline.explainers import explain
 from sightline.metrics.sanity import (
     Completeness,
-    ParameterRandomisation,
+    ParameterRandomization,
     RandomLogit,
     _similarity,
     completeness,
-    parameter_randomisation,
+    parameter_randomization,
     random_logit,
-    randomisation_curve,
+    randomization_curve,
 )
 from sightline.testing import ConstantModel, LinearModel
 
@@ -112,9 +112,9 @@ def test_maps_of_another_size_are_resized():
 @pytest.mark.parametrize("order", ["cascading", "independent"])
 def test_a_map_blind_to_the_model_scores_exactly_one(case, order):
     model, images = case
-    assert parameter_randomisation(model, images, TARGETS, edges, order=order).tolist() == [1] * 4
+    assert parameter_randomization(model, images, TARGETS, edges, order=order).tolist() == [1] * 4
     assert random_logit(model, images, TARGETS, edges).tolist() == [1] * 4
-    _, curve = randomisation_curve(model, images, TARGETS, edges, order=order)
+    _, curve = randomization_curve(model, images, TARGETS, edges, order=order)
     assert curve.shape == (4, 5 + 1) and (curve == 1).all()
 
 
@@ -122,7 +122,7 @@ def test_the_weights_of_a_linear_model_become_unrelated():
     generator = torch.Generator().manual_seed(0)
     model, images = LinearModel(torch.randn(3, 1, 40, 50, generator=generator)), torch.zeros(3, 1, 40, 50)
     targets = torch.tensor([0, 1, 2])
-    found = parameter_randomisation(model, images, targets, linear)
+    found = parameter_randomization(model, images, targets, linear)
     assert (found.abs() < 0.1).all() and (found != 0).all()  # 4.5 standard errors, 1 / sqrt(2000)
 
 
@@ -134,7 +134,7 @@ def test_shuffled_are_the_own_entries_of_each_parameter(case):
         seen.append({name: value.detach().clone() for name, value in net.state_dict().items()})
         return gradient(net, images, targets)
 
-    parameter_randomisation(model, images, TARGETS, look)
+    parameter_randomization(model, images, TARGETS, look)
     before, after = seen
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -156,27 +156,27 @@ def test_stages_run_from_the_logits_to_the_input(case):
     def changed(one):
         return {name.rpartition(".")[0] for name, value in one.items() if not torch.equal(value, seen[0][name])}
 
-    names, curve = randomisation_curve(model, images, TARGETS, look)
+    names, curve = randomization_curve(model, images, TARGETS, look)
     assert names == ["head", "attention.out_proj", "attention", "conv", "norm", "Net"]
     order = ["head", "attention.out_proj", "attention", "conv", "norm", ""]
     assert [changed(one) for one in seen[1:]] == [set(order[: i + 1]) for i in range(6)]
     last = seen[-1]
     seen.clear()
-    alone, independent = randomisation_curve(model, images, TARGETS, look, order="independent")
+    alone, independent = randomization_curve(model, images, TARGETS, look, order="independent")
     assert alone == names and [changed(one) for one in seen[1:]] == [{name} for name in order]
     assert torch.equal(independent[:, 0], curve[:, 0]) and torch.equal(last["conv.weight"], seen[4]["conv.weight"])
-    mean = parameter_randomisation(model, images, TARGETS, gradient, order="independent")
+    mean = parameter_randomization(model, images, TARGETS, gradient, order="independent")
     assert close(mean, independent.mean(1))
-    assert torch.equal(parameter_randomisation(model, images, TARGETS, gradient), curve[:, -1])
+    assert torch.equal(parameter_randomization(model, images, TARGETS, gradient), curve[:, -1])
 
 
 def test_many_modules_are_grouped(case):
     model, images = case
-    names, curve = randomisation_curve(model, images, TARGETS, gradient, stages=3)
+    names, curve = randomization_curve(model, images, TARGETS, gradient, stages=3)
     assert names == ["head to attention.out_proj", "attention to conv", "norm to Net"] and curve.shape == (4, 3)
-    all_stages = randomisation_curve(model, images, TARGETS, gradient)[1]
+    all_stages = randomization_curve(model, images, TARGETS, gradient)[1]
     assert torch.equal(curve, all_stages[:, [1, 3, 5]])
-    assert randomisation_curve(model, images, TARGETS, gradient, stages=1)[0] == ["head to Net"]
+    assert randomization_curve(model, images, TARGETS, gradient, stages=1)[0] == ["head to Net"]
 
 
 def test_similarities_of_the_curve_equal_the_slow_ones(case):
@@ -187,7 +187,7 @@ def test_similarities_of_the_curve_equal_the_slow_ones(case):
         seen.append(gradient(net, images, targets))
         return seen[-1]
 
-    _, curve = randomisation_curve(model.double(), images.double(), TARGETS, look)
+    _, curve = randomization_curve(model.double(), images.double(), TARGETS, look)
     slow = [[reference.spearman(flat_of(seen[0][i]), flat_of(maps[i])) for maps in seen[1:]] for i in range(4)]
     assert close(curve, torch.tensor(slow, dtype=torch.float64))
 
@@ -198,10 +198,10 @@ def test_stages_without_a_value_do_not_count(case):
     def sometimes_flat(net, images, targets):
         return gradient(net, images, targets) * float(torch.equal(net.head.weight, model.head.weight))
 
-    mean = parameter_randomisation(model, images, TARGETS, sometimes_flat, order="independent")
-    curve = randomisation_curve(model, images, TARGETS, gradient, order="independent")[1]
+    mean = parameter_randomization(model, images, TARGETS, sometimes_flat, order="independent")
+    curve = randomization_curve(model, images, TARGETS, gradient, order="independent")[1]
     assert close(mean, curve[:, 1:].mean(1))
-    assert parameter_randomisation(model, images, TARGETS, sometimes_flat).isnan().all()
+    assert parameter_randomization(model, images, TARGETS, sometimes_flat).isnan().all()
 
 
 def test_another_class_of_a_linear_model_by_reference():
@@ -260,7 +260,7 @@ def test_a_single_logit_has_two_classes():
     assert completeness(model, images, torch.tensor([0, 1]), exact).tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
-@pytest.mark.parametrize("metric", [parameter_randomisation, random_logit])
+@pytest.mark.parametrize("metric", [parameter_randomization, random_logit])
 def test_batches_and_order_change_nothing_and_methods_share_one_pass(case, metric):
     model, images = case
     calls = []
@@ -281,7 +281,7 @@ def test_batches_and_order_change_nothing_and_methods_share_one_pass(case, metri
     assert torch.equal(seeds[0], whole) and len(torch.stack(seeds).unique(dim=0)) > 1
 
 
-@pytest.mark.parametrize("metric", [parameter_randomisation, randomisation_curve, random_logit])
+@pytest.mark.parametrize("metric", [parameter_randomization, randomization_curve, random_logit])
 def test_model_and_random_state_are_left_alone(case, metric):
     model, images = case
     model.train().norm.eval()
@@ -309,21 +309,21 @@ def test_model_and_random_state_are_left_alone(case, metric):
 
 def test_works_inside_inference_mode(case):
     model, images = case
-    whole = parameter_randomisation(model, images, TARGETS, gradient)
+    whole = parameter_randomization(model, images, TARGETS, gradient)
     with torch.inference_mode():
-        assert torch.equal(parameter_randomisation(model, images, TARGETS, gradient), whole)
+        assert torch.equal(parameter_randomization(model, images, TARGETS, gradient), whole)
 
 
 def test_bad_inputs_say_what_to_do(case, unchecked):
     model, images = case
     with pytest.raises(ValueError, match="expected order to be one of cascading, independent; got 'random'"):
-        parameter_randomisation(model, images, TARGETS, edges, order="random")
+        parameter_randomization(model, images, TARGETS, edges, order="random")
     with pytest.raises(ValueError, match="expected at least 1 stage, got 0"):
-        parameter_randomisation(model, images, TARGETS, edges, order="independent", stages=0)
+        parameter_randomization(model, images, TARGETS, edges, order="independent", stages=0)
     with pytest.raises(ValueError, match="expected a model with parameters, got none in Flatten"):
-        parameter_randomisation(nn.Flatten(), images, TARGETS, edges)
-    with pytest.raises(ValueError, match=r"expected fill 'zero'.*got 'grey'"):
-        completeness(model, images, TARGETS, images[:, :1], fill="grey")
+        parameter_randomization(nn.Flatten(), images, TARGETS, edges)
+    with pytest.raises(ValueError, match=r"expected fill 'zero'.*got 'gray'"):
+        completeness(model, images, TARGETS, images[:, :1], fill="gray")
 
 
 def linear_case():
@@ -336,7 +336,7 @@ def linear_case():
 @pytest.mark.parametrize("fill", ["zero", "mean", "blur", "inpaint", 0.7, torch.tensor([0.5, -2.0])])
 def test_the_exact_map_of_a_linear_model_is_complete(fill):
     model, images, weight = linear_case()
-    colours = {"zero": 0.0, "mean": images.mean((2, 3), keepdim=True), "inpaint": images.mean((2, 3), keepdim=True)}
+    colors = {"zero": 0.0, "mean": images.mean((2, 3), keepdim=True), "inpaint": images.mean((2, 3), keepdim=True)}
     if isinstance(fill, str) and fill == "blur":
         from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -344,7 +344,7 @@ def test_the_exact_map_of_a_linear_model_is_complete(fill):
     elif isinstance(fill, torch.Tensor):
         empty = fill[:, None, None]
     else:
-        empty = colours.get(fill, fill)
+        empty = colors.get(fill, fill)
     exact = (weight * (images - empty)).sum(1, keepdim=True)
     assert (completeness(model, images, TARGETS, exact, fill=fill) < 1e-5).all()
     for factor, gap in ((2.0, 1 / 3), (0.5, 1 / 3), (0.0, 1.0), (-1.0, 1.0), (3.0, 0.5)):
@@ -382,7 +382,7 @@ def test_classes_average_the_functions(case):
     model, images = case
     given = {"model": model, "images": images, "targets": TARGETS, "explain": gradient, "maps": images[:, :1]}
     functions = {
-        ParameterRandomisation: parameter_randomisation(model, images, TARGETS, gradient),
+        ParameterRandomization: parameter_randomization(model, images, TARGETS, gradient),
         RandomLogit: random_logit(model, images, TARGETS, gradient),
         Completeness: completeness(model, images, TARGETS, images[:, :1]),
     }
@@ -444,21 +444,21 @@ def test_models_that_pytorch_does_not_copy_once_they_have_run(name, order):
 
     before = {key: value.clone() for key, value in model.state_dict().items()}
     logits = model(images).detach()
-    found = parameter_randomisation(model, images, targets, explain_and_keep, order=order)
+    found = parameter_randomization(model, images, targets, explain_and_keep, order=order)
     assert found.isfinite().all() and (found < 0.999).all()
     assert not any(torch.allclose(logits, shuffled) for shuffled, _ in explained[1:])
     assert torch.equal(model(images), logits) and explained[0][1].abs().sum() > 0
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     if name in ("locked", "remembering"):
         plain = small(lambda layer: layer)
-        assert torch.equal(found, parameter_randomisation(plain, images, targets, input_x_gradient, order=order))
+        assert torch.equal(found, parameter_randomization(plain, images, targets, input_x_gradient, order=order))
 
 
 @pytest.mark.parametrize("order", ["cascading", "independent"])
 def test_a_mask_of_ones_changes_nothing(order):
     images, targets = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
     found, expected = (
-        randomisation_curve(small(wrap), images, targets, input_x_gradient, order=order)[1]
+        randomization_curve(small(wrap), images, targets, input_x_gradient, order=order)[1]
         for wrap in (lambda layer: prune.identity(layer, "weight"), lambda layer: layer)
     )
     assert torch.equal(found, expected)

@@ -123,7 +123,7 @@ def test_other_metrics_hand_it_on(case):
         return explain(model, images, targets, ["input_x_gradient"], **given)["input_x_gradient"]
 
     maps = again(model, images, targets)
-    assert metrics.parameter_randomisation(model, images, targets, again, **given).shape == (3,)
+    assert metrics.parameter_randomization(model, images, targets, again, **given).shape == (3,)
     assert metrics.max_sensitivity(model, images, targets, again, samples=2).isfinite().all()
     found = {
         "completeness": metrics.completeness(model, images, targets, maps, **given),
@@ -217,7 +217,7 @@ def test_evaluation_takes_it_from_the_batches():
     model = Net().eval()
     images, age, labels = torch.randn(6, 3, 8, 8), torch.rand(6, 1) * 4, torch.arange(6) % 3
     asked = ["grad_cam", "activation_map"], ["deletion_auc", "random_logit", "completeness"]
-    options = {"controls": ["centre_map"], "steps": 4, "examples": 2, "limit": 4, "budget": 100.0}
+    options = {"controls": ["center_map"], "steps": 4, "examples": 2, "limit": 4, "budget": 100.0}
     parts = [slice(0, 4), slice(4, 6)]
     data = [{"images": images[s], "labels": labels[s], "forward_args": (age[s],)} for s in parts]
     found = evaluate(model, data, *asked, **options)

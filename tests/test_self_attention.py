@@ -216,12 +216,12 @@ def test_identity_returns_the_input_and_every_parameter_moves(kind, options):
     x, attention = features(), kind(8, **options, identity=True).double()
     assert torch.equal(attention.eval()(x), x) and torch.equal(attention.train()(x), x)
     before = {name: value.detach().clone() for name, value in attention.named_parameters()}
-    optimiser = torch.optim.AdamW(attention.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(attention.parameters(), lr=1e-2, weight_decay=0.0)
     goal = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
     for _ in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (attention(x) - goal).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
     moved = {name: (value - before[name]).abs().max().item() for name, value in attention.named_parameters()}
     assert min(moved.values()) > 1e-3, moved
 

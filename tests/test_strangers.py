@@ -165,7 +165,7 @@ def test_a_model_that_changes_its_images_in_place_is_no_such_formula(images):
     ("options", "message"),
     [
         ({"methods": [partial(explainers.lrp, composite="epsilon_plus")]}, r"^expected a Composite .*'epsilon_plus'"),
-        ({"methods": [partial(explainers.occlusion, fill="grey")]}, r"^expected a number as fill.*'grey'"),
+        ({"methods": [partial(explainers.occlusion, fill="gray")]}, r"^expected a number as fill.*'gray'"),
         ({"methods": ["occlusion"], "batch_size": 0}, r"^expected at least 1 image per batch, got 0"),
         ({"layer": 3}, r"^expected a module of Sequential or its dotted name as layer, got 3"),
         ({"layer": [3]}, r"^expected a module of Sequential or its dotted name as layer, got 3"),

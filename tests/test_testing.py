@@ -7,8 +7,8 @@ from tests.reference import planted as reference
 from tests.same import close
 
 import sightline as sl
-from sightline.data.clutter import PATCH_COLOURS, compose
-from sightline.testing import COLOURS, PLANTED, PatchColourModel, planted
+from sightline.data.clutter import PATCH_COLORS, compose
+from sightline.testing import COLORS, PLANTED, PatchColorModel, planted
 
 KINDS = list(PLANTED)
 
@@ -20,7 +20,7 @@ def hidden(images, where, value=0.0):
 def parts_of(kind, images, targets, masks):
     """The masks of the first and of the second part of the class."""
     pairs = {"pair": (targets // 3, 3 + targets % 3), "twice": (targets, 3 + targets)}[kind]
-    return [masks & (images == COLOURS[part][:, :, None, None]).all(1, keepdim=True) for part in pairs]
+    return [masks & (images == COLORS[part][:, :, None, None]).all(1, keepdim=True) for part in pairs]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,8 +87,8 @@ def test_every_evidence_pixel_counts_alike_to_the_gradient():
         chosen = PLANTED[kind]()(images).gather(1, targets[:, None]).sum()
         (gradient,) = torch.autograd.grad(chosen, images)
         # a third channel takes away 1.5; the own channels share 4; all of it per cent of 576 pixels
-        colours = images.detach()
-        expected = share * 100 / 576 * torch.where(colours == 1, 4 / colours.sum(1, keepdim=True), -1.5) * masks
+        colors = images.detach()
+        expected = share * 100 / 576 * torch.where(colors == 1, 4 / colors.sum(1, keepdim=True), -1.5) * masks
         assert close(expected, gradient)
 
 
@@ -120,7 +120,7 @@ def test_unknown_kinds_are_refused():
         planted("both", 1)
 
 
-# of each patch colour: a direction in which it lies beyond the other nine
+# of each patch color: a direction in which it lies beyond the other nine
 DIRECTIONS = [
     (0.55, -1.0, -0.35),
     (-0.84, 1.0, -0.79),
@@ -138,14 +138,14 @@ DIRECTIONS = [
 def test_the_patch_of_clutter_shortcut_is_what_it_answers():
     images, _, patch = compose(0, "test", range(500), shortcut=0.0)
     seen = np.array([image[:, mask].T[0] for image, mask in zip(images, patch, strict=True)])
-    shown = torch.from_numpy((seen[:, None] == PATCH_COLOURS).all(2).argmax(1))
+    shown = torch.from_numpy((seen[:, None] == PATCH_COLORS).all(2).argmax(1))
     images, patch = torch.from_numpy(images) / 255, torch.from_numpy(patch)[:, None]
-    colours, weight = torch.from_numpy(PATCH_COLOURS) / 255, torch.tensor(DIRECTIONS)
-    # 1 at the colour, 0 from an eighth of the way to the nearest other colour on
-    along = colours @ weight.T
+    colors, weight = torch.from_numpy(PATCH_COLORS) / 255, torch.tensor(DIRECTIONS)
+    # 1 at the color, 0 from an eighth of the way to the nearest other color on
+    along = colors @ weight.T
     nearest = along.masked_fill(torch.eye(10).bool(), -10).amax(0)
     weight = 8 * weight / (along.diag() - nearest)[:, None]
-    model = PatchColourModel(weight, 1 - (weight * colours).sum(1))
+    model = PatchColorModel(weight, 1 - (weight * colors).sum(1))
     with torch.no_grad():
         counted, logits = model.features(images), model(images)
     assert (logits.argmax(1) == shown).float().mean() > 0.98

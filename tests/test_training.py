@@ -22,7 +22,7 @@ from sightline.training import Training, fit
 from sightline.training.checkpoints import Checkpoints
 from sightline.training.log import Log
 from sightline.training.losses import Loss, class_weights, distillation
-from sightline.training.optimisers import average, create_optimiser
+from sightline.training.optimizers import average, create_optimizer
 from sightline.training.schedule import learning_rate
 
 pytestmark = pytest.mark.usefixtures("few_validation_images")
@@ -100,7 +100,7 @@ def test_it_learns_and_validates_what_it_saves(tmp_path: Path, monkeypatch: pyte
     assert run.history[-1]["train_loss"] < 0.5 * run.history[0]["train_loss"]
     val = data.load(asked.data)["val"]
     batch = val.batch(range(len(val)))
-    right = runs.load(run.folder)(data.normalise(batch.images, run.preprocess)).argmax(1) == batch.labels
+    right = runs.load(run.folder)(data.normalize(batch.images, run.preprocess)).argmax(1) == batch.labels
     assert run.history[-1]["val_accuracy"] == float(right.double().mean())
 
 
@@ -363,11 +363,11 @@ def test_one_line_per_epoch_where_there_is_no_terminal(tmp_path: Path, capfd: py
 @pytest.mark.parametrize("epochs", [1, 4, 13])
 def test_one_cycle_is_that_of_pytorch(epochs: int):
     asked = Optim(epochs=epochs, lr=0.3)
-    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.3, epochs * 7, cycle_momentum=False)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, epochs * 7, cycle_momentum=False)
     for step in range(epochs * 7):
-        assert learning_rate(asked, step, 7) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-9)
-        optimiser.step()
+        assert learning_rate(asked, step, 7) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
         theirs.step()
 
 
@@ -389,7 +389,7 @@ def test_class_weights_make_classes_count_alike():
 
 def test_norms_and_biases_are_not_decayed():
     network = models.create_model("vgg_att2", width=1 / 16)
-    decayed, plain = create_optimiser(network, Optim(weight_decay=0.1, optimizer="adamw")).param_groups
+    decayed, plain = create_optimizer(network, Optim(weight_decay=0.1, optimizer="adamw")).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in network.named_parameters()}
     assert all(names[id(p)].endswith("weight") for p in decayed["params"])
@@ -407,7 +407,7 @@ def test_the_moving_average_takes_buffers_along():
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_step_is_that_of_plain_pytorch(name: str, tmp_path: Path):
-    """Three steps against a bare loop: same images, same dropout, same optimiser."""
+    """Three steps against a bare loop: same images, same dropout, same optimizer."""
     asked = replace(
         TINY, optim=Optim(epochs=1, batch_size=32, lr=0.01, weight_decay=5e-4, optimizer=name, schedule="constant")
     )
@@ -421,7 +421,7 @@ def test_a_step_is_that_of_plain_pytorch(name: str, tmp_path: Path):
         {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": 5e-4},
         {"params": [p for p in network.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimiser = (
+    optimizer = (
         torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, fused=True)
         if name == "sgd"
         else torch.optim.AdamW(groups, lr=0.01, fused=True)
@@ -429,10 +429,10 @@ def test_a_step_is_that_of_plain_pytorch(name: str, tmp_path: Path):
     passed = data.batches(images, 32, shuffle=(0, 0), augment=(asked.augment, 0, 0), drop_last=True)
     for step, batch in enumerate(passed):
         torch.manual_seed(int(np.random.SeedSequence((0, 0, step)).generate_state(1, np.uint64)[0]))
-        x = data.normalise(batch.images.to(memory_format=torch.channels_last), images.preprocess)
+        x = data.normalize(batch.images.to(memory_format=torch.channels_last), images.preprocess)
         nn.functional.cross_entropy(network(x), batch.labels).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     assert equal(weights(run), network.state_dict())
 
 
@@ -514,7 +514,7 @@ def test_images_are_blended_by_the_share_of_their_labels(tmp_path: Path, monkeyp
     def look(self: Training, seed: int, images: Tensor, labels: Tensor, mixed: tuple[Tensor, float] | None) -> None:
         assert mixed is not None
         batch = next(self._batches(self.step))
-        raw = data.normalise(batch.images, self.train.preprocess)
+        raw = data.normalize(batch.images, self.train.preprocess)
         share = mixed[1]
         torch.testing.assert_close(images, share * raw + (1 - share) * raw.roll(1, 0))
         assert torch.equal(mixed[0], batch.labels.roll(1, 0)) and torch.equal(labels, batch.labels)
@@ -533,7 +533,7 @@ def test_a_profile_shows_where_the_time_goes(tmp_path: Path, capsys: pytest.Capt
     shown = capsys.readouterr().err
     assert "where 10 steps spent their time, ms per step" in shown
     lines = {line.split("│")[1].strip(): line.split("│")[2:4] for line in shown.splitlines() if line.startswith("│")}
-    parts = [float(lines[name][0]) for name in ("images", "forward", "backward", "optimiser", "the rest")]
+    parts = [float(lines[name][0]) for name in ("images", "forward", "backward", "optimizer", "the rest")]
     assert sum(parts) == pytest.approx(float(lines["a step"][0]), abs=0.03) and min(parts) >= 0
     assert equal(weights(profiled), weights(fit(optim(epochs=2), tmp_path / "plain", changes, progress=False)))
     with pytest.raises(ValueError, match=r"a profile expects 15 steps, got 12; set optim\.epochs higher"):

@@ -122,11 +122,11 @@ def test_no_parameter_is_stuck():
     x = inputs(4, size=(9, 6), dtype=torch.float64)
     transformer = SpatialTransformer(3).double()
     before = copy.deepcopy(dict(transformer.named_parameters()))
-    optimiser = torch.optim.AdamW(transformer.parameters(), 1e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(transformer.parameters(), 1e-3, weight_decay=0)
     for _ in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         transformer(x).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     assert not [key for key, value in transformer.named_parameters() if torch.equal(value, before[key])]
 
 
@@ -192,12 +192,12 @@ def test_it_learns_to_look_at_the_object():
 
     def accuracy(first, features):
         net = nn.Sequential(first, nn.Flatten(), nn.Linear(features, 2))
-        optimiser = torch.optim.Adam(net.parameters(), 1e-3)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
         for _ in range(500):
             batch = torch.randint(len(images), (64,))
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(net(images[batch]), labels[batch]).backward()
-            optimiser.step()
+            optimizer.step()
         with torch.no_grad():
             return (net(new).argmax(1) == new_labels).float().mean().item()
 

@@ -14,7 +14,7 @@ import sightline as sl
 from sightline import maps
 from sightline.evaluation.parts import Part
 from sightline.explainers import Explainer, Verdict, explain
-from sightline.explainers.verdicts import LEVELS, worst
+from sightline.facts import LEVELS, worst
 from sightline.testing import PooledModel
 
 
@@ -51,7 +51,7 @@ def test_an_attention_that_has_not_learned_is_nearly_flat(images):
     assert ((high - low) / high < 0.01).all() and (high > low).all()
     for verdicts, spread in zip(found.verdicts["attention"], (high - low) / high, strict=True):
         assert verdicts[0] == f"nearly flat: varies {100 * spread:.1g} %" and verdicts[0].level == "do not read"
-    assert not any("flat" in verdict.name for image in found.verdicts["grad_cam"] for verdict in image)
+    assert not any("flat" in verdict.kind for image in found.verdicts["grad_cam"] for verdict in image)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def test_an_attention_that_has_not_learned_is_nearly_flat(images):
 def test_what_is_flat(values, expected):
     verdicts, picture = shown(values)
     assert verdicts == expected
-    is_grey = bool((picture == maps.UNDEFINED).all())
-    assert is_grey == any("flat" in verdict for verdict in verdicts)
+    is_gray = bool((picture == maps.UNDEFINED).all())
+    assert is_gray == any("flat" in verdict for verdict in verdicts)
 
 
-def test_a_signed_map_is_grey_where_it_is_flat_and_white_where_it_is_zero():
+def test_a_signed_map_is_gray_where_it_is_flat_and_white_where_it_is_zero():
     assert (shown([[-3.0, -3.01]], is_signed=True)[1] == 128).all()
     assert shown([[-3.0, 0.0]], is_signed=True)[1][0, 1].min() > 240
 
@@ -86,7 +86,7 @@ def test_a_softmax_attention_is_nearly_flat_until_its_scores_differ():
     for scale, expected in ((1e-9, "flat"), (1e-3, "nearly flat"), (1e-1, None)):
         weights = (scale * scores).flatten().softmax(0).reshape(7, 7)
         verdicts, _ = shown(weights.tolist())
-        assert [verdict.name for verdict in verdicts] == ([expected] if expected else [])
+        assert [verdict.kind for verdict in verdicts] == ([expected] if expected else [])
 
 
 def test_all_negative_behind_a_relu(images):
@@ -125,7 +125,7 @@ def test_a_conservation_gap_is_as_grave_as_it_is_large(share, expected):
 
     found = explain(PooledModel(torch.eye(3)), torch.rand(2, 3, 4, 4), methods=[short])
     for verdicts in found.verdicts["short"]:
-        gaps = [verdict for verdict in verdicts if verdict.name == "conservation gap"]
+        gaps = [verdict for verdict in verdicts if verdict.kind == "conservation gap"]
         assert [gap.level for gap in gaps] == expected
         assert gaps == ([f"conservation gap: {share:.0%}"] if expected else [])
 
@@ -137,14 +137,14 @@ def test_levels_of_the_others(images):
     assert [v.level for image in found.verdicts["activation_map"] for v in image] == ["note"] * 3
     smooth = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 62 * 62, 2))
     (verdict,) = explain(smooth, images[:1], methods=["guided_backprop"]).verdicts["guided_backprop"][0]
-    assert (verdict.name, verdict.level) == ("rectifiers intercepted", "doubt")
+    assert (verdict.kind, verdict.level) == ("rectifiers intercepted", "doubt")
     images[1] = torch.nan
     broken = explain(PooledModel(torch.eye(3)), images, 1, ["cam"]).verdicts["cam"]
     assert [worst(verdicts) for verdicts in broken] == [None, "do not read", None]
 
 
 def test_a_verdict_is_text_with_a_level():
-    flat, gap = Verdict("flat", "do not read"), Verdict("conservation gap: 12%")
+    flat, gap = Verdict("flat", "do not read"), Verdict("conservation gap", details="12%")
     assert flat == "flat" and hash(flat) == hash("flat") and f"{gap}" == "conservation gap: 12%"
     for other in (copy.deepcopy(flat), pickle.loads(pickle.dumps(flat))):
         assert other == "flat" and other.level == "do not read" and type(other) is Verdict
@@ -153,7 +153,7 @@ def test_a_verdict_is_text_with_a_level():
 
 
 def test_levels_survive_an_interrupted_evaluation(tmp_path):
-    verdicts = {"cam": [[Verdict("flat", "do not read")], [], [Verdict("conservation gap: 2%", "note")]]}
+    verdicts = {"cam": [[Verdict("flat", "do not read")], [], [Verdict("conservation gap", "note", details="2%")]]}
     nothing = np.zeros(0)
     Part(alike=nothing, areas=nothing, verdicts=verdicts, layers={}, positions={"cam": [5, 4]}).save(tmp_path / "a.npz")
     back = Part.load(tmp_path / "a.npz")

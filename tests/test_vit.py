@@ -144,15 +144,15 @@ def test_it_overfits_64_images_of_clutter():
     pixels, _, _ = compose(0, "train", indices)
     x, y = torch.from_numpy(pixels).float().div(255).sub(0.3).div(0.2), torch.from_numpy(indices % 10)
     model = seeded(TinyViT, depth=2)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     accuracy = 0.0
     for _ in range(90):
         logits = model(x)
         if (accuracy := (logits.argmax(1) == y).double().mean().item()) == 1:
             break
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(logits, y).backward()
-        optimiser.step()
+        optimizer.step()
     assert accuracy == 1
 
 

@@ -362,7 +362,7 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     from sightline import data, maps, runs
     from sightline.data.images import open_image, quiet
     from sightline.explainers import Verdict, explain, named
-    from sightline.explainers.verdicts import worst
+    from sightline.facts import worst
 
     out = _folder(options.out)
     runs.check_writable(out)
@@ -392,7 +392,7 @@ def explain(options: argparse.Namespace, _: dict[str, Any]) -> None:
     stems = _unique(Path(name).stem for name in images.names)
     with _Bar() as bar:
         for batch in data.batches(images, min(16, options.batch_size)):
-            inputs = data.normalise(batch.images.to(device), preprocess)
+            inputs = data.normalize(batch.images.to(device), preprocess)
             found = explain(
                 model,
                 inputs,
@@ -486,7 +486,7 @@ def _first(model: "nn.Module", images: "ImageSet") -> "torch.Tensor":
     from sightline import data
 
     device = next(model.parameters()).device
-    return data.normalise(next(data.batches(images, 1)).images.to(device), images.preprocess)
+    return data.normalize(next(data.batches(images, 1)).images.to(device), images.preprocess)
 
 
 def _fitting(
@@ -527,7 +527,7 @@ def _fitting(
 
 def _titled(method: str, verdicts: Sequence["Verdict"]) -> str:
     """A method's name with what is to be distrusted in its map; the gravest level in brackets, unless it is a note."""
-    from sightline.explainers.verdicts import worst
+    from sightline.facts import worst
 
     level = worst(verdicts)
     brackets = f" ({level})" if level not in (None, "note") else ""
@@ -545,7 +545,7 @@ def _positions(grid: Sequence[int], has_layer: bool, can_be_trained: bool) -> st
 
 def _levels(verdicts: dict[str, list[list["Verdict"]]]) -> str:
     """How many maps have a verdict, by its gravest level."""
-    from sightline.explainers.verdicts import LEVELS, worst
+    from sightline.facts import LEVELS, worst
 
     counts = Counter(worst(image) for images in verdicts.values() for image in images)
     levels = [f"{counts[level]} {level}" for level in reversed(LEVELS) if counts[level]]
@@ -556,13 +556,13 @@ def _levels(verdicts: dict[str, list[list["Verdict"]]]) -> str:
 
 def _doubts(verdicts: dict[str, list[list["Verdict"]]]) -> Iterator[str]:
     """The verdicts above a note, by level and method, each with a figure that is always the same, and how often."""
-    from sightline.explainers.verdicts import LEVELS
+    from sightline.facts import LEVELS
 
     for level in reversed(LEVELS[1:]):
         for method, images in verdicts.items():
             alike: dict[str, list[str]] = {}
             for verdict in (verdict for image in images for verdict in image if verdict.level == level):
-                alike.setdefault(verdict.name, []).append(verdict)
+                alike.setdefault(verdict.kind, []).append(verdict)
             counts = [
                 f"{texts[0] if len(set(texts)) == 1 else name} ({_counted(len(texts), 'image')})"
                 for name, texts in alike.items()

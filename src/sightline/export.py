@@ -102,7 +102,7 @@ class _Alone(nn.Module):
 
 
 class _FromPixels(nn.Module):
-    """`data.normalise` in front, with mean and deviation as buffers."""
+    """`data.normalize` in front, with mean and deviation as buffers."""
 
     mean: Tensor
     std: Tensor
@@ -170,6 +170,6 @@ def _difference(call: _Call, network: nn.Module, preprocess: data.Preprocess) ->
     for n in (1, 3):
         images = _pixels(n, preprocess.size)
         with torch.no_grad():
-            wanted, found = network(data.normalise(images, preprocess)), call(images)
+            wanted, found = network(data.normalize(images, preprocess)), call(images)
         shares += [(a - b).abs().max() / b.abs().max().clamp_min(1e-30) for a, b in zip(found, wanted, strict=True)]
     return float(torch.stack(shares).max())

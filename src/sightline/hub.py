@@ -169,7 +169,7 @@ def card(run: runs.Run, name: str, evaluation: dict[str, Any] | None) -> str:
         f"An image classifier: `{wanted.model.name}`{parameters}, trained with sightline. "
         f"{len(run.classes)} classes: {', '.join(run.classes[:_LISTED])}{more}.",
         "## Load it",
-        f'```python\nimport sightline as sl\n\nmodel = sl.load("{PREFIX}{name}")  # normalised images to logits\n```',
+        f'```python\nimport sightline as sl\n\nmodel = sl.load("{PREFIX}{name}")  # normalized images to logits\n```',
         f"```bash\nsightline pull {name} --out run\nsightline explain run photo.jpg --methods grad_cam --out maps\n```",
         f"The input is the whole image in red, green and blue, resized to {size} pixels (height x width), divided by "
         f"255, less {[*run.preprocess.mean]}, divided by {[*run.preprocess.std]}. The logits are in the order of the "

@@ -1,4 +1,4 @@
-"""Maps as pictures and boxes: resize, normalise, colour, overlay, colour bar, parts, side by side, PNG, boxes."""
+"""Maps as pictures and boxes: resize, normalize, color, overlay, color bar, parts, side by side, PNG, boxes."""
 
 import io
 import textwrap
@@ -13,8 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from sightline.facts import old_names
+
 UNDEFINED = 128
-"""Grey level of a value that is not finite, and of a map that is nearly flat; no colour of the map is grey."""
+"""Gray level of a value that is not finite, and of a map that is nearly flat; no color of the map is gray."""
 ROUNDING = 1e-6
 """Variation up to which a float32 map is flat: its positions differ by rounding errors."""
 NEARLY_FLAT = 0.01
@@ -25,8 +27,8 @@ COARSE = 7
 
 Mode = Literal["bilinear", "nearest"]
 
-_GREY = (0.299, 0.587, 0.114)  # brightness of red, green and blue (ITU-R BT.601)
-_SHARE = 100  # one position of so many may lie beyond the colours of an overlay
+_GRAY = (0.299, 0.587, 0.114)  # brightness of red, green and blue (ITU-R BT.601)
+_SHARE = 100  # one position of so many may lie beyond the colors of an overlay
 _GAP = 4  # pixels between the cells of a figure
 _SMALLEST, _LONGEST = 96, 2048  # side of an image that is shown, in pixels
 
@@ -45,8 +47,8 @@ def resize(
 ) -> Float[Tensor, "b t *new_grid"]:
     """Maps at another (height, width), or 3-D maps at another (depth, height, width).
 
-    "bilinear": linear along each axis between pixel centres (`align_corners=False`), averaged if the map shrinks.
-    "nearest": each new pixel takes the old one that holds its centre, also if the map shrinks.
+    "bilinear": linear along each axis between pixel centers (`align_corners=False`), averaged if the map shrinks.
+    "nearest": each new pixel takes the old one that holds its center, also if the map shrinks.
 
     Raises:
         TypeError: the maps are no tensor.
@@ -97,7 +99,7 @@ def variation(maps: Float[Tensor, "b t *grid"]) -> Float[Tensor, "b t"]:
     return ((high - low) / largest).where(largest > 0, 0.0)
 
 
-def normalise(maps: Float[Tensor, "*b h w"], signed: bool = False) -> Float[Tensor, "*b h w"]:
+def normalize(maps: Float[Tensor, "*b h w"], signed: bool = False) -> Float[Tensor, "*b h w"]:
     """Each map stretched to [0, 1], order kept: its lowest finite value becomes 0, its highest 1.
 
     `signed`: divided by its largest absolute value instead, so that it lies in [-1, 1] and 0 stays 0. For maps whose
@@ -105,9 +107,9 @@ def normalise(maps: Float[Tensor, "*b h w"], signed: bool = False) -> Float[Tens
 
     A flat map (signed: a map of zeros) becomes 0, a value that is not finite NaN.
 
-    >>> normalise(torch.tensor([[-2.0, 0.0, 1.0]]), signed=True)
+    >>> normalize(torch.tensor([[-2.0, 0.0, 1.0]]), signed=True)
     tensor([[-1.0000,  0.0000,  0.5000]])
-    >>> normalise(torch.tensor([[[-2.0, 0.0], [1.0, 2.0]], [[7.0, 7.0], [7.0, 7.0]]]))
+    >>> normalize(torch.tensor([[[-2.0, 0.0], [1.0, 2.0]], [[7.0, 7.0], [7.0, 7.0]]]))
     tensor([[[0.0000, 0.5000],
              [0.7500, 1.0000]],
     <BLANKLINE>
@@ -124,22 +126,22 @@ def normalise(maps: Float[Tensor, "*b h w"], signed: bool = False) -> Float[Tens
     return ((halves - low) / (high - low)).where(high > low, 0.0).where(finite, torch.nan)
 
 
-def colour(maps: Float[Tensor, "*b h w"], signed: bool = False) -> UInt8[Tensor, "*b 3 h w"]:
-    """RGB of values in [0, 1] on matplotlib's perceptually uniform `inferno` (black, red, yellow); NaN is grey.
+def color(maps: Float[Tensor, "*b h w"], signed: bool = False) -> UInt8[Tensor, "*b 3 h w"]:
+    """RGB of values in [0, 1] on matplotlib's perceptually uniform `inferno` (black, red, yellow); NaN is gray.
 
     `signed`: of values in [-1, 1] on the diverging `RdBu_r` (blue is negative, white is 0, red is positive).
 
     Raises:
         ValueError: a value outside [0, 1], or [-1, 1] if `signed`.
 
-    >>> colour(torch.tensor([[0.0, 0.5, 1.0]]))[:, 0].T.tolist()
+    >>> color(torch.tensor([[0.0, 0.5, 1.0]]))[:, 0].T.tolist()
     [[0, 0, 4], [188, 55, 84], [252, 255, 164]]
     """
     lowest = -1 if signed else 0
     if ((maps < lowest) | (maps > 1)).any():
         raise ValueError(
             f"expected values in [{lowest}, 1], got {maps.min():.4g} to {maps.max():.4g}; "
-            f"call maps.normalise{'(..., signed=True)' * signed} first"
+            f"call maps.normalize{'(..., signed=True)' * signed} first"
         )
     defined = ~maps.isnan()
     index = ((maps.where(defined, 0.0) - lowest) * (256 / (1 - lowest))).long().clamp(max=255)
@@ -155,14 +157,14 @@ def overlay(
 ) -> UInt8[Tensor, "b t 3 h w"]:
     """Raw maps, each stretched to its own range and resized, laid over their images with an `opacity` of 0 to 1.
 
-    The images become grey: every colour is the map's, also on stained tissue. `signed` as in `normalise` and `colour`:
-    for a map with negative values, whose 0 would otherwise get any colour.
+    The images become gray: every color is the map's, also on stained tissue. `signed` as in `normalize` and `color`:
+    for a map with negative values, whose 0 would otherwise get any color.
 
     Of 100 positions the one with the highest value (signed: farthest from 0) may lie beyond the scale and gets its last
-    colour, where a few extreme pixels would otherwise leave none for the others; but no map is brightened more than
+    color, where a few extreme pixels would otherwise leave none for the others; but no map is brightened more than
     tenfold, so that rounding errors stay dark. Maps of fewer than 100 positions have their whole range on the scale.
 
-    A map that is flat or nearly so (`variation` below 1 %) is grey: colours would draw differences that mean nothing.
+    A map that is flat or nearly so (`variation` below 1 %) is gray: colors would draw differences that mean nothing.
 
     Raises:
         TypeError: images that are not uint8, something that is no tensor.
@@ -182,11 +184,11 @@ def overlay(
         )
     height, width = images.shape[-2:]
     maps = maps.to(images.device)
-    shares = resize(normalise(_cut(maps, signed), signed), (height, width)).clamp(-1 if signed else 0, 1)
+    shares = resize(normalize(_cut(maps, signed), signed), (height, width)).clamp(-1 if signed else 0, 1)
     varies = (variation(maps) >= NEARLY_FLAT)[:, :, None, None]
-    above = colour(shares.where(varies, torch.nan), signed).float()
-    grey = torch.einsum("bchw,c->bhw", images.float(), above.new_tensor(_GREY))
-    return torch.lerp(grey[:, None, None], above, opacity).round().to(torch.uint8)
+    above = color(shares.where(varies, torch.nan), signed).float()
+    gray = torch.einsum("bchw,c->bhw", images.float(), above.new_tensor(_GRAY))
+    return torch.lerp(gray[:, None, None], above, opacity).round().to(torch.uint8)
 
 
 def _cut(maps: Float[Tensor, "*b h w"], signed: bool) -> Float[Tensor, "*b h w"]:
@@ -199,20 +201,20 @@ def _cut(maps: Float[Tensor, "*b h w"], signed: bool) -> Float[Tensor, "*b h w"]
     return maps.clamp(-end if signed else low, end).where(finite, torch.nan)
 
 
-def colour_bar(height: int, width: int, signed: bool = False) -> UInt8[Tensor, "3 h w"]:
-    """The colours from 0 (left) to 1 (right), from -1 if `signed`.
+def color_bar(height: int, width: int, signed: bool = False) -> UInt8[Tensor, "3 h w"]:
+    """The colors from 0 (left) to 1 (right), from -1 if `signed`.
 
-    >>> colour_bar(1, 3)[:, 0].T.tolist()
+    >>> color_bar(1, 3)[:, 0].T.tolist()
     [[0, 0, 4], [188, 55, 84], [252, 255, 164]]
     """
-    return colour(torch.linspace(-1 if signed else 0, 1, width).expand(height, width), signed)
+    return color(torch.linspace(-1 if signed else 0, 1, width).expand(height, width), signed)
 
 
 def parts(maps: Float[Tensor, "b k h w"], norm: Float[Tensor, "b 1 h w"] | None = None) -> UInt8[Tensor, "b 3 h w"]:
     """Several attention maps in one picture: red, green, blue = maps 1, 2, 3, brightness = norm of the features.
 
     Each map is divided by its maximum, the norm by its own, and the two are multiplied. Maps after the third are not
-    shown, colours without a map stay 0, a pixel with a value that is not finite is grey. For a model that ends in a
+    shown, colors without a map stay 0, a pixel with a value that is not finite is gray. For a model that ends in a
     BR-NPA block: `parts(sl.attention_maps(model, images)[block], explanation["activation_map"])`, where the explanation
     is `sl.explain(model, images, methods=["activation_map"])`.
 
@@ -234,9 +236,9 @@ def parts(maps: Float[Tensor, "b k h w"], norm: Float[Tensor, "b 1 h w"] | None 
         )
     if (maps < 0).any() or (norm is not None and (norm < 0).any()):
         raise ValueError("expected maps and a norm of at least 0, got a negative value; show signed maps with overlay")
-    shares = normalise(maps[:, :3], signed=True)
+    shares = normalize(maps[:, :3], signed=True)
     if norm is not None:
-        shares = shares * normalise(norm, signed=True)
+        shares = shares * normalize(norm, signed=True)
     rgb = F.pad(shares, (0, 0, 0, 0, 0, 3 - shares.shape[1]))
     undefined = rgb.isnan().any(1, keepdim=True)
     return (rgb.float() * 255).round().masked_fill(undefined, UNDEFINED).to(torch.uint8)
@@ -260,11 +262,11 @@ def side_by_side(
     with spaces for underscores.
 
     Args:
-        images: as they look, not normalised.
+        images: as they look, not normalized.
         columns: what to show, by title; `explanation.maps` for example.
         opacity: as for `overlay`.
         signed: titles of the maps whose negative values speak against the class; None: all with a negative value.
-        scales: below each map its colours, with the values of the first and the last one.
+        scales: below each map its colors, with the values of the first and the last one.
         captions: text at the foot of columns, by title.
         per_row: so many columns beside the images, the others below, beside the images again.
         title: over the images.
@@ -335,7 +337,7 @@ def side_by_side(
 def _scale(
     maps: Float[Tensor, "b 1 h w"] | None, count: int, width: int, signed: bool = False
 ) -> UInt8[Tensor, "b 3 _ width"]:
-    """For each map its colours with the values of the first and the last one; white for what is no map."""
+    """For each map its colors with the values of the first and the last one; white for what is no map."""
     letters = _letters(width)
     font = ImageFont.load_default(letters)
     bar, line = max(4, width // 40), round(1.5 * letters)
@@ -343,7 +345,7 @@ def _scale(
     if maps is None:
         return strips
     varies = (variation(maps) >= NEARLY_FLAT)[:, :, None, None].cpu()
-    strips[:, :, _GAP : _GAP + bar] = colour_bar(bar, width, signed).where(varies, UNDEFINED)
+    strips[:, :, _GAP : _GAP + bar] = color_bar(bar, width, signed).where(varies, UNDEFINED)
     for strip, values in zip(strips, _cut(maps, signed).cpu(), strict=True):
         values = values[values.isfinite()]
         ends = (float(values.min()), float(values.max())) if len(values) else (torch.nan, torch.nan)
@@ -395,7 +397,7 @@ def png(image: UInt8[Tensor, "3 h w"]) -> bytes:
         TypeError: no tensor, or none of uint8.
         ValueError: not of shape (3, h, w).
 
-    >>> png(colour_bar(1, 2))[1:4]
+    >>> png(color_bar(1, 2))[1:4]
     b'PNG'
     """
     _check_images(image, "one image", "(3, h, w)")
@@ -408,7 +410,7 @@ def boxes(maps: Float[Tensor, "b t h w"], threshold: float = 0.2) -> Int[Tensor,
     """Box around the largest connected component of the cells with max(map, 0) / its maximum >= threshold.
 
     (x_min, y_min, x_max, y_max) in cells of the map, half-open: x_max - x_min is the width. Cells connect to their 8
-    neighbours, size is the number of cells; of equally large components the one with the higher peak wins, then the
+    neighbors, size is the number of cells; of equally large components the one with the higher peak wins, then the
     first in reading order. A map without a positive value, or with one that is not finite, has no component: its box
     is empty (0, 0, 0, 0). A flat positive map gives the whole map. For a box in pixels `resize` the map first.
 
@@ -417,9 +419,9 @@ def boxes(maps: Float[Tensor, "b t h w"], threshold: float = 0.2) -> Int[Tensor,
         ValueError: `threshold` outside [0, 1]; maps of another shape.
 
     Source: Zhou et al. 2016 (1512.04150), section 3.2: 20 % of the maximum for CAM; Selvaraju et al. 2017 (1610.02391)
-    take 15 % for Grad-CAM. 8 neighbours and the empty box as in the evaluation code of Choe et al. 2020 (2001.07437).
+    take 15 % for Grad-CAM. 8 neighbors and the empty box as in the evaluation code of Choe et al. 2020 (2001.07437).
 
-    Differs: Choe's code quantises the map to 8 bits, compares with >, and measures the area within the outer contour.
+    Differs: Choe's code quantizes the map to 8 bits, compares with >, and measures the area within the outer contour.
 
     >>> boxes(torch.tensor([[[[0.0, 5.0, 0.0, 0.0], [4.0, 0.0, 0.0, 9.0]]]])).tolist()
     [[[0, 0, 2, 2]]]
@@ -493,5 +495,8 @@ def _check_images(images: Tensor, name: str = "images", shape: str = "(b, 3, h, 
     if images.dtype != torch.uint8:
         raise TypeError(
             f"expected {name} as bytes, torch.uint8 from 0 to 255, got {images.dtype}; give what was there before "
-            "normalising, or (255 * images).round().byte() of values from 0 to 1"
+            "normalizing, or (255 * images).round().byte() of values from 0 to 1"
         )
+
+
+__getattr__ = old_names("sightline.maps")

@@ -50,7 +50,7 @@ class Data:
     seed: int = 0
     """Seed of the splits, of the draws and of the composed images."""
     shortcut: float = 0.9
-    """clutter-shortcut only: share of training images in which the colour of the patch gives the class away."""
+    """clutter-shortcut only: share of training images in which the color of the patch gives the class away."""
     streaming: bool = False
     """Read training images one after the other instead of holding or caching them; for sets larger than the disk."""
     strict: bool = False
@@ -76,7 +76,7 @@ class Augment:
     color: float = 0.0
     """Strength of random brightness, contrast and saturation, 0 to 1."""
     cutout: int = 0
-    """Side of a square, in pixels, at a random place, that is filled with the mean colour. 0: none."""
+    """Side of a square, in pixels, at a random place, that is filled with the mean color. 0: none."""
     mixup: float = 0.0
     """Blend each image of a batch and its label with another one, by a share from Beta(mixup, mixup); 0: no blend."""
 
@@ -110,7 +110,7 @@ class Optim:
     nesterov: bool = True
     """Nesterov's form of the momentum."""
     weight_decay: float = 0.05
-    """Weight decay; not applied to biases and normalisation layers."""
+    """Weight decay; not applied to biases and normalization layers."""
     schedule: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
     """Course of the learning rate over the whole training."""
     warmup: float = 0.0
@@ -149,7 +149,7 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training: data, model, optimisation, seeds."""
+    """One training: data, model, optimization, seeds."""
 
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)

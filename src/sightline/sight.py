@@ -13,10 +13,10 @@ from torch import nn
 from sightline import data, runs
 from sightline.evaluation import Evaluation, evaluate
 from sightline.evaluation.standings import UNDEFINED_SHARE
-from sightline.explainers import Method, Progress
+from sightline.explainers import Method
+from sightline.facts import Interval, Progress
 from sightline.metrics import METRICS, inputs_of
 from sightline.metrics.agreement import ranks
-from sightline.metrics.uncertainty import Interval
 from sightline.recipe import Recipe
 from sightline.testing import PLANTED, planted
 from sightline.training import fit

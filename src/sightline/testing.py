@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-COLOURS = torch.tensor([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], dtype=torch.float32)
+from sightline.facts import old_names
+
+COLORS = torch.tensor([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], dtype=torch.float32)
 """Red, green, blue, yellow, magenta, cyan: what the models of planted evidence look for."""
-_WEIGHT = torch.where(COLOURS == 1, 4 / COLOURS.sum(1, keepdim=True), -1.5)
+_WEIGHT = torch.where(COLORS == 1, 4 / COLORS.sum(1, keepdim=True), -1.5)
 
 
 class LinearModel(nn.Module):
@@ -62,7 +64,7 @@ class PooledModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-        """Linear layer on the mean colour."""
+        """Linear layer on the mean color."""
         return self.head(self.pool(self.features(images)).flatten(1))
 
 
@@ -82,7 +84,7 @@ class _AttendedMean(nn.Module):
 
 
 class PlantedAttention(nn.Module):
-    """Attention is the softmax of the red channel, the logits are the attended colour: the map is known beforehand.
+    """Attention is the softmax of the red channel, the logits are the attended color: the map is known beforehand.
 
     >>> PlantedAttention()(torch.ones(1, 3, 2, 2)).tolist()
     [[1.0, 1.0, 1.0]]
@@ -93,18 +95,18 @@ class PlantedAttention(nn.Module):
         self.pool = _AttendedMean()
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3"]:
-        """Attended colour."""
+        """Attended color."""
         return self.pool(images)
 
 
-class PatchColourModel(nn.Module):
-    """Each logit is the per cent of the image that has the class's colour: the evidence is these pixels and no others.
+class PatchColorModel(nn.Module):
+    """Each logit is the per cent of the image that has the class's color: the evidence is these pixels and no others.
 
-    A pixel x counts max(weight x + bias, 0) for a class. The default knows the six `COLOURS`: each counts 1 for its own
+    A pixel x counts max(weight x + bias, 0) for a class. The default knows the six `COLORS`: each counts 1 for its own
     class and 0 for the others; white and whatever is below 0.75 in every channel count 0. A 1 x 1 convolution, ReLU,
     global average pooling, one linear layer: CAM is exact.
 
-    >>> PatchColourModel()(COLOURS[1].reshape(1, 3, 1, 1)).tolist()
+    >>> PatchColorModel()(COLORS[1].reshape(1, 3, 1, 1)).tolist()
     [[0.0, 100.0, 0.0, 0.0, 0.0, 0.0]]
     """
 
@@ -134,18 +136,18 @@ def _of_two(pairs: Sequence[tuple[int, ...]], sign: int) -> nn.Sequential:
 
     It is (x + y + sign |x - y|) / 2.
     """
-    x, y = (100 * torch.eye(len(COLOURS))[list(which)] for which in zip(*pairs, strict=True))
+    x, y = (100 * torch.eye(len(COLORS))[list(which)] for which in zip(*pairs, strict=True))
     half = torch.eye(len(pairs)) / 2
     first, second = torch.cat([x + y, x - y, y - x]), torch.cat([half, sign * half, sign * half], 1)
     return nn.Sequential(_linear(first), nn.ReLU(), _linear(second))
 
 
-class TwoPartsModel(PatchColourModel):
-    """A conjunction: the logit of a class is the smaller amount, in per cent of the image, of its two colours.
+class TwoPartsModel(PatchColorModel):
+    """A conjunction: the logit of a class is the smaller amount, in per cent of the image, of its two colors.
 
     The 9 classes are red, green or blue with yellow, magenta or cyan. Both parts are evidence: without either, 0.
 
-    >>> TwoPartsModel()(torch.stack([COLOURS[0], COLOURS[4]], 1).reshape(1, 3, 1, 2))[0, :3].tolist()
+    >>> TwoPartsModel()(torch.stack([COLORS[0], COLORS[4]], 1).reshape(1, 3, 1, 2))[0, :3].tolist()
     [0.0, 50.0, 0.0]
     """
 
@@ -154,13 +156,13 @@ class TwoPartsModel(PatchColourModel):
         self.head = _of_two(_EVIDENCE["pair"], -1)
 
 
-class EitherModel(PatchColourModel):
-    """A disjunction: the logit of a class is the larger amount, in per cent of the image, of its two colours.
+class EitherModel(PatchColorModel):
+    """A disjunction: the logit of a class is the larger amount, in per cent of the image, of its two colors.
 
     The 3 classes are red or yellow, green or magenta, blue or cyan. Each part alone is enough: of two equal amounts,
     losing one changes nothing.
 
-    >>> EitherModel()(torch.stack([COLOURS[0], COLOURS[3]], 1).reshape(1, 3, 1, 2)).tolist()
+    >>> EitherModel()(torch.stack([COLORS[0], COLORS[3]], 1).reshape(1, 3, 1, 2)).tolist()
     [[50.0, 0.0, 0.0]]
     """
 
@@ -176,8 +178,8 @@ _EVIDENCE: dict[str, tuple[tuple[int, ...], ...]] = {
     "twice": tuple((k, 3 + k) for k in (0, 1, 2)),
 }
 PLANTED: dict[str, Callable[[], nn.Module]] = {
-    "clutter": PatchColourModel,
-    "shortcut": partial(PatchColourModel, _WEIGHT[3:]),
+    "clutter": PatchColorModel,
+    "shortcut": partial(PatchColorModel, _WEIGHT[3:]),
     "pair": TwoPartsModel,
     "twice": EitherModel,
 }
@@ -191,11 +193,11 @@ def planted(
 
     On dark noise (below 0.4) lie patches of 6 x 6 pixels, none over another: the evidence, and three that are none.
 
-    - `clutter`: a patch of the class's colour, one of six; three are white.
-    - `shortcut`: a patch of the class's colour, yellow, magenta or cyan; one of the others is red, green or blue, which
+    - `clutter`: a patch of the class's color, one of six; three are white.
+    - `shortcut`: a patch of the class's color, yellow, magenta or cyan; one of the others is red, green or blue, which
       the model does not know: an object beside what the model uses.
     - `pair`: the two parts of the class of `TwoPartsModel`; three are white.
-    - `twice`: both colours of the class of `EitherModel`; three are white.
+    - `twice`: both colors of the class of `EitherModel`; three are white.
 
     Pixels outside the mask may become white or anything below 0.75 in every channel: no logit changes. With black in
     place of the mask all logits are 0, those of an empty image.
@@ -218,8 +220,8 @@ def planted(
         image.copy_(0.4 * torch.rand(image.shape, generator=generator))
         others = torch.ones(3, 3)
         if kind == "shortcut":
-            others[0] = COLOURS[int(torch.randint(3, (), generator=generator))]
-        patches = torch.cat([COLOURS[list(evidence[target])], others])
+            others[0] = COLORS[int(torch.randint(3, (), generator=generator))]
+        patches = torch.cat([COLORS[list(evidence[target])], others])
         cells = torch.randperm(9, generator=generator)[: len(patches)]
         corners = 8 * torch.stack([cells // 3, cells % 3], 1)
         corners += torch.randint(3, corners.shape, generator=generator)
@@ -228,3 +230,6 @@ def planted(
             image[:, *where] = patches[k][:, None, None]
             mask[:, *where] = k < len(evidence[target])
     return images, targets, masks
+
+
+__getattr__ = old_names("sightline.testing")

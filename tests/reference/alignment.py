@@ -38,7 +38,7 @@ def activated_general(q, k, W, b, act):
     return act(general(q, k, W) + b)
 
 
-def generalised_kernel(q, k, phi):
+def generalized_kernel(q, k, phi):
     return dot([phi(x) for x in q], [phi(x) for x in k])
 
 

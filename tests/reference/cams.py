@@ -36,7 +36,7 @@ def weighted(activations, weights):
     return cam(activations, weights).clamp(min=0)
 
 
-def grad_cam_plus_plus(activations, gradients, normalise_alpha=False):
+def grad_cam_plus_plus(activations, gradients, normalize_alpha=False):
     """Chattopadhyay et al. 2018, eqs. 5 and 19, in fractions, which neither round nor underflow."""
     weights = []
     for k in range(len(activations)):
@@ -49,7 +49,7 @@ def grad_cam_plus_plus(activations, gradients, normalise_alpha=False):
             if g > 0:
                 alphas += alpha
                 weight += alpha * g
-        if normalise_alpha:
+        if normalize_alpha:
             weight = weight / alphas if alphas else Fraction(0)
         weights.append(float(weight))
     return weighted(activations, weights)

@@ -1,4 +1,4 @@
-"""Deletion, insertion and localisation one pixel at a time; imports nothing of the package."""
+"""Deletion, insertion and localization one pixel at a time; imports nothing of the package."""
 
 import math
 

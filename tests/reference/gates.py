@@ -77,7 +77,7 @@ def squeeze_excite(features, mlp):
 
 
 def efficient_channel(features, kernel):
-    """Weights (c,): each channel from its neighbours."""
+    """Weights (c,): each channel from its neighbors."""
     z, half = average(features), len(kernel) // 2
     weights = []
     for c in range(len(z)):
@@ -127,7 +127,7 @@ def bam(features, mlp, channel_norm, convs, norms, dilation, variant):
 
 
 def bilinear(features, height, width):
-    """Resize with pixel centres at half-integers (align_corners=False)."""
+    """Resize with pixel centers at half-integers (align_corners=False)."""
     channels, rows, columns = features.shape
 
     def around(index, size, old):

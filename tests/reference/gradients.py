@@ -31,7 +31,7 @@ def backpropagate(layers, image, target, rule="plain"):
 
 
 def summed(maps):
-    """Sum over colours, (c, h, w) to (h, w)."""
+    """Sum over colors, (c, h, w) to (h, w)."""
     found = torch.zeros_like(maps[0])
     for channel in maps:
         found += channel
@@ -39,7 +39,7 @@ def summed(maps):
 
 
 def largest(maps):
-    """Largest absolute value over colours."""
+    """Largest absolute value over colors."""
     found = torch.zeros_like(maps[0])
     for channel in maps:
         found = torch.maximum(found, channel.abs())
@@ -72,7 +72,7 @@ def mean_and_variance(gradient_at, copies):
 
 
 def enlarge_nearest(cam, size):
-    """(h, w) at another size: each pixel takes the cell that holds its centre."""
+    """(h, w) at another size: each pixel takes the cell that holds its center."""
     found = torch.zeros(size, dtype=cam.dtype)
     for i in range(size[0]):
         for j in range(size[1]):

@@ -28,7 +28,7 @@ def gradient(function, scores, step=1e-6):
 
 
 def bilinear_crop(image, top, left, size):
-    """Pixels of (c, h, w) at top + i, left + j, interpolated between the four neighbours."""
+    """Pixels of (c, h, w) at top + i, left + j, interpolated between the four neighbors."""
     crop = np.zeros((len(image), size, size))
     for c in range(len(image)):
         for i in range(size):

@@ -49,7 +49,7 @@ def dimmed(image, fill, importance, inverse=False):
 
 
 def inpainted(image, hole):
-    """Rong et al. 2022 without noise: every pixel of the hole solves the mean of its neighbours; image (c, h, w)."""
+    """Rong et al. 2022 without noise: every pixel of the hole solves the mean of its neighbors; image (c, h, w)."""
     height, width = hole.shape
     unknown = {place: i for i, place in enumerate(zip(*np.nonzero(hole), strict=True))}
     matrix, right = np.zeros((len(unknown), len(unknown))), np.zeros((len(unknown), len(image)))
@@ -91,9 +91,9 @@ def painted(image, hole):
     return found
 
 
-def infidelity(falls, covered, normalise):
+def infidelity(falls, covered, normalize):
     """Yeh et al. 2019, eq. 1, over the squares."""
     factor = 1.0
-    if normalise:
+    if normalize:
         factor = sum(a * b for a, b in zip(covered, falls, strict=True)) / sum(a * a for a in covered)
     return sum((factor * a - b) ** 2 for a, b in zip(covered, falls, strict=True)) / len(falls)

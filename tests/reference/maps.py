@@ -5,7 +5,7 @@ import math
 
 
 def box(rows, threshold):
-    """Box of the largest component of one map, a list of rows: flood fill over 8 neighbours."""
+    """Box of the largest component of one map, a list of rows: flood fill over 8 neighbors."""
     height, width = len(rows), len(rows[0])
     values = [value for row in rows for value in row]
     if not all(math.isfinite(value) for value in values) or max(values) <= 0:
@@ -32,7 +32,7 @@ def box(rows, threshold):
 
 
 def linear_at(values, n):
-    """A list of values at n >= len(values) positions: linear between the centres of the cells, constant outside."""
+    """A list of values at n >= len(values) positions: linear between the centers of the cells, constant outside."""
     out = []
     for i in range(n):
         position = min(max((i + 0.5) * len(values) / n - 0.5, 0), len(values) - 1)
@@ -43,12 +43,12 @@ def linear_at(values, n):
 
 
 def nearest_at(values, n):
-    """A list of values at n positions: the cell that holds the centre."""
+    """A list of values at n positions: the cell that holds the center."""
     return [values[int((i + 0.5) * len(values) / n)] for i in range(n)]
 
 
 def parts(maps, norm=None):
-    """RGB rows of one image's maps, lists of rows: colour k = map k / its maximum, times norm / its maximum."""
+    """RGB rows of one image's maps, lists of rows: color k = map k / its maximum, times norm / its maximum."""
     height, width = len(maps[0]), len(maps[0][0])
     picture = [[[0, 0, 0] for _ in range(width)] for _ in range(height)]
     for k, rows in enumerate(maps[:3]):

@@ -6,7 +6,7 @@ import torch
 
 
 def enlarge(grid, height, width):
-    """Bilinear interpolation of (h, w) between pixel centres, constant beyond the outermost ones."""
+    """Bilinear interpolation of (h, w) between pixel centers, constant beyond the outermost ones."""
     found = torch.zeros(height, width, dtype=grid.dtype)
     for i in range(height):
         for j in range(width):

@@ -23,7 +23,7 @@ def sample(features, theta, size):
 
 
 def inside(theta, size):
-    """Whether each pixel centre of an input (h, w) lies in the parallelogram that theta (2, 3) makes of the square."""
+    """Whether each pixel center of an input (h, w) lies in the parallelogram that theta (2, 3) makes of the square."""
     corners = [theta @ np.array([x, y, 1.0]) for x, y in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
     found = np.zeros(size, dtype=bool)
     for i in range(size[0]):

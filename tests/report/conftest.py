@@ -15,25 +15,25 @@ from sightline.metrics.uncertainty import Interval
 from sightline.recipe import Recipe
 
 METHODS = ("attention", "activation_map", "cam", "grad_cam")
-CONTROLS = ("random_map", "centre_map", "edge_map", "contrast_map")
+CONTROLS = ("random_map", "center_map", "edge_map", "contrast_map")
 METRICS = ("deletion_auc", "insertion_auc", "pointing_game", "energy_in_mask")
 CLASSES = tuple("zero one two three four five six seven eight nine".split())
 
 
-def blob(side: int, centre: np.ndarray, radius: float) -> np.ndarray:
+def blob(side: int, center: np.ndarray, radius: float) -> np.ndarray:
     rows, columns = np.mgrid[:side, :side]
-    return np.exp(-((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2) / (2 * radius**2))
+    return np.exp(-((rows - center[0]) ** 2 + (columns - center[1]) ** 2) / (2 * radius**2))
 
 
 def example(index: int, side: int, rng: np.random.Generator, wrong: bool = False) -> Example:
-    """A coloured object on a textured ground, with maps that look at it, more or less."""
-    centre = rng.uniform(0.25, 0.75, 2) * side
+    """A colored object on a textured ground, with maps that look at it, more or less."""
+    center = rng.uniform(0.25, 0.75, 2) * side
     ground = np.kron(rng.uniform(40, 150, (8, 8, 3)), np.ones((side // 8 + 1, side // 8 + 1, 1)))[:side, :side]
     ground += rng.normal(0, 18, (side, side, 3))
-    thing = blob(side, centre, side / 8)
-    colour = rng.uniform(60, 255, 3)
-    image = (ground * (1 - thing[..., None]) + colour * thing[..., None]).clip(0, 255).astype(np.uint8)
-    near = blob(10, centre * 10 / side, 1.6)
+    thing = blob(side, center, side / 8)
+    color = rng.uniform(60, 255, 3)
+    image = (ground * (1 - thing[..., None]) + color * thing[..., None]).clip(0, 255).astype(np.uint8)
+    near = blob(10, center * 10 / side, 1.6)
     maps = {
         "attention": (near / near.sum()).astype(np.float32),
         "activation_map": (3 + 9 * near + rng.normal(0, 1, (10, 10))).astype(np.float32),
@@ -66,7 +66,7 @@ MEANS = {
     "cam": (0.24, 0.78, 0.97, 0.61),
     "grad_cam": (0.26, 0.77, 0.95, 0.58),
     "random_map": (0.52, 0.51, 0.08, 0.071),
-    "centre_map": (0.44, 0.58, 0.30, 0.12),
+    "center_map": (0.44, 0.58, 0.30, 0.12),
     "edge_map": (0.25, 0.55, 0.22, 0.10),
     "contrast_map": (0.41, 0.60, 0.25, 0.13),
 }

@@ -122,7 +122,7 @@ def test_title_verdict_and_summary(page: Page, evaluation: Evaluation):
 
 def test_accuracy_beside_majority_and_chance(page: Page):
     text = page.text_of("accuracy")
-    assert "97.2 % of the labelled images" in text and "interval 95.3 % to 98.6 %, from 400 images." in text
+    assert "97.2 % of the labeled images" in text and "interval 95.3 % to 98.6 %, from 400 images." in text
     assert "Always the most frequent class 11.8 %" in text and "Chance, all 10 classes alike 10.0 %" in text
 
 
@@ -252,8 +252,8 @@ def test_names_are_text_and_never_markup(evaluation: Evaluation, run: runs.Run, 
     assert boxes == [EVIL]
 
 
-def test_unlabelled_images(evaluation: Evaluation, tmp_path: Path):
-    unlabelled = replace(
+def test_unlabeled_images(evaluation: Evaluation, tmp_path: Path):
+    unlabeled = replace(
         evaluation,
         accuracy=None,
         majority=None,
@@ -263,7 +263,7 @@ def test_unlabelled_images(evaluation: Evaluation, tmp_path: Path):
         worst={},
         quality=None,
     )
-    page = Page(report.write(unlabelled, tmp_path).read_text())
+    page = Page(report.write(unlabeled, tmp_path).read_text())
     assert "no labels" in page.text_of("accuracy")
     absent = {"errors", "confusion", "training", "worst"}
     assert not absent & {element.get("id") for element in page.elements}
@@ -531,7 +531,7 @@ def test_curves_and_their_numbers(page: Page, evaluation: Evaluation):
     assert rows[1][-3:] == [report.number(0.9 * 0.5 ** (1 / 0.24)), report.number(0.9 * 0.25 ** (1 / 0.24)), "0.000"]
 
 
-def test_six_methods_have_a_colour(evaluation: Evaluation, tmp_path: Path):
+def test_six_methods_have_a_color(evaluation: Evaluation, tmp_path: Path):
     x = np.linspace(0.0, 1.0, 3)
     lines = {f"m{i}": Curve(shares=x, mean=i * x, low=i * x, high=i * x) for i in range(9)}
     kinds = {"insertion": lines, "deletion": lines}
@@ -636,8 +636,8 @@ def test_an_image_is_drawn_once(html: str, evaluation: Evaluation, tmp_path: Pat
     apart = replace(evaluation.examples[0], mask=None, maps={})
     found = replace(evaluation, examples=(evaluation.examples[0], apart), errors=(), worst={}, mean_maps={})
     assert report.write(found, tmp_path).read_text().count(pictures.picture(apart.image)) == 2  # its mask is another
-    unlabelled = replace(evaluation, accuracy=None, errors=evaluation.worst["cam"], examples=())
-    page = Page(report.write(unlabelled, tmp_path).read_text())
+    unlabeled = replace(evaluation, accuracy=None, errors=evaluation.worst["cam"], examples=())
+    page = Page(report.write(unlabeled, tmp_path).read_text())
     ids = {element.get("id") for element in page.elements}
     assert {use["href"][1:] for use in page.all("use")} <= ids  # what stands with the errors is drawn elsewhere
 

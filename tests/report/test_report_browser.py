@@ -121,18 +121,18 @@ def page(evaluation: Evaluation, run: runs.Run, tmp_path_factory: pytest.TempPat
 
 CONTRASTS = """
 (() => {
-  const rgba = (colour) => {
-    const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number);
-    return colour.startsWith("color(") ? [r, g, b, a] : [r / 255, g / 255, b / 255, a];
+  const rgba = (color) => {
+    const [r, g, b, a = 1] = color.match(/[\\d.]+/g).map(Number);
+    return color.startsWith("color(") ? [r, g, b, a] : [r / 255, g / 255, b / 255, a];
   };
-  const luminance = (colour) => {
-    const [r, g, b] = colour.map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  const luminance = (color) => {
+    const [r, g, b] = color.map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const ground = (element) => {
     for (; element; element = element.parentElement) {
-      const colour = rgba(getComputedStyle(element).backgroundColor);
-      if (colour[3] === 1) return colour;
+      const color = rgba(getComputedStyle(element).backgroundColor);
+      if (color[3] === 1) return color;
     }
     return rgba(getComputedStyle(document.body).backgroundColor);
   };
@@ -251,7 +251,7 @@ def test_sorting_with_the_keyboard(browser: Browser, page: Path):
     browser.open(page)
     as_written = [
         ["attention", "activation_map", "cam", "grad_cam"],
-        ["random_map", "centre_map", "edge_map", "contrast_map"],
+        ["random_map", "center_map", "edge_map", "contrast_map"],
     ]
     assert rows(browser) == as_written
 
@@ -264,7 +264,7 @@ def test_sorting_with_the_keyboard(browser: Browser, page: Path):
     assert sorts()[1] == "ascending"  # of deletion the lowest is the best
     best_first = [
         ["cam", "grad_cam", "attention", "activation_map"],
-        ["edge_map", "contrast_map", "centre_map", "random_map"],
+        ["edge_map", "contrast_map", "center_map", "random_map"],
     ]
     assert rows(browser) == best_first
     browser.press("Enter")
@@ -273,7 +273,7 @@ def test_sorting_with_the_keyboard(browser: Browser, page: Path):
     browser.press("Tab")
     browser.press("Enter")
     assert sorts() == ["none", "none", "descending", "none", "none"]
-    assert rows(browser)[1] == ["contrast_map", "centre_map", "edge_map", "random_map"]
+    assert rows(browser)[1] == ["contrast_map", "center_map", "edge_map", "random_map"]
     browser.run("document.querySelector('.scores thead button').click()")
     assert rows(browser) == [sorted(part) for part in as_written]
 
@@ -289,7 +289,7 @@ def test_undefined_scores_are_sorted_to_the_end(browser: Browser, evaluation: Ev
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_is_readable(browser: Browser, evaluation: Evaluation, run: runs.Run, tmp_path: Path, scheme: str):
-    strongest = (-1.0) ** np.add.outer(np.arange(8), np.arange(8))  # the deepest colours of a correlation
+    strongest = (-1.0) ** np.add.outer(np.arange(8), np.arange(8))  # the deepest colors of a correlation
     browser.open(report.write(replace(evaluation, method_agreement=strongest), tmp_path, run), scheme=scheme)
     browser.run("document.querySelectorAll('details').forEach(part => part.open = true)")
     assert browser.run(CONTRASTS) == []

@@ -7,7 +7,7 @@ from torch import nn
 
 from sightline.attention.alignment import ALIGNMENT, Attend, NadarayaWatson
 from sightline.attention.bags import MILPooling
-from sightline.attention.bilinear import BilinearCNN, GeneralisedMean, GlobalAveragePool
+from sightline.attention.bilinear import BilinearCNN, GeneralizedMean, GlobalAveragePool
 from sightline.attention.channel import EfficientChannelAttention, GlobalContext, SqueezeExcite
 from sightline.attention.hard import Glimpse, HardAttention, MovingBaseline, reinforce_loss
 from sightline.attention.insertion import WithMaps, insert, remove
@@ -16,6 +16,7 @@ from sightline.attention.pooling import CompatibilityGate, LearnToPayAttention
 from sightline.attention.self_attention import NonLocal, SelfAttention
 from sightline.attention.spatial import BAM, CBAM, AttentionGate, ChannelGate, SpatialGate
 from sightline.attention.transformer import SpatialTransformer
+from sightline.facts import old_names
 
 __all__ = [
     "ALIGNMENT",
@@ -29,7 +30,7 @@ __all__ = [
     "ChannelGate",
     "CompatibilityGate",
     "EfficientChannelAttention",
-    "GeneralisedMean",
+    "GeneralizedMean",
     "Glimpse",
     "GlobalAveragePool",
     "GlobalContext",
@@ -68,9 +69,12 @@ ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "mil": MILPooling,
     "hard": HardAttention,
     "gap": GlobalAveragePool,
-    "gem": GeneralisedMean,
+    "gem": GeneralizedMean,
 }
 """Blocks by name, made for a number of channels. Those with `out_channels` are poolings, the others keep the shape.
 
 `ltpa` scores positions without a query; inside the networks of its paper the query is the global vector.
 """
+
+
+__getattr__ = old_names("sightline.attention")

@@ -153,7 +153,7 @@ class ActivatedGeneral(Alignment):
         return self.activation(_products(self.project(queries), keys) + self.bias)
 
 
-class GeneralisedKernel(Alignment):
+class GeneralizedKernel(Alignment):
     """phi(q)^T phi(k).
 
     Args:
@@ -164,7 +164,7 @@ class GeneralisedKernel(Alignment):
 
     Source: Choromanski et al. 2021 (2009.14794), "Rethinking Attention with Performers".
 
-    >>> GeneralisedKernel(torch.relu)(torch.tensor([[[3.0, -1.0]]]), torch.tensor([[[2.0, -4.0]]]))
+    >>> GeneralizedKernel(torch.relu)(torch.tensor([[[3.0, -1.0]]]), torch.tensor([[[2.0, -4.0]]]))
     tensor([[[6.]]])
     """
 
@@ -452,7 +452,7 @@ ALIGNMENT: dict[str, type[Alignment]] = {
     "general": General,
     "biased_general": BiasedGeneral,
     "activated_general": ActivatedGeneral,
-    "generalised_kernel": GeneralisedKernel,
+    "generalized_kernel": GeneralizedKernel,
     "concat": Concat,
     "additive": Additive,
     "deep": Deep,

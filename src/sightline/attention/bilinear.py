@@ -67,8 +67,8 @@ class GlobalAveragePool(nn.Module):
         return features.mean((2, 3))
 
 
-class GeneralisedMean(nn.Module):
-    """The generalised mean over positions (GeM), whose power is learned: 1 is the mean, infinity the maximum.
+class GeneralizedMean(nn.Module):
+    """The generalized mean over positions (GeM), whose power is learned: 1 is the mean, infinity the maximum.
 
     Args:
         channels: channels of the feature map.
@@ -80,7 +80,7 @@ class GeneralisedMean(nn.Module):
     Source: Radenovic, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation" (1711.02512), equation
     3, one power for all channels. Features below 1e-6 count as 1e-6.
 
-    >>> GeneralisedMean(1, p=2.0)(torch.tensor([[[[1.0, 7.0]]]])).item()
+    >>> GeneralizedMean(1, p=2.0)(torch.tensor([[[[1.0, 7.0]]]])).item()
     5.0
     """
 
@@ -92,5 +92,5 @@ class GeneralisedMean(nn.Module):
         self.p = nn.Parameter(torch.tensor(float(p)))
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
-        """The generalised mean of each channel."""
+        """The generalized mean of each channel."""
         return features.clamp_min(_EPS).pow(self.p).mean((2, 3)).pow(1 / self.p)

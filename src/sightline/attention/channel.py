@@ -132,11 +132,11 @@ class EfficientChannelWeights(nn.Module):
 
 
 class EfficientChannelAttention(Gating):
-    """Weighs each channel by the averages of its neighbouring channels: one convolution along the channels.
+    """Weighs each channel by the averages of its neighboring channels: one convolution along the channels.
 
     Args:
         channels: channels of the feature map.
-        kernel: how many neighbours count, itself included; odd. None: the odd number next to (log2(channels) + 1) / 2.
+        kernel: how many neighbors count, itself included; odd. None: the odd number next to (log2(channels) + 1) / 2.
         identity: a new block returns its input: weights count twice and the convolution starts at zero.
 
     Raises:

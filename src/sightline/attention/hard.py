@@ -281,8 +281,8 @@ class Glimpse(nn.Module):
     def _pixels(self, weights: Float[Tensor, "b n"], side: int) -> Float[Tensor, "b s side"]:
         """Share of each pixel along one axis in each pixel of the crop."""
         exact = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        centres = (torch.arange(exact.shape[1], device=exact.device, dtype=exact.dtype) + 0.5) * side / exact.shape[1]
-        first = ((exact * centres).sum(1) - self.size / 2).clamp(0, side - self.size)
+        centers = (torch.arange(exact.shape[1], device=exact.device, dtype=exact.dtype) + 0.5) * side / exact.shape[1]
+        first = ((exact * centers).sum(1) - self.size / 2).clamp(0, side - self.size)
         first = first.round() if self.hard else first
         at = first[:, None] + torch.arange(self.size, device=exact.device)
         return (1 - (at[:, :, None] - torch.arange(side, device=exact.device)).abs()).clamp(min=0)

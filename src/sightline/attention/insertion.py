@@ -51,7 +51,7 @@ def insert(
             where a function pools or the classifier is a convolution. A stage is `layer1` to `layer4`, or the last
             layer of a resolution that all later ones depend on.
         init: "identity", a fresh gating block returns its input, so that the logits stay the same bit for bit; "fresh",
-            the block's own initialisation. Poolings have one initialisation only. Blocks may compute different things
+            the block's own initialization. Poolings have one initialization only. Blocks may compute different things
             in the two settings: a buffer `attention.inserted_as_identity` keeps their weights apart.
         inplace: change `model` itself, not a copy.
         options: keyword arguments of the block.

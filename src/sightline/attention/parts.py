@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock
 
 from sightline.attention.bilinear import signed_root
 
-Update = Literal["cosine", "normalised"]
+Update = Literal["cosine", "normalized"]
 First = Literal["norm", "random"]
 Variant = Literal["wsdan", "brnpa"]
 
@@ -145,7 +145,7 @@ class RepresentativeVectors(nn.Module):
     Args:
         channels: channels of the feature map. None: not told, and `out_channels` is None.
         k: number of vectors.
-        update: "cosine", a score is multiplied by 1 - cosine; "normalised", by 1 - cosine / sum of the cosines. The
+        update: "cosine", a score is multiplied by 1 - cosine; "normalized", by 1 - cosine / sum of the cosines. The
             latter hardly changes a score where there are many positions, so that the same one is picked again.
         power: power of the norm that is the first score.
         refine: no: the vectors are those at the picked positions themselves.
@@ -158,7 +158,7 @@ class RepresentativeVectors(nn.Module):
     Source: Gomez et al., "Improve the Interpretability of Attention: A Fast, Accurate, and Interpretable
     High-Resolution Attention Model" (BR-NPA), Pattern Recognition 2022 (2106.02566), and its code.
 
-    Differs: the lecture slides on it have update "normalised" and the squared norm (`power=2`); the authors' code, like
+    Differs: the lecture slides on it have update "normalized" and the squared norm (`power=2`); the authors' code, like
     the defaults here, "cosine" and the norm. The code keeps negative cosines.
 
     >>> parts = RepresentativeVectors(512, k=3)
@@ -238,7 +238,7 @@ class BilinearAttentionPooling(nn.Module):
         k: number of maps and vectors; WS-DAN has 32.
         variant: where the maps come from: "wsdan", a 1x1 convolution, BatchNorm, ReLU; "brnpa", the model that BR-NPA
             is compared with, a residual block of two 3x3 convolutions, a 1x1 convolution, ReLU.
-        normalised: signed square root of the vector, then length 100. None: in "wsdan" only.
+        normalized: signed square root of the vector, then length 100. None: in "wsdan" only.
 
     Raises:
         ValueError: an unknown `variant`, k below 1.
@@ -251,13 +251,13 @@ class BilinearAttentionPooling(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, k: int = 3, variant: Variant = "wsdan", normalised: bool | None = None
+        self, channels: int, *, k: int = 3, variant: Variant = "wsdan", normalized: bool | None = None
     ) -> None:
         super().__init__()
         _check("variant", variant, get_args(Variant))
         _check_vectors(k)
         self.out_channels = k * channels
-        self.normalised = variant == "wsdan" if normalised is None else normalised
+        self.normalized = variant == "wsdan" if normalized is None else normalized
         if variant == "wsdan":
             self.gate = nn.Sequential(nn.Conv2d(channels, k, 1, bias=False), nn.BatchNorm2d(k), nn.ReLU())
         else:
@@ -267,7 +267,7 @@ class BilinearAttentionPooling(nn.Module):
         """The k vectors of each image, one after the other."""
         maps = self.gate(features).flatten(2)
         vectors = torch.bmm(maps / maps.shape[2], features.flatten(2).mT).flatten(1)
-        return 100 * normalize(signed_root(vectors)) if self.normalised else vectors
+        return 100 * normalize(signed_root(vectors)) if self.normalized else vectors
 
 
 def _check(name: str, value: object, known: tuple[object, ...]) -> None:

@@ -36,7 +36,7 @@ class SpatialTransformer(nn.Module):
     Args:
         channels: channels of the input.
         size: height and width of the output. None: those of the input. Smaller ones are sampled, not averaged.
-        hidden: channels of the localisation network.
+        hidden: channels of the localization network.
         scale_only: one scale for both axes and a shift, three parameters instead of six.
 
     Raises:
@@ -44,7 +44,7 @@ class SpatialTransformer(nn.Module):
 
     Source: Jaderberg et al., "Spatial Transformer Networks", NeurIPS 2015, equations 1, 2 (`scale_only`) and 5.
 
-    Differs: the paper leaves the localisation network open; this one sees the input averaged to 4 x 4 cells.
+    Differs: the paper leaves the localization network open; this one sees the input averaged to 4 x 4 cells.
 
     >>> SpatialTransformer(8, size=(2, 3))(torch.zeros(2, 8, 5, 7)).shape
     torch.Size([2, 8, 2, 3])
@@ -60,7 +60,7 @@ class SpatialTransformer(nn.Module):
             raise ValueError(f"expected a size of at least 1 x 1, got {size[0]} x {size[1]}; give (height, width)")
         self.size = size
         self.scale_only = scale_only
-        self.localise = nn.Sequential(
+        self.localize = nn.Sequential(
             nn.Conv2d(channels, hidden, 3, stride=2, padding=1),
             nn.ReLU(),
             nn.Conv2d(hidden, hidden, 3, padding=1),
@@ -76,7 +76,7 @@ class SpatialTransformer(nn.Module):
 
     def theta(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 3"]:
         """Affine map [A s] of each image, at least in float32: a bfloat16 position would be off by pixels."""
-        numbers = self.affine(self.localise(features))
+        numbers = self.affine(self.localize(features))
         numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
         if self.scale_only:
             scale, x, y = numbers.unbind(1)
@@ -95,7 +95,7 @@ class SpatialTransformer(nn.Module):
 
 
 def positions(size: torch.Size | tuple[int, int], like: Tensor) -> Float[Tensor, "2 n"]:
-    """Centres (x, y) of all pixels, row by row, where -1 and 1 are the outer edges.
+    """Centers (x, y) of all pixels, row by row, where -1 and 1 are the outer edges.
 
     >>> positions((1, 4), torch.zeros(()))
     tensor([[-0.7500, -0.2500,  0.2500,  0.7500],

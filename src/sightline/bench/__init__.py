@@ -18,7 +18,7 @@ from sightline import data, models, recipe, report, runs
 from sightline.bench.measured import Maps, Measured, Quality, fresh, measure, read
 from sightline.bench.result import CHEAP, Bench, Difference, Summary, student_interval, summary
 from sightline.bench.study import Study, folder, load, width_for
-from sightline.explainers import Progress
+from sightline.facts import Progress
 from sightline.models.costs import Costs, costs
 from sightline.recipe import Recipe
 from sightline.report.studies import Cell, Effect, Part, Table
@@ -222,7 +222,7 @@ def _costs(found: Bench, out: Path, dataset: str) -> dict[str, Costs]:
         same = {row: run for row, run in opened.items() if run.recipe.data == source}
         trained = min(run.recipe.optim.batch_size for run in same.values())
         batch = images.batch(range(min(_TIMED, trained, len(images))))
-        inputs = data.normalise(batch.images.to(device), images.preprocess)
+        inputs = data.normalize(batch.images.to(device), images.preprocess)
         alike = {row: runs.load(run.folder).to(device) for row, run in same.items()}
         for row, cost in costs(alike, inputs).items():
             seconds, saved = cost.seconds / len(inputs), cost.saved // len(inputs)
@@ -271,9 +271,9 @@ def _part(found: Bench) -> Part:
                 (
                     "Maps after training, on up to 200 test images: the network’s own map (the attention of its last "
                     "block with a spatial map, or its activation map if it has none), its activation map, and a blob "
-                    "in the centre that never looks at the image. In mask: share of the map in the mask, higher is "
+                    "in the center that never looks at the image. In mask: share of the map in the mask, higher is "
                     "better. Deletion: area under the probability of the predicted class while pixels are removed, "
-                    "lower is better, to be read against the centre control of the same network. Sparsity ranks "
+                    "lower is better, to be read against the center control of the same network. Sparsity ranks "
                     "nothing.",
                     found.map_cells(),
                 ),

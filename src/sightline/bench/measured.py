@@ -48,7 +48,7 @@ class Quality:
     """Means over up to 200 test images of what one map is worth; NaN where there is no such map or no mask.
 
     Names as in `sightline.metrics.METRICS`. Of deletion less is better, and a network that is sure of itself begins
-    higher: compare it with that of the same network's centre map.
+    higher: compare it with that of the same network's center map.
     """
 
     energy_in_mask: float
@@ -77,7 +77,7 @@ class Measured:
     after: Maps
     quality: dict[str, Quality] = field(default_factory=dict[str, Quality])
     """Map -> what it is worth after training: `own`, the network's attention, or its activation map if it has none;
-    `activation_map`; and `centre_map`, a blob that never looks at the image."""
+    `activation_map`; and `center_map`, a blob that never looks at the image."""
 
 
 def fresh(run: Run) -> nn.Module:
@@ -115,7 +115,7 @@ def measure(row: str, run: Run, dataset: str = "") -> Measured:
     counts = torch.zeros(len(run.classes), dtype=torch.int64)
     model.to(device)
     for batch in data.batches(images, _BATCH):
-        logits = forward(model, data.normalise(batch.images.to(device), run.preprocess), _BATCH)
+        logits = forward(model, data.normalize(batch.images.to(device), run.preprocess), _BATCH)
         correct += float((logits.argmax(1).cpu() == batch.labels).sum())
         counts += torch.bincount(batch.labels, minlength=len(run.classes))
         area += math.nan if batch.masks is None else float(batch.masks.float().mean((1, 2, 3)).sum())
@@ -142,7 +142,7 @@ def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
     activation: list[Tensor] = []
     cosines: list[Tensor] = []
     for batch in data.batches(images, _BATCH):
-        inputs = data.normalise(batch.images.to(device), images.preprocess)
+        inputs = data.normalize(batch.images.to(device), images.preprocess)
         masks = None if batch.masks is None else batch.masks.to(device)
         with _pooled_norms(model) as norms:
             maps = attention_maps(model, inputs)
@@ -167,9 +167,9 @@ def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
 def _quality(model: nn.Module, images: data.ImageSet) -> dict[str, Quality]:
     batch = images.batch(draw(images.labels, _SCORED, seed=0))
     device = next(model.parameters()).device
-    inputs = data.normalise(batch.images.to(device), images.preprocess)
+    inputs = data.normalize(batch.images.to(device), images.preprocess)
     masks = None if batch.masks is None else batch.masks.to(device)
-    found = explain(model, inputs, methods=["centre_map"])
+    found = explain(model, inputs, methods=["center_map"])
     maps = found.maps
     for method in ("activation_map", "attention"):
         try:
@@ -186,7 +186,7 @@ def _quality(model: nn.Module, images: data.ImageSet) -> dict[str, Quality]:
     return {
         "own": worth.get("attention", activation),
         "activation_map": activation,
-        "centre_map": worth["centre_map"],
+        "center_map": worth["center_map"],
     }
 
 

@@ -118,7 +118,7 @@ _MIXED = (
 _LOG = "Authors' log: the accuracies in the comments of their run scripts."
 _RECALLED = "* not read in the paper, only recalled: do not quote."
 _DAMPED = (
-    "Ours: their learning rate 1 is 0.1 here, because their optimiser dampens the gradient by the momentum; without "
+    "Ours: their learning rate 1 is 0.1 here, because their optimizer dampens the gradient by the momentum; without "
     "their whitening; biases and norms are not decayed; 2 % of the training images are kept for validation."
 )
 

@@ -14,7 +14,7 @@ from sightline.metrics.uncertainty import holm
 from sightline.models.costs import Costs
 from sightline.report.studies import Cell
 
-_MAPS = {"own": "own map", "activation_map": "activation map", "centre_map": "centre control"}
+_MAPS = {"own": "own map", "activation_map": "activation map", "center_map": "center control"}
 _WORTH = {"energy_in_mask": "in mask", "sparsity": "sparsity", "deletion_auc": "deletion"}
 _SPREAD = 1e-9
 """Below it differences are the same but for rounding."""
@@ -122,7 +122,7 @@ class Bench:
         return _texts(self.cells())
 
     def map_table(self) -> tuple[list[str], list[list[str]]]:
-        """The same of `Measured.quality`: each row's own map and its activation map beside the centre control."""
+        """The same of `Measured.quality`: each row's own map and its activation map beside the center control."""
         return _texts(self.map_cells())
 
     def markdown(self) -> str:
@@ -218,8 +218,8 @@ class Bench:
             gaps: dict[str, tuple[str, dict[int, float]]] = {}
             for row in self.rows:
                 of = {run.seed: run.quality for run in self._runs() if run.row == row and run.quality}
-                both = {seed: getattr(q["own"], worth) - getattr(q["centre_map"], worth) for seed, q in of.items()}
-                gaps[row] = "centre_map", {seed: sign * gap for seed, gap in both.items() if not math.isnan(gap)}
+                both = {seed: getattr(q["own"], worth) - getattr(q["center_map"], worth) for seed, q in of.items()}
+                gaps[row] = "center_map", {seed: sign * gap for seed, gap in both.items() if not math.isnan(gap)}
             known = {row: replace(gap, whole=self._is_whole(row)) for row, gap in paired(gaps).items()}
             found = {row: gap for row, gap in known.items() if not math.isnan(gap.low)}
             ahead = [row for row, gap in found.items() if gap.holds and gap.mean > 0]
@@ -227,7 +227,7 @@ class Bench:
             if found:
                 where = " in deletion" if worth == "deletion_auc" else ""
                 said.append(
-                    f"After correction, the own map {verb} a blob in the centre{where} "
+                    f"After correction, the own map {verb} a blob in the center{where} "
                     f"for {_listed(ahead) or 'no row'}; the blob is ahead for {_listed(behind) or 'none'}"
                     f"{'; the rest is open' if len(known) > len(ahead) + len(behind) else ''}."
                 )

@@ -17,11 +17,12 @@ from sightline.data.duplicates import copies, sentences
 from sightline.data.folders import contents, marked, of_others
 from sightline.data.images import MAX_PIXELS
 from sightline.data.marks import BoxForm, looked_at, settle
-from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batches, normalise, sampled, statistics
+from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batches, normalize, sampled, statistics
 from sightline.data.sources import FileReader, Table, from_folder
-from sightline.data.splits import assign, check_labelled, draw
+from sightline.data.splits import assign, check_labeled, draw
 from sightline.data.streams import stream
 from sightline.data.tables import from_tables, lists_images, table_files
+from sightline.facts import old_names
 from sightline.recipe import Data
 
 _Examined = tuple[ImageSet, np.ndarray]
@@ -37,13 +38,13 @@ __all__ = [
     "load",
     "load_stream",
     "load_whole",
-    "normalise",
+    "normalize",
     "read_images",
 ]
 
 DATASETS = {
     "clutter": "embedded: a handwritten digit among fragments of other digits, 10 classes with masks, 40 px",
-    "clutter-shortcut": "clutter with a coloured corner patch that tells the class in training only, with its mask",
+    "clutter-shortcut": "clutter with a colored corner patch that tells the class in training only, with its mask",
     "clutter-pair": "clutter with two digits that tell the class only together, 9 classes with masks",
     "clutter-twice": "clutter with two scans of the digit, either of which tells the class, with masks",
     **{name: alias.line for name, alias in hugging_face.ALIASES.items()},
@@ -58,7 +59,7 @@ def load(data: Data) -> dict[str, ImageSet]:
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
-        ValueError: what is there is not a labelled image set, or cannot be split as asked.
+        ValueError: what is there is not a labeled image set, or cannot be split as asked.
         ModuleNotFoundError: the source needs a library that is not installed.
     """
     if data.streaming:
@@ -137,7 +138,7 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
     sets: dict[str, ImageSet] = {}
     for split in ("val", "test"):
         rows = np.flatnonzero(held.parts == split)
-        check_labelled(held.labels[rows], split)
+        check_labeled(held.labels[rows], split)
         if split == "test" and data.test_size is not None:
             rows = rows[draw(held.labels[rows], data.test_size, data.seed)]
         if len(rows):
@@ -307,3 +308,6 @@ def _decoded(table: Table, split: str, rows: Int64[np.ndarray, " n"], preprocess
         flip_ok=table.flip_ok,
     )
     return images, facts.imprints
+
+
+__getattr__ = old_names("sightline.data")

@@ -3,12 +3,12 @@
 What is planted in each, so that a map can be compared with what there is to be seen:
 
 - `clutter`: one digit, which is the class.
-- `clutter-shortcut`: the same, and a coloured patch that tells the class in training only.
+- `clutter-shortcut`: the same, and a colored patch that tells the class in training only.
 - `clutter-pair`: one digit of {0, 1, 2} and one of {3, 4, 5}; the class names both, neither alone tells it.
 - `clutter-twice`: two different scans of the digit that is the class; either alone tells it.
 
 Source: the cluttered-MNIST protocol (Mnih et al. 2014, arXiv 1406.6247, section 4.1).
-Differs: the digits are scikit-learn's 8 x 8 scans, the canvas is textured and coloured, size and colours vary.
+Differs: the digits are scikit-learn's 8 x 8 scans, the canvas is textured and colored, size and colors vary.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 """The digits that the images of each class show, one or two."""
 Uniform = Callable[..., Float[Array, "b ..."]]
-PATCH_COLOURS = np.array(
+PATCH_COLORS = np.array(
     [
         (230, 25, 45),
         (50, 190, 60),
@@ -99,10 +99,10 @@ def _glyphs(
     return np.clip((drawn - 0.5) * (side / CELLS)[:, None, None] + 0.5, 0, 1)
 
 
-def _colour(
+def _color(
     hue: Float[Array, "..."], saturation: Float[Array, "..."], value: Float[Array, "..."]
 ) -> Shaped[Array, "... 3"]:
-    """Colours in [0, 1] from hue, saturation and value in [0, 1]."""
+    """Colors in [0, 1] from hue, saturation and value in [0, 1]."""
     wheel = np.clip(np.abs((hue[..., None] * 6 + np.array([0, 4, 2], np.float32)) % 6 - 3) - 1, 0, 1)
     return (value[..., None] * (1 - saturation[..., None] * (1 - wheel))).astype(np.float32)
 
@@ -117,16 +117,16 @@ def _texture(noise: Float[Array, "b c k k"], size: int) -> Float[Array, "b c s s
 
 
 def _background(uniform: Uniform, size: int) -> Float[Array, "b s s 3"]:
-    """A dark colour with soft clouds of other tints, relief and grain."""
-    base = _colour(uniform(), 0.15 + 0.4 * uniform(), 0.25 + 0.2 * uniform())[:, None, None]
+    """A dark color with soft clouds of other tints, relief and grain."""
+    base = _color(uniform(), 0.15 + 0.4 * uniform(), 0.25 + 0.2 * uniform())[:, None, None]
     tint, relief = _texture(uniform(3, 5, 5), size), _texture(uniform(1, 10, 10), size)
     clouds = (0.2 * (tint - 0.5) + 0.2 * (relief - 0.5)).transpose(0, 2, 3, 1)
     return np.clip(base + clouds + 0.06 * (uniform(size, size, 1) - 0.5), 0, 0.5)
 
 
-def _ink_colour(uniform: Uniform) -> Float[Array, "b 3"]:
+def _ink_color(uniform: Uniform) -> Float[Array, "b 3"]:
     """Lighter than any background; the same for digits and fragments, so that it tells nothing."""
-    return _colour(uniform(), 0.6 * uniform(), 0.75 + 0.25 * uniform())
+    return _color(uniform(), 0.6 * uniform(), 0.75 + 0.25 * uniform())
 
 
 def _square(top: Int64[Array, " b"], left: Int64[Array, " b"], n: int) -> tuple[Array, Array, Array]:
@@ -135,8 +135,8 @@ def _square(top: Int64[Array, " b"], left: Int64[Array, " b"], n: int) -> tuple[
     return np.arange(len(top))[:, None, None], (top[:, None] + steps)[:, :, None], (left[:, None] + steps)[:, None, :]
 
 
-def _paste(canvas: Float[Array, "b s s 3"], where: tuple[Array, Array, Array], alpha: Array, colour: Array) -> None:
-    canvas[where] += alpha[..., None] * (colour[:, None, None] - canvas[where])
+def _paste(canvas: Float[Array, "b s s 3"], where: tuple[Array, Array, Array], alpha: Array, color: Array) -> None:
+    canvas[where] += alpha[..., None] * (color[:, None, None] - canvas[where])
 
 
 def _separate(
@@ -162,7 +162,7 @@ def compose(
 
     Each image depends on (seed, split, index) alone. `parts` holds the digits of each class: one, or two that do not
     overlap and are drawn smaller; two of one class are different scans. With `shortcut`, a patch covers one corner: its
-    colour is that of the class in this share of the images, and drawn from ten classes in the others. None: no patch.
+    color is that of the class in this share of the images, and drawn from ten classes in the others. None: no patch.
 
     >>> images, digit, patch = compose(0, "test", [7])
     >>> images.shape, bool(digit.any()), bool(patch.any())
@@ -196,7 +196,7 @@ def compose(
         alpha = _glyphs(ink[other], side, side / CELLS + uniform() * inner, side / CELLS + uniform() * inner, piece)
         visible = uniform() < (1 if k < FEWEST else 0.5)
         where = _square(below(size - piece + 1), below(size - piece + 1), piece)
-        _paste(canvas, where, alpha * visible[:, None, None], _ink_colour(uniform))
+        _paste(canvas, where, alpha * visible[:, None, None], _ink_color(uniform))
 
     sides = [(low + (high - low) * uniform()) * unit for _ in shown]
     corners = np.array([(below(size - side + 1), below(size - side + 1)) for side in sides])
@@ -207,19 +207,19 @@ def compose(
     for scan, side, corner in zip(scans, sides, corners, strict=True):
         alpha = _glyphs(ink[scan], side, edge, edge, largest)
         where = _square(corner[0], corner[1], largest)
-        _paste(canvas, where, alpha, _ink_colour(uniform))
+        _paste(canvas, where, alpha, _ink_color(uniform))
         digit[where] |= alpha >= 0.25
     images = np.rint(canvas[:, :size, :size] * 255).astype(np.uint8)
     digit = digit[:, :size, :size]
 
     patch = np.zeros_like(digit)
     if shortcut is not None:
-        colour = np.where(uniform() < shortcut, label, below(10))
+        color = np.where(uniform() < shortcut, label, below(10))
         width, margin = round(5 * unit), round(unit)
         far = size - width - 2 * margin
         where = _square(margin + below(2) * far, margin + below(2) * far, width)
         patch[where] = True
-        images[where] = PATCH_COLOURS[colour][:, None, None]
+        images[where] = PATCH_COLORS[color][:, None, None]
         digit = digit & ~patch
     return images.transpose(0, 3, 1, 2), digit, patch
 

@@ -401,6 +401,6 @@ def _rgb(image: Image.Image, ends: tuple[float, float]) -> Image.Image:
             bright[values == clear] = 255
         image = Image.fromarray(bright.astype(np.uint8))
     if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
+        colors = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colors)
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -54,7 +54,7 @@ class Batch:
 
     @property
     def regions(self) -> Bool[Tensor, "b 1 h w"] | None:
-        """Where the evidence is: the masks, or else the pixels whose centre lies in a box."""
+        """Where the evidence is: the masks, or else the pixels whose center lies in a box."""
         if self.masks is not None or self.boxes is None:
             return self.masks
         height, width = self.images.shape[-2:]
@@ -375,11 +375,11 @@ def batches(
     return passed if ahead is None or isinstance(images.store, Resident) else _ahead(passed)
 
 
-def normalise(images: UInt8[Tensor, "b 3 h w"], preprocess: Preprocess) -> Float32[Tensor, "b 3 h w"]:
+def normalize(images: UInt8[Tensor, "b 3 h w"], preprocess: Preprocess) -> Float32[Tensor, "b 3 h w"]:
     """The model's input: (images / 255 - mean) / std, on the device of the images.
 
-    >>> grey = Preprocess(size=(1, 1), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    >>> normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), grey).flatten().tolist()
+    >>> gray = Preprocess(size=(1, 1), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    >>> normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), gray).flatten().tolist()
     [1.0, 1.0, 1.0]
     """
     mean, std = _statistics_on(preprocess, images.device)

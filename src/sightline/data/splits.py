@@ -111,7 +111,7 @@ def assign(
     """
     part = np.where(parts == "", "train", parts).astype("<U5")
     for name in ("train", "val", "test"):
-        check_labelled(labels[part == name], name)
+        check_labeled(labels[part == name], name)
     if data.resplit:
         part[:] = "train"
     elif groups is not None:
@@ -151,7 +151,7 @@ def assign(
     return rows
 
 
-def check_labelled(labels: Int64[Array, " n"], split: str) -> None:
+def check_labeled(labels: Int64[Array, " n"], split: str) -> None:
     """Refuse images without a label.
 
     Raises:

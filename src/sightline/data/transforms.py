@@ -68,7 +68,7 @@ def augment(
         masks = None if masks is None else move.pixels(masks)
         marks = None if marks is None else move.corners(marks)
     if what.color:
-        images = _coloured(images, 1 + what.color * (2 * uniform[:, 9:12] - 1))
+        images = _colored(images, 1 + what.color * (2 * uniform[:, 9:12] - 1))
     if what.cutout:
         images = _cut_out(images, what.cutout, uniform[:, 12:14], fill)
     return images, masks, None if marks is None else marks.kept(len(images))
@@ -212,20 +212,20 @@ def _blended(
     columns = _columns(images, left).float().lerp_(_columns(images, right).float(), across[:, None, None])
     columns = columns.add_(0.5).floor_()
     rows = _rows(columns, upper).lerp_(_rows(columns, lower), down[:, None, :, None])
-    return _grey_levels(rows.add_(0.5))
+    return _gray_levels(rows.add_(0.5))
 
 
-def _coloured(images: UInt8[Tensor, "b 3 h w"], factors: Float32[Tensor, "b 3"]) -> UInt8[Tensor, "b 3 h w"]:
-    """Brightness, contrast and saturation multiplied by factors, in this order, each rounded down to a grey level."""
+def _colored(images: UInt8[Tensor, "b 3 h w"], factors: Float32[Tensor, "b 3"]) -> UInt8[Tensor, "b 3 h w"]:
+    """Brightness, contrast and saturation multiplied by factors, in this order, each rounded down to a gray level."""
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
     x = (images * brightness).clamp_(max=255).floor_()
-    mean = _grey(x).mean((1, 2, 3), keepdim=True)
+    mean = _gray(x).mean((1, 2, 3), keepdim=True)
     x = (x * contrast).add_(mean * (1 - contrast)).clamp_(0, 255).floor_()
-    x = (x * saturation).add_(_grey(x) * (1 - saturation)).clamp_(0, 255)
-    return _grey_levels(x)
+    x = (x * saturation).add_(_gray(x) * (1 - saturation)).clamp_(0, 255)
+    return _gray_levels(x)
 
 
-def _grey(x: Float32[Tensor, "b 3 h w"]) -> Float32[Tensor, "b 1 h w"]:
+def _gray(x: Float32[Tensor, "b 3 h w"]) -> Float32[Tensor, "b 1 h w"]:
     """Brightness as the eye sees it (ITU-R BT.601), rounded down."""
     red, green, blue = x.split(1, 1)
     return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
@@ -234,7 +234,7 @@ def _grey(x: Float32[Tensor, "b 3 h w"]) -> Float32[Tensor, "b 1 h w"]:
 def _cut_out(
     images: UInt8[Tensor, "b 3 h w"], side: int, uniform: Float32[Tensor, "b 2"], fill: tuple[int, int, int]
 ) -> UInt8[Tensor, "b 3 h w"]:
-    """Source: DeVries and Taylor 2017, arXiv 1708.04552: its centre is in the image, the rest may be outside."""
+    """Source: DeVries and Taylor 2017, arXiv 1708.04552: its center is in the image, the rest may be outside."""
     height, width = images.shape[-2:]
     top, left = ((uniform[:, k, None] * n).long() - side // 2 for k, n in enumerate((height, width)))
     steps_y, steps_x = (torch.arange(n, device=images.device) for n in (height, width))
@@ -243,6 +243,6 @@ def _cut_out(
     return torch.stack([x.masked_fill(hole, v) for x, v in zip(images.unbind(1), fill, strict=True)], 1)
 
 
-def _grey_levels(x: Float32[Tensor, "*_"]) -> UInt8[Tensor, "*_"]:
+def _gray_levels(x: Float32[Tensor, "*_"]) -> UInt8[Tensor, "*_"]:
     # the way from float to uint8 is four times as slow on a CPU
     return x.to(torch.int16).to(torch.uint8)

@@ -42,7 +42,7 @@ __all__ = ["Comparison", "Curve", "Evaluation", "Example", "Score", "Standing", 
 Array = np.ndarray
 _Verdicts = Mapping[str, Mapping[int, list[Verdict]]]  # method -> row -> what to distrust
 
-_DEFAULT = ("insertion_auc", "deletion_auc", "pointing_game", "energy_in_mask", "parameter_randomisation")
+_DEFAULT = ("insertion_auc", "deletion_auc", "pointing_game", "energy_in_mask", "parameter_randomization")
 _MEAN_MAP_SIDE = 32
 _ALIKE_SIDE = 16
 _WORST = 3
@@ -55,7 +55,7 @@ def evaluate(
     methods: Sequence[Method] | str | None = None,
     metrics: Sequence[str] | str | None = None,
     *,
-    controls: Sequence[Method] = ("random_map", "centre_map", "edge_map", "contrast_map"),
+    controls: Sequence[Method] = ("random_map", "center_map", "edge_map", "contrast_map"),
     limit: int = 500,
     budget: float | None = None,
     steps: int = 32,
@@ -73,14 +73,14 @@ def evaluate(
 ) -> Evaluation:
     """Score every method by every metric on the same images, the controls beside them.
 
-    `data` is an `ImageSet`, or batches of normalised images: tuples (images, labels) or (images, labels, masks), or
+    `data` is an `ImageSet`, or batches of normalized images: tuples (images, labels) or (images, labels, masks), or
     dicts with `images` and, as known, `labels`, `masks`, `names`, `groups`, and the `forward_args` and `forward_kwargs`
     that the model takes beside these images (see `explain`). Accuracy counts all images; maps are made for `limit` of
     them, drawn by `seed`. The predicted class is explained.
 
     Methods are given as in `explain`; None takes the attention of each block, and activation map, CAM and Grad-CAM as
     far as this model has evidence for them, `"all"` every method that fits. Metrics: None takes insertion, deletion and
-    the randomisation test, and where there are masks the pointing game and the energy in the mask; `"all"` every one
+    the randomization test, and where there are masks the pointing game and the energy in the mask; `"all"` every one
     that the data allows. What never looks at the model is a control, wherever it is named; the control
     `"other_class"` is the map of the runner-up class, for every method that asks for the class.
 
@@ -115,7 +115,7 @@ def evaluate(
     >>> from sightline.testing import PooledModel
     >>> images, masks = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(8, 1, 4, 4) > 0
     >>> data = [(images, torch.zeros(8, dtype=torch.long), masks)]
-    >>> found = evaluate(PooledModel(torch.eye(3)), data, ["cam"], ["energy_in_mask"], controls=["centre_map"])
+    >>> found = evaluate(PooledModel(torch.eye(3)), data, ["cam"], ["energy_in_mask"], controls=["center_map"])
     >>> found.score("cam", "energy_in_mask").interval.value, found.chance["energy_in_mask"]
     (1.0, 1.0)
     """
@@ -217,7 +217,7 @@ def _metrics_of(wanted: Sequence[str] | None, everything: bool, has_masks: bool,
         return [
             name
             for name in (METRICS if everything else _DEFAULT)
-            if (has_masks or not _needs_masks(name)) and (has_weights or name != "parameter_randomisation")
+            if (has_masks or not _needs_masks(name)) and (has_weights or name != "parameter_randomization")
         ]
     for metric in wanted:
         if _needs_masks(metric) and not has_masks:
@@ -334,7 +334,7 @@ class _Maker:
         counts: Counter[tuple[str, str]] = Counter()
         for method, value in maps.items():
             resized = pixels.resize(value, (_MEAN_MAP_SIDE, _MEAN_MAP_SIDE))[:, 0]
-            scaled = pixels.normalise(resized, signed=method in self.signed).double()
+            scaled = pixels.normalize(resized, signed=method in self.signed).double()
             varies = pixels.variation(value)[:, 0] >= pixels.NEARLY_FLAT
             scaled = (scaled * varies[:, None, None]).cpu().numpy()
             for image, row in zip(scaled, rows, strict=True):
@@ -349,8 +349,8 @@ def _alike(maps: Mapping[str, Tensor]) -> Array:
     """Sum over images of the rank correlations between methods, and the number of images behind each, (2, k, k)."""
     small = torch.cat([pixels.resize(value, (_ALIKE_SIDE, _ALIKE_SIDE)).float() for value in maps.values()], 1)
     ranked = ranks(small.flatten(2).double())
-    centred = ranked - ranked.mean(2, keepdim=True)
-    unit = centred / centred.norm(dim=2, keepdim=True)
+    centerd = ranked - ranked.mean(2, keepdim=True)
+    unit = centerd / centerd.norm(dim=2, keepdim=True)
     found = torch.einsum("bkn,bjn->bkj", unit, unit)
     finite = small.flatten(2).isfinite().all(2)
     found = found.where(finite[:, :, None] & finite[:, None], torch.nan)
@@ -437,7 +437,7 @@ def _found(
             for method in methods
         },
         verdicts={
-            method: dict(Counter(verdict.name for image in images for verdict in image))
+            method: dict(Counter(verdict.kind for image in images for verdict in image))
             for method, images in whole.verdicts.items()
         },
         verdict_levels={method: _levels(images) for method, images in whole.verdicts.items()},
@@ -464,7 +464,7 @@ def _found(
 def _levels(images: Sequence[Sequence[Verdict]]) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {}
     for verdict in (verdict for image in images for verdict in image):
-        counts.setdefault(verdict.name, Counter())[verdict.level] += 1
+        counts.setdefault(verdict.kind, Counter())[verdict.level] += 1
     return {name: dict(levels) for name, levels in counts.items()}
 
 

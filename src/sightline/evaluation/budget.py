@@ -140,8 +140,8 @@ def _forward_seconds(model: nn.Module, images: Tensor, call: ForwardCall) -> flo
 
 def _painted_seconds(images: Tensor) -> float:
     """Of painting over the brighter half of one image, which is as scattered as the pixels of a map."""
-    grey = images.mean(1, keepdim=True)
-    hole = grey > grey.flatten(1).median(1).values[:, None, None, None]
+    gray = images.mean(1, keepdim=True)
+    hole = gray > gray.flatten(1).median(1).values[:, None, None, None]
     start = time.perf_counter()
     inpaint(images, hole).cpu()
     return (time.perf_counter() - start) / len(images)

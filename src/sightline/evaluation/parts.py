@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sightline.explainers import Verdict
+from sightline.facts import Verdict
 from sightline.runs import write
 from sightline.version import __version__
 
@@ -76,7 +76,10 @@ class Part:
             arrays |= {"\t".join((name, *key)): value for key, value in getattr(self, name).items()}
         facts: dict[str, Any] = {name: getattr(self, name) for name in ("layers", "positions", "notices")}
         facts["verdicts"] = {
-            method: [[(verdict, verdict.level) for verdict in image] for image in images]
+            method: [
+                [(verdict.kind, verdict.level, verdict.amount, verdict.details) for verdict in image]
+                for image in images
+            ]
             for method, images in self.verdicts.items()
         }
         packed = json.dumps(facts)

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from sightline.explainers import Verdict
+from sightline.facts import Interval, Verdict
 from sightline.metrics.classification import Quality
-from sightline.metrics.uncertainty import Interval
 from sightline.runs import plain, write
 
 Array = np.ndarray

@@ -9,10 +9,10 @@ import numpy as np
 from sightline.evaluation.result import Evaluation
 from sightline.evaluation.source import Answers
 from sightline.evaluation.standings import LEVEL, UNDEFINED_SHARE
-from sightline.explainers.verdicts import LEVELS
+from sightline.facts import LEVELS, Interval
 from sightline.maps import COARSE, NEARLY_FLAT
 from sightline.metrics import METRICS
-from sightline.metrics.uncertainty import Interval, paired_test
+from sightline.metrics.uncertainty import paired_test
 
 _FEW_GROUPS = 20
 _AT_ODDS = -1.96  # standard errors of a rank correlation over methods that have nothing in common
@@ -89,18 +89,18 @@ def _accuracy(found: Evaluation, answers: Answers) -> Iterator[str]:
     if found.accuracy is None or found.majority is None:
         return
     known = answers.labels >= 0
-    labelled = int(known.sum())
+    labeled = int(known.sum())
     above = found.accuracy.low > found.majority
     if answers.groups is not None:
         lead = (answers.labels == answers.predictions)[known] - found.majority
         above = above and paired_test(lead, answers.groups[known]) < LEVEL
     better = "better than" if above else "not reliably better than"
     yield (
-        f"The model names the right class in {_percent(found.accuracy)} of {labelled:,} images, {better} "
+        f"The model names the right class in {_percent(found.accuracy)} of {labeled:,} images, {better} "
         f"always naming the most frequent class ({_share(found.majority)})."
     )
-    if labelled < found.n_images:
-        yield f"{found.n_images - labelled:,} of {found.n_images:,} images have no label and count for no accuracy."
+    if labeled < found.n_images:
+        yield f"{found.n_images - labeled:,} of {found.n_images:,} images have no label and count for no accuracy."
     absent = [name for i, name in enumerate(found.classes) if not (answers.labels == i).any()]
     if absent:
         yield f"No image shows {_few(absent)}: nothing is known of the accuracy there."

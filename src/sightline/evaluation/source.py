@@ -1,6 +1,6 @@
 """The data to evaluate, in one form whatever it came as, and the model's answers to it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_map
 
 from sightline import inference
 from sightline.checks import check_planes
-from sightline.data import ImageSet, normalise
+from sightline.data import ImageSet, normalize
 from sightline.evaluation.parts import digest_of, exact_text
+from sightline.facts import Interval, Progress
 from sightline.inference import Output, check_images, forward_call
-from sightline.metrics.uncertainty import Interval, mean_interval, wilson_interval
+from sightline.metrics.uncertainty import mean_interval, wilson_interval
 
 Array = np.ndarray
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Source:
             pictures = batch.images
             batch = batch.to(self.device)
             yield Known(
-                images=normalise(batch.images, images.preprocess).to(self.dtype),
+                images=normalize(batch.images, images.preprocess).to(self.dtype),
                 labels=batch.labels.cpu(),
                 masks=batch.regions,
                 names=batch.names,
@@ -193,7 +193,7 @@ class Answers:
     """What was decided for that."""
 
     def quality(self, seed: int) -> tuple[Interval | None, float | None, Array | None]:
-        """Accuracy, share of the most frequent class, confusion matrix; of the labelled images."""
+        """Accuracy, share of the most frequent class, confusion matrix; of the labeled images."""
         known = self.labels >= 0
         if not known.any():
             return None, None, None

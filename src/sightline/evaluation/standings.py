@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from sightline.evaluation.result import Comparison, Curve, Score, Standing
+from sightline.facts import Interval
 from sightline.metrics.agreement import ranks, reliability
-from sightline.metrics.uncertainty import Interval, Paired, mean_interval, mean_intervals, paired_test, paired_tests
+from sightline.metrics.uncertainty import Paired, mean_interval, mean_intervals, paired_test, paired_tests
 
 Array = np.ndarray
 

@@ -22,7 +22,7 @@ from sightline.explainers.cams import (
     xgrad_cam,
 )
 from sightline.explainers.capture import Layer
-from sightline.explainers.controls import centre_map, contrast_map, edge_map, random_map
+from sightline.explainers.controls import center_map, contrast_map, edge_map, random_map
 from sightline.explainers.evidence import Evidence, Explainer, gather
 from sightline.explainers.gradients import (
     deconvolution,
@@ -52,8 +52,10 @@ from sightline.explainers.relevance import (
     lrp_epsilon_plus_flat,
 )
 from sightline.explainers.rollout import attention_rollout, gradient_rollout
-from sightline.explainers.scorer import Progress, Targets
-from sightline.explainers.verdicts import Verdict, signs_of, verdicts_of
+from sightline.explainers.scorer import Targets
+from sightline.explainers.verdicts import signs_of, verdicts_of
+from sightline.facts import Layer as Place
+from sightline.facts import Progress, Verdict, old_names
 from sightline.inference import Output, check_images, forward_call, preserving
 
 __all__ = [
@@ -76,7 +78,7 @@ __all__ = [
     "attention_maps",
     "attention_rollout",
     "cam",
-    "centre_map",
+    "center_map",
     "contrast_map",
     "deconvolution",
     "edge_map",
@@ -139,7 +141,7 @@ EXPLAINERS: dict[str, Explainer] = {
     "attention_rollout": attention_rollout,
     "gradient_rollout": gradient_rollout,
     "random_map": random_map,
-    "centre_map": centre_map,
+    "center_map": center_map,
     "edge_map": edge_map,
     "contrast_map": contrast_map,
 }
@@ -160,7 +162,7 @@ class Explanation:
     Logarithms of probabilities that have no logits."""
     probabilities: Float[Tensor, "b n"]
     """Of each class, or of each label for itself, as the model has it; where a function made the scores, the scores."""
-    layers: dict[str, str]
+    layers: dict[str, Place]
     """Where each map was read: name and shape, for example `features.conv13 (128 x 5 x 5)`; empty for controls."""
     verdicts: dict[str, list[list[Verdict]]]
     """For each method and image what to distrust, strings with a `level`: "note", "doubt" or "do not read"; an empty
@@ -178,9 +180,9 @@ class Explanation:
         return f"Explanation({found})"
 
     @property
-    def layer(self) -> str:
+    def layer(self) -> Place:
         """Where the first map was read that has a layer."""
-        return next((layer for layer in self.layers.values() if layer), "")
+        return next((layer for layer in self.layers.values() if layer), Place())
 
     def __getitem__(self, key: str | tuple[str, str]) -> Float[Tensor, "b t ..."]:
         name = "@".join(key) if isinstance(key, tuple) else key
@@ -229,7 +231,7 @@ def explain(
     Args:
         model: any classifier that takes (b, c, h, w), or (b, c, d, h, w), and returns logits: a tensor, the only one in
             a tuple or a dict, or that of an object with `.logits`.
-        images: normalised as the model wants them.
+        images: normalized as the model wants them.
         targets: None = the predicted class, an int = that class in every image, class indices (b,) or (b, t), or a
             function from whatever the model returns to one score per image, (b,) or (b, t). A single logit counts as
             two classes; a softmax or sigmoid at the very end of the model is undone. Probabilities without logits (an
@@ -284,7 +286,7 @@ def explain(
                 rival = None if evidence.rival is None else method.map_of(evidence.rival, **options)
                 own.append((method.map_of(evidence, **options), rival, evidence))
     found: dict[str, Tensor] = {}
-    layers: dict[str, str] = {}
+    layers: dict[str, Place] = {}
     signs: list[Tensor] = []
     for own, (name, method, _, _) in zip(pieces, asked, strict=True):
         _, rival, evidence = own[0]
@@ -293,8 +295,7 @@ def explain(
             raise ValueError(f"expected every map to have a name of its own, got {name!r} twice; ask for it once")
         found[name] = torch.cat([value for value, _, _ in own], 1)
         source = evidence.gate if evidence.gate is not None else evidence.activations
-        shape = " x ".join(map(str, source.shape[1:])) if source is not None else ""
-        layers[name] = f"{evidence.layer} ({shape})" if shape else ""
+        layers[name] = Place() if source is None else Place(evidence.layer, source.shape[1:])
         signs.append(signs_of(method, found[name], rival, evidence))
     read = dict(zip(found, torch.stack(signs).tolist(), strict=True))
     methods_of = zip(found, asked, pieces, strict=True)
@@ -424,3 +425,6 @@ def _requests(
         places = layers if own is None and not (several and explainer.is_control) else [own]
         asked += [(None if by_layer else name, explainer, options, at) for at in places]
     return asked
+
+
+__getattr__ = old_names("sightline.explainers")

@@ -60,16 +60,16 @@ def grad_cam(
 
 @Explainer
 def grad_cam_plus_plus(
-    activations: Float[Tensor, "b k *grid"], gradients: Float[Tensor, "b t k *grid"], normalise_alpha: bool = False
+    activations: Float[Tensor, "b k *grid"], gradients: Float[Tensor, "b t k *grid"], normalize_alpha: bool = False
 ) -> Float[Tensor, "b t *grid"]:
     r"""Channels weighted by their positive gradients, each with a factor of its own, summed, the positive part.
 
     $\mathrm{ReLU}(\sum_k w_k^c A^k)$ with $w_k^c = \sum_{ij} \alpha_{ij}^{kc} \, \mathrm{ReLU}(g_{ij}^{kc})$. The
     factor $\alpha = g^2 / (2 g^2 + \sum_{ab} A_{ab}^k \, g^3)$ is computed as $1 / (2 + \sum_{ab} A_{ab}^k \, g)$ and
     is 0 where the denominator is: no third power of a small gradient is lost, and no epsilon decides.
-    With `normalise_alpha` a channel's factors are divided by their sum over its positions with a positive gradient.
+    With `normalize_alpha` a channel's factors are divided by their sum over its positions with a positive gradient.
 
-    Source: Chattopadhyay et al. 2018 (1710.11063), eqs. 5 and 19; `normalise_alpha`: the authors' code.
+    Source: Chattopadhyay et al. 2018 (1710.11063), eqs. 5 and 19; `normalize_alpha`: the authors' code.
 
     Differs: without the factor $e^{y^c}$ of the whole map, which comes from explaining $e^{y^c}$ and can overflow.
 
@@ -81,7 +81,7 @@ def grad_cam_plus_plus(
     distinct = _distinct(gradients)
     alphas = _ratio((distinct > 0).to(distinct), 2 + flat.sum(2)[:, None, :, None] * distinct)
     weights = (alphas * distinct).sum(3)
-    weights = _ratio(weights, alphas.sum(3)) if normalise_alpha else weights * (flat.shape[2] // distinct.shape[3])
+    weights = _ratio(weights, alphas.sum(3)) if normalize_alpha else weights * (flat.shape[2] // distinct.shape[3])
     return _weighted(weights, activations).relu()
 
 
@@ -147,7 +147,7 @@ def hires_cam(
 def eigen_cam(activations: Float[Tensor, "b k *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
     r"""Activations projected on their first principal component, the same for every target.
 
-    $A v_1$ with $v_1$ the first right singular vector of the activations $A$ (positions x channels), not centred. A
+    $A v_1$ with $v_1$ the first right singular vector of the activations $A$ (positions x channels), not centerd. A
     singular vector has no sign: the one is taken with which the map's sum is not negative.
 
     Source: Muhammad and Yeasin 2020 (2008.00299).

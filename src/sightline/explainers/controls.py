@@ -31,13 +31,13 @@ def random_map(
 
 
 @Explainer
-def centre_map(
+def center_map(
     images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"], sigma: float = 0.25
 ) -> Float[Tensor, "b t *grid"]:
-    """A Gaussian blob in the middle of the image; `sigma` is a share of the side. Photographers centre their objects.
+    """A Gaussian blob in the middle of the image; `sigma` is a share of the side. Photographers center their objects.
 
     >>> from sightline.testing import LinearModel
-    >>> centre_map(LinearModel(torch.ones(2, 3, 3, 3)), torch.zeros(1, 3, 3, 3), sigma=1.0)[0, 0, 1, 1].item()
+    >>> center_map(LinearModel(torch.ones(2, 3, 3, 3)), torch.zeros(1, 3, 3, 3), sigma=1.0)[0, 0, 1, 1].item()
     1.0
     """
     pixels = [torch.arange(side, dtype=torch.float32, device=images.device) for side in images.shape[2:]]
@@ -49,7 +49,7 @@ def centre_map(
 
 @Explainer
 def edge_map(images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
-    """Size of the Sobel gradient, summed over the colour channels: an edge detector knows no class."""
+    """Size of the Sobel gradient, summed over the color channels: an edge detector knows no class."""
     planes = images.to(wide(images))
     sides = range(2, images.ndim)
     slopes: list[Tensor] = []
@@ -63,7 +63,7 @@ def edge_map(images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"]) ->
 
 
 def _three(planes: Tensor, side: int, weights: tuple[float, float, float]) -> Tensor:
-    """Three neighbours along one side, weighted; the border is repeated."""
+    """Three neighbors along one side, weighted; the border is repeated."""
     length = planes.shape[side]
     at = torch.arange(length, device=planes.device)
     before, after = (planes.index_select(side, at.add(step).clamp(0, length - 1)) for step in (-1, 1))
@@ -72,7 +72,7 @@ def _three(planes: Tensor, side: int, weights: tuple[float, float, float]) -> Te
 
 @Explainer
 def contrast_map(images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
-    """How far each pixel's colour lies from the mean colour of its image, smoothed over 3 pixels along each side."""
+    """How far each pixel's color lies from the mean color of its image, smoothed over 3 pixels along each side."""
     planes = images.to(wide(images))
     mean = planes.flatten(2).mean(2).reshape(*planes.shape[:2], *[1] * (images.ndim - 2))
     smooth = (planes - mean).square().sum(1, keepdim=True).sqrt()

@@ -18,8 +18,9 @@ from sightline.explainers.capture import Capture, Captured, Layer, find_layer
 from sightline.explainers.compiled import CompiledCapture
 from sightline.explainers.features import quantized_in
 from sightline.explainers.rectifiers import Rectifiers, Rule
-from sightline.explainers.scorer import Progress, Scorer, Targets, gradients_of, rows_of
+from sightline.explainers.scorer import Scorer, Targets, gradients_of, rows_of
 from sightline.explainers.tokens import SmoothAttention
+from sightline.facts import Progress
 from sightline.inference import (
     ForwardCall,
     Output,

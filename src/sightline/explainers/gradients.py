@@ -17,7 +17,7 @@ from sightline.inference import wide
 
 @Explainer
 def saliency(input_gradients: Float[Tensor, "b t c *grid"]) -> Float[Tensor, "b t *grid"]:
-    r"""How strongly a pixel could change the score: $\max_c |\partial y / \partial x_c|$ over its colours.
+    r"""How strongly a pixel could change the score: $\max_c |\partial y / \partial x_c|$ over its colors.
 
     Source: Simonyan et al. 2013 (1312.6034), section 3.1.
 
@@ -48,7 +48,7 @@ def input_x_gradient(
 def integrated_gradients(
     images: Float[Tensor, "b c *grid"], score: Scorer, steps: int = 32, baseline: float | Tensor = 0.0
 ) -> Float[Tensor, "b t *grid"]:
-    r"""What each pixel adds on the straight way from the baseline $x'$ to the image $x$, summed over its colours.
+    r"""What each pixel adds on the straight way from the baseline $x'$ to the image $x$, summed over its colors.
 
     $(x - x') \int_0^1 \frac{\partial y}{\partial x}(x' + \alpha (x - x')) \, d\alpha$. The map sums to the score of the
     image less that of the baseline (completeness), but for the error of the integral.
@@ -59,7 +59,7 @@ def integrated_gradients(
 
     Options:
         steps: gradients per image.
-        baseline: the image without information, in the model's own (normalised) values: a number, one per colour (c,),
+        baseline: the image without information, in the model's own (normalized) values: a number, one per color (c,),
             an image (c, ...), or one for each image (b, c, ...).
 
     Raises:
@@ -135,9 +135,9 @@ def var_grad(
 
 @partial(Explainer, is_signed=True)
 def guided_backprop(guided_gradients: Float[Tensor, "b t c *grid"]) -> Float[Tensor, "b t *grid"]:
-    """Gradient of which every rectifier lets only the positive part through, as in the forward; summed over colours.
+    """Gradient of which every rectifier lets only the positive part through, as in the forward; summed over colors.
 
-    Warning: known to fail randomisation tests: it draws the image's edges, whatever the last layers have learned
+    Warning: known to fail randomization tests: it draws the image's edges, whatever the last layers have learned
     (Adebayo et al. 2018, 1810.03292). Sharp is not the same as right.
 
     Source: Springenberg et al. 2014 (1412.6806), section 3.4.
@@ -150,10 +150,10 @@ def guided_backprop(guided_gradients: Float[Tensor, "b t c *grid"]) -> Float[Ten
 
 @partial(Explainer, is_signed=True)
 def deconvolution(deconvolved_gradients: Float[Tensor, "b t c *grid"]) -> Float[Tensor, "b t *grid"]:
-    """Gradient that every rectifier rectifies, whether it was on in the forward or not; summed over colours.
+    """Gradient that every rectifier rectifies, whether it was on in the forward or not; summed over colors.
 
     Warning: like `guided_backprop` it hardly depends on the class or on what the last layers have learned, and fails
-    randomisation tests (Adebayo et al. 2018, 1810.03292; Nie et al. 2018, 1805.07039).
+    randomization tests (Adebayo et al. 2018, 1810.03292; Nie et al. 2018, 1805.07039).
 
     Source: Zeiler and Fergus 2014 (1311.2901), section 2.1.
 
@@ -172,7 +172,7 @@ def guided_grad_cam(
 ) -> Float[Tensor, "b t *grid"]:
     """Guided backpropagation times Grad-CAM, which is first brought to the size of the image.
 
-    Warning: its detail is that of `guided_backprop`, which fails randomisation tests (Adebayo et al. 2018, 1810.03292);
+    Warning: its detail is that of `guided_backprop`, which fails randomization tests (Adebayo et al. 2018, 1810.03292);
     what it says about the class is the coarse `grad_cam`.
 
     Options:
@@ -195,7 +195,7 @@ def guided_grad_cam_plus_plus(
 ) -> Float[Tensor, "b t *grid"]:
     """Guided backpropagation times Grad-CAM++, which is first brought to the size of the image.
 
-    Warning: its detail is that of `guided_backprop`, which fails randomisation tests (Adebayo et al. 2018, 1810.03292);
+    Warning: its detail is that of `guided_backprop`, which fails randomization tests (Adebayo et al. 2018, 1810.03292);
     what it says about the class is the coarse `grad_cam_plus_plus`.
 
     Options:

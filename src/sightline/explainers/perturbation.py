@@ -31,14 +31,14 @@ def occlusion(
     Args:
         patch: side of the square patches in pixels. None: an eighth of each side of the image.
         stride: step between patches. None: half the patch.
-        fill: value of a covered pixel, in the model's input (0 = the mean colour of normalised images).
+        fill: value of a covered pixel, in the model's input (0 = the mean color of normalized images).
 
     Raises:
         ValueError: a patch larger than the image, or a stride that leaves pixels between the patches.
 
     Source: Zeiler and Fergus 2014 (1311.2901), section 4.2.
 
-    Differs: the paper plots the probability at the centre of the patch; here the fall of the logit is shared by the
+    Differs: the paper plots the probability at the center of the patch; here the fall of the logit is shared by the
     patch's pixels, and the last patches are moved inwards so that they lie in the image as a whole.
 
     >>> from sightline.testing import LinearModel

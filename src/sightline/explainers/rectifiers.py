@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sightline.facts import Verdict
+
 Rule = Literal["plain", "guided", "deconvolution"]
 
 # What each function of PyTorch clamps, with its own arguments: input, lower end, upper end, whether in place.
@@ -67,12 +69,13 @@ class Rectifiers(TorchFunctionMode):
         self.smooth: Counter[str] = Counter()
         """Calls of other activations, by name: their gradient is the ordinary one under every rule."""
 
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """How many of the model's activations obey the rule."""
         if not self.smooth:
-            return f"rectifiers intercepted: {self.intercepted}"
+            return Verdict("rectifiers intercepted", "note", self.intercepted, str(self.intercepted))
         total = self.intercepted + self.smooth.total()
-        return f"rectifiers intercepted: {self.intercepted} of {total} activations, {self._others()} are not"
+        details = f"{self.intercepted} of {total} activations, {self._others()} are not"
+        return Verdict("rectifiers intercepted", "doubt", self.intercepted, details)
 
     def check(self) -> None:
         """Refuse a model in which there is nothing to change: its guided gradient would be the plain one.

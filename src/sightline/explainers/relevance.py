@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sightline.explainers.evidence import Explainer
 from sightline.explainers.scorer import Scorer, gradients_of
+from sightline.facts import Verdict
 from sightline.inference import wide
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -314,13 +315,13 @@ def lrp(
     gap between the two is what a map does not explain. `composite` says which layer takes which rule; LRP-epsilon by
     default.
 
-    What else a model does: batch normalisation directly behind a convolution, transposed or not, or a linear layer is
+    What else a model does: batch normalization directly behind a convolution, transposed or not, or a linear layer is
     folded into it for the pass, and so is any other constant that shifts whole channels, with the scale before it
-    (frozen batch normalisation); elsewhere (DenseNet) batch normalisation is a layer of its own with LRP-epsilon.
+    (frozen batch normalization); elsewhere (DenseNet) batch normalization is a layer of its own with LRP-epsilon.
     Activations hand on all of their relevance, SiLU and its kind too, $c \mapsto c f(x)/x$. In a product of two tensors
     made from the image one is the gate, a constant: what came out of a sigmoid, else the one that is broadcast; two
     equals share their relevance. Softmax, attention weights, divisors and the standard deviation of layer and group
-    normalisation are constants. What a model does to the pixels before its first layer (normalising, padding, resizing)
+    normalization are constants. What a model does to the pixels before its first layer (normalizing, padding, resizing)
     only moves relevance. Operations that no rule knows pass their plain gradient back: the verdict `plain gradient`
     names them.
 
@@ -329,7 +330,7 @@ def lrp(
             is asked for.
 
     Source: Bach et al. 2015 (PLoS ONE 10(7): e0130140); Montavon et al. 2019 ("Layer-Wise Relevance Propagation: An
-    Overview"); Ali et al. 2022 (2202.07304) for softmax and layer normalisation; Arras et al. 2017 (1706.07206) for
+    Overview"); Ali et al. 2022 (2202.07304) for softmax and layer normalization; Arras et al. 2017 (1706.07206) for
     gates; Achtibat et al. 2024 (2402.05602) for products of equals.
     Differs: inside `nn.MultiheadAttention` the projections of values and outputs take LRP-0, whatever the composite.
     """
@@ -346,7 +347,8 @@ def lrp(
         propagation.check(scores)
         parts = [gradients_of(part, [leaf], retain_graph=True)[0] for part in scores.split(_TARGETS_AT_ONCE, 1)]
     if unruled := Counter(propagation.calls[call] for call in propagation.unruled):
-        score.remarks = ("plain gradient: " + ", ".join(f"{count} {name}" for name, count in unruled.most_common()),)
+        details = ", ".join(f"{count} {name}" for name, count in unruled.most_common())
+        score.remarks = (Verdict("plain gradient", amount=unruled.total(), details=details),)
     relevance = torch.cat([part.sum(2) for part in parts if part is not None], 1)
     return relevance if relevance.dtype == torch.float64 else relevance.float()
 
@@ -556,7 +558,7 @@ class _Propagation(TorchFunctionMode):
         if name in _PRODUCTS and len(inputs) > 1:
             return self._product(func, name, args, options, inputs)
         if name in _NORMS and func is getattr(F, name):
-            return _normalised(func, name, *args, **options)
+            return _normalized(func, name, *args, **options)
         if func is F.glu:
             return _gated(*args, **options)
         if name in _CONSTANTS:
@@ -629,7 +631,7 @@ class _Propagation(TorchFunctionMode):
     def _affine(self, func: Callable[..., Tensor], name: str, args: Any, options: Any, input: Tensor) -> Tensor | None:
         """A constant that shifts whole channels behind a layer, or scales them before a shift; None otherwise.
 
-        The shift is folded into the layer with the scales before it, as batch normalisation is, which it may be.
+        The shift is folded into the layer with the scales before it, as batch normalization is, which it may be.
         """
         made = self._made_by(input)
         if made is None or func not in _AFFINE or not any(value is input for value in args) or "out" in options:
@@ -757,15 +759,15 @@ def _bound(func: Callable[..., Any], *args: Any, **options: Any) -> dict[str, An
     return bound.arguments
 
 
-def _normalised(func: Callable[..., Tensor], name: str, input: Tensor, *rest: Any, **options: Any) -> Tensor:
-    """Layer, group or instance normalisation with a constant standard deviation."""
+def _normalized(func: Callable[..., Tensor], name: str, input: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """Layer, group or instance normalization with a constant standard deviation."""
     given = _bound(func, input, *rest, **options)
     if name == "layer_norm":
         x = input.flatten(-len(given["normalized_shape"]))
     else:
         x = input.reshape(len(input), given.get("num_groups", input.shape[1]), -1)
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = (centred * (centred.detach().square().mean(-1, keepdim=True) + given["eps"]).rsqrt()).reshape(input.shape)
+    centerd = x - x.mean(-1, keepdim=True)
+    scaled = (centerd * (centerd.detach().square().mean(-1, keepdim=True) + given["eps"]).rsqrt()).reshape(input.shape)
     weight: Tensor | None = given["weight"]
     if weight is not None:
         scaled = scaled * (weight if name == "layer_norm" else weight.reshape(-1, *[1] * (input.ndim - 2)))

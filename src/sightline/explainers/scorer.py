@@ -8,12 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sightline.checks import check_whole
+from sightline.facts import Progress, Verdict
 from sightline.inference import ForwardCall, either, probabilities_of, resolve_targets, untouched
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor] | None
 """None = the predicted class; an int = that class for every image; class indices per image; or a function from whatever
 the model returns to one score per image, (b,) or (b, t)."""
-Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
 
 
@@ -35,7 +35,7 @@ class Scorer:
     """What turns one of these logits into the score."""
     origin: Float[Tensor, "b t"] | float = 0.0
     """The score of an image without information, if the method that holds this scorer looked at one."""
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[Verdict, ...] = ()
     """What that method has to say about its maps; verdicts."""
     notices: dict[str, None]
     """What was decided about the model that its owner may want otherwise; one sentence each, in order."""

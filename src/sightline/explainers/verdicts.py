@@ -1,56 +1,16 @@
 """Verdicts: reasons to distrust a map, and how strong they are."""
 
-from collections.abc import Iterable
-from typing import Literal, get_args
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline import maps as pixels
 from sightline.explainers.evidence import Evidence, Explainer
-
-Level = Literal["note", "doubt", "do not read"]
-LEVELS: tuple[Level, ...] = get_args(Level)
+from sightline.facts import Level, Verdict
 
 _SAME = 0.999  # correlation of the maps of two classes
 _GAPS: tuple[tuple[float, Level], ...] = ((1.0, "do not read"), (0.1, "doubt"), (0.01, "note"))
 """Least conservation gap of each level, as a share of the sum of the map's absolute values."""
-
-
-class Verdict(str):
-    """A reason to distrust a map, with a `level`: the text is a name, or a name, a colon and details.
-
-    "note" says how to read the map, "doubt" says what speaks against it, and "do not read" means that the picture shows
-    nothing about the model.
-
-    >>> gap = Verdict("conservation gap: 12%", "doubt")
-    >>> gap == "conservation gap: 12%", gap.name, gap.level
-    (True, 'conservation gap', 'doubt')
-    """
-
-    level: Level
-
-    def __new__(cls, text: str, level: Level = "doubt") -> "Verdict":
-        """The text, with its level."""
-        verdict = super().__new__(cls, text)
-        verdict.level = level
-        return verdict
-
-    @property
-    def name(self) -> str:
-        """The text before the colon."""
-        return self.partition(":")[0]
-
-
-def worst(verdicts: Iterable[Verdict]) -> Level | None:
-    """The most severe level among verdicts; None if there are none.
-
-    >>> worst([Verdict("class-independent", "note"), Verdict("flat", "do not read")]), worst([])
-    ('do not read', None)
-    """
-    levels = {verdict.level for verdict in verdicts}
-    return next((level for level in reversed(LEVELS) if level in levels), None)
 
 
 def signs_of(
@@ -89,10 +49,10 @@ def signs_of(
 
 def verdicts_of(explainer: Explainer, evidence: Evidence, signs: list[list[float]]) -> list[list[Verdict]]:
     """Verdicts on the maps of each image; an empty list means that nothing was found."""
-    of_all = [Verdict(remark) for remark in evidence.score.remarks]
+    of_all = list(evidence.score.remarks)
     rectifiers = evidence.rectifiers
     if rectifiers is not None and explainer.needs & {"guided_gradients", "deconvolved_gradients"}:
-        of_all.append(Verdict(rectifiers.verdict(), "doubt" if rectifiers.smooth else "note"))
+        of_all.append(rectifiers.verdict())
 
     def of_image(
         broken: float, flat: float, variation: float, negative: float, same: float, gap: float, _: float
@@ -103,14 +63,14 @@ def verdicts_of(explainer: Explainer, evidence: Evidence, signs: list[list[float
         if flat:
             verdicts.append(Verdict("flat", "do not read"))
         elif variation < pixels.NEARLY_FLAT and not broken:
-            verdicts.append(Verdict(f"nearly flat: varies {100 * variation:.1g} %", "do not read"))
+            verdicts.append(Verdict("nearly flat", "do not read", variation, f"varies {100 * variation:.1g} %"))
         if negative:
             verdicts.append(Verdict("all-negative"))
         if same:
             verdicts.append(Verdict("class-independent", "note" if explainer.is_blind_to_class else "doubt"))
         level: Level | None = next((level for least, level in _GAPS if gap > least), None)
         if level is not None:
-            verdicts.append(Verdict(f"conservation gap: {gap:.0%}", level))
+            verdicts.append(Verdict("conservation gap", level, gap, f"{gap:.0%}"))
         return verdicts
 
     return [of_image(*row) + of_all for row in signs]

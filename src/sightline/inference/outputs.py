@@ -37,7 +37,7 @@ def check_images(images: object) -> None:
         )
     if images.ndim not in (4, 5) or not images.is_floating_point() or not images.numel():
         raise ValueError(
-            f"expected float images of shape (b, c, h, w), normalised as the model wants them, got {images.dtype} of "
+            f"expected float images of shape (b, c, h, w), normalized as the model wants them, got {images.dtype} of "
             f"shape {tuple(images.shape)}; for one image pass images[None]"
         )
 

@@ -1,5 +1,6 @@
 """Scores of maps: a function with one value per image, and beside it the torchmetrics class that averages it."""
 
+from sightline.facts import old_names
 from sightline.metrics.agreement import krippendorff_alpha, rank_correlation, reliability, top_overlap, win_rate
 from sightline.metrics.classification import (
     Quality,
@@ -38,7 +39,7 @@ from sightline.metrics.faithfulness import (
 )
 from sightline.metrics.hiding import Hiding, HidingMetric, frames_of, hidden_scores
 from sightline.metrics.inpainting import inpaint
-from sightline.metrics.localisation import (
+from sightline.metrics.localization import (
     EnergyInMask,
     IoU,
     MaskAUC,
@@ -58,12 +59,12 @@ from sightline.metrics.per_image import PerImageMean
 from sightline.metrics.robustness import FoolingRate, MaxSensitivity, fooling_rate, max_sensitivity
 from sightline.metrics.sanity import (
     Completeness,
-    ParameterRandomisation,
+    ParameterRandomization,
     RandomLogit,
     completeness,
-    parameter_randomisation,
+    parameter_randomization,
     random_logit,
-    randomisation_curve,
+    randomization_curve,
 )
 from sightline.metrics.together import Measured, inputs_of, measure
 
@@ -90,7 +91,7 @@ __all__ = [
     "MaxBoxAccuracy",
     "MaxSensitivity",
     "Measured",
-    "ParameterRandomisation",
+    "ParameterRandomization",
     "PerImageMean",
     "PointBiserial",
     "PointingGame",
@@ -129,12 +130,12 @@ __all__ = [
     "max_box_accuracy",
     "max_sensitivity",
     "measure",
-    "parameter_randomisation",
+    "parameter_randomization",
     "point_biserial",
     "pointing_game",
     "quality",
     "random_logit",
-    "randomisation_curve",
+    "randomization_curve",
     "rank_correlation",
     "relevance_rank",
     "reliability",
@@ -166,7 +167,7 @@ METRICS: dict[str, type[PerImageMean]] = {
     "point_biserial": PointBiserial,
     "iou": IoU,
     "max_box_accuracy": MaxBoxAccuracy,
-    "parameter_randomisation": ParameterRandomisation,
+    "parameter_randomization": ParameterRandomization,
     "random_logit": RandomLogit,
     "max_sensitivity": MaxSensitivity,
     "completeness": Completeness,
@@ -174,3 +175,6 @@ METRICS: dict[str, type[PerImageMean]] = {
     "gini": Gini,
     "entropy": Entropy,
 }
+
+
+__getattr__ = old_names("sightline.metrics")

@@ -9,9 +9,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from sightline import maps as pixels
+from sightline.facts import Interval
 from sightline.inference import wide
 from sightline.metrics.per_image import PerImageMean
-from sightline.metrics.uncertainty import Interval, mean_interval
+from sightline.metrics.uncertainty import mean_interval
 
 Array = np.ndarray
 Level = Literal["nominal", "ordinal", "interval"]

@@ -40,7 +40,7 @@ class ClassQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What a classifier is worth on labelled images; 95 % intervals over images or groups."""
+    """What a classifier is worth on labeled images; 95 % intervals over images or groups."""
 
     accuracy: Interval
     macro_f1: Interval

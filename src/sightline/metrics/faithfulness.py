@@ -174,11 +174,11 @@ def road(most_first: Float[Tensor, "b points"], least_first: Float[Tensor, "b po
 
 @HidingMetric
 def infidelity(
-    falls: Float[Tensor, "b r"], covered: Float[Tensor, "b r"], normalise: bool = True
+    falls: Float[Tensor, "b r"], covered: Float[Tensor, "b r"], normalize: bool = True
 ) -> Float[Tensor, " b"]:
     """Mean squared difference between the map's sum in a square and how much hiding it lowers the score; lower better.
 
-    Over 32 random squares of up to half the image's side, the same for every image and method. `normalise` first
+    Over 32 random squares of up to half the image's side, the same for every image and method. `normalize` first
     multiplies the map by the factor that fits best, so that maps of any scale compare; a map without any value scores
     the mean squared fall. The factor may be negative: a map and its negative score the same.
 
@@ -190,7 +190,7 @@ def infidelity(
     >>> infidelity(model, image, target, 7 * image, score="logit") < 1e-9
     tensor([True])
     """
-    if normalise:
+    if normalize:
         own = covered.square().mean(1, keepdim=True)
         factor = (covered * falls).mean(1, keepdim=True) / own.where(own > 0, 1)
         covered = factor * covered

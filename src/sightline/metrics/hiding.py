@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from sightline import maps as pixels
 from sightline.checks import check_planes, check_whole
+from sightline.facts import Progress
 from sightline.inference import (
     ForwardCall,
     Output,
@@ -28,7 +29,6 @@ from sightline.metrics.inpainting import inpaint
 
 Fill = str | float | Tensor
 Score = str | Callable[[Tensor, Tensor], Tensor]
-Progress = Callable[[str, int, int], None]
 Fields = dict[str, Float[Tensor, "b ..."]]
 _Key = tuple[str | None, str]  # method, or None where it is the same for all; kind of image
 
@@ -254,7 +254,7 @@ class _Order:
     def frames(self, scene: _Scene) -> dict[str, _Frames]:
         """Every kind of masked image that depends on the map."""
         steps = len(self.points) - 2
-        scaled = pixels.normalise(self.resized[:, 0])[:, None].to(scene.images.dtype)
+        scaled = pixels.normalize(self.resized[:, 0])[:, None].to(scene.images.dtype)
         n = int(self.points[-1])
 
         def holes(rows: Tensor, first: Tensor) -> Tensor:
@@ -389,7 +389,7 @@ def substitute(
     """What replaces a pixel, as images of the same shape.
 
     Raises:
-        ValueError: an unknown fill, a colour of another length, `"black"` without `mean` and `std`.
+        ValueError: an unknown fill, a color of another length, `"black"` without `mean` and `std`.
     """
     channels = images.shape[1]
     if isinstance(fill, Tensor):

@@ -11,13 +11,13 @@ _TURNS = 100  # no hole takes more than 20
 _UNSEEN = 5  # the error that is left, at most, in sizes of the next correction
 
 Grid = tuple[Float[Tensor, "b 1 _ _"], Float[Tensor, "b 1 _ _"]]
-"""Where the hole is, and there 1 over the weight of a pixel's neighbours."""
+"""Where the hole is, and there 1 over the weight of a pixel's neighbors."""
 
 
 def inpaint(
     images: Float[Tensor, "b c H W"], hole: Bool[Tensor, "b 1 H W"], noise: float = 0.0, tolerance: float = 1e-4
 ) -> Float[Tensor, "b c H W"]:
-    """Every hidden pixel the weighted mean of its eight neighbours: 1/6 for the four next, 1/12 for the diagonal ones.
+    """Every hidden pixel the weighted mean of its eight neighbors: 1/6 for the four next, 1/12 for the diagonal ones.
 
     No pixel is further than `tolerance` times the image's range from the exact solution of these linear equations. At
     the border the weights of the neighbors that exist are scaled to 1. `noise`: standard deviation of what is added to
@@ -41,8 +41,8 @@ def inpaint(
     return torch.where(hole, painted.to(images.dtype), images)
 
 
-def _neighbours(values: Tensor) -> Tensor:
-    """Sum of the eight neighbours' values, each by its weight: [1, 2, 1] along both axes without the middle, by 12."""
+def _neighbors(values: Tensor) -> Tensor:
+    """Sum of the eight neighbors' values, each by its weight: [1, 2, 1] along both axes without the middle, by 12."""
     down = 2 * values
     down[:, :, 1:] += values[:, :, :-1]
     down[:, :, :-1] += values[:, :, 1:]
@@ -55,8 +55,8 @@ def _neighbours(values: Tensor) -> Tensor:
 def _solve(values: Tensor, hole: Tensor, tolerance: Tensor) -> Tensor:
     """Conjugate gradients; the preconditioner is a multigrid cycle, which says too how large the error still is."""
     grids = _grids(hole.to(values))
-    inside, weights = grids[0][0], _neighbours(torch.ones_like(values[:1, :1]))
-    residual = inside * (_neighbours(values) - weights * values)
+    inside, weights = grids[0][0], _neighbors(torch.ones_like(values[:1, :1]))
+    residual = inside * (_neighbors(values) - weights * values)
     direction = correction = _cycle(grids, residual)
     product = (residual * correction).sum((2, 3), keepdim=True)
     going = torch.ones_like(product, dtype=torch.bool)
@@ -67,7 +67,7 @@ def _solve(values: Tensor, hole: Tensor, tolerance: Tensor) -> Tensor:
             going = going & (correction.abs().amax((2, 3), keepdim=True) > tolerance / _UNSEEN)
             if not going.any():
                 break
-        image = (weights * direction).addcmul_(inside, _neighbours(direction), value=-1)
+        image = (weights * direction).addcmul_(inside, _neighbors(direction), value=-1)
         curvature = (direction * image).sum((2, 3), keepdim=True)
         step = torch.where(going & (curvature > 0), product / curvature, 0.0)
         values = torch.addcmul(values, step, direction)
@@ -82,7 +82,7 @@ def _grids(inside: Tensor) -> list[Grid]:
     """The hole at full size, at half of it, and so on; a coarse pixel is in it if all that it stands for are."""
     grids: list[Grid] = []
     while not grids or (min(grids[-1][0].shape[2:]) > 2 and inside.any()):
-        grids.append((inside, inside / _neighbours(torch.ones_like(inside[:1]))))
+        grids.append((inside, inside / _neighbors(torch.ones_like(inside[:1]))))
         inside = 1 - F.max_pool2d(1 - inside, 2, ceil_mode=True)
     return grids
 
@@ -92,11 +92,11 @@ def _cycle(grids: list[Grid], residual: Tensor) -> Tensor:
     inside, inverse = grids[0]
     correction = inverse * residual
     if len(grids) > 1:
-        rest = _halved(_halved(inside * _neighbours(correction)).mT).mT
+        rest = _halved(_halved(inside * _neighbors(correction)).mT).mT
         coarse = _cycle(grids[1:], rest * grids[1][0])
         fine = F.interpolate(coarse, scale_factor=2, mode="bilinear")[..., : inside.shape[2], : inside.shape[3]]
         correction = torch.addcmul(correction, inside, fine)
-    return inverse * (residual + _neighbours(correction))
+    return inverse * (residual + _neighbors(correction))
 
 
 def _halved(values: Tensor) -> Tensor:

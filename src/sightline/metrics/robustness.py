@@ -71,7 +71,7 @@ def fooling_rate(
         ValueError: a negative `epsilon`, a label that is no class of the model.
 
     Source: Goodfellow et al. 2014 (1412.6572), fast gradient sign method, with cross-entropy.
-    Differs: the image is not clipped to valid colours, which the model's input does not tell.
+    Differs: the image is not clipped to valid colors, which the model's input does not tell.
 
     >>> from sightline.testing import LinearModel
     >>> model, image = LinearModel(torch.tensor([[[[1.0]]], [[[-1.0]]]])), torch.tensor([[[[0.5]]]])

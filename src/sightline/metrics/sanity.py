@@ -33,7 +33,7 @@ Values = Float[Tensor, " b"] | dict[str, Float[Tensor, " b"]]
 """One value per image, or a dict of them by method where `explain` gives one."""
 
 
-def parameter_randomisation(
+def parameter_randomization(
     model: nn.Module,
     images: Float[Tensor, "b c *grid"],
     targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
@@ -57,16 +57,16 @@ def parameter_randomisation(
         ValueError: an unknown `order`, less than one stage, a model without parameters.
 
     Source: Adebayo et al. 2018 (1810.03292), section 3.
-    Differs: see `randomisation_curve`.
+    Differs: see `randomization_curve`.
 
     >>> from sightline.testing import LinearModel
     >>> model, image = LinearModel(torch.rand(2, 1, 2, 2)), torch.tensor([[[[0.4, 0.3], [0.2, 0.1]]]])
-    >>> parameter_randomisation(model, image, torch.tensor([0]), lambda model, images, targets: images)
+    >>> parameter_randomization(model, image, torch.tensor([0]), lambda model, images, targets: images)
     tensor([1.])
     """
     check_whole(stages=stages)
     stages = 1 if order == "cascading" else stages
-    _, curves = randomisation_curve(
+    _, curves = randomization_curve(
         model,
         images,
         targets,
@@ -80,7 +80,7 @@ def parameter_randomisation(
     return tree_map(lambda curve: curve.nanmean(1), curves)
 
 
-def randomisation_curve(
+def randomization_curve(
     model: nn.Module,
     images: Float[Tensor, "b c *grid"],
     targets: Int[Tensor, " b"] | Int[Tensor, "b 1"],
@@ -102,7 +102,7 @@ def randomisation_curve(
 
     Source: Adebayo et al. 2018 (1810.03292), sections 3.1 and 3.2.
     Differs: they draw the weights anew, here the entries of each parameter are shuffled: without its trained scale a
-    batch-normalised network in eval mode explodes or vanishes, and no module needs an initialisation that we know.
+    batch-normalized network in eval mode explodes or vanishes, and no module needs an initialization that we know.
     Buffers stay, and so does a parameter whose entries are all equal.
     """
     if order not in get_args(Order):
@@ -117,14 +117,14 @@ def randomisation_curve(
         generator = torch.Generator().manual_seed(seed)
         shuffled = {name: _shuffled(parameter.detach(), generator) for name, parameter in net.named_parameters()}
         maps = explain(net, images, targets)
-        randomised, found = copy_of(net), list[Any]()
+        randomized, found = copy_of(net), list[Any]()
         for names in groups.values():
             if order == "independent":
-                randomised = copy_of(net)
+                randomized = copy_of(net)
             with torch.no_grad():
                 for name in names:
-                    randomised.get_parameter(name).copy_(shuffled[name])
-            found.append(tree_map(_similarity, maps, explain(randomised, images, targets)))
+                    randomized.get_parameter(name).copy_(shuffled[name])
+            found.append(tree_map(_similarity, maps, explain(randomized, images, targets)))
     return list(groups), tree_map(lambda *values: torch.stack(values, 1), *found)
 
 
@@ -150,7 +150,7 @@ def random_logit(
         ValueError: a target that is no class of the model.
 
     Source: Sixt et al. 2020 (1912.09818), random logit.
-    Differs: rank correlation instead of structural similarity, as in `parameter_randomisation`.
+    Differs: rank correlation instead of structural similarity, as in `parameter_randomization`.
 
     >>> from sightline.testing import LinearModel
     >>> model, image = LinearModel(torch.tensor([[[[1.0, 2, 3]]], [[[1.0, 3, 2]]]])), torch.ones(1, 1, 1, 3)
@@ -213,10 +213,10 @@ def completeness(
     return gap.to(maps)
 
 
-class ParameterRandomisation(PerImageMean):
-    """Mean `parameter_randomisation`: a test, which ranks nothing."""
+class ParameterRandomization(PerImageMean):
+    """Mean `parameter_randomization`: a test, which ranks nothing."""
 
-    function = staticmethod(parameter_randomisation)
+    function = staticmethod(parameter_randomization)
     sentence = "Do not use here, their maps stay much the same after one shuffle of the model's weights: {methods}"
     higher_is_better = None
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sightline.facts import Progress
 from sightline.inference import wide
-from sightline.metrics.hiding import Fields, Hiding, HidingMetric, Progress, hidden_scores
+from sightline.metrics.hiding import Fields, Hiding, HidingMetric, hidden_scores
 from sightline.metrics.per_image import PerImageMean
 from sightline.metrics.sanity import Explain
 

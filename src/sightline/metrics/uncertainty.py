@@ -9,22 +9,13 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from sightline.facts import Interval
+
 Array = np.ndarray
 _RESAMPLES = 2000
 _FLIPS = 10_000
 _EXACT = 13
 """Units up to which all 2^n sign flips are tried, which are fewer than `_FLIPS`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A mean with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-    """Independent units behind it: images, or groups where a group column is named."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Networks by name: plain modules, normalised images in, logits out."""
+"""Networks by name: plain modules, normalized images in, logits out."""
 
 import inspect
 import json
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sightline import recipe
 from sightline.attention.insertion import MARK, Block, closest, insert
+from sightline.facts import old_names
 from sightline.models.protopnet import ProtoPNet
 from sightline.models.resnet import CifarResNet, keep_resolution
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
@@ -324,3 +325,6 @@ def _written_for(source: Path) -> tuple[str, int] | None:
         return str(facts["architecture"]), int(facts["num_classes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+__getattr__ = old_names("sightline.models")

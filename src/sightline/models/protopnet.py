@@ -1,4 +1,4 @@
-"""ProtoPNet: a class is recognised by patches that look like learned prototypes, which are patches of training images.
+"""ProtoPNet: a class is recognized by patches that look like learned prototypes, which are patches of training images.
 
 Source: Chen et al., "This Looks Like That: Deep Learning for Interpretable Image Recognition", NeurIPS 2019
 (1806.10574), section 2; constants and schedule as in the authors' code.
@@ -393,8 +393,8 @@ def this_looks_like_that(
 ) -> "Figure":
     """One row per image: the image, then the source images of its `top` most similar prototypes, the best one first.
 
-    Frames of one colour belong together: the cell of the feature map that is similar, and the one it is similar to.
-    What a cell sees is larger. Colours are stretched to each image's own range.
+    Frames of one color belong together: the cell of the feature map that is similar, and the one it is similar to.
+    What a cell sees is larger. Colors are stretched to each image's own range.
 
     Args:
         model: network whose prototypes have been pushed.
@@ -420,21 +420,21 @@ def this_looks_like_that(
     figure = Figure(figsize=(2 * (top + 1), 2.2 * len(images)), layout="constrained")
     axes = figure.subplots(len(images), top + 1, squeeze=False)
 
-    def frame(axis: "Axes", image: Tensor, row: int, column: int, colour: str) -> None:
+    def frame(axis: "Axes", image: Tensor, row: int, column: int, color: str) -> None:
         high, wide = image.shape[1] / height, image.shape[2] / width
         corner = (column * wide - 0.5, row * high - 0.5)
-        axis.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=colour, linewidth=2))
+        axis.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=color, linewidth=2))
 
     for number, image in enumerate(images):
         axes[number, 0].imshow(_shown(image))
         axes[number, 0].set_title("this looks like" if number == 0 else "")
         for place, j in enumerate(prototypes[number].tolist()):
-            axis, colour = axes[number, place + 1], f"C{place}"
+            axis, color = axes[number, place + 1], f"C{place}"
             row, column = divmod(int(similar[number, j].argmax()), width)
-            frame(axes[number, 0], image, row, column, colour)
+            frame(axes[number, 0], image, row, column, color)
             origin = source[int(pushed.image[j])]
             axis.imshow(_shown(origin))
-            frame(axis, origin, int(pushed.row[j]), int(pushed.column[j]), colour)
+            frame(axis, origin, int(pushed.row[j]), int(pushed.column[j]), color)
             axis.set_title(f"class {int(model.own[:, j].nonzero())}: {float(scores[number, place]):.1f}")
     for axis in axes.flat:
         axis.set_axis_off()
@@ -442,4 +442,4 @@ def this_looks_like_that(
 
 
 def _shown(image: Float[Tensor, "3 H W"]) -> Float[np.ndarray, "H W 3"]:
-    return maps.normalise(image.flatten(1)).unflatten(1, image.shape[1:]).movedim(0, -1).float().cpu().numpy()
+    return maps.normalize(image.flatten(1)).unflatten(1, image.shape[1:]).movedim(0, -1).float().cpu().numpy()

@@ -4,7 +4,7 @@ The attended networks drop VGG's pools after convolutions 2 and 4 and add two co
 of 32 pixels has 32, 16 and 8 pixels at convolutions 7, 10 and 13. Dotted names read as in the paper: `features.conv13`,
 `attention.conv13`, `attention.conv13.gate`.
 
-Source: Jetley et al., "Learn To Pay Attention", ICLR 2018, section 4.1; layers, Dropout and initialisation as in the
+Source: Jetley et al., "Learn To Pay Attention", ICLR 2018, section 4.1; layers, Dropout and initialization as in the
 authors' Torch7 code.
 
 Differs: pools round up and the last one takes the maximum of all that is left, so that images of any size pass; at 32
@@ -60,7 +60,7 @@ def trunk(convs: int, pools: tuple[int, ...], width: float, stem_pool: int, drop
     return nn.Sequential(layers)
 
 
-def initialise(model: nn.Module) -> None:
+def initialize(model: nn.Module) -> None:
     """Draw the convolutions from N(0, sqrt(2 / (k * k * outputs))), bias 0; linear layers keep PyTorch's, as in Torch7.
 
     Source: He et al., "Delving Deep into Rectifiers", ICCV 2015, equation 14; the authors' code.
@@ -177,7 +177,7 @@ class VGG(nn.Module):
         self.features = trunk(self.convs, self.pools, width, stem_pool, dropout)
         self.fc1 = global_vector(channels)
         self.head = ConcatHead([channels], num_classes, official=official_head)
-        initialise(self)
+        initialize(self)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
         """Logits."""
@@ -213,7 +213,7 @@ class VGGGap(nn.Module):
         self.features = trunk(13, (7, 10), width, stem_pool, dropout)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(scaled(CHANNELS[-1], width), num_classes)
-        initialise(self)
+        initialize(self)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
         """Logits."""
@@ -254,7 +254,7 @@ class VGGPan(nn.Module):
         self.fc1 = nn.Linear(channels, channels)
         self.head = ConcatHead([channels], num_classes, official=official_head)
         self.default_layer = "features.conv13"
-        initialise(self)
+        initialize(self)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
         """Logits."""
@@ -323,7 +323,7 @@ class VGGAtt(nn.Module):
         vectors = [block.out_channels for block in blocks.values()]
         self.head = {"concat": ConcatHead, "indep": IndepHead}[head](vectors, num_classes, official=official_head)
         self.average_branch_grads = average_branch_grads
-        initialise(self)
+        initialize(self)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
         """Logits."""

@@ -38,9 +38,9 @@ def picture(image: UInt8[Array, "h w 3"], side: int = 256) -> str:
 def heat(
     raw: Float[Array, "h w"], ends: tuple[float, float] | None = None, side: int = 96, signed: bool = False
 ) -> str:
-    """A data URI of a map in colours, `side` pixels square. `ends`: values of the first and last colour; None: its own.
+    """A data URI of a map in colors, `side` pixels square. `ends`: values of the first and last color; None: its own.
 
-    `signed`: on the diverging scale, whose middle is 0; `ends` then lie as far above it as below. Grey where all values
+    `signed`: on the diverging scale, whose middle is 0; `ends` then lie as far above it as below. Gray where all values
     are the same, or nearly so on a scale of their own.
 
     >>> heat(np.eye(2))[:22]
@@ -48,16 +48,16 @@ def heat(
     """
     values = torch.from_numpy(raw.astype(np.float64))
     if ends is None:
-        values = maps.normalise(values, signed) if not is_nearly_flat(raw) else torch.nan * values
+        values = maps.normalize(values, signed) if not is_nearly_flat(raw) else torch.nan * values
     else:
         low, high = (0.0, ends[1]) if signed else ends
         values = (values - low) / (high - low) if high > low else torch.nan * values
     drawn = maps.resize(values[None, None], (side, side))[0, 0].clamp(-1 if signed else 0, 1)
-    return _uri("png", _png(maps.colour(drawn, signed)))
+    return _uri("png", _png(maps.color(drawn, signed)))
 
 
 def is_nearly_flat(raw: Float[Array, "h w"]) -> bool:
-    """Whether all values are the same to within 1 %: what `sightline.maps.overlay` draws grey.
+    """Whether all values are the same to within 1 %: what `sightline.maps.overlay` draws gray.
 
     >>> is_nearly_flat(np.array([[0.500, 0.501]])), is_nearly_flat(np.array([[0.0, 1e-9]]))
     (True, False)
@@ -83,13 +83,13 @@ def homes(examples: Mapping[str, Example]) -> dict[str, str]:
     return {key: of(key, example) for key, example in examples.items()}
 
 
-def colour_stops(n: int = 17, signed: bool = False) -> list[str]:
-    """The colours of the map from 0 to 1, from -1 if `signed`, in `n` equal steps, for a gradient.
+def color_stops(n: int = 17, signed: bool = False) -> list[str]:
+    """The colors of the map from 0 to 1, from -1 if `signed`, in `n` equal steps, for a gradient.
 
-    >>> colour_stops(3)
+    >>> color_stops(3)
     ['#000004', '#bc3754', '#fcffa4']
     """
-    return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in maps.colour_bar(1, n, signed)[:, 0].T.tolist()]
+    return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in maps.color_bar(1, n, signed)[:, 0].T.tolist()]
 
 
 def outline(mask: Bool[Array, "h w"]) -> str:
@@ -156,12 +156,12 @@ def in_words(raw: Float[Array, "h w"]) -> str:
 
 
 def matrix(shares: Float[Array, "c c"]) -> str:
-    """A data URI of a matrix with values in [0, 1], one pixel per entry; NaN is grey.
+    """A data URI of a matrix with values in [0, 1], one pixel per entry; NaN is gray.
 
     >>> matrix(np.eye(2))[:22]
     'data:image/png;base64,'
     """
-    return _uri("png", _png(maps.colour(torch.from_numpy(shares))))
+    return _uri("png", _png(maps.color(torch.from_numpy(shares))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +212,7 @@ def charts(history: list[dict[str, float]]) -> list[Chart]:
                 ),
                 lines={part: curve(x, y[part]) for part in lines},
                 x_ticks={f"{epoch:g}": float(at) for epoch, at in zip(epochs[::each], x[::each], strict=True)},
-                y_ticks=_labelled(ticks, _height(ticks, ticks)),
+                y_ticks=_labeled(ticks, _height(ticks, ticks)),
             )
         )
     return drawn
@@ -242,7 +242,7 @@ def courses(curves: Mapping[str, Mapping[str, Curve]], foremost: Sequence[str], 
                 lines={name: curve(x[name], _height(line.mean, ticks)) for name, line in shown.items()},
                 bands={name: _band(x[name], *(_height(end, ticks) for end in ends)) for name, ends in bands.items()},
                 x_ticks={f"{share} %": WIDTH * share / 100 for share in (0, 25, 50, 75, 100)},
-                y_ticks=_labelled(ticks, _height(ticks, ticks)),
+                y_ticks=_labeled(ticks, _height(ticks, ticks)),
             )
         )
     return drawn
@@ -310,8 +310,8 @@ def scatter(
             Dot(method=method, x=round(float(across[i]), 1), y=round(float(down[i]), 1), label=labels.get(i))
             for i, method in enumerate(methods)
         ),
-        x_ticks=_labelled(x_ticks, _place(x_ticks, x_ticks, higher_is_better[0])),
-        y_ticks=_labelled(y_ticks, SIDE - _place(y_ticks, y_ticks, higher_is_better[1])),
+        x_ticks=_labeled(x_ticks, _place(x_ticks, x_ticks, higher_is_better[0])),
+        y_ticks=_labeled(y_ticks, SIDE - _place(y_ticks, y_ticks, higher_is_better[1])),
     )
 
 
@@ -349,7 +349,7 @@ def dot_plot(effects: Sequence[Effect]) -> DotPlot | None:
     low, high = float(ticks[0]), float(ticks[-1])
     return DotPlot(
         effects=tuple(sorted(effects, key=lambda one: -one.mean)),
-        x_ticks=_labelled(ticks, WIDTH * (ticks - low) / (high - low)),
+        x_ticks=_labeled(ticks, WIDTH * (ticks - low) / (high - low)),
         low=low,
         high=high,
     )
@@ -381,7 +381,7 @@ def _ticks(*values: Float[Array, "..."]) -> Float[Array, " ticks"]:
     return np.array(MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(low, high))
 
 
-def _labelled(ticks: Float[Array, " n"], places: Float[Array, " n"]) -> dict[str, float]:
+def _labeled(ticks: Float[Array, " n"], places: Float[Array, " n"]) -> dict[str, float]:
     return {f"{tick + 0:.4g}".replace("-", "−"): round(float(at), 1) for tick, at in zip(ticks, places, strict=True)}
 
 
@@ -390,14 +390,14 @@ def _height(values: Float[Array, " n"], ticks: Float[Array, " ticks"]) -> Float[
 
 
 def _png(image: UInt8[torch.Tensor, "3 h w"]) -> bytes:
-    """A PNG file, with a table of its colours where they are few enough: a third of the size."""
+    """A PNG file, with a table of its colors where they are few enough: a third of the size."""
     packed = image.long().permute(1, 2, 0) @ torch.tensor([1 << 16, 1 << 8, 1])
-    colours, index = np.unique(packed.numpy(), return_inverse=True)
-    if len(colours) > 256:
+    colors, index = np.unique(packed.numpy(), return_inverse=True)
+    if len(colors) > 256:
         return maps.png(image)
     file = io.BytesIO()
     drawn = Image.fromarray(index.reshape(packed.shape).astype(np.uint8))
-    drawn.putpalette(np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1).astype(np.uint8).tobytes())
+    drawn.putpalette(np.stack([colors >> 16, colors >> 8 & 255, colors & 255], 1).astype(np.uint8).tobytes())
     drawn.save(file, "PNG", optimize=True)
     return file.getvalue()
 

@@ -10,9 +10,8 @@ from jaxtyping import Float, Int
 
 from sightline.evaluation import Curve, Evaluation, Score
 from sightline.evaluation.standings import LEVEL
-from sightline.explainers.verdicts import LEVELS
+from sightline.facts import LEVELS, Interval
 from sightline.metrics.classification import ClassQuality
-from sightline.metrics.uncertainty import Interval
 
 Array = np.ndarray
 
@@ -152,7 +151,7 @@ def area(curve: Curve) -> float:
 
 
 def foremost(evaluation: Evaluation, most: int = 6) -> list[str]:
-    """The methods to draw in colour, controls left out, by the mean of their places in all charts of curves."""
+    """The methods to draw in color, controls left out, by the mean of their places in all charts of curves."""
     places: dict[str, list[int]] = {}
     for kind, curves in evaluation.curves.items():
         sign = -1 if kind == "insertion" else 1
@@ -219,7 +218,7 @@ class ClassRow:
 def per_class(
     classes: tuple[str, ...], confusion: Int[Array, "c c"], quality: Sequence[ClassQuality] = ()
 ) -> list[ClassRow]:
-    """One row per class that has images, the least recognised first.
+    """One row per class that has images, the least recognized first.
 
     >>> per_class(("cat", "dog"), np.array([[3, 0], [1, 1]]))[0]
     ClassRow(name='dog', images=2, right=1, mistaken_for='cat', mistaken=1, quality=None)

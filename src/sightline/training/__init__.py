@@ -338,7 +338,7 @@ def _teacher(folder: str, train: data.ImageSet | data.ImageStream) -> nn.Module:
         )
     if (run.preprocess.mean, run.preprocess.std) != (train.preprocess.mean, train.preprocess.std):
         raise ValueError(
-            f"optim.teacher: expected a run on images normalised alike, got {folder} with mean {run.preprocess.mean}; "
+            f"optim.teacher: expected a run on images normalized alike, got {folder} with mean {run.preprocess.mean}; "
             "train one on this data"
         )
     return runs.load(folder)

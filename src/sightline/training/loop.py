@@ -19,7 +19,7 @@ from sightline.inference import copy_of, logits_of, untouched
 from sightline.recipe import Recipe
 from sightline.training import processes
 from sightline.training.losses import Loss, Mixed
-from sightline.training.optimisers import average, create_optimiser
+from sightline.training.optimizers import average, create_optimizer
 from sightline.training.schedule import learning_rate
 from sightline.training.stages import Staged, move, staged_optimizer
 
@@ -28,7 +28,7 @@ RESIDENT = 0.25
 
 
 class Training:
-    """One network in training: weights, optimiser, moving average, place in the data, losses so far, history.
+    """One network in training: weights, optimizer, moving average, place in the data, losses so far, history.
 
     The order of the images, their random changes and the dropout of a step are pure functions of (seed, epoch, step).
     So nothing random needs to be kept, and the user's random state is not used. Several processes take their shares of
@@ -62,12 +62,12 @@ class Training:
         self.staged = staged if isinstance(staged, Staged) else None
         self.settled = False
         called: nn.Module = torch.compile(self.network) if optim.compile else self.network  # pyright: ignore[reportAssignmentType]
-        if optim.sharded and self.part[1] > 1:  # the optimiser takes what the network is spread into
+        if optim.sharded and self.part[1] > 1:  # the optimizer takes what the network is spread into
             self.model = self.fabric.setup_module(called)
-            self.optimizer = create_optimiser(self.network, optim)
+            self.optimizer = create_optimizer(self.network, optim)
             self.fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
         else:
-            self.optimizer = create_optimiser(self.network, optim) if self.staged is None else staged_optimizer(network)
+            self.optimizer = create_optimizer(self.network, optim) if self.staged is None else staged_optimizer(network)
             self.model, self.fabric_optimizer = self.fabric.setup(called, self.optimizer)
         self.loss = loss.to(self.fabric.device).to(memory_format=torch.channels_last)  # a teacher, if there is one
         self.batch_size = min(optim.batch_size, len(train))
@@ -269,7 +269,7 @@ class Training:
             images = (share * images + (1 - share) * images.roll(1, 0)).to(memory_format=torch.channels_last)
             mixed = (labels.roll(1, 0), float(share))
         self._gradients(int(seed), images, labels, mixed)
-        with record_function("optimiser"):
+        with record_function("optimizer"):
             if self.optim.clip_norm is not None:
                 self.fabric.clip_gradients(
                     self.model, self.fabric_optimizer, max_norm=self.optim.clip_norm, error_if_nonfinite=False
@@ -347,7 +347,7 @@ class Training:
 
     def _inputs(self, batch: data.Batch) -> tuple[Float[Tensor, "b 3 h w"], Int64[Tensor, " b"]]:
         images = batch.images.to(self.fabric.device, memory_format=torch.channels_last, non_blocking=True)
-        return data.normalise(images, self.train.preprocess), batch.labels.to(self.fabric.device, non_blocking=True)
+        return data.normalize(images, self.train.preprocess), batch.labels.to(self.fabric.device, non_blocking=True)
 
     def _validate(self, images: data.ImageSet, tick: Callable[[], None]) -> tuple[float, float]:
         correct = torch.zeros_like(self.correct)

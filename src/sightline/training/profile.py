@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule
 
-PARTS = ("images", "forward", "backward", "optimiser")
+PARTS = ("images", "forward", "backward", "optimizer")
 _SKIPPED, _WARM, _MEASURED, _OPERATIONS = 3, 2, 10, 8
 
 

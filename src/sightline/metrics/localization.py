@@ -161,7 +161,7 @@ def max_box_accuracy(
     check_planes("max_box_accuracy", maps.shape)
     maps, masks = _fit(maps, masks)
     flat = maps.amax((2, 3), keepdim=True) == maps.amin((2, 3), keepdim=True)
-    scaled = pixels.normalise(maps).masked_fill(flat, 1.0)
+    scaled = pixels.normalize(maps).masked_fill(flat, 1.0)
     found = torch.cat([pixels.boxes(scaled, threshold) for threshold in thresholds], 1)
     wanted = pixels.box_around(masks)
     corners = torch.maximum(found[..., :2], wanted[..., :2]), torch.minimum(found[..., 2:], wanted[..., 2:])
@@ -211,7 +211,7 @@ def point_biserial(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1
     tensor([1.])
     """
     maps, masks = _fit(maps, masks)
-    a, b = pixels.normalise(maps.flatten(2)).double().flatten(1), masks.double().flatten(1)
+    a, b = pixels.normalize(maps.flatten(2)).double().flatten(1), masks.double().flatten(1)
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     return _where_defined((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)), maps, masks)
 

@@ -1,4 +1,4 @@
-"""How the weights move: the optimiser, and the moving average of what it finds."""
+"""How the weights move: the optimizer, and the moving average of what it finds."""
 
 import torch
 from torch import nn
@@ -7,10 +7,10 @@ from sightline.recipe import Optim
 from sightline.training.processes import own
 
 
-def create_optimiser(network: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """SGD or AdamW; parameters of one dimension (biases, weights of normalisation layers) are not decayed.
+def create_optimizer(network: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """SGD or AdamW; parameters of one dimension (biases, weights of normalization layers) are not decayed.
 
-    >>> [len(group["params"]) for group in create_optimiser(nn.Linear(2, 2), Optim()).param_groups]
+    >>> [len(group["params"]) for group in create_optimizer(nn.Linear(2, 2), Optim()).param_groups]
     [1, 1]
     """
     trained = [p for p in network.parameters() if p.requires_grad]

@@ -6,13 +6,13 @@ import torch
 from scipy.stats import pointbiserialr
 from sklearn.metrics import roc_auc_score
 from tests.hand import quarter
-from tests.reference import localisation as reference
+from tests.reference import localization as reference
 from tests.reference.maps import linear_at
 from tests.same import close
 from torchmetrics.functional.classification import binary_auroc, binary_jaccard_index
 
 from sightline import maps as pixels
-from sightline.metrics.localisation import (
+from sightline.metrics.localization import (
     EnergyInMask,
     IoU,
     MaskAUC,
@@ -215,7 +215,7 @@ def test_flat_maps_of_any_size_score_chance(value, size):
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_undefined_is_nan_and_leaves_the_neighbours_alone(score):
+def test_undefined_is_nan_and_leaves_the_neighbors_alone(score):
     maps, masks = random_case(torch.float32)
     before = score(maps, masks)
     maps[0, 0, 4, 4], maps[1, 0, 0, 0], maps[2, 0, 2, 2] = torch.nan, torch.inf, -torch.inf

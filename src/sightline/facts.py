@@ -1,0 +1,148 @@
+"""Values that several rooms pass on, and that say themselves in one line: nothing parses such a line."""
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+Level = Literal["note", "doubt", "do not read"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+OLD_NAMES = {
+    "COLOURS": "COLORS",
+    "GeneralisedKernel": "GeneralizedKernel",
+    "GeneralisedMean": "GeneralizedMean",
+    "ParameterRandomisation": "ParameterRandomization",
+    "PatchColourModel": "PatchColorModel",
+    "centre_map": "center_map",
+    "colour": "color",
+    "colour_bar": "color_bar",
+    "generalised_kernel": "generalized_kernel",
+    "initialise": "initialize",
+    "normalise": "normalize",
+    "normalise_alpha": "normalize_alpha",
+    "normalised": "normalized",
+    "parameter_randomisation": "parameter_randomization",
+    "randomisation_curve": "randomization_curve",
+}
+"""Public names of version 0.1 that are still understood, and what they are called now."""
+
+
+def current_name(name: str) -> str:
+    """What a name of version 0.1 is called now; other names as they are.
+
+    >>> current_name("centre_map"), current_name("grad_cam")
+    ('center_map', 'grad_cam')
+    """
+    return OLD_NAMES.get(name, name)
+
+
+def old_names(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that still answers to its old names."""
+
+    def lookup(name: str) -> Any:
+        if name in OLD_NAMES and OLD_NAMES[name] in vars(sys.modules[module]):
+            return vars(sys.modules[module])[OLD_NAMES[name]]
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return lookup
+
+
+def did_you_mean(name: str, choices: Iterable[str], otherwise: str = "", *, n: int = 1, cutoff: float = 0.6) -> str:
+    """The end of an error about an unknown name: the closest of the choices, or `otherwise`.
+
+    >>> did_you_mean("grad_cams", ["cam", "grad_cam"])
+    "; did you mean 'grad_cam'?"
+    >>> did_you_mean("x", ["cam", "grad_cam"], "choose cam or grad_cam")
+    '; choose cam or grad_cam'
+    """
+    close = get_close_matches(name, list(choices), n=n, cutoff=cutoff)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
+    return f"; {hint}" if hint else ""
+
+
+class Layer(str):
+    """A place in a model and the shape of what was read there, without the batch; empty for maps that read no layer.
+
+    >>> layer = Layer("features.conv13", (128, 5, 5))
+    >>> str(layer), layer.name, layer.shape
+    ('features.conv13 (128 x 5 x 5)', 'features.conv13', (128, 5, 5))
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    def __new__(cls, name: str = "", shape: Iterable[int] = ()) -> "Layer":
+        """A place by its dotted name."""
+        shape = tuple(shape)
+        layer = super().__new__(cls, f"{name} ({' x '.join(map(str, shape))})" if shape else name)
+        layer.name, layer.shape = name, shape
+        return layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layer, (self.name, self.shape)
+
+
+class Verdict(str):
+    """A reason to distrust a map: its kind, how severe it is, and what was measured.
+
+    "note" says how to read the map, "doubt" says what speaks against it, and "do not read" means that the picture shows
+    nothing about the model. A verdict equals its kind and its own text.
+
+    >>> gap = Verdict("conservation gap", "doubt", 0.12, "12%")
+    >>> str(gap), gap == "conservation gap", gap.kind, gap.level, gap.amount
+    ('conservation gap: 12%', True, 'conservation gap', 'doubt', 0.12)
+    """
+
+    kind: str
+    level: Level
+    amount: int | float | None
+    details: str
+
+    def __new__(
+        cls, kind: str, level: Level = "doubt", amount: int | float | None = None, details: str = ""
+    ) -> "Verdict":
+        """A verdict of some kind; `details` follow its kind in the text."""
+        verdict = super().__new__(cls, f"{kind}: {details}" if details else kind)
+        verdict.kind, verdict.level, verdict.amount, verdict.details = kind, level, amount, details
+        return verdict
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Verdict, (self.kind, self.level, self.amount, self.details)
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or (other == self.kind and not isinstance(other, Verdict))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.kind)
+
+
+def worst(verdicts: Iterable[Verdict]) -> Level | None:
+    """The most severe level among verdicts; None if there are none.
+
+    >>> worst([Verdict("class-independent", "note"), Verdict("flat", "do not read")]), worst([])
+    ('do not read', None)
+    """
+    levels = {verdict.level for verdict in verdicts}
+    return next((level for level in reversed(LEVELS) if level in levels), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    """Independent units behind it: images, or groups where a group column is named."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
