@@ -105,7 +105,7 @@ def test_all_negative_behind_a_relu(images):
     found = explain(model, images, 0, ["cam", "hires_cam", "grad_cam"])
     for method in ("cam", "hires_cam"):
         assert (found[method].amax((1, 2, 3)) == 0).all() and (found[method] < 0).any()
-        assert [[v.name, v.level] for (v,) in found.verdicts[method]] == [["all-negative", "doubt"]] * 3
+        assert [[v.kind, v.level] for (v,) in found.verdicts[method]] == [["all-negative", "doubt"]] * 3
     assert found.verdicts["grad_cam"] == [["flat"]] * 3
     assert explain(model, images, 1, ["cam"]).verdicts["cam"] == [[]] * 3
 
