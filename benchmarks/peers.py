@@ -347,8 +347,8 @@ def finer(net: Net, activations: Tensor, *, before: bool, epsilon: float = 0) ->
     return mean_weights(activations, gradients if net.reshape is None else net.reshape(gradients))
 
 
-def centerd_component(activations: Tensor, theirs: Tensor) -> Tensor:
-    """First component of the centerd activations; of its two signs the one that the peer got."""
+def centered_component(activations: Tensor, theirs: Tensor) -> Tensor:
+    """First component of the centered activations; of its two signs the one that the peer got."""
     parts: list[Tensor] = []
     for image, peer in zip(activations, theirs, strict=True):
         rows = image.flatten(1).T
@@ -499,8 +499,8 @@ NOTES = {
     "peer.",
     "share": "pytorch-grad-cam takes a mean over rival classes weighted by their probabilities p, divided by their sum "
     "plus 1e-9: where p is not far above that, the map shrinks with it. Proof: Grad-CAM of that score equals the peer.",
-    "centerd": "pytorch-grad-cam centers the activations before the decomposition (the paper does not) and takes "
-    "whichever sign the singular vector happens to have. Proof: the centerd component, with the peer's sign, equals "
+    "centered": "pytorch-grad-cam centers the activations before the decomposition (the paper does not) and takes "
+    "whichever sign the singular vector happens to have. Proof: the centered component, with the peer's sign, equals "
     "it.",
     "aligned": "pytorch-grad-cam enlarges the masks of Score-CAM with aligned corners, and flat channels take "
     "their share of the softmax. Proof: a loop with that enlargement equals the peer.",
@@ -645,8 +645,8 @@ def cases() -> Iterator[Case]:
         relu_of("eigen_cam"),
         lambda net: grad_cam_library(net, "EigenCAM"),
         (
-            Reason("centerd", lambda net, _, theirs: distance(centerd_component(net.evidence[0], theirs), theirs)),
-            Reason("in-place", lambda net, _, theirs: distance(centerd_component(net.overwritten[0], theirs), theirs)),
+            Reason("centered", lambda net, _, theirs: distance(centered_component(net.evidence[0], theirs), theirs)),
+            Reason("in-place", lambda net, _, theirs: distance(centered_component(net.overwritten[0], theirs), theirs)),
         ),
     )
     yield Case(

@@ -265,8 +265,8 @@ def test_the_maps_of_the_two_variants():
     features = rectified(3, 6, 5, 4)
     gate = BilinearAttentionPooling(6, k=2).double().gate
     scores = torch.einsum("bchw,kc->bkhw", features, gate[0].weight[:, :, 0, 0])
-    centerd = scores - scores.mean((0, 2, 3), keepdim=True)
-    close(gate(features), (centerd / (centerd.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()).relu())
+    centered = scores - scores.mean((0, 2, 3), keepdim=True)
+    close(gate(features), (centered / (centered.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()).relu())
 
     gate = BilinearAttentionPooling(6, k=2, variant="brnpa").double().eval().gate
     block, last = gate[0], gate[1]

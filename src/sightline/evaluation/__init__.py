@@ -349,8 +349,8 @@ def _alike(maps: Mapping[str, Tensor]) -> Array:
     """Sum over images of the rank correlations between methods, and the number of images behind each, (2, k, k)."""
     small = torch.cat([pixels.resize(value, (_ALIKE_SIDE, _ALIKE_SIDE)).float() for value in maps.values()], 1)
     ranked = ranks(small.flatten(2).double())
-    centerd = ranked - ranked.mean(2, keepdim=True)
-    unit = centerd / centerd.norm(dim=2, keepdim=True)
+    centered = ranked - ranked.mean(2, keepdim=True)
+    unit = centered / centered.norm(dim=2, keepdim=True)
     found = torch.einsum("bkn,bjn->bkj", unit, unit)
     finite = small.flatten(2).isfinite().all(2)
     found = found.where(finite[:, :, None] & finite[:, None], torch.nan)

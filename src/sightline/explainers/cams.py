@@ -147,7 +147,7 @@ def hires_cam(
 def eigen_cam(activations: Float[Tensor, "b k *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
     r"""Activations projected on their first principal component, the same for every target.
 
-    $A v_1$ with $v_1$ the first right singular vector of the activations $A$ (positions x channels), not centerd. A
+    $A v_1$ with $v_1$ the first right singular vector of the activations $A$ (positions x channels), not centered. A
     singular vector has no sign: the one is taken with which the map's sum is not negative.
 
     Source: Muhammad and Yeasin 2020 (2008.00299).

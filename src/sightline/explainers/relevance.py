@@ -766,8 +766,8 @@ def _normalized(func: Callable[..., Tensor], name: str, input: Tensor, *rest: An
         x = input.flatten(-len(given["normalized_shape"]))
     else:
         x = input.reshape(len(input), given.get("num_groups", input.shape[1]), -1)
-    centerd = x - x.mean(-1, keepdim=True)
-    scaled = (centerd * (centerd.detach().square().mean(-1, keepdim=True) + given["eps"]).rsqrt()).reshape(input.shape)
+    centered = x - x.mean(-1, keepdim=True)
+    scaled = (centered * (centered.detach().square().mean(-1, keepdim=True) + given["eps"]).rsqrt()).reshape(input.shape)
     weight: Tensor | None = given["weight"]
     if weight is not None:
         scaled = scaled * (weight if name == "layer_norm" else weight.reshape(-1, *[1] * (input.ndim - 2)))
