@@ -340,7 +340,7 @@ def test_an_interrupted_training_in_stages_comes_to_the_same_weights(tmp_path, m
     [
         (
             {"optim.ema": 0.9},
-            "no optim.ema 0.9 with protopnet, which trains in stages of its own; leave it out",
+            "no optim.ema 0.9 with protopnet, which trains in its own stages; leave it out",
         ),
         ({"optim.patience": 3}, "expected no optim.patience 3 with protopnet"),
         ({"augment.mixup": 0.2}, "expected no augment.mixup 0.2 with protopnet"),
@@ -356,5 +356,5 @@ def test_rates_of_the_recipe_that_are_not_used_are_named(tmp_path, capfd):
     _, recipe = trained(tmp_path / "a", **{"optim.epochs": 1})
     recipe = replace(recipe, optim=replace(recipe.optim, epochs=1, lr=0.1, schedule="step"))
     run = fit(recipe, tmp_path / "b")
-    notice = "protopnet trains in stages of its own, by Adam at its own rates; not used: optim.lr, optim.schedule"
+    notice = "protopnet trains in its own stages, by Adam at its own rates; ignored: optim.lr, optim.schedule"
     assert f"notice: {notice}\n" in capfd.readouterr().err and run.info["training"] == notice
