@@ -113,16 +113,16 @@ def write_files(out: Path) -> None:
     of its own, since the package may keep tensors of the default type.
     """
     torch.set_default_dtype(torch.float64)
-    metrics = "insertion_auc,deletion_auc,pointing_game,energy_in_mask,parameter_randomisation"
+    metrics = "insertion_auc,deletion_auc,pointing_game,energy_in_mask,parameter_randomization"
     methods = ["--methods", "attention,grad_cam,guided_backprop,lrp", "--controls", "random_map,other_class"]
     sightline("evaluate", RUN, *methods, "--metrics", metrics, "--limit", 8, "--steps", 5, "--out", out / "evaluated")
 
     run = runs.open_run(RUN)  # the other way in: a model and an iterable of tensors, and a method with options
     batch = data.load(run.recipe.data)["test"].batch(range(3))
-    images = data.normalise(batch.images, run.preprocess)
+    images = data.normalize(batch.images, run.preprocess)
     batches = [(images[rows], batch.labels[rows], batch.masks[rows]) for rows in (slice(0, 2), slice(2, 3))]
     methods = [partial(explainers.rise, masks=32), "integrated_gradients", "attention@attention.conv10"]
-    options = {"controls": ["centre_map"], "steps": 4, "name": "three images"}
+    options = {"controls": ["center_map"], "steps": 4, "name": "three images"}
     sl.evaluate(sl.load(RUN), batches, methods, "all", **options).to_json(out / "evaluation_of_batches.json")
 
     images = [out / f"{name}.png" for name in ("square", "wide", "tall")]
@@ -180,13 +180,13 @@ def test_explain_writes_the_same_maps(written, folder):
 
 
 def described(file: Path) -> str:
-    """A picture by its size and mean colour, raw maps by their size, norm and a weighted sum."""
+    """A picture by its size and mean color, raw maps by their size, norm and a weighted sum."""
     if file.suffix == ".png":
         with Image.open(file) as picture:
             if file.stem.endswith("--page"):  # text on it is drawn by FreeType, whose versions differ a little
                 return f"{file.name}: {picture.size}"
-            colour = np.asarray(picture.convert("RGB")).reshape(-1, 3).mean(0)
-            return f"{file.name}: {picture.size}, {[round(value) for value in colour.tolist()]}"
+            color = np.asarray(picture.convert("RGB")).reshape(-1, 3).mean(0)
+            return f"{file.name}: {picture.size}, {[round(value) for value in color.tolist()]}"
     if file.suffix != ".npz":
         return file.name
     lines = [file.name]
