@@ -25,7 +25,7 @@ def images(height: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_a_run_loads_with_the_same_logits(run):
-    model = sl.load(run).double()  # in which threads and CPUs agree
+    model = sl.load(run).double()  # a prototype's similarity magnifies roundings
     for size, logits in json.loads((run / "logits.json").read_text()).items():
         with torch.no_grad():
             found = model(images(*map(int, size.split(" x "))))
