@@ -18,17 +18,17 @@ What the weights say:
     CBAM  *what*, then *where*: one weight per channel, then one per position. Both can only reduce x.
     BAM   both at once: one weight per channel and position. It can only increase x, up to 2 x, so no position is lost.
 
-Where the blocks go: SE and CBAM at the end of every residual branch, before the sum (16 places in a ResNet-50); BAM
-after each of the first three stages (3 places).
+Places: SE and CBAM go to the end of every residual branch, before the sum (16 places in a ResNet-50). BAM goes after
+each of the first three stages (3 places).
 
-What the blocks cost is counted below. The lecture's table says that SE has the lowest overhead. That is true for
+Costs: the script counts them. The lecture's table says that SE has the lowest overhead. That is true for
 multiplications, but not for parameters or for the memory that training needs: one BAM is larger than one SE or CBAM,
 but three BAMs are smaller than sixteen SEs or CBAMs.
 
-What the blocks gain: on ImageNet, with the same recipe for all, a ResNet-50 reached 76.4 % without a block, 76.9 % with
-BAM, 77.2 % with SE and 77.6 % with CBAM (README of implus/PytorchInsight). If `--bench` names the result file of a
-study, our own accuracies are printed too. Finally, a tiny network with each block learns to name the color of a square.
-It learns that without a block as well, so the figure shows what the blocks do, not that they are needed. Run it:
+Gains: on ImageNet, with the same recipe for all, a ResNet-50 reached 76.4 % without a block, 76.9 % with BAM, 77.2 %
+with SE and 77.6 % with CBAM (README of implus/PytorchInsight). If `--bench` names the result file of a study, the
+script prints our own accuracies too. Finally, a tiny network with each block learns to name the color of a square. It
+learns that without a block as well, so the figure shows what the blocks do, not that they are needed. Run it:
 
     python examples/bam_se_cbam.py --out bam_se_cbam.png
 """
