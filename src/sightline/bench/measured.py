@@ -21,7 +21,7 @@ from sightline.inference import forward, untouched
 from sightline.metrics import energy_in_mask
 from sightline.metrics.complexity import sparsity
 from sightline.runs import Run
-from sightline.training import begin
+from sightline.training import initial_network
 
 _BATCH = 250
 _SCORED = 200
@@ -84,7 +84,7 @@ class Measured:
 def fresh(run: Run) -> nn.Module:
     """The network of a run with the weights that its training began with."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        return begin(run.recipe.model, len(run.classes), run.seed).eval()
+        return initial_network(run.recipe.model, len(run.classes), run.seed).eval()
 
 
 def read(file: Path) -> Measured | None:
