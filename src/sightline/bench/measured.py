@@ -16,6 +16,7 @@ from sightline import data, metrics, runs
 from sightline.attention import BilinearAttentionPooling, RepresentativeVectors
 from sightline.data.splits import draw
 from sightline.explainers import attention_maps, explain
+from sightline.facts import current_name
 from sightline.inference import forward, untouched
 from sightline.metrics import energy_in_mask
 from sightline.metrics.complexity import sparsity
@@ -92,7 +93,7 @@ def read(file: Path) -> Measured | None:
         return None
     try:
         known = _with_nan(json.loads(file.read_text(encoding="utf-8")))
-        quality = {name: Quality(**of) for name, of in known["quality"].items()}
+        quality = {current_name(name): Quality(**of) for name, of in known["quality"].items()}
         maps = {name: Maps(**known[name]) for name in ("before", "after")}
         return Measured(**known | maps | {"quality": quality})
     except (ValueError, TypeError, KeyError, AttributeError):
