@@ -136,7 +136,7 @@ def test_paths_inside_options_and_behind_the_prefix_are_shortened(
     model = replace(PRIVATE.model, options=options)
     data = replace(PRIVATE.data, source="hub:../clinic-7/slides")
     runs.save(replace(run, recipe=replace(PRIVATE, model=model, data=data)))
-    monkeypatch.setattr(runs, "load", lambda folder: None)
+    monkeypatch.setattr(runs, "load_model", lambda folder: None)
     sl.hub.push(run.folder, "jane/slides")
     files = served.files("jane/slides")
     assert not any(b"clinic-7" in content for content in files.values())
@@ -334,13 +334,6 @@ def test_a_hub_that_does_not_answer(
         line = refused(capsys, *arguments)
         assert line.startswith("jane/slides: cannot exchange files with the hub: ")
         assert line.endswith("; check the network")
-
-
-def test_without_the_library(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModuleNotFoundError, match="install it: pip install huggingface_hub"):
-        sl.load("hub:jane/slides")
-    assert not sl.load(run.folder).training
 
 
 def test_the_address_of_the_hub_is_taken_from_the_environment(run: runs.Run, served: Hub, tmp_path: Path) -> None:
