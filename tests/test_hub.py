@@ -166,7 +166,7 @@ def test_the_card_says_what_was_measured(run: runs.Run) -> None:
     for sentence in EVALUATION["summary"]:
         assert f"\n- {sentence}\n" in card
     assert 'sl.load("hub:jane/slides")' in card and "sightline pull jane/slides --out run" in card
-    assert "resized to 24 x 20 pixels" in card and "less [0.1, 0.2, 0.3], divided by [0.5, 0.6, 0.7]" in card
+    assert "resized to 24 x 20 pixels" in card and "minus [0.1, 0.2, 0.3], divided by [0.5, 0.6, 0.7]" in card
     assert "normal, tumour" in card and "- versions: python 3.12, torch 2.13\n" in card
 
 
