@@ -95,7 +95,7 @@ def read(file: Path) -> MeasuredRun | None:
         return None
     try:
         facts = _with_nan(json.loads(file.read_text(encoding="utf-8")))
-        quality = {name: Quality(**scores) for name, scores in facts["quality"].items()}
+        quality = {current_name(name): Quality(**scores) for name, scores in facts["quality"].items()}
         maps = {name: Maps(**facts[name]) for name in ("before", "after")}
         return MeasuredRun(**facts | maps | {"quality": quality})
     except (ValueError, TypeError, KeyError, AttributeError):
