@@ -263,7 +263,7 @@ def test_costs_that_cannot_be_taken_do_not_lose_the_tables(tmp_path: Path, monke
         ("{rows: {a: {}}, datasets: {c: {seeds: [1]}}}", "row 'a' on c: expected the same seeds everywhere"),
         ("rows: {a: {}, b: {control: c}}", "row 'b': expected `control` to be another row out of: a; got 'c'"),
         ("rows: {a: {}, b: {as_large_as: b}}", "row 'b': expected `as_large_as` to be another row out of: a; got 'b'"),
-        ("rows: {a: {}, b: {as_large_as: a}, c: {as_large_as: b}}", "row 'c': expected `as_large_as` a row whose size"),
+        ("rows: {a: {}, b: {as_large_as: a}, c: {as_large_as: b}}", "row 'c': expected `as_large_as` a row without"),
         ("rows: {a: {}, b: {as_large_as: a, model.options.width: 1}}", "row 'b': expected no model.options.width"),
     ],
 )

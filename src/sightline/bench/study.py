@@ -207,9 +207,7 @@ def _check_names(path: Path | str, kind: str, names: Iterable[Any]) -> None:
         if not any(letter.isalnum() for letter in folder_name):
             raise ValueError(f"{path}: expected names of {kind} with a letter or a digit, got {name!r}")
         if plain.count(folder_name) > 1:
-            raise ValueError(
-                f"{path}: expected names of {kind} that differ in more than punctuation, got {name!r} twice"
-            )
+            raise ValueError(f"{path}: expected names of {kind} that differ in letters or digits, got {name!r} twice")
 
 
 def folder(out: Path, row: str, seed: int, dataset: str = "") -> Path:
