@@ -39,9 +39,8 @@ QUICK = {3: ("cbam", "bam", "brnpa", "gem"), 1: ("brnpa",), 2: ("brnpa",), 1000:
 EVERYTHING = {3: (*GATING, *POOLING), 1: KINDS, 2: KINDS, 1000: KINDS}
 Row = dict[str, Any]
 PAGE, HEADING = Path(__file__).parents[1] / "docs/attention.md", "### Every family\n"
-ABOUT = """\
-[benchmarks/insertion.py](../benchmarks/insertion.py) inserts blocks into one small network of each family of timm and \
-torchvision, with 1, 2, 3 and 1000 classes.
+ABOUT = """[benchmarks/insertion.py](../benchmarks/insertion.py) inserts blocks into one small network of each family \
+of timm and torchvision, with 1, 2, 3 and 1000 classes.
 A gating block must leave the logits bit-equal, see features with the image's proportions, run once and affect the \
 logits.
 A pooling must keep the shape of the logits, and no layer after it may see a map.

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from sightline import runs, training
+from sightline import runs
 from sightline.recipe import Augment, Data, Model, Optim, Recipe
+from sightline.training import checkpoints, fit
 
 TINY = Recipe(
     data=Data(train_size=160, test_size=20, val=0.02),
@@ -44,8 +45,8 @@ WRITES = [
 
 def train(recipe: Recipe, out: Path, save_every: float) -> None:
     """Train in the process that is killed."""
-    training.CHECKPOINT_EVERY = save_every
-    training.fit(recipe, out, resume=True, progress=False)
+    checkpoints.CHECKPOINT_EVERY = save_every
+    fit(recipe, out, resume=True, progress=False)
 
 
 def train_and_die_writing(recipe: Recipe, out: Path, save_every: float, file: str, write: int, place: str) -> None:

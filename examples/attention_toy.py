@@ -1,15 +1,16 @@
 """An attention network from end to end, in less than a minute.
 
 Each image is noise with one small striped patch somewhere. The class is the direction of the stripes, so the network
-has to find the patch; nobody tells it where. It is three convolutions, one attention pooling and one linear layer:
+has to find the patch; nobody tells it where the patch is. The network has three convolutions, one attention pooling and
+one linear layer:
 
     features  l_i   one vector per position, from the convolutions
     scores    c_i = <u, l_i> + b, how much position i matters; u and b are learned
     weights   a_i = exp(c_i) / sum_j exp(c_j), one per position; they sum to 1
     summary   g = sum_i a_i l_i, which the linear layer classifies
 
-The weights are the attention map. It comes for free with the answer, and here it can be checked: a map that tells the
-truth puts its weight on the patch, whose place we know. Run it:
+The weights are the attention map. The map needs no extra computation, and here it can be checked: we know where the
+patch is, so a map that tells the truth puts its weight there. Run it:
 
     python examples/attention_toy.py --out attention_toy.png
 """
@@ -48,7 +49,7 @@ def planted(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Network(nn.Module):
-    """Three convolutions, attention pooling, a linear layer."""
+    """Three convolutions, an attention pooling and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ def measured(model: nn.Module, images: Tensor, labels: Tensor, masks: Tensor) ->
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Train, measure before and after, draw."""
+    """Train, measure before and after training, draw the figure."""
     parser = argparse.ArgumentParser(description="An attention network from end to end.")
     parser.add_argument("--out", type=Path, default=Path("attention_toy.png"), help="figure to write")
     parser.add_argument("--steps", type=int, default=120, help="training steps of 64 images (120)")

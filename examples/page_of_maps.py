@@ -1,9 +1,9 @@
-"""Every map side by side: a few images of a run's test split, and what each method that fits the network makes of them.
+"""All maps side by side, for a few images of a run's test split and every method that fits the network.
 
-The images are drawn at random among those that the network gets right, and the class it names is explained. Each map is
-colored from its own lowest to its own highest value, but for a few extreme pixels (see `sightline.maps.overlay`);
-where negative values speak against the class, blue is below 0, white is 0 and red is above. A method that does not fit
-the network is named on the terminal, with the reason, and of every other how like the others its maps are.
+The images are drawn at random from those that the network classifies correctly, and the maps explain the predicted
+class. Each map is colored from its lowest to its highest value, except for a few extreme pixels (see
+`sightline.maps.overlay`). If negative values speak against the class, blue is below 0, white is 0 and red is above. The
+terminal shows why a method does not fit the network, and how similar each method's maps are to those of the others.
 
     python examples/page_of_maps.py runs/glas --data $SIGHTLINE_DATA/glas_tiles --out page.png
 """
@@ -22,12 +22,12 @@ from sightline import data, maps, runs
 from sightline.explainers import EXPLAINERS, Explanation, fitting
 from sightline.inference import forward
 
-COLUMNS = 11  # of maps beside the images; the others stand below
+COLUMNS = 11  # maps in a row beside the images; the others go below
 CELL = 96
 
 
 def drawn(model: torch.nn.Module, images: data.ImageSet, count: int, seed: int) -> np.ndarray:
-    """Indices of images that the model gets right, in random order."""
+    """Indices of images that the model classifies correctly, in random order."""
     order = np.random.default_rng(seed).permutation(len(images))
     found: list[int] = []
     for start in range(0, len(order), 100):
@@ -46,7 +46,7 @@ def page_of(pictures: Tensor, found: Explanation) -> Tensor:
 
 
 def correlations(found: Explanation, methods: list[str], size: tuple[int, ...]) -> Tensor:
-    """Of the positive parts of the maps of each two methods, at one size, mean over the images; (methods, methods)."""
+    """Correlation between the positive parts of every two methods' maps, mean over images; (methods, methods)."""
     resized = found.resized(size)
     values = torch.stack([resized[name][:, 0].cpu().double().relu().flatten(1) for name in methods], 1)
     return torch.stack([torch.corrcoef(each) for each in values]).nanmean(0)
@@ -56,9 +56,9 @@ def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
     """Draw the page; return the methods on it and the names of the images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--data", help="where the run's data lie now (the run's own)")
+    parser.add_argument("--data", help="where the run's data is now (the run's own source)")
     parser.add_argument("--images", type=int, default=5, help="images on the page (5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (0)")
     parser.add_argument("--out", default="page.png", help="PNG file to write (page.png)")
     options = parser.parse_args(arguments)
 

@@ -1,8 +1,8 @@
-"""Which of BR-NPA's vectors carry the class? The slides' Table 5 on a network of one's own.
+"""Which of BR-NPA's vectors carry the class? Table 5 of the slides, for a network of your own.
 
-A network with three representative vectors is trained (what is trained already is not trained again) and frozen. Then a
-linear classifier is fitted to some of its vectors only: all three, two of them, one. The paper's figures, for birds at
-448 pixels, stand beside: they too come from linear classifiers on frozen features.
+The script trains and freezes a network with three representative vectors; a network that is already trained is not
+trained again. It then fits linear classifiers to all three vectors, to two of them and to one. The paper's figures, for
+birds at 448 pixels, are printed next to ours; they too come from linear classifiers on frozen features.
 
     python examples/vectors.py --out runs/resolution
 
@@ -41,11 +41,11 @@ def vectors(model: nn.Module, images: data.ImageSet) -> tuple[np.ndarray, np.nda
 
 
 def main(arguments: list[str] | None = None) -> dict[tuple[int, ...], list[float]]:
-    """Train, freeze, fit, print; returns the accuracy of each seed by the vectors used."""
+    """Train, freeze, fit and print; return each seed's accuracy for every choice of vectors."""
     parser = argparse.ArgumentParser(description="Accuracy of linear classifiers on some of BR-NPA's vectors.")
-    parser.add_argument("--study", default="recipes/bench_resolution.yaml", help="study with the row")
+    parser.add_argument("--study", default="recipes/bench_resolution.yaml", help="study that has the row")
     parser.add_argument("--row", default="BR-NPA 20x20", help="a row with three representative vectors")
-    parser.add_argument("--out", type=Path, default=Path("runs/resolution"), help="its runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/resolution"), help="folder of the study's runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
     options = parser.parse_args(arguments)
 
