@@ -171,7 +171,7 @@ def test_a_teacher_that_is_a_row_is_its_run_of_the_same_seed(tmp_path: Path):
 def test_a_transformer_has_attention_and_no_activation_map(tmp_path: Path):
     rows = {"vit": {"model.name": "tiny_vit", "model.options": {"depth": 2}}}
     (found,) = bench.bench(Study(recipe=replace(SMALL, seeds=(0,)), rows=rows), tmp_path).measured
-    assert list(found.after.energy) == ["blocks.0.attention", "blocks.1.attention"]
+    assert list(found.after.energy) == ["blocks.0.attn", "blocks.1.attn"]
     assert all(0 < share < 0.5 for share in found.after.energy.values()) and 0 < found.after.activation_energy < 0.5
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from sightline import recipe
+from sightline.models.vit import TinyViT
 
 State = dict[str, Tensor]
 
@@ -35,8 +36,10 @@ def with_names_of(model: nn.Module, state: State) -> State:
     """The weights without the prefixes of wrappers, as far as that matches more of the model's names.
 
     DataParallel writes `module.`, torch.compile `_orig_mod.` (anywhere), a Lightning module the name of an attribute,
-    an average of weights `module.` and a counter.
+    an average of weights `module.` and a counter. Names of version 0.1 are understood.
     """
+    if isinstance(model, TinyViT):
+        state = model.current_names(state)
     expected = model.state_dict().keys()
     best, names = state, {key: key.replace("_orig_mod.", "") for key in state if key != "n_averaged"}
     while names:
