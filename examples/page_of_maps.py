@@ -1,9 +1,9 @@
-"""Every map side by side: a few images of a run's test split, and what each method that fits the network makes of them.
+"""All maps side by side, for a few images of a run's test split and every method that fits the network.
 
-The images are drawn at random among those that the network gets right, and the class it names is explained. Each map is
-colored from its own lowest to its own highest value, but for a few extreme pixels (see `sightline.maps.overlay`);
-where negative values speak against the class, blue is below 0, white is 0 and red is above. The terminal names each
-method that does not fit the network, with the reason, and shows how similar the maps of the others are to one another.
+The images are drawn at random from those that the network classifies correctly, and the maps explain the predicted
+class. Each map is colored from its lowest to its highest value, except for a few extreme pixels (see
+`sightline.maps.overlay`). If negative values speak against the class, blue is below 0, white is 0 and red is above. The
+terminal shows why a method does not fit the network, and how similar each method's maps are to those of the others.
 
     python examples/page_of_maps.py runs/glas --data $SIGHTLINE_DATA/glas_tiles --out maps
 """
@@ -23,12 +23,12 @@ from sightline import data, maps, runs
 from sightline.explainers import EXPLAINERS
 from sightline.inference import forward
 
-COLUMNS = 11  # of maps beside the images; the others stand below
+COLUMNS = 11  # maps in a row beside the images; the others go below
 CELL = 96
 
 
 def drawn(model: torch.nn.Module, images: data.ImageSet, count: int, seed: int) -> np.ndarray:
-    """Indices of images that the model gets right, in random order."""
+    """Indices of images that the model classifies correctly, in random order."""
     order = np.random.default_rng(seed).permutation(len(images))
     chosen: list[int] = []
     for start in range(0, len(order), 100):

@@ -44,7 +44,7 @@ def test_soft_and_hard(tmp_path, capsys):
     for name in ("soft", "REINFORCE", "straight-through"):
         assert found[name]["energy"] > 0.7  # 0.17 by chance
         assert found[name]["hits"] == pytest.approx(found[name]["energy"], abs=0.04)  # 500 draws
-        assert found[name]["own"] < 1e-4  # read as it was trained, it gives its own logits
+        assert found[name]["gap"] < 1e-4  # read as it was trained, it gives its own logits
     assert found["REINFORCE"]["positions"] < found["soft"]["positions"] > found["straight-through"]["positions"]
     assert found["soft"]["drawn"] < found["soft"]["soft"]
 

@@ -131,6 +131,31 @@ class Verdict(str):
         return hash(self.kind)
 
 
+class Finding(str):
+    """A sentence about a result: what kind of statement it is, and the values behind it.
+
+    >>> finding = Finding("too few", "Only 3 images: too few to compare.", images=3)
+    >>> str(finding), finding.kind, finding.values
+    ('Only 3 images: too few to compare.', 'too few', {'images': 3})
+    """
+
+    kind: str
+    values: dict[str, Any]
+
+    def __new__(cls, kind: str, text: str, **values: Any) -> "Finding":
+        """A sentence of some kind."""
+        finding = super().__new__(cls, text)
+        finding.kind, finding.values = kind, values
+        return finding
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _finding, (self.kind, str(self), self.values)
+
+
+def _finding(kind: str, text: str, values: dict[str, Any]) -> Finding:
+    return Finding(kind, text, **values)
+
+
 def worst(verdicts: Iterable[Verdict]) -> Level | None:
     """The most severe level among verdicts; None if there are none.
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sightline.attention import ATTENTION, insert
 from sightline.facts import Progress
 from sightline.inference import copy_of, untouched
-from sightline.models import create_model, input_of
+from sightline.models.create import create_model, input_of
 
 
 @dataclass(frozen=True, kw_only=True)
