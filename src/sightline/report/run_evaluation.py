@@ -58,7 +58,7 @@ def evaluate_run(
     runs.check_writable(out)
     start = time.perf_counter()
     images, strict = _images(run, split, overrides or {})
-    model = runs.load(run.folder).to(runs.best_device())
+    model = runs.load_model(run.folder).to(runs.best_device())
     reasons: dict[str, str] = {}
     if methods is not None:
         first = data.normalize(images[0].images.to(runs.best_device()), images.preprocess)
