@@ -97,10 +97,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     images, labels, _ = (part[:6] for part in test)
     maps = sl.attention_maps(model, images)["attention"]
     shown = ((images.clamp(-3, 3) + 3) / 6 * 255).to(torch.uint8)
-    laid_over = sl.maps.overlay(shown, maps, opacity=0.6)[:, 0]
+    overlays = sl.maps.overlay(shown, maps, opacity=0.6)[:, 0]
     figure, axes = plt.subplots(2, 6, figsize=(9, 3.4), layout="constrained")
     for i in range(6):
-        for row, picture in ((0, shown[i]), (1, laid_over[i])):
+        for row, picture in ((0, shown[i]), (1, overlays[i])):
             axes[row, i].imshow(picture.movedim(0, -1).numpy())
             axes[row, i].axis("off")
         axes[0, i].set_title(f"stripes {CLASSES[labels[i]]}")

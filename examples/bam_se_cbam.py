@@ -63,11 +63,11 @@ def priced(pixels: int) -> dict[str, dict[str, float]]:
     """Costs of a ResNet-50 without a block and with each block."""
     plain = sl.create_model("resnet50")
     networks = {"none": plain} | {name: sl.insert(plain, name.lower(), init="fresh") for name in BLOCKS}
-    found = costs(networks, torch.randn(2, 3, pixels, pixels), rounds=1)
+    network_costs = costs(networks, torch.randn(2, 3, pixels, pixels), rounds=1)
     result: dict[str, dict[str, float]] = {}
-    for name, of in found.items():
-        counted: dict[str, float] = {"parameters": of.parameters, "macs": of.macs, "saved": of.saved}
-        more = {f"more {what}": count / getattr(found["none"], what) - 1 for what, count in counted.items()}
+    for name, cost in network_costs.items():
+        counted: dict[str, float] = {"parameters": cost.parameters, "macs": cost.macs, "saved": cost.saved}
+        more = {f"more {what}": count / getattr(network_costs["none"], what) - 1 for what, count in counted.items()}
         result[name] = counted | more | {"single": 0, "places": 0}
         if block := BLOCKS.get(name):
             result[name]["single"] = sum(p.numel() for p in block(256).parameters())
@@ -92,8 +92,9 @@ def study(file: Path) -> None:
     measured = json.loads(file.read_text(encoding="utf-8"))["measured"]
     print(f"accuracy in the study {file}")
     for name in ("control", *BLOCKS):
-        found = [100 * run["accuracy"] for run in measured if run["row"] == name]
-        print(f"{name:<8}{mean(found):.1f} %, mean of {len(found)} seeds" if found else f"{name:<8}not in it")
+        accuracies = [100 * run["accuracy"] for run in measured if run["row"] == name]
+        text = f"{mean(accuracies):.1f} %, mean of {len(accuracies)} seeds" if accuracies else "not in it"
+        print(f"{name:<8}{text}")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -109,13 +110,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     result = priced(options.pixels)
     print(f"ResNet-50, {options.pixels} px           block for          multiply-accumulates   kept for the backward")
     print("      parameters          256 channels  places   per image              pass of 2 images")
-    for name, of in result.items():
+    for name, row in result.items():
         print(
-            f"{name:<6}{of['parameters']:,} ({of['more parameters']:+.1%})  {of['single']:<14,}{of['places']:<9}",
+            f"{name:<6}{row['parameters']:,} ({row['more parameters']:+.1%})  {row['single']:<14,}{row['places']:<9}",
             end="",
         )
-        print(f"{of['macs'] / 1e9:.3f} G ({of['more macs']:+.2%})       ", end="")
-        print(f"{of['saved'] / 2**20:.0f} MiB ({of['more saved']:+.1%})")
+        print(f"{row['macs'] / 1e9:.3f} G ({row['more macs']:+.2%})       ", end="")
+        print(f"{row['saved'] / 2**20:.0f} MiB ({row['more saved']:+.1%})")
     if options.bench:
         study(options.bench)
 
@@ -150,12 +151,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     print("small networks                x is multiplied by   weights of the positions,   equation above - block,")
     print("on squares     accuracy       (least, most)        on the square / elsewhere   at most")
     for name in blocks:
-        of = result[name]
+        row = result[name]
         if name == "none":
-            print(f"{name:<15}{of['accuracy']:.3f}")
+            print(f"{name:<15}{row['accuracy']:.3f}")
             continue
-        contrast = f"{of['contrast']:.2f}" if name in where else "no map"
-        print(f"{name:<15}{of['accuracy']:<15.3f}{of['low']:.2f}, {of['high']:<15.2f}{contrast:<28}{of['error']:.0e}")
+        contrast = f"{row['contrast']:.2f}" if name in where else "no map"
+        print(f"{name:<15}{row['accuracy']:<15.3f}{row['low']:.2f}, {row['high']:<15.2f}", end="")
+        print(f"{contrast:<28}{row['error']:.0e}")
     draw(result, images[0], masks[0], where, what, labels, options.out)
     print(f"figure: {options.out}")
     return result

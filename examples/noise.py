@@ -50,27 +50,28 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, float], list[flo
     if done.failed:
         raise SystemExit("; ".join(f"{run}: {reason}" for run, reason in done.failed.items()))
     images = data.load(study.recipe.data)["test"]
-    found: dict[tuple[str, float], list[float]] = {}
+    accuracies: dict[tuple[str, float], list[float]] = {}
     for row in ROWS:
         for seed in study.recipe.seeds:
             model = sl.load(bench.folder(options.out, row, seed))
             for sigma in SIGMAS:
-                found.setdefault((row, sigma), []).append(accuracy(model, images, sigma))
+                accuracies.setdefault((row, sigma), []).append(accuracy(model, images, sigma))
 
     head = f"| sigma | {' | '.join(f'{sigma:g}' for sigma in SIGMAS)} |\n|{' --- |' * (len(SIGMAS) + 1)}"
     print(head)
     for row in ROWS:
-        print(f"| {row} | " + " | ".join(bench.summary(found[row, s]).text(1, percent=True) for s in SIGMAS) + " |")
+        means = [bench.summary(accuracies[row, sigma]).text(1, percent=True) for sigma in SIGMAS]
+        print(f"| {row} | {' | '.join(means)} |")
     print("\ndifference to the control in percentage points, 95 % interval over seeds")
     print(head)
     for row in ROWS[1:]:
         cells: list[str] = []
         for sigma in SIGMAS:
-            pairs = zip(found[row, sigma], found["control", sigma], strict=True)
-            ends = bench.student_interval(own - control for own, control in pairs)
+            pairs = zip(accuracies[row, sigma], accuracies["control", sigma], strict=True)
+            ends = bench.student_interval(block - control for block, control in pairs)
             cells.append("-" if ends is None else f"[{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]")
         print(f"| {row} | {' | '.join(cells)} |")
-    return found
+    return accuracies
 
 
 if __name__ == "__main__":

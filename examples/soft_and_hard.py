@@ -109,19 +109,19 @@ def read(model: Network, images: Tensor) -> tuple[dict[str, Tensor], dict[str, T
     """Weights (b, 1, 24, 24) and logits (b, 4) for each way of reading the network."""
     features, gate = model.features(images), hard_gate(model)
     weights = {"soft": gate.soft(features), "best": gate.eval()(features), "drawn": gate.train()(features)}
-    return weights, {way: model.head((found * features).sum((2, 3))) for way, found in weights.items()}
+    return weights, {way: model.head((values * features).sum((2, 3))) for way, values in weights.items()}
 
 
 def measured(model: Network, images: Tensor, labels: Tensor, masks: Tensor) -> dict[str, float]:
     """Accuracy for each way of reading the network, and where its weights are."""
     weights, logits = read(model, images)
     accuracy = {way: float((answer.argmax(1) == labels).float().mean()) for way, answer in logits.items()}
-    own = "best" if isinstance(model.attention, HardAttention) else "soft"
+    trained = "best" if isinstance(model.attention, HardAttention) else "soft"
     return accuracy | {
         "energy": float(sl.metrics.energy_in_mask(weights["soft"], masks).mean()),
         "hits": float(sl.metrics.energy_in_mask(weights["drawn"], masks).mean()),
         "positions": float(torch.special.entr(weights["soft"]).sum((1, 2, 3)).exp().mean()),
-        "own": float((model(images) - logits[own]).abs().max()),
+        "gap": float((model(images) - logits[trained]).abs().max()),
     }
 
 
@@ -207,9 +207,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     print("                    accuracy on 500 new images, read by        soft weights     spread over")
     print("trained             soft weights   best position   one draw    on the patches   positions")
     for name in networks:
-        of = result[name]
-        print(f"{name:<20}{of['soft']:<15.3f}{of['best']:<16.3f}{of['drawn']:<12.3f}", end="")
-        print(f"{of['energy']:<17.3f}{of['positions']:.1f}")
+        row = result[name]
+        print(f"{name:<20}{row['soft']:<15.3f}{row['best']:<16.3f}{row['drawn']:<12.3f}", end="")
+        print(f"{row['energy']:<17.3f}{row['positions']:.1f}")
     print(f"{'by chance':<20}{'0.25':<43}{area:<17.3f}(positions: exp of the entropy)")
     print("on the scores of the network trained soft:")
     print(f"  soft weights sum to 1, to {together['sum']:.0e}", end="")

@@ -30,14 +30,16 @@ PAPER: dict[tuple[int, ...], float] = {(1, 2, 3): 79.5, (1, 2): 79.1, (2, 3): 77
 def vectors(model: nn.Module, images: data.ImageSet) -> tuple[np.ndarray, np.ndarray]:
     """The vectors (n, k, c) of all images and their classes (n,)."""
     block = next(module for module in model.modules() if isinstance(module, sl.attention.RepresentativeVectors))
-    found: list[Tensor] = []
+    features: list[Tensor] = []
     labels: list[Tensor] = []
-    handle = block.register_forward_hook(lambda layer, inputs, output: found.append(output.unflatten(1, (layer.k, -1))))
+    handle = block.register_forward_hook(
+        lambda layer, inputs, output: features.append(output.unflatten(1, (layer.k, -1)))
+    )
     for batch in data.batches(images, 250):
         forward(model, data.normalize(batch.images, images.preprocess))
         labels.append(batch.labels)
     handle.remove()
-    return torch.cat(found).numpy(), torch.cat(labels).numpy()
+    return torch.cat(features).numpy(), torch.cat(labels).numpy()
 
 
 def main(arguments: list[str] | None = None) -> dict[tuple[int, ...], list[float]]:
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> dict[tuple[int, ...], list[float
     if done.failed:
         raise SystemExit("; ".join(f"{run}: {reason}" for run, reason in done.failed.items()))
     sets = data.load(study.recipe.data)
-    found: dict[tuple[int, ...], list[float]] = {}
+    accuracies: dict[tuple[int, ...], list[float]] = {}
     for seed in study.recipe.seeds:
         model = sl.load(bench.folder(options.out, options.row, seed))
         (train, train_labels), (test, test_labels) = vectors(model, sets["train"]), vectors(model, sets["test"])
@@ -63,11 +65,11 @@ def main(arguments: list[str] | None = None) -> dict[tuple[int, ...], list[float
             classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
             classifier.fit(train[:, at].reshape(len(train), -1), train_labels)
             right = classifier.predict(test[:, at].reshape(len(test), -1)) == test_labels
-            found.setdefault(used, []).append(float(right.mean()))
+            accuracies.setdefault(used, []).append(float(right.mean()))
     print("| vectors | accuracy, % | paper, birds |\n| --- | --- | --- |")
-    for used, values in found.items():
+    for used, values in accuracies.items():
         print(f"| {used} | {bench.summary(values).text(1, percent=True)} | {PAPER[used]} |".replace(",)", ")"))
-    return found
+    return accuracies
 
 
 if __name__ == "__main__":

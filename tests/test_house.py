@@ -146,7 +146,7 @@ def test_python_can_be_named(checkout: Checkout) -> None:
 def test_old_python_is_one_line(checkout: Checkout) -> None:
     checkout.python("python3", "3.10")
     line = checkout.refusal("train")
-    assert line.startswith("error: sightline needs Python 3.11 or newer, but python3 is Python 3.10; install a newer one")
+    assert line.startswith("error: sightline needs Python 3.11 or newer, but python3 is Python 3.10; install a newer")
     assert not (checkout.folder / ".venv").exists()
 
 

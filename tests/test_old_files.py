@@ -12,6 +12,7 @@ import torch
 
 import sightline as sl
 from sightline import cli, hub, runs
+from sightline.facts import current_name
 
 OLD = Path(__file__).parent / "old_files"
 RUNS = sorted(file.parent for file in OLD.glob("*/model.safetensors"))
@@ -57,5 +58,7 @@ def test_a_study_is_read_and_not_trained_again(tmp_path):
     cli.main(["bench", str(OLD / "study.yaml"), "--out", str(tmp_path / "bench")])
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("seed-0/*")} == stamps and len(stamps) >= 8
     before, after = (json.loads((folder / "bench.json").read_text()) for folder in (OLD / "bench", tmp_path / "bench"))
+    for measured in before["measured"]:
+        measured["quality"] = {current_name(name): values for name, values in measured["quality"].items()}
     assert after["measured"] == before["measured"] and not after["failed"]
     assert (tmp_path / "bench" / "bench.html").is_file()

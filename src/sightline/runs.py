@@ -100,6 +100,11 @@ def load_model(folder: Path | str) -> nn.Module:
 load = load_model  # its name in version 0.1
 
 
+def best_device() -> str:
+    """The GPU if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def save(run: Run, weights: dict[str, Tensor] | None = None) -> None:
     """Write a run into its folder; each file is either the old or the new one, never a part of it.
 

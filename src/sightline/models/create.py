@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from torch import nn
 
 from sightline.attention.insertion import MARK, Block, insert
+from sightline.data.tables import read_class_names
 from sightline.facts import did_you_mean
 from sightline.models.protopnet import ProtoPNet
 from sightline.models.resnet import CifarResNet, keep_resolution
@@ -87,6 +88,29 @@ def create_model(
     if state is not None and file is not None:
         load_weights(model, name, state, file)
     return add_blocks("identity") if blocks_last else model
+
+
+def named_model(
+    name: str, weights: str | Path | None, classes: str | Path | None = None
+) -> tuple[nn.Module, list[str]]:
+    """A network by name with the weights of a file, and its class names from a text file with one per line.
+
+    Raises:
+        OSError: there is no such file, or no such run folder if `name` is a path.
+        ValueError: no weights, or they do not fit the network and its number of classes.
+    """
+    if Path(name).exists() or "/" in name:
+        raise FileNotFoundError(f"{name}: no such run folder; expected one that `sightline train` wrote, or a model")
+    if not weights:
+        raise ValueError(f"expected --weights FILE for model {name!r}, got none; untrained maps mean nothing")
+    names = [] if classes is None else read_class_names(Path(classes))
+    try:
+        return create_model(name, num_classes=len(names) or None, weights=weights).eval(), names
+    except ValueError as error:
+        if "num_classes" not in str(error):
+            raise
+        advice = f"{classes} names {len(names)} classes" if names else "name its classes by --classes FILE"
+        raise ValueError(f"{error}; {advice}") from error
 
 
 def input_of(
