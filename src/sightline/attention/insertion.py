@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sightline.attention.places import Call, Trace, shapes_of
 from sightline.attention.registry import ATTENTION, check_choice
-from sightline.facts import did_you_mean
+from sightline.facts import current_name, did_you_mean
 from sightline.inference import copy_of, untouched
 
 __all__ = ["WithMaps", "insert", "remove"]
@@ -213,6 +213,7 @@ def _maker(block: Block, options: dict[str, Any], init: Init) -> tuple[str, Make
     else:
         name, make = next((name for name, registered in ATTENTION.items() if registered is block), ""), block
     parameters = inspect.signature(make).parameters
+    options = {current_name(option): value for option, value in options.items()}
     any_option = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for option in options:
         if option not in parameters and not any_option:
