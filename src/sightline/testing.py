@@ -1,4 +1,4 @@
-"""Toy models whose maps and scores can be worked out by hand, and images with evidence planted for them."""
+"""Toy models whose maps and scores can be computed by hand, and images with planted evidence."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sightline.facts import old_names
 
 COLORS = torch.tensor([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], dtype=torch.float32)
-"""Red, green, blue, yellow, magenta, cyan: what the models of planted evidence look for."""
+"""Red, green, blue, yellow, magenta, cyan: the evidence of the models below."""
 _WEIGHT = torch.where(COLORS == 1, 4 / COLORS.sum(1, keepdim=True), -1.5)
 
 
@@ -33,7 +33,7 @@ class LinearModel(nn.Module):
 
 
 class ConstantModel(nn.Module):
-    """The same logits whatever the image: every map of it is a lie, every curve is flat.
+    """The same logits for every image: no map of it is meaningful, and every curve is flat.
 
     >>> ConstantModel(torch.tensor([0.0, 1.0]))(torch.ones(2, 3, 2, 2)).tolist()
     [[0.0, 1.0], [0.0, 1.0]]
@@ -84,7 +84,7 @@ class _AttendedMean(nn.Module):
 
 
 class PlantedAttention(nn.Module):
-    """Attention is the softmax of the red channel, the logits are the attended color: the map is known beforehand.
+    """Attention is the softmax of the red channel, the logits are the attended color: the map is known in advance.
 
     >>> PlantedAttention()(torch.ones(1, 3, 2, 2)).tolist()
     [[1.0, 1.0, 1.0]]
@@ -100,10 +100,10 @@ class PlantedAttention(nn.Module):
 
 
 class PatchColorModel(nn.Module):
-    """Each logit is the per cent of the image that has the class's color: the evidence is these pixels and no others.
+    """Each logit is the percentage of the image in the class's color: exactly these pixels are the evidence.
 
-    A pixel x counts max(weight x + bias, 0) for a class. The default knows the six `COLORS`: each counts 1 for its own
-    class and 0 for the others; white and whatever is below 0.75 in every channel count 0. A 1 x 1 convolution, ReLU,
+    A pixel x counts max(weight x + bias, 0) for a class. The default detects the six `COLORS`: each counts 1 for its
+    class and 0 for the others; white and anything below 0.75 in every channel count 0. A 1 x 1 convolution, ReLU,
     global average pooling, one linear layer: CAM is exact.
 
     >>> PatchColorModel()(COLORS[1].reshape(1, 3, 1, 1)).tolist()
@@ -121,7 +121,7 @@ class PatchColorModel(nn.Module):
         self.head: nn.Module = _linear(100 * torch.eye(n))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-        """Per cent of the image."""
+        """Percentage of the image."""
         return self.head(self.pool(self.features(images)).flatten(1))
 
 
@@ -132,7 +132,7 @@ def _linear(weight: Float[Tensor, "n c"]) -> nn.Linear:
 
 
 def _of_two(pairs: Sequence[tuple[int, ...]], sign: int) -> nn.Sequential:
-    """The larger (1) or smaller (-1) of two amounts that are not negative; where they are equal, each counts half.
+    """The larger (1) or smaller (-1) of two nonnegative amounts; if they are equal, each contributes half.
 
     It is (x + y + sign |x - y|) / 2.
     """
@@ -145,7 +145,7 @@ def _of_two(pairs: Sequence[tuple[int, ...]], sign: int) -> nn.Sequential:
 class TwoPartsModel(PatchColorModel):
     """A conjunction: the logit of a class is the smaller amount, in per cent of the image, of its two colors.
 
-    The 9 classes are red, green or blue with yellow, magenta or cyan. Both parts are evidence: without either, 0.
+    The 9 classes are red, green or blue with yellow, magenta or cyan. Without either part the logit is 0.
 
     >>> TwoPartsModel()(torch.stack([COLORS[0], COLORS[4]], 1).reshape(1, 3, 1, 2))[0, :3].tolist()
     [0.0, 50.0, 0.0]
@@ -159,8 +159,8 @@ class TwoPartsModel(PatchColorModel):
 class EitherModel(PatchColorModel):
     """A disjunction: the logit of a class is the larger amount, in per cent of the image, of its two colors.
 
-    The 3 classes are red or yellow, green or magenta, blue or cyan. Each part alone is enough: of two equal amounts,
-    losing one changes nothing.
+    The 3 classes are red or yellow, green or magenta, blue or cyan. Each part alone is enough: if both amounts are
+    equal, removing one changes nothing.
 
     >>> EitherModel()(torch.stack([COLORS[0], COLORS[3]], 1).reshape(1, 3, 1, 2)).tolist()
     [[50.0, 0.0, 0.0]]
@@ -183,7 +183,7 @@ PLANTED: dict[str, Callable[[], nn.Module]] = {
     "pair": TwoPartsModel,
     "twice": EitherModel,
 }
-"""The model for each kind of `planted` images: it answers all of them right."""
+"""The model for each kind of `planted` images: it classifies all of them correctly."""
 
 
 def planted(
@@ -191,11 +191,11 @@ def planted(
 ) -> tuple[Float[Tensor, "n 3 24 24"], Int64[Tensor, " n"], Bool[Tensor, "n 1 24 24"]]:
     """Images in [0, 1], classes and masks of the evidence of the model `PLANTED[kind]`.
 
-    On dark noise (below 0.4) lie patches of 6 x 6 pixels, none over another: the evidence, and three that are none.
+    On dark noise (below 0.4) there are disjoint patches of 6 x 6 pixels: the evidence, and three distractors.
 
     - `clutter`: a patch of the class's color, one of six; three are white.
-    - `shortcut`: a patch of the class's color, yellow, magenta or cyan; one of the others is red, green or blue, which
-      the model does not know: an object beside what the model uses.
+    - `shortcut`: a patch of the class's color, yellow, magenta or cyan; one distractor is red, green or blue, which
+      the model ignores: an object beside the evidence.
     - `pair`: the two parts of the class of `TwoPartsModel`; three are white.
     - `twice`: both colors of the class of `EitherModel`; three are white.
 
