@@ -8,7 +8,7 @@ import pytest
 
 from sightline import data, runs
 from sightline.evaluation import Comparison, Curve, Evaluation, Example, Score, Standing
-from sightline.evaluation.standings import metric_agreement
+from sightline.evaluation.ranking import metric_agreement
 from sightline.explainers import Verdict
 from sightline.metrics.classification import Quality, quality
 from sightline.metrics.uncertainty import Interval
