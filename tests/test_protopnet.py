@@ -23,7 +23,8 @@ from sightline.models.protopnet import (
     this_looks_like_that,
 )
 from sightline.recipe import Data, Model, Optim, Recipe
-from sightline.training import _Keeper, begin, fit
+from sightline.training import fit, initial_network
+from sightline.training.checkpoints import RunFiles
 
 
 def network(num_classes=3, seed=0, **options):
@@ -303,14 +304,14 @@ def test_training_by_a_recipe_ends_with_patches_of_images(tmp_path):
     run, _ = trained(tmp_path / "a")
     assert (moves(run) < 1e-5).all()
     assert run.history[0]["lr"] == 3e-3 and len(run.history) == 3
-    before = begin(run.recipe.model, 10, 0)
+    before = initial_network(run.recipe.model, 10, 0)
     after = dict(runs.load(run.folder).features.named_parameters())
     assert not all(torch.equal(after[name], value) for name, value in before.features.named_parameters())
 
 
 def test_the_first_stage_leaves_the_backbone_alone(tmp_path):
     run, _ = trained(tmp_path / "a", **{"optim.epochs": 1})
-    before, after = begin(run.recipe.model, 10, 0), runs.load(run.folder)
+    before, after = initial_network(run.recipe.model, 10, 0), runs.load(run.folder)
     pairs = ((name, value, after.get_parameter(name)) for name, value in before.named_parameters())
     alike = {name.split(".")[0] for name, one, other in pairs if torch.equal(one, other)}
     assert "features" in alike and not alike & {"add_on", "prototypes", "head"}
@@ -320,14 +321,14 @@ def test_an_interrupted_training_in_stages_comes_to_the_same_weights(tmp_path, m
     whole, recipe = trained(tmp_path / "whole")
     for after in (2, 8):  # in the first stage, and after a push
         ticks = iter(range(after))
-        state = _Keeper.asked
+        state = RunFiles.poll
 
         def asked(keeper, stop, ticks=ticks, state=state):
             state(keeper, stop)
             return next(ticks, None) is None, False
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="go on with --resume"):
-            patch.setattr(_Keeper, "asked", asked)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="continue with --resume"):
+            patch.setattr(RunFiles, "poll", asked)
             fit(recipe, tmp_path / f"part-{after}", progress=False)
         part = fit(recipe, tmp_path / f"part-{after}", resume=True, progress=False)
         one, other = runs.load(whole.folder).state_dict(), runs.load(part.folder).state_dict()
@@ -339,7 +340,7 @@ def test_an_interrupted_training_in_stages_comes_to_the_same_weights(tmp_path, m
     [
         (
             {"optim.ema": 0.9},
-            "no optim.ema 0.9 with protopnet, which trains in stages of its own; leave it out",
+            "no optim.ema 0.9 with protopnet, which trains in its own stages; leave it out",
         ),
         ({"optim.patience": 3}, "expected no optim.patience 3 with protopnet"),
         ({"augment.mixup": 0.2}, "expected no augment.mixup 0.2 with protopnet"),
@@ -355,5 +356,5 @@ def test_rates_of_the_recipe_that_are_not_used_are_named(tmp_path, capfd):
     _, recipe = trained(tmp_path / "a", **{"optim.epochs": 1})
     recipe = replace(recipe, optim=replace(recipe.optim, epochs=1, lr=0.1, schedule="step"))
     run = fit(recipe, tmp_path / "b")
-    notice = "protopnet trains in stages of its own, by Adam at its own rates; not used: optim.lr, optim.schedule"
+    notice = "protopnet trains in its own stages, by Adam at its own rates; ignored: optim.lr, optim.schedule"
     assert f"notice: {notice}\n" in capfd.readouterr().err and run.info["training"] == notice

@@ -97,6 +97,11 @@ def load(folder: Path | str) -> nn.Module:
     return model.eval()
 
 
+def best_device() -> str:
+    """The GPU if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def save(run: Run, weights: dict[str, Tensor] | None = None) -> None:
     """Write a run into its folder; each file is either the old or the new one, never half of it.
 

@@ -12,7 +12,10 @@ from sightline.facts import percent
 from sightline.maps import COARSE
 from sightline.metrics import METRICS
 from sightline.report import pictures, tables
+from sightline.report.pages import Pages, pages
 from sightline.report.studies import Part
+
+__all__ = ["Pages", "pages", "write", "write_study"]
 
 
 def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = None) -> Path:
