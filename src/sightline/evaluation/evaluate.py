@@ -138,7 +138,7 @@ def evaluate(
         result,
         data=name or source.name,
         left_out=planned.left_out,
-        unsuited=unsuited,
+        unsuited={method: " ".join(reason.split()) for method, reason in unsuited.items()},
         provenance=result.provenance | (provenance or {}),
     )
     partial_files.clear()
