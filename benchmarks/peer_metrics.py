@@ -180,7 +180,9 @@ def correct(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits.argmax(1) == targets).float()
 
 
-def perturbed_fields(*needs: str, model: nn.Module, images: Tensor, targets: Tensor, maps: Tensor, **options: Any) -> Any:
+def perturbed_fields(
+    *needs: str, model: nn.Module, images: Tensor, targets: Tensor, maps: Tensor, **options: Any
+) -> Any:
     return metrics.perturbed_scores(model, images, targets, {"": maps}, needs, metrics.Perturbation(**options))[""]
 
 

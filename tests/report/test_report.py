@@ -238,7 +238,7 @@ def test_names_are_text_and_never_markup(evaluation: Evaluation, run: runs.Run, 
         left_out={EVIL: EVIL},
         verdicts={EVIL: {EVIL: 3}},
         verdict_levels={EVIL: {EVIL: {"doubt": 3}}},
-        summary=(EVIL, EVIL),
+        summary=(Finding("accuracy", EVIL), Finding("best", EVIL)),
         skipped=((EVIL, EVIL),),
         provenance={EVIL: EVIL},
     )
