@@ -319,7 +319,7 @@ def _run(
             logits = answer.logits.to(wide(answer.logits))
             if not scores and not callable(hiding.score):
                 check_classes(targets, max(2, logits.shape[1]))
-            scores.append(_score(logits, answer.link, targets[rows], hiding.score).double())
+            scores.append(_score(logits, answer.activation, targets[rows], hiding.score).double())
             done += len(rows)
             if progress is not None:
                 progress("scoring masked images", done, total)
