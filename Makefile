@@ -1,18 +1,18 @@
-# On a machine with Python >= 3.11, pip and make: `make demo` runs the main job, `make test` the tests. Both set up .venv
-# first, once. PYTHON=/path/to/python names the interpreter to make it with.
+# Needs Python >= 3.11, pip and make. `make demo` runs the main job and `make test` the tests; both create .venv the first
+# time. PYTHON=/path/to/python chooses the interpreter for it.
 .PHONY: help demo test check clean
 
 help:
-	@echo "make demo    train on clutter, explain, evaluate; writes runs/demo/ with the report"
-	@echo "make test    the test suite"
-	@echo "make check   lint, format, types, layers"
-	@echo "make clean   remove .venv, caches and build outputs; runs/ stays"
+	@echo "make demo    train on clutter, explain, evaluate; write runs/demo/ with the report"
+	@echo "make test    run the test suite"
+	@echo "make check   check lint, format, types and import layers"
+	@echo "make clean   remove .venv, caches and build outputs; keep runs/"
 
 demo:
 	@scripts/setup train
 	.venv/bin/python -m sightline demo --out runs/demo --resume
 
-# The shape checker wraps functions, which torch.compile would trace: those tests run without it.
+# torch.compile would trace the shape checker's wrappers, so the compile tests run without the checker.
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
 test: export XDG_CACHE_HOME = $(CURDIR)/.cache

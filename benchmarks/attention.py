@@ -1,11 +1,11 @@
-"""What attention blocks cost: each beside its counterpart, and each in a training step of ResNet-50.
+"""Time of attention blocks: each against its counterpart, and each in a training step of ResNet-50.
 
-The counterpart is timm's module where timm computes the same, else the paper's formula in plain PyTorch. It gets the
-block's weights, and results and gradients of the inputs are compared in float64 before anything is timed. Forward and
-backward pass in training mode, with gradients of inputs and parameters, in PyTorch's default memory layout and in the
-one that training uses. The counterpart of `brnpa` is in brnpa.py.
+The counterpart is timm's module if timm computes the same, else the paper's formula in plain PyTorch. It gets the
+block's weights, and results and gradients of the inputs are compared in float64 before anything is timed. The times
+are of a forward and a backward pass in training mode, with gradients of inputs and parameters, in PyTorch's default
+memory layout and in the one that training uses. The counterpart of `brnpa` is in brnpa.py.
 
-Options are for a look in between: only a run without them writes the results.
+Options are for quick checks: only a run without them writes results.
 """
 
 import argparse
@@ -34,7 +34,7 @@ BAR = 1.05
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 BATCH, SIZE = 4, 128
 OPTIONS: dict[str, dict[str, Any]] = {"bilinear": {"project": 64}}
-"""In ResNet-50: the products of all pairs of 2,048 channels would need a head of 4 billion weights."""
+"""In ResNet-50, the products of all pairs of 2,048 channels would need a head of 4 billion weights."""
 
 
 class PlainBAM(nn.Module):
@@ -147,7 +147,7 @@ class PlainHard(nn.Module):
 
 
 class Reinforced(HardAttention):
-    """Ours, with what REINFORCE's loss needs in the result."""
+    """Our block, which also returns the values that REINFORCE's loss needs."""
 
     def forward(self, features: Tensor, query: Tensor | None = None) -> Tensor:
         pooled = super().forward(features, query)
@@ -181,7 +181,7 @@ def timm_non_local(channels: int) -> nn.Module:
 
 
 class Case(NamedTuple):
-    """A counterpart, what makes it for a number of channels, and the shapes of the inputs."""
+    """A counterpart: its name, a function from the number of channels to the module, and the shapes of the inputs."""
 
     name: str
     make: Callable[[int], nn.Module]
@@ -217,7 +217,7 @@ OURS = ATTENTION | {"attention_gate": partial(AttentionGate, query_channels=512)
 
 
 def side_by_side(name: str, case: Case) -> tuple[nn.Module, nn.Module]:
-    """The block and its counterpart with equal weights, none of them all zero."""
+    """The block and its counterpart with equal weights; no parameter is all zero."""
     channels = case.shapes[0][1]
     ours, theirs = OURS[name](channels), case.make(channels)
     for parameter in ours.parameters():
@@ -228,7 +228,7 @@ def side_by_side(name: str, case: Case) -> tuple[nn.Module, nn.Module]:
         weights[:1] = weights[0].chunk(3)
     with torch.no_grad():
         for parameter, weight in zip(theirs.parameters(), weights, strict=True):
-            # timm's CBAM has mean before maximum in its convolution of two channels.
+            # the two-channel convolution of timm's CBAM takes the mean before the maximum
             parameter.copy_(weight.flip(1) if weight.shape[1:2] == (2,) else weight.reshape(parameter.shape))
     return ours, theirs
 
@@ -245,12 +245,12 @@ def against_counterpart(name: str, case: Case, layout: torch.memory_format, roun
     inputs = [torch.randn(shape).relu().to(memory_format=layout).requires_grad_() for shape in case.shapes]
     gradient = torch.randn_like(ours(*inputs))
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs], gradient.double()
-    found: list[tuple[Tensor, ...]] = []
+    results: list[tuple[Tensor, ...]] = []
     for block in (ours, theirs):
         torch.manual_seed(0)
-        found.append(both_passes(block.double(), *exact)[: 1 + len(inputs)])
+        results.append(both_passes(block.double(), *exact)[: 1 + len(inputs)])
         block.float()
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*results)
     return pairs(partial(both_passes, ours, inputs, gradient), partial(both_passes, theirs, inputs, gradient), rounds)
 
 

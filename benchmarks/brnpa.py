@@ -1,7 +1,7 @@
-"""BR-NPA's representative vectors beside the algorithm written plainly: time and peak memory, forward and backward.
+"""BR-NPA's representative vectors against plain implementations: time and peak memory, forward and backward.
 
-Two plain forms, both vectorised over positions with one loop over the vectors: with elementwise products and sums, as
-the equations read, and with matrix products. The bars are against the first.
+There are two plain implementations, both vectorized over positions with one loop over the vectors: one with
+element-wise products and sums, as the equations read, and one with matrix products. The bars are against the first.
 """
 
 from collections.abc import Callable

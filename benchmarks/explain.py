@@ -1,9 +1,9 @@
-"""Maps beside the forwards and backwards that they cannot do without, and beside the same maps of other libraries.
+"""Time of maps against the bare forward and backward passes that they need, and against other libraries.
 
-ResNet-50 at 224 px, batch 16; Score-CAM and RISE: ResNet-18 at 64 px, batch 2. The weights are random: the time of a
-map does not depend on what the net has learned. `--rounds 3` is a quick look; `--only WORD` picks rows; the results are
-written when all rows ran. On a GPU all of it is done in full 32 bits, as maps are, and the maps are compared with those
-of a CPU.
+ResNet-50 at 224 px, batch 16; Score-CAM and RISE use ResNet-18 at 64 px, batch 2. The weights are random, because time
+does not depend on what the network has learned. `--rounds 3` is a quick check and `--only WORD` selects rows; results
+are written only if all rows ran. On a GPU everything runs in full 32 bits, as maps do, and the maps are compared with
+those of a CPU.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,14 @@ Call = Callable[[], object]
 
 
 def waits(call: Call) -> Call:
-    """The call and the end of its work on the accelerator."""
+    """The call, which then waits for the accelerator to finish."""
 
-    def whole() -> None:
+    def synchronized() -> None:
         call()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    return whole
+    return synchronized
 
 
 def plain(model: nn.Module, images: Tensor) -> None:
@@ -44,7 +44,7 @@ def plain(model: nn.Module, images: Tensor) -> None:
 
 
 def stages_by_hand(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Grad-CAM of the predicted class at all four stages, as one would write it for this net alone."""
+    """Grad-CAM of the predicted class at all four stages, written by hand for this network."""
     with torch.no_grad():
         x = model.maxpool(model.act1(model.bn1(model.conv1(images))))
         x = model.layer1(x)
@@ -60,7 +60,7 @@ def stages_by_hand(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def two_backwards(model: nn.Module, images: Tensor) -> None:
-    """What saliency and guided backpropagation need at the least: one forward, two backwards to the images."""
+    """The least that saliency and guided backpropagation need: one forward pass, two backward passes to the images."""
     leaf = images.detach().requires_grad_()
     score = model(leaf).amax(1).sum()
     torch.autograd.grad(score, leaf, retain_graph=True)
@@ -93,11 +93,11 @@ def captum_library(model: nn.Module, images: Tensor) -> None:
 
 
 def beside_a_cpu(model: nn.Module, images: Tensor, methods: tuple[str, ...]) -> dict[str, float]:
-    """Largest difference of each map to that of a CPU, as a share of its largest value."""
-    here = sl.explain(model, images, 0, methods).maps
-    there = sl.explain(model.cpu(), images.cpu(), 0, methods).maps
+    """Largest difference of each map to that of a CPU, divided by its largest value."""
+    maps = sl.explain(model, images, 0, methods).maps
+    cpu_maps = sl.explain(model.cpu(), images.cpu(), 0, methods).maps
     model.to(images.device)
-    return {name: float((here[name].cpu() - of).abs().max() / of.abs().max()) for name, of in there.items()}
+    return {name: float((maps[name].cpu() - other).abs().max() / other.abs().max()) for name, other in cpu_maps.items()}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """One small network of every family of timm, torchvision and transformers, with random weights.
 
-`network.make(num_classes)` builds one of those that `timm_networks()` and the two functions beside it list.
-Sides differ where the network allows it, so that rows and columns cannot be confused.
+`timm_networks()`, `torchvision_networks()` and `transformers_networks()` list them, and `network.make(num_classes)`
+builds one. Images are not square if the network allows it, so rows and columns cannot be confused.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ class Network(NamedTuple):
 
     name: str
     make: Callable[[int], nn.Module]
-    """Builds it for a number of classes."""
+    """Builds the network for a number of classes."""
     size: tuple[int, ...]
     """Channels, height, width of an image; channels, frames, height, width of a video."""
     is_convolutional: bool
-    """Whether no attention between positions, and no layer across them, mixes positions."""
+    """Whether only convolutions and poolings mix positions, not attention or layers across all of them."""
 
 
 _CONVOLUTIONAL: dict[str, str | tuple[str, dict[str, Any]]] = {
@@ -160,7 +160,7 @@ def _timm(name: str, options: dict[str, Any], num_classes: int) -> nn.Module:
 
 
 def timm_networks() -> list[Network]:
-    """One network of each module of `timm.models`; a few modules hold two kinds."""
+    """One network of each module of `timm.models`; a few modules contain two kinds."""
     networks: list[Network] = []
     for family, entry in _CONVOLUTIONAL.items():
         name, options = (entry, {}) if isinstance(entry, str) else entry
@@ -177,7 +177,7 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
 
 
 def torchvision_networks() -> list[Network]:
-    """One network of each of torchvision's families of image classifiers, and of its video classifiers."""
+    """One network of each family of torchvision's image classifiers, and its video classifiers."""
     convolutional = [
         Network(name, partial(_torchvision, name), (3, 192, 224) if name == "inception_v3" else WIDE, True)
         for name in _TORCHVISION
@@ -241,7 +241,7 @@ _TRANSFORMERS_VIDEO = {
 
 
 class _FramesFirst(nn.Module):
-    """Takes (b, c, t, h, w), as sightline does, for a network that wants (b, t, c, h, w)."""
+    """Takes (b, c, t, h, w), as sightline does, for a network that expects (b, t, c, h, w)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

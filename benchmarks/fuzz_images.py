@@ -1,10 +1,10 @@
-"""Broken, hostile and huge image files: what is read, what is listed, how long one takes, how much memory all take.
+"""Broken, hostile and huge image files: which are read, which are listed, how long one takes, and how much memory.
 
 python benchmarks/fuzz_images.py [--files 10000] [--bombs 1] [--work FOLDER] [--minutes 30]
 
-Files lie in folders of 500, each read by a process of its own as `sightline explain` reads a folder; what is done in
-FOLDER is not done again. Bombs of 56 to 178 megapixels come last: their folder is read, then explained by the command
-with a network of random weights, with the usual limit of pixels and with the largest.
+Files lie in folders of 500, and each folder is read by its own process, as `sightline explain` reads it. Folders that
+are done in FOLDER are skipped. Decompression bombs of 56 to 178 megapixels come last: their folder is read, then
+explained by the command with an untrained network, at the default limit of pixels and at the largest.
 """
 
 import argparse
@@ -103,33 +103,33 @@ def _encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
-    """The same file, damaged in one of seven ways, or whole."""
+    """The file, damaged in one of seven ways, or intact."""
     data = bytearray(content)
-    way = rng.randrange(8)
-    if way == 0:
+    kind = rng.randrange(8)
+    if kind == 0:
         return bytes(data[: rng.randrange(len(data) + 1)])
-    if way == 1:
+    if kind == 1:
         for _ in range(rng.randrange(1, 20)):
             data[rng.randrange(len(data))] = rng.randrange(256)
-    if way == 2:  # sizes and offsets lie at the front
+    if kind == 2:  # sizes and offsets are at the front
         for _ in range(rng.randrange(1, 8)):
             data[rng.randrange(min(64, len(data)))] = rng.choice((0, 1, 127, 128, 255))
-    if way == 3:
+    if kind == 3:
         at = rng.randrange(len(data))
         data[at:at] = rng.randbytes(rng.randrange(1, 200))
-    if way == 4:
+    if kind == 4:
         at = rng.randrange(len(data))
         del data[at : at + rng.randrange(1, 200)]
-    if way == 5:
+    if kind == 5:
         at = rng.randrange(len(data))
         data[at : at + 64] = bytes(64)
-    if way == 6:
+    if kind == 6:
         return rng.randbytes(rng.randrange(3000)) if rng.random() < 0.5 else bytes(data[:24]) + rng.randbytes(2000)
     return bytes(data)
 
 
 def make(folder: Path, number: int) -> int:
-    """Write the files of one folder; how many."""
+    """Write the files of one folder and return their number."""
     rng, images = random.Random(number), originals()
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(FOLDER):
@@ -139,7 +139,7 @@ def make(folder: Path, number: int) -> int:
 
 
 def bombs(folder: Path) -> None:
-    """Images of 89 to 178 megapixels in every format that holds them."""
+    """Write images of 56 to 178 megapixels, in every format that supports them."""
     folder.mkdir(parents=True, exist_ok=True)
     tile = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)).resize(
         (1024, 1024)
@@ -147,7 +147,7 @@ def bombs(folder: Path) -> None:
 
     def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
         image = Image.new(mode, (width, height))
-        for y in range(0, height, 4096):  # a quarter holds noise, the rest is flat and packs well
+        for y in range(0, height, 4096):  # a quarter is noise, the rest is flat and compresses well
             for x in range(0, width, 2048):
                 image.paste(tile.convert(mode), (x, y))
         return image
@@ -192,7 +192,7 @@ def bombs(folder: Path) -> None:
         "rgb.ppm": (wide, "RGB", {}),
         "rgba.tga": (wide, "RGBA", {"compression": "tga_rle"}),
     }
-    ImageFile.MAXBLOCK = 2**26  # the encoder of progressive JPEG wants its file in one piece
+    ImageFile.MAXBLOCK = 2**26  # the encoder of progressive JPEG needs its file in one piece
     Image.MAX_IMAGE_PIXELS = None
     for name, (size, mode, options) in jobs.items():
         if (folder / name).exists():
@@ -202,14 +202,14 @@ def bombs(folder: Path) -> None:
         partial = folder / f".{name}"
         image.save(partial, Image.registered_extensions()[Path(name).suffix], **options)
         partial.rename(folder / name)
-    # formats that Pillow decodes in Python, a million pixels in a second
+    # formats that Pillow decodes in Python, at a million pixels per second
     (folder / "plain.ppm").write_bytes(b"P2 10900 8200 255 " + wide[0] * wide[1] * b"7 ")
     noise = np.random.default_rng(0).integers(0, 192, 3_000_000, dtype=np.uint8).tobytes()
     (folder / "noise.qoi").write_bytes(b"qoif" + struct.pack(">IIBB", *wide, 3, 0) + 45 * noise)
 
 
 def read(folder: Path) -> dict:
-    """Read one folder: every file alone for its time, then all as `explain` does."""
+    """Read one folder: first each file alone, to time it, then all together as `explain` does."""
     from sightline.data import Preprocess, read_images
     from sightline.data.folders import contents
     from sightline.data.images import UnreadableImage, open_image, quiet
@@ -218,7 +218,7 @@ def read(folder: Path) -> dict:
     errors, slowest = [], (0.0, 0.0, "")
     with quiet():
         for file in files:
-            began, worked = time.perf_counter(), time.process_time()
+            start, cpu_start = time.perf_counter(), time.process_time()
             try:
                 open_image(file, 512)
             except UnreadableImage as error:
@@ -226,13 +226,13 @@ def read(folder: Path) -> dict:
                     errors.append(f"{file.name}: reason of several lines")
             except Exception as error:
                 errors.append(f"{file.name}: {type(error).__name__} {error}")
-            took = (round(time.process_time() - worked, 2), round(time.perf_counter() - began, 2), file.name)
+            took = (round(time.process_time() - cpu_start, 2), round(time.perf_counter() - start, 2), file.name)
             slowest = max(slowest, took)
     alone = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     preprocess = Preprocess(size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    began = time.perf_counter()
+    start = time.perf_counter()
     images = read_images([folder], preprocess)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     others = contents(folder).others.total()
     vanished = len(files) - len(images) - len(images.skipped) - others
     return {
@@ -250,7 +250,7 @@ def read(folder: Path) -> dict:
 
 
 def explain(folder: Path, max_pixels: int) -> dict:
-    """What `sightline explain` takes over a folder: memory at most, the time between two pages at most."""
+    """Run `sightline explain` on a folder: its peak memory, and the longest time between two pages."""
     import timm
     from safetensors.torch import save_file
 
@@ -261,19 +261,19 @@ def explain(folder: Path, max_pixels: int) -> dict:
         command = [sys.executable, "-m", "sightline", "explain", "test_resnet", str(folder), "--out", str(work / "out")]
         command += ["--weights", str(work / "weights.safetensors"), "--classes", str(work / "classes.txt")]
         command += ["--max-pixels", str(max_pixels), "--batch-size", "1"]
-        began = time.perf_counter()
+        start = time.perf_counter()
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         assert child.stderr is not None
-        told = child.stderr.read().splitlines()
+        messages = child.stderr.read().splitlines()
         _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         pages = sorted((page.stat().st_mtime, page.name) for page in (work / "out").glob("*--page.png"))
         between = [(round(b[0] - a[0], 2), b[1]) for a, b in itertools.pairwise(pages)]
     return {
         "max_pixels": max_pixels,
         "exit": os.waitstatus_to_exitcode(status),
         "explained": len(pages),
-        "listed": sum(line.startswith("skipped ") for line in told),
+        "listed": sum(line.startswith("skipped ") for line in messages),
         "slowest": dict(zip(("seconds", "file"), max(between), strict=True)),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "seconds": round(seconds, 1),
@@ -282,7 +282,7 @@ def explain(folder: Path, max_pixels: int) -> dict:
 
 
 def main() -> None:
-    """Make, read, add up."""
+    """Make and read all folders, and add up the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--bombs", type=int, default=1)
@@ -304,8 +304,8 @@ def main() -> None:
         folder, answer = options.work / name, options.work / f"{name}.json"
         if not answer.exists():
             if time.monotonic() > end:
-                sys.exit(f"out of time before {name}; start again to go on")
-            if name == "bombs":  # elsewhere: a child's peak memory begins with that of its parent
+                sys.exit(f"out of time before {name}; run again to continue")
+            if name == "bombs":  # in another process: a child's peak memory starts at that of its parent
                 subprocess.run([sys.executable, __file__, "--make-bombs", folder], check=True)
             else:
                 make(folder, int(name))

@@ -1,7 +1,8 @@
-"""Hostile run folders: `explain` and `evaluate` answer each in one line, with exit code 2, or work.
+"""Hostile run folders: do `explain` and `evaluate` work, or exit with code 2 and a one-line error?
 
-Every key of run.json and recipe.yaml is taken out, null, of another type, huge or nested; every file is missing, empty,
-cut off, noise or a folder; model options name a layer class, or are zero. Nothing in a run is code: that is not tried.
+Every key of run.json and recipe.yaml is removed, null, of another type, huge or nested; every file is missing, empty,
+truncated, noise or a folder; model options name a layer class, or are zero. A run contains no code, so the script does
+not try to run any.
 """
 
 import contextlib
@@ -104,7 +105,7 @@ Change = Callable[[Path], None]
 
 
 def base(folder: Path, name: str, options: dict[str, Any]) -> None:
-    """A run that nobody trained."""
+    """Save a run with untrained weights."""
     torch.manual_seed(0)
     classes = tuple("0123456789")
     row = {"epoch": 1.0, "lr": 0.1, "train_loss": 2.0, "train_accuracy": 0.3, "val_loss": 1.5, "val_accuracy": 0.5}
@@ -124,7 +125,7 @@ def base(folder: Path, name: str, options: dict[str, Any]) -> None:
 
 
 def edited(file: str, path: tuple[str, ...], value: Any = None, drop: bool = False) -> Change:
-    """Set or take out one key of a JSON or YAML file."""
+    """Set or remove one key of a JSON or YAML file."""
 
     def change(folder: Path) -> None:
         text = (folder / file).read_text()
@@ -145,12 +146,12 @@ def edited(file: str, path: tuple[str, ...], value: Any = None, drop: bool = Fal
 
 
 def written(file: str, content: bytes) -> Change:
-    """Another content of a file."""
+    """Replace the content of a file."""
     return lambda folder: (folder / file).write_bytes(content) and None
 
 
 def replaced_by_folder(file: str) -> Change:
-    """A folder in place of a file."""
+    """Replace a file with a folder."""
 
     def change(folder: Path) -> None:
         (folder / file).unlink()
@@ -160,7 +161,7 @@ def replaced_by_folder(file: str) -> Change:
 
 
 def cases(folder: Path) -> Iterator[tuple[str, Change]]:
-    """What is wrong, and how a good run comes to it."""
+    """A description of each fault, and the change that gives it to a good run."""
     facts = json.loads((folder / "run.json").read_text())
     keys = [(), *((key,) for key in facts), *(("preprocess", key) for key in facts["preprocess"])]
     for path in keys:
@@ -205,7 +206,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Change]]:
 
 
 def option_cases(name: str) -> Iterator[tuple[str, Change]]:
-    """Options of a network that are none."""
+    """Invalid options of a network."""
     if name in models.MODELS:
         import inspect
 
@@ -229,27 +230,27 @@ def option_cases(name: str) -> Iterator[tuple[str, Change]]:
 
 
 class TooSlow(BaseException):
-    """More than `SECONDS`."""
+    """The command took more than `SECONDS`."""
 
 
 def answer(arguments: list[str]) -> tuple[str, str]:
-    """(outcome, what was said) of one command line."""
+    """(outcome, error output) of one command line."""
 
     def late(*_: Any) -> None:
         raise TooSlow
 
-    out, said = io.StringIO(), io.StringIO()
+    out, errors = io.StringIO(), io.StringIO()
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
             cli.main(arguments)
         return "worked", ""
     except SystemExit as stop:
-        lines = said.getvalue().strip().splitlines()
+        lines = errors.getvalue().strip().splitlines()
         refused = stop.code == 2 and bool(lines) and lines[-1].startswith("sightline: error: ")
         others = [line for line in lines[:-1] if not line.startswith(("skipped ", "left out: ", "notice: "))]
-        return ("one line" if refused and not others else "other", said.getvalue().strip())
+        return ("one line" if refused and not others else "other", errors.getvalue().strip())
     except TooSlow:
         return "too slow", ""
     except BaseException as error:
@@ -299,10 +300,10 @@ def main() -> None:
                     shutil.copytree(good, "run")
                     change(root / "run")
                     start = time.perf_counter()
-                    outcome, said = answer(arguments)
+                    outcome, output = answer(arguments)
                     counts[verb, outcome] += 1
                     if outcome not in ("worked", "one line") or (what == "a good run" and outcome != "worked"):
-                        row = {"verb": verb, "what": what, "outcome": outcome, "said": said[:300]}
+                        row = {"verb": verb, "what": what, "outcome": outcome, "said": output[:300]}
                         wrong.append(row)
                         print(json.dumps(row), f"{time.perf_counter() - start:.1f} s", flush=True)
     for (verb, outcome), count in sorted(counts.items()):

@@ -1,8 +1,8 @@
-"""Trainings killed at random moments, and in the middle of writing their state: do they come to the same weights?
+"""Does a training that is killed at random moments, or while it writes its state, end with the same weights?
 
-Each training runs in a process of its own, which SIGKILL ends after a random time, again and again, until it is done.
-Then its weights are compared, bit by bit, with those of the same training undisturbed. A second series dies in
-each place of a write: before it, in the middle of the bytes, before and after the file takes its name.
+Each training runs in its own process, which is killed by SIGKILL after a random time and restarted until it finishes.
+Its weights are then compared, bit by bit, with those of an undisturbed training. A second series is killed at every
+stage of a write: before it, in the middle of the bytes, and before and after the file is renamed.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from sightline import runs, training
+from sightline import runs
 from sightline.recipe import Augment, Data, Model, Optim, Recipe
+from sightline.training import checkpoints, fit
 
 TINY = Recipe(
     data=Data(train_size=160, test_size=20, val=0.02),
@@ -43,23 +44,23 @@ WRITES = [
 
 
 def train(recipe: Recipe, out: Path, save_every: float) -> None:
-    """What runs in the process that is killed."""
-    training.CHECKPOINT_EVERY = save_every
-    training.fit(recipe, out, resume=True, progress=False)
+    """Train in the process that is killed."""
+    checkpoints.CHECKPOINT_EVERY = save_every
+    fit(recipe, out, resume=True, progress=False)
 
 
 def train_and_die_writing(recipe: Recipe, out: Path, save_every: float, file: str, write: int, place: str) -> None:
-    """The same; SIGKILL comes from within, in a place of the first, second, ... write of a file."""
-    plain, count = runs.write, 0
+    """Train, and send SIGKILL to itself at one place of the n-th write of a file."""
+    original, count = runs.write, 0
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def torn(path: Path, content: bytes) -> None:
+    def write_and_die(path: Path, content: bytes) -> None:
         nonlocal count
         count += path.name == file
         if path.name != file or count != write:
-            plain(path, content)
+            original(path, content)
         elif place == PLACES[0]:
             die()
         elif place == PLACES[1]:
@@ -67,33 +68,33 @@ def train_and_die_writing(recipe: Recipe, out: Path, save_every: float, file: st
             die()
         elif place == PLACES[2]:
             os.replace = lambda *_: die()
-            plain(path, content)
+            original(path, content)
         else:
-            plain(path, content)
+            original(path, content)
             die()
 
-    runs.write = torn
+    runs.write = write_and_die
     train(recipe, out, save_every)
 
 
-def started(what: Callable[..., None], *given: Any) -> BaseProcess:
-    """A process that runs it; it is forked from one that has imported everything and computed nothing."""
+def started(what: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process that runs the function, forked from one that has imported everything and computed nothing."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["sightline.training", "sightline.data", "sightline.models", "torchvision", "timm"])
-    process = context.Process(target=what, args=given)
+    process = context.Process(target=what, args=arguments)
     process.start()
     return process
 
 
-def ran(what: Callable[..., None], *given: Any) -> int | None:
-    """Exit code of a process that runs it to its end."""
-    process = started(what, *given)
+def ran(what: Callable[..., None], *arguments: Any) -> int | None:
+    """Exit code of a process that runs the function to its end."""
+    process = started(what, *arguments)
     process.join()
     return process.exitcode
 
 
 def kill_until_done(recipe: Recipe, out: Path, save_every: float, rng: np.random.Generator, longest: float) -> int:
-    """Number of kills until it was done; the first comes at most `longest` seconds after the start, the next later."""
+    """Number of kills until the training finished; the first comes within `longest` seconds, later ones wait longer."""
     kills = 0
     while True:
         process = started(train, recipe, out, save_every)
@@ -103,23 +104,23 @@ def kill_until_done(recipe: Recipe, out: Path, save_every: float, rng: np.random
         process.join()
         if process.exitcode == 0:
             return kills
-        assert process.exitcode == -signal.SIGKILL, f"the training failed by itself: {process.exitcode}"
+        assert process.exitcode == -signal.SIGKILL, f"the training failed without being killed: {process.exitcode}"
         kills += 1
 
 
 def die_in_every_write(recipe: Recipe, out: Path, save_every: float) -> Iterator[tuple[str, Path]]:
-    """Folders of trainings that died once in each place of one of their writes, and then came to their end."""
+    """Folders of trainings that were killed once, at one place of one write, and then resumed to their end."""
     for file, write in WRITES:
         for place in PLACES:
             folder = out / f"{file}, {write}, {place}"
             ended = ran(train_and_die_writing, recipe, folder, save_every, file, write, place)
-            assert ended == -signal.SIGKILL, f"it lived: {ended}"
-            assert ran(train, recipe, folder, save_every) == 0, f"{folder.name}: it cannot go on"
+            assert ended == -signal.SIGKILL, f"the training was not killed: {ended}"
+            assert ran(train, recipe, folder, save_every) == 0, f"{folder.name}: the training does not resume"
             yield folder.name, folder
 
 
 def result(run: Path) -> tuple[bytes, list[dict[str, str]], set[str]]:
-    """What two trainings must share: weights, history without times, names of files."""
+    """Everything that two trainings must have in common: weights, history without times, names of files."""
     with (run / "metrics.csv").open() as file:
         rows = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
     return (run / "model.safetensors").read_bytes(), rows, {path.name for path in run.iterdir()}
@@ -129,7 +130,7 @@ def main() -> None:
     from measure import save
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=60, metavar="N", help="at least so many (60)")
+    parser.add_argument("--kills", type=int, default=60, metavar="N", help="least number of kills (60)")
     wanted = parser.parse_args().kills
     rng = np.random.default_rng()
     recipes = {
@@ -142,26 +143,25 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in recipes.items():
-            through = Path(folder) / f"{name}, undisturbed"
-            assert ran(train, recipe, through, 300.0) == 0
+            undisturbed = Path(folder) / f"{name}, undisturbed"
+            assert ran(train, recipe, undisturbed, 300.0) == 0
             began = time.perf_counter()
             assert ran(train, recipe, Path(folder) / f"{name}, timed", 300.0) == 0
             longest = 0.8 * (time.perf_counter() - began)
             kills, runs_done, equal = 0, 0, 0
             while kills * len(recipes) < wanted:
                 out = Path(folder) / f"{name}, {runs_done}"
-                found = kill_until_done(recipe, out, 0.0, rng, longest)
-                kills, runs_done = kills + found, runs_done + 1
-                equal += result(out) == result(through)
+                kills += kill_until_done(recipe, out, 0.0, rng, longest)
+                runs_done += 1
+                equal += result(out) == result(undisturbed)
                 print(f"{name}: {kills} kills, {equal} of {runs_done} trainings equal", flush=True)
             rows.append({"what": f"{name}: SIGKILL at random", "kills": kills, "trainings": runs_done, "equal": equal})
-        through = Path(folder) / f"{next(iter(recipes))}, undisturbed"
-        writes = [
-            (place, result(run) == result(through)) for place, run in die_in_every_write(TINY, Path(folder) / "w", 0.0)
-        ]
-        equal = sum(same for _, same in writes)
-        print(f"death in a write: {equal} of {len(writes)} trainings equal")
-        rows.append({"what": "SIGKILL in a write", "kills": len(writes), "trainings": len(writes), "equal": equal})
+        undisturbed = Path(folder) / f"{next(iter(recipes))}, undisturbed"
+        runs_killed = [run for _, run in die_in_every_write(TINY, Path(folder) / "w", 0.0)]
+        equal = sum(result(run) == result(undisturbed) for run in runs_killed)
+        kills = len(runs_killed)
+        print(f"killed in a write: {equal} of {kills} trainings equal")
+        rows.append({"what": "SIGKILL in a write", "kills": kills, "trainings": kills, "equal": equal})
     print(save("interruption", rows))
 
 

@@ -1,10 +1,10 @@
-"""Ctrl-C at every line: is the model as it came, and everything that belongs to the process or the thread?
+"""Ctrl-C at every line: does it leave the model and the state of the process and the thread unchanged?
 
-A KeyboardInterrupt is raised at the first line that sightline runs during a call, in the next call at the second one,
-and so on, until the call comes to its end. After each, all of this is compared: every attribute of every module, hooks,
-flags, buffers and parameters; the random state of PyTorch, NumPy and Python; gradient, inference and autocast mode;
+A KeyboardInterrupt is raised at the first line that sightline runs during a call, in the next call at the second line,
+and so on, until a call finishes. After each interrupt the script compares every attribute of every module, hooks,
+flags, buffers and parameters; the random states of PyTorch, NumPy and Python; gradient, inference and autocast mode;
 the stacks of modes; the precision of a GPU; and whether another thread gets its turn. A second series sends real
-signals at random moments. `--every 50` is a quick look, which writes nothing.
+signals at random moments. `--every 50` is a quick check that writes no results.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Call = Callable[[nn.Module], object]
 
 
 class Restless(nn.Module):
-    """Changes in every forward what a model can change: counters, lists, buffers, and all random states."""
+    """Changes everything a model can change in each forward pass: counters, lists, buffers, and all random states."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def _held(value: Any) -> Any:
 
 
 def _is_free() -> bool:
-    """Whether another thread may look at the turns."""
+    """Whether another thread can acquire the lock of the turns."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -121,14 +121,14 @@ def _is_free() -> bool:
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """What a call must leave as it was, by name."""
-    found = {
+    """Everything that a call must leave unchanged, by name."""
+    state = {
         f"{name}.{key}": _held(value) for name, module in model.named_modules() for key, value in vars(module).items()
     }
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    found |= {f"value of {name}": (id(tensor), tensor.detach().clone()) for name, tensor in tensors}
+    state |= {f"value of {name}": (id(tensor), tensor.detach().clone()) for name, tensor in tensors}
     _, nesting = map(called, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
-    return found | {
+    return state | {
         "random state of PyTorch": (0, torch.get_rng_state()),
         "random state of NumPy": str(np.random.get_state(legacy=False)),
         "random state of Python": random.getstate(),
@@ -144,7 +144,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Names of what is another, or has other values."""
+    """Names of the entries that differ."""
 
     def same(one: Any, other: Any) -> bool:
         if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Tensor):
@@ -156,7 +156,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 class Interrupted:
-    """Raises a KeyboardInterrupt at the n-th line that runs in one of these files; counts the lines."""
+    """Raises a KeyboardInterrupt at the n-th line that runs in the files of a folder; counts the lines."""
 
     def __init__(self, place: int, folder: str) -> None:
         self.place, self.folder = place, folder
@@ -173,7 +173,7 @@ class Interrupted:
         return self._line
 
     def run(self, call: Callable[[], object]) -> bool:
-        """Whether the call came to its end."""
+        """Run the call; whether it finished."""
         tracer = sys.gettrace()
         sys.settrace(self._enter)
         try:
@@ -186,7 +186,7 @@ class Interrupted:
 
 
 def around(name: str) -> AbstractContextManager[Any]:
-    """What the caller has switched on."""
+    """The modes that the caller has switched on."""
     stack = ExitStack()
     if name == "inference mode and autocast":
         stack.enter_context(torch.inference_mode())
@@ -197,9 +197,9 @@ def around(name: str) -> AbstractContextManager[Any]:
 def interrupt_each_line(
     call: Call, folder: str = ROOT, every: int = 1, surroundings: str = "", repeated: bool = True
 ) -> tuple[int, int, dict[str, list[str]]]:
-    """Lines of the call, interrupts, and by place what was not as before.
+    """Number of lines in the call, number of interrupts, and the names of changed entries by line.
 
-    A line that runs again and again is interrupted each time, or, unless `repeated`, the first and the last time.
+    A line that runs repeatedly is interrupted each time, or, unless `repeated`, the first and the last time.
     """
     model = restless()
     call(model)
@@ -217,7 +217,7 @@ def interrupt_each_line(
         for place in places:
             interrupt = Interrupted(place, folder)
             if interrupt.run(partial(call, model)):
-                continue  # caches made it shorter
+                continue  # caches made the call shorter
             interrupts += 1
             if changed := differences(before, everything(model)):
                 left[interrupt.lines[-1]] = changed
@@ -229,7 +229,7 @@ def interrupt_each_line(
 
 
 def interrupt_at_random(call: Call, times: int, seed: int = 0) -> tuple[int, dict[str, list[str]]]:
-    """Real signals at random moments, until so many have hit the call: how many did, and what was not as before."""
+    """Send real signals at random moments until `times` of them hit the call; the number of hits and what changed."""
     model = restless()
     call(model)
     start = time.perf_counter()
@@ -241,7 +241,7 @@ def interrupt_at_random(call: Call, times: int, seed: int = 0) -> tuple[int, dic
     hits = 0
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this without one
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)  # the thread that sends the signal comes in time
+    sys.setswitchinterval(1e-4)  # so that the thread that sends the signal runs in time
     for _ in range(20 * times):
         if hits == times:
             break
@@ -270,10 +270,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--every", type=int, default=1, metavar="N", help="every n-th line only; from 20 on nothing is written"
+        "--every", type=int, default=1, metavar="N", help="interrupt every n-th line only; writes nothing from 20 on"
     )
     parser.add_argument("--signals", type=int, default=500, metavar="N", help="real signals for each call (500)")
-    parser.add_argument("--only", default="", metavar="WORD", help="calls whose name holds the word; writes nothing")
+    parser.add_argument("--only", default="", metavar="WORD", help="calls whose name contains the word; writes nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []

@@ -1,4 +1,4 @@
-"""How every speed in this folder is measured and stored."""
+"""Functions that measure and store every speed in this folder."""
 
 import argparse
 import ctypes
@@ -50,8 +50,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def pairs(ours: Callable[[], object], reference: Callable[[], object], n: int = 21) -> Ratio:
     """Ratio ours / reference over `n` interleaved rounds of reference, ours, reference.
 
-    The order of the first two alternates and the machine drifts less within a round than between rounds. Each call is
-    made once unmeasured before. A bar holds when it lies inside or above the interval.
+    The order of the first two alternates, because the machine drifts less within a round than between rounds. Each call
+    runs once before measuring. A bar holds if it lies inside or above the interval.
     """
     ours()
     reference()
@@ -69,7 +69,7 @@ def pairs(ours: Callable[[], object], reference: Callable[[], object], n: int = 
 
 
 def peak(call: Callable[[], object]) -> int:
-    """Highest number of bytes that a call holds at once, beyond what it is given."""
+    """Highest number of bytes that a call allocates at once, without its arguments."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = call()
     del result
@@ -82,7 +82,7 @@ def peak(call: Callable[[], object]) -> int:
 
 
 def batches_of(model: nn.Module, call: Callable[[], object]) -> list[int]:
-    """How many images each forward of the call sees."""
+    """Number of images in each forward pass of the call."""
     seen: list[int] = []
     handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     call()
@@ -97,15 +97,15 @@ def bare(model: nn.Module, images: Tensor, sizes: list[int]) -> None:
 
 
 class Rows:
-    """The rows of one script: each ratio printed as it is found, all written when none was left out."""
+    """The rows of one script: each is printed once measured, and all are written if none was left out."""
 
     def __init__(self, about: str | None) -> None:
         parser = argparse.ArgumentParser(description=about)
         parser.add_argument("--rounds", type=int, default=21, metavar="N", help="interleaved rounds of a row (21)")
-        parser.add_argument("--only", default="", metavar="WORD", help="rows whose name holds the word; writes nothing")
+        parser.add_argument("--only", default="", metavar="WORD", help="rows that contain the word; writes nothing")
         arguments = parser.parse_args()
         self.rounds, self.only = arguments.rounds, arguments.only
-        self.found: list[dict[str, object]] = []
+        self.rows: list[dict[str, object]] = []
 
     def ratio(
         self,
@@ -115,38 +115,38 @@ class Rows:
         bar: float | None,
         most: int | None = None,
     ) -> None:
-        """Measure one row, in `most` rounds at most."""
+        """Measure one row, in at most `most` rounds."""
         if self.only not in what:
             return
         rounds = min(self.rounds, most or self.rounds)
         ratio = pairs(ours, reference, rounds)
-        said = "" if bar is None else f"  bar {bar:.2f}"
-        print(f"{what:62} {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  A/A {ratio.aa:.3f}{said}", flush=True)
-        self.found.append({"what": what, "rounds": rounds, **ratio._asdict(), "bar": bar})
+        end = "" if bar is None else f"  bar {bar:.2f}"
+        print(f"{what:62} {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  A/A {ratio.aa:.3f}{end}", flush=True)
+        self.rows.append({"what": what, "rounds": rounds, **ratio._asdict(), "bar": bar})
 
     def memory(self, what: str, ours: Callable[[], object], reference: Callable[[], object]) -> None:
-        """Peak memory beside that of the reference, on a CPU."""
+        """Peak memory divided by that of the reference, on a CPU."""
         if self.only not in what:
             return
         self.number(what, peak(ours) / peak(reference), None)
 
     def number(self, what: str, value: float, bar: float | None) -> None:
-        """A row that is no time."""
+        """Add a row that is not a time."""
         if self.only not in what:
             return
         print(f"{what:62} {value:.3g}" + ("" if bar is None else f"  bar {bar}"), flush=True)
-        self.found.append({"what": what, "median": value, "bar": bar})
+        self.rows.append({"what": what, "median": value, "bar": bar})
 
     def save(self, name: str, where: str) -> None:
         """Write all rows, if all were asked for."""
         if not self.only:
-            print(save(name, [{"where": where}, *self.found]))
+            print(save(name, [{"where": where}, *self.rows]))
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from handing large tensors back to the system.
+    """Stop glibc from returning the memory of large tensors to the system.
 
-    Whether it does depends on what happens to lie behind them, and to fetch them again takes as long as a light block.
+    Whether it does depends on what lies behind them, and allocating them again takes as long as a light block.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -156,7 +156,7 @@ def keep_freed_memory() -> None:
 
 
 def hardware() -> str:
-    """Processor, cores this process may use, and accelerator; no name of the machine."""
+    """Processor, cores this process may use, and accelerator, without the name of the machine."""
     names = [
         line.split(":", 1)[1].strip()
         for line in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "").splitlines()
@@ -168,7 +168,7 @@ def hardware() -> str:
 
 
 def save(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write `results/<name>.json`: the rows, the versions and the hardware they were measured with."""
+    """Write `results/<name>.json`: the rows, the versions and the hardware."""
     packages = ("torch", "torchvision", "timm", "numpy", "lightning", "datasets")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

@@ -1,7 +1,8 @@
-"""Metrics that hide parts of images beside the bare forwards that they cannot do without, and beside other libraries.
+"""Time of perturbation metrics against the bare forward passes that they need, and against other libraries.
 
-ResNet-18 at 64 px, 8 images, 32 steps, zero fill. The weights are random: the time of a score does not depend on what
-the net has learned. `--rounds 3` is a quick look; `--only WORD` picks rows; the results are written when all rows ran.
+ResNet-18 at 64 px, 8 images, 32 steps, zero fill. The weights are random, because time does not depend on what the
+network has learned. `--rounds 3` is a quick check and `--only WORD` selects rows; results are written only if all rows
+ran.
 """
 
 from functools import partial
@@ -31,9 +32,9 @@ STEPS = 32
 def quantus_library(model: nn.Module, images: Tensor, targets: Tensor, maps: Tensor) -> None:
     import quantus
 
-    np.trapz = np.trapezoid  # gone in numpy 2.4, called by quantus 0.6
+    np.trapz = np.trapezoid  # removed in numpy 2.4, used by quantus 0.6
     pixels = images.shape[2] * images.shape[3]
-    # a step is of single colors, and must divide the number of pixels: three times as many steps as ours
+    # a step counts single colors and must divide the number of pixels, so there are three times as many steps as ours
     metric = quantus.PixelFlipping(
         features_in_step=pixels // STEPS,
         perturb_baseline="black",
@@ -53,27 +54,27 @@ def main() -> None:
     images, maps = torch.randn(8, 3, 64, 64), torch.rand(8, 1, 64, 64)
     targets = model(images).argmax(1)
     many = torch.randn(64, 3, 64, 64)
-    curves = partial(measure, {name: METRICS[name] for name in SEVEN[:2]}, {"": maps})
-    together = partial(measure, {name: METRICS[name] for name in SEVEN}, {"": maps})
-    given = {"model": model, "images": images, "targets": targets}
+    areas = partial(measure, {name: METRICS[name] for name in SEVEN[:2]}, {"": maps})
+    seven = partial(measure, {name: METRICS[name] for name in SEVEN}, {"": maps})
+    arguments = {"model": model, "images": images, "targets": targets}
 
     deletion = partial(sl.metrics.deletion_auc, model, images, targets, maps, steps=STEPS)
-    of_deletion = partial(bare, model, many, batches_of(model, deletion))
-    rows.ratio("deletion AUC / its bare forwards", deletion, of_deletion, 1.05)
-    both = partial(bare, model, many, batches_of(model, partial(curves, **given)))
-    rows.ratio(
-        "seven metrics together / bare forwards of deletion and insertion", partial(together, **given), both, 1.10
-    )
-    four = partial(bare, model, many, batches_of(model, partial(sl.metrics.road, model, images, targets, maps)))
-    rows.ratio("ROAD / its bare forwards", partial(sl.metrics.road, model, images, targets, maps), four, None)
-    rows.memory("seven metrics, peak memory / that of the bare forwards", partial(together, **given), both)
+    deletion_forwards = partial(bare, model, many, batches_of(model, deletion))
+    rows.ratio("deletion AUC / its bare forwards", deletion, deletion_forwards, 1.05)
+    area_forwards = partial(bare, model, many, batches_of(model, partial(areas, **arguments)))
+    what = "seven metrics together / bare forwards of deletion and insertion"
+    rows.ratio(what, partial(seven, **arguments), area_forwards, 1.10)
+    road = partial(sl.metrics.road, model, images, targets, maps)
+    road_forwards = partial(bare, model, many, batches_of(model, road))
+    rows.ratio("ROAD / its bare forwards", road, road_forwards, None)
+    rows.memory("seven metrics, peak memory / that of the bare forwards", partial(seven, **arguments), area_forwards)
     if find_spec("quantus") is not None:
         library = partial(quantus_library, model, images, targets, maps)
         rows.ratio(
-            "quantus, PixelFlipping in 96 steps / the bare forwards of deletion in 32", library, of_deletion, None
+            "quantus, PixelFlipping in 96 steps / the bare forwards of deletion in 32", library, deletion_forwards, None
         )
-        of_library = partial(bare, model, many, batches_of(model, library))
-        rows.ratio("quantus, PixelFlipping in 96 steps / its bare forwards", library, of_library, None)
+        library_forwards = partial(bare, model, many, batches_of(model, library))
+        rows.ratio("quantus, PixelFlipping in 96 steps / its bare forwards", library, library_forwards, None)
     rows.save("metrics", "resnet18, 64 px, 8 images, 32 steps, cpu, 2 threads")
 
 

@@ -1,7 +1,7 @@
-"""How much maps vary, and how much of that is rounding: where `flat` and `nearly flat` draw their lines.
+"""How much do maps vary, and how much of that is rounding? The reason for the thresholds of `flat` and `nearly flat`.
 
-Each map is made again of the same images with every pixel moved by one unit in its last place. `noise` is the largest
-change of a map as a share of its largest absolute value, the unit of `sightline.maps.variation`.
+Each map is made twice, the second time with every pixel moved by one unit in its last place. `noise` is the largest
+change of a map divided by its largest absolute value, the unit of `sightline.maps.variation`.
 
     python benchmarks/nearly_flat.py RUN [RUN ...]
 """
@@ -28,7 +28,7 @@ Methods = dict[str, str | partial[torch.Tensor]]
 
 
 def networks(folders: list[str]):
-    """Name, model and images of each trained run, then of networks with fresh weights."""
+    """Name, model and images of each trained run, then of untrained networks."""
     for folder in folders:
         run = runs.open_run(folder)
         batch = next(data.batches(data.load(run.recipe.data)["test"], IMAGES))
@@ -39,7 +39,7 @@ def networks(folders: list[str]):
 
 
 def methods_of(model: torch.nn.Module, images: torch.Tensor) -> Methods:
-    """Those that fit and are no controls; of RISE and occlusion a cheaper form."""
+    """The methods that fit the model, without controls, and with cheaper options for RISE and occlusion."""
     names = [name for name, method in explainers.EXPLAINERS.items() if not method.is_control]
     fit, _ = fitting(model, images, [name for name in names if name not in SLOW])
     patch = max(images.shape[-1] // 5, 1)
@@ -56,26 +56,26 @@ def main() -> None:
         methods = methods_of(model, images)
         is_large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
         for dtype in (torch.float32,) if is_large else (torch.float32, torch.bfloat16):
-            model, given = model.to(dtype), images.to(dtype)
+            model, inputs = model.to(dtype), images.to(dtype)
             steps = torch.where(torch.rand_like(images) < 0.5, -1.0, 1.0) * torch.finfo(dtype).eps
-            moved = (given.double() * (1 + steps)).to(dtype)
-            kept = {}
+            moved = (inputs.double() * (1 + steps)).to(dtype)
+            maps = {}
             for method, how in methods.items():
                 torch.manual_seed(0)
                 try:
-                    first, second = (next(iter(explain(model, x, 0, [how]).maps.values())) for x in (given, moved))
+                    first, second = (next(iter(explain(model, x, 0, [how]).maps.values())) for x in (inputs, moved))
                 except (RuntimeError, ValueError):
-                    continue  # not in this arithmetic
-                kept[method] = first[:, 0], second[:, 0]
-            varies = {m: variation(a[:, None])[:, 0].numpy() for m, (a, _) in kept.items()}
+                    continue  # the method does not support this dtype
+                maps[method] = first[:, 0], second[:, 0]
+            varies = {m: variation(a[:, None])[:, 0].numpy() for m, (a, _) in maps.items()}
             noise = {
                 m: ((b - a).flatten(1).abs().amax(1) / a.flatten(1).abs().amax(1)).nan_to_num().numpy()
-                for m, (a, b) in kept.items()
+                for m, (a, b) in maps.items()
             }
             v, n = np.concatenate([*varies.values()]), np.concatenate([*noise.values()])
             flat, nearly = v <= ROUNDING, (v > ROUNDING) & (v < NEARLY_FLAT)
             flagged = Counter({m: int((x < NEARLY_FLAT).sum()) for m, x in varies.items()})
-            unsaid = {m: int(((varies[m] >= NEARLY_FLAT) & (varies[m] < 2 * noise[m])).sum()) for m in varies}
+            missed = {m: int(((varies[m] >= NEARLY_FLAT) & (varies[m] < 2 * noise[m])).sum()) for m in varies}
             row = {
                 "network": name,
                 "dtype": str(dtype).removeprefix("torch."),
@@ -87,7 +87,7 @@ def main() -> None:
                 "noise, median": float(np.median(n)),
                 "noise, 99 %": float(np.quantile(n, 0.99)),
                 "noise of flagged maps, largest": float(n[v < NEARLY_FLAT].max(initial=0.0)),
-                "not flagged though mostly noise": {m: count for m, count in unsaid.items() if count},
+                "not flagged though mostly noise": {m: count for m, count in missed.items() if count},
             }
             print(row, flush=True)
             rows.append(row)

@@ -134,10 +134,8 @@ def painting_noise(channels: int) -> Tensor:
     return 0.01 * metrics.inpaint(image, torch.ones(1, 1, SIDE, SIDE, dtype=torch.bool), noise=1.0)[0]
 
 
-Curve: Any = type(metrics.deletion_auc)
-"""Makes a metric out of a formula that reads the scores of perturbed images."""
-deletion_curve = Curve(lambda deletion: deletion[:, 1:])
-road_curve = Curve(lambda most_first: most_first)
+deletion_curve = metrics.PerturbationMetric(lambda deletion: deletion[:, 1:])
+road_curve = metrics.PerturbationMetric(lambda morf: morf)
 
 
 def drop(mask: Tensor, inputs: Inputs = DOUBLE, relative: bool = True) -> Tensor:

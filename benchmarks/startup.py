@@ -1,4 +1,4 @@
-"""How long a new process takes to import the package and to print the help, start of Python included."""
+"""Time of a new process that imports the package, and of one that prints the help, including the start of Python."""
 
 import statistics
 import subprocess

@@ -1,10 +1,9 @@
-"""Four threads that explain at the same time, as a web server does: are all maps right, and is the model unharmed?
+"""Four threads explain at the same time, as in a web server: are all maps right, and are the models unchanged?
 
-Each thread makes 200 calls of each of six methods; all use one model, or each a wrapper of its own around one network,
-or each a model of its own. The models are in train mode, so that every call has to switch flags. Each map is compared
-with that of a call without other threads (to 1e-6 of its maximum); afterwards the models are compared bit by bit, and
-the random states. With less than 20 calls
-it is a quick look, which writes nothing.
+Each thread calls each of six methods 200 times. All threads use one model, or each its own wrapper of one network, or
+each its own model. The models are in train mode, so every call has to switch flags. Each map is compared with that of a
+call without other threads (to 1e-6 of its maximum), and at the end the models and the random states are compared bit by
+bit. With fewer than 20 calls the script writes no results.
 """
 
 import argparse
@@ -88,7 +87,7 @@ class Outcome(NamedTuple):
     wrong: int
     errors: int
     is_unharmed: bool
-    """The models and the random states, bit by bit."""
+    """Whether the models and the random states are unchanged, bit by bit."""
     seconds: float
 
 
@@ -120,23 +119,23 @@ def at_once(make: Callable[[], nn.Module], arrangement: str, calls: int, methods
         name: sl.explain(copy.deepcopy(models[0]), images, 1, [method]).maps for name, method in methods.items()
     }
     before = _bits(models)
-    together = Barrier(THREADS)
+    barrier = Barrier(THREADS)
 
     def work(model: nn.Module, shift: int) -> list[str]:
-        found: list[str] = []
+        outcomes: list[str] = []
         names = [*methods]
-        together.wait()
+        barrier.wait()
         for place in range(calls * len(names)):
             name = names[(place + shift) % len(names)]
             try:
                 maps = sl.explain(model, images, 1, [methods[name]]).maps
             except Exception as error:
-                found.append(str(error))
+                outcomes.append(str(error))
                 continue
             pairs = [(value, maps[key]) for key, value in expected[name].items()]
             close = all(float((a - b).abs().max()) <= 1e-6 * max(float(a.abs().max()), 1e-30) for a, b in pairs)
-            found.append("right" if close else "wrong")
-        return found
+            outcomes.append("right" if close else "wrong")
+        return outcomes
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # threads alternate as often as they can
@@ -159,7 +158,7 @@ def main() -> None:
     from measure import save
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=200, metavar="N", help="of each method in each thread (200)")
+    parser.add_argument("--calls", type=int, default=200, metavar="N", help="calls of each method in each thread (200)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []

@@ -1,15 +1,15 @@
-"""What our training loop costs beside the same network in a bare PyTorch loop, and beside the loop of a public code.
+"""Time of our training loop against a bare PyTorch loop and against a public loop, with the same network.
 
-Ours is an epoch over batches that lie in memory: order, batch, normalization, forward, backward, optimizer, and what an
-epoch ends with. The bare steps have their images already normalized, in the same memory layout, and the same optimizer.
+Our loop runs an epoch over batches in memory: order, batch, normalization, forward, backward, optimizer, and the end of
+the epoch. The bare loop has normalized images in the same memory layout, and the same optimizer.
 
-The public loop is that of a PyTorch re-implementation of "Learn To Pay Attention" that many use, said again in our own
-words: images from torchvision's transforms one by one (without its worker processes), the default memory layout,
-precision and optimizer, and every ten steps one more forward in eval mode for the accuracy of the batch. Its network is
-ours. Beside ours in 32 bits stands ours in bfloat16, which is another arithmetic, not another loop.
+The public loop is that of a popular PyTorch implementation of "Learn To Pay Attention", rewritten: torchvision's
+transforms, one image at a time (without its worker processes), the default memory layout, precision and optimizer, and
+every ten steps another forward pass in eval mode for the accuracy of the batch. It is compared with our loop in 32 bits
+and in bfloat16.
 
-Last, how much arithmetic a second of our loop does, beside what one large matrix product of the same type reaches on
-the same device. On a GPU all of this is done at full width with batches of 256, and the last with a compiled network.
+The script also compares the arithmetic per second of our loop with that of one large matrix product of the same type on
+the same device. On a GPU everything runs at full width with batches of 256, and the arithmetic with a compiled network.
 """
 
 import os
@@ -43,7 +43,7 @@ DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
 class Resident:
-    """A store whose images lie in memory."""
+    """A store that holds its images in memory."""
 
     def __init__(self, images: np.ndarray) -> None:
         self.images = images
@@ -74,7 +74,7 @@ def some_batches(images: data.ImageSet) -> data.ImageSet:
 def our_epoch(
     name: str, images: data.ImageSet, augment: Augment, **options: Any
 ) -> tuple[partial[object], torch.device]:
-    """An epoch of our loop, with further options of `Optim`, and the device that it takes."""
+    """An epoch of our loop with these options of `Optim`, and its device."""
     optim = Optim(
         epochs=1000, batch_size=BATCH, optimizer="sgd", schedule="constant", lr=0.01, weight_decay=5e-4, **options
     )
@@ -84,7 +84,7 @@ def our_epoch(
 
 
 def bare_epoch(name: str, images: data.ImageSet, device: torch.device) -> partial[object]:
-    """As many steps, each on the same images."""
+    """The same number of steps, all on the same images."""
     bare = network(name).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(bare.parameters(), **SGD, fused=True)
     batch = images.batch(range(BATCH)).to(device)
@@ -103,7 +103,7 @@ def bare_epoch(name: str, images: data.ImageSet, device: torch.device) -> partia
 
 def public_epoch(name: str, images: data.ImageSet, device: torch.device) -> partial[object]:
     """The public loop over the same images."""
-    change = transforms.Compose(
+    transform = transforms.Compose(
         [
             transforms.RandomCrop(SIZE, padding=4),
             transforms.RandomHorizontalFlip(),
@@ -114,11 +114,11 @@ def public_epoch(name: str, images: data.ImageSet, device: torch.device) -> part
     pictures = [transforms.functional.to_pil_image(image) for image in images.batch(range(len(images))).images]
     examples = [(picture, int(label)) for picture, label in zip(pictures, images.labels, strict=True)]
 
-    def together(chosen: list[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
-        inputs, labels = zip(*((change(picture), label) for picture, label in chosen), strict=True)
+    def collate(examples: list[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
+        inputs, labels = zip(*((transform(picture), label) for picture, label in examples), strict=True)
         return torch.stack(inputs), torch.tensor(labels)
 
-    loader: Any = torch.utils.data.DataLoader(examples, BATCH, shuffle=True, collate_fn=together)  # pyright: ignore[reportArgumentType]
+    loader: Any = torch.utils.data.DataLoader(examples, BATCH, shuffle=True, collate_fn=collate)  # pyright: ignore[reportArgumentType]
     model = network(name).to(device)
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
 
@@ -160,7 +160,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def arithmetic_rate(name: str, images: data.ImageSet, precision: str) -> dict[str, Any]:
-    """What our loop does in a second, and as a share of what the device can do."""
+    """Images and operations per second of our loop, and its share of the rate of a matrix product."""
     ours, device = our_epoch(name, images, Augment(crop=4, flip=True), precision=precision, compile=ON_GPU)
     for _ in range(2):
         ours()
@@ -174,24 +174,24 @@ def arithmetic_rate(name: str, images: data.ImageSet, precision: str) -> dict[st
     }
 
 
-def _last(passed: Iterable[data.Batch]) -> None:
-    """Go over all batches, and wait for the device."""
-    for batch in passed:
+def _exhaust(batches: Iterable[data.Batch]) -> None:
+    """Iterate over all batches, and wait for the device."""
+    for batch in batches:
         last = batch
     last.labels.sum().item()
 
 
 def loader_rate(images: data.ImageSet) -> float:
     """Images per second in the second pass, with the augmentation of the CIFAR recipes."""
-    images, change = images.to("cuda") if ON_GPU else images, Augment(crop=4, flip=True)
+    images, augment = images.to("cuda") if ON_GPU else images, Augment(crop=4, flip=True)
     for epoch in range(2):
         order = (0, epoch)
-        passed = data.batches(images, BATCH, shuffle=order, augment=(change, *order), drop_last=True)
-        time = seconds(partial(_last, passed))
+        batches = data.batches(images, BATCH, shuffle=order, augment=(augment, *order), drop_last=True)
+        time = seconds(partial(_exhaust, batches))
     return len(images) / time
 
 
-def tell(what: str, ratio: Ratio, bar: str) -> None:
+def show(what: str, ratio: Ratio, bar: str) -> None:
     print(f"{what:32} {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  A/A {ratio.aa:.3f}  {bar}", flush=True)
 
 
@@ -211,23 +211,23 @@ def main() -> None:
         rate = max(rate, STEPS * BATCH / float(np.median([seconds(bare) for _ in range(3)])))
         what = f"{name}, {NETWORKS[name]}, {SIZE} px, batch {BATCH}, {device}"
         rows.append({"what": f"{STEPS} steps, {what}: ours / bare", **ratio._asdict(), "bar": 1.03})
-        tell(f"{name}: ours / bare", ratio, "bar 1.03")
-        if name != "vgg_att3":  # that of the public code
+        show(f"{name}: ours / bare", ratio, "bar 1.03")
+        if name != "vgg_att3":  # the network of the public loop
             continue
         ours, device = our_epoch(name, resident, Augment(crop=4, flip=True))
         public = public_epoch(name, resident, device)
         ratio = pairs(public, ours)
         rows.append({"what": f"{STEPS} steps, {what}: public loop / ours", **ratio._asdict(), "at least": 1.3})
-        tell(f"{name}: public loop / ours", ratio, "at least 1.3")
+        show(f"{name}: public loop / ours", ratio, "at least 1.3")
         ours, device = our_epoch(name, resident, Augment(crop=4, flip=True), precision="bf16-mixed")
         ratio = pairs(public, ours)
         rows.append({"what": f"{STEPS} steps, {what}: public loop / ours in bfloat16", **ratio._asdict()})
-        tell(f"{name}: public loop / ours, bf16", ratio, "")
+        show(f"{name}: public loop / ours, bf16", ratio, "")
         for precision in DTYPES:
-            found = arithmetic_rate(name, resident, precision)
-            rows.append({"what": f"arithmetic of {what}, {precision}", **found})
+            rates = arithmetic_rate(name, resident, precision)
+            rows.append({"what": f"arithmetic of {what}, {precision}", **rates})
             print(
-                f"{name}, {precision}: " + ", ".join(f"{value:.3g} {key}" for key, value in found.items()), flush=True
+                f"{name}, {precision}: " + ", ".join(f"{value:.3g} {key}" for key, value in rates.items()), flush=True
             )
     for name, images_of in sets.items():
         loaded = loader_rate(images_of)

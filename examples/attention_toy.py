@@ -1,15 +1,16 @@
 """An attention network from end to end, in less than a minute.
 
 Each image is noise with one small striped patch somewhere. The class is the direction of the stripes, so the network
-has to find the patch; nobody tells it where. It is three convolutions, one attention pooling and one linear layer:
+has to find the patch; nobody tells it where the patch is. The network has three convolutions, one attention pooling and
+one linear layer:
 
     features  l_i   one vector per position, from the convolutions
     scores    c_i = <u, l_i> + b, how much position i matters; u and b are learned
     weights   a_i = exp(c_i) / sum_j exp(c_j), one per position; they sum to 1
     summary   g = sum_i a_i l_i, which the linear layer classifies
 
-The weights are the attention map. It comes for free with the answer, and here it can be checked: a map that tells the
-truth puts its weight on the patch, whose place we know. Run it:
+The weights are the attention map. The map needs no extra computation, and here it can be checked: we know where the
+patch is, so a map that tells the truth puts its weight there. Run it:
 
     python examples/attention_toy.py --out attention_toy.png
 """
@@ -48,7 +49,7 @@ def planted(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Network(nn.Module):
-    """Three convolutions, attention pooling, a linear layer."""
+    """Three convolutions, an attention pooling and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ def measured(model: nn.Module, images: Tensor, labels: Tensor, masks: Tensor) ->
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Train, measure before and after, draw."""
+    """Train, measure before and after training, draw the figure."""
     parser = argparse.ArgumentParser(description="An attention network from end to end.")
     parser.add_argument("--out", type=Path, default=Path("attention_toy.png"), help="figure to write")
     parser.add_argument("--steps", type=int, default=120, help="training steps of 64 images (120)")
@@ -96,10 +97,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     images, labels, _ = (part[:6] for part in test)
     maps = sl.attention_maps(model, images)["attention"]
     shown = ((images.clamp(-3, 3) + 3) / 6 * 255).to(torch.uint8)
-    laid_over = sl.maps.overlay(shown, maps, opacity=0.6)[:, 0]
+    overlays = sl.maps.overlay(shown, maps, opacity=0.6)[:, 0]
     figure, axes = plt.subplots(2, 6, figsize=(9, 3.4), layout="constrained")
     for i in range(6):
-        for row, picture in ((0, shown[i]), (1, laid_over[i])):
+        for row, picture in ((0, shown[i]), (1, overlays[i])):
             axes[row, i].imshow(picture.movedim(0, -1).numpy())
             axes[row, i].axis("off")
         axes[0, i].set_title(f"stripes {CLASSES[labels[i]]}")

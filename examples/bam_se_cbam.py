@@ -1,4 +1,4 @@
-"""BAM against SE and CBAM on one page: three blocks that reweigh a feature map x of c channels and h x w positions.
+"""BAM against SE and CBAM on one page: three blocks that reweight a feature map x of c channels and h x w positions.
 
     SE    (Hu et al. 2018)    x * sigmoid(C(x))
           C(x) = MLP(mean over positions)
@@ -9,26 +9,26 @@
           C(x) = MLP(mean over positions)
           S(x) = 1x1, two 3x3 with dilation 4, 1x1 convolutions
 
-The MLP goes from c channels to c / 16 and back; BatchNorms are left out here. BAM's authors write the sum C + S, and
+The MLP goes from c channels to c / 16 and back; BatchNorms are left out here. BAM's authors write the sum C + S, but
 their code computes the product (`BAM(channels, variant="official")`).
 
-What they say about x:
+What the weights say:
 
     SE    *what*: one weight per channel, the same at every position. There is no map to look at.
-    CBAM  *what*, then *where*: one weight per channel, then one per position. Both can only take away.
-    BAM   both at once: one weight per channel and position. It can only add: x becomes up to 2 x, no position is lost.
+    CBAM  *what*, then *where*: one weight per channel, then one per position. Both can only reduce x.
+    BAM   both at once: one weight per channel and position. It can only increase x, up to 2 x, so no position is lost.
 
-Where they stand: SE and CBAM at the end of every residual branch, before the sum (16 places in a ResNet-50); BAM after
+Places: SE and CBAM go to the end of every residual branch, before the sum (16 places in a ResNet-50). BAM goes after
 each of the first three stages (3 places).
 
-What they cost is counted below. The lecture's table calls SE the one of lowest overhead. That holds for
-multiplications. It holds neither for parameters nor for the memory that training needs: one BAM is larger than one SE
-or CBAM, but three of them are lighter than sixteen.
+Costs: the script counts them. The lecture's table says that SE has the lowest overhead. That is true for
+multiplications, but not for parameters or for the memory that training needs: one BAM is larger than one SE or CBAM,
+but three BAMs are smaller than sixteen SEs or CBAMs.
 
-What they are worth: on ImageNet, with one recipe for all, a ResNet-50 reached 76.4 % without, 76.9 % with BAM, 77.2 %
-with SE and 77.6 % with CBAM (README of implus/PytorchInsight). Ours, if `--bench` names the file of a study. And here a
-tiny network with each block learns to name the color of a square. It learns that without a block as well: the figure
-shows what the blocks do, not that they are needed. Run it:
+Gains: on ImageNet, with the same recipe for all, a ResNet-50 reached 76.4 % without a block, 76.9 % with BAM, 77.2 %
+with SE and 77.6 % with CBAM (README of implus/PytorchInsight). If `--bench` names the result file of a study, the
+script prints our own accuracies too. Finally, a tiny network with each block learns to name the color of a square. It
+learns that without a block as well, so the figure shows what the blocks do, not that they are needed. Run it:
 
     python examples/bam_se_cbam.py --out bam_se_cbam.png
 """
@@ -60,14 +60,14 @@ EQUATIONS = {
 
 
 def priced(pixels: int) -> dict[str, dict[str, float]]:
-    """What a ResNet-50 costs without and with each block."""
+    """Costs of a ResNet-50 without a block and with each block."""
     plain = sl.create_model("resnet50")
     networks = {"none": plain} | {name: sl.insert(plain, name.lower(), init="fresh") for name in BLOCKS}
-    found = costs(networks, torch.randn(2, 3, pixels, pixels), rounds=1)
+    network_costs = costs(networks, torch.randn(2, 3, pixels, pixels), rounds=1)
     result: dict[str, dict[str, float]] = {}
-    for name, of in found.items():
-        counted: dict[str, float] = {"parameters": of.parameters, "macs": of.macs, "saved": of.saved}
-        more = {f"more {what}": count / getattr(found["none"], what) - 1 for what, count in counted.items()}
+    for name, cost in network_costs.items():
+        counted: dict[str, float] = {"parameters": cost.parameters, "macs": cost.macs, "saved": cost.saved}
+        more = {f"more {what}": count / getattr(network_costs["none"], what) - 1 for what, count in counted.items()}
         result[name] = counted | more | {"single": 0, "places": 0}
         if block := BLOCKS.get(name):
             result[name]["single"] = sum(p.numel() for p in block(256).parameters())
@@ -76,7 +76,7 @@ def priced(pixels: int) -> dict[str, dict[str, float]]:
 
 
 def by_hand(block: nn.Module, x: Tensor) -> Tensor:
-    """The equations above, with the layers of a block."""
+    """The equations above, computed with the block's layers."""
     layer = block.get_submodule
     if isinstance(block, SqueezeExcite):
         return x * layer("gate.mlp")(x.mean((2, 3))).sigmoid()[:, :, None, None]
@@ -92,12 +92,13 @@ def study(file: Path) -> None:
     measured = json.loads(file.read_text(encoding="utf-8"))["measured"]
     print(f"accuracy in the study {file}")
     for name in ("control", *BLOCKS):
-        found = [100 * run["accuracy"] for run in measured if run["row"] == name]
-        print(f"{name:<8}{mean(found):.1f} %, mean of {len(found)} seeds" if found else f"{name:<8}not in it")
+        accuracies = [100 * run["accuracy"] for run in measured if run["row"] == name]
+        text = f"{mean(accuracies):.1f} %, mean of {len(accuracies)} seeds" if accuracies else "not in it"
+        print(f"{name:<8}{text}")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Count, train, measure, draw."""
+    """Count costs, train, measure, draw the figure."""
     parser = argparse.ArgumentParser(description="BAM against SE and CBAM on one page.")
     parser.add_argument("--out", type=Path, default=Path("bam_se_cbam.png"), help="figure to write")
     parser.add_argument("--steps", type=int, default=120, help="training steps of 64 images, per network (120)")
@@ -109,13 +110,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     result = priced(options.pixels)
     print(f"ResNet-50, {options.pixels} px           block for          multiply-accumulates   kept for the backward")
     print("      parameters          256 channels  places   per image              pass of 2 images")
-    for name, of in result.items():
+    for name, row in result.items():
         print(
-            f"{name:<6}{of['parameters']:,} ({of['more parameters']:+.1%})  {of['single']:<14,}{of['places']:<9}",
+            f"{name:<6}{row['parameters']:,} ({row['more parameters']:+.1%})  {row['single']:<14,}{row['places']:<9}",
             end="",
         )
-        print(f"{of['macs'] / 1e9:.3f} G ({of['more macs']:+.2%})       ", end="")
-        print(f"{of['saved'] / 2**20:.0f} MiB ({of['more saved']:+.1%})")
+        print(f"{row['macs'] / 1e9:.3f} G ({row['more macs']:+.2%})       ", end="")
+        print(f"{row['saved'] / 2**20:.0f} MiB ({row['more saved']:+.1%})")
     if options.bench:
         study(options.bench)
 
@@ -141,7 +142,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         result[name]["error"] = float((y - equation).abs().max())
         maps = list(
             sl.attention_maps(model, images).values()
-        )  # SE (b, c, 1, 1); CBAM and (b, 1, h, w); BAM (b, c, h, w)
+        )  # SE (b, c, 1, 1); CBAM also (b, 1, h, w); BAM (b, c, h, w)
         what[name] = maps[0].mean((2, 3))
         if maps[-1].shape[2] > 1:
             where[name] = maps[-1].mean(1, keepdim=True)
@@ -150,12 +151,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     print("small networks                x is multiplied by   weights of the positions,   equation above - block,")
     print("on squares     accuracy       (least, most)        on the square / elsewhere   at most")
     for name in blocks:
-        of = result[name]
+        row = result[name]
         if name == "none":
-            print(f"{name:<15}{of['accuracy']:.3f}")
+            print(f"{name:<15}{row['accuracy']:.3f}")
             continue
-        contrast = f"{of['contrast']:.2f}" if name in where else "no map"
-        print(f"{name:<15}{of['accuracy']:<15.3f}{of['low']:.2f}, {of['high']:<15.2f}{contrast:<28}{of['error']:.0e}")
+        contrast = f"{row['contrast']:.2f}" if name in where else "no map"
+        print(f"{name:<15}{row['accuracy']:<15.3f}{row['low']:.2f}, {row['high']:<15.2f}", end="")
+        print(f"{contrast:<28}{row['error']:.0e}")
     draw(result, images[0], masks[0], where, what, labels, options.out)
     print(f"figure: {options.out}")
     return result
@@ -170,7 +172,7 @@ def draw(
     labels: Tensor,
     out: Path,
 ) -> None:
-    """Above: the image and each block's weights of its positions. Below: costs, and weights of the channels."""
+    """Top: the image and each block's position weights. Bottom: costs and channel weights."""
     figure, axes = plt.subplots(2, 4, figsize=(13, 6.2), layout="constrained")
     axes[0, 0].imshow(((image.movedim(0, -1).clamp(-1, 3) + 1) / 4).numpy())
     axes[0, 0].set_title("image, its square outlined")

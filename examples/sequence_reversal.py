@@ -1,26 +1,27 @@
-"""A network learns to write a sequence backwards, and its attention shows how it does it.
+"""A network learns to write a sequence backwards, and its attention shows how it does that.
 
     python examples/sequence_reversal.py --out alignment.png
 
-The task: read ten letters, write them in reverse order. The encoder, a recurrent network, turns each letter into a
-vector that also knows its surroundings: the *key*. The decoder, another one, writes one letter at a time. Each time its
-state is the *query*: which of the letters do I need now? An *alignment function* scores each key for that query, a
-softmax makes the scores weights that sum to 1, and the decoder reads the weighted mean of the letters, the *values*.
+The task: read ten letters and write them in reverse order. The encoder, a recurrent network, turns each letter into a
+vector that also depends on the letters around it: the *key*. The decoder, another recurrent network, writes one letter
+at a time. Its state is the *query*: which of the letters do I need now? An *alignment function* scores each key for
+that query, a softmax turns the scores into weights that sum to 1, and the decoder reads the weighted mean of the
+letters, the *values*.
 
 Nobody tells the network where to look. Once it can do the task, it looks at the last letter first and at the first
-letter last: the weights, drawn with one row for each letter written, lie on the antidiagonal.
+letter last: the weights, drawn with one row per written letter, lie on the antidiagonal.
 
-Two alignment functions, as translation first used them:
-- Bahdanau et al. 2015 (1409.0473): additive, w^T tanh(W1 q + W2 k + b); the decoder looks, then makes its step.
-- Luong et al. 2015 (1508.04025): general, q^T W k; the decoder makes its step, then looks.
+The script trains one network with each of the two alignment functions that translation used first:
+- Bahdanau et al. 2015 (1409.0473): additive, w^T tanh(W1 q + W2 k + b); the decoder looks, then updates its state.
+- Luong et al. 2015 (1508.04025): general, q^T W k; the decoder updates its state, then looks.
 
-Printed for new sequences: the share of letters written correctly, and the share of letters written for which the
-largest weight lies on the antidiagonal. Chance is 1 in 10 for both.
+For new sequences it prints the share of letters written correctly, and the share of written letters whose largest
+weight lies on the antidiagonal. Chance is 1 in 10 for both.
 
-In both papers the keys are the values too, and the decoder's state has a say in what is written. A key knows its
-neighbors and the state remembers, so that a network may look elsewhere and still write the right letter: built that
-way, the first one here wrote 98 % of the letters correctly with 79 % of its looks on the antidiagonal. Hence the values
-here are the letters themselves, and what is written depends on nothing but what is read.
+In both papers the keys are also the values, and the decoder's state also affects what is written. A key contains its
+neighbors and the state has a memory, so a network may look elsewhere and still write the right letter: built that way,
+the first network here wrote 98 % of the letters correctly, but only 79 % of its largest weights lay on the
+antidiagonal. Here the values are therefore the letters themselves, and the output depends only on what is read.
 """
 
 import argparse
@@ -49,7 +50,7 @@ class Reverser(nn.Module):
         self.write = nn.Linear(SIZE, LETTERS)
 
     def forward(self, letters: Tensor, answer: Tensor | None = None) -> Tensor:
-        """In training the decoder is told the right letter before (`answer`); later it goes by what it wrote itself."""
+        """With `answer` (in training) the decoder sees the correct previous letter, otherwise the one it wrote."""
         values = self.embed(letters)
         keys, _ = self.encoder(values)
         state = read = torch.zeros_like(values[:, 0])
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     for axis, (name, model) in zip(axes, models.items(), strict=True):
         train(model, args.steps)
 
-        looks: list[Tensor] = []  # the gate returns the weights, so that a hook sees where the network looks
+        looks: list[Tensor] = []  # the gate returns the weights, so a hook sees where the network looks
         hook = model.attend.gate.register_forward_hook(lambda gate, inputs, weights, looks=looks: looks.append(weights))
         with torch.no_grad():
             written = model(letters).argmax(2)

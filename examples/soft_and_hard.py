@@ -6,22 +6,22 @@ A score says how much each position matters. Soft attention reads the mean of al
     soft      a_i = exp(c_i / T) / sum_j exp(c_j / T); the network reads sum_i a_i l_i
     hard      one position, drawn with the probabilities a_i, or the best one; the network reads its l_i alone
 
-So the soft weights are what many hard ones are on average, and the hard choice is what the soft weights become as the
-temperature T falls. The choice itself has no gradient. Two ways to train it all the same:
+Averaged over many draws, the hard choices give the soft weights; as the temperature T falls, the soft weights become
+the hard choice. The choice itself has no gradient. There are two ways to train it anyway:
 
-    REINFORCE           draw; make what was drawn likelier if it served better than usual (Xu et al. 2015)
+    REINFORCE           draw; make the drawn position likelier if it did better than usual (Xu et al. 2015)
     straight-through    draw, but let the gradient pass as if the soft weights had been read (Jang et al. 2017)
 
-Each image here is noise with two striped patches, and the class is the direction of the stripes. One network is trained
-with soft attention and one in each of these ways. They have the same parameters by the same names, hence each can be
-read in all three ways: by its soft weights, at its best position, at a position drawn. Run it:
+Each image is noise with two striped patches, and the class is the direction of the stripes. One network is trained with
+soft attention and one in each of these two ways. They have the same parameters with the same names, so each network can
+be read in all three ways: by its soft weights, at its best position, or at a drawn position. Run it:
 
     python examples/soft_and_hard.py --out soft_and_hard.png
 
-What to look for: the soft weights lie on both patches, a draw at one place. The network that learned to read a mean
-spreads its weights over more positions, and loses something when one draw is all that it gets; those that learned from
-draws get along with fewer. The share of the soft weights on the patches is the probability that a draw hits one. As in
-its paper, REINFORCE reads the soft weights of half the images while it learns.
+What to look for: the soft weights lie on both patches, a draw on a single position. The network trained with soft
+attention spreads its weights over more positions, and loses accuracy if it gets only one draw; the networks trained on
+draws need fewer positions. The share of the soft weights on the patches is the probability that a draw hits one. As in
+its paper, REINFORCE reads the soft weights for half of the images during training.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def planted(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Network(nn.Module):
-    """Two convolutions, an attention pooling, a linear layer."""
+    """Two convolutions, an attention pooling and a linear layer."""
 
     def __init__(self, attention: HardAttention | LearnToPayAttention) -> None:
         super().__init__()
@@ -106,27 +106,27 @@ def hard_gate(model: Network, temperature: float = 1.0) -> HardGate:
 
 
 def read(model: Network, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights (b, 1, 24, 24) and logits (b, 4) of each way to read the network."""
+    """Weights (b, 1, 24, 24) and logits (b, 4) for each way of reading the network."""
     features, gate = model.features(images), hard_gate(model)
     weights = {"soft": gate.soft(features), "best": gate.eval()(features), "drawn": gate.train()(features)}
-    return weights, {way: model.head((found * features).sum((2, 3))) for way, found in weights.items()}
+    return weights, {way: model.head((values * features).sum((2, 3))) for way, values in weights.items()}
 
 
 def measured(model: Network, images: Tensor, labels: Tensor, masks: Tensor) -> dict[str, float]:
-    """Accuracy of each way to read the network, and how its weights lie."""
+    """Accuracy for each way of reading the network, and where its weights are."""
     weights, logits = read(model, images)
     accuracy = {way: float((answer.argmax(1) == labels).float().mean()) for way, answer in logits.items()}
-    own = "best" if isinstance(model.attention, HardAttention) else "soft"
+    trained = "best" if isinstance(model.attention, HardAttention) else "soft"
     return accuracy | {
         "energy": float(sl.metrics.energy_in_mask(weights["soft"], masks).mean()),
         "hits": float(sl.metrics.energy_in_mask(weights["drawn"], masks).mean()),
         "positions": float(torch.special.entr(weights["soft"]).sum((1, 2, 3)).exp().mean()),
-        "own": float((model(images) - logits[own]).abs().max()),
+        "gap": float((model(images) - logits[trained]).abs().max()),
     }
 
 
 def compared(model: Network, images: Tensor) -> dict[str, float]:
-    """How soft and hard weights on the same scores go together."""
+    """How soft and hard weights compare on the same scores."""
     features, gate = model.features(images), hard_gate(model)
     soft, best = gate.soft(features), gate.eval()(features)
     gate.train()
@@ -141,7 +141,7 @@ def compared(model: Network, images: Tensor) -> dict[str, float]:
 
 
 def draw(networks: dict[str, Network], image: Tensor, mask: Tensor, out: Path) -> None:
-    """The image, and beside it one row for each network: soft weights, the best position, draws and their means."""
+    """The image, and next to it one row per network: soft weights, the best position, draws and their means."""
     figure = plt.figure(figsize=(13, 4.9), layout="constrained")
     grid = figure.add_gridspec(len(networks), len(networks) + 6)
     picture = figure.add_subplot(grid[:, : len(networks)])
@@ -177,7 +177,7 @@ def draw(networks: dict[str, Network], image: Tensor, mask: Tensor, out: Path) -
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Train, read each network in each way, compare soft and hard, draw."""
+    """Train, read each network in each way, compare soft and hard weights, draw the figure."""
     parser = argparse.ArgumentParser(description="Soft against hard attention, on the same scores.")
     parser.add_argument("--out", type=Path, default=Path("soft_and_hard.png"), help="figure to write")
     parser.add_argument("--steps", type=int, default=150, help="training steps of 64 images, per network (150)")
@@ -200,16 +200,16 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         together = result["same scores"] = compared(networks["soft"], images[:20])
         weights, _ = read(networks["soft"], images)
         left = weights["soft"][..., : SIDE // 2].sum((1, 2, 3))
-        shown = int((left - 0.5).abs().argmin())  # its two patches share the weights most evenly
+        shown = int((left - 0.5).abs().argmin())  # the image whose two patches share the weights most evenly
         draw(networks, images[shown : shown + 1], masks[shown : shown + 1], options.out)
 
     area = float(masks.float().mean())
     print("                    accuracy on 500 new images, read by        soft weights     spread over")
     print("trained             soft weights   best position   one draw    on the patches   positions")
     for name in networks:
-        of = result[name]
-        print(f"{name:<20}{of['soft']:<15.3f}{of['best']:<16.3f}{of['drawn']:<12.3f}", end="")
-        print(f"{of['energy']:<17.3f}{of['positions']:.1f}")
+        row = result[name]
+        print(f"{name:<20}{row['soft']:<15.3f}{row['best']:<16.3f}{row['drawn']:<12.3f}", end="")
+        print(f"{row['energy']:<17.3f}{row['positions']:.1f}")
     print(f"{'by chance':<20}{'0.25':<43}{area:<17.3f}(positions: exp of the entropy)")
     print("on the scores of the network trained soft:")
     print(f"  soft weights sum to 1, to {together['sum']:.0e}", end="")

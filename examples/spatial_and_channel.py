@@ -6,11 +6,11 @@ channel, the same at all positions; a spatial gate gives one weight per position
     channel   x[b, c, i, j] * m[b, c]        m from the averages of all channels (squeeze and excitation)
     spatial   x[b, c, i, j] * m[b, i, j]     m from the mean and maximum over channels around each position
 
-Both are read here from one network that was trained on noise with one colored square, red, green or blue; the class
-is the color. What follows from the formulas is checked, not believed:
+Here both gates belong to one network, trained on noise with one colored square, red, green or blue; the class is the
+color. Two things follow from the formulas, and the script checks the first:
 
-    - shift the image: the spatial weights shift along, the channel weights stay as they are;
-    - shuffle the channels of the feature map together with the gate's weights: the channel weights are shuffled alike.
+    - shift the image: the spatial weights shift with it, and the channel weights stay the same;
+    - permute the channels of the feature map and the gate's parameters: the channel weights are permuted alike.
 
 Run it:
 
@@ -35,7 +35,7 @@ SIDE, SQUARE, CHANNELS = 24, 4, 16
 
 
 def squares(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (n, 3, 24, 24), classes (n,), masks (n, 1, 24, 24); the square keeps away from the border."""
+    """Images (n, 3, 24, 24), classes (n,), masks (n, 1, 24, 24); the square stays away from the border."""
     generator = torch.Generator().manual_seed(seed)
     images = 0.5 * torch.randn(n, 3, SIDE, SIDE, generator=generator)
     masks = torch.zeros(n, 1, SIDE, SIDE, dtype=torch.bool)
@@ -55,7 +55,7 @@ def trained(*blocks: nn.Module, steps: int) -> nn.Sequential:
         *blocks,
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.BatchNorm1d(CHANNELS),  # or the gates would open wide only to make their sums larger
+        nn.BatchNorm1d(CHANNELS),  # without it the gates would open wide just to make their sums larger
         nn.Linear(CHANNELS, len(CLASSES)),
     )
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
@@ -68,7 +68,7 @@ def trained(*blocks: nn.Module, steps: int) -> nn.Sequential:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Train, check, draw."""
+    """Train, check, draw the figure."""
     parser = argparse.ArgumentParser(description="Spatial and channel attention side by side.")
     parser.add_argument("--out", type=Path, default=Path("spatial_and_channel.png"), help="figure to write")
     parser.add_argument("--steps", type=int, default=150, help="training steps of 64 images (150)")

@@ -17,6 +17,7 @@ from sightline import bench, cli, data, recipe, runs
 from sightline.bench import Bench, Maps, Measured, Quality, Study, Summary
 from sightline.bench.measured import read
 from sightline.bench.published import PUBLISHED, published
+from sightline.bench.run import _prepare
 from sightline.bench.study import folder
 from sightline.metrics.complexity import sparsity
 from sightline.models import create_model
@@ -170,7 +171,7 @@ def test_a_teacher_that_is_a_row_is_its_run_of_the_same_seed(tmp_path: Path):
 def test_a_transformer_has_attention_and_no_activation_map(tmp_path: Path):
     rows = {"vit": {"model.name": "tiny_vit", "model.options": {"depth": 2}}}
     (found,) = bench.bench(Study(recipe=replace(SMALL, seeds=(0,)), rows=rows), tmp_path).measured
-    assert list(found.after.energy) == ["blocks.0.attention", "blocks.1.attention"]
+    assert list(found.after.energy) == ["blocks.0.attn", "blocks.1.attn"]
     assert all(0 < share < 0.5 for share in found.after.energy.values()) and 0 < found.after.activation_energy < 0.5
 
 
@@ -193,7 +194,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path):
     assert [run.row for run in found.measured] == ["control"] and list(found.failed) == ["wild, seed 0"]
     assert "lower optim.lr" in found.failed["wild, seed 0"]
     changed = bench.bench(replace(study, recipe=replace(study.recipe, optim=Optim(epochs=2))), tmp_path, ["control"])
-    assert "was begun with another recipe: optim.epochs was 1, now 2" in changed.failed["control, seed 0"]
+    assert "was started with another recipe: optim.epochs was 1, now 2" in changed.failed["control, seed 0"]
 
 
 def test_what_is_stored_keeps_no_old_names_and_what_is_torn_is_done_again(tmp_path: Path):
@@ -230,7 +231,7 @@ def test_costs_that_cannot_be_taken_do_not_lose_the_tables(tmp_path: Path, monke
         asked.append(len(inputs))
         raise torch.OutOfMemoryError("out of memory:\n  tried to have 3 GiB")
 
-    monkeypatch.setattr(bench, "costs", none)
+    monkeypatch.setattr("sightline.bench.costs.costs", none)
     small = replace(SMALL, seeds=(0,), optim=replace(SMALL.optim, batch_size=16))
     found = bench.bench(Study(recipe=small, rows={"control": {}, "SE": ROWS["SE"]}), tmp_path)
     assert asked == [16] and not found.failed and "ms / image" not in found.table()[0]
@@ -486,7 +487,7 @@ def test_jobs_are_spread_over_the_gpus():
     context = get_context("spawn")
     devices = context.SimpleQueue()
     devices.put("GPU-7")
-    with ProcessPoolExecutor(1, context, bench._prepare, (1, devices)) as pool:
+    with ProcessPoolExecutor(1, context, _prepare, (1, devices)) as pool:
         assert pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "GPU-7"
 
 
@@ -504,8 +505,11 @@ def test_published_figures_are_those_of_their_sources():
         for row in of.study.rows:
             wanted = of.study.of(row, 0, Path("out")).model
             create_model(wanted.name, num_classes=10, **wanted.options)
-    alone = recipe.load(Path(__file__).parent.parent / "recipes" / "ltpa_cifar100.yaml")
-    assert PUBLISHED["ltpa-cifar100"].study.of("(VGG-att3)-concat-pc", 0, Path("out")) == alone
+    training = PUBLISHED["ltpa-cub"].study.of("(VGG-att2)-concat-pc", 1, Path("out"))
+    assert training.optim == replace(
+        PUBLISHED["ltpa-cifar10"].study.recipe.optim, epochs=320, lr=0.04, warmup=5.0, step_epochs=30
+    )
+    assert (training.data, training.seeds) == (Data(source="cub200", size=80, val=0.02), (1,))
     with pytest.raises(ValueError, match="expected one of ltpa-cifar10, ltpa-cifar100, ltpa-cub; got 'ltpa'"):
         published("ltpa")
 
@@ -537,7 +541,7 @@ def test_a_run_without_memory_does_not_stop_the_others(tmp_path: Path, monkeypat
     def full(*args: object, **options: object) -> None:
         raise MemoryError("out of memory in a step")
 
-    monkeypatch.setattr(bench, "fit", full)
+    monkeypatch.setattr("sightline.bench.run.fit", full)
     study = Study(recipe=Recipe(seeds=(0,)), rows={"control": {}, "other": {}})
     failed = bench.bench(study, tmp_path / "out").failed
     assert failed == dict.fromkeys(["control, seed 0", "other, seed 0"], "out of memory in a step")

@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sightline import attention, cli, maps, recipe, runs
+from sightline import attention, cli, maps, recipe, runs, terminal
 from sightline.explainers import EXPLAINERS, Verdict
+from sightline.report.pages import Pages, free_name, positions, titled
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -194,7 +195,7 @@ def test_explain_draws_on_the_image_as_it_is(run, tmp_path):
             assert drawn.size == size[::-1]
     with Image.open(tmp_path / "maps" / "wide--page.png") as page:
         below = 4 + 12 + 34  # colors, values
-        foot = len(maps._texts(["", cli._positions((5, 5), True, True), "40 x 40 positions"], 512, 23, "ma")[0])
+        foot = len(maps._texts(["", positions((5, 5), True, True), "40 x 40 positions"], 512, 23, "ma")[0])
         cell = np.array(page)[-(size[1] + below + foot) :, : size[0]]
         assert page.width == 3 * (512 + 4) - 4 and (cell[: size[1]] == picture.numpy()).all()
 
@@ -232,17 +233,22 @@ def test_explain_a_class_by_its_name_beside_the_prediction(tmp_path, capsys):
     (row,) = csv.DictReader((tmp_path / "out" / "maps.csv").read_text().splitlines())
     assert row["class"] == "cat"
     said = refused(capsys, *given, "--target", "fisch")
-    assert "expected --target CLASS by name or index, one of 3 classes such as cat, dog, fish; got 'fisch'" in said
+    assert "expected the target class by name or index, one of 3 classes such as cat, dog, fish; got 'fisch'" in said
     assert "did you mean 'fish'?" in said
 
 
 def test_explain_reports_progress_within_the_batch_size(run, tmp_path, monkeypatch):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     told = []
-    monkeypatch.setattr(cli._Bar, "update", lambda bar, *what: told.append(what))
+    monkeypatch.setattr(terminal.Bar, "update", lambda bar, *what: told.append(what))
     given = [run, tmp_path / "red.png", "--methods", "occlusion,grad_cam", "--batch-size", 100]
     sightline("explain", *given, "--out", tmp_path / "maps")
     assert told == [*(("occlusion", done, 361) for done in (100, 200, 300, 361)), ("explaining", 1, 1)]
+
+
+def pages_of(verdicts):
+    rest = {"folder": Path("maps"), "rows": [], "positions": {}, "written": frozenset(), "left_out": {}}
+    return Pages(verdicts=verdicts, **rest, skipped=(), unchecked=(), notices=())
 
 
 def test_verdicts_are_counted_by_level_and_keep_a_figure_that_is_always_the_same():
@@ -254,22 +260,22 @@ def test_verdicts_are_counted_by_level_and_keep_a_figure_that_is_always_the_same
     ]
     verdicts = {"lrp": [[gaps[0]], [flat, gaps[1]], [gaps[2]]], "grad_cam": [[], [], []], "guided": [[note]] * 3}
     verdicts["rollout"] = [[Verdict("gap", details="49")]] * 3
-    assert list(cli._doubts(verdicts)) == [
+    assert list(pages_of(verdicts).doubts()) == [
         "  do not read: lrp: flat (1 image)",
         "  doubt: lrp: conservation gap (2 images)",
         "  doubt: rollout: gap: 49 (3 images)",
     ]
-    assert cli._levels(verdicts) == "9 maps with a verdict (1 do not read, 4 doubt, 4 note)"
-    assert cli._levels({"cam": [[]]}) == "0 maps with a verdict"
-    assert cli._titled("lrp", [flat, gaps[1]]) == "lrp (do not read): flat; conservation gap: 30%"
-    assert cli._titled("guided", [note]) == "guided: rectifiers intercepted: 49"
+    assert pages_of(verdicts).levels() == "9 maps with a verdict (1 do not read, 4 doubt, 4 note)"
+    assert pages_of({"cam": [[]]}).levels() == "0 maps with a verdict"
+    assert titled("lrp", [flat, gaps[1]]) == "lrp (do not read): flat; conservation gap: 30%"
+    assert titled("guided", [note]) == "guided: rectifiers intercepted: 49"
 
 
 def test_positions_are_named_and_what_gives_more_of_them():
-    assert cli._positions((7, 9), True, True) == "7 x 9 positions"
-    assert cli._positions((4, 4), True, False) == "4 x 4 positions (coarse; for finer maps name an earlier --layer)"
-    assert cli._positions((9, 4), False, True).endswith("(coarse; for finer maps train with a larger --data.size)")
-    assert cli._positions((4, 4), False, False) == "4 x 4 positions"
+    assert positions((7, 9), True, True) == "7 x 9 positions"
+    assert positions((4, 4), True, False) == "4 x 4 positions (coarse; for finer maps name an earlier --layer)"
+    assert positions((9, 4), False, True).endswith("(coarse; for finer maps train with a larger --data.size)")
+    assert positions((4, 4), False, False) == "4 x 4 positions"
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +290,7 @@ def test_train_says_once_what_the_evaluation_decided(run, monkeypatch, capsys):
     trained = replace(runs.open_run(run), notices=["of the images"])
     monkeypatch.setattr("sightline.training.fit", lambda *_, **__: trained)
     evaluated = SimpleNamespace(notices=("of the images", "of the model"))
-    monkeypatch.setattr(cli, "_evaluate_run", lambda *_: evaluated)
+    monkeypatch.setattr(cli, "_evaluate", lambda *_, **__: evaluated)
     sightline("train", "--data", "clutter", "--out", run)
     assert capsys.readouterr().err == "notice: of the model\n"
 
@@ -372,10 +378,10 @@ def test_help(verb, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "did you mean train?"),
+        (["trian"], "did you mean 'train'?"),
         (["train", "--data", "cluter", "--out", "{}"], "did you mean 'clutter'"),
         (["train", "--model", "vgg_att22", "--out", "{}"], "did you mean 'vgg_att2'"),
-        (["train", "--optim.epoch", "3", "--out", "{}"], "did you mean optim.epochs?"),
+        (["train", "--optim.epoch", "3", "--out", "{}"], "did you mean 'optim.epochs'?"),
         (["train", "--optim.epochs", "three", "--out", "{}"], "expected a whole number, got 'three'"),
         (["train", "--optim.epochs", "--out", "{}"], "--optim.epochs: expected a value, got none"),
         (["train", "--model.options.widht", "1", "--out", "{}"], "vgg_att2 has no option 'widht'"),
@@ -502,7 +508,9 @@ def test_ctrl_c_ends_in_one_line_and_can_be_resumed(tmp_path):
 
 
 def test_images_of_one_name_keep_maps_of_their_own():
-    assert cli._unique(["a", "a", "a-2", "b", "a"]) == ["a", "a-2", "a-2-2", "b", "a-3"]
+    taken = set()
+    names = [free_name(name, taken) for name in ("a", "a", "a-2", "b", "a")]
+    assert names == ["a", "a-2", "a-2-2", "b", "a-3"]
 
 
 def test_compare_counts_what_each_block_adds(capsys):

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from sightline import bench, cli, recipe
+from sightline.options import parse as parse_options
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -81,8 +82,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def parse(arguments: list[str]) -> None:
-    rest, overrides = cli._split(arguments)
-    cli._parser().parse_args(rest)
+    _, overrides = parse_options(arguments, cli.VERBS)
     recipe.load(recipe.Recipe(), overrides)
 
 

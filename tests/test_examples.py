@@ -44,7 +44,7 @@ def test_soft_and_hard(tmp_path, capsys):
     for name in ("soft", "REINFORCE", "straight-through"):
         assert found[name]["energy"] > 0.7  # 0.17 by chance
         assert found[name]["hits"] == pytest.approx(found[name]["energy"], abs=0.04)  # 500 draws
-        assert found[name]["own"] < 1e-4  # read as it was trained, it gives its own logits
+        assert found[name]["gap"] < 1e-4  # read as it was trained, it gives its own logits
     assert found["REINFORCE"]["positions"] < found["soft"]["positions"] > found["straight-through"]["positions"]
     assert found["soft"]["drawn"] < found["soft"]["soft"]
 
@@ -144,7 +144,7 @@ def test_page_of_maps(tmp_path, capsys):
         optim=sl.recipe.Optim(epochs=1),
     )
     sl.fit(start, tmp_path / "run")
-    found = page_of_maps.main([str(tmp_path / "run"), "--images", "2", "--out", str(tmp_path / "page.png")])
+    found = page_of_maps.main([str(tmp_path / "run"), "--images", "2", "--out", str(tmp_path / "maps")])
     printed = capsys.readouterr().out
     missing = {"attention", "attention_rollout", "gradient_rollout"}
     assert set(found["methods"]) == set(sl.explainers.EXPLAINERS) - missing
@@ -154,15 +154,15 @@ def test_page_of_maps(tmp_path, capsys):
     chosen = images.batch(np.array([images.names.index(name) for name in found["images"]]))
     inputs = sl.data.normalize(chosen.images, images.preprocess)
     assert model(inputs).argmax(1).tolist() == chosen.labels.tolist() and len(set(found["images"])) == 2
-    with Image.open(tmp_path / "page.png") as page:
+    with Image.open(tmp_path / "maps" / "page.png") as page:
         rows = -(-len(found["methods"]) // page_of_maps.COLUMNS)
         assert page.width == 12 * 100 - 4 and page.height > rows * 2 * 100 and page.mode == "P"
     pictures = sl.maps.resize(chosen.images.float(), (96, 96)).round().to(torch.uint8)
     cam = sl.explain(model, inputs, methods=["cam"])
     expected = sl.maps.overlay(pictures, cam["cam"], opacity=0.75, signed=True)[1, 0]
-    assert torch.equal(page_of_maps.page_of(pictures, cam)[:, -96:, -96:], expected)
+    assert torch.equal(page_of_maps.page_of(pictures, cam.maps)[:, -96:, -96:], expected)
     pair = sl.explain(model, inputs, methods=["hires_cam", "saliency"])
-    table = page_of_maps.correlations(pair, ["hires_cam", "saliency"], tuple(inputs.shape[2:]))
+    table = page_of_maps.correlations(pair.maps, tuple(inputs.shape[2:]))
     one, two = (sl.maps.resize(pair[name], tuple(inputs.shape[2:])).relu().flatten(1) for name in pair.maps)
     slow = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(one.numpy(), two.numpy(), strict=True)])
     assert float(table[0, 1]) == pytest.approx(slow, abs=1e-5) and table.diag().tolist() == pytest.approx([1, 1])

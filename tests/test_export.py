@@ -24,7 +24,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         [f"layer{i}.0.bn2.attention" for i in (1, 2, 3)],
     ),
     "a pooling": ("vgg_gap", {"width": 1 / 16, "stem_pool": 2, "attention": "brnpa"}, ["pool.1.attention"]),
-    "a transformer": ("tiny_vit", {"depth": 2}, ["blocks.0.attention", "blocks.1.attention"]),
+    "a transformer": ("tiny_vit", {"depth": 2}, ["blocks.0.attn", "blocks.1.attn"]),
 }
 
 

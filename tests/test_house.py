@@ -146,7 +146,7 @@ def test_python_can_be_named(checkout: Checkout) -> None:
 def test_old_python_is_one_line(checkout: Checkout) -> None:
     checkout.python("python3", "3.10")
     line = checkout.refusal("train")
-    assert line.startswith("error: sightline needs Python 3.11 or newer, but python3 is Python 3.10, install one")
+    assert line.startswith("error: sightline needs Python 3.11 or newer, but python3 is Python 3.10; install a newer")
     assert not (checkout.folder / ".venv").exists()
 
 
@@ -186,30 +186,30 @@ def test_other_systems_get_no_cuda_and_need_less_disk(checkout: Checkout) -> Non
     assert checkout.installs == [".[train]"]
 
 
-def test_broken_venv_is_made_anew(checkout: Checkout) -> None:
+def test_broken_venv_is_recreated(checkout: Checkout) -> None:
     checkout.python("python3", "3.12")
     checkout.setup("train")
     checkout.folder.joinpath(".venv/bin/python").unlink()
-    assert "Making .venv anew: it has no working Python 3.11 or newer" in checkout.setup("train")
+    assert "Recreating .venv: it has no working Python 3.11 or newer" in checkout.setup("train")
     assert checkout.installs == [".[train]", ".[train]"]
 
 
-def test_unfinished_venv_is_made_anew(checkout: Checkout) -> None:
+def test_incomplete_venv_is_recreated(checkout: Checkout) -> None:
     checkout.python("python3", "3.12")
     checkout.setup("train")
     checkout.folder.joinpath(".venv/bin/pip").unlink()
-    assert "Making .venv anew: it is unfinished or was moved here" in checkout.setup("train")
+    assert "Recreating .venv: it is incomplete or was moved here" in checkout.setup("train")
 
 
-def test_moved_venv_is_made_anew(checkout: Checkout) -> None:
+def test_moved_venv_is_recreated(checkout: Checkout) -> None:
     checkout.python("python3", "3.12")
     checkout.setup("train")
     checkout.folder = checkout.folder.rename(checkout.folder.with_name("elsewhere"))
-    assert "Making .venv anew: it is unfinished or was moved here" in checkout.setup("train")
+    assert "Recreating .venv: it is incomplete or was moved here" in checkout.setup("train")
     assert checkout.setup("train") == ""
 
 
-def test_venv_of_another_python_is_made_anew_only_when_one_is_named(checkout: Checkout) -> None:
+def test_venv_of_another_python_is_recreated_only_when_one_is_named(checkout: Checkout) -> None:
     checkout.python("python3", "3.12")
     checkout.setup("train")
     newer = checkout.python("python3.13", "3.13")

@@ -13,9 +13,10 @@ from benchmarks.interruption import PLACES, TINY, kill_until_done, ran, result, 
 from tests.same import close
 from torch import Tensor, nn
 
-from sightline import models, runs, training
+from sightline import models, runs
 from sightline.recipe import Recipe
-from sightline.training import Checkpoints, Training, fit
+from sightline.training import Training, checkpoints, fit
+from sightline.training.checkpoints import Checkpoints
 from sightline.training.log import Log
 
 SHORT = replace(TINY, optim=replace(TINY.optim, epochs=2))
@@ -66,7 +67,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def crashed(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> Path:
     """A run that saved its state after every step, and crashed after one."""
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_EVERY", 0.0)
     die_at(monkeypatch, step)
     with pytest.raises(RuntimeError, match="power cut"):
         fit(SHORT, folder, progress=False)
@@ -83,7 +84,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(
     newest = max(states, key=lambda file: states[file])
     whole = newest.read_bytes()
     newest.write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=rf"^{newest.name} is damaged .*; going on from epoch 1, step 1 instead$"):
+    with pytest.warns(UserWarning, match=rf"^{newest.name} is damaged .*; resuming from epoch 1, step 1 instead$"):
         fit(SHORT, run, resume=True, progress=False)
     assert result(run)[:2] == result(through)[:2]
 
@@ -92,7 +93,7 @@ def test_without_a_whole_state_it_is_over(tmp_path: Path, monkeypatch: pytest.Mo
     run = crashed(tmp_path / "run", monkeypatch, 3)
     for file in run.glob("checkpoint*"):
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"damaged .* and .*damaged .* no state to go on from; train anew in a new"):
+    with pytest.raises(ValueError, match=r"damaged .* and .*damaged .* cannot resume; train again in a new"):
         fit(SHORT, run, resume=True, progress=False)
 
 
@@ -135,7 +136,7 @@ def test_sigterm_stops_as_ctrl_c_does(through: Path, tmp_path: Path, monkeypatch
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(Log, "step", step)
-    with pytest.raises(KeyboardInterrupt, match="stopped in epoch 1, step 2 of 5; go on with --resume"):
+    with pytest.raises(KeyboardInterrupt, match="stopped in epoch 1, step 2 of 5; continue with --resume"):
         fit(SHORT, tmp_path / "run", progress=False)
     assert signal.getsignal(signal.SIGTERM) is before
     fit(SHORT, tmp_path / "run", resume=True, progress=False)
@@ -145,7 +146,7 @@ def test_sigterm_stops_as_ctrl_c_does(through: Path, tmp_path: Path, monkeypatch
 def limited(recipe: Recipe, out: Path, size: int, said: Path) -> None:
     """Train where no file may grow beyond a size, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    training.CHECKPOINT_EVERY = 0.0
+    checkpoints.CHECKPOINT_EVERY = 0.0
     plain = Training.state
     steps = 0
 

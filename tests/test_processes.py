@@ -70,11 +70,11 @@ def test_two_processes_go_on_as_if_nothing_had_happened(kind: dict[str, Any], tm
 
 
 def test_what_processes_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match=r"^optim.sync_batch_norm: there is no BatchNorm over several CPUs, only over"):
+    with pytest.raises(ValueError, match=r"^optim.sync_batch_norm: needs GPUs, found none; set it false"):
         fit(PLAIN, tmp_path / "run", {"optim.sync_batch_norm": True}, progress=False)
     monkeypatch.setattr("sightline.training.processes.started", lambda: (2, 20))
     with pytest.raises(
-        ValueError, match=r"expected an image or more for each of 40 processes, got 30; start fewer processes"
+        ValueError, match=r"expected at least one image for each of 40 processes, got 30; start fewer processes"
     ):
         fit(PLAIN, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

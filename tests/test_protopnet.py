@@ -13,17 +13,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sightline import data, runs
 from sightline.explainers import attention_maps
-from sightline.models.protopnet import (
-    ProtoPNet,
-    Prototypes,
-    Similarity,
-    fit_prototypes,
-    prototype_loss,
-    push,
-    this_looks_like_that,
-)
+from sightline.models.protopnet import LogSimilarity, ProtoPNet, Prototypes, Stages
 from sightline.recipe import Data, Model, Optim, Recipe
-from sightline.training import _Keeper, begin, fit
+from sightline.report.prototypes import this_looks_like_that
+from sightline.training import fit, initial_network
+from sightline.training.checkpoints import RunFiles
+from sightline.training.prototypes import fit_prototypes, prototype_loss, push
 
 
 def network(num_classes=3, seed=0, **options):
@@ -66,7 +61,7 @@ def test_a_fresh_network_is_the_papers():
 
 
 def test_similarity_falls_from_its_maximum():
-    values = Similarity()(torch.linspace(0, 50, 500, dtype=torch.float64).reshape(1, 1, 1, -1)).flatten()
+    values = LogSimilarity()(torch.linspace(0, 50, 500, dtype=torch.float64).reshape(1, 1, 1, -1)).flatten()
     assert values[0].item() == pytest.approx(math.log(1e4)) and (values.diff() < 0).all() and (values > 0).all()
 
 
@@ -169,10 +164,10 @@ def test_push_without_a_class_changes_nothing():
 def test_stages_move_what_they_should():
     images, labels = images_of(12), torch.arange(12) % 3
 
-    def moved(**options):
+    def moved(epochs, **stages):
         model = network()
         before = copy.deepcopy(dict(model.named_parameters()))
-        fit_prototypes(model, images, labels, batch_size=4, **options)
+        fit_prototypes(model, images, labels, Stages(**stages), epochs=epochs, batch_size=4)
         changed = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
         return {key.split(".")[0] for key in changed}
 
@@ -187,7 +182,8 @@ def test_the_schedule_is_the_authors():
         lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
     )
     try:
-        fit_prototypes(network(), images_of(12), torch.arange(12) % 3, epochs=8, warm=2, push_every=4, last=1)
+        stages = Stages(warm=2, push_every=4, last=1)
+        fit_prototypes(network(), images_of(12), torch.arange(12) % 3, stages, epochs=8)
     finally:
         hook.remove()
     warming, joint, head = [3e-3] * 2, [1e-4, 3e-3, 3e-3], [1e-4]
@@ -215,7 +211,7 @@ def planted(n, seed, side=32):
 def test_it_learns_the_parts_that_decide():
     images, labels, masks = planted(400, seed=0)
     model = network(2, prototypes=1, channels=16)
-    pushed = fit_prototypes(model, images, labels, epochs=8, warm=1, batch_size=40)
+    pushed = fit_prototypes(model, images, labels, Stages(warm=1), epochs=8, batch_size=40)
     model.eval()
     new, new_labels, new_masks = planted(200, seed=1)
     with torch.no_grad():
@@ -303,14 +299,14 @@ def test_training_by_a_recipe_ends_with_patches_of_images(tmp_path):
     run, _ = trained(tmp_path / "a")
     assert (moves(run) < 1e-5).all()
     assert run.history[0]["lr"] == 3e-3 and len(run.history) == 3
-    before = begin(run.recipe.model, 10, 0)
+    before = initial_network(run.recipe.model, 10, 0)
     after = dict(runs.load(run.folder).features.named_parameters())
     assert not all(torch.equal(after[name], value) for name, value in before.features.named_parameters())
 
 
 def test_the_first_stage_leaves_the_backbone_alone(tmp_path):
     run, _ = trained(tmp_path / "a", **{"optim.epochs": 1})
-    before, after = begin(run.recipe.model, 10, 0), runs.load(run.folder)
+    before, after = initial_network(run.recipe.model, 10, 0), runs.load(run.folder)
     pairs = ((name, value, after.get_parameter(name)) for name, value in before.named_parameters())
     alike = {name.split(".")[0] for name, one, other in pairs if torch.equal(one, other)}
     assert "features" in alike and not alike & {"add_on", "prototypes", "head"}
@@ -320,14 +316,14 @@ def test_an_interrupted_training_in_stages_comes_to_the_same_weights(tmp_path, m
     whole, recipe = trained(tmp_path / "whole")
     for after in (2, 8):  # in the first stage, and after a push
         ticks = iter(range(after))
-        state = _Keeper.asked
+        state = RunFiles.poll
 
         def asked(keeper, stop, ticks=ticks, state=state):
             state(keeper, stop)
             return next(ticks, None) is None, False
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="go on with --resume"):
-            patch.setattr(_Keeper, "asked", asked)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="continue with --resume"):
+            patch.setattr(RunFiles, "poll", asked)
             fit(recipe, tmp_path / f"part-{after}", progress=False)
         part = fit(recipe, tmp_path / f"part-{after}", resume=True, progress=False)
         one, other = runs.load(whole.folder).state_dict(), runs.load(part.folder).state_dict()
@@ -339,7 +335,7 @@ def test_an_interrupted_training_in_stages_comes_to_the_same_weights(tmp_path, m
     [
         (
             {"optim.ema": 0.9},
-            "no optim.ema 0.9 with protopnet, which trains in stages of its own; leave it out",
+            "no optim.ema 0.9 with protopnet, which trains in its own stages; leave it out",
         ),
         ({"optim.patience": 3}, "expected no optim.patience 3 with protopnet"),
         ({"augment.mixup": 0.2}, "expected no augment.mixup 0.2 with protopnet"),
@@ -355,5 +351,5 @@ def test_rates_of_the_recipe_that_are_not_used_are_named(tmp_path, capfd):
     _, recipe = trained(tmp_path / "a", **{"optim.epochs": 1})
     recipe = replace(recipe, optim=replace(recipe.optim, epochs=1, lr=0.1, schedule="step"))
     run = fit(recipe, tmp_path / "b")
-    notice = "protopnet trains in stages of its own, by Adam at its own rates; not used: optim.lr, optim.schedule"
+    notice = "protopnet trains in its own stages, by Adam at its own rates; ignored: optim.lr, optim.schedule"
     assert f"notice: {notice}\n" in capfd.readouterr().err and run.info["training"] == notice

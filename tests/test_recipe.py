@@ -63,8 +63,8 @@ def test_text_of_a_command_line(field: str, text: str, value: object):
 @pytest.mark.parametrize(
     ("field", "value", "error", "message"),
     [
-        ("optim.epoch", 3, ValueError, r"^optim\.epoch: no such field in a recipe; did you mean optim\.epochs\?$"),
-        ("epochs", 3, ValueError, r"^epochs: no such field in a recipe; did you mean optim\.epochs\?$"),
+        ("optim.epoch", 3, ValueError, r"^optim\.epoch: no such field in a recipe; did you mean 'optim\.epochs'\?$"),
+        ("epochs", 3, ValueError, r"^epochs: no such field in a recipe; did you mean 'optim\.epochs'\?$"),
         ("augment.xyz", 3, ValueError, r"^augment\.xyz: no such .*; expected one of augment\.crop, .*augment\.mixup$"),
         ("xyz", 3, ValueError, r"expected one of data, augment, model, optim, seeds$"),
         ("optim.epochs", "many", TypeError, r"^optim\.epochs: expected a whole number, got 'many'$"),
@@ -74,7 +74,7 @@ def test_text_of_a_command_line(field: str, text: str, value: object):
         ("optim.lr", False, TypeError, r"^optim\.lr: expected a number, got False$"),
         ("data.source", 3, TypeError, r"^data\.source: expected text, got 3$"),
         ("data.size", "big", TypeError, r"^data\.size: expected a whole number or null, got 'big'$"),
-        ("optim.optimizer", "adma", TypeError, r"expected one of sgd, adamw, got 'adma'; did you mean adamw\?$"),
+        ("optim.optimizer", "adma", TypeError, r"expected one of sgd, adamw, got 'adma'; did you mean 'adamw'\?$"),
         ("seeds", 3, TypeError, r"^seeds: expected a list of whole numbers such as \[0, 1, 2\], got 3$"),
         ("model.options.attention", print, TypeError, r"^model\.options: expected names with plain values"),
         ("optim", 3, TypeError, r"^optim: expected fields, got 3; write them indented below `optim:`$"),
@@ -102,7 +102,7 @@ def test_a_hand_built_recipe_is_checked_too():
 
 def test_wrong_files(tmp_path: Path):
     (tmp_path / "clutter_demo.yaml").write_text("optim: [1, 2")
-    with pytest.raises(FileNotFoundError, match=r"cluter_demo\.yaml not found; did you mean .*clutter_demo\.yaml\?$"):
+    with pytest.raises(FileNotFoundError, match=r"cluter_demo\.yaml not found; did you mean '.*clutter_demo\.yaml'\?$"):
         load(tmp_path / "cluter_demo.yaml")
     with pytest.raises(FileNotFoundError, match=r"nothing_like_it\.yaml not found; expected a YAML file$"):
         load(tmp_path / "nothing_like_it.yaml")

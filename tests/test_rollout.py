@@ -131,32 +131,27 @@ def parameters_of(model):
             "eps": 1e-6,
             "readers": [([0], model.heads)],
         }
-    if isinstance(model, TinyViT):
-        patches, prefix = pair(model.patches), model.class_token[0]
-        positions = torch.cat([torch.zeros_like(prefix), model.positions[0].flatten(1).T])
-        readers = [([0], model.head)]
-    else:
-        patches = pair(model.patch_embed.proj)
-        names = [name for name in ("cls_token", "dist_token", "reg_token") if getattr(model, name, None) is not None]
-        prefix = torch.cat([getattr(model, name)[0] for name in names]) if names else torch.zeros(0, 16)
-        positions = model.pos_embed[0]
-        missing = len(prefix) + 4 - len(positions)  # registers have none
-        if missing:
-            own = 0 if model.no_embed_class else 1
-            gap = torch.zeros(missing, 16, dtype=positions.dtype)
-            positions = torch.cat([positions[:own], gap, positions[own:]])
-        patch_places = range(len(prefix), len(prefix) + 4)
-        readers = [([0], model.head)] if model.global_pool == "token" else [(list(patch_places), model.head)]
-        if hasattr(model, "head_dist"):
-            readers.append(([1], model.head_dist))
+    patches = pair(model.patch_embed.proj)
+    names = [name for name in ("cls_token", "dist_token", "reg_token") if getattr(model, name, None) is not None]
+    prefix = torch.cat([getattr(model, name)[0] for name in names]) if names else torch.zeros(0, 16)
+    positions = model.pos_embed[0]
+    missing = len(prefix) + 4 - len(positions)  # registers have none
+    if missing:
+        own = 0 if model.no_embed_class else 1
+        gap = torch.zeros(missing, 16, dtype=positions.dtype)
+        positions = torch.cat([positions[:own], gap, positions[own:]])
+    patch_places = range(len(prefix), len(prefix) + 4)
+    readers = [([0], model.head)] if model.global_pool == "token" else [(list(patch_places), model.head)]
+    if hasattr(model, "head_dist"):
+        readers.append(([1], model.head_dist))
     layers = [
         {
             "norm1": pair(block.norm1),
-            "qkv": thirds(*pair((attention := getattr(block, "attn", None) or block.attention).qkv)),
-            "project": pair(attention.proj if hasattr(attention, "proj") else attention.project),
+            "qkv": thirds(*pair(block.attn.qkv)),
+            "project": pair(block.attn.proj),
             "norm2": pair(block.norm2),
-            "up": pair(block.mlp.fc1 if hasattr(block, "mlp") else block.perceptron[0]),
-            "down": pair(block.mlp.fc2 if hasattr(block, "mlp") else block.perceptron[2]),
+            "up": pair(block.mlp.fc1),
+            "down": pair(block.mlp.fc2),
         }
         for block in model.blocks
     ]
@@ -177,7 +172,7 @@ CASES = {
     "torchvision": (build_torchvision, "encoder.layers.encoder_layer_{}.self_attention"),
     "hugging face sdpa": (lambda: build_hugging_face("sdpa"), "vit.layers.{}.attention"),
     "hugging face eager": (lambda: build_hugging_face("eager"), "vit.layers.{}.attention"),
-    "sightline": (build_tiny, "blocks.{}.attention"),
+    "sightline": (build_tiny, "blocks.{}.attn"),
 }
 
 

@@ -119,7 +119,7 @@ def test_stopped_and_resumed_is_bit_equal(
 ):
     through = fit(recipe, tmp_path / "through", progress=False)
     ctrl_c_after(steps)
-    with pytest.raises(KeyboardInterrupt, match=r"stopped in epoch \d, step \d of 3; go on with --resume"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped in epoch \d, step \d of 3; continue with --resume"):
         fit(recipe, tmp_path / "stopped", progress=False)
     torch.manual_seed(99)
     resumed = fit(recipe, tmp_path / "stopped", resume=True, progress=False)
@@ -129,7 +129,7 @@ def test_stopped_and_resumed_is_bit_equal(
 
 
 def test_a_crash_resumes_from_the_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sightline.training._SHARE", math.inf)
+    monkeypatch.setattr("sightline.training.checkpoints._SHARE", math.inf)
     through = fit(TINY, tmp_path / "through", progress=False)
     plain = Log.step
 
@@ -160,7 +160,7 @@ def test_states_of_epochs_take_no_great_part_of_the_time(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Checkpoints, "write", slowly)
     for share, expected in {0.0: [(0, 0)], math.inf: [(0, 0), (1, 0), (2, 0)]}.items():
-        monkeypatch.setattr("sightline.training._SHARE", share)
+        monkeypatch.setattr("sightline.training.checkpoints._SHARE", share)
         written.clear()
         run = fit(TINY, tmp_path / str(share), progress=False)
         assert isinstance(run, runs.Run) and len(run.history) == 2 and written == expected
@@ -189,12 +189,12 @@ def test_resume_on_other_images_is_refused(tmp_path: Path, ctrl_c_after: Callabl
         fit(optim(epochs=2), tmp_path / "run", changes, progress=False)
     (tmp_path / "images/train/c").mkdir()
     (tmp_path / "images/train/b/0.png").rename(tmp_path / "images/train/c/0.png")
-    with pytest.raises(ValueError, match="begun with 2 classes, the data now has 3; they differ in c; choose a new"):
+    with pytest.raises(ValueError, match="started with 2 classes, the data now has 3; they differ in c; choose a new"):
         fit(optim(epochs=2), tmp_path / "run", changes, progress=False, resume=True)
     shutil.rmtree(tmp_path / "images/train/c")
     for i in range(1, 9):
         (tmp_path / f"images/train/b/{i}.png").unlink()
-    with pytest.raises(ValueError, match="begun with 4 steps an epoch, of the data as it is now there are 3; bring"):
+    with pytest.raises(ValueError, match="4 steps per epoch, as when the training started, got 3; restore"):
         fit(optim(epochs=2), tmp_path / "run", changes, progress=False, resume=True)
 
 
@@ -246,7 +246,7 @@ def test_images_that_are_streamed(tmp_path: Path, ctrl_c_after: Callable[[int], 
         fit(asked, tmp_path / "stopped", progress=False)
     assert equal(weights(through), weights(fit(asked, tmp_path / "stopped", resume=True, progress=False)))
     with pytest.raises(
-        ValueError, match=r"^optim\.class_weights needs all labels beforehand; set data\.streaming to false$"
+        ValueError, match=r"^optim\.class_weights needs all labels in advance; set data\.streaming to false$"
     ):
         fit(asked, tmp_path / "weighted", {"optim.class_weights": True}, progress=False)
 
@@ -311,7 +311,7 @@ def test_folders_that_cannot_take_a_run(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotADirectoryError, match="file is a file; expected a folder to write to"):
         fit(TINY, tmp_path / "file")
-    with pytest.raises(FileExistsError, match="is not empty; choose a new folder, or go on with --resume"):
+    with pytest.raises(FileExistsError, match="is not empty; choose a new folder, or continue with --resume"):
         fit(TINY, tmp_path)
     with pytest.raises(OSError, match=r"file is a file; expected a folder to write to$"):
         fit(TINY, tmp_path / "file" / "run")
@@ -533,8 +533,8 @@ def test_a_profile_shows_where_the_time_goes(tmp_path: Path, capsys: pytest.Capt
     shown = capsys.readouterr().err
     assert "where 10 steps spent their time, ms per step" in shown
     lines = {line.split("│")[1].strip(): line.split("│")[2:4] for line in shown.splitlines() if line.startswith("│")}
-    parts = [float(lines[name][0]) for name in ("images", "forward", "backward", "optimizer", "the rest")]
-    assert sum(parts) == pytest.approx(float(lines["a step"][0]), abs=0.03) and min(parts) >= 0
+    parts = [float(lines[name][0]) for name in ("images", "forward", "backward", "optimizer", "other")]
+    assert sum(parts) == pytest.approx(float(lines["total"][0]), abs=0.03) and min(parts) >= 0
     assert equal(weights(profiled), weights(fit(optim(epochs=2), tmp_path / "plain", changes, progress=False)))
     with pytest.raises(ValueError, match=r"a profile expects 15 steps, got 12; set optim\.epochs higher"):
         fit(optim(epochs=1), tmp_path / "short", changes, progress=False, profile=True)

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import sightline as sl
 from sightline.data.clutter import compose
 from sightline.explainers import attention_maps
+from sightline.models import vit
 from sightline.models.vit import TinyViT
 
 
@@ -58,42 +60,44 @@ def weights_by_hand(model, x):
     return found
 
 
-def test_logits_are_timms_on_copied_weights():
+def test_logits_are_those_of_plain_timm_with_the_same_weights():
     model = seeded(TinyViT, depth=3).double().eval()
     official = timm.models.VisionTransformer(
         img_size=40, patch_size=5, num_classes=10, embed_dim=64, depth=3, num_heads=4, no_embed_class=True
     )
     official = official.double().eval()
-    renamed = {
-        "patches": "patch_embed.proj",
-        "class_token": "cls_token",
-        "positions": "pos_embed",
-        ".attention.": ".attn.",
-        ".project.": ".proj.",
-        ".perceptron.0": ".mlp.fc1",
-        ".perceptron.2": ".mlp.fc2",
-    }
-    state = {}
-    for key, value in model.state_dict().items():
-        for ours, theirs in renamed.items():
-            key = key.replace(ours, theirs)
-        state[key] = value.flatten(2).mT if key == "pos_embed" else value
-    official.load_state_dict(state)
+    official.load_state_dict(model.state_dict())
     x = images(40, 40, dtype=torch.float64)
     torch.testing.assert_close(model(x), official(x), rtol=0, atol=1e-10)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in official.parameters())
+
+
+def test_weights_by_the_names_of_version_0_1_load(tmp_path):
+    model = seeded(TinyViT, depth=2)
+    old = {}
+    for name, values in model.state_dict().items():
+        for before, now in vit._OLD_NAMES.items():
+            name = name.replace(now, before)
+        old[name] = values.mT.unflatten(2, (8, 8)).contiguous() if name == "positions" else values
+    assert {"patches.weight", "class_token", "positions", "blocks.1.attention.qkv.weight"} <= old.keys()
+    assert {"blocks.0.attention.project.bias", "blocks.1.perceptron.2.weight", "head.bias"} <= old.keys()
+    assert not {"patch_embed.proj.weight", "blocks.0.attn.proj.bias"} & old.keys()
+    save_file(old, tmp_path / "old.safetensors")
+    loaded = sl.create_model("tiny_vit", depth=2, weights=tmp_path / "old.safetensors")
+    for name, values in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], values), name
 
 
 def test_the_gate_is_what_the_class_token_reads():
     model = seeded(TinyViT).eval()
     with torch.no_grad():
         for block in model.blocks:
-            block.attention.qkv.weight.mul_(10)
+            block.attn.qkv.weight.mul_(10)
     x = images(40, 40)
     maps = attention_maps(model, x)
-    assert list(maps) == [f"blocks.{i}.attention" for i in range(4)]
+    assert list(maps) == [f"blocks.{i}.attn" for i in range(4)]
     seen = []
-    attention = model.blocks[3].attention
+    attention = model.blocks[3].attn
     handle = attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         model(x)
@@ -104,8 +108,8 @@ def test_the_gate_is_what_the_class_token_reads():
         weights = official(seen[0], seen[0], seen[0], average_attn_weights=False)[1]
     wanted = weights[:, :, 0, 1:].unflatten(2, (8, 8))
     assert wanted.std() > 1e-3
-    torch.testing.assert_close(maps["blocks.3.attention"], wanted, rtol=0, atol=1e-6)
-    torch.testing.assert_close(maps["blocks.3.attention"].sum((2, 3)), 1 - weights[:, :, 0, 0])
+    torch.testing.assert_close(maps["blocks.3.attn"], wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(maps["blocks.3.attn"].sum((2, 3)), 1 - weights[:, :, 0, 0])
     torch.testing.assert_close(sl.explain(model, x, methods=["attention"])["attention"], wanted.mean(1, keepdim=True))
 
 
@@ -117,7 +121,7 @@ def test_other_sizes_pass_and_single_images_change_nothing():
         assert logits.shape == (3, 3) and logits.isfinite().all()
         torch.testing.assert_close(torch.cat([model(x[i : i + 1]) for i in range(3)]), logits, rtol=0, atol=1e-6)
         grid = -(-size[0] // 5), -(-size[1] // 5)
-        assert attention_maps(model, x)["blocks.1.attention"].shape == (3, 2, *grid)
+        assert attention_maps(model, x)["blocks.1.attn"].shape == (3, 2, *grid)
     model.bfloat16()
     assert model(images(56, 40).bfloat16()).dtype == torch.bfloat16
 
@@ -125,14 +129,14 @@ def test_other_sizes_pass_and_single_images_change_nothing():
 def test_it_knows_where_a_patch_is_and_has_one_map_position_per_patch():
     model = seeded(TinyViT).eval()
     with torch.no_grad():
-        model.positions.mul_(50)
+        model.pos_embed.mul_(50)
         x = torch.zeros(1, 3, 40, 40)
         x[..., 10:15, 25:30] = 3.0
         shifted = x.roll((5, 5), (2, 3))
         assert not torch.allclose(model(x), model(shifted), atol=1e-4)
-        model.positions.zero_()
+        model.pos_embed.zero_()
         torch.testing.assert_close(model(x), model(shifted))
-        before, after = (attention_maps(model, y)["blocks.0.attention"] for y in (x, shifted))
+        before, after = (attention_maps(model, y)["blocks.0.attn"] for y in (x, shifted))
     torch.testing.assert_close(after, before.roll((1, 1), (2, 3)))
     rest = before.clone()
     rest[:, :, 2, 5] = before[:, :, 0, 0]

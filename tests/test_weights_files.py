@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests.test_cli import refused, sightline
 
-from sightline.cli import _class_names
+from sightline.data.tables import read_class_names
 from sightline.models import create_model
 
 
@@ -157,7 +157,7 @@ def test_other_archives_are_recognized(trained, tmp_path):
 )
 def test_class_names_in_the_forms_of_editors(content, tmp_path):
     (tmp_path / "c.txt").write_bytes(content)
-    assert _class_names(tmp_path / "c.txt") == ["Katze", "Hündin", "Molch"]
+    assert read_class_names(tmp_path / "c.txt") == ["Katze", "Hündin", "Molch"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_class_names_in_the_forms_of_editors(content, tmp_path):
 def test_class_names_that_are_none(content, said, tmp_path):
     (tmp_path / "c.txt").write_bytes(content)
     with pytest.raises(ValueError, match=said):
-        _class_names(tmp_path / "c.txt")
+        read_class_names(tmp_path / "c.txt")
 
 
 def test_explain_takes_such_files(trained, tmp_path, capsys):

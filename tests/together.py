@@ -8,14 +8,14 @@ from typing import Any
 
 from benchmarks.interruption import started
 
-from sightline import training
 from sightline.recipe import Recipe
+from sightline.training import checkpoints, fit
 from sightline.training.log import Log
 
 
 def train_as(rank: int, port: int, recipe: Recipe, out: Path, changes: dict[str, Any], die_at: int) -> None:
     """One of two processes, which save their state after every second step and may be killed after one."""
-    training.CHECKPOINT_EVERY, training._AGREE_EVERY = 0.0, 2
+    checkpoints.CHECKPOINT_EVERY, checkpoints._AGREE_EVERY = 0.0, 2
     plain = Log.step
 
     def step(log: Log, done: int) -> None:
@@ -34,7 +34,7 @@ def train_as(rank: int, port: int, recipe: Recipe, out: Path, changes: dict[str,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    training.fit(recipe, out, changes, resume=True, progress=False)
+    fit(recipe, out, changes, resume=True, progress=False)
 
 
 def train_in_two(

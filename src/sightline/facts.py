@@ -1,7 +1,8 @@
 """Values that several rooms pass on, and that say themselves in one line: nothing parses such a line."""
 
+import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
@@ -16,12 +17,16 @@ OLD_NAMES = {
     "COLOURS": "COLORS",
     "GeneralisedKernel": "GeneralizedKernel",
     "GeneralisedMean": "GeneralizedMean",
+    "Hiding": "Perturbation",
+    "HidingMetric": "PerturbationMetric",
     "ParameterRandomisation": "ParameterRandomization",
     "PatchColourModel": "PatchColorModel",
     "centre_map": "center_map",
     "colour": "color",
     "colour_bar": "color_bar",
+    "frames_of": "perturbed_counts",
     "generalised_kernel": "generalized_kernel",
+    "hidden_scores": "perturbed_scores",
     "initialise": "initialize",
     "normalise": "normalize",
     "normalise_alpha": "normalize_alpha",
@@ -52,17 +57,37 @@ def old_names(module: str) -> Callable[[str], Any]:
     return lookup
 
 
-def did_you_mean(name: str, choices: Iterable[str], otherwise: str = "", *, n: int = 1, cutoff: float = 0.6) -> str:
+def did_you_mean(
+    name: str, choices: Iterable[str] | Mapping[str, object], otherwise: str = "", *, n: int = 1, cutoff: float = 0.6
+) -> str:
     """The end of an error about an unknown name: the closest of the choices, or `otherwise`.
+
+    Keys of a mapping are compared, its values shown.
 
     >>> did_you_mean("grad_cams", ["cam", "grad_cam"])
     "; did you mean 'grad_cam'?"
+    >>> did_you_mean("epoch", {"epochs": "optim.epochs"})
+    "; did you mean 'optim.epochs'?"
     >>> did_you_mean("x", ["cam", "grad_cam"], "choose cam or grad_cam")
     '; choose cam or grad_cam'
     """
-    close = get_close_matches(name, list(choices), n=n, cutoff=cutoff)
+    shown = choices if isinstance(choices, Mapping) else {choice: choice for choice in choices}
+    close = [str(shown[key]) for key in get_close_matches(name, list(shown), n=n, cutoff=cutoff)]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
     return f"; {hint}" if hint else ""
+
+
+def percent(fraction: float) -> str:
+    """A fraction in percent, never rounded to a certainty.
+
+    >>> percent(0.5), percent(1.0), percent(0.99999), percent(0.00001), percent(float("nan"))
+    ('50.0 %', '100.0 %', '>99.9 %', '<0.1 %', '–')
+    """
+    if not math.isfinite(fraction):
+        return "–"
+    if 0 < fraction < 0.0005:
+        return "<0.1 %"
+    return ">99.9 %" if 0.9995 <= fraction < 1 else f"{100 * fraction:.1f} %"
 
 
 class Layer(str):
@@ -122,6 +147,31 @@ class Verdict(str):
 
     def __hash__(self) -> int:
         return hash(self.kind)
+
+
+class Finding(str):
+    """A sentence about a result: what kind of statement it is, and the values behind it.
+
+    >>> finding = Finding("too few", "Only 3 images: too few to compare.", images=3)
+    >>> str(finding), finding.kind, finding.values
+    ('Only 3 images: too few to compare.', 'too few', {'images': 3})
+    """
+
+    kind: str
+    values: dict[str, Any]
+
+    def __new__(cls, kind: str, text: str, **values: Any) -> "Finding":
+        """A sentence of some kind."""
+        finding = super().__new__(cls, text)
+        finding.kind, finding.values = kind, values
+        return finding
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _finding, (self.kind, str(self), self.values)
+
+
+def _finding(kind: str, text: str, values: dict[str, Any]) -> Finding:
+    return Finding(kind, text, **values)
 
 
 def worst(verdicts: Iterable[Verdict]) -> Level | None:

@@ -284,54 +284,55 @@ def side_by_side(
     for what, names in (("signed columns", signed or ()), ("captions of columns", captions or ())):
         if unknown := [name for name in names if name not in columns]:
             raise ValueError(f"expected {what} out of {', '.join(columns)}; got {unknown[0]!r}")
-    if per_row is not None and len(columns) > per_row:
-        names = list(columns)
-        rows = [names[i : i + per_row] for i in range(0, len(names), per_row)]
-        panels = [
-            side_by_side(
-                images,
-                {name: columns[name] for name in row},
-                opacity,
-                signed=None if signed is None else [name for name in row if name in signed],
-                scales=scales,
-                captions=None if captions is None else {name: captions[name] for name in row if name in captions},
-                title=title,
-            )
-            for row in rows
-        ]
-        width = panels[0].shape[2]
-        return torch.cat([F.pad(panel, (0, width - panel.shape[2], 0, 3 * _GAP), value=255) for panel in panels], 1)
     factor = max(1, min(-(-_SMALLEST // min(images.shape[2:])), _LONGEST // max(images.shape[2:])))
-    cells = [images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)]
-    height, width = cells[0].shape[2:]
-    below = [_scale(None, len(images), width)]
+    enlarged = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    blank = _scale(None, len(images), enlarged.shape[3])
+    first = [torch.cat([enlarged, blank.to(images.device)], 2) if scales else enlarged]
+    cells: list[UInt8[Tensor, "b 3 _ _"]] = []
     for name, column in columns.items():
-        _check_tensor(f"column {name!r}", column, f"({len(images)}, 1, h, w)")
-        of_map = column.is_floating_point()
-        if column.shape != (len(images), 1 if of_map else 3, *column.shape[-2:]) or not (
-            of_map or column.dtype == torch.uint8
-        ):
-            raise ValueError(
-                f"expected column {name!r} to be a float map ({len(images)}, 1, h, w) or a uint8 picture "
-                f"({len(images)}, 3, h, w), got {column.dtype} {tuple(column.shape)}; choose one target and image rows"
-            )
-        column = column.to(images.device)
-        if of_map:
+        _check_column(name, column, len(images))
+        if column.is_floating_point():
             as_signed = bool((column < 0).any()) if signed is None else name in signed
-            cells.append(overlay(cells[0], column, opacity, as_signed)[:, 0])
-            below.append(_scale(column.detach(), len(images), width, as_signed))
+            cell = overlay(enlarged, column, opacity, as_signed)[:, 0]
+            scale = _scale(column.detach(), len(images), enlarged.shape[3], as_signed)
         else:
             mode = "nearest" if column.shape == images.shape else "bilinear"
-            cells.append(resize(column.float(), (height, width), mode).round().to(torch.uint8))
-            below.append(below[0])
-    if scales:
-        cells = [torch.cat([cell, scale.to(cell.device)], 2) for cell, scale in zip(cells, below, strict=True)]
-    grid = F.pad(torch.stack(cells, 1), (0, _GAP, 0, _GAP), value=255).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    figure = torch.cat([_titles([title, *columns], width).to(grid.device), grid[:, :-_GAP, :-_GAP]], 1)
-    if not captions:
-        return figure
-    foot = _texts(["", *(captions.get(name, "") for name in columns)], width, _letters(width), "ma")
-    return torch.cat([figure, foot.to(grid.device)], 1)
+            cell = resize(column.to(images.device).float(), enlarged.shape[2:], mode).round().to(torch.uint8)
+            scale = blank
+        cells.append(torch.cat([cell, scale.to(cell.device)], 2) if scales else cell)
+    names, count = list(columns), per_row or max(1, len(columns))
+    panels = [
+        _panel([title, *names[i : i + count]], first + cells[i : i + count], captions or {})
+        for i in range(0, max(1, len(names)), count)
+    ]
+    if len(panels) == 1:
+        return panels[0]
+    width = panels[0].shape[2]
+    return torch.cat([F.pad(panel, (0, width - panel.shape[2], 0, 3 * _GAP), value=255) for panel in panels], 1)
+
+
+def _panel(
+    titles: Sequence[str], cells: Sequence[UInt8[Tensor, "b 3 h w"]], captions: Mapping[str, str]
+) -> UInt8[Tensor, "3 H W"]:
+    """Columns of cells below their titles, with captions below those that have one."""
+    width = cells[0].shape[3]
+    grid = F.pad(torch.stack(list(cells), 1), (0, _GAP, 0, _GAP), value=255)
+    grid = grid.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    panel = torch.cat([_titles(titles, width).to(grid.device), grid[:, :-_GAP, :-_GAP]], 1)
+    if not captions.keys() & set(titles[1:]):
+        return panel
+    foot = _texts(["", *(captions.get(name, "") for name in titles[1:])], width, _letters(width), "ma")
+    return torch.cat([panel, foot.to(grid.device)], 1)
+
+
+def _check_column(name: str, column: Tensor, count: int) -> None:
+    _check_tensor(f"column {name!r}", column, f"({count}, 1, h, w)")
+    is_map = column.is_floating_point()
+    if column.shape != (count, 1 if is_map else 3, *column.shape[-2:]) or not (is_map or column.dtype == torch.uint8):
+        raise ValueError(
+            f"expected column {name!r} to be a float map ({count}, 1, h, w) or a uint8 picture ({count}, 3, h, w), got "
+            f"{column.dtype} {tuple(column.shape)}; choose one target and image rows"
+        )
 
 
 def _scale(

@@ -6,9 +6,8 @@ network keeps the dotted names, the state_dict keys and the types of all its lay
 then has the block. A layer that loops over its children (a dense block) must not see one more: its last child keeps it.
 """
 
-import difflib
 import inspect
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,7 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline.attention.places import Call, Trace, shapes_of
+from sightline.attention.registry import ATTENTION
+from sightline.facts import did_you_mean
 from sightline.inference import copy_of, untouched
+
+__all__ = ["WithMaps", "insert", "remove"]
 
 Block = str | Callable[..., nn.Module]
 Init = Literal["identity", "fresh"]
@@ -228,12 +231,10 @@ def _hooks(layer: nn.Module) -> list[tuple[dict[int, _Attend], int]]:
 
 
 def _maker(block: Block, options: dict[str, Any]) -> tuple[str, Callable[..., nn.Module]]:
-    from sightline.attention import ATTENTION
-
     if isinstance(block, str):
         if block not in ATTENTION:
             raise ValueError(
-                f"unknown attention {block!r}{closest(block, ATTENTION)}; it is one of {', '.join(ATTENTION)}"
+                f"unknown attention {block!r}{did_you_mean(block, ATTENTION, n=3)}; it is one of {', '.join(ATTENTION)}"
             )
         name, make = block, ATTENTION[block]
     else:
@@ -243,7 +244,7 @@ def _maker(block: Block, options: dict[str, Any]) -> tuple[str, Callable[..., nn
     for option in options:
         if option not in known and not any_option:
             raise ValueError(
-                f"{name or 'the block'} has no option {option!r}{closest(option, known)}; "
+                f"{name or 'the block'} has no option {option!r}{did_you_mean(option, known, n=3)}; "
                 f"it has: {', '.join(list(known)[1:]) or 'none'}"
             )
     return name, make
@@ -463,18 +464,8 @@ def _matches(model: nn.Module, patterns: Sequence[str]) -> list[str]:
             if name.count(".") == len(parts) - 1 and all(map(fnmatchcase, name.split("."), parts))
         ]
         if not matching:
-            raise ValueError(f"no layer is named {pattern!r}{closest(pattern, names, cutoff=0.3)}")
+            raise ValueError(f"no layer is named {pattern!r}{did_you_mean(pattern, names, n=3, cutoff=0.3)}")
         found |= dict.fromkeys(matching)
     if not found:
         raise ValueError("expected at least one layer to insert at, got none; leave `at` out for the paper's places")
     return list(found)
-
-
-def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """A hint at the names that were perhaps meant; nothing where none is near.
-
-    >>> closest("brnap", ["se", "brnpa"])
-    "; did you mean 'brnpa'?"
-    """
-    found = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""

@@ -16,11 +16,12 @@ from sightline import data, metrics, runs
 from sightline.attention import BilinearAttentionPooling, RepresentativeVectors
 from sightline.data.splits import draw
 from sightline.explainers import attention_maps, explain
+from sightline.facts import current_name
 from sightline.inference import forward, untouched
 from sightline.metrics import energy_in_mask
 from sightline.metrics.complexity import sparsity
 from sightline.runs import Run
-from sightline.training import begin
+from sightline.training import initial_network
 
 _BATCH = 250
 _SCORED = 200
@@ -83,7 +84,7 @@ class Measured:
 def fresh(run: Run) -> nn.Module:
     """The network of a run with the weights that its training began with."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        return begin(run.recipe.model, len(run.classes), run.seed).eval()
+        return initial_network(run.recipe.model, len(run.classes), run.seed).eval()
 
 
 def read(file: Path) -> Measured | None:
@@ -92,7 +93,7 @@ def read(file: Path) -> Measured | None:
         return None
     try:
         known = _with_nan(json.loads(file.read_text(encoding="utf-8")))
-        quality = {name: Quality(**of) for name, of in known["quality"].items()}
+        quality = {current_name(name): Quality(**of) for name, of in known["quality"].items()}
         maps = {name: Maps(**known[name]) for name in ("before", "after")}
         return Measured(**known | maps | {"quality": quality})
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -109,7 +110,7 @@ def _with_nan(value: Any) -> Any:
 def measure(row: str, run: Run, dataset: str = "") -> Measured:
     """What a run is worth on its test images."""
     images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
-    model = runs.load(run.folder)
+    model = runs.load_model(run.folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     correct = area = 0.0
     counts = torch.zeros(len(run.classes), dtype=torch.int64)

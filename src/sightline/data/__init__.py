@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 from jaxtyping import Int64
@@ -14,16 +12,17 @@ from sightline.data import clutter, hugging_face
 from sightline.data.columns import table
 from sightline.data.decoded import Decoder, OnTheFly, Stored, decode_all
 from sightline.data.duplicates import copies, sentences
-from sightline.data.folders import contents, marked, of_others
+from sightline.data.files import image_files
 from sightline.data.images import MAX_PIXELS
-from sightline.data.marks import BoxForm, looked_at, settle
+from sightline.data.marks import looked_at, settle
 from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batches, normalize, sampled, statistics
 from sightline.data.sources import FileReader, Table, from_folder
 from sightline.data.splits import assign, check_labeled, draw
 from sightline.data.streams import stream
 from sightline.data.tables import from_tables, lists_images, table_files
-from sightline.facts import old_names
-from sightline.recipe import Data
+from sightline.facts import did_you_mean, old_names
+from sightline.recipe import Data, Recipe
+from sightline.recipe import load as load_recipe
 
 _Examined = tuple[ImageSet, np.ndarray]
 """A split, and the imprint of each of its images."""
@@ -64,7 +63,7 @@ def load(data: Data) -> dict[str, ImageSet]:
     """
     if data.streaming:
         return load_stream(data)[1]
-    _check(data)
+    data = _checked(data)
     if data.source in clutter.PARTS:
         return clutter.load(data)
     found = _find(data)
@@ -92,7 +91,7 @@ def load_whole(data: Data) -> dict[str, ImageSet]:
     """
     if data.streaming or data.source in clutter.PARTS:
         return load(data)
-    _check(data)
+    data = _checked(data)
     found = _find(data)
     blank = _blank(data, found)
     parts = np.where(found.parts == "", "test", found.parts)
@@ -113,7 +112,7 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
         ValueError: the source cannot be streamed.
         ModuleNotFoundError: `datasets` is not installed.
     """
-    _check(data)
+    data = _checked(data)
     found = hugging_face.find(data)
     if found is None:
         if data.source not in DATASETS:
@@ -155,24 +154,7 @@ def read_images(
         FileNotFoundError: a path is not there, or a folder holds no image.
         ValueError: no image can be read; with `strict`, one cannot.
     """
-    files: list[Path] = []
-    skipped: list[tuple[Path, str]] = []
-    notices: list[str] = []
-    for path in (Path(p).expanduser() for p in paths):
-        if not path.exists():
-            raise FileNotFoundError(f"no file or folder {path}")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inner = contents(path)
-        images, _, of_masks = marked(inner.images)
-        if not images and not inner.skipped:
-            raise FileNotFoundError(f"the folder {path} holds no image")
-        files += images
-        skipped += inner.skipped
-        notices += [*of_masks, *of_others(inner.others)]
-    if strict and skipped:
-        raise ValueError(f"{skipped[0][0]}: {skipped[0][1]}")
+    files, skipped, notices = image_files(paths, strict)
     listed = Table(
         name="images",
         classes=(),
@@ -182,24 +164,16 @@ def read_images(
         reader=FileReader(files),
         key=None,
         size=preprocess.size[0],
-        notices=tuple(notices),
+        notices=notices,
     )
     wanted = Data(strict=strict, max_pixels=max_pixels)
     images, _ = _decoded(listed, "images", np.arange(len(files)), preprocess, wanted)
-    return replace(images, skipped=(*((str(file), reason) for file, reason in skipped), *images.skipped))
+    return replace(images, skipped=(*skipped, *images.skipped))
 
 
-def _check(data: Data) -> None:
-    for name, value in (("size", data.size), ("train_size", data.train_size), ("test_size", data.test_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"expected data.{name} of at least 1, got {value}")
-    for name, value in (("val", data.val), ("test", data.test), ("shortcut", data.shortcut)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"expected data.{name} from 0 to 1, got {value}; it is a share of the images")
-    if data.boxes not in (None, *get_args(BoxForm)):
-        raise ValueError(f"expected data.boxes to be one of {', '.join(get_args(BoxForm))}, got {data.boxes!r}")
-    if data.seed < 0:
-        raise ValueError(f"expected data.seed of at least 0, got {data.seed}")
+def _checked(data: Data) -> Data:
+    """The same fields, each with its type and within its limits."""
+    return load_recipe(Recipe(data=data)).data
 
 
 def _find(data: Data) -> Table:
@@ -236,9 +210,8 @@ def _unmarked(data: Data) -> Table:
         raise ValueError(
             f"expected a folder, a .parquet, .csv or .jsonl file or the name of a data set, got the file {folder}"
         )
-    near = get_close_matches(data.source, DATASETS, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"names: {', '.join(DATASETS)}"
-    raise FileNotFoundError(f"no folder, parquet file or data set {data.source!r}; {hint}")
+    hint = did_you_mean(data.source, DATASETS, f"names: {', '.join(DATASETS)}")
+    raise FileNotFoundError(f"no folder, parquet file or data set {data.source!r}{hint}")
 
 
 def _blank(data: Data, table: Table) -> Preprocess:

@@ -12,7 +12,7 @@ Differs: the digits are scikit-learn's 8 x 8 scans, the canvas is textured and c
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ PARTS: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 """The digits that the images of each class show, one or two."""
 Uniform = Callable[..., Float[Array, "b ..."]]
+Below = Callable[[Any], Int64[Array, " b"]]
 PATCH_COLORS = np.array(
     [
         (230, 25, 45),
@@ -139,9 +140,7 @@ def _paste(canvas: Float[Array, "b s s 3"], where: tuple[Array, Array, Array], a
     canvas[where] += alpha[..., None] * (color[:, None, None] - canvas[where])
 
 
-def _separate(
-    corners: Int64[Array, "2 2 b"], sides: Int64[Array, "2 b"], size: int, below: Callable[..., Int64[Array, " b"]]
-) -> None:
+def _separate(corners: Int64[Array, "2 2 b"], sides: Int64[Array, "2 b"], size: int, below: Below) -> None:
     """Move two squares apart, down or across, in either order; `corners` is by square and axis."""
     axis, later = below(2), below(2)
     near, far = np.sort([below(size - sides.sum(0) + 1), below(size - sides.sum(0) + 1)], axis=0)
@@ -174,38 +173,28 @@ def compose(
     def uniform(*shape: int) -> Float[Array, "b ..."]:
         return np.stack([g.random(shape, dtype=np.float32) for g in generators])
 
-    def below(n: int | Array) -> Int64[Array, " b"]:
-        return (uniform() * n).astype(np.int64)
-
+    below = partial(_below, uniform)
     ink, classes = digits(split)
-    label, count, unit = indices % len(parts), np.bincount(classes), size / 40
+    label, unit = indices % len(parts), size / 40
     shown = np.array(parts)[label].T
-    chosen = [below(count[shown[0]])]
-    for other in shown[1:]:
-        again = other == shown[0]  # of one class: not the same scan
-        chosen.append((again * (chosen[0] + 1) + below(count[other] - again)) % count[other])
-    scans = (np.cumsum(count) - count)[shown] + chosen
+    scans = _scans(shown, np.bincount(classes), below)
     low, high = (20, 28) if len(shown) == 1 else (15, 19)
-    largest, piece = round(high * unit), round(high / 4 * unit)
+    largest = round(high * unit)
+
+    def side() -> Float[Array, " b"]:
+        return (low + (high - low) * uniform()) * unit
+
     canvas = np.pad(_background(uniform, size), ((0, 0), (0, largest), (0, largest), (0, 0)))
+    _paste_fragments(canvas, ink, scans[0], size, round(high / 4 * unit), side, uniform)
 
-    for k in range(FRAGMENTS):
-        other = (scans[0] + 1 + below(len(ink) - 1)) % len(ink)
-        side = (low + (high - low) * uniform()) * unit
-        inner = side * (1 - 2 / CELLS) - piece
-        alpha = _glyphs(ink[other], side, side / CELLS + uniform() * inner, side / CELLS + uniform() * inner, piece)
-        visible = uniform() < (1 if k < FEWEST else 0.5)
-        where = _square(below(size - piece + 1), below(size - piece + 1), piece)
-        _paste(canvas, where, alpha * visible[:, None, None], _ink_color(uniform))
-
-    sides = [(low + (high - low) * uniform()) * unit for _ in shown]
+    sides = [side() for _ in shown]
     corners = np.array([(below(size - side + 1), below(size - side + 1)) for side in sides])
     if len(shown) == 2:
         _separate(corners, np.ceil(sides).astype(np.int64), size, below)
     digit = np.zeros(canvas.shape[:3], dtype=bool)
     edge = np.zeros(len(indices), dtype=np.float32)
-    for scan, side, corner in zip(scans, sides, corners, strict=True):
-        alpha = _glyphs(ink[scan], side, edge, edge, largest)
+    for scan, width, corner in zip(scans, sides, corners, strict=True):
+        alpha = _glyphs(ink[scan], width, edge, edge, largest)
         where = _square(corner[0], corner[1], largest)
         _paste(canvas, where, alpha, _ink_color(uniform))
         digit[where] |= alpha >= 0.25
@@ -222,6 +211,41 @@ def compose(
         images[where] = PATCH_COLORS[color][:, None, None]
         digit = digit & ~patch
     return images.transpose(0, 3, 1, 2), digit, patch
+
+
+def _below(uniform: Uniform, n: int | Array) -> Int64[Array, " b"]:
+    """Random whole numbers from 0 to n - 1."""
+    return (uniform() * n).astype(np.int64)
+
+
+def _scans(shown: Int64[Array, "k b"], count: Int64[Array, " 10"], below: Below) -> Int64[Array, "k b"]:
+    """A random scan of each digit shown; two digits of one class get different scans."""
+    chosen = [below(count[shown[0]])]
+    for other in shown[1:]:
+        again = other == shown[0]
+        chosen.append((again * (chosen[0] + 1) + below(count[other] - again)) % count[other])
+    return (np.cumsum(count) - count)[shown] + chosen
+
+
+def _paste_fragments(
+    canvas: Float[Array, "b h w 3"],
+    ink: Float[Array, "n 10 10"],
+    scan: Int64[Array, " b"],
+    size: int,
+    piece: int,
+    side: Callable[[], Float[Array, " b"]],
+    uniform: Uniform,
+) -> None:
+    """Square pieces of scans other than `scan`."""
+    below = partial(_below, uniform)
+    for k in range(FRAGMENTS):
+        other = (scan + 1 + below(len(ink) - 1)) % len(ink)
+        width = side()
+        inner = width * (1 - 2 / CELLS) - piece
+        alpha = _glyphs(ink[other], width, width / CELLS + uniform() * inner, width / CELLS + uniform() * inner, piece)
+        visible = uniform() < (1 if k < FEWEST else 0.5)
+        where = _square(below(size - piece + 1), below(size - piece + 1), piece)
+        _paste(canvas, where, alpha * visible[:, None, None], _ink_color(uniform))
 
 
 class Composed:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from jaxtyping import Int64
 
 from sightline.data.decoded import Record
 from sightline.data.hugging_face import Found, import_datasets, silent
-from sightline.data.sources import Table, fingerprint, usual_size
+from sightline.data.sources import Table, check_columns, fingerprint, group_names, usual_size
 from sightline.recipe import Data
 
 if TYPE_CHECKING:
@@ -39,12 +38,7 @@ def choose_columns(data: Data, found: Found) -> Columns:
     """
     parts, alias = found.parts, found.alias
     features: dict[str, Any] = (parts["train"] if "train" in parts else next(iter(parts.values()))).features
-    for option in ("image", "label", "mask", "box", "group"):
-        name = getattr(data, option)
-        if name is not None and name not in features:
-            near = get_close_matches(name, features, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"columns: {', '.join(features)}"
-            raise ValueError(f"no column {name!r} (data.{option}) in {alias.hub}; {hint}")
+    check_columns(data, features, alias.hub)
     mask = data.mask or ("mask" if "mask" in features else None)
     box = data.box or ("bbox" if "bbox" in features else None)
     images = [c for c, f in features.items() if c != mask and _is_image(f)]
@@ -156,12 +150,7 @@ def table(data: Data, found: Found) -> Table:
     classes, labels = encode_labels(whole[columns.label][:], whole.features[columns.label], columns.label)
     groups = None
     if columns.group is not None:
-        values = whole[columns.group][:]
-        if None in values:
-            raise ValueError(
-                f"{values.count(None)} of {len(values)} images have no {columns.group!r}; every image needs its group"
-            )
-        groups = np.array([str(v) for v in values])
+        groups = group_names(["" if v is None else str(v) for v in whole[columns.group][:]], columns.group)
     reader = RowReader(whole, columns)
     return Table(
         name=Path(data.source).resolve().name if found.files and Path(data.source).exists() else data.source,

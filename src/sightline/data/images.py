@@ -100,10 +100,43 @@ def open_image(
     """
     with ExitStack() as room:  # is left when the decoded image is gone
         upright, (height, width) = _decoded(file, size, max_pixels, room)
-        if isinstance(size, int):
-            scale = min(1.0, size / max(width, height))
-            size = (max(1, round(scale * height)), max(1, round(scale * width)))
-        return np.array(upright.resize((size[1], size[0]), Image.Resampling.BILINEAR)), (height, width)
+        return _resized(upright, size, (height, width)), (height, width)
+
+
+def open_picture(
+    file: Path | bytes, size: tuple[int, int], longest: int, max_pixels: int = MAX_PIXELS
+) -> tuple[UInt8[Array, "h w 3"], UInt8[Array, "shown_h shown_w 3"]]:
+    """What `open_image` gives for `size` and for `longest`, from one decoding.
+
+    Only where a large image is decoded at another fraction of its size for each of the two is it decoded twice.
+
+    Raises:
+        UnreadableImage: not an image, cut off, or of more pixels than allowed.
+    """
+    if _reduced(file, size) != _reduced(file, longest):
+        return open_image(file, size, max_pixels)[0], open_image(file, longest, max_pixels)[0]
+    with ExitStack() as room:
+        upright, whole = _decoded(file, longest, max_pixels, room)
+        return _resized(upright, size, whole), _resized(upright, longest, whole)
+
+
+def _reduced(file: Path | bytes, size: tuple[int, int] | int) -> tuple[int, ...]:
+    """The size at which an image is decoded, and for the largest also the side that it is averaged to."""
+    with _opened(file) as image:
+        side = _side(image, size)
+        _draft(image, side)
+        return image.size if image.width * image.height <= LARGE else (*image.size, side)
+
+
+def _side(image: Image.Image, size: tuple[int, int] | int) -> int:
+    return min(size, max(image.size)) if isinstance(size, int) else max(size)
+
+
+def _resized(upright: Image.Image, size: tuple[int, int] | int, whole: tuple[int, int]) -> UInt8[Array, "h w 3"]:
+    if isinstance(size, int):
+        scale = min(1.0, size / max(whole))
+        size = (max(1, round(scale * whole[0])), max(1, round(scale * whole[1])))
+    return np.array(upright.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def _decoded(
@@ -112,7 +145,7 @@ def _decoded(
     """An upright RGB image, large ones reduced, and its own height and width."""
     with _opened(file) as image:
         width, height = image.size
-        side = min(size, max(width, height)) if isinstance(size, int) else max(size)
+        side = _side(image, size)
         pixels = _draft(image, side)
         room.enter_context(_room(pixels, max_pixels, image))
         drafted = image.size

@@ -1,5 +1,6 @@
 """What every source becomes: an `ImageSet` that hands out `Batch`es."""
 
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -177,6 +178,24 @@ class ImageSet(Dataset[Batch]):
             groups=None if self.groups is None else self.groups[places],
             store=self.store.picked(places),
         )
+
+    def with_classes(self, classes: Sequence[str]) -> "ImageSet":
+        """The same images with labels counted as in `classes`, which may be more than occur here.
+
+        Raises:
+            ValueError: a class of these images is none of `classes`.
+        """
+        if tuple(self.classes) == tuple(classes):
+            return self
+        wanted = [unicodedata.normalize("NFC", name) for name in classes]  # Unicode writes one name in several forms
+        names = [unicodedata.normalize("NFC", name) for name in self.classes]
+        if unknown := [name for name in names if name not in wanted]:
+            raise ValueError(
+                f"expected data with the classes of the run, got {unknown[0]!r}, which is none of "
+                f"{', '.join(classes)}; leave its images out, or name it as in training"
+            )
+        places = np.array([*(wanted.index(name) for name in names), -1])
+        return replace(self, labels=places[self.labels], classes=tuple(classes))
 
     def unmarked(self) -> "ImageSet":
         """The same images without masks and boxes, which are then not even read."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from unicodedata import normalize
@@ -14,6 +14,7 @@ from sightline.data.decoded import Reader, Record
 from sightline.data.folders import contents, image_files, layout, marked, of_others, subfolders
 from sightline.data.images import UnreadableImage, quiet, stored_size
 from sightline.data.marks import USUAL, BoxForm, Marks
+from sightline.facts import did_you_mean
 from sightline.recipe import Data
 
 Array = np.ndarray
@@ -50,7 +51,7 @@ class Table:
 
 def from_folder(data: Data, folder: Path) -> Table:
     """Class sub-folders, directly in `folder` or in its train, val and test."""
-    for option in ("image", "label", "mask", "box", "group"):
+    for option in COLUMNS:
         if getattr(data, option) is not None:
             raise ValueError(
                 f"data.{option} names a column, but {folder} is a folder of images, which has none; "
@@ -97,6 +98,35 @@ def from_folder(data: Data, folder: Path) -> Table:
         skipped=tuple((f.relative_to(folder).as_posix(), reason) for f, reason in skipped),
         notices=(*notices, *of_masks, *of_others(others)),
     )
+
+
+COLUMNS = ("image", "label", "mask", "box", "group")
+"""The fields of a recipe that name columns."""
+
+
+def check_columns(data: Data, names: Iterable[str], where: object, *, same_case: bool = True) -> None:
+    """Refuse a recipe that names a column which does not exist.
+
+    Raises:
+        ValueError: it does.
+    """
+    known = {name if same_case else name.casefold(): name for name in names}
+    for option in COLUMNS:
+        name = getattr(data, option)
+        if name is not None and (name if same_case else name.casefold()) not in known:
+            hint = did_you_mean(name, known.values(), f"columns: {', '.join(known.values())}")
+            raise ValueError(f"no column {name!r} (data.{option}) in {where}{hint}")
+
+
+def group_names(values: Sequence[str], column: str) -> Shaped[Array, " n"]:
+    """The group of each image.
+
+    Raises:
+        ValueError: an image has none.
+    """
+    if missing := values.count(""):
+        raise ValueError(f"{missing} of {len(values)} images have no {column!r}; every image needs its group")
+    return np.array(values)
 
 
 def fingerprint(files: Sequence[Path]) -> str:

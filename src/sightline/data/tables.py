@@ -20,7 +20,7 @@ from jaxtyping import Int64
 from sightline.data.folders import PARTS, image_files
 from sightline.data.images import formats
 from sightline.data.marks import BoxForm, Record
-from sightline.data.sources import Table, fingerprint, usual_size
+from sightline.data.sources import Table, check_columns, fingerprint, group_names, usual_size
 from sightline.recipe import Data
 
 Array = np.ndarray
@@ -119,6 +119,30 @@ def read_text(file: Path) -> str:
     return text
 
 
+def read_class_names(file: Path) -> list[str]:
+    """The class names in a text file, one per line; the first line is class 0.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else, an empty line among the names, or a name twice.
+    """
+    expected = "expected a text file with one class name per line"
+    try:
+        lines = [line.strip() for line in read_text(file).rstrip().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{file}: {expected}; {str(error).removeprefix(f'{file}: ')}") from error
+    if not lines:
+        raise ValueError(f"{file}: {expected}, it is empty")
+    if lines[0].startswith(("[", "{")) or (len(lines) == 1 and re.search("[,;\t]", lines[0])):
+        raise ValueError(f"{file}: {expected}, got {lines[0][:60]!r}; write one per line")
+    if "" in lines:
+        raise ValueError(f"{file}: {expected}, got none in line {lines.index('') + 1}; remove or fill empty lines")
+    if (first := next((i for i, name in enumerate(lines) if name in lines[:i]), None)) is not None:
+        name = lines[first]
+        raise ValueError(f"{file}: {expected}, got {name!r} in lines {lines.index(name) + 1} and {first + 1}")
+    return lines
+
+
 def table_files(source: Path) -> list[Path]:
     """The table at a path, or each metadata.csv and metadata.jsonl in a folder and below it."""
     if not source.is_dir():
@@ -160,11 +184,7 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
     listed = [_listed(*facts, columns, root) for facts in zip(lines, found, masks, strict=True)]
     images = _merged(listed, columns)
     classes, labels = _labels([image.label for image in images], columns.label)
-    groups = None if columns.group is None else np.array([image.group for image in images])
-    if groups is not None and (groups == "").any():
-        raise ValueError(
-            f"{(groups == '').sum()} of {len(groups)} images have no {columns.group!r}; every image needs its group"
-        )
+    groups = None if columns.group is None else group_names([image.group for image in images], columns.group)
     reader = ListedReader(images)
     paths = [image.image for image in images]
     used = [*paths, *(image.mask for image in images if image.mask is not None), *files]
@@ -246,12 +266,7 @@ def _usual(names: Sequence[str] | dict[str, Any], wanted: Sequence[str]) -> str 
 
 def _choose(data: Data, names: dict[str, None], file: Path) -> Columns:
     """The columns that are named, or else those with the usual names."""
-    for option in ("image", "label", "mask", "box", "group"):
-        name = getattr(data, option)
-        if name is not None and _usual(names, (name,)) is None:
-            near = get_close_matches(name, names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"columns: {', '.join(names)}"
-            raise ValueError(f"no column {name!r} (data.{option}) in {file}; {hint}")
+    check_columns(data, names, file, same_case=False)
     image = _usual(names, (data.image,) if data.image else _IMAGE)
     if image is None:
         raise ValueError(

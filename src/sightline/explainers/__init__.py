@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sightline import maps
+from sightline.arguments import checked_options
 from sightline.explainers.cams import (
     cam,
     eigen_cam,
@@ -55,7 +55,7 @@ from sightline.explainers.rollout import attention_rollout, gradient_rollout
 from sightline.explainers.scorer import Targets
 from sightline.explainers.verdicts import signs_of, verdicts_of
 from sightline.facts import Layer as Place
-from sightline.facts import Progress, Verdict, old_names
+from sightline.facts import Progress, Verdict, current_name, did_you_mean, old_names
 from sightline.inference import Output, check_images, forward_call, preserving
 
 __all__ = [
@@ -370,11 +370,10 @@ def find_explainer(name: str) -> Explainer:
     Raises:
         ValueError: there is none; the closest names are shown.
     """
-    if name not in EXPLAINERS:
-        close = get_close_matches(name, EXPLAINERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(EXPLAINERS)}"
-        raise ValueError(f"expected the name of an explainer, got {name!r}; {hint}")
-    return EXPLAINERS[name]
+    if current_name(name) not in EXPLAINERS:
+        hint = did_you_mean(name, EXPLAINERS, f"choose from {', '.join(EXPLAINERS)}")
+        raise ValueError(f"expected the name of an explainer, got {name!r}{hint}")
+    return EXPLAINERS[current_name(name)]
 
 
 def named(method: Method) -> tuple[str, Explainer, dict[str, Any], Layer]:
@@ -399,12 +398,10 @@ def named(method: Method) -> tuple[str, Explainer, dict[str, Any], Layer]:
             f"expected a method by name, an explainer or a functools.partial of one, got {method!r}; "
             "see sightline.explainers.EXPLAINERS"
         )
-    explainer, options = method.func, dict(method.keywords)
+    explainer = method.func
     if method.args:
         raise ValueError(f"expected options of {explainer.name} by keyword, got {method.args[0]!r}; name it")
-    if unknown := set(options) - explainer.options:
-        choices = ", ".join(sorted(explainer.options)) or "none"
-        raise ValueError(f"expected options of {explainer.name} out of: {choices}, got {min(unknown)!r}")
+    options = checked_options(explainer.formula, method.keywords, explainer.name)
     text = ", ".join(f"{key}={value}" for key, value in options.items())
     return f"{explainer.name}({text})", explainer, options, None
 

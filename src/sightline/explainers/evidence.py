@@ -6,13 +6,13 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import update_wrapper
-from inspect import Parameter, Signature, signature
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sightline import arguments
 from sightline.checks import check_whole
 from sightline.explainers.capture import Capture, Captured, Layer, find_layer
 from sightline.explainers.compiled import CompiledCapture
@@ -112,17 +112,12 @@ class Explainer:
         """Whether 0 is the middle of the map: above it speaks for the target, below against it."""
         self.sums_to_score = sums_to_score
         """Whether the map hands the score (less that of its baseline) out to the pixels; a gap is a verdict."""
-        parameters = signature(formula).parameters.values()
-        self.needs = frozenset(p.name for p in parameters if p.default is p.empty)
-        known = [field.name for field in fields(Evidence)]
-        if unknown := self.needs - {*known}:
-            raise ValueError(f"expected fields of Evidence out of {', '.join(known)}, got {min(unknown)!r}")
+        arguments.check_needs(formula, (field.name for field in fields(Evidence)), "fields of Evidence")
+        self.needs = arguments.needs(formula)
         self.is_blind_to_class = ignores_class or self.needs <= {"images", "targets", "activations", "gate", "layer"}
         """Whether the map is the same for all classes by construction."""
-        own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters if p.default is not p.empty]
-        self.options = frozenset(p.name for p in own)
-        called = [p for p in signature(type(self).__call__).parameters.values() if p.name not in ("self", "options")]
-        self.__signature__ = Signature([*called, *own])
+        self.options = arguments.options(formula)
+        self.__signature__ = arguments.signature_with_options(type(self).__call__, formula)
 
     def __repr__(self) -> str:
         return f"<Explainer {self.name}>"

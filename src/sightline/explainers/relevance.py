@@ -767,7 +767,9 @@ def _normalized(func: Callable[..., Tensor], name: str, input: Tensor, *rest: An
     else:
         x = input.reshape(len(input), given.get("num_groups", input.shape[1]), -1)
     centered = x - x.mean(-1, keepdim=True)
-    scaled = (centered * (centered.detach().square().mean(-1, keepdim=True) + given["eps"]).rsqrt()).reshape(input.shape)
+    scaled = (centered * (centered.detach().square().mean(-1, keepdim=True) + given["eps"]).rsqrt()).reshape(
+        input.shape
+    )
     weight: Tensor | None = given["weight"]
     if weight is not None:
         scaled = scaled * (weight if name == "layer_norm" else weight.reshape(-1, *[1] * (input.ndim - 2)))

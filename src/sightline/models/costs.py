@@ -2,16 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sightline.attention import ATTENTION, insert
+from sightline.facts import Progress
 from sightline.inference import copy_of, untouched
+from sightline.models.create import create_model, input_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ def costs(
     models: Mapping[str, nn.Module],
     images: Float[Tensor, "b c h w"],
     rounds: int = 9,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Costs]:
     """Costs of networks side by side: their forward passes are timed in turns, so that all meet the same machine.
 
@@ -69,6 +73,30 @@ def costs(
         )
         report("counting", len(found), len(models))
     return found
+
+
+def block_costs(
+    name: str, rounds: int = 9, progress: Progress | None = None
+) -> tuple[tuple[int, int], dict[str, Costs], dict[str, str]]:
+    """What each attention block costs in a network by name, each at its paper's places.
+
+    Returns:
+        Height and width of the images, costs by block, first of the network without ("none"), and the reason for each
+        block that cannot be inserted.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    plain = create_model(name)
+    size = input_of(plain)[0]
+    compared, left_out = {"none": plain}, dict[str, str]()
+    for block in ATTENTION:
+        options: dict[str, Any] = {"project": 64} if block == "bilinear" else {}
+        try:
+            compared[block] = insert(plain, block, init="fresh", **options)
+        except ValueError as error:
+            left_out[block] = str(error)
+    return size, costs(compared, torch.randn(2, 3, *size), rounds, progress), left_out
 
 
 def _median_interval(values: list[float]) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""The training loop. It owns every number that decides how a training goes on, so it can stop and resume anywhere."""
+"""The training loop. It owns all training state, so it can stop and resume after any step."""
 
 import math
 import time
@@ -16,23 +16,25 @@ from torch.profiler import record_function
 
 from sightline import data
 from sightline.inference import copy_of, logits_of, untouched
+from sightline.models.protopnet import ProtoPNet
 from sightline.recipe import Recipe
 from sightline.training import processes
 from sightline.training.losses import Loss, Mixed
 from sightline.training.optimizers import average, create_optimizer
+from sightline.training.prototypes import finish_stage, prototype_loss
 from sightline.training.schedule import learning_rate
-from sightline.training.stages import Staged, move, staged_optimizer
+from sightline.training.stages import move, staged_optimizer
 
 RESIDENT = 0.25
-"""Share of a GPU's free memory that images may take, so that no step waits for them."""
+"""Share of a GPU's free memory that the images may take, so that no step waits for them."""
 
 
 class Training:
-    """One network in training: weights, optimizer, moving average, place in the data, losses so far, history.
+    """One network in training: weights, optimizer, moving average, position in the data, losses, history.
 
-    The order of the images, their random changes and the dropout of a step are pure functions of (seed, epoch, step).
-    So nothing random needs to be kept, and the user's random state is not used. Several processes take their shares of
-    every batch; the sums of what they find are those of one process.
+    The order of the images, their augmentation and the dropout of a step are pure functions of (seed, epoch, step), so
+    no random state is stored, and the user's is not used. Several processes share every batch; their summed losses and
+    counts equal those of one process.
     """
 
     def __init__(
@@ -45,31 +47,30 @@ class Training:
     ) -> None:
         optim = self.optim = recipe.optim
         self.augment, self.seed = recipe.augment, recipe.seeds[0]
-        self.fabric = processes.begin(optim, network, train.preprocess.size)
-        self.part = (self.fabric.global_rank, self.fabric.world_size)
+        self.fabric = processes.join(optim, network, train.preprocess.size)
+        self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
         self.ahead = None if self.fabric.device.type == "cpu" else self.fabric.device
         self.train = _resident(train, self.fabric.device) if isinstance(train, data.ImageSet) else train
         self.val = None if val is None else _resident(val, self.fabric.device)
         self.network = network.train()
         if optim.sync_batch_norm:
-            self.network = convert_sync_batchnorm(self.network)  # knows the ones with an activation inside, too
-        if not optim.sharded:  # which has no other memory layout than the plain one
+            self.network = convert_sync_batchnorm(self.network)  # also converts timm's norm-activation layers
+        if not optim.sharded:  # sharded weights have the default memory layout only
             self.network = self.network.to(memory_format=torch.channels_last)
         self.averaged = None if optim.ema is None else copy_of(self.network).to(self.fabric.device)
         if self.averaged is not None:
             processes.shard_alike(self.fabric, self.averaged)
-        staged: Any = network
-        self.staged = staged if isinstance(staged, Staged) else None
+        self.staged = network if isinstance(network, ProtoPNet) else None
         self.settled = False
         called: nn.Module = torch.compile(self.network) if optim.compile else self.network  # pyright: ignore[reportAssignmentType]
-        if optim.sharded and self.part[1] > 1:  # the optimizer takes what the network is spread into
+        if optim.sharded and self.world_size > 1:  # the optimizer needs the sharded parameters
             self.model = self.fabric.setup_module(called)
             self.optimizer = create_optimizer(self.network, optim)
             self.fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
         else:
             self.optimizer = create_optimizer(self.network, optim) if self.staged is None else staged_optimizer(network)
             self.model, self.fabric_optimizer = self.fabric.setup(called, self.optimizer)
-        self.loss = loss.to(self.fabric.device).to(memory_format=torch.channels_last)  # a teacher, if there is one
+        self.loss = loss.to(self.fabric.device).to(memory_format=torch.channels_last)  # holds the teacher, if any
         self.batch_size = min(optim.batch_size, len(train))
         self.steps = len(train) // self.batch_size
         self.micro_batches = optim.micro_batches or 1
@@ -91,7 +92,7 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or `patience` is at its end."""
+        """Whether all epochs are done, or `patience` has run out."""
         patience = math.inf if self.optim.patience is None else self.optim.patience
         return self.epoch >= self.optim.epochs or self.epoch - 1 - self.best_epoch >= patience
 
@@ -99,13 +100,13 @@ class Training:
         """Train to the end; yields one row of figures after each epoch.
 
         Args:
-            tick: called after each step and each validated batch, when the state is whole; it may raise to stop here.
+            tick: called after each step and each validated batch, when the state is consistent; may raise to stop.
 
         Raises:
             ValueError: the loss is not finite.
         """
         while not self.finished:
-            began = time.perf_counter() - self.seconds
+            start = time.perf_counter() - self.seconds
             batches = self._batches(self.step)
             if self.staged is not None:
                 rates, before = (self.staged.stages.rates(epoch) for epoch in (self.epoch, self.epoch - 1))
@@ -115,24 +116,24 @@ class Training:
                     batch = next(batches, None)
                 if batch is None:
                     break
-                if len(batch.labels) or self.part[1] > 1:
+                if len(batch.labels) or self.world_size > 1:
                     self._step(batch)
-                else:  # none of a stream's images could be read
+                else:  # none of the images of a stream's batch could be read
                     self.step += 1
-                self.seconds = time.perf_counter() - began
+                self.seconds = time.perf_counter() - start
                 tick()
             self.check_finite()
-            if self.staged is not None and self.staged.stages.settles(self.epoch, self.optim.epochs):
+            if self.staged is not None and self.staged.stages.pushes_after(self.epoch, self.optim.epochs):
                 self._settle(self.staged)
             accuracy, loss = (math.nan, math.nan) if self.val is None else self._validate(self.val, tick)
             row = {
                 "epoch": self.epoch + 1.0,
                 "lr": self._learning_rate(self.steps - 1),
-                "train_loss": float(processes.total(self.losses)[: self.step].mean()),
-                "train_accuracy": float(processes.total(self.correct)) / self._all(self.seen),
+                "train_loss": float(processes.all_reduce(self.losses)[: self.step].mean()),
+                "train_accuracy": float(processes.all_reduce(self.correct)) / self._sum(self.seen),
                 "val_loss": loss,
                 "val_accuracy": accuracy,
-                "seconds": round(time.perf_counter() - began, 3),
+                "seconds": round(time.perf_counter() - start, 3),
             }
             if accuracy > self.best_accuracy:
                 self.best_epoch, self.best_accuracy = self.epoch, accuracy
@@ -143,13 +144,13 @@ class Training:
             yield row
 
     def check_finite(self) -> None:
-        """Stop a training that has left the numbers; the steps themselves never wait for the device to look."""
-        losses = processes.total(self.losses)[: self.step]
+        """Raise if a loss or weight is not finite; steps themselves never wait for the device to check."""
+        losses = processes.all_reduce(self.losses)[: self.step]
         bad = (~torch.isfinite(losses)).nonzero()
-        # a sum is finite only if all of it is; it costs a third of asking each number
-        sums = [processes.own(tensor).sum().float() for tensor in self.network.state_dict().values()]
+        # a sum is finite only if all its terms are, and costs a third of checking each number
+        sums = [processes.local_tensor(tensor).sum().float() for tensor in self.network.state_dict().values()]
         wrong = (~torch.isfinite(torch.stack(sums))).any()
-        if len(bad) or processes.total(wrong.int()):
+        if len(bad) or processes.all_reduce(wrong.int()):
             step = int(bad[0]) if len(bad) else self.step - 1
             what = f"the loss became {float(losses[step])}" if len(bad) else "the weights became infinite"
             batch = next(self._batches(step), None)
@@ -163,35 +164,35 @@ class Training:
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that decides how this training goes on: tensors, and numbers that JSON can hold.
+        """Everything needed to continue this training: tensors, and facts in JSON's types.
 
-        That of all processes together, so each of them must ask.
+        Gathered from all processes, so every process must call this.
         """
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         if self.averaged is not None:
             tensors |= {f"averaged.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entries.items()}
-        tensors = {name: processes.whole(tensor) for name, tensor in tensors.items()}
-        tensors |= {"losses": processes.total(self.losses), "correct": processes.total(self.correct)}
+        tensors = {name: processes.full_tensor(tensor) for name, tensor in tensors.items()}
+        tensors |= {"losses": processes.all_reduce(self.losses), "correct": processes.all_reduce(self.correct)}
         names = ("epoch", "step", "seconds", "best_epoch", "best_accuracy", "history", "micro_batches", "settled")
-        facts: dict[str, Any] = {name: getattr(self, name) for name in names} | {"seen": self._all(self.seen)}
+        facts: dict[str, Any] = {name: getattr(self, name) for name in names} | {"seen": self._sum(self.seen)}
         return tensors, facts | {"scaler": self.fabric.strategy.precision.state_dict()}
 
     def weights(self) -> dict[str, Tensor]:
-        """What `result` has learned, whole; each process must ask."""
-        return {name: processes.whole(tensor) for name, tensor in self.result.state_dict().items()}
+        """Full weights of `result`; every process must call this."""
+        return {name: processes.full_tensor(tensor) for name, tensor in self.result.state_dict().items()}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Take over what `state` gave.
+        """Continue from what `state` returned.
 
         Raises:
-            ValueError: the images are no longer as many.
+            ValueError: the number of images has changed.
         """
         if (steps := len(tensors["losses"])) != self.steps:
             raise ValueError(
-                f"the training was begun with {steps} steps an epoch, of the data as it is now there are {self.steps}; "
-                "bring the images back, or train anew in a new folder"
+                f"expected data with {steps} steps per epoch, as when the training started, got {self.steps}; "
+                "restore the images, or train again in a new folder"
             )
 
         def part(name: str) -> dict[str, Tensor]:
@@ -199,20 +200,20 @@ class Training:
 
         for name, module in {"network": self.network, "averaged": self.averaged}.items():
             for key, tensor in ({} if module is None else module.state_dict()).items():
-                processes.fill(tensor, tensors[f"{name}.{key}"])
+                processes.copy_full(tensor, tensors[f"{name}.{key}"])
         groups = self.optimizer.state_dict()["param_groups"]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in part("optimizer").items():
             index, name = key.split(".")
             like = parameters[int(index)].detach()
-            if tensor.shape == like.shape:  # in the parameter's memory layout: another one may round differently
+            if tensor.shape == like.shape:  # keep the parameter's memory layout: another one may round differently
                 moment = torch.empty_like(like)
-                processes.fill(moment, tensor)
+                processes.copy_full(moment, tensor)
                 tensor = moment
             state.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        first = self.part[0] == 0  # sums over processes go on in the first one
+        first = self.rank == 0  # only one process may continue the sums over processes
         self.losses.copy_(tensors["losses"] * first)
         self.correct.copy_(tensors["correct"] * first)
         self.fabric.strategy.precision.load_state_dict(facts["scaler"])
@@ -221,14 +222,14 @@ class Training:
         self.seen *= first
 
     def _learning_rate(self, step: int) -> float:
-        """In this step of the epoch; the highest, where parts of the network have their own."""
+        """Rate of this step of the epoch; the highest one if parts of the network have their own."""
         if self.staged is not None:
             return max(self.staged.stages.rates(self.epoch).values())
         return learning_rate(self.optim, self.epoch * self.steps + step, self.steps)
 
-    def _settle(self, staged: Staged) -> None:
-        """The step after an epoch of a network with stages: done once, on images without random changes."""
-        if self.settled:  # before an interruption
+    def _settle(self, staged: ProtoPNet) -> None:
+        """What follows an epoch of a network with stages, once, on images without augmentation."""
+        if self.settled:  # before the training was interrupted
             return
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -236,26 +237,25 @@ class Training:
             return (self._inputs(b) for b in data.batches(self.train, self.batch_size, ahead=self.ahead))
 
         with self.fabric.autocast():
-            staged.settle(batches, self.batch_size, self.seed + self.epoch)
+            finish_stage(staged, staged.stages, batches, self.batch_size, self.seed + self.epoch)
         self.settled = True
 
     def _batches(self, start: int) -> Iterator[data.Batch]:
-        """This process's share of the batches of the epoch, from one on."""
+        """This process's share of the epoch's batches, from number `start` on."""
         order = (self.seed, self.epoch)
-        change = (self.augment, *order)
         return data.batches(
             self.train,
             self.batch_size,
             shuffle=order,
-            augment=change,
+            augment=(self.augment, *order),
             drop_last=True,
             start=start,
             ahead=self.ahead,
-            part=self.part,
+            part=(self.rank, self.world_size),
         )
 
     def _step(self, batch: data.Batch) -> None:
-        rank = self.part[0]
+        rank = self.rank
         entropy = (self.seed, self.epoch, self.step, *((rank,) if rank else ()))
         seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
         if self.staged is None:
@@ -264,8 +264,8 @@ class Training:
         images, labels = self._inputs(batch)
         mixed = None
         if self.augment.mixup:
-            drawn = np.random.default_rng((self.seed, self.epoch, self.step, 1))  # the same in every process
-            share = drawn.beta(self.augment.mixup, self.augment.mixup)
+            generator = np.random.default_rng((self.seed, self.epoch, self.step, 1))  # the same in every process
+            share = generator.beta(self.augment.mixup, self.augment.mixup)
             images = (share * images + (1 - share) * images.roll(1, 0)).to(memory_format=torch.channels_last)
             mixed = (labels.roll(1, 0), float(share))
         self._gradients(int(seed), images, labels, mixed)
@@ -284,8 +284,8 @@ class Training:
     def _gradients(
         self, seed: int, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, " b"], mixed: Mixed | None
     ) -> None:
-        """Forward and backward passes, in as many micro-batches as memory needs where the recipe leaves that open."""
-        search = self.optim.micro_batches == 0 and self.part[1] == 1
+        """Forward and backward passes; if the recipe leaves the micro-batches open, in as many as memory requires."""
+        search = self.optim.micro_batches == 0 and self.world_size == 1
         while True:
             torch.manual_seed(seed)
             buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()] if search else []
@@ -302,7 +302,7 @@ class Training:
                         f"pixels in {self.micro_batches} parts; set optim.micro_batches higher (0: as many as needed), "
                         "or optim.batch_size or data.size lower"
                     ) from error
-            # here the failed attempt's tensors are free; nothing else of it may stay
+            # the failed attempt's tensors are freed here; undo its other effects
             for buffer, before in buffers:
                 buffer.copy_(before)
             self.correct = correct
@@ -313,23 +313,23 @@ class Training:
     def _forward_and_backward(
         self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, " b"], mixed: Mixed | None
     ) -> None:
-        """Gradients of the mean loss over the batch of all processes, which may come in micro-batches."""
-        expected = len(labels) if self.part[1] == 1 else self.batch_size / self.part[1]
-        most = max(self.batch_size // self.part[1], 1)  # as many parts in every process, which wait for one another
+        """Gradients of the mean loss over the batch of all processes, computed in micro-batches."""
+        expected = len(labels) if self.world_size == 1 else self.batch_size / self.world_size
+        most = max(self.batch_size // self.world_size, 1)  # the same number in every process: they wait for one another
         ends = np.linspace(0, len(labels), min(self.micro_batches, most) + 1).round().astype(int).tolist()
         parts = [slice(start, end) for start, end in pairwise(ends)]
         for place in parts:
             x, y = images[place], labels[place]
-            if not len(y) and self.part[1] == 1:
+            if not len(y) and self.world_size == 1:
                 continue
-            with self.fabric.no_backward_sync(self.model, enabled=place is not parts[-1] and self.part[1] > 1):
+            with self.fabric.no_backward_sync(self.model, enabled=place is not parts[-1] and self.world_size > 1):
                 with record_function("forward"):
                     logits, loss = self._forward(x, y, None if mixed is None else (mixed[0][place], mixed[1]))
                     if len(y) != expected:
                         loss = loss * (len(y) / expected)
                 with record_function("backward"):
                     self.fabric.backward(loss)
-            self.losses[self.step] += loss.detach() / self.part[1]
+            self.losses[self.step] += loss.detach() / self.world_size
             self.correct += (logits[: len(y)].detach().argmax(1) == y).sum()
 
     def _forward(
@@ -338,8 +338,9 @@ class Training:
         """Logits and mean loss."""
         if self.staged is not None:
             with self.fabric.autocast():
-                return self.staged.objective(images, labels)
-        logits = logits_of(self.model(images if len(labels) else self._nothing())).float()
+                distances = self.staged.distances(images)
+                return self.staged.logits_of_distances(distances), prototype_loss(self.staged, distances, labels)
+        logits = logits_of(self.model(images if len(labels) else self._no_images())).float()
         if not len(labels):
             return logits, 0 * logits.sum()
         with self.fabric.autocast():
@@ -352,28 +353,28 @@ class Training:
     def _validate(self, images: data.ImageSet, tick: Callable[[], None]) -> tuple[float, float]:
         correct = torch.zeros_like(self.correct)
         loss = torch.zeros((), device=self.fabric.device)
-        processes.same_buffers(self.result)
+        processes.broadcast_buffers(self.result)
         with untouched(self.result) as network, torch.no_grad(), self.fabric.autocast():
             size = math.ceil(self.batch_size / self.micro_batches)
-            for batch in data.batches(images, size, ahead=self.ahead, part=self.part):
+            for batch in data.batches(images, size, ahead=self.ahead, part=(self.rank, self.world_size)):
                 inputs, labels = self._inputs(batch)
-                if len(labels) or self.optim.sharded:  # where weights are spread, all processes must take part
-                    logits = logits_of(network(inputs if len(labels) else self._nothing())).float()[: len(labels)]
+                if len(labels) or self.optim.sharded:  # with sharded weights all processes must take part
+                    logits = logits_of(network(inputs if len(labels) else self._no_images())).float()[: len(labels)]
                     loss += F.cross_entropy(logits, labels, reduction="sum")
                     correct += (logits.argmax(1) == labels).sum()
                 tick()
-        return float(processes.total(correct)) / len(images), float(processes.total(loss)) / len(images)
+        return float(processes.all_reduce(correct)) / len(images), float(processes.all_reduce(loss)) / len(images)
 
-    def _nothing(self) -> Float[Tensor, "2 3 h w"]:
-        """For a process without images, whose weights the others need nevertheless; two, which BatchNorm takes."""
+    def _no_images(self) -> Float[Tensor, "2 3 h w"]:
+        """Input of a process without images, whose shards the others need; two, the fewest that BatchNorm accepts."""
         return torch.zeros(2, 3, *self.train.preprocess.size, device=self.fabric.device)
 
-    def _all(self, number: int) -> int:
-        return int(processes.total(torch.tensor(number, device=self.fabric.device)))
+    def _sum(self, number: int) -> int:
+        return int(processes.all_reduce(torch.tensor(number, device=self.fabric.device)))
 
 
 def _resident(images: data.ImageSet, device: torch.device) -> data.ImageSet:
-    """The images on a GPU, where they fit well; otherwise as they are. Of masks and boxes a training knows nothing."""
+    """The images without masks and boxes, moved to a GPU if they fit well."""
     images = images.unmarked()
     needed = images.resident_bytes if device.type == "cuda" else None
     fits = needed is not None and needed < RESIDENT * torch.cuda.mem_get_info(device)[0]
@@ -381,5 +382,6 @@ def _resident(images: data.ImageSet, device: torch.device) -> data.ImageSet:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    told = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return told or any(words in str(error) for words in ("can't allocate memory", "not enough memory", "ALLOC_FAILED"))
+    messages = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    is_typed = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_typed or any(message in str(error) for message in messages)

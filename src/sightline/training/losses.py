@@ -1,4 +1,4 @@
-"""What a step makes smaller."""
+"""The losses that training minimizes."""
 
 import numpy as np
 import torch
@@ -11,13 +11,13 @@ from sightline.inference import logits_of
 from sightline.recipe import Optim
 
 Mixed = tuple[Int[Tensor, " b"], float]
-"""Labels of the images that were blended in, and the share of the images themselves."""
+"""Labels of the images blended in, and the weight of the images themselves."""
 
 
 def class_weights(labels: Int[np.ndarray, " n"], classes: int) -> Float[Tensor, " classes"]:
     """Inverse frequency of each class for the cross entropy, scaled so that the mean over the images is 1.
 
-    A class without images weighs as one with a single image.
+    A class without images gets the weight of a class with one image.
 
     >>> class_weights(np.array([0, 0, 0, 1]), 2)
     tensor([0.6667, 2.0000])
@@ -27,7 +27,7 @@ def class_weights(labels: Int[np.ndarray, " n"], classes: int) -> Float[Tensor, 
 
 
 def distillation(student: Float[Tensor, "b n"], teacher: Float[Tensor, "b n"], temperature: float) -> Float[Tensor, ""]:
-    """How far the student's answers are from the teacher's: T^2 KL(teacher || student) of the logits divided by T.
+    """Distance of the student's predictions from the teacher's: T^2 KL(teacher || student) of the logits / T.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2.
 
@@ -41,14 +41,14 @@ def distillation(student: Float[Tensor, "b n"], teacher: Float[Tensor, "b n"], t
 
 
 class Loss(nn.Module):
-    """Cross entropy with the labels, with a teacher's answers where there is a teacher, and REINFORCE for the network.
+    """Cross entropy with the labels, distillation from a teacher if there is one, and REINFORCE for hard attention.
 
     A network with hard attention that draws its positions ("reinforce") gets `reinforce_loss` added: the reward of an
     image is the log-probability of its label, the baseline the mean reward of the other images in the batch.
 
     Source: Xu et al., "Show, Attend and Tell", 2015, section 4.1.
 
-    Differs: their baseline is a moving average over batches, whose state a training would have to keep.
+    Differs: their baseline is a moving average over batches, which would be additional training state.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Loss(nn.Module):
     ) -> Float[Tensor, ""]:
         """Mean loss of the student's logits; the teacher sees the same images.
 
-        With `mixed` each image is a blend: its label counts by the share, the other label by the rest.
+        With `mixed`, each image is a blend: its label has the weight given, the other label the rest.
 
         Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, equation 2 (mixed).
         """
         loss = self._cross_entropy(logits, labels)
         if mixed is not None:
-            others, share = mixed
-            loss = share * loss + (1 - share) * self._cross_entropy(logits, others)
+            others, weight = mixed
+            loss = weight * loss + (1 - weight) * self._cross_entropy(logits, others)
         for gate in self.drawing:
             if gate.log_prob is not None and gate.entropy is not None and len(labels) > 1:
                 reward = -F.cross_entropy(logits.detach(), labels, reduction="none")
@@ -90,8 +90,10 @@ class Loss(nn.Module):
         if self.teacher is None:
             return loss
         with torch.no_grad():
-            taught = logits_of(self.teacher(images)).float()
-        return self.optim.alpha * loss + (1 - self.optim.alpha) * distillation(logits, taught, self.optim.temperature)
+            teacher_logits = logits_of(self.teacher(images)).float()
+        return self.optim.alpha * loss + (1 - self.optim.alpha) * distillation(
+            logits, teacher_logits, self.optim.temperature
+        )
 
     def _cross_entropy(self, logits: Float[Tensor, "b n"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
         return F.cross_entropy(logits, labels, self.weights, label_smoothing=self.optim.label_smoothing)

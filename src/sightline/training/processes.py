@@ -1,4 +1,4 @@
-"""The processes that train together: one, or those that torchrun or SLURM has started."""
+"""The processes that train together: a single one, or those started by torchrun or SLURM."""
 
 import logging
 import os
@@ -25,40 +25,41 @@ except ModuleNotFoundError as error:
 
 
 def started() -> tuple[int, int]:
-    """Machines, and processes on each, that torchrun or SLURM has started; (1, 1) without them."""
-    known = os.environ
-    if "TORCHELASTIC_RUN_ID" in known:
-        each = int(known["LOCAL_WORLD_SIZE"])
-        return int(known["WORLD_SIZE"]) // each, each
-    if "SLURM_PROCID" in known and known.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        nodes = int(known.get("SLURM_NNODES", 1))
-        return nodes, int(known.get("SLURM_NTASKS", 1)) // nodes
+    """Number of machines, and of processes on each, started by torchrun or SLURM; (1, 1) without them."""
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        per_node = int(environment["LOCAL_WORLD_SIZE"])
+        return int(environment["WORLD_SIZE"]) // per_node, per_node
+    if "SLURM_PROCID" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        nodes = int(environment.get("SLURM_NNODES", 1))
+        return nodes, int(environment.get("SLURM_NTASKS", 1)) // nodes
     return 1, 1
 
 
 def first() -> bool:
-    """Whether this is the process that writes files and speaks; one alone is."""
-    known = os.environ
-    return started() == (1, 1) or int(known.get("RANK", known.get("SLURM_PROCID", 0))) == 0
+    """Whether this process writes the files and the messages."""
+    return started() == (1, 1) or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
-def begin(optim: Optim, network: nn.Module, size: tuple[int, int]) -> Fabric:
-    """Join the processes that train a network on images of a size, and choose the device of this one."""
-    nodes, each = started()
+def join(optim: Optim, network: nn.Module, size: tuple[int, int]) -> Fabric:
+    """Join the processes that train this network on images of this size, and choose a device."""
+    nodes, per_node = started()
     strategy: Any = "auto"
-    if nodes * each > 1 and optim.sharded:
-        strategy = ModelParallelStrategy(_shard, data_parallel_size=nodes * each, tensor_parallel_size=1)
-    elif nodes * each > 1:
+    if nodes * per_node > 1 and optim.sharded:
+        strategy = ModelParallelStrategy(_shard, data_parallel_size=nodes * per_node, tensor_parallel_size=1)
+    elif nodes * per_node > 1:
         strategy = DDPStrategy(find_unused_parameters=_has_unused(network, size))
     with _quiet():
-        fabric = Fabric(accelerator="auto", devices=each, num_nodes=nodes, strategy=strategy, precision=optim.precision)
+        fabric = Fabric(
+            accelerator="auto", devices=per_node, num_nodes=nodes, strategy=strategy, precision=optim.precision
+        )
         fabric.launch()
     return fabric
 
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Without the library's own announcements."""
+    """Without Lightning's own messages."""
     logs = [logging.getLogger(f"lightning.{part}") for part in ("fabric", "pytorch")]
     levels = [log.level for log in logs]
     for log in logs:
@@ -70,37 +71,37 @@ def _quiet() -> Generator[None]:
             log.setLevel(level)
 
 
-def end() -> None:
-    """Leave the processes that torchrun or SLURM started."""
+def leave() -> None:
+    """Leave the group of processes started by torchrun or SLURM."""
     if dist.is_initialized() and started() != (1, 1):
         dist.destroy_process_group()
 
 
 def shard_alike(fabric: Fabric, module: nn.Module) -> None:
-    """Spread a second network as `Fabric.setup` spread the first; nothing where weights are not spread."""
+    """Shard a second network as `Fabric.setup` sharded the first, if it did."""
     if isinstance(fabric.strategy, ModelParallelStrategy):
         _shard(module.to(fabric.device), fabric.strategy.device_mesh)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as one process would have it; every process must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor with all its shards; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies in this process."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def fill(tensor: Tensor, values: Tensor) -> None:
-    """Set a tensor to the values of a whole one, in its own memory layout."""
+def copy_full(tensor: Tensor, values: Tensor) -> None:
+    """Copy a full tensor into one that may be sharded; the target keeps its memory layout."""
     if isinstance(tensor, DTensor):
         values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
     with torch.no_grad():
         tensor.copy_(values)
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """Sum over the processes."""
     if dist.is_initialized():
         tensor = tensor.clone()
@@ -108,26 +109,26 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_of(flags: list[bool], device: torch.device) -> list[bool]:
-    """For each flag, whether one process has raised it."""
+def any_process(flags: list[bool], device: torch.device) -> list[bool]:
+    """Whether any process has raised the flag, for each flag."""
     if not dist.is_initialized():
         return flags
-    return [number > 0 for number in total(torch.tensor(flags, dtype=torch.int32, device=device)).tolist()]
+    return [number > 0 for number in all_reduce(torch.tensor(flags, dtype=torch.int32, device=device)).tolist()]
 
 
-def same_buffers(module: nn.Module) -> None:
-    """Give the buffers of the first process, such as running means, to all."""
+def broadcast_buffers(module: nn.Module) -> None:
+    """Copy the first process's buffers, such as running means, to all others."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def _has_unused(network: nn.Module, size: tuple[int, int]) -> bool:
-    """Whether parameters get no gradient, for which the processes would wait."""
-    tried = copy_of(network).train()
+    """Whether some parameters get no gradient, for which the processes would wait forever."""
+    network = copy_of(network).train()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        logits_of(tried(torch.zeros(2, 3, *size))).sum().backward()
-    return any(p.requires_grad and p.grad is None for p in tried.parameters())
+        logits_of(network(torch.zeros(2, 3, *size))).sum().backward()
+    return any(p.requires_grad and p.grad is None for p in network.parameters())
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -139,7 +140,7 @@ def _shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """Blocks of a network: what stands in its outermost sequences."""
+    """Blocks of a network: the children of its outermost sequences."""
     for child in module.children():
         if isinstance(module, nn.Sequential | nn.ModuleList):
             yield child

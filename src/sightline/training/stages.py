@@ -1,42 +1,13 @@
-"""Networks that come with a training course of their own."""
+"""Networks that define their own training stages."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from sightline.models.protopnet import ProtoPNet
 from sightline.recipe import Optim, Recipe
 from sightline.training import processes
-
-
-class Course(Protocol):
-    """Schedule of the parts of a network: which of them train in which epoch."""
-
-    def rates(self, epoch: int) -> dict[str, float]:
-        """Learning rate of each child that trains in an epoch (counted from 0)."""
-        ...
-
-    def settles(self, epoch: int, epochs: int) -> bool:
-        """Whether `settle` follows this epoch."""
-        ...
-
-
-@runtime_checkable
-class Staged(Protocol):
-    """A network with training stages of its own: its loss, its learning rates, and a step after some epochs."""
-
-    stages: Course
-
-    def objective(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and loss of a batch."""
-        ...
-
-    def settle(self, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], batch_size: int, seed: int) -> Any:
-        """The step that follows an epoch; `batches` gives the training images, neither shuffled nor augmented."""
-        ...
-
 
 _REPLACED = (
     "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "warmup", "step_epochs", "step_factor",
@@ -45,30 +16,30 @@ _IMPOSSIBLE = ("label_smoothing", "class_weights", "ema", "patience", "teacher",
 
 
 def check_stages(network: nn.Module, recipe: Recipe) -> str:
-    """Recipe fields that a network with stages of its own ignores, in one sentence; empty if there are none.
+    """One sentence that names the recipe fields this network's own stages ignore; empty if there are none.
 
     Raises:
-        ValueError: the recipe asks for something that such a training cannot do.
+        ValueError: the recipe has a setting that such a training does not support.
     """
-    if not isinstance(network, Staged):
+    if not isinstance(network, ProtoPNet):
         return ""
     name = recipe.model.name
-    asked = {field.name: (getattr(recipe.optim, field.name), field.default) for field in fields(Optim)}
-    changed = {field: value for field, (value, default) in asked.items() if value != default}
+    settings = {field.name: (getattr(recipe.optim, field.name), field.default) for field in fields(Optim)}
+    changed = {field: value for field, (value, default) in settings.items() if value != default}
     wrong = [f"optim.{field} {value}" for field, value in changed.items() if field in _IMPOSSIBLE]
     wrong += [f"augment.mixup {recipe.augment.mixup}"] if recipe.augment.mixup else []
     wrong += ["data.streaming true"] if recipe.data.streaming else []
     wrong += ["several processes"] if processes.started() != (1, 1) else []
     if wrong:
-        raise ValueError(f"expected no {wrong[0]} with {name}, which trains in stages of its own; leave it out")
-    unheeded = [f"optim.{field}" for field in changed if field in _REPLACED]
-    if not unheeded:
-        return ""
-    return f"{name} trains in stages of its own, by Adam at its own rates; not used: {', '.join(unheeded)}"
+        raise ValueError(f"expected no {wrong[0]} with {name}, which trains in its own stages; leave it out")
+    ignored = [f"optim.{field}" for field in changed if field in _REPLACED]
+    return (
+        f"{name} trains in its own stages, by Adam at its own rates; ignored: {', '.join(ignored)}" if ignored else ""
+    )
 
 
 def staged_optimizer(network: nn.Module) -> torch.optim.Optimizer:
-    """Adam, with one group of parameters for each child; `move` gives the rates."""
+    """Adam, with one group of parameters for each child; `move` sets the rates."""
     groups = [{"params": [*child.parameters()], "child": name} for name, child in network.named_children()]
     return torch.optim.Adam([group for group in groups if group["params"]])
 

@@ -1,0 +1,182 @@
+"""`bench`: train and measure every row of a study with every seed, in one process or several."""
+
+import json
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sightline import models, runs
+from sightline.bench.costs import costs_of_rows
+from sightline.bench.measured import Measured, measure, read
+from sightline.bench.page import write_bench
+from sightline.bench.result import Bench
+from sightline.bench.study import Study, folder
+from sightline.facts import Progress
+from sightline.recipe import Recipe
+from sightline.runs import Run
+from sightline.training import fit
+
+
+class _Job(NamedTuple):
+    """One run to train and measure."""
+
+    dataset: str
+    row: str
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+
+def bench(
+    study: Study,
+    out: Path | str,
+    only: Iterable[str] | None = None,
+    jobs: int = 1,
+    progress: Progress | None = None,
+    datasets: Iterable[str] | None = None,
+) -> Bench:
+    """Train and measure every row with every seed of the study's recipe; finished runs in `out` are not repeated.
+
+    Args:
+        study: see `load`.
+        out: folder; each run is `out`/row/seed-0, ..., or `out`/dataset/row/seed-0 if the study names data sets.
+        only: rows to do. None: all, timed side by side.
+        jobs: runs at a time, each in its own process with its share of the cores, and of the GPUs if there are
+            several. With more than one, a script needs the guard `if __name__ == "__main__"`.
+        progress: called after each run.
+        datasets: data sets to do. None: all; then, if all rows are done too, bench.json, bench.md and bench.html are
+            written.
+
+    Returns:
+        The measurements. A run that fails (its loss became infinite, `out` has it with another recipe) does not stop
+        the others.
+
+    Raises:
+        ValueError: an unknown row or data set, or a network that cannot be built.
+        OSError: `out` cannot be written.
+    """
+    out = Path(out)
+    rows = _chosen("rows", only, study.rows)
+    chosen_datasets = _chosen("data sets", datasets, study.datasets)
+    if jobs < 1:
+        raise ValueError(f"expected 1 job or more, got {jobs}; as many as cores at most")
+    runs.check_writable(out)
+    for dataset in chosen_datasets:
+        for row in rows:
+            _check_network(row, study.changed(row, dataset))
+    teachers = {study.rows[row].get("optim.teacher") for row in rows} & set(study.rows)
+    rows = [row for row in study.rows if row in {*rows, *teachers}]
+    order = [(dataset, row, seed) for dataset in chosen_datasets for row in rows for seed in study.recipe.seeds]
+    measured: dict[tuple[str, str, int], Measured] = {}
+    failed: dict[str, str] = {}
+    for is_teacher in (True, False):  # students need the runs of their teachers
+        part = [(d, r, s) for d, r, s in order if (r in teachers) == is_teacher]
+        todo = [_Job(d, r, s, study.of(r, s, out, d), folder(out, r, s, d)) for d, r, s in part]
+        for job, result in _results(todo, jobs):
+            if isinstance(result, Measured):
+                measured[job.dataset, job.row, job.seed] = result
+            else:
+                failed[f"{job.dataset + ', ' if job.dataset else ''}{job.row}, seed {job.seed}"] = result
+            if progress:
+                progress("training and measuring", len(measured) + len(failed), len(order))
+    result = Bench(
+        control=study.control,
+        rows=tuple(rows),
+        measured=tuple(measured[key] for key in order if key in measured),
+        failed=failed,
+        datasets=tuple(chosen_datasets),
+        controls=study.named("control"),
+        seeds=study.recipe.seeds,
+        as_large_as=study.named("as_large_as"),
+    )
+    if only is None:
+        _add_costs(result, out)
+        if datasets is None:
+            write_bench(result, study, out)
+    return result
+
+
+def _add_costs(result: Bench, out: Path) -> None:
+    for dataset in result.datasets:
+        try:
+            result.costs[dataset] = costs_of_rows(result.on(dataset), out, dataset)
+        except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+            result.no_costs[dataset] = " ".join(str(error).split())
+
+
+def _chosen(kind: str, names: Iterable[str] | None, choices: Iterable[str]) -> list[str]:
+    choices = list(choices)
+    chosen = choices if names is None else list(names)
+    if unknown := [name for name in chosen if name not in choices]:
+        raise ValueError(f"expected {kind} out of: {'; '.join(choices) or 'none'}; got {unknown[0]!r}")
+    return chosen
+
+
+def _check_network(row: str, recipe: Recipe) -> None:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            models.create_model(recipe.model.name, num_classes=2, **recipe.model.options)
+    except ValueError as error:
+        raise ValueError(f"row {row!r}: {error}") from error
+
+
+def _results(todo: list[_Job], jobs: int) -> Iterator[tuple[_Job, Measured | str]]:
+    """The measurements of each job, or why it failed, as they finish."""
+    if jobs == 1:
+        yield from ((job, _train_and_measure(job)) for job in todo)
+        return
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    context = get_context("spawn")
+    devices: SimpleQueue[str | None] = context.SimpleQueue()
+    for device in devices_for(jobs, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")):
+        devices.put(device)
+    with ProcessPoolExecutor(jobs, context, _prepare, (threads, devices)) as pool:
+        futures: dict[Future[Measured | str], _Job] = {pool.submit(_train_and_measure, job): job for job in todo}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def devices_for(jobs: int, count: int, visible: str | None) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each worker: one of `count` GPUs, round robin; None if there is none.
+
+    `visible` is its value in this process, whose names are kept.
+
+    >>> devices_for(3, 2, None), devices_for(2, 2, "GPU-a1,GPU-b2"), devices_for(2, 0, "")
+    (['0', '1', '0'], ['GPU-a1', 'GPU-b2'], [None, None])
+    """
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
+    return [names[job % count].strip() if count else None for job in range(jobs)]
+
+
+def _prepare(threads: int, devices: "SimpleQueue[str | None]") -> None:
+    device = devices.get()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device  # read when CUDA starts, which importing torch does not do
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a training handles it itself
+    torch.set_num_threads(threads)
+
+
+def _train_and_measure(job: _Job) -> Measured | str:
+    try:
+        run = fit(job.recipe, job.folder, resume=True, progress=False)
+        assert isinstance(run, Run)
+        file = job.folder / "measured.json"
+        measured = read(file)
+        if measured is None:
+            measured = measure(job.row, run, job.dataset)
+            runs.write(file, json.dumps(runs.plain(measured), indent=1).encode())
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        return " ".join(str(error).split())
+    return replace(measured, row=job.row, dataset=job.dataset)  # the row may have been renamed since

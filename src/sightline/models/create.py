@@ -1,0 +1,201 @@
+"""`create_model`: a network by name, from here, timm or torchvision."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from torch import nn
+
+from sightline.attention.insertion import MARK, Block, insert
+from sightline.data.tables import read_class_names
+from sightline.facts import did_you_mean
+from sightline.models.protopnet import ProtoPNet
+from sightline.models.resnet import CifarResNet, keep_resolution
+from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
+from sightline.models.vit import TinyViT
+from sightline.models.weights import load_weights, mismatches, read_weights, with_names_of
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "vgg": VGG,
+    "vgg_gap": VGGGap,
+    "vgg_pan": VGGPan,
+    "vgg15": VGG15,
+    "vgg_att": VGGAtt,
+    "vgg_att2": VGGAtt2,
+    "vgg_att3": VGGAtt3,
+    "cifar_resnet": CifarResNet,
+    "tiny_vit": TinyViT,
+    "protopnet": ProtoPNet,
+}
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    weights: str | Path | None = None,
+    attention: Block | None = None,
+    attention_options: dict[str, Any] | None = None,
+    high_resolution: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """Build a network by name, with fresh weights or those of a file, and optionally with attention blocks.
+
+    Blocks go where `sightline.attention.insertion.insert` puts them by default. With fresh weights they start as in
+    their papers. With weights of a network without blocks, pretrained ones for example, they start as the identity, so
+    the logits stay those of the weights. The weights may come from another image resolution.
+
+    Args:
+        name: a key of `MODELS`, a timm model, or "torchvision:" and a torchvision classifier.
+        num_classes: number of logits. None: 10 for a key of `MODELS`, the model's default (mostly 1000) otherwise.
+        weights: a safetensors file, a run folder, or "pretrained" for timm's own weights, which are downloaded.
+        attention: a key of `sightline.attention.ATTENTION`, or a callable that makes a block for a number of channels.
+        attention_options: keyword arguments of the block; with `at`, the layers to insert at.
+        high_resolution: number of last stages of a ResNet whose stride becomes 1; 2 at 448 px: 56 x 56 positions
+            instead of 14 x 14.
+        options: keyword arguments of the network, for example `width=0.25`.
+
+    Raises:
+        ValueError: unknown name or option, weights of another network, or no ResNet for `high_resolution`.
+        OSError: weights that cannot be read or downloaded.
+
+    >>> sum(p.numel() for p in create_model("vgg_att2", num_classes=10).parameters())
+    19720780
+    """
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"expected num_classes of 1 or more, got {num_classes}")
+    if attention_options and attention is None:
+        raise ValueError(f"expected attention to go with attention_options {attention_options}, got none; name a block")
+    if num_classes is not None:
+        options = {"num_classes": num_classes, **options}
+    model = _built(name, weights, options)
+    if high_resolution:
+        keep_resolution(model, high_resolution)
+    file = None if weights is None or weights == "pretrained" else Path(weights)
+    state = None if file is None else with_names_of(model, read_weights(file))
+    # weights without blocks are loaded first; blocks that start as the identity then keep their logits
+    blocks_last = weights == "pretrained" or (state is not None and not mismatches(model, state))
+
+    def add_blocks(init: Literal["identity", "fresh"]) -> nn.Module:
+        return model if attention is None else insert(model, attention, init=init, inplace=True, **block_options)
+
+    block_options = attention_options or {}
+    if not blocks_last:
+        model = add_blocks("identity" if any(key.endswith(f".{MARK}") for key in state or ()) else "fresh")
+    if state is not None and file is not None:
+        load_weights(model, name, state, file)
+    return add_blocks("identity") if blocks_last else model
+
+
+def named_model(
+    name: str, weights: str | Path | None, classes: str | Path | None = None
+) -> tuple[nn.Module, list[str]]:
+    """A network by name with the weights of a file, and its class names from a text file with one per line.
+
+    Raises:
+        OSError: there is no such file, or no such run folder if `name` is a path.
+        ValueError: no weights, or they do not fit the network and its number of classes.
+    """
+    if Path(name).exists() or "/" in name:
+        raise FileNotFoundError(f"{name}: no such run folder; expected one that `sightline train` wrote, or a model")
+    if not weights:
+        raise ValueError(f"expected --weights FILE for model {name!r}, got none; untrained maps mean nothing")
+    names = [] if classes is None else read_class_names(Path(classes))
+    try:
+        return create_model(name, num_classes=len(names) or None, weights=weights).eval(), names
+    except ValueError as error:
+        if "num_classes" not in str(error):
+            raise
+        advice = f"{classes} names {len(names)} classes" if names else "name its classes by --classes FILE"
+        raise ValueError(f"{error}; {advice}") from error
+
+
+def input_of(
+    model: nn.Module,
+) -> tuple[tuple[int, int], tuple[float, float, float], tuple[float, float, float]]:
+    """Size (height, width), mean and std of the images that a timm model was trained on; 224 px ImageNet for others.
+
+    >>> input_of(nn.Identity())[0]
+    (224, 224)
+    """
+    from timm.data.config import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    return config["input_size"][1:], config["mean"], config["std"]
+
+
+def _built(name: str, weights: str | Path | None, options: dict[str, Any]) -> nn.Module:
+    pretrained = weights == "pretrained"
+    if name not in MODELS and not name.startswith("torchvision:"):
+        return _timm(name, pretrained, options)
+    if pretrained:
+        raise ValueError(
+            f"{name!r} has no pretrained weights, only timm models have; give a safetensors file or run folder"
+        )
+    if name not in MODELS:
+        return _torchvision(name, options)
+    options = _checked(name, options)
+    if weights is not None and "pretrained" in options:
+        options["pretrained"] = False  # the file's weights replace the download
+    return _call(f"cannot build {name!r}", MODELS[name], options)
+
+
+def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(MODELS[name]).parameters
+    choices = [parameter for parameter in parameters if parameter != "num_classes"]
+    checked: dict[str, Any] = {}
+    for option, value in options.items():
+        if option not in parameters:
+            hint = did_you_mean(option, choices, n=3)
+            raise ValueError(f"{name} has no option {option!r}{hint}; it has: {', '.join(choices)}")
+        annotation = parameters[option].annotation
+        if annotation is float and type(value) is int:
+            value = float(value)
+        literal = get_origin(annotation) is Literal
+        if value not in get_args(annotation) if literal else type(value) is not annotation:
+            expected = " or ".join(map(repr, get_args(annotation))) if literal else annotation.__name__
+            raise ValueError(f"option {option} of {name}: expected {expected}, got {value!r}")
+        checked[option] = value
+    return checked
+
+
+def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        hint = did_you_mean(name, [*MODELS, *timm.list_models()], n=3)
+        raise ValueError(f"unknown model {name!r}{hint}; see `sightline list models`")
+    try:
+        build = partial(timm.create_model, name, pretrained=pretrained)
+        return _call(f"timm cannot build {name!r}", build, options)
+    except OSError as error:
+        raise OSError(f"cannot download the weights of {name!r}; check the connection or give a file") from error
+
+
+def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+    import torchvision
+
+    names = [f"torchvision:{model}" for model in torchvision.models.list_models(torchvision.models)]
+    if name not in names:
+        hint = did_you_mean(name, names, n=3)
+        raise ValueError(f"unknown model {name!r}{hint}; see `torchvision.models.list_models()`")
+    build = partial(torchvision.models.get_model, name.removeprefix("torchvision:"))
+    return _call(f"torchvision cannot build {name!r}", build, {"weights": None, **options})
+
+
+def _call(failure: str, build: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:
+    """Call a constructor; whatever it raises becomes one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # an error follows
+            return build(**options)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # options are arbitrary: a string in place of a layer class, a patch size of 0
+        reason = " ".join(str(error).split()) or type(error).__name__
+        classes = [name for name, value in options.items() if name.endswith(("_layer", "block")) and value is not None]
+        hint = f"; leave out {classes[0]}, which takes a class, not {options[classes[0]]!r}" if classes else ""
+        raise ValueError(f"{failure}: {reason}{hint}") from error

@@ -1,0 +1,299 @@
+"""The options of each verb of the command line, as argparse reads them. Imports no torch."""
+
+import argparse
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sightline import recipe
+from sightline.facts import did_you_mean
+from sightline.version import __version__
+
+if TYPE_CHECKING:
+    from sightline.inference import Output
+
+_Add = Callable[..., Any]
+"""`add_argument` of a parser."""
+KINDS = ("datasets", "models", "attention", "explainers", "metrics")
+"""What `sightline list` lists."""
+RECIPE_PARTS = {
+    **dict.fromkeys(("demo", "train", "bench", "reproduce", "sight"), recipe.PARTS),
+    "evaluate": ("data",),
+}
+"""Parts of the recipe whose fields a verb takes as options."""
+SHORT = {
+    "--data": "data.source",
+    "--model": "model.name",
+    "--seeds": "seeds",
+    "--strict": "data.strict",
+    "--max-pixels": "data.max_pixels",
+    "--drop-duplicates": "data.drop_duplicates",
+}
+"""Short options for fields of the recipe."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, with a hint at what was meant; the recipe's fields below the help of verbs that take them."""
+
+    def format_help(self) -> str:
+        parts = RECIPE_PARTS.get(self.prog.rpartition(" ")[2])
+        return super().format_help() + (_fields(parts) if parts else "")
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice: " in message:
+            wrong, _, choices = message.partition("invalid choice: ")[2].partition(" (choose from ")
+            choices = choices.replace("'", "").rstrip(")")
+            message = f"{wrong} is none of {choices}{did_you_mean(wrong.strip(chr(39)), choices.split(', '))}"
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def parse(
+    arguments: Sequence[str], verbs: Mapping[str, Callable[..., None]]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The options of a verb, and the fields of the recipe that the command line changes.
+
+    Raises:
+        ValueError: a field of the recipe without a value, or one that the verb does not take.
+        SystemExit: the line is wrong in another way, or asks for help.
+    """
+    rest, overrides = _split(arguments)
+    options = parser(verbs).parse_args(rest)
+    parts = RECIPE_PARTS.get(options.verb, ())
+    wrong = [name for name in overrides if parts != recipe.PARTS and name.partition(".")[0] not in parts]
+    if wrong:
+        allowed = f"only {' and '.join(parts)} fields" if parts else "no recipe field"
+        raise ValueError(f"--{wrong[0]}: expected {allowed} with {options.verb}; leave it out")
+    short = {name: getattr(options, name, None) for name in SHORT.values()}
+    return options, {name: value for name, value in short.items() if value is not None} | overrides
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take `--data.size 64` and `--data.size=64` out of the arguments, as {"data.size": "64"}."""
+    left, rest, overrides = list(arguments), list[str](), dict[str, str]()
+    while left:
+        flag = left.pop(0)
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not (flag.startswith("--") and "." in name):
+            rest.append(flag)
+            continue
+        if not equals:
+            if not left or left[0].startswith("--"):
+                raise ValueError(f"{flag}: expected a value, got none; write {flag} VALUE")
+            value = left.pop(0)
+        overrides[name] = value
+    return rest, overrides
+
+
+def parser(verbs: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
+    """The parser of the verbs; the docstring of each verb's function is its help."""
+    whole = _Parser(
+        prog="sightline",
+        description="See where an image classifier looks, teach it to look, and measure whether the picture is true.",
+    )
+    whole.add_argument("--version", action="version", version=f"sightline {__version__}")
+    subparsers = whole.add_subparsers(required=True, metavar="VERB", dest="verb")
+    for name, function in verbs.items():
+        line = (function.__doc__ or "").strip()
+        added = subparsers.add_parser(name, help=line, description=line, allow_abbrev=False)
+        _OPTIONS[name](added.add_argument)
+    return whole
+
+
+def _short(add: _Add, flag: str, text: str, metavar: str = "", **kwargs: Any) -> None:
+    kwargs |= {"metavar": metavar} if metavar else {"action": "store_const", "const": True}
+    add(flag, dest=SHORT[flag], help=f"{text} ({SHORT[flag]})", **kwargs)
+
+
+def _out(add: _Add, text: str, metavar: str = "FOLDER", **kwargs: Any) -> None:
+    add("--out", type=_nonempty, metavar=metavar, help=text, **kwargs)
+
+
+def _limit(add: _Add) -> None:
+    add("--limit", type=_count, default=100, metavar="N", help="images to make maps of (100)")
+
+
+def _budget(add: _Add) -> None:
+    add("--budget", type=_seconds, metavar="TIME", help="such as 90s, 10min, 2h: do what fits, list what does not")
+
+
+def _images(add: _Add) -> None:
+    _short(add, "--strict", "stop at the first unreadable image, or named method that does not fit, not skip it")
+    _short(add, "--max-pixels", "skip larger images, 89478485", "N", type=_count)
+
+
+def _output(add: _Add) -> None:
+    text = "key or index of the model's output, logits or probabilities, or both: prediction,probabilities"
+    add("--output", type=_which, metavar="WHICH", help=text)
+
+
+def _demo(add: _Add) -> None:
+    _out(add, "run folder to write (runs/demo)", default="runs/demo")
+    add("--resume", action="store_true", help="continue an interrupted run")
+    _limit(add)
+
+
+def _train(add: _Add) -> None:
+    _short(add, "--data", "folder, table, parquet, hub:OWNER/NAME or a name", "PATH_OR_NAME")
+    _short(add, "--model", "network, see sightline list models", "NAME")
+    _out(add, "run folder to write")
+    add("--recipe", metavar="FILE", help="YAML file to start from")
+    _short(add, "--seeds", "one run per seed", "A,B,...")
+    add("--resume", action="store_true", help="continue an interrupted run")
+    _images(add)
+    _short(add, "--drop-duplicates", "leave out copies in other splits or with two labels")
+    add("--print-recipe", action="store_true", help="print the resolved recipe and stop")
+    add("--profile", action="store_true", help="show where the time of ten steps goes")
+    _limit(add)
+
+
+def _explain(add: _Add) -> None:
+    add("run", metavar="RUN_OR_MODEL", help="run folder, or a timm / torchvision: model with --weights")
+    add("images", nargs="+", metavar="IMAGE", help="files or folders")
+    methods = "see sightline list explainers; all = every one that fits (grad_cam)"
+    add("--methods", type=_names, default=["grad_cam"], metavar="A,B,...", help=methods)
+    add("--layer", type=_nonempty, metavar="NAME", help="layer or attention block (the last that feeds the logits)")
+    add("--target", metavar="CLASS", help="class to explain, by name or index (the predicted one)")
+    _output(add)
+    text = "images per forward; fewer take less memory (64)"
+    add("--batch-size", type=_count, default=64, metavar="N", help=text)
+    add("--weights", metavar="FILE", help="safetensors weights of a timm / torchvision: model")
+    add("--classes", metavar="FILE", help="text file with one class name per line")
+    add("--overlays", action="store_true", help="also write a picture of each map alone")
+    _out(add, "folder to write", required=True)
+    _images(add)
+
+
+def _study(add: _Add) -> None:
+    text = "only this row (may be given several times); no bench.md"
+    add("--row", action="append", metavar="NAME", help=text)
+    _short(add, "--seeds", "one run per seed and row", "A,B,...")
+    add("--jobs", type=_count, default=1, metavar="N", help="runs at a time, sharing cores, GPUs (1)")
+
+
+def _bench(add: _Add) -> None:
+    add("study", metavar="FILE", help="YAML file: a recipe with one more part, `rows`")
+    _out(add, "folder of all runs; finished ones are kept", required=True)
+    text = "only this of its `datasets` (may be given several times)"
+    add("--dataset", action="append", metavar="NAME", help=text)
+    _study(add)
+
+
+def _reproduce(add: _Add) -> None:
+    add("name", metavar="NAME", help="ltpa-cifar10, ltpa-cifar100 or ltpa-cub")
+    _out(add, "train ours there; finished runs are kept (print the published figures)")
+    _short(add, "--data", "where the images are", "PATH_OR_NAME")
+    _study(add)
+
+
+def _evaluate(add: _Add) -> None:
+    add("run", metavar="RUN", help="run folder")
+    _short(add, "--data", "other data than the run's own", "PATH_OR_NAME")
+    add("--split", default="test", metavar="SPLIT", help="train, val or test (test)")
+    methods = "see sightline list explainers; name@layer; all = every one that fits"
+    add("--methods", type=_names, metavar="A,B,...", help=methods)
+    metrics = "see sightline list metrics; all = all that the data allows"
+    add("--metrics", type=_names, metavar="A,B,...", help=metrics)
+    controls = "maps that ignore the model; other_class = the runner-up's (the first four)"
+    add("--controls", type=_names, metavar="A,B,...", help=controls)
+    _budget(add)
+    _output(add)
+    add("--steps", type=_count, metavar="N", help="points of the deletion and insertion curves (32)")
+    fill = "what replaces a pixel: zero, mean, blur, inpaint, black, a number (zero)"
+    add("--fill", type=_fill, default="zero", help=fill)
+    _out(add, "folder to write (the run's own)")
+    _images(add)
+    _short(add, "--drop-duplicates", "leave out copies in other splits or with two labels")
+    _limit(add)
+
+
+def _sight(add: _Add) -> None:
+    _out(add, "folder of all networks; finished ones are kept", required=True)
+    add("--sets", type=_names, metavar="A,B,...", help="planted sets (all four)")
+    text = "train nothing: models that are built to use the planted pixels"
+    add("--known", action="store_true", help=text)
+    _budget(add)
+    _limit(add)
+
+
+def _push(add: _Add) -> None:
+    add("run", metavar="RUN", help="run folder")
+    add("name", metavar="OWNER/NAME", help="repository; created if missing")
+    add("--private", action="store_true", help="make it private")
+
+
+def _pull(add: _Add) -> None:
+    add("name", metavar="OWNER/NAME", help="repository; OWNER/NAME@REVISION for a branch, tag or commit")
+    _out(add, "run folder to write", required=True)
+
+
+def _export(add: _Add) -> None:
+    add("run", metavar="RUN", help="run folder")
+    _out(add, "FILE.onnx, or FILE.pt2 for torch.export.load", "FILE", required=True)
+
+
+def _list(add: _Add) -> None:
+    add("kind", nargs="?", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    add("--compare", metavar="MODEL", help="list attention: what each block costs in a timm network")
+
+
+_OPTIONS: dict[str, Callable[[_Add], None]] = {
+    "demo": _demo,
+    "train": _train,
+    "explain": _explain,
+    "bench": _bench,
+    "reproduce": _reproduce,
+    "evaluate": _evaluate,
+    "sight": _sight,
+    "push": _push,
+    "pull": _pull,
+    "export": _export,
+    "list": _list,
+}
+
+
+def _fields(parts: Sequence[str]) -> str:
+    """Help on the fields of some parts of the recipe."""
+    whose = "of the recipe" if parts == recipe.PARTS else f"of the recipe's {' and '.join(parts)}"
+    lines = ["", f"every field {whose} can be given as --PART.FIELD VALUE:"]
+    for name, setting in recipe.SETTINGS.items():
+        if name.partition(".")[0] in parts:
+            first, *rest = textwrap.wrap(setting.help, 74)
+            lines += [f"  {'--' + name:<25} {first}", *(f"  {'':<25} {line}" for line in rest)]
+    return "\n".join([*lines, ""])
+
+
+def _nonempty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, got an empty one; leave the option out, or write . for here")
+    return text
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"expected one name or several, A,B,..., got {text!r}; see sightline list")
+    return names
+
+
+def _seconds(text: str) -> float:
+    number, unit = text.rstrip("hmins"), text.lstrip("0123456789.")
+    scale = {"s": 1, "min": 60, "h": 3600}.get(unit)
+    if scale is None or not number.replace(".", "", 1).isdigit() or not float(number):
+        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10min or 2h, got {text!r}")
+    return scale * float(number)
+
+
+def _which(text: str) -> "Output":
+    which, comma, kind = text.partition(",")
+    pick = int(which) if which.isdecimal() else which
+    return (pick, kind) if comma else pick
+
+
+def _fill(text: str) -> float | str:
+    return float(text) if text.replace(".", "", 1).lstrip("-").isdigit() else text
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,411 @@
+"""Maps of images as files: a page per image, the raw values, and a table."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from sightline import data, maps, models, runs
+from sightline.data import ImageSet, Preprocess
+from sightline.data.files import Picture, decode_pictures, image_files
+from sightline.data.images import MAX_PIXELS
+from sightline.explainers import EXPLAINERS, Explanation, explain, fitting, named
+from sightline.facts import LEVELS, Layer, Progress, Verdict, did_you_mean, worst
+from sightline.inference import Output, forward_call
+
+_PER_ROW = 6  # maps beside an image
+_SIDE = 512  # longest side of an image on a page, in pixels; half of it where the maps take several rows
+_AT_ONCE = 16  # images decoded and explained together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """What `pages` wrote, and what speaks against the maps."""
+
+    folder: Path
+    verdicts: dict[str, list[list[Verdict]]]
+    """For each method and image, reasons to distrust the map."""
+    rows: list[dict[str, Any]]
+    """The lines of maps.csv: one for each image and method."""
+    positions: dict[str, str]
+    """For each method, how many positions its maps have, and how to get more if they are few."""
+    written: frozenset[Path]
+    skipped: tuple[tuple[str, str], ...]
+    """Name and reason of each image that could not be read."""
+    left_out: Mapping[str, str]
+    """Methods that do not fit the model, and why."""
+    unchecked: tuple[str, ...]
+    """Methods whose maps were not compared with those of another class."""
+    notices: tuple[str, ...]
+    """Decisions about images and model that you may want to change."""
+
+    def levels(self) -> str:
+        """How many maps have a verdict, by the most severe level of each."""
+        counts = Counter(worst(image) for images in self.verdicts.values() for image in images)
+        levels = [f"{counts[level]} {level}" for level in reversed(LEVELS) if counts[level]]
+        total = _counted(counts.total() - counts[None], "map")
+        return f"{total} with a verdict" + (f" ({', '.join(levels)})" if levels else "")
+
+    def doubts(self) -> Iterator[str]:
+        """The verdicts above a note, by level and method, with the number of images; details if all have the same."""
+        for level in reversed(LEVELS[1:]):
+            for method, images in self.verdicts.items():
+                by_kind: dict[str, list[str]] = {}
+                for verdict in (verdict for image in images for verdict in image if verdict.level == level):
+                    by_kind.setdefault(verdict.kind, []).append(str(verdict))
+                if by_kind:
+                    counts = [
+                        f"{texts[0] if len(set(texts)) == 1 else kind} ({_counted(len(texts), 'image')})"
+                        for kind, texts in by_kind.items()
+                    ]
+                    yield f"  {level}: {method}: {', '.join(counts)}"
+
+    def lines(self) -> Iterator[str]:
+        """A summary for the terminal."""
+        images = len(next(iter(self.verdicts.values())))
+        counts = f"{_counted(images, 'image')} x {_counted(len(self.verdicts), 'method')}"
+        yield f"{counts} in {self.folder}; {self.levels()}, see maps.csv"
+        yield from self.doubts()
+        for text in dict.fromkeys(self.positions.values()):
+            yield f"{text}: {', '.join(method for method, other in self.positions.items() if other == text)}"
+
+
+def pages(
+    model: nn.Module | str | Path,
+    images: Sequence[str | Path] | ImageSet | UInt8[Tensor, "b 3 h w"],
+    out: str | Path,
+    methods: Sequence[str] = ("grad_cam",),
+    target: int | str | None = None,
+    layer: str | None = None,
+    *,
+    output: Output = None,
+    preprocess: Preprocess | None = None,
+    classes: Sequence[str] = (),
+    batch_size: int = 64,
+    overlays: bool = False,
+    strict: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    progress: Progress | None = None,
+) -> Pages:
+    """Write maps of images into a folder: `NAME--page.png` and `NAME.npz` (raw maps) per image, and maps.csv.
+
+    Args:
+        model: a run folder, or a classifier.
+        images: files and folders, an image set, or uint8 images at the size that the model takes.
+        out: folder to write to; made if missing.
+        methods: names of explainers, `name@layer` too; `["all"]` takes every one that fits the model. Of several,
+            those that do not fit are left out.
+        target: class to explain, by name or index. None: the predicted one.
+        layer: see `sightline.explain`.
+        output: see `sightline.explain`; decided once, by the first images.
+        preprocess: size and statistics of the model's input. None: the run's, or those that timm knows of the model.
+        classes: class names of a model that is no run.
+        batch_size: images per forward; bounds the memory.
+        overlays: write each map over its image as a picture of its own, too.
+        strict: raise instead of leaving out an unreadable image or a named method that does not fit.
+        max_pixels: larger image files are skipped.
+        progress: called with (what, done, total).
+
+    Raises:
+        OSError: `out` cannot be written, or images or the run are missing.
+        ValueError: no readable image, an unknown method, class or layer.
+    """
+    out = Path(out)
+    runs.check_writable(out)
+    is_run = not isinstance(model, nn.Module)
+    if is_run:
+        run = runs.open_run(model)
+        model, preprocess, classes = runs.load_model(model).to(runs.best_device()), run.preprocess, run.classes
+    if preprocess is None:
+        size, mean, std = models.input_of(model)
+        preprocess = Preprocess(size=size, mean=mean, std=std)
+    index = _class_index(target, classes)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    count = min(_AT_ONCE, batch_size)
+    if isinstance(images, ImageSet | Tensor):
+        source = _Source(len(images), _in_memory(images, count), [], ())
+    else:
+        side = _SIDE if len(EXPLAINERS if list(methods) == ["all"] else methods) < _PER_ROW else _SIDE // 2
+        decode = partial(decode_pictures, size=preprocess.size, longest=side, max_pixels=max_pixels)
+        source = _files(images, out, decode, count, strict)
+    writer = _Writer(out, classes, is_run, overlays)
+    left_out: dict[str, str] = {}
+    notices, unchecked = dict.fromkeys(source.notices), dict[str, None]()
+    for chunk in source.chunks:
+        inputs = data.normalize(chunk.images.to(device), preprocess)
+        if not writer.rows:
+            call, notice = forward_call(inputs, output).settled(model, inputs)
+            output = call.output
+            notices |= dict.fromkeys([notice] if notice else [])
+            methods, left_out = chosen_methods(model, inputs, methods, index, layer, output=output, strict=strict)
+        explanation = explain(
+            model, inputs, index, methods, layer, output=output, batch_size=batch_size, progress=progress
+        )
+        unchecked |= dict.fromkeys(explanation.unchecked)
+        notices |= dict.fromkeys(explanation.notices)
+        for place, (name, picture) in enumerate(zip(chunk.names, chunk.pictures, strict=True)):
+            writer.write(name, picture, explanation, place)
+        if progress is not None:
+            progress("explaining", chunk.done, source.total)
+    if not writer.rows:
+        first = "".join(f"; the first, {name}: {reason}" for name, reason in source.skipped[:1])
+        raise ValueError(f"expected at least one readable image, got none{first}")
+    writer.write_table()
+    return Pages(
+        folder=out,
+        verdicts=writer.verdicts,
+        rows=writer.rows,
+        positions=writer.positions,
+        written=frozenset(writer.written),
+        skipped=tuple(source.skipped),
+        left_out=left_out,
+        unchecked=tuple(unchecked),
+        notices=tuple(notices),
+    )
+
+
+def chosen_methods(
+    model: nn.Module,
+    images: Float[Tensor, "b 3 h w"],
+    methods: Sequence[str],
+    target: int | None = None,
+    layer: str | None = None,
+    *,
+    output: Output = None,
+    strict: bool = False,
+) -> tuple[list[str], dict[str, str]]:
+    """The methods that fit the model, out of those named or, for `["all"]`, out of all; and why the others do not.
+
+    A method that was named alone, or with a layer of its own, or `strict`, stays: `explain` says what is wrong with it.
+
+    Raises:
+        ValueError: there is no such method, or none of all fits.
+    """
+    takes_all = list(methods) == ["all"]
+    names = list(EXPLAINERS if takes_all else methods)
+    if not takes_all and (strict or len(names) == 1):
+        return names, {}
+    for name in names:
+        named(name)  # a misspelled name is not a method that does not fit
+    try:
+        fit, reasons = fitting(model, images, names, target, layer, output=output)
+    except ValueError:
+        if takes_all:
+            raise
+        return names, {}
+    if any("@" in name for name in reasons):
+        return names, {}
+    return fit, {name: " ".join(reason.split()) for name, reason in reasons.items()}
+
+
+class _Chunk(NamedTuple):
+    names: list[str]
+    images: UInt8[Tensor, "b 3 h w"]
+    pictures: Sequence[UInt8[Tensor, "3 _ _"]]
+    """The images as they are shown."""
+    done: int
+    """Images so far, unreadable ones included."""
+
+
+class _Source(NamedTuple):
+    total: int
+    chunks: Iterator[_Chunk]
+    skipped: list[tuple[str, str]]
+    """Name and reason of each image that could not be read so far."""
+    notices: tuple[str, ...]
+
+
+def _in_memory(images: ImageSet | UInt8[Tensor, "b 3 h w"], count: int) -> Iterator[_Chunk]:
+    for start in range(0, len(images), count):
+        end = min(start + count, len(images))
+        if isinstance(images, ImageSet):
+            batch = images.batch(range(start, end))
+            names, pixels = batch.names, batch.images
+        else:
+            names, pixels = [f"image-{i}" for i in range(start, end)], images[start:end]
+        yield _Chunk(names, pixels, list(pixels.cpu()), end)
+
+
+def _files(
+    paths: Sequence[str | Path],
+    out: Path,
+    decode: Callable[[Sequence[Path]], list[Picture | str]],
+    count: int,
+    strict: bool,
+) -> _Source:
+    if any(Path(path).is_dir() and out.resolve() == Path(path).resolve() for path in paths):
+        raise ValueError(f"expected an output folder other than that of the images, got {out}; choose a new one")
+    files, skipped, notices = image_files(paths, strict)
+
+    def chunks() -> Iterator[_Chunk]:
+        for start in range(0, len(files), count):
+            part = files[start : start + count]
+            readable: list[tuple[str, Picture]] = []
+            for file, picture in zip(part, decode(part), strict=True):
+                if not isinstance(picture, str):
+                    readable.append((str(file), picture))
+                elif strict:
+                    raise ValueError(f"{file}: {picture}")
+                else:
+                    skipped.append((str(file), picture))
+            if readable:
+                images = torch.stack([torch.from_numpy(picture.image) for _, picture in readable]).movedim(-1, 1)
+                shown = [torch.from_numpy(picture.shown).movedim(-1, 0) for _, picture in readable]
+                yield _Chunk([name for name, _ in readable], images, shown, start + len(part))
+
+    return _Source(len(files), chunks(), skipped, notices)
+
+
+@dataclass
+class _Writer:
+    """Writes the files of one image after the other."""
+
+    folder: Path
+    classes: Sequence[str]
+    is_run: bool
+    overlays: bool
+    rows: list[dict[str, Any]] = field(default_factory=lambda: [])
+    verdicts: dict[str, list[list[Verdict]]] = field(default_factory=lambda: {})
+    positions: dict[str, str] = field(default_factory=lambda: {})
+    written: set[Path] = field(default_factory=lambda: set())
+    stems: set[str] = field(default_factory=lambda: set())
+
+    def write(self, name: str, picture: UInt8[Tensor, "3 h w"], explanation: Explanation, place: int) -> None:
+        """The page and the raw maps of the image at this place of the explanation."""
+        stem = free_name(Path(name).stem, self.stems)
+        raw = {method: value[place, 0].float().cpu().numpy() for method, value in explanation.maps.items()}
+        packed = io.BytesIO()
+        np.savez_compressed(packed, allow_pickle=False, **raw)
+        self._save(f"{stem}.npz", packed.getvalue())
+        explained, predicted = int(explanation.targets[place, 0]), int(explanation.probabilities[place].argmax())
+        answers = [
+            (self.classes[i] if i < len(self.classes) else str(i), float(explanation.probabilities[place, i]))
+            for i in (explained, predicted)
+        ]
+        columns: dict[str, Tensor] = {}
+        captions: dict[str, str] = {}
+        signed: list[str] = []
+        for method, values in raw.items():
+            verdicts = explanation.verdicts[method][place]
+            self.verdicts.setdefault(method, []).append(verdicts)
+            explainer, layer = named(method)[1], explanation.layers[method]
+            self.positions[method] = positions(values.shape, bool(layer), self.is_run and not explainer.is_control)
+            self.rows.append({"image": name, "maps": stem, **_row(answers, method, layer, values, verdicts)})
+            title = titled(method, verdicts)
+            columns[title] = torch.from_numpy(values)[None, None]
+            captions[title] = self.positions[method]
+            signed += [title] * explainer.is_signed
+            if self.overlays:
+                overlay = maps.overlay(picture[None], columns[title], signed=explainer.is_signed)[0, 0]
+                self._save(f"{stem}--{_file_name(method)}.png", maps.png(overlay))
+        (name, probability), (prediction, certainty) = answers
+        title = f"explained: {name} ({probability:.0%})"
+        if explained != predicted:
+            title += f"; predicted: {prediction} ({certainty:.0%})"
+        page = maps.side_by_side(
+            picture[None], columns, signed=signed, scales=True, captions=captions, per_row=_PER_ROW, title=title
+        )
+        self._save(f"{stem}--page.png", maps.png(page))
+
+    def write_table(self) -> None:
+        """maps.csv."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(self.rows[0]))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        self._save("maps.csv", table.getvalue().encode())
+
+    def _save(self, file: str, content: bytes) -> None:
+        runs.write(self.folder / file, content)
+        self.written.add(self.folder / file)
+
+
+def _row(
+    answers: Sequence[tuple[str, float]],
+    method: str,
+    layer: Layer,
+    values: Float[np.ndarray, "h w"],
+    verdicts: Sequence[Verdict],
+) -> dict[str, Any]:
+    (name, probability), (prediction, certainty) = answers
+    return {
+        "class": name,
+        "probability": f"{probability:.4f}",
+        "prediction": prediction,
+        "prediction_probability": f"{certainty:.4f}",
+        "method": method,
+        "layer": layer.name,
+        "shape": " x ".join(map(str, layer.shape)),
+        "positions": " x ".join(map(str, values.shape)),
+        "lowest": float(values.min()),
+        "highest": float(values.max()),
+        "level": worst(verdicts) or "",
+        "verdicts": "; ".join(verdicts),
+    }
+
+
+def titled(method: str, verdicts: Sequence[Verdict]) -> str:
+    """A method with the verdicts on its map; the most severe level in parentheses, unless it is a note.
+
+    >>> titled("lrp", [Verdict("flat", "do not read")])
+    'lrp (do not read): flat'
+    """
+    level = worst(verdicts)
+    parentheses = f" ({level})" if level not in (None, "note") else ""
+    return f"{method}{parentheses}: {'; '.join(verdicts)}" if verdicts else method
+
+
+def positions(grid: Sequence[int], has_layer: bool, can_be_trained: bool) -> str:
+    """How many positions a map has, and how to get more if they are few.
+
+    >>> positions((4, 4), True, False)
+    '4 x 4 positions (coarse; for finer maps name an earlier --layer)'
+    """
+    ways = ["train with a larger --data.size"] * can_be_trained + ["name an earlier --layer"] * has_layer
+    finer = f" (coarse; for finer maps {' or '.join(ways)})" if min(grid) < maps.COARSE and ways else ""
+    return f"{' x '.join(map(str, grid))} positions{finer}"
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """A name without unprintable letters that is not taken yet, with a number behind it if it has to be; it then is.
+
+    >>> taken = set()
+    >>> [free_name(name, taken) for name in ("a", "a", "a-2", "b", "a")]
+    ['a', 'a-2', 'a-2-2', 'b', 'a-3']
+    """
+    name = "".join(c if c.isprintable() else "_" for c in name)
+    free = next(each for each in (name, *(f"{name}-{n}" for n in range(2, len(taken) + 3))) if each not in taken)
+    taken.add(free)
+    return free
+
+
+def _file_name(method: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-@" else "_" for c in method)
+
+
+def _class_index(target: int | str | None, classes: Sequence[str]) -> int | None:
+    """A class by its name, or else by its index."""
+    if target is None or isinstance(target, int):
+        return target
+    if target in classes:
+        return list(classes).index(target)
+    if target.removeprefix("-").isdecimal():
+        return int(target)
+    names = f"one of {len(classes)} classes such as {', '.join(classes[:3])}"
+    raise ValueError(
+        f"expected the target class by name or index, {names if classes else 'an index, there are no names'}; "
+        f"got {target!r}{did_you_mean(target, classes)}"
+    )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

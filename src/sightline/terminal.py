@@ -1,0 +1,141 @@
+"""What the command line shows on the terminal: a progress bar, tables, sentences."""
+
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sightline.evaluation import Evaluation, Score
+    from sightline.models.costs import Costs
+
+_LONG = 600  # letters of an error that are shown, at its start and at its end
+_LISTED = 20  # unreadable images that are named; the report names all
+_COLUMNS = 6  # columns of a study side by side
+_METRICS = 4  # metrics side by side
+_WIDTH = 140  # columns of a table where there is no terminal
+_ARROWS = {True: "↑", False: "↓", None: "(no rank)"}
+
+
+class Bar:
+    """A progress bar on stderr, if that is a terminal."""
+
+    def __init__(self, lines: bool = False) -> None:
+        """`lines`: print a line for each step where there is no terminal."""
+        self.lines = lines
+
+    def __enter__(self) -> "Bar":
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.progress.start()
+        self.tasks: dict[str, Any] = {}
+        return self
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """Show how many of `total` are done."""
+        if what not in self.tasks:
+            self.tasks[what] = self.progress.add_task(what, total=total)
+        self.progress.update(self.tasks[what], completed=done, total=total)
+        if self.lines and not sys.stderr.isatty():
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.stop()
+
+
+def print_columns(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]], width: int = _COLUMNS) -> None:
+    """A table whose first column names the lines, in parts of `width` further columns."""
+    from rich.table import Table
+
+    lines = list(lines)
+    for start in range(1, len(columns), width):
+        part = slice(start, start + width)
+        table = Table(title=(title or None) if start == 1 else None)
+        table.add_column(columns[0])
+        for name in columns[part]:
+            table.add_column(name, justify="right")
+        for line in lines:
+            table.add_row(line[0], *line[part])
+        _print(table)
+
+
+def _print(table: "Table") -> None:
+    from rich.console import Console
+
+    console = Console()
+    Console(width=console.width if console.is_terminal else _WIDTH).print(table)
+
+
+def print_scores(evaluation: "Evaluation") -> None:
+    """Scores of all methods, with intervals."""
+    names = {
+        method: f"{method} (control)" if method in evaluation.controls else method for method in evaluation.methods
+    }
+    for start in range(0, len(evaluation.metrics), _METRICS):
+        metrics = evaluation.metrics[start : start + _METRICS]
+        images = evaluation.provenance["images with maps"]
+        title = f"{evaluation.model} on {evaluation.data} ({evaluation.split}), {images} images" if not start else ""
+        columns = [f"{metric} {_ARROWS[evaluation.higher_is_better[metric]]}" for metric in metrics]
+        lines = [[names[m], *(_cell(evaluation.score(m, metric)) for metric in metrics)] for m in evaluation.methods]
+        if evaluation.chance.keys() & set(metrics):
+            lines.append(
+                ["chance", *(f"{evaluation.chance[m]:.3f}" if m in evaluation.chance else "" for m in metrics)]
+            )
+        print_columns(title, ["method", *columns], lines)
+
+
+def _cell(score: "Score") -> str:
+    return f"{score.interval}, {score.undefined} undefined" if score.undefined else str(score.interval)
+
+
+def print_costs(title: str, costs: Mapping[str, "Costs"]) -> None:
+    """What networks cost, beside the first of them."""
+    first = next(iter(costs.values()))
+    lines = [
+        (
+            name,
+            f"{cost.parameters:,} ({cost.parameters / first.parameters - 1:+.1%})",
+            f"{cost.macs / 1e9:.3f}",
+            "{:.2f} x [{:.2f}, {:.2f}]".format(*cost.ratio),
+            f"{cost.saved / 2**20:.0f} MiB ({cost.saved / first.saved:.2f} x)",
+        )
+        for name, cost in costs.items()
+    ]
+    print_columns(title, ("block", "parameters", "GMACs / image", "time / without", "kept for backward"), lines)
+
+
+def print_sentences(sentences: Iterable[str]) -> None:
+    """Wrapped list items."""
+    for sentence in sentences:
+        print(textwrap.fill(f"- {sentence}", 100, subsequent_indent="  "))
+
+
+def tell(what: str, reasons: Iterable[tuple[str, str]]) -> None:
+    """Names and reasons on stderr, of images that were skipped or methods that were left out."""
+    for name, reason in reasons:
+        print(f"{what} {name}: {reason}", file=sys.stderr)
+
+
+def tell_skipped(skipped: Sequence[tuple[str, str]]) -> None:
+    """Images that could not be read, on stderr."""
+    tell("skipped", skipped[:_LISTED])
+    if len(skipped) > _LISTED:
+        print(f"skipped {len(skipped) - _LISTED} more", file=sys.stderr)
+
+
+def tell_notices(notices: Iterable[str]) -> None:
+    """Decisions that the user may want to change, on stderr."""
+    for notice in dict.fromkeys(notices):
+        print(f"notice: {notice}", file=sys.stderr)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, without the middle if it would fill the screen."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 2 * _LONG else f"{text[:_LONG]} ... {text[-_LONG:]}"

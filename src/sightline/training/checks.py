@@ -1,0 +1,111 @@
+"""What is refused before a training starts."""
+
+import os
+import shutil
+from dataclasses import asdict
+from errno import ENOSPC
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sightline import data, runs
+from sightline.inference import copy_of
+from sightline.recipe import Recipe
+from sightline.runs import Run
+from sightline.training import processes
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """A folder that can be written, and is new or empty unless a training resumes in it."""
+    runs.check_writable(out)
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; choose a new folder, or continue with --resume (fit: resume=True)")
+
+
+def check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, others: dict[str, data.ImageSet]) -> None:
+    """Settings that these images, processes and devices allow."""
+    optim, side = recipe.optim, min(train.preprocess.size)
+    nodes, per_node = processes.started()
+    devices = torch.cuda.device_count()
+    if recipe.augment.crop >= side:
+        raise ValueError(f"augment.crop: expected less than the side of the images, {side}, got {recipe.augment.crop}")
+    if optim.patience is not None and not others.get("val"):
+        raise ValueError("optim.patience needs validation images; set data.val above 0")
+    if optim.class_weights and isinstance(train, data.ImageStream):
+        raise ValueError("optim.class_weights needs all labels in advance; set data.streaming to false")
+    if min(optim.batch_size, len(train)) < nodes * per_node:
+        raise ValueError(
+            f"optim.batch_size: expected at least one image for each of {nodes * per_node} processes, got "
+            f"{optim.batch_size}; start fewer processes"
+        )
+    if optim.micro_batches == 0 and nodes * per_node > 1:
+        raise ValueError("optim.micro_batches: 0 (automatic) works with one process only; give a number")
+    if per_node > devices > 0:
+        raise ValueError(f"expected one GPU for each of {per_node} processes on a machine, got {devices}; start fewer")
+    if optim.sync_batch_norm and not devices:
+        raise ValueError("optim.sync_batch_norm: needs GPUs, found none; set it false")
+    if optim.compile and devices and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc"))):
+        raise ValueError("optim.compile: needs a C compiler beside the GPU, found none; install gcc or set it false")
+    if optim.precision == "16-mixed" and not devices:
+        raise ValueError("optim.precision: 16-mixed needs a GPU, there is none; use bf16-mixed or 32-true")
+
+
+def check_forward(network: nn.Module, recipe: Recipe, size: tuple[int, int]) -> None:
+    """A network that runs on batches of this size, tried on a copy before anything is written."""
+    batch = min(recipe.optim.batch_size, 2)
+    try:
+        with torch.no_grad():
+            copy_of(network).train()(torch.zeros(batch, 3, *size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{recipe.model.name} cannot be trained on batches of {recipe.optim.batch_size} images of {size[1]} x "
+            f"{size[0]} pixels: {' '.join(str(error).split())}; change data.size or optim.batch_size"
+        ) from error
+
+
+def check_same(recipe: Recipe, run: Run, classes: tuple[str, ...]) -> None:
+    """A recipe and classes like those that a run was started with."""
+    old, new = asdict(run.recipe), asdict(recipe)
+    changed = [
+        f"{part}.{name} was {old[part][name]!r}, now {value!r}"
+        for part in ("data", "augment", "model", "optim")
+        for name, value in new[part].items()
+        if value != old[part][name]
+    ]
+    if run.recipe.seeds != recipe.seeds:
+        changed.append(f"seeds was {run.recipe.seeds}, now {recipe.seeds}")
+    if changed:
+        raise ValueError(f"run {run.folder} was started with another recipe: {'; '.join(changed)}; choose a new folder")
+    if run.classes != classes:
+        other = sorted({*run.classes} ^ {*classes}) or ["the order alone"]
+        raise ValueError(
+            f"run {run.folder} was started with {len(run.classes)} classes, the data now has {len(classes)}; they "
+            f"differ in {', '.join(other[:3])}{', ...' * (len(other) > 3)}; choose a new folder"
+        )
+
+
+def check_space(folder: Path, network: nn.Module) -> None:
+    """Room for three checkpoints (weights, two moments, average; two stay, a third replaces one) and the weights."""
+    weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    existing = next(path for path in folder.absolute().parents if path.exists())
+    needed, free = 14 * weights, shutil.disk_usage(existing).free
+    if free < needed:
+        room = f"expected {needed / 2**20:.0f} MiB free for the run, got {free / 2**20:.0f} MiB"
+        raise OSError(ENOSPC, f"disk too full, {room}", str(folder))
+
+
+def checked_teacher(folder: str, train: data.ImageSet | data.ImageStream) -> nn.Module:
+    """The trained network of a run on the same classes and equally normalized images."""
+    run = runs.open_run(folder)
+    if run.classes != train.classes:
+        raise ValueError(
+            f"optim.teacher: expected a run on the {len(train.classes)} classes of the data, got {folder} with "
+            f"{len(run.classes)} others; train one on this data"
+        )
+    if (run.preprocess.mean, run.preprocess.std) != (train.preprocess.mean, train.preprocess.std):
+        raise ValueError(
+            f"optim.teacher: expected a run on equally normalized images, got {folder} with mean "
+            f"{run.preprocess.mean}; train one on this data"
+        )
+    return runs.load_model(folder)
