@@ -136,7 +136,7 @@ def _trained(
     run = fit(start, out / name, {"data.source": name, **SETS[name], **overrides}, resume=True)
     assert isinstance(run, runs.Run)
     images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
-    return runs.load(run.folder), images, run.seed
+    return runs.load_model(run.folder), images, run.seed
 
 
 def predicted(result: Evaluation, truth: str, seed: int = 0) -> dict[str, Interval]:

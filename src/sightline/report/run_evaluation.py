@@ -57,7 +57,7 @@ def evaluate_run(
     runs.check_writable(out)
     start = time.perf_counter()
     images, strict = _images(run, split, overrides or {})
-    model = runs.load(run.folder).to(runs.best_device())
+    model = runs.load_model(run.folder).to(runs.best_device())
     evaluation = evaluate(
         model,
         images,
