@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import ttest_1samp
 
 from sightline.bench.measured import QUALITY, MeasuredRun
-from sightline.evaluation.standings import LEVEL
+from sightline.evaluation.ranking import LEVEL
 from sightline.metrics.uncertainty import holm
 from sightline.models.costs import Costs
 from sightline.report.studies import Cell
