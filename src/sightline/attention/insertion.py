@@ -207,7 +207,7 @@ def _maker(block: Block, options: dict[str, Any], init: Init) -> tuple[str, Make
     if isinstance(block, str):
         if block not in ATTENTION:
             raise ValueError(
-                f"unknown attention {block!r}{did_you_mean(block, ATTENTION, n=3)}; it is one of {', '.join(ATTENTION)}"
+                f"unknown attention {block!r}{did_you_mean(block, [*ATTENTION], n=3)}; it is one of {', '.join(ATTENTION)}"
             )
         name, make = block, ATTENTION[block]
     else:
@@ -218,7 +218,7 @@ def _maker(block: Block, options: dict[str, Any], init: Init) -> tuple[str, Make
     for option in options:
         if option not in parameters and not any_option:
             raise ValueError(
-                f"{name or 'the block'} has no option {option!r}{did_you_mean(option, parameters, n=3)}; "
+                f"{name or 'the block'} has no option {option!r}{did_you_mean(option, [*parameters], n=3)}; "
                 f"it has: {', '.join(list(parameters)[1:]) or 'none'}"
             )
     identity = {"identity": init == "identity"} if "identity" in parameters else {}
