@@ -206,9 +206,8 @@ def _maker(block: Block, options: dict[str, Any], init: Init) -> tuple[str, Make
     """Name of a block, empty if it has none, and a constructor with its options."""
     if isinstance(block, str):
         if block not in ATTENTION:
-            raise ValueError(
-                f"unknown attention {block!r}{did_you_mean(block, [*ATTENTION], n=3)}; it is one of {', '.join(ATTENTION)}"
-            )
+            hint = did_you_mean(block, [*ATTENTION], n=3)
+            raise ValueError(f"unknown attention {block!r}{hint}; it is one of {', '.join(ATTENTION)}")
         name, make = block, ATTENTION[block]
     else:
         name, make = next((name for name, registered in ATTENTION.items() if registered is block), ""), block
