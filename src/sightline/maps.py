@@ -76,11 +76,11 @@ def resize(
     if mode == "nearest":
         return F.interpolate(maps, size=size, mode="nearest-exact")
     shrinks = size[0] < maps.shape[-2] or size[1] < maps.shape[-1]
-    found = F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+    resized = F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
     # rounding may leave the map's range, and would give a flat map a highest pixel
     undefined = maps.isnan()
     low = maps.where(~undefined, torch.inf).amin((2, 3), keepdim=True)
-    return found.clamp(low, maps.where(~undefined, -torch.inf).amax((2, 3), keepdim=True))
+    return resized.clamp(low, maps.where(~undefined, -torch.inf).amax((2, 3), keepdim=True))
 
 
 def variation(maps: Float[Tensor, "b t *grid"]) -> Float[Tensor, "b t"]:
@@ -184,9 +184,9 @@ def overlay(
         )
     height, width = images.shape[-2:]
     maps = maps.to(images.device)
-    shares = resize(normalize(_cut(maps, signed), signed), (height, width)).clamp(-1 if signed else 0, 1)
+    intensities = resize(normalize(_cut(maps, signed), signed), (height, width)).clamp(-1 if signed else 0, 1)
     varies = (variation(maps) >= NEARLY_FLAT)[:, :, None, None]
-    above = color(shares.where(varies, torch.nan), signed).float()
+    above = color(intensities.where(varies, torch.nan), signed).float()
     gray = torch.einsum("bchw,c->bhw", images.float(), above.new_tensor(_GRAY))
     return torch.lerp(gray[:, None, None], above, opacity).round().to(torch.uint8)
 
@@ -236,10 +236,10 @@ def parts(maps: Float[Tensor, "b k h w"], norm: Float[Tensor, "b 1 h w"] | None 
         )
     if (maps < 0).any() or (norm is not None and (norm < 0).any()):
         raise ValueError("expected maps and a norm of at least 0, got a negative value; show signed maps with overlay")
-    shares = normalize(maps[:, :3], signed=True)
+    channels = normalize(maps[:, :3], signed=True)
     if norm is not None:
-        shares = shares * normalize(norm, signed=True)
-    rgb = F.pad(shares, (0, 0, 0, 0, 0, 3 - shares.shape[1]))
+        channels = channels * normalize(norm, signed=True)
+    rgb = F.pad(channels, (0, 0, 0, 0, 0, 3 - channels.shape[1]))
     undefined = rgb.isnan().any(1, keepdim=True)
     return (rgb.float() * 255).round().masked_fill(undefined, UNDEFINED).to(torch.uint8)
 

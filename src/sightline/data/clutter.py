@@ -69,9 +69,9 @@ def digits(split: str) -> tuple[Float[Array, "n 10 10"], Int64[Array, " n"]]:
         raise ModuleNotFoundError(
             "clutter needs scikit-learn, which holds its digits; install it: pip install 'sightline[train]'"
         ) from None
-    found: Any = load_digits()
-    order = np.argsort(found.target, kind="stable")
-    scans, classes = found.data[order], found.target[order].astype(np.int64)
+    dataset: Any = load_digits()
+    order = np.argsort(dataset.target, kind="stable")
+    scans, classes = dataset.data[order], dataset.target[order].astype(np.int64)
     part = np.full(len(classes), "train", dtype=object)
     part[held_out(classes, 0.2, seed=0)] = "test"
     rest = np.flatnonzero(part == "train")
@@ -301,8 +301,8 @@ def load(data: Data) -> dict[str, ImageSet]:
             f"expected data.size of at least 24 for {data.source}, got {size}; a digit needs that many pixels"
         )
     sizes = SIZES | {k: n for k, n in (("train", data.train_size), ("test", data.test_size)) if n is not None}
-    shares = {"train": data.shortcut, "val": data.shortcut, "test": 0.0}
-    stores = {s: Composed(data.seed, s, sizes[s], size, mask, shares[s] if patched else None, parts) for s in SPLITS}
+    giveaway = {"train": data.shortcut, "val": data.shortcut, "test": 0.0}
+    stores = {s: Composed(data.seed, s, sizes[s], size, mask, giveaway[s] if patched else None, parts) for s in SPLITS}
     preprocess = statistics(sampled(stores["train"], sizes["train"], 2000))
     return {
         split: ImageSet(

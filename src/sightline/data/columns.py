@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from sightline.data.decoded import Record
-from sightline.data.hugging_face import Found, import_datasets, silent
+from sightline.data.hugging_face import HubSet, import_datasets, silent
 from sightline.data.sources import Table, check_columns, fingerprint, group_names, usual_size
 from sightline.recipe import Data
 
@@ -30,13 +30,13 @@ class Columns:
     group: str | None
 
 
-def choose_columns(data: Data, found: Found) -> Columns:
+def choose_columns(data: Data, source: HubSet) -> Columns:
     """The columns that the recipe names, or else those with the usual names and types.
 
     Raises:
         ValueError: a column is not there, not in every split, or the choice is not clear.
     """
-    parts, alias = found.parts, found.alias
+    parts, alias = source.parts, source.alias
     features: dict[str, Any] = (parts["train"] if "train" in parts else next(iter(parts.values()))).features
     check_columns(data, features, alias.hub)
     mask = data.mask or ("mask" if "mask" in features else None)
@@ -102,11 +102,11 @@ class RowReader:
 
     def __call__(self, rows: Sequence[int]) -> list[Record]:
         """The records of these rows."""
-        found = self.dataset[list(rows)]
+        cells = self.dataset[list(rows)]
         nothing = [None] * len(rows)
-        masks = found[self.columns.mask] if self.columns.mask else nothing
-        boxes = found[self.columns.box] if self.columns.box else nothing
-        return [record(*cells) for cells in zip(found[self.columns.image], masks, boxes, strict=True)]
+        masks = cells[self.columns.mask] if self.columns.mask else nothing
+        boxes = cells[self.columns.box] if self.columns.box else nothing
+        return [record(*row) for row in zip(cells[self.columns.image], masks, boxes, strict=True)]
 
 
 def record(image: Any, mask: Any, boxes: Any) -> Record:
@@ -132,15 +132,15 @@ def undecoded(rows: Any, columns: Columns) -> Any:
     return rows
 
 
-def table(data: Data, found: Found) -> Table:
+def table(data: Data, source: HubSet) -> Table:
     """What the columns tell of the images.
 
     Raises:
         ValueError: a column is missing or does not hold what it should.
     """
     datasets = import_datasets()
-    parts, alias = found.parts, found.alias
-    columns = choose_columns(data, found)
+    parts, alias = source.parts, source.alias
+    columns = choose_columns(data, source)
     with silent():
         try:
             whole = datasets.concatenate_datasets([undecoded(rows, columns) for rows in parts.values()])
@@ -153,13 +153,13 @@ def table(data: Data, found: Found) -> Table:
         groups = group_names(["" if v is None else str(v) for v in whole[columns.group][:]], columns.group)
     reader = RowReader(whole, columns)
     return Table(
-        name=Path(data.source).resolve().name if found.files and Path(data.source).exists() else data.source,
+        name=Path(data.source).resolve().name if source.files and Path(data.source).exists() else data.source,
         classes=alias.classes or classes,
         labels=labels,
         names=_names(parts, whole, columns.image),
         parts=part,
         reader=reader,
-        key=f"{fingerprint(found.files)} {columns}" if found.files else None,
+        key=f"{fingerprint(source.files)} {columns}" if source.files else None,
         size=alias.size or usual_size(reader, len(whole)),
         groups=groups,
         group_name=columns.group,
@@ -177,12 +177,12 @@ def encode_labels(values: Sequence[Any], feature: Any, column: str) -> tuple[tup
     """
     if type(feature).__name__ == "ClassLabel":
         return tuple(feature.names), np.array([-1 if v is None else v for v in values], dtype=np.int64)
-    known = {v for v in values if v is not None}
-    if not all(isinstance(v, str | int) for v in known):
+    names = {v for v in values if v is not None}
+    if not all(isinstance(v, str | int) for v in names):
         raise ValueError(
             f"expected class names or whole numbers in column {column!r}, got {feature}; name another by data.label"
         )
-    ordered = sorted(known - {-1})
+    ordered = sorted(names - {-1})
     number = {v: i for i, v in enumerate(ordered)}
     return tuple(str(v) for v in ordered), np.array([number.get(v, -1) for v in values], dtype=np.int64)
 

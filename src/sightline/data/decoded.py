@@ -40,6 +40,8 @@ class Sample(NamedTuple):
     image: UInt8[Array, "3 h w"]
     mask: Bool[Array, "h w"] | None
     boxes: Float32[Array, "_ 4"] | None
+    imprint: Array | None = None
+    """See `sightline.data.duplicates.imprint`; only if asked for."""
 
 
 class Pixels(NamedTuple):
@@ -91,27 +93,18 @@ class Decoder:
             boxes = boxes * np.tile(scale, 2)
         return Sample(np.ascontiguousarray(pixels.transpose(2, 0, 1)), mask, boxes)
 
-    def attempt(self, record: Record) -> Sample | str:
-        """One image, or the reason why it cannot be used."""
-        try:
-            return self.decode(record)
-        except UnreadableImage as error:
-            return str(error)
+    def attempt_all(self, records: Sequence[Record], with_imprint: bool = False) -> list[Sample | str]:
+        """Each image, or the reason why it cannot be used; on all cores."""
 
-    def examine(self, record: Record) -> tuple[Sample, Array] | str:
-        """As `attempt`, with the image's imprint."""
-        sample = self.attempt(record)
-        return sample if isinstance(sample, str) else (sample, imprint(record.image, sample.image))
+        def attempt(record: Record) -> Sample | str:
+            try:
+                sample = self.decode(record)
+            except UnreadableImage as error:
+                return str(error)
+            return sample._replace(imprint=imprint(record.image, sample.image)) if with_imprint else sample
 
-    def examine_all(self, records: Sequence[Record]) -> list[tuple[Sample, Array] | str]:
-        """As `examine`, of each; on all cores."""
         with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self.examine, records))
-
-    def attempt_all(self, records: Sequence[Record]) -> list[Sample | str]:
-        """As `attempt`, of each; on all cores."""
-        with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self.attempt, records))
+            return list(pool.map(attempt, records))
 
     def stack(self, samples: Sequence[Sample]) -> Pixels:
         """Samples, if any, as arrays."""
@@ -142,10 +135,11 @@ class OnTheFly:
                 raise OSError(f"{what} could be read at first and no longer can: {sample}")
         return self.decoder.stack([sample for sample in samples if isinstance(sample, Sample)])
 
-    def examine_all(self) -> Iterator[tuple[Sample, Array] | str]:
-        """Every row decoded, with its imprint, or the reason why it cannot be; on all cores."""
+    def attempt_all(self) -> Iterator[Sample | str]:
+        """Every image with its imprint, or the reason why it cannot be used; on all cores."""
         for start in range(0, len(self.rows), CHUNK):
-            yield from self.decoder.examine_all(self.reader(self.rows[start : start + CHUNK].tolist()))
+            records = self.reader(self.rows[start : start + CHUNK].tolist())
+            yield from self.decoder.attempt_all(records, with_imprint=True)
 
     def picked(self, places: Int64[Array, " k"]) -> "OnTheFly":
         """The images at these places alone."""
@@ -241,21 +235,21 @@ def _decode_into(
 ) -> Facts:
     facts = Facts([], [], [] if source.decoder.has_boxes else None)
     console = Console(stderr=True)
-    examined = track(
-        source.examine_all(),
+    samples = track(
+        source.attempt_all(),
         f"decoding {what}",
         len(source.rows),
         console=console,
         transient=True,
         disable=not console.is_terminal or len(source.rows) < 1000,
     )
-    for i, answer in enumerate(examined):
-        if isinstance(answer, str):
-            facts.skipped.append((i, answer))
+    for i, sample in enumerate(samples):
+        if isinstance(sample, str):
+            facts.skipped.append((i, sample))
             continue
-        sample, printed = answer
         facts.kept.append(i)
-        imprints.write(printed.tobytes())
+        if sample.imprint is not None:
+            imprints.write(sample.imprint.tobytes())
         if facts.boxes is not None and sample.boxes is not None:
             facts.boxes.append(sample.boxes.tolist())
         if images is not None:

@@ -87,10 +87,10 @@ def part_of(file: Path) -> str:
 
 def by_part(files: Sequence[Path]) -> dict[str, list[str]]:
     """Files by split; files that tell none are left out where others do."""
-    found: dict[str, list[str]] = {}
+    by_split: dict[str, list[str]] = {}
     for file in files:
-        found.setdefault(part_of(file), []).append(str(file))
-    return {part: names for part, names in found.items() if part} or found
+        by_split.setdefault(part_of(file), []).append(str(file))
+    return {part: names for part, names in by_split.items() if part} or by_split
 
 
 def import_datasets() -> ModuleType:
@@ -125,7 +125,7 @@ def silent() -> Generator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class HubSet:
     """A set as `datasets` gives it."""
 
     parts: dict[str, Any]
@@ -135,7 +135,7 @@ class Found:
     """The files that it was read from, where they are known."""
 
 
-def find(data: Data) -> Found | None:
+def find(data: Data) -> HubSet | None:
     """The parquet files, alias or hub set that `data.source` names; None if it names none of these.
 
     Which split a parquet file belongs to is told by its name or folder. A hub set is named `hub:OWNER/NAME` or
@@ -155,7 +155,7 @@ def find(data: Data) -> Found | None:
     return _from_parquet(files, data.streaming) if files else None
 
 
-def _from_parquet(files: list[Path], streaming: bool) -> Found:
+def _from_parquet(files: list[Path], streaming: bool) -> HubSet:
     chosen = by_part(files)
     with silent():
         try:
@@ -163,7 +163,7 @@ def _from_parquet(files: list[Path], streaming: bool) -> Found:
         except Exception as error:
             raise ValueError(f"cannot read {files[0]} as parquet: {_one_line(error)}") from error
     used = [Path(name) for names in chosen.values() for name in names]
-    return Found(parts=parts, alias=Alias(hub=str(files[0]), line=""), files=used)
+    return HubSet(parts=parts, alias=Alias(hub=str(files[0]), line=""), files=used)
 
 
 def _open_parquet(files: list[str], streaming: bool) -> "datasets.Dataset | datasets.IterableDataset":
@@ -180,7 +180,7 @@ def _open_parquet(files: list[str], streaming: bool) -> "datasets.Dataset | data
     return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
 
 
-def _from_hub(alias: Alias, streaming: bool) -> Found:
+def _from_hub(alias: Alias, streaming: bool) -> HubSet:
     datasets = import_datasets()
     try:
         with quiet():
@@ -190,13 +190,13 @@ def _from_hub(alias: Alias, streaming: bool) -> Found:
         raise FileNotFoundError(
             f"cannot fetch {alias.hub} from the Hugging Face hub: {_one_line(error)}; check the name and the network"
         ) from error
-    known = {PARTS[name]: rows for name, rows in parts.items() if name in PARTS}
-    if not known and len(parts) == 1:
-        known = {"": next(iter(parts.values()))}
-    if not known:
+    by_split = {PARTS[name]: rows for name, rows in parts.items() if name in PARTS}
+    if not by_split and len(parts) == 1:
+        by_split = {"": next(iter(parts.values()))}
+    if not by_split:
         raise ValueError(f"expected splits named train, val or test in {alias.hub}, got {', '.join(parts)}")
-    files = [] if streaming else [Path(f["filename"]) for rows in known.values() for f in rows.cache_files]
-    return Found(parts=known, alias=alias, files=files)
+    files = [] if streaming else [Path(f["filename"]) for rows in by_split.values() for f in rows.cache_files]
+    return HubSet(parts=by_split, alias=alias, files=files)
 
 
 def _one_line(error: BaseException) -> str:

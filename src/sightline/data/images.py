@@ -40,15 +40,30 @@ class UnreadableImage(ValueError):
     """An image that cannot be used; the message is the reason, in one line."""
 
 
-@contextmanager
-def quiet() -> Generator[None]:
-    """Silence the decoder's warnings, of which one image can bring dozens.
+class quiet:
+    """Silence the decoder's warnings, of which one image can cause dozens.
 
-    Python's filters belong to the whole process: enter this in the thread that starts the others, not in each of them.
+    The filters of warnings belong to the whole process: the first thread that enters sets them, and the last that
+    leaves restores them.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+
+    _lock = threading.Lock()
+    _inside = 0
+    _filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with quiet._lock:
+            if not quiet._inside:
+                quiet._filters = warnings.catch_warnings()
+                quiet._filters.__enter__()
+                warnings.simplefilter("ignore")
+            quiet._inside += 1
+
+    def __exit__(self, *error: Any) -> None:
+        with quiet._lock:
+            quiet._inside -= 1
+            if not quiet._inside:
+                quiet._filters.__exit__(*error)
 
 
 @cache
@@ -330,7 +345,7 @@ def _smallest_page(image: TiffImagePlugin.TiffImageFile, side: int) -> int:
         width, height = image.size
         is_copy = image.tag_v2.get(254, 0) == 1 and image.tag_v2.get(ORIENTATION, 1) == orientation
         if is_copy and abs(width * size[1] / (height * size[0]) - 1) < 0.01 and min(width, height) >= 2 * side:
-            best, pixels = min((best, pixels), (page, width * height), key=lambda found: found[1])
+            best, pixels = min((best, pixels), (page, width * height), key=lambda copy: copy[1])
     return best
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sightline.data.decoded import LARGEST, Decoder, OnTheFly, Pixels, Record, Sample, Store, Stored
+from sightline.data.marks import evenly_spaced
 from sightline.data.transforms import DRAWS, draws
 from sightline.data.transforms import augment as augmented
 from sightline.recipe import Augment
@@ -286,22 +287,24 @@ class ImageStream:
         records = self.records(shuffle, start * batch_size)
         end = self.length - self.length % batch_size if drop_last else self.length
         for _ in range(start * batch_size, end, batch_size):
-            found = list(islice(records, batch_size))
-            found = [found[i] for i in _share(np.arange(len(found)), part)]
-            samples = self.decoder.attempt_all([record for _, record, _ in found])
-            kept: list[tuple[int, int, Sample]] = []
-            for (number, _, label), sample in zip(found, samples, strict=True):
+            batch = list(islice(records, batch_size))
+            batch = [batch[i] for i in _share(np.arange(len(batch)), part)]
+            samples = self.decoder.attempt_all([record for _, record, _ in batch])
+            numbers, labels, names, readable = list[int](), list[int](), list[str](), list[Sample]()
+            for (number, _, label), sample in zip(batch, samples, strict=True):
+                name = f"train/{number:06d}"
                 if isinstance(sample, Sample):
-                    kept.append((number, label, sample))
+                    numbers.append(number)
+                    labels.append(label)
+                    names.append(name)
+                    readable.append(sample)
                 elif self.strict:
-                    raise ValueError(f"train/{number:06d}: {sample}")
-                elif (f"train/{number:06d}", sample) not in self.skipped:
-                    self.skipped.append((f"train/{number:06d}", sample))
-            places = torch.tensor([number for number, _, _ in kept], dtype=torch.int64)
-            labels = np.array([label for _, label, _ in kept], dtype=np.int64)
-            names = [f"train/{number:06d}" for number, _, _ in kept]
-            pixels = self.decoder.stack([sample for _, _, sample in kept])
-            yield _changed(_tensors(pixels, labels, places, names, device), augment, self)
+                    raise ValueError(f"{name}: {sample}")
+                elif (name, sample) not in self.skipped:
+                    self.skipped.append((name, sample))
+            places = torch.tensor(numbers, dtype=torch.int64)
+            pixels = self.decoder.stack(readable)
+            yield _changed(_tensors(pixels, np.array(labels, dtype=np.int64), places, names, device), augment, self)
 
 
 def _tensors(
@@ -415,7 +418,7 @@ def _statistics_on(preprocess: Preprocess, device: torch.device) -> tuple[Tensor
 
 def sampled(store: Store, n: int, size: int) -> Iterator[UInt8[Array, "_ 3 h w"]]:
     """Up to `size` of the `n` images of a store, evenly spaced, a hundred at a time."""
-    rows = np.unique(np.linspace(0, n - 1, min(n, size)).astype(np.int64))
+    rows = np.array(evenly_spaced(n, size), dtype=np.int64)
     for start in range(0, len(rows), 100):
         yield store.read(rows[start : start + 100]).images
 

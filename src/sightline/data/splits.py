@@ -71,22 +71,22 @@ def _held_out_groups(
             f"expected at least two groups to split by, got one ({str(names[0])!r}); name another group column or none"
         )
     classes, label = np.unique(labels, return_inverse=True)
-    shares = np.zeros((len(names), len(classes)))
-    np.add.at(shares, (group, label), 1.0)
-    shares /= shares.sum(0)
+    fractions = np.zeros((len(names), len(classes)))
+    np.add.at(fractions, (group, label), 1.0)
+    fractions /= fractions.sum(0)
     best: tuple[float, list[int]] = (np.inf, [])
     for _ in range(8):
         taken = np.zeros(len(classes))
         chosen: list[int] = []
         for i in rng.permutation(len(names)):
-            if np.square(taken + shares[i] - share).sum() < np.square(taken - share).sum():
-                taken += shares[i]
+            if np.square(taken + fractions[i] - share).sum() < np.square(taken - share).sum():
+                taken += fractions[i]
                 chosen.append(int(i))
         loss = float(np.square(taken - share).sum())
         if chosen and loss < best[0]:
             best = (loss, chosen)
     # every group is larger than the share: the smallest one is the nearest
-    chosen = best[1] or [int(shares.sum(1).argmin())]
+    chosen = best[1] or [int(fractions.sum(1).argmin())]
     return np.isin(group, chosen)
 
 

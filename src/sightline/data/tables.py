@@ -20,7 +20,7 @@ from jaxtyping import Int64
 from sightline.data.folders import PARTS, image_files
 from sightline.data.images import formats
 from sightline.data.marks import BoxForm, Record
-from sightline.data.sources import Table, check_columns, fingerprint, group_names, usual_size
+from sightline.data.sources import Records, Table, check_columns, fingerprint, group_names, usual_size
 from sightline.recipe import Data
 
 Array = np.ndarray
@@ -85,17 +85,6 @@ class Listed:
     def facts(self) -> tuple[Any, ...]:
         """The entries in which all lines of one image must agree."""
         return self.label, self.group, self.part, self.mask
-
-
-@dataclass(frozen=True)
-class ListedReader:
-    """Records of listed images."""
-
-    images: list[Listed]
-
-    def __call__(self, rows: Sequence[int]) -> list[Record]:
-        """The records of these images."""
-        return [Record(image.image, image.mask, image.boxes) for image in (self.images[i] for i in rows)]
 
 
 def read_text(file: Path) -> str:
@@ -179,13 +168,13 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
         raise ValueError(f"expected a line for each image in {files[0]}, it is empty")
     names = dict.fromkeys(name for line in lines for name in line.cells)
     columns = _choose(data, names, files[0])
-    found, loose = _files(lines, columns.image, "images", root)
+    line_images, loose = _files(lines, columns.image, "images", root)
     masks, loose_masks = _files(lines, columns.mask, "masks", root)
-    listed = [_listed(*facts, columns, root) for facts in zip(lines, found, masks, strict=True)]
+    listed = [_listed(*facts, columns, root) for facts in zip(lines, line_images, masks, strict=True)]
     images = _merged(listed, columns)
     classes, labels = _labels([image.label for image in images], columns.label)
     groups = None if columns.group is None else group_names([image.group for image in images], columns.group)
-    reader = ListedReader(images)
+    reader = Records([Record(image.image, image.mask, image.boxes) for image in images])
     paths = [image.image for image in images]
     used = [*paths, *(image.mask for image in images if image.mask is not None), *files]
     return Table(
@@ -202,7 +191,7 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
         has_masks=columns.mask is not None,
         has_boxes=columns.box is not None or bool(columns.sides),
         box_form=columns.box_form,
-        notices=(*_notices(data, names, columns), *loose, *loose_masks, *_unlisted(source, found, masks)),
+        notices=(*_notices(data, names, columns), *loose, *loose_masks, *_unlisted(source, line_images, masks)),
     )
 
 
@@ -280,9 +269,9 @@ def _choose(data: Data, names: dict[str, None], file: Path) -> Columns:
     form: BoxForm | None = None
     if chosen["box"] is None:
         for wanted, its_form in _SIDES.items():
-            found = [_usual(names, (name,)) for name in wanted]
-            if None not in found:
-                sides, form = tuple(filter(None, found)), its_form
+            side_names = [_usual(names, (name,)) for name in wanted]
+            if None not in side_names:
+                sides, form = tuple(filter(None, side_names)), its_form
                 break
     return Columns(image=image, split=_usual(names, ("split",)), sides=sides, box_form=form, **chosen)
 
