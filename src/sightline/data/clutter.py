@@ -41,16 +41,8 @@ Uniform = Callable[..., Float[Array, "b ..."]]
 Below = Callable[[Any], Int64[Array, " b"]]
 PATCH_COLORS = np.array(
     [
-        (230, 25, 45),
-        (50, 190, 60),
-        (20, 70, 255),
-        (255, 230, 20),
-        (250, 130, 20),
-        (130, 20, 190),
-        (60, 240, 240),
-        (250, 60, 220),
-        (255, 255, 255),
-        (0, 0, 0),
+        list(bytes.fromhex(color))
+        for color in "e6192d 32be3c 1446ff ffe614 fa8214 8214be 3cf0f0 fa3cdc ffffff 000000".split()
     ],
     dtype=np.uint8,
 )
