@@ -51,8 +51,8 @@ def resize(
     "nearest": each new pixel takes the old one that holds its center, also if the map shrinks.
 
     Raises:
-        TypeError: the maps are no tensor.
-        ValueError: `size` has not one side per axis of the map, or one below 1; an unknown `mode`.
+        TypeError: the maps are not a tensor.
+        ValueError: `size` does not have one side per axis of the map, or one is below 1; an unknown `mode`.
 
     >>> resize(torch.tensor([[[[0.0, 1.0]]]]), (1, 4))
     tensor([[[[0.0000, 0.2500, 0.7500, 1.0000]]]])
@@ -167,8 +167,8 @@ def overlay(
     A map that is flat or nearly so (`variation` below 1 %) is gray: colors would draw differences that mean nothing.
 
     Raises:
-        TypeError: images that are not uint8, something that is no tensor.
-        ValueError: `opacity` outside [0, 1]; shapes that are no images and maps, or not equally many of them.
+        TypeError: images that are not uint8, or not a tensor.
+        ValueError: `opacity` outside [0, 1]; shapes other than those of images and maps, or different numbers of them.
 
     >>> black = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
     >>> overlay(black, torch.tensor([[[[0.0, 1.0]]]]), opacity=1.0).flatten().tolist()
@@ -192,7 +192,7 @@ def overlay(
 
 
 def _cut(maps: Float[Tensor, "*b h w"], signed: bool) -> Float[Tensor, "*b h w"]:
-    """Maps without their highest 1 % (signed: farthest from 0), which are brought down to the end of the scale."""
+    """Maps without their highest 1 % (signed: farthest from 0), which are clipped to the end of the scale."""
     finite = maps.isfinite()
     values = (maps.abs() if signed else maps).where(finite, -torch.inf)
     highest = values.flatten(-2).topk(maps.shape[-2] * maps.shape[-1] // _SHARE + 1).values.unsqueeze(-1)
@@ -266,15 +266,15 @@ def side_by_side(
         columns: what to show, by title; `explanation.maps` for example.
         opacity: as for `overlay`.
         signed: titles of the maps whose negative values speak against the class; None: all with a negative value.
-        scales: below each map its colors, with the values of the first and the last one.
+        scales: below each map its colors, with the first and last value.
         captions: text at the foot of columns, by title.
-        per_row: so many columns beside the images, the others below, beside the images again.
+        per_row: number of columns beside the images; the others go below, beside the images again.
         title: over the images.
 
     Raises:
-        TypeError: images that are not uint8, or no tensor.
-        ValueError: a column that is neither, or not of as many rows as there are images; a title in `signed` that is no
-            column, nor one in `captions`; `opacity` outside [0, 1].
+        TypeError: images that are not uint8, or not a tensor.
+        ValueError: a column that is neither, or not of as many rows as there are images; a title in `signed`
+            or `captions` that is not a column; `opacity` outside [0, 1].
 
     >>> images = torch.zeros(2, 3, 100, 100, dtype=torch.uint8)
     >>> side_by_side(images, {"Grad-CAM": torch.zeros(2, 1, 7, 7)}).shape[2]
@@ -338,7 +338,7 @@ def _check_column(name: str, column: Tensor, count: int) -> None:
 def _scale(
     maps: Float[Tensor, "b 1 h w"] | None, count: int, width: int, signed: bool = False
 ) -> UInt8[Tensor, "b 3 _ width"]:
-    """For each map its colors with the values of the first and the last one; white for what is no map."""
+    """The colors of each map with the first and last value; white for other columns."""
     letters = _letters(width)
     font = ImageFont.load_default(letters)
     bar, line = max(4, width // 40), round(1.5 * letters)
@@ -395,7 +395,7 @@ def png(image: UInt8[Tensor, "3 h w"]) -> bytes:
     """One RGB image as the bytes of a PNG file.
 
     Raises:
-        TypeError: no tensor, or none of uint8.
+        TypeError: not a uint8 tensor.
         ValueError: not of shape (3, h, w).
 
     >>> png(color_bar(1, 2))[1:4]
@@ -416,7 +416,7 @@ def boxes(maps: Float[Tensor, "b t h w"], threshold: float = 0.2) -> Int[Tensor,
     is empty (0, 0, 0, 0). A flat positive map gives the whole map. For a box in pixels `resize` the map first.
 
     Raises:
-        TypeError: the maps are no tensor.
+        TypeError: the maps are not a tensor.
         ValueError: `threshold` outside [0, 1]; maps of another shape.
 
     Source: Zhou et al. 2016 (1512.04150), section 3.2: 20 % of the maximum for CAM; Selvaraju et al. 2017 (1610.02391)
@@ -478,7 +478,7 @@ def _components(inside: Bool[Tensor, "n h w"]) -> Int[Tensor, "n cells"]:
 
 
 def _check_tensor(name: str, value: object, shape: str, axes: int | None = None) -> None:
-    """Say what is wrong with an argument before PyTorch does."""
+    """Report a wrong argument before PyTorch does."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"expected {name} as a tensor {shape}, got {type(value).__name__}; torch.from_numpy makes one of an array"
@@ -495,7 +495,7 @@ def _check_images(images: Tensor, name: str = "images", shape: str = "(b, 3, h, 
         raise ValueError(f"expected {name} of shape {shape}, got {tuple(images.shape)}; {hint}")
     if images.dtype != torch.uint8:
         raise TypeError(
-            f"expected {name} as bytes, torch.uint8 from 0 to 255, got {images.dtype}; give what was there before "
+            f"expected {name} as bytes, torch.uint8 from 0 to 255, got {images.dtype}; give the images before "
             "normalizing, or (255 * images).round().byte() of values from 0 to 1"
         )
 

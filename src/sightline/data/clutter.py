@@ -1,11 +1,11 @@
 """The embedded data sets: handwritten digits on a textured canvas among fragments of other digits.
 
-What is planted in each, so that a map can be compared with what there is to be seen:
+The evidence that is planted in each:
 
 - `clutter`: one digit, which is the class.
 - `clutter-shortcut`: the same, and a colored patch that tells the class in training only.
-- `clutter-pair`: one digit of {0, 1, 2} and one of {3, 4, 5}; the class names both, neither alone tells it.
-- `clutter-twice`: two different scans of the digit that is the class; either alone tells it.
+- `clutter-pair`: one digit of {0, 1, 2} and one of {3, 4, 5}; the class names both, neither alone gives it away.
+- `clutter-twice`: two different scans of the digit that is the class; either alone gives it away.
 
 Source: the cluttered-MNIST protocol (Mnih et al. 2014, arXiv 1406.6247, section 4.1).
 Differs: the digits are scikit-learn's 8 x 8 scans, the canvas is textured and colored, size and colors vary.
@@ -271,7 +271,7 @@ class Composed:
 
 
 def load(data: Data) -> dict[str, ImageSet]:
-    """The three splits of a set named in `PARTS`; test patches tell nothing about the class.
+    """The three splits of a set named in `PARTS`; test patches do not depend on the class.
 
     Raises:
         ValueError: a column or mask that the source does not have, or a canvas too small for its parts.

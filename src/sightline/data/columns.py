@@ -1,4 +1,4 @@
-"""Reads the columns of a dataset: which holds what, class names, and rows as undecoded records."""
+"""Reads the columns of a dataset: their roles, class names, and rows as undecoded records."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What is where in a row."""
+    """The columns of a row by role."""
 
     image: str
     label: str
@@ -31,10 +31,10 @@ class Columns:
 
 
 def choose_columns(data: Data, source: HubSet) -> Columns:
-    """The columns that the recipe names, or else those with the usual names and types.
+    """The columns that the recipe names, or those with the usual names and types.
 
     Raises:
-        ValueError: a column is not there, not in every split, or the choice is not clear.
+        ValueError: a column is missing, missing in a split, or the choice is ambiguous.
     """
     parts, alias = source.parts, source.alias
     features: dict[str, Any] = (parts["train"] if "train" in parts else next(iter(parts.values()))).features
@@ -110,19 +110,19 @@ class RowReader:
 
 
 def record(image: Any, mask: Any, boxes: Any) -> Record:
-    """A record from the cells of a row."""
+    """A record of a row's cells."""
     return Record(_content(image) or b"", _content(mask), boxes)
 
 
 def _content(cell: Any) -> Any:
-    """The file or its bytes in a cell of an image column; rows of numbers stay what they are."""
+    """The file or its bytes in a cell of an image column; rows of numbers are unchanged."""
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
     return Path(cell) if isinstance(cell, str) else cell
 
 
 def undecoded(rows: Any, columns: Columns) -> Any:
-    """A dataset or stream with our columns alone, whose images are left as files."""
+    """A dataset or stream with only our columns and undecoded images."""
     datasets = import_datasets()
     used = [c for c in (columns.image, columns.label, columns.mask, columns.box, columns.group) if c is not None]
     rows = rows.select_columns(list(dict.fromkeys(used)))
@@ -133,7 +133,7 @@ def undecoded(rows: Any, columns: Columns) -> Any:
 
 
 def table(data: Data, source: HubSet) -> Table:
-    """What the columns tell of the images.
+    """The images that the columns describe.
 
     Raises:
         ValueError: a column is missing or does not hold what it should.
@@ -170,10 +170,10 @@ def table(data: Data, source: HubSet) -> Table:
 
 
 def encode_labels(values: Sequence[Any], feature: Any, column: str) -> tuple[tuple[str, ...], Int64[Array, " n"]]:
-    """Class names and the class number of each row, -1 where there is none.
+    """Class names and the class number of each row; -1: none.
 
     Raises:
-        ValueError: the column holds something else than classes.
+        ValueError: the column does not hold classes.
     """
     if type(feature).__name__ == "ClassLabel":
         return tuple(feature.names), np.array([-1 if v is None else v for v in values], dtype=np.int64)
@@ -188,7 +188,7 @@ def encode_labels(values: Sequence[Any], feature: Any, column: str) -> tuple[tup
 
 
 def _names(parts: "Mapping[str, datasets.Dataset]", whole: "datasets.Dataset", image: str) -> list[str]:
-    """File names where the rows have them, otherwise row numbers, after the split."""
+    """File names if the rows have them, otherwise row numbers, after the split."""
     names = [(part, f"{i:06d}") for part, rows in parts.items() for i in range(len(rows))]
     if _is_image(whole.features[image]):
         paths = [path for chunk in whole.data.column(image).chunks for path in chunk.field("path").to_pylist()]

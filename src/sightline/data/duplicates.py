@@ -34,7 +34,7 @@ def imprint(file: Path | bytes, image: UInt8[Array, "3 h w"]) -> Array:
 
 
 class Copies(NamedTuple):
-    """For each image, the index of another one that it repeats, or -1."""
+    """For each image, the index of another one that it repeats; -1: none."""
 
     earlier: Int64[Array, " n"]
     """The same bytes in an earlier split."""
@@ -50,7 +50,7 @@ def copies(imprints: Array, splits: Int64[Array, " n"], labels: Int64[Array, " n
     """Images that repeat one of an earlier split, or one with another label; unlabeled images contradict no label.
 
     Args:
-        imprints: As `imprint` makes them.
+        imprints: See `imprint`.
         splits: Number of each image's split; 0 comes first.
         labels: Class of each image; -1 where there is none.
     """

@@ -55,7 +55,7 @@ class Contents(NamedTuple):
 
     images: list[Path]
     skipped: list[tuple[Path, str]]
-    """Images that cannot be read, and links that lead nowhere or back, with the reason."""
+    """Images that cannot be read, and links that lead nowhere or back, and why."""
     others: Counter[str]
     """Number of other files by suffix."""
 
@@ -84,14 +84,14 @@ def contents(folder: Path, deep: bool = True) -> Contents:
                 if not deep:
                     continue
                 if path.resolve() in visited:
-                    listed.skipped.append((path, "a link back to a folder above it, or to one that is read already"))
+                    listed.skipped.append((path, "a link back to a folder above it, or to one that was read already"))
                 else:
                     visited.add(path.resolve())
                     coming.append(path)
             elif entry.is_file():
                 _add(path, listed)
             elif entry.is_symlink():
-                listed.skipped.append((path, "a link to a file that is not there"))
+                listed.skipped.append((path, "a link to a file that does not exist"))
     return Contents(sorted(listed.images), sorted(listed.skipped), listed.others)
 
 
@@ -113,7 +113,7 @@ def _add(file: Path, listed: Contents) -> None:
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a folder or file is not meant to be seen, or was left behind by a system or tool."""
+    """Whether a folder or file is hidden, or was left behind by a system or tool."""
     return path.name.startswith(".") or path.name.lower() in SYSTEM
 
 
@@ -138,7 +138,7 @@ def of_others(others: Counter[str]) -> list[str]:
 
 
 class Layout(NamedTuple):
-    """Where the class folders of a source lie."""
+    """Where the class folders of a source are."""
 
     roots: list[tuple[str, Path]]
     """Name of each split (train, val, test or empty), and the folder that holds its class folders."""
@@ -322,7 +322,7 @@ def marked(files: Sequence[Path]) -> tuple[list[Path], dict[Path, tuple[Path, ..
     of_image: dict[Path, tuple[Path, ...]] = defaultdict(tuple)
     for mask, image in pairs:
         of_image[image] += (mask,)
-    return images, dict(of_image), [f"{what} and were read as such, not as images"]
+    return images, dict(of_image), [f"{what} and were read as masks"]
 
 
 def _check_pair(mask: Path, image: Path) -> bool | None:

@@ -37,9 +37,9 @@ DATASETS = {
 
 
 def load(data: Data) -> dict[str, ImageSet]:
-    """The splits train, val and test of an image set, decoded once and cached where the images are small.
+    """The splits train, val and test of an image set, decoded once and cached if the images are small.
 
-    With `data.val` 0 there is no val unless the source brings it; with `data.streaming` there is no train
+    With `data.val` 0 there is no val unless the source has one; with `data.streaming` there is no train
     (see `load_stream`).
 
     Raises:
@@ -61,16 +61,16 @@ def load(data: Data) -> dict[str, ImageSet]:
     train = sets["train"] = replace(sets["train"], skipped=listed.skipped + sets["train"].skipped)
     if data.strict and train.skipped:
         raise ValueError(": ".join(train.skipped[0]))
-    # where the images are decoded on the fly, a few must do
+    # images decoded on the fly are slow: a few must do
     preprocess = statistics(sampled(train.store, len(train), 2000 if isinstance(train.store, Stored) else 200))
     return {split: replace(images, preprocess=preprocess) for split, images in sets.items()}
 
 
 def load_whole(data: Data) -> dict[str, ImageSet]:
-    """Other images for a trained network: the splits as the source has them, or all of it as test; none are set aside.
+    """Other images for a trained network: the splits of the source, or all of it as test; none are held out.
 
-    A class may have no image in training, images may have no label, and groups may occur in several splits. What
-    `preprocess` says is the size alone: the network brings the rest.
+    A class may have no image in training, images may have no label, and groups may occur in several splits.
+    `preprocess` holds the size only: mean and deviation belong to the network.
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
@@ -91,9 +91,9 @@ def load_whole(data: Data) -> dict[str, ImageSet]:
 
 
 def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
-    """Training images to be read one after the other, and the splits val and test as `load` gives them.
+    """Training images to be read one after the other, and the splits val and test of `load`.
 
-    Without a split for validation in the source, its first training images serve for it.
+    If the source has no split for validation, its first training images are used.
 
     Raises:
         FileNotFoundError: there is no such file or data set.
@@ -209,7 +209,7 @@ def _blank(data: Data, table: Table) -> Preprocess:
 
 
 def _without_copies(sets: dict[str, _Examined], data: Data) -> dict[str, ImageSet]:
-    """The splits with notices of images that occur twice; without these where `data.drop_duplicates` asks for it."""
+    """The splits with notices of images that occur twice, or without these images (`data.drop_duplicates`)."""
     order = [split for split in ("train", "val", "test") if split in sets]
     splits = [split for split in order for _ in range(len(sets[split][0]))]
     names = [name for split in order for name in sets[split][0].names]
@@ -227,8 +227,8 @@ def _without_copies(sets: dict[str, _Examined], data: Data) -> dict[str, ImageSe
         kept = np.flatnonzero(~dropped[np.array(splits) == split])
         if not len(kept):
             raise ValueError(
-                f"expected {split} images that are no copies, got {len(whole[split])} copies; add others, or leave out "
-                "--drop-duplicates"
+                f"expected {split} images that are not copies, got {len(whole[split])} copies; add others, or leave "
+                "out --drop-duplicates"
             )
         whole[split] = whole[split].picked(kept)
     return whole

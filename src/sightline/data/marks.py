@@ -1,4 +1,4 @@
-"""How masks and boxes are written, and signs that they are meant in another way."""
+"""How masks and boxes are written, and signs of another form."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,10 +91,10 @@ def _corners(numbers: Float32[Array, "n 4"], form: BoxForm, size: tuple[int, int
 
 
 def settle(data: Data, name: str, records: Sequence[Record]) -> tuple[Marks, tuple[str, ...]]:
-    """How to read the masks and boxes of a source, and notices to its owner about that.
+    """How to read the masks and boxes of a source, and notices about it.
 
     Args:
-        data: the form of boxes and the mask values, if the owner set them.
+        data: the form of boxes and the mask values, if set.
         name: name of the source.
         records: some of its images.
 
@@ -138,7 +138,7 @@ def _look_at_boxes(records: Sequence[Record], name: str, form: BoxForm, is_named
         fitting = [other for other in ("relative", "relative_xywh", "cxcywh") if misfits[other] == 0]
         likely = " or ".join(f"--data.boxes {other}" for other in fitting) or "--data.boxes relative"
         raise ValueError(
-            f"boxes of {name} look like shares of the image, all numbers lie between 0 and 1; write {likely} "
+            f"boxes of {name} look like fractions of the image, all numbers are between 0 and 1; write {likely} "
             f"(relative: x0 y0 x1 y1, relative_xywh: x y width height, cxcywh: center x, center y, width, height)"
         )
     other = "xywh" if form == "xyxy" else "xyxy"
@@ -174,7 +174,7 @@ def _misfits(boxes: Sequence[tuple[Float32[Array, "_ 4"], tuple[int, int]]], for
 
 
 def _area(corners: Float32[Array, "_ 4"], size: tuple[int, int]) -> float:
-    """Share of the image that lies in a box."""
+    """Fraction of the image inside a box."""
     inside = np.zeros((_GRID, _GRID), dtype=bool)
     x, y = ((np.arange(_GRID) + 0.5) * side / _GRID for side in size[::-1])
     for x0, y0, x1, y1 in corners.tolist():

@@ -1,4 +1,4 @@
-"""Finds images and what is known of them before one is decoded: the table of a source, and that of a folder."""
+"""The table of a source: its images and their labels, before one is decoded; and the table of a folder."""
 
 import hashlib
 from collections import Counter
@@ -22,31 +22,31 @@ Array = np.ndarray
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
-    """What a source tells of its images before one is decoded."""
+    """Images of a source before one is decoded."""
 
     name: str
     classes: tuple[str, ...]
     labels: Int64[Array, " n"]
     names: list[str]
     parts: Shaped[Array, " n"]
-    """train, val or test as the source has it; empty where it does not say."""
+    """train, val or test as the source has it; empty if it does not say."""
     reader: Reader
     key: str | None
-    """Changes when the source does. None: nothing of it is cached."""
+    """Changes when the source does. None: nothing is cached."""
     size: int
-    """Usual side of the images, in pixels, if nobody asks for another."""
+    """Default side of the images, in pixels."""
     groups: Shaped[Array, " n"] | None = None
     group_name: str | None = None
     has_masks: bool = False
     has_boxes: bool = False
     box_form: BoxForm | None = None
-    """How boxes are written, where the source tells it."""
+    """How boxes are written, if the source says so."""
     marks: Marks = USUAL
     flip_ok: bool = True
     skipped: tuple[tuple[str, str], ...] = ()
-    """Name and reason of files that belong to no class or are not there."""
+    """Name and reason of files that belong to no class or do not exist."""
     notices: tuple[str, ...] = ()
-    """What was decided about this source that its owner may want otherwise; one sentence each."""
+    """Decisions about this source that you may want to change; one sentence each."""
 
 
 def from_folder(data: Data, folder: Path) -> Table:

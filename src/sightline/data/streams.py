@@ -1,4 +1,4 @@
-"""Opens a set as a stream: training images read one after the other, the others held."""
+"""Opens a set as a stream: training images are read one after the other, the others are kept in memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class StreamReader:
     columns: Columns
 
     def __call__(self, shuffle: tuple[int, int] | None, start: int) -> Iterator[tuple[int, Record, int]]:
-        """Number, record and label of each image from a place on, in an order by (seed, epoch)."""
+        """Number, record and label of each image from a place on, in the order of (seed, epoch)."""
         rows = self.rows.map(_numbered, with_indices=True)
         if shuffle is not None:
             rows = rows.shuffle(generator=np.random.default_rng(list(shuffle)), buffer_size=SHUFFLED)
@@ -91,7 +91,7 @@ def _check_mixed(labels: Int64[Array, " n"], classes: int) -> None:
 
 
 def _train_length(source: HubSet) -> int:
-    """Images to train with, from the headers of the files or from what the hub says."""
+    """Number of training images, from the headers of the files or from the hub."""
     import pyarrow.parquet as pq
 
     files = [file for file in source.files if part_of(file) == "train"]

@@ -55,7 +55,7 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a table: its cells by column, and where it stands."""
+    """One line of a table: its cells by column, and its place."""
 
     file: Path
     number: int
@@ -83,7 +83,7 @@ class Listed:
 
     @property
     def facts(self) -> tuple[Any, ...]:
-        """The entries in which all lines of one image must agree."""
+        """The cells in which all lines of one image must agree."""
         return self.label, self.group, self.part, self.mask
 
 
@@ -154,7 +154,7 @@ def lists_images(file: Path, data: Data) -> bool:
 
 
 def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
-    """The images that tables list, each with the label, group, mask, boxes and split that the tables give it.
+    """The images that tables list, with their labels, groups, masks, boxes and splits.
 
     Paths are relative to the folder of their table. Without a label column, the class is the image's folder.
 
@@ -254,7 +254,7 @@ def _usual(names: Sequence[str] | dict[str, Any], wanted: Sequence[str]) -> str 
 
 
 def _choose(data: Data, names: dict[str, None], file: Path) -> Columns:
-    """The columns that are named, or else those with the usual names."""
+    """The columns that the recipe names, or those with the usual names."""
     check_columns(data, names, file, same_case=False)
     image = _usual(names, (data.image,) if data.image else _IMAGE)
     if image is None:
@@ -297,8 +297,8 @@ def _files(
     if missing:
         first = str(missing[0].cells.get(column) or "")
         raise FileNotFoundError(
-            f"{len(missing)} of {len(lines)} {what} listed in {missing[0].file.name} are not there; the first, "
-            f"{first!r} in line {missing[0].number}, was looked for in {missing[0].file.parent}; "
+            f"{len(missing)} of {len(lines)} {what} listed in {missing[0].file.name} do not exist; the first, "
+            f"{first!r} in line {missing[0].number}, was expected in {missing[0].file.parent}; "
             f"{_elsewhere(first, root)}"
         )
     if not loose:
@@ -307,7 +307,7 @@ def _files(
 
 
 def _elsewhere(name: str, root: Path) -> str:
-    """Advice for a file that is not where its table says."""
+    """Advice about a file that is not where its table says."""
     last = re.split(r"[/\\]", name)[-1]
     same = [file for file in image_files(root) if last and _folded(file.name) == _folded(last)]
     if len(same) == 1:
@@ -444,7 +444,7 @@ def _merged(listed: Sequence[Listed], columns: Columns) -> list[Listed]:
 
 
 def _labels(labels: Sequence[str], column: str | None) -> tuple[tuple[str, ...], Int64[Array, " n"]]:
-    """Class names, in the order of their numbers where all are numbers, and the class of each image; -1: none.
+    """Class names, ordered by number if all are numbers, and the class of each image; -1: none.
 
     >>> _labels(["10", "9", "", "-1"], "label")
     (('9', '10'), array([ 1,  0, -1, -1]))
