@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from sightline import maps as pixels
 from sightline import metrics
-from sightline.metrics.hiding import substitute
+from sightline.metrics.perturbed import substitute
 from sightline.testing import ConstantModel, LinearModel
 
 ROOT = Path(__file__).parents[1]
@@ -180,8 +180,10 @@ def correct(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits.argmax(1) == targets).float()
 
 
-def hidden_fields(*needs: str, model: nn.Module, images: Tensor, targets: Tensor, maps: Tensor, **options: Any) -> Any:
-    return metrics.hidden_scores(model, images, targets, {"": maps}, needs, metrics.Hiding(**options))[""]
+def perturbed_fields(
+    *needs: str, model: nn.Module, images: Tensor, targets: Tensor, maps: Tensor, **options: Any
+) -> Any:
+    return metrics.perturbed_scores(model, images, targets, {"": maps}, needs, metrics.Perturbation(**options))[""]
 
 
 # ---------------------------------------------------------------------------------------------------------- proofs
@@ -240,7 +242,7 @@ def captum_infidelity(maps: Tensor, images: Tensor = IMAGES, *, decorated: bool 
 def black_pixels_left_out() -> Tensor:
     """What captum's decorator computes: a hidden pixel that was 0 already does not count."""
     images = IMAGES * (IMAGES > 0)
-    falls = hidden_fields("falls", model=net(), images=images, targets=TARGETS, maps=SIGNED, score="logit")["falls"]
+    falls = perturbed_fields("drops", model=net(), images=images, targets=TARGETS, maps=SIGNED, score="logit")["drops"]
     counted = torch.einsum("bchw,rhw->br", (images != 0) * SIGNED.expand_as(images) / 3, squares()[:, 0].double())
     return (counted - falls).square().mean(1)
 
@@ -580,8 +582,8 @@ def before() -> Tensor:
 
 
 def kept_and_whole() -> Tensor:
-    fields = hidden_fields("kept", "original", model=net(), images=IMAGES, targets=TARGETS, maps=MAPS)
-    return fields["kept"] - fields["original"]
+    fields = perturbed_fields("preserved", "original", model=net(), images=IMAGES, targets=TARGETS, maps=MAPS)
+    return fields["preserved"] - fields["original"]
 
 
 def rectified() -> Tensor:
@@ -610,7 +612,7 @@ def grad_cam_cases() -> list[Case]:
     return [
         Case(
             metric="CamMultImageConfidenceChange, map from 0 to 1",
-            ours="kept - original of hidden_scores()",
+            ours="preserved - original of perturbed_scores()",
             theirs=lambda: grad_cam_score("CamMultImageConfidenceChange", MAPS),
             mine=kept_and_whole,
         ),
@@ -970,13 +972,13 @@ def one_pixel() -> Tensor:
 def deletion_curve(images: Tensor, targets: Tensor, maps: Tensor, fill: float = 0.0) -> Tensor:
     """From the first chunk on."""
     given: dict[str, Any] = {"images": images, "targets": targets, "maps": maps, "fill": fill, "steps": 20}
-    return hidden_fields("deletion", model=net(images.shape[1], torch.float), **given)["deletion"][:, 1:]
+    return perturbed_fields("deletion", model=net(images.shape[1], torch.float), **given)["deletion"][:, 1:]
 
 
 def accuracy_painted(images: Tensor, targets: Tensor, maps: Tensor) -> Tensor:
     """Accuracy at 10, 20, ..., 90 % of our most_first."""
     given: dict[str, Any] = {"images": images, "targets": targets, "maps": maps}
-    return hidden_fields("most_first", model=net(1, torch.float), score=correct, **given)["most_first"].mean(0)
+    return perturbed_fields("morf", model=net(1, torch.float), score=correct, **given)["morf"].mean(0)
 
 
 def quantus_road(images: Tensor, targets: Tensor, maps: Tensor, *, batch: int = 64) -> Tensor:
@@ -1107,19 +1109,19 @@ def flipping_cases() -> list[Case]:
     return [
         Case(
             metric="PixelFlipping, curve, one color",
-            ours="deletion of hidden_scores(steps=20), without its first point",
+            ours="deletion of perturbed_scores(steps=20), without its first point",
             theirs=lambda: flip(images, targets, maps, **steps),
             mine=lambda: deletion_curve(images, targets, maps),
         ),
         Case(
             metric="PixelFlipping, curve, three colors, every third point",
-            ours="deletion of hidden_scores(steps=20), without its first point",
+            ours="deletion of perturbed_scores(steps=20), without its first point",
             theirs=lambda: flip(IMAGES.float(), TARGETS, MAPS.float(), **steps)[:, 2::3],
             mine=lambda: deletion_curve(IMAGES.float(), TARGETS, MAPS.float()),
         ),
         Case(
             metric='PixelFlipping(perturb_baseline="black"), its default, curve',
-            ours="deletion of hidden_scores(steps=20), without its first point",
+            ours="deletion of perturbed_scores(steps=20), without its first point",
             theirs=lambda: flip(images, targets, maps, features_in_step=SIDE),
             mine=lambda: deletion_curve(images, targets, maps),
             verdict="differs",
@@ -1186,13 +1188,13 @@ def faithfulness_cases() -> list[Case]:
         *flipping_cases(),
         Case(
             metric="ROAD, accuracy at 10 to 90 %, one color, our noise",
-            ours="most_first of hidden_scores(), scored by whether the class is right",
+            ours="morf of perturbed_scores(), scored by whether the class is right",
             theirs=road,
             mine=painted,
         ),
         Case(
             metric="the same, `batch_size=4` for 16 images",
-            ours="most_first of hidden_scores(), scored by whether the class is right",
+            ours="morf of perturbed_scores(), scored by whether the class is right",
             theirs=lambda: road(batch=4),
             mine=painted,
             verdict="peer is wrong",

@@ -505,8 +505,11 @@ def test_published_figures_are_those_of_their_sources():
         for row in of.study.rows:
             wanted = of.study.of(row, 0, Path("out")).model
             create_model(wanted.name, num_classes=10, **wanted.options)
-    alone = recipe.load(Path(__file__).parent.parent / "recipes" / "ltpa_cifar100.yaml")
-    assert PUBLISHED["ltpa-cifar100"].study.of("(VGG-att3)-concat-pc", 0, Path("out")) == alone
+    training = PUBLISHED["ltpa-cub"].study.of("(VGG-att2)-concat-pc", 1, Path("out"))
+    assert training.optim == replace(
+        PUBLISHED["ltpa-cifar10"].study.recipe.optim, epochs=320, lr=0.04, warmup=5.0, step_epochs=30
+    )
+    assert (training.data, training.seeds) == (Data(source="cub200", size=80, val=0.02), (1,))
     with pytest.raises(ValueError, match="expected one of ltpa-cifar10, ltpa-cifar100, ltpa-cub; got 'ltpa'"):
         published("ltpa")
 

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from sightline.explainers import EXPLAINERS, explain
-from sightline.metrics import METRICS, HidingMetric, inputs_of, max_box_accuracy, pointing_game, randomization_curve
+from sightline.metrics import (
+    METRICS,
+    PerturbationMetric,
+    inputs_of,
+    max_box_accuracy,
+    pointing_game,
+    randomization_curve,
+)
 
 COUNTED = {
     "integrated_gradients": ["steps"],
@@ -26,7 +33,7 @@ IN_METRICS = {
     "parameter_randomization": ["stages", "seed"],
     "random_logit": ["seed"],
     "max_sensitivity": ["samples", "seed"],
-} | {name: SHARED for name, metric in METRICS.items() if isinstance(metric.function, HidingMetric)}
+} | {name: SHARED for name, metric in METRICS.items() if isinstance(metric.function, PerturbationMetric)}
 BAD = [1.5, True, "3", np.float32(2)]
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from sightline import evaluation, explainers
+from sightline import explainers
 from sightline.data import ImageSet, Preprocess
 from sightline.data.sets import Pixels
-from sightline.evaluation import Standing, evaluate, standing_of
-from sightline.evaluation import budget as planning
-from sightline.metrics import METRICS, Hiding, energy_in_mask
+from sightline.evaluation import Standing, evaluate, planning, standing_of
+from sightline.evaluation.evaluate import _similarity
+from sightline.metrics import METRICS, Perturbation, energy_in_mask
 from sightline.metrics.uncertainty import mean_interval, wilson_interval
 from sightline.testing import PlantedAttention, PooledModel
 
@@ -488,7 +488,7 @@ def test_agreement_of_metrics_methods_and_images(found):
 def test_a_map_that_is_broken_is_like_no_other():
     maps = {"a": torch.rand(3, 1, 8, 8), "b": torch.rand(3, 1, 8, 8)}
     maps["b"][:, :, 2, 2] = torch.nan
-    sums, counts = evaluation._alike(maps)
+    sums, counts = _similarity(maps)
     assert counts.tolist() == [[3, 0], [0, 0]] and sums[0, 1] == sums[1, 0] == 0
 
 
@@ -595,6 +595,16 @@ def test_everything_that_the_model_and_the_data_allow():
         evaluate(model, planted(6), "cam")
 
 
+def task_of(model, methods, metrics):
+    return planning.Task(
+        model=model,
+        methods={name: name for name in methods},
+        metrics=metrics,
+        perturbation=Perturbation(),
+        with_runner_up=False,
+    )
+
+
 def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
     model = PooledModel(torch.eye(3))
     costs = {"cam": 0.001, "grad_cam": 0.001, "rise": 10.0, "random_map": 0.0}
@@ -603,8 +613,7 @@ def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
     images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
 
     def planned(budget, metrics=("energy_in_mask", "deletion_auc", "max_sensitivity"), limit=500):
-        methods = {name: name for name in costs}
-        return planning.plan(model, images, targets, methods, ["random_map"], metrics, Hiding(), limit, budget)
+        return planning.plan(task_of(model, costs, metrics), images, targets, limit, budget)
 
     everything = planned(1e6)
     assert everything.limit == 500 and everything.left_out == {} and len(everything.methods) == 4
@@ -625,10 +634,10 @@ def test_metrics_that_share_images_are_given_up_together(monkeypatch):
     for name, seconds in {"_seconds": 0.001, "_forward_seconds": 0.0001, "_painted_seconds": 0.1}.items():
         monkeypatch.setattr(planning, name, lambda *given, seconds=seconds: seconds)
     metrics = ("energy_in_mask", "road", "road_morf", "road_lerf")
-    methods = {name: name for name in ("cam", "grad_cam", "saliency", "random_map")}
+    methods = ("cam", "grad_cam", "saliency", "random_map")
     images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
-    planned = planning.plan(model, images, targets, methods, ["random_map"], metrics, Hiding(), 100, 5.0)
-    assert planned.methods == tuple(methods) and planned.metrics == ("energy_in_mask",)
+    planned = planning.plan(task_of(model, methods, metrics), images, targets, 100, 5.0)
+    assert planned.methods == methods and planned.metrics == ("energy_in_mask",)
     assert planned.left_out["road"] == "180 s together with road_lerf for 50 images, of 5 s for everything"
 
 

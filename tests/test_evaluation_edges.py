@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from sightline.evaluation import budget, evaluate, parts, sentences
-from sightline.evaluation.source import Answers
-from sightline.evaluation.standings import failing
+from sightline.evaluation import batches as reading
+from sightline.evaluation import evaluate, findings, planning
+from sightline.evaluation.batches import Predictions
+from sightline.evaluation.ranking import failing
+from sightline.evaluation.scores import Scores, exact_text, key_of
 from sightline.explainers import Explainer
 from sightline.report import tables
 from sightline.testing import PooledModel
@@ -37,13 +39,31 @@ def stopping(after):
     return stop
 
 
-def test_images_that_are_others_in_the_second_pass_are_refused():
+def test_images_that_are_others_in_the_second_pass_are_refused(monkeypatch):
+    monkeypatch.setattr(reading, "MEMORY", 0)
     images, labels, _ = (torch.cat([batch[name] for batch in batches(40)]) for name in ("images", "labels", "masks"))
     shuffled = DataLoader(TensorDataset(images, labels), 8, shuffle=True)
     with pytest.raises(ValueError, match=r"expected the same images in every pass over the data, got others .* shuffl"):
         evaluate(MODEL, shuffled, ["cam"], ["deletion_auc"], steps=2)
     straight = evaluate(MODEL, DataLoader(TensorDataset(images, labels), 8), ["cam"], ["deletion_auc"], steps=2)
     assert straight.n_images == 40
+
+
+@pytest.mark.parametrize(("memory", "passes"), [(reading.MEMORY, 1), (0, 2)])
+@pytest.mark.parametrize("budget", [None, 1e6])
+def test_data_is_read_once_where_it_fits_in_memory_and_else_twice(memory, passes, budget, monkeypatch):
+    class Counted:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter(batches(40))
+
+    monkeypatch.setattr(reading, "MEMORY", memory)
+    data = Counted()
+    found = evaluate(MODEL, data, ["cam", "grad_cam"], "all", limit=10, steps=2, examples=4, budget=budget)
+    assert data.passes == passes and len(found.per_image["name"]) == 10
+    assert len(found.examples) == 4 and found.errors and len(found.worst["cam"]) == 3
 
 
 def test_a_part_made_with_other_arguments_is_not_taken(tmp_path):
@@ -116,8 +136,8 @@ def test_metrics_are_at_odds_over_the_methods_that_both_have():
     found = replace(found, metric_agreement=np.array([[1.0, -0.99], [-0.99, 1.0]]))
     both = [pair for pair in found.comparisons if {pair.method, pair.other} <= {"cam", "random_map", "center_map"}]
     of_two = [pair for pair in found.comparisons if pair.metric == "iou" or pair in both]
-    assert len(list(sentences._at_odds(found))) == 1
-    assert not list(sentences._at_odds(replace(found, comparisons=tuple(of_two))))  # one order of three in six
+    assert len(list(findings._at_odds(found))) == 1
+    assert not list(findings._at_odds(replace(found, comparisons=tuple(of_two))))  # one order of three in six
 
 
 @pytest.mark.parametrize(
@@ -172,7 +192,7 @@ def test_a_share_is_never_rounded_to_a_certainty():
 
 def test_a_group_column_of_any_name_has_a_place_in_the_table():
     one = np.array([0])
-    answers = Answers(("x", "y"), one, one, np.array([0.9]), np.array([[0.9, 0.1]]), ["1.png"], np.array(["p"]))
+    answers = Predictions(("x", "y"), one, one, np.array([0.9]), np.array([[0.9, 0.1]]), ["1.png"], np.array(["p"]))
     assert answers.columns(one, "patient")["patient"] == ["p"]
     for taken in ("name", "label"):
         table = answers.columns(one, taken)
@@ -181,8 +201,8 @@ def test_a_group_column_of_any_name_has_a_place_in_the_table():
 
 def test_a_budget_is_planned_once(tmp_path, monkeypatch):
     seconds = iter([0.1, 0.2, 0.1])  # what is measured differs from run to run
-    monkeypatch.setattr(budget, "_seconds", lambda model, images, targets, method, hiding: now)
-    monkeypatch.setattr(budget, "_forward_seconds", lambda model, images, call: 0.0)
+    monkeypatch.setattr(planning, "_seconds", lambda model, images, targets, method, hiding: now)
+    monkeypatch.setattr(planning, "_forward_seconds", lambda model, images, call: 0.0)
     asked = {"metrics": ["gini"], "controls": [], "batch_size": 4, "partial_results": tmp_path / "parts"}
     now = next(seconds)
     with pytest.raises(KeyboardInterrupt):
@@ -208,7 +228,9 @@ def test_options_are_told_apart_to_the_last_number(tmp_path):
     other = long.clone()
     other[1, 20, 20] = 1
     assert str(long) == str(other)
-    assert parts.key_of(MODEL, long) != parts.key_of(MODEL, other)
+    assert key_of(MODEL, long) != key_of(MODEL, other)
+    first, again, second = (lambda output, k=k: output[k] for k in ("a", "a", "b"))
+    assert exact_text([first]) == exact_text([again]) != exact_text([second])
 
 
 def test_a_damaged_part_is_made_again(tmp_path):
@@ -222,10 +244,10 @@ def test_a_damaged_part_is_made_again(tmp_path):
         damaged = bytearray(whole)
         damaged[at] ^= bit
         kept.write_bytes(damaged)
-        assert parts.Part.load(kept) is None
+        assert Scores.load(kept) is None
     with zipfile.ZipFile(kept, "w"):
         pass
-    assert parts.Part.load(kept) is None
+    assert Scores.load(kept) is None
 
 
 def test_two_evaluations_may_share_a_folder(tmp_path, monkeypatch):

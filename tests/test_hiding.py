@@ -14,17 +14,17 @@ from sightline.metrics import (
     average_gain,
     deletion_auc,
     deletion_correlation,
-    hidden_scores,
     increase_in_confidence,
     infidelity,
     inpaint,
     insertion_auc,
     insertion_correlation,
+    perturbed_scores,
     road,
     road_lerf,
     road_morf,
 )
-from sightline.metrics.hiding import Hiding, _squares
+from sightline.metrics.perturbed import Perturbation, _squares
 from sightline.testing import ConstantModel, LinearModel
 
 ALL = {
@@ -137,25 +137,27 @@ def test_methods_and_metrics_share_their_images(case):
     seen = []
     handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     needs = set().union(*(metric.needs for metric in ALL.values()))
-    both = hidden_scores(model, images, targets, {"a": maps, "b": -maps}, needs, Hiding(steps=6, batch_size=10))
+    both = perturbed_scores(
+        model, images, targets, {"a": maps, "b": -maps}, needs, Perturbation(steps=6, batch_size=10)
+    )
     shared, of_map = 1 + 1 + 32, 5 + 5 + 1 + 1 + 9 + 9
     assert sum(seen) == 4 * (shared + 2 * of_map) and set(seen[:-1]) == {10}
     seen.clear()
-    few = hidden_scores(
-        model, images, targets, {"a": maps}, {"deletion", "insertion", "kept", "hidden"}, Hiding(steps=6)
+    few = perturbed_scores(
+        model, images, targets, {"a": maps}, {"deletion", "insertion", "preserved", "removed"}, Perturbation(steps=6)
     )
     assert sum(seen) == 4 * (2 + 5 + 5 + 2)
     handle.remove()
     assert torch.allclose(few["a"]["deletion"], both["a"]["deletion"], atol=1e-6)
     for name, metric in ALL.items():
         alone = metric(model, images, targets, -maps, steps=6)
-        assert torch.allclose(metric.of(both["b"]).float(), alone, atol=1e-5), name
+        assert torch.allclose(metric.value(both["b"]).float(), alone, atol=1e-5), name
 
 
 def test_the_same_curve_forwards_and_backwards(case):
     model, images, targets, maps = case
-    fields = hidden_scores(model, images, targets, {"": maps}, {"deletion", "insertion"}, Hiding(steps=42))[""]
-    reverse = hidden_scores(model, images, targets, {"": -maps}, {"insertion"}, Hiding(steps=42))[""]
+    fields = perturbed_scores(model, images, targets, {"": maps}, {"deletion", "insertion"}, Perturbation(steps=42))[""]
+    reverse = perturbed_scores(model, images, targets, {"": -maps}, {"insertion"}, Perturbation(steps=42))[""]
     assert torch.allclose(fields["deletion"], reverse["insertion"].flip(1), atol=1e-6)
     assert torch.equal(fields["deletion"][:, 0], fields["insertion"][:, -1])
 
@@ -164,13 +166,17 @@ def test_values_of_others_tests():
     target = torch.tensor([0])
     x = torch.tensor([[[[0.4, 0.3], [0.2, 0.1]]]])
     model = LinearModel(torch.ones(1, 1, 2, 2))
-    fields = hidden_scores(model, x, target, {"": x}, {"deletion", "insertion"}, Hiding(steps=2, score="logit"))[""]
+    fields = perturbed_scores(
+        model, x, target, {"": x}, {"deletion", "insertion"}, Perturbation(steps=2, score="logit")
+    )[""]
     assert fields["deletion"].tolist() == [pytest.approx([1, 0.3, 0], abs=1e-6)]
     assert fields["insertion"].tolist() == [pytest.approx([0, 0.7, 1], abs=1e-6)]
-    assert fields["shares"].tolist() == [[0, 0.5, 1]]
+    assert fields["fractions"].tolist() == [[0, 0.5, 1]]
     five = torch.tensor([[[[0.3, 0.25, 0.2, 0.15, 0.1]]]])
-    fields = hidden_scores(LinearModel(torch.ones(1, 1, 1, 5)), five, target, {"": five}, {"deletion"}, Hiding(steps=3))
-    assert fields[""]["shares"].tolist() == [pytest.approx([0, 0.4, 0.8, 1])]
+    fields = perturbed_scores(
+        LinearModel(torch.ones(1, 1, 1, 5)), five, target, {"": five}, {"deletion"}, Perturbation(steps=3)
+    )
+    assert fields[""]["fractions"].tolist() == [pytest.approx([0, 0.4, 0.8, 1])]
     # an operator that is 1 while the marked quarter is whole: perfect deletion and insertion, all steps
     quarter = torch.zeros(1, 1, 16, 16)
     quarter[..., 3, 5] = 1
@@ -227,10 +233,12 @@ def test_whole_cells():
     maps = torch.tensor([[[[4.0, 3.0], [2.0, 1.0]]]])
     images, target = torch.ones(1, 1, 5, 4), torch.tensor([0])
     model = LinearModel(torch.ones(1, 1, 5, 4))
-    fields = hidden_scores(model, images, target, {"": maps}, {"deletion"}, Hiding(cells=True, score="logit"))[""]
+    fields = perturbed_scores(model, images, target, {"": maps}, {"deletion"}, Perturbation(cells=True, score="logit"))[
+        ""
+    ]
     assert sorted((-fields["deletion"].diff()).tolist()[0]) == [4, 4, 6, 6]
-    assert torch.allclose(fields["shares"], 1 - fields["deletion"] / 20)
-    assert fields["marked"].tolist() == [[4, 3, 2, 1]]
+    assert torch.allclose(fields["fractions"], 1 - fields["deletion"] / 20)
+    assert fields["map_means"].tolist() == [[4, 3, 2, 1]]
     found = deletion_auc(model, images, target, maps, cells=True, score="logit")
     assert found.item() == pytest.approx(10)  # a linear score falls by the share of pixels
 
@@ -328,5 +336,5 @@ def test_several_classes_behind_a_sigmoid_have_probabilities_of_their_own(case):
     model, images, targets, maps = case
     several = nn.Sequential(model, nn.Sigmoid())
     alone = several(images).detach().gather(1, targets[:, None])[:, 0]
-    fields = hidden_scores(several, images, targets, {"": maps}, {"original"})[""]
+    fields = perturbed_scores(several, images, targets, {"": maps}, {"original"})[""]
     assert torch.allclose(fields["original"].float(), alone, atol=1e-6)

@@ -136,7 +136,7 @@ def test_paths_inside_options_and_behind_the_prefix_are_shortened(
     model = replace(PRIVATE.model, options=options)
     data = replace(PRIVATE.data, source="hub:../clinic-7/slides")
     runs.save(replace(run, recipe=replace(PRIVATE, model=model, data=data)))
-    monkeypatch.setattr(runs, "load", lambda folder: None)
+    monkeypatch.setattr(runs, "load_model", lambda folder: None)
     sl.hub.push(run.folder, "jane/slides")
     files = served.files("jane/slides")
     assert not any(b"clinic-7" in content for content in files.values())
@@ -166,7 +166,7 @@ def test_the_card_says_what_was_measured(run: runs.Run) -> None:
     for sentence in EVALUATION["summary"]:
         assert f"\n- {sentence}\n" in card
     assert 'sl.load("hub:jane/slides")' in card and "sightline pull jane/slides --out run" in card
-    assert "resized to 24 x 20 pixels" in card and "less [0.1, 0.2, 0.3], divided by [0.5, 0.6, 0.7]" in card
+    assert "resized to 24 x 20 pixels" in card and "minus [0.1, 0.2, 0.3], divided by [0.5, 0.6, 0.7]" in card
     assert "normal, tumour" in card and "- versions: python 3.12, torch 2.13\n" in card
 
 
@@ -334,13 +334,6 @@ def test_a_hub_that_does_not_answer(
         line = refused(capsys, *arguments)
         assert line.startswith("jane/slides: cannot exchange files with the hub: ")
         assert line.endswith("; check the network")
-
-
-def test_without_the_library(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModuleNotFoundError, match="install it: pip install huggingface_hub"):
-        sl.load("hub:jane/slides")
-    assert not sl.load(run.folder).training
 
 
 def test_the_address_of_the_hub_is_taken_from_the_environment(run: runs.Run, served: Hub, tmp_path: Path) -> None:

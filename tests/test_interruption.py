@@ -84,7 +84,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(
     newest = max(states, key=lambda file: states[file])
     whole = newest.read_bytes()
     newest.write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=rf"^{newest.name} is damaged .*; going on from epoch 1, step 1 instead$"):
+    with pytest.warns(UserWarning, match=rf"^{newest.name} is damaged .*; resuming from epoch 1, step 1 instead$"):
         fit(SHORT, run, resume=True, progress=False)
     assert result(run)[:2] == result(through)[:2]
 

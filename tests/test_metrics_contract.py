@@ -7,7 +7,7 @@ import torch
 from tests.same import assert_same_state, state_of
 from torch import nn
 
-from sightline.metrics import METRICS, HidingMetric, inputs_of
+from sightline.metrics import METRICS, PerturbationMetric, inputs_of
 
 N = 6
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -166,7 +166,7 @@ class DeepNet(nn.Module):
         return self.head(self.conv(images).tanh().flatten(1))
 
 
-PLANES = [name for name in METRICS if isinstance(METRICS[name].function, HidingMetric)] + ["max_box_accuracy"]
+PLANES = [name for name in METRICS if isinstance(METRICS[name].function, PerturbationMetric)] + ["max_box_accuracy"]
 """Metrics that take no volumes."""
 FLAT = [name for name in METRICS if inputs_of(METRICS[name]) <= {"maps", "masks"} and name not in PLANES]
 

@@ -13,18 +13,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sightline import data, runs
 from sightline.explainers import attention_maps
-from sightline.models.protopnet import (
-    ProtoPNet,
-    Prototypes,
-    Similarity,
-    fit_prototypes,
-    prototype_loss,
-    push,
-    this_looks_like_that,
-)
+from sightline.models.protopnet import LogSimilarity, ProtoPNet, Prototypes, Stages
 from sightline.recipe import Data, Model, Optim, Recipe
+from sightline.report.prototypes import this_looks_like_that
 from sightline.training import fit, initial_network
 from sightline.training.checkpoints import RunFiles
+from sightline.training.prototypes import fit_prototypes, prototype_loss, push
 
 
 def network(num_classes=3, seed=0, **options):
@@ -67,7 +61,7 @@ def test_a_fresh_network_is_the_papers():
 
 
 def test_similarity_falls_from_its_maximum():
-    values = Similarity()(torch.linspace(0, 50, 500, dtype=torch.float64).reshape(1, 1, 1, -1)).flatten()
+    values = LogSimilarity()(torch.linspace(0, 50, 500, dtype=torch.float64).reshape(1, 1, 1, -1)).flatten()
     assert values[0].item() == pytest.approx(math.log(1e4)) and (values.diff() < 0).all() and (values > 0).all()
 
 
@@ -170,10 +164,10 @@ def test_push_without_a_class_changes_nothing():
 def test_stages_move_what_they_should():
     images, labels = images_of(12), torch.arange(12) % 3
 
-    def moved(**options):
+    def moved(epochs, **stages):
         model = network()
         before = copy.deepcopy(dict(model.named_parameters()))
-        fit_prototypes(model, images, labels, batch_size=4, **options)
+        fit_prototypes(model, images, labels, Stages(**stages), epochs=epochs, batch_size=4)
         changed = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
         return {key.split(".")[0] for key in changed}
 
@@ -188,7 +182,8 @@ def test_the_schedule_is_the_authors():
         lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
     )
     try:
-        fit_prototypes(network(), images_of(12), torch.arange(12) % 3, epochs=8, warm=2, push_every=4, last=1)
+        stages = Stages(warm=2, push_every=4, last=1)
+        fit_prototypes(network(), images_of(12), torch.arange(12) % 3, stages, epochs=8)
     finally:
         hook.remove()
     warming, joint, head = [3e-3] * 2, [1e-4, 3e-3, 3e-3], [1e-4]
@@ -216,7 +211,7 @@ def planted(n, seed, side=32):
 def test_it_learns_the_parts_that_decide():
     images, labels, masks = planted(400, seed=0)
     model = network(2, prototypes=1, channels=16)
-    pushed = fit_prototypes(model, images, labels, epochs=8, warm=1, batch_size=40)
+    pushed = fit_prototypes(model, images, labels, Stages(warm=1), epochs=8, batch_size=40)
     model.eval()
     new, new_labels, new_masks = planted(200, seed=1)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from tests.same import assert_same_state, close, state_of
 from torch import nn
 
 from sightline.metrics.faithfulness import infidelity
-from sightline.metrics.hiding import _squares
+from sightline.metrics.perturbed import _squares
 from sightline.metrics.robustness import FoolingRate, MaxSensitivity, fooling_rate, max_sensitivity
 from sightline.testing import ConstantModel, LinearModel
 

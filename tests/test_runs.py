@@ -141,8 +141,8 @@ HEAD = "epoch,lr,train_loss,train_accuracy,val_loss,val_accuracy"
         (f"{HEAD}\n1,2\n", "got epoch, lr$"),
         (f"{HEAD}\n1,2,3,4,5,6,7\n", "got epoch, .*None$"),
         (f"{HEAD}\n1,2,3,4,5,x\n", "could not convert string to float: 'x'"),
-        (f"{HEAD}\n{'1' * 200_000},2,3,4,5,6\n", r"metrics\.csv is no table: field larger than field limit"),
-        ('epoch,lr\n"1,2\n', r"metrics\.csv is no table: unexpected end of data"),
+        (f"{HEAD}\n{'1' * 200_000},2,3,4,5,6\n", r"metrics\.csv is not a table: field larger than field limit"),
+        ('epoch,lr\n"1,2\n', r"metrics\.csv is not a table: unexpected end of data"),
     ],
 )
 def test_another_table_than_the_history(run: runs.Run, text: str, message: str):

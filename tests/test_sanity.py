@@ -11,16 +11,16 @@ from torch import nn
 from torch.nn.utils import prune
 
 from sightline.explainers import explain
-from sightline.metrics.sanity import (
+from sightline.metrics import (
     Completeness,
     ParameterRandomization,
     RandomLogit,
-    _similarity,
     completeness,
     parameter_randomization,
     random_logit,
     randomization_curve,
 )
+from sightline.metrics.sanity import _similarity
 from sightline.testing import ConstantModel, LinearModel
 
 TARGETS = torch.tensor([0, 1, 2, 1])

@@ -14,14 +14,8 @@ from sightline.metrics.uncertainty import (
     mean_intervals,
     paired_test,
     paired_tests,
-    student_quantile,
     wilson_interval,
 )
-
-
-@pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 9, 10, 29, 100, 499, 5000])
-def test_student_quantile_is_that_of_scipy(df):
-    assert student_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), abs=1e-9)
 
 
 # shares of 2,000 data sets whose interval holds the truth, as measured; plain percentiles reach

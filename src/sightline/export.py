@@ -54,7 +54,7 @@ def write(folder: Path | str, file: Path | str) -> Exported:
         raise ValueError(f"expected a file that ends in {' or '.join(formats)}, got {path}; choose one of them")
     runs.check_writable(path.parent)
     run = runs.open_run(folder)
-    model = runs.load(folder)
+    model = runs.load_model(folder)
     gated = any(isinstance(getattr(block, "gate", None), nn.Module) for block in model.modules())
     network = WithMaps(model) if gated else _Alone(model)
     names = ("logits", *(name or "attention" for name in network.names))

@@ -1,5 +1,6 @@
 """Values that several rooms pass on, and that say themselves in one line: nothing parses such a line."""
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ OLD_NAMES = {
     "COLOURS": "COLORS",
     "GeneralisedKernel": "GeneralizedKernel",
     "GeneralisedMean": "GeneralizedMean",
+    "Hiding": "Perturbation",
+    "HidingMetric": "PerturbationMetric",
     "ParameterRandomisation": "ParameterRandomization",
     "PatchColourModel": "PatchColorModel",
     "centre_map": "center_map",
     "colour": "color",
     "colour_bar": "color_bar",
+    "frames_of": "perturbed_counts",
     "generalised_kernel": "generalized_kernel",
+    "hidden_scores": "perturbed_scores",
     "initialise": "initialize",
     "normalise": "normalize",
     "normalise_alpha": "normalize_alpha",
@@ -70,6 +75,19 @@ def did_you_mean(
     close = [str(shown[key]) for key in get_close_matches(name, list(shown), n=n, cutoff=cutoff)]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
     return f"; {hint}" if hint else ""
+
+
+def percent(fraction: float) -> str:
+    """A fraction in percent, never rounded to a certainty.
+
+    >>> percent(0.5), percent(1.0), percent(0.99999), percent(0.00001), percent(float("nan"))
+    ('50.0 %', '100.0 %', '>99.9 %', '<0.1 %', '–')
+    """
+    if not math.isfinite(fraction):
+        return "–"
+    if 0 < fraction < 0.0005:
+        return "<0.1 %"
+    return ">99.9 %" if 0.9995 <= fraction < 1 else f"{100 * fraction:.1f} %"
 
 
 class Layer(str):

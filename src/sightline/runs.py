@@ -27,27 +27,27 @@ from sightline.version import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training: what was asked for, what came of it, and what a user of the weights needs to know."""
+    """One training: its recipe, its results, and what a user of the weights needs to know."""
 
     folder: Path
     recipe: recipe.Recipe
-    """With every field resolved, and with this run's seed alone."""
+    """With every field resolved, and this run's seed only."""
     seed: int
     classes: tuple[str, ...]
     preprocess: data.Preprocess
     info: dict[str, str]
     """command, date, hardware, versions, number of parameters, wall time."""
     history: list[dict[str, float]]
-    """One row per epoch: epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy (shares; NaN without
+    """One row per epoch: epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy (0 to 1; NaN without
     validation images), seconds."""
     skipped: list[tuple[str, str]]
     """Images that could not be read, with the reason."""
     notices: list[str] = field(default_factory=lambda: [])
-    """What was decided about the images that their owner may want otherwise."""
+    """Decisions about the images that their owner may want to change."""
 
 
 def open_run(folder: Path | str) -> Run:
-    """Read everything of a run but its weights.
+    """Read everything of a run except its weights.
 
     Raises:
         FileNotFoundError: the folder is missing or is no run.
@@ -78,7 +78,7 @@ def open_run(folder: Path | str) -> Run:
         raise ValueError(f"run {folder} is damaged or of another version: {error}") from error
 
 
-def load(folder: Path | str) -> nn.Module:
+def load_model(folder: Path | str) -> nn.Module:
     """The trained model of a run, a plain module in eval mode on the CPU.
 
     Raises:
@@ -91,10 +91,13 @@ def load(folder: Path | str) -> nn.Module:
         raise FileNotFoundError(
             f"run {folder} has no model.safetensors yet; train it to the end of an epoch with --resume"
         )
-    wanted = run.recipe.model
+    network = run.recipe.model
     with torch.random.fork_rng(devices=[]):
-        model = models.create_model(wanted.name, num_classes=len(run.classes), weights=weights, **wanted.options)
+        model = models.create_model(network.name, num_classes=len(run.classes), weights=weights, **network.options)
     return model.eval()
+
+
+load = load_model  # its name in version 0.1
 
 
 def best_device() -> str:
@@ -103,11 +106,11 @@ def best_device() -> str:
 
 
 def save(run: Run, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a run into its folder; each file is either the old or the new one, never half of it.
+    """Write a run into its folder; each file is either the old or the new one, never a part of it.
 
     Args:
-        run: what to write.
-        weights: state_dict of the model; None leaves the weights that are there.
+        run: the run to write.
+        weights: state_dict of the model. None: keep the file of weights.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     if weights is not None:
@@ -123,7 +126,7 @@ def save(run: Run, weights: dict[str, Tensor] | None = None) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replace a file in one step: a crash, Ctrl-C or a full disk leaves the old one.
+    """Replace a file in one step; after a crash, Ctrl-C or on a full disk the old one is left.
 
     Raises:
         OSError: the disk is full or the folder is read-only.
@@ -141,7 +144,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Fail before the work, not after it, where a folder cannot be made or written; nothing is left there.
+    """Raise before the work starts if a folder cannot be created or written; leaves nothing behind.
 
     Raises:
         OSError: a file is in the way, or the disk is full or read-only.
@@ -150,7 +153,7 @@ def check_writable(folder: Path) -> None:
     if not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is a file; expected a folder to write to")
     try:
-        with tempfile.TemporaryFile(dir=nearest):  # of no name: others may ask for the same folder at the same time
+        with tempfile.TemporaryFile(dir=nearest):  # nameless: others may check the same folder at the same time
             pass
     except OSError as error:
         raise type(error)(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
@@ -163,15 +166,15 @@ def pack(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bytes:
     {'a': tensor([1., 1.])}
     """
     # safetensors refuses tensors that share memory or are not contiguous (tied weights, channels-last)
-    plain = {
+    copies = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    return safetensors.torch.save(plain, {name: json.dumps(value) for name, value in facts.items()})
+    return safetensors.torch.save(copies, {name: json.dumps(value) for name, value in facts.items()})
 
 
 def unpack(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `pack` packed.
+    """Tensors and facts that `pack` has written.
 
     Raises:
         ValueError: the file is damaged.
@@ -181,11 +184,11 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, facts
     except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}; delete the run and train it anew") from error
+        raise ValueError(f"{path} is damaged: {error}; delete the run and train it again") from error
 
 
 def plain(value: Any) -> Any:
-    """JSON's own types; NaN and infinities, which JSON does not have, become None.
+    """Convert to JSON's types; NaN and infinities, which JSON does not have, become None.
 
     >>> plain({"a": (1, float("nan"))})
     {'a': [1, None]}
@@ -202,7 +205,7 @@ def plain(value: Any) -> Any:
 
 
 def surroundings() -> dict[str, str]:
-    """What a result needs beside it: command, date, hardware, versions."""
+    """How a result was produced: command, date, hardware, versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version(), "sightline": __version__}
     versions |= {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")}
@@ -251,18 +254,18 @@ _COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accu
 
 
 def _checked(facts: Any, limits: Mapping[str, _Limit], where: str) -> dict[str, Any]:
-    """A mapping of JSON in which each of the names has such a value.
+    """JSON facts whose values keep the limits.
 
     Raises:
-        ValueError: it is none, or a name is missing or has another value.
+        ValueError: no mapping, a name is missing, or a value breaks its limit.
     """
     if not isinstance(facts, dict):
         raise ValueError(f"expected {', '.join(limits)} in {where}, got {facts!r}")
-    for name, (words, is_so) in limits.items():
+    for name, (expected, is_valid) in limits.items():
         if name not in facts:
             raise ValueError(f"expected {name} in {where}, got none")
-        if not is_so(facts[name]):
-            raise ValueError(f"expected {words} as {name} in {where}, got {facts[name]!r}")
+        if not is_valid(facts[name]):
+            raise ValueError(f"expected {expected} as {name} in {where}, got {facts[name]!r}")
     return facts
 
 
@@ -271,7 +274,7 @@ def _read_history(path: Path) -> list[dict[str, float]]:
         try:
             rows = list(csv.DictReader(file, strict=True))
         except csv.Error as error:
-            raise ValueError(f"{path.name} is no table: {error}") from error
+            raise ValueError(f"{path.name} is not a table: {error}") from error
     for row in rows:
         if None in row or None in row.values() or any(name not in row for name in _COLUMNS):
             got = ", ".join(str(name) for name, value in row.items() if value is not None)

@@ -1,30 +1,31 @@
-"""The sight test: which explainer finds evidence that is known, and which metric would have told so without knowing."""
+"""The sight test: which explainer finds known evidence, and which metric would have told without knowing it."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import nn
 
 from sightline import data, runs
 from sightline.evaluation import Evaluation, evaluate
-from sightline.evaluation.standings import UNDEFINED_SHARE
+from sightline.evaluation.ranking import UNDEFINED_SHARE
 from sightline.explainers import Method
 from sightline.facts import Interval, Progress
 from sightline.metrics import METRICS, inputs_of
-from sightline.metrics.agreement import ranks
+from sightline.metrics.agreement import correlation, ranks
+from sightline.planted import PLANTED, planted
 from sightline.recipe import Recipe
-from sightline.testing import PLANTED, planted
 from sightline.training import fit
 
 Array = np.ndarray
 
 TRUTH = "relevance_rank"
-"""What the explainers are ranked by: of as many pixels as the evidence has, the share that lies in it."""
+"""The explainers are ranked by the fraction of their highest pixels, as many as the evidence has, that lie in it."""
 SETS: Mapping[str, Mapping[str, object]] = {
     "clutter": {},
     "clutter-twice": {},
@@ -37,7 +38,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Sight:
-    """What the sight test found."""
+    """The result of the sight test."""
 
     evaluations: dict[str, Evaluation]
     predicts: dict[str, dict[str, Interval]]
@@ -45,35 +46,23 @@ class Sight:
 
     def markdown(self) -> str:
         """Two tables: methods by truth, metrics by how well they predict it."""
-        sets = list(self.evaluations)
-        methods = dict.fromkeys(m for found in self.evaluations.values() for m in found.methods)
-        controls = {m for found in self.evaluations.values() for m in found.controls}
-
-        def truth(method: str, name: str) -> float:
-            found = self.evaluations[name]
-            return found.score(method, TRUTH).interval.value if method in found.methods else np.nan
-
-        order = sorted(methods, key=lambda method: -_mean(truth(method, name) for name in sets))
-        lines = [["method", *sets]]
-        for method in order:
-            cells: list[str] = []
-            for name in sets:
-                found = self.evaluations[name]
-                cells.append(_figures(found.score(method, TRUTH).interval) if method in found.methods else "-")
-            lines.append([f"{method} (control)" if method in controls else method, *cells])
-        lines.append(["chance", *(f"{found.chance[TRUTH]:.3f}" for found in self.evaluations.values())])
-        metrics = dict.fromkeys(metric for of in self.predicts.values() for metric in of)
-        none = Interval(value=np.nan, low=np.nan, high=np.nan, n=0)
-
-        def forecast(metric: str, name: str) -> Interval:
-            return self.predicts[name].get(metric, none)
-
-        best = sorted(metrics, key=lambda metric: -_mean(forecast(metric, name).value for name in sets))
-        second = [["metric", *sets], *([m, *(_figures(forecast(m, name)) for name in sets)] for m in best)]
-        made = ", ".join(f"{found.provenance['images with maps']} ({name})" for name, found in self.evaluations.items())
-        first = f"`{TRUTH}` of each map, mean over the images: {made}. 1 is the truth."
+        results, names = self.evaluations, list(self.evaluations)
+        controls = {method for result in results.values() for method in result.controls}
+        truth = {
+            method: {n: r.score(method, TRUTH).interval for n, r in results.items() if method in r.methods}
+            for method in dict.fromkeys(method for result in results.values() for method in result.methods)
+        }
+        forecasts = {
+            metric: {name: by_metric[metric] for name, by_metric in self.predicts.items() if metric in by_metric}
+            for metric in dict.fromkeys(metric for by_metric in self.predicts.values() for metric in by_metric)
+        }
+        labels = {method: f"{method} (control)" for method in controls}
+        chance = ["chance", *(f"{result.chance[TRUTH]:.3f}" for result in results.values())]
+        counts = ", ".join(f"{result.provenance['images with maps']} ({name})" for name, result in results.items())
+        first = f"`{TRUTH}` of each map, mean over the images: {counts}. 1 is the truth."
         then = "How well each metric forecasts that order of the maps: rank correlation, 1 always, 0 as a draw would."
-        return f"{first}\n\n{_table(lines)}\n{then}\n\n{_table(second)}"
+        methods = _table(["method", *names], truth, labels) + _line(chance)
+        return f"{first}\n\n{methods}\n{then}\n\n{_table(['metric', *names], forecasts, {})}"
 
 
 def sight_test(
@@ -88,11 +77,11 @@ def sight_test(
     budget: float | None = None,
     progress: Progress | None = None,
 ) -> Sight:
-    """Rank all explainers by evidence that is known, and all metrics by how well they forecast that ranking.
+    """Rank all explainers by known evidence, and all metrics by how well they forecast that ranking.
 
-    A small network is trained on each planted set; what is done in `out` is not done again. Of `clutter-shortcut` the
-    evidence is the patch. With `known` nothing is trained: the models of `sightline.testing` use exactly the planted
-    pixels, by construction.
+    A small network is trained on each planted set; finished steps in `out` are not repeated. The evidence of
+    `clutter-shortcut` is the patch. With `known` nothing is trained: the models of `sightline.testing` use exactly the
+    planted pixels, by construction.
 
     Args:
         out: folder; each network is `out`/set.
@@ -101,7 +90,7 @@ def sight_test(
         sets: which of `SETS`, or of `sightline.testing.PLANTED`; all of them.
         known: see above.
         methods: as for `evaluate`.
-        limit: images to make maps of.
+        limit: number of images to make maps of.
         budget: seconds for the maps and scores of one set.
         progress: called with (what, done, total).
 
@@ -115,30 +104,26 @@ def sight_test(
         raise ValueError(f"expected sets out of {', '.join(among)}, got {unknown[0]!r}")
     out = Path(out)
     runs.check_writable(out)
-    blind = [name for name, of in METRICS.items() if "masks" not in inputs_of(of) and of.higher_is_better is not None]
+    chosen: dict[str, Any] = {"methods": methods, "metrics": [TRUTH, "energy_in_mask", *_without_masks()]}
+    chosen |= {"limit": limit, "budget": budget, "progress": progress, "provenance": runs.surroundings()}
     evaluations: dict[str, Evaluation] = {}
     for name in sets:
         model, images, seed = _known(name, limit) if known else _trained(name, out, start, overrides or {})
-        evaluations[name] = evaluate(
-            model,
-            images,
-            methods,
-            [TRUTH, "energy_in_mask", *blind],
-            limit=limit,
-            budget=budget,
-            seed=seed,
-            name=name,
-            partial_results=out / name / ".evaluation",
-            provenance=runs.surroundings(),
-            progress=progress,
-        )
-        evaluations[name].to_json(out / name / "evaluation.json")
-        evaluations[name].to_csv(out / name / "per_image.csv")
-    predicts = {name: predicted(found, TRUTH) for name, found in evaluations.items()}
-    result = Sight(evaluations=evaluations, predicts=predicts)
+        partial_results = out / name / ".evaluation"
+        result = evaluate(model, images, **chosen, seed=seed, name=name, partial_results=partial_results)
+        result.to_json(out / name / "evaluation.json")
+        result.to_csv(out / name / "per_image.csv")
+        evaluations[name] = result
+    predicts = {name: predicted(result, TRUTH) for name, result in evaluations.items()}
+    sight = Sight(evaluations=evaluations, predicts=predicts)
     runs.write(out / "sight.json", json.dumps(runs.plain(predicts), indent=1).encode())
-    runs.write(out / "sight.md", result.markdown().encode())
-    return result
+    runs.write(out / "sight.md", sight.markdown().encode())
+    return sight
+
+
+def _without_masks() -> list[str]:
+    """Metrics that rank methods without any mask."""
+    return [n for n, m in METRICS.items() if "masks" not in inputs_of(m) and m.higher_is_better is not None]
 
 
 def _known(kind: str, n: int) -> tuple[nn.Module, Any, int]:
@@ -151,43 +136,37 @@ def _trained(
     run = fit(start, out / name, {"data.source": name, **SETS[name], **overrides}, resume=True)
     assert isinstance(run, runs.Run)
     images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
-    return runs.load(run.folder), images, run.seed
+    return runs.load_model(run.folder), images, run.seed
 
 
-def predicted(found: Evaluation, truth: str, seed: int = 0) -> dict[str, Interval]:
-    """How well each ranking metric that knows no mask ranks as `truth` does: rank correlation, 95 % bootstrap.
+def predicted(result: Evaluation, truth: str, seed: int = 0) -> dict[str, Interval]:
+    """How well each ranking metric that needs no mask ranks as `truth` does: rank correlation, 95 % bootstrap.
 
-    Images are resampled, for the metric and the truth alike, methods are not; better counts as higher, whatever the
-    metric's direction. Resampling adds noise to the order as sampling did, which pulls a correlation down, so the
-    interval reaches as far as the percentiles or their mirror image at the value, whichever is further, within -1 and
-    1. A method that is undefined for more than a tenth of the images counts for nothing.
+    Images are resampled, the same for the metric and the truth; methods are not. Better counts as higher, whatever the
+    metric's direction. Resampling adds noise to the order as sampling did, which lowers a correlation, so the interval
+    reaches as far as the percentiles or their mirror image at the value, whichever is further, within -1 and 1. A
+    method that is undefined for more than a tenth of the images is ignored.
     """
-    tables = {
-        metric: _oriented(found, metric)
-        for metric in (truth, *found.ranking)
-        if metric == truth or "masks" not in inputs_of(METRICS[metric])
-    }
-    n = len(found.per_image["name"])
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES).astype(float)
-    known, drawn = _means(tables[truth], np.ones((1, n))), _means(tables[truth], weights)
+    n = len(result.per_image["name"])
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
+    weights = np.concatenate([np.ones((1, n)), drawn])  # the first row is the data itself
+    reference = _oriented(result, truth)
     answers: dict[str, Interval] = {}
-    for metric, table in tables.items():
-        if metric == truth:
-            continue
-        both = np.isfinite([table, tables[truth]]).mean(1).min(0) >= 1 - UNDEFINED_SHARE
-        value = float(_spearman(_means(table, np.ones((1, n)))[:, both], known[:, both])[0])
-        resampled = _spearman(_means(table, weights)[:, both], drawn[:, both])
-        resampled = resampled[np.isfinite(resampled)]
-        ends = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else np.full(2, np.nan)
+    for metric in (metric for metric in result.ranking if metric in _without_masks() and metric != truth):
+        table = _oriented(result, metric)
+        both = np.isfinite([table, reference]).mean(1).min(0) >= 1 - UNDEFINED_SHARE
+        pair = [ranks(torch.from_numpy(_means(one[:, both], weights))) for one in (table, reference)]
+        value, *resampled = correlation(*pair).tolist()
+        resampled = [one for one in resampled if np.isfinite(one)]
+        ends = np.percentile(resampled, [2.5, 97.5]) if resampled else np.full(2, np.nan)
         ends = np.clip([*ends, *(2 * value - ends)], -1, 1)
         answers[metric] = Interval(value=value, low=float(ends.min()), high=float(ends.max()), n=n)
     return answers
 
 
-def _oriented(found: Evaluation, metric: str) -> Float[Array, "n methods"]:
-    sign = 1 if found.higher_is_better[metric] else -1
-    return sign * np.array([found.per_image[f"{metric}/{method}"] for method in found.methods], dtype=float).T
+def _oriented(result: Evaluation, metric: str) -> Float[Array, "n methods"]:
+    sign = 1 if result.higher_is_better[metric] else -1
+    return sign * np.array([result.per_image[f"{metric}/{method}"] for method in result.methods], dtype=float).T
 
 
 def _means(table: Float[Array, "n methods"], weights: Float[Array, "r n"]) -> Float[Array, "r methods"]:
@@ -196,24 +175,24 @@ def _means(table: Float[Array, "n methods"], weights: Float[Array, "r n"]) -> Fl
     return (weights @ np.where(defined, table, 0)) / np.where(counts > 0, counts, np.nan)
 
 
-def _spearman(a: Float[Array, "r k"], b: Float[Array, "r k"]) -> Float[Array, " r"]:
-    a, b = (np.asarray(ranks(x)) for x in (a, b))
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    lengths = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    return (a * b).sum(1) / np.where(lengths > 0, lengths, np.nan)
+def _table(heads: Sequence[str], rows: Mapping[str, Mapping[str, Interval]], labels: Mapping[str, str]) -> str:
+    """A row for each method or metric, a column for each set; the highest mean first, of the defined values."""
+
+    def mean(row: str) -> float:
+        values = [interval.value for interval in rows[row].values() if np.isfinite(interval.value)]
+        return float(np.mean(values)) if values else -np.inf
+
+    lines = _line(heads) + _line(["---"] * len(heads))
+    for row in sorted(rows, key=mean, reverse=True):
+        lines += _line([labels.get(row, row), *(_figures(rows[row].get(name)) for name in heads[1:])])
+    return lines
 
 
-def _mean(values: Iterable[float]) -> float:
-    """Of the defined ones; the lowest of all numbers where there is none."""
-    defined = [value for value in values if np.isfinite(value)]
-    return float(np.mean(defined)) if defined else -np.inf
-
-
-def _figures(interval: Interval) -> str:
-    if not np.isfinite(interval.value):
+def _figures(interval: Interval | None) -> str:
+    if interval is None or not np.isfinite(interval.value):
         return "-"
     return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"

@@ -8,10 +8,10 @@ import pytest
 
 from sightline import data, runs
 from sightline.evaluation import Comparison, Curve, Evaluation, Example, Score, Standing
-from sightline.evaluation.standings import metric_agreement
+from sightline.evaluation.ranking import metric_agreement
 from sightline.explainers import Verdict
+from sightline.facts import Finding, Interval
 from sightline.metrics.classification import Quality, quality
-from sightline.metrics.uncertainty import Interval
 from sightline.recipe import Recipe
 
 METHODS = ("attention", "activation_map", "cam", "grad_cam")
@@ -172,10 +172,19 @@ def evaluation_of(side: int, n: int = 24, errors: int = 6) -> Evaluation:
         quality=quality_of(counts),
         left_out={"rise": "312 s for 50 images, of 600 s for everything"},
         summary=(
-            "The model classifies 97.2 % of 400 images correctly, and cam finds the digit better than any control.",
-            "Accuracy lies between 95.3 % and 98.6 %; always answering the most frequent class would give 11.8 %.",
-            "61 % of the energy of cam lies on the mask, which covers 6.8 % of the image.",
-            "No method deletes evidence measurably better than the edges of the image: do not read deletion here.",
+            Finding(
+                "accuracy",
+                "The model classifies 97.2 % of 400 images correctly, and cam finds the digit better than any control.",
+            ),
+            Finding(
+                "accuracy",
+                "Accuracy lies between 95.3 % and 98.6 %; always answering the most frequent class would give 11.8 %.",
+            ),
+            Finding("accuracy", "61 % of the energy of cam lies on the mask, which covers 6.8 % of the image."),
+            Finding(
+                "accuracy",
+                "No method deletes evidence measurably better than the edges of the image: do not read deletion here.",
+            ),
         ),
         skipped=(("broken/17.jpg", "truncated after 812 bytes"), ("notes.jpg", "no image: it begins with 'Dear '")),
         provenance={

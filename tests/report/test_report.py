@@ -15,7 +15,7 @@ from PIL import Image
 from sightline import report, runs
 from sightline.evaluation import Curve, Evaluation, Example, evaluate
 from sightline.explainers import Verdict
-from sightline.metrics.uncertainty import Interval
+from sightline.facts import Finding, Interval
 from sightline.report import pictures, tables
 from sightline.testing import PooledModel
 
@@ -238,7 +238,7 @@ def test_names_are_text_and_never_markup(evaluation: Evaluation, run: runs.Run, 
         left_out={EVIL: EVIL},
         verdicts={EVIL: {EVIL: 3}},
         verdict_levels={EVIL: {EVIL: {"doubt": 3}}},
-        summary=(EVIL, EVIL),
+        summary=(Finding("accuracy", EVIL), Finding("best", EVIL)),
         skipped=((EVIL, EVIL),),
         provenance={EVIL: EVIL},
     )
@@ -493,14 +493,14 @@ def test_the_best_stands_against_every_other(page: Page):
     assert rows[1][1] == "0.070 [0.055, 0.085]"
 
 
-def test_rivals_are_sorted_and_judged_by_the_metrics_direction(evaluation: Evaluation):
-    deletion = tables.rivals(evaluation, "deletion_auc")
-    assert [rival.other for rival in deletion[:3]] == ["edge_map", "grad_cam", "attention"]
-    assert [rival.outcome for rival in deletion[:3]] == ["cannot be told apart", "better", "better"]
+def test_leads_are_sorted_and_judged_by_the_metrics_direction(evaluation: Evaluation):
+    deletion = tables.leads(evaluation, "deletion_auc")
+    assert [lead.other for lead in deletion[:3]] == ["edge_map", "grad_cam", "attention"]
+    assert [lead.outcome for lead in deletion[:3]] == ["cannot be told apart", "better", "better"]
     worse = replace(evaluation, higher_is_better=dict.fromkeys(evaluation.metrics, True))
-    assert {rival.outcome for rival in tables.rivals(worse, "deletion_auc")} == {"cannot be told apart", "worse"}
+    assert {lead.outcome for lead in tables.leads(worse, "deletion_auc")} == {"cannot be told apart", "worse"}
     undefined = replace(evaluation, comparisons=tuple(replace(c, adjusted=np.nan) for c in evaluation.comparisons))
-    assert {rival.outcome for rival in tables.rivals(undefined, "deletion_auc")} == {"–"}
+    assert {lead.outcome for lead in tables.leads(undefined, "deletion_auc")} == {"–"}
 
 
 def test_curves_and_their_numbers(page: Page, evaluation: Evaluation):
@@ -661,15 +661,22 @@ def test_what_was_left_out_is_named(page: Page):
 
 
 def test_a_long_summary_has_headings(evaluation: Evaluation, tmp_path: Path):
-    found = [f"method {i} shows most (insertion_auc 0.9)." for i in range(12)]
-    flawed = ["3 of 9 maps of cam are flat.", "None of cam, lrp is shown to be better than edge_map in insertion_auc."]
-    missing = ["Left out, since the time would not have been enough: rise."]
+    found = [Finding("best", f"method {i} shows most (insertion_auc 0.9).") for i in range(12)]
+    flawed = [
+        Finding("verdict", "3 of 9 maps of cam are flat."),
+        Finding("not better than a control", "None of cam, lrp is shown to be better than edge_map in insertion_auc."),
+    ]
+    missing = [Finding("left out", "Left out, since the time would not have been enough: rise.")]
     assert tables.grouped([*flawed, *found, *missing]) == {
         "What was found": found,
         "What to distrust": flawed,
         "What is missing": missing,
     }
-    page = Page(report.write(replace(evaluation, summary=("First.", *found, *flawed)), tmp_path).read_text())
+    page = Page(
+        report.write(
+            replace(evaluation, summary=(Finding("accuracy", "First."), *found, *flawed)), tmp_path
+        ).read_text()
+    )
     text = page.text_of("summary")
     assert "What was found" in text and "4 more" in text and "What is missing" not in text
     assert all(sentence in text for sentence in (*found, *flawed))

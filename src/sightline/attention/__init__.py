@@ -1,80 +1,43 @@
 """Attention blocks: plain modules whose child `gate` returns the weights, so that any hook reads the learned map."""
 
-from collections.abc import Callable
-from functools import partial
-
-from torch import nn
-
-from sightline.attention.alignment import ALIGNMENT, Attend, NadarayaWatson
-from sightline.attention.bags import MILPooling
-from sightline.attention.bilinear import BilinearCNN, GeneralizedMean, GlobalAveragePool
-from sightline.attention.channel import EfficientChannelAttention, GlobalContext, SqueezeExcite
-from sightline.attention.hard import Glimpse, HardAttention, MovingBaseline, reinforce_loss
-from sightline.attention.insertion import WithMaps, insert, remove
-from sightline.attention.parts import BilinearAttentionPooling, RepresentativeVectors
-from sightline.attention.pooling import CompatibilityGate, LearnToPayAttention
-from sightline.attention.self_attention import NonLocal, SelfAttention
-from sightline.attention.spatial import BAM, CBAM, AttentionGate, ChannelGate, SpatialGate
-from sightline.attention.transformer import SpatialTransformer
+from sightline.attention import (
+    alignment,
+    bags,
+    bilinear,
+    channel,
+    hard,
+    insertion,
+    parts,
+    pooling,
+    self_attention,
+    spatial,
+    transformer,
+)
+from sightline.attention.alignment import *
+from sightline.attention.bags import *
+from sightline.attention.bilinear import *
+from sightline.attention.channel import *
+from sightline.attention.hard import *
+from sightline.attention.insertion import *
+from sightline.attention.parts import *
+from sightline.attention.pooling import *
+from sightline.attention.registry import ATTENTION, register
+from sightline.attention.self_attention import *
+from sightline.attention.spatial import *
+from sightline.attention.transformer import *
 from sightline.facts import old_names
 
-__all__ = [
-    "ALIGNMENT",
-    "ATTENTION",
-    "BAM",
-    "CBAM",
-    "Attend",
-    "AttentionGate",
-    "BilinearAttentionPooling",
-    "BilinearCNN",
-    "ChannelGate",
-    "CompatibilityGate",
-    "EfficientChannelAttention",
-    "GeneralizedMean",
-    "Glimpse",
-    "GlobalAveragePool",
-    "GlobalContext",
-    "HardAttention",
-    "LearnToPayAttention",
-    "MILPooling",
-    "MovingBaseline",
-    "NadarayaWatson",
-    "NonLocal",
-    "RepresentativeVectors",
-    "SelfAttention",
-    "SpatialGate",
-    "SpatialTransformer",
-    "SqueezeExcite",
-    "WithMaps",
-    "insert",
-    "reinforce_loss",
-    "remove",
-]
-
-ATTENTION: dict[str, Callable[..., nn.Module]] = {
-    "se": SqueezeExcite,
-    "eca": EfficientChannelAttention,
-    "gc": GlobalContext,
-    "cbam": CBAM,
-    "channel_gate": ChannelGate,
-    "spatial_gate": SpatialGate,
-    "bam": BAM,
-    "attention_gate": AttentionGate,
-    "self_attention": SelfAttention,
-    "non_local": NonLocal,
-    "ltpa": partial(LearnToPayAttention, compat="none"),
-    "brnpa": RepresentativeVectors,
-    "bap": BilinearAttentionPooling,
-    "bilinear": BilinearCNN,
-    "mil": MILPooling,
-    "hard": HardAttention,
-    "gap": GlobalAveragePool,
-    "gem": GeneralizedMean,
-}
-"""Blocks by name, made for a number of channels. Those with `out_channels` are poolings, the others keep the shape.
-
-`ltpa` scores positions without a query; inside the networks of its paper the query is the global vector.
-"""
-
+__all__ = ["ATTENTION", "register"]
+__all__ += alignment.__all__
+__all__ += bags.__all__
+__all__ += bilinear.__all__
+__all__ += channel.__all__
+__all__ += hard.__all__
+__all__ += insertion.__all__
+__all__ += parts.__all__
+__all__ += pooling.__all__
+__all__ += self_attention.__all__
+__all__ += spatial.__all__
+__all__ += transformer.__all__
 
 __getattr__ = old_names("sightline.attention")

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+__all__ = ["ALIGNMENT", "Attend", "NadarayaWatson"]
+
 Function = Callable[[Tensor], Tensor]
 
 

@@ -4,6 +4,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sightline.attention.registry import register
+
+__all__ = ["MILPooling"]
+
 
 class InstanceGate(nn.Module):
     """Weights of the positions of a feature map, which sum to 1: softmax of <w, tanh(V l) * sigmoid(U l)>.
@@ -43,6 +47,7 @@ class InstanceGate(nn.Module):
         return weights if mask is None else weights * mask
 
 
+@register("mil")
 class MILPooling(nn.Module):
     """Pools a feature map, or a bag of vectors, into one vector: their mean with learned weights that sum to 1.
 

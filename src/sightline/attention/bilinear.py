@@ -5,6 +5,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from sightline.attention.registry import register
+
+__all__ = ["BilinearCNN", "GeneralizedMean", "GlobalAveragePool"]
+
 _EPS = 1e-6
 
 
@@ -19,6 +23,7 @@ def signed_root(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return x * (x.abs() + _EPS).rsqrt()
 
 
+@register("bilinear")
 class BilinearCNN(nn.Module):
     """Pools a feature map into the products of all pairs of channels, summed over positions; signed root, length 1.
 
@@ -51,6 +56,7 @@ class BilinearCNN(nn.Module):
         return normalize(signed_root(torch.bmm(local, local.mT)).flatten(1))
 
 
+@register("gap")
 class GlobalAveragePool(nn.Module):
     """The mean over positions: every network's own pooling, and the control of the others.
 
@@ -67,6 +73,7 @@ class GlobalAveragePool(nn.Module):
         return features.mean((2, 3))
 
 
+@register("gem")
 class GeneralizedMean(nn.Module):
     """The generalized mean over positions (GeM), whose power is learned: 1 is the mean, infinity the maximum.
 

@@ -7,6 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sightline.attention.registry import register
+
+__all__ = ["EfficientChannelAttention", "GlobalContext", "SqueezeExcite"]
+
 
 def hidden_width(channels: int, reduction: int) -> int:
     """Channels of a bottleneck: `channels // reduction`, at least 1.
@@ -87,6 +91,7 @@ class SqueezeExciteWeights(nn.Module):
         return self.mlp(features.mean((2, 3))).sigmoid()[:, :, None, None]
 
 
+@register("se")
 class SqueezeExcite(Gating):
     """Weighs each channel by what the averages of all channels say, through a bottleneck.
 
@@ -131,6 +136,7 @@ class EfficientChannelWeights(nn.Module):
         return self.conv(features.mean((2, 3)).unsqueeze(1)).sigmoid().transpose(1, 2).unsqueeze(3)
 
 
+@register("eca")
 class EfficientChannelAttention(Gating):
     """Weighs each channel by the averages of its neighboring channels: one convolution along the channels.
 
@@ -173,6 +179,7 @@ class ContextWeights(nn.Module):
         return torch.bmm(u, features.flatten(2)).softmax(2).unflatten(2, features.shape[2:])
 
 
+@register("gc")
 class GlobalContext(nn.Module):
     """Adds one vector to every position: the image's context, an attention-weighted mean, through a bottleneck.
 

@@ -7,6 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline.attention.pooling import Compat, CompatibilityGate
+from sightline.attention.registry import register
+
+__all__ = ["Glimpse", "HardAttention", "MovingBaseline", "reinforce_loss"]
 
 Estimator = Literal["reinforce", "gumbel", "top_k"]
 
@@ -109,6 +112,7 @@ class HardGate(CompatibilityGate):
         return weights
 
 
+@register("hard")
 class HardAttention(nn.Module):
     """Pools a feature map into the local vector of one position per image (or the mean of k), chosen by its score.
 

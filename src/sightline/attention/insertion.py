@@ -17,8 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline.attention.places import Call, Trace, shapes_of
+from sightline.attention.registry import ATTENTION
 from sightline.facts import did_you_mean
 from sightline.inference import copy_of, untouched
+
+__all__ = ["WithMaps", "insert", "remove"]
 
 Block = str | Callable[..., nn.Module]
 Init = Literal["identity", "fresh"]
@@ -228,8 +231,6 @@ def _hooks(layer: nn.Module) -> list[tuple[dict[int, _Attend], int]]:
 
 
 def _maker(block: Block, options: dict[str, Any]) -> tuple[str, Callable[..., nn.Module]]:
-    from sightline.attention import ATTENTION
-
     if isinstance(block, str):
         if block not in ATTENTION:
             raise ValueError(

@@ -11,6 +11,9 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torchvision.models.resnet import BasicBlock
 
 from sightline.attention.bilinear import signed_root
+from sightline.attention.registry import register
+
+__all__ = ["BilinearAttentionPooling", "RepresentativeVectors"]
 
 Update = Literal["cosine", "normalized"]
 First = Literal["norm", "random"]
@@ -129,6 +132,7 @@ def representative_vectors(
         return vectors, _shares(cosines).unflatten(2, (h, w)), picks
 
 
+@register("brnpa")
 class RepresentativeVectors(nn.Module):
     """Pools a feature map into k vectors around k positions that differ from one another; it learns nothing itself.
 
@@ -228,6 +232,7 @@ class RepresentativeVectors(nn.Module):
         return (positions * _GOLDEN_RATIO % 1).expand(images, -1)
 
 
+@register("bap")
 class BilinearAttentionPooling(nn.Module):
     """Pools a feature map into k vectors, each the mean over positions of the features times a learned map.
 

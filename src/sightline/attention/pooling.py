@@ -1,11 +1,16 @@
 """Poolings: blocks that replace global average pooling by a learned, readable choice of positions."""
 
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sightline.attention.registry import ATTENTION
+
+__all__ = ["CompatibilityGate", "LearnToPayAttention"]
 
 Compat = Literal["pc", "dp", "none"]
 Norm = Literal["softmax", "sigmoid", "uniform"]
@@ -147,3 +152,7 @@ class LearnToPayAttention(nn.Module):
         if self.gate.norm == "sigmoid":
             weights = weights / weights.shape[2]
         return torch.bmm(weights, features.flatten(2).transpose(1, 2)).squeeze(1)
+
+
+# without a query; inside the networks of its paper the query is the global vector
+ATTENTION["ltpa"] = partial(LearnToPayAttention, compat="none")

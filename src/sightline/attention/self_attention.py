@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sightline.attention.channel import hidden_width
+from sightline.attention.registry import register
+
+__all__ = ["NonLocal", "SelfAttention"]
 
 Positions = Literal["none", "learned", "relative"]
 
@@ -103,6 +106,7 @@ class RelativeBias(nn.Module):
         return (at - at[:, None]).clamp(-reach, reach) + reach
 
 
+@register("self_attention")
 class SelfAttention(nn.Module):
     """Multi-head self-attention over all positions of a feature map, added to it.
 
@@ -178,6 +182,7 @@ class SelfAttention(nn.Module):
         return features + self.project(attended).transpose(1, 2).unflatten(2, size)
 
 
+@register("non_local")
 class NonLocal(nn.Module):
     """Non-local block, embedded Gaussian: each position adds a projected mean of all others, weighted by similarity.
 

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from sightline.attention.channel import Gating, bottleneck, hidden_width, zero
+from sightline.attention.registry import register
+
+__all__ = ["BAM", "CBAM", "AttentionGate", "ChannelGate", "SpatialGate"]
 
 Order = Literal["channel_first", "spatial_first", "parallel"]
 Variant = Literal["paper", "official"]
@@ -31,6 +34,7 @@ class ChannelWeights(nn.Module):
         return scores.sigmoid()[:, :, None, None]
 
 
+@register("channel_gate")
 class ChannelGate(Gating):
     """CBAM's first half: weighs each channel by what the averages and maxima of all channels say.
 
@@ -75,6 +79,7 @@ class SpatialWeights(nn.Module):
         return self.bn(self.conv(both)).sigmoid()
 
 
+@register("spatial_gate")
 class SpatialGate(Gating):
     """CBAM's second half: weighs each position by the maximum and the mean over channels around it.
 
@@ -100,6 +105,7 @@ class SpatialGate(Gating):
         super().__init__(SpatialWeights(kernel, zero_init=zero_init or identity), identity=identity)
 
 
+@register("cbam")
 class CBAM(nn.Module):
     """Channel attention, then spatial attention; the children `channel` and `spatial` each have a `gate`.
 
@@ -187,6 +193,7 @@ class BAMWeights(nn.Module):
         return (channel + spatial if self.variant == "paper" else channel * spatial).sigmoid()
 
 
+@register("bam")
 class BAM(nn.Module):
     """Adds to the features themselves, weighed per channel and position by a channel and a spatial branch side by side.
 
@@ -288,6 +295,7 @@ class AttentionGateWeights(nn.Module):
         return above / above.sum((2, 3), keepdim=True)
 
 
+@register("attention_gate")
 class AttentionGate(nn.Module):
     """Weighs each position by how well it goes with a coarser map, the query, which has seen more of the image.
 

@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+__all__ = ["SpatialTransformer"]
+
 
 class Window(nn.Module):
     """Map of where a spatial transformer looks: 1 where the input position lies inside its sampled window, else 0.

@@ -3,7 +3,7 @@
 from sightline.bench.measured import Maps, Measured, Quality, fresh, measure
 from sightline.bench.result import Bench, Difference, Summary, student_interval, summary
 from sightline.bench.run import bench, devices_for
-from sightline.bench.study import Study, folder, load, width_for
+from sightline.bench.study import Study, folder, load, load_study, width_for
 
 __all__ = [
     "Bench",
@@ -18,6 +18,7 @@ __all__ = [
     "folder",
     "fresh",
     "load",
+    "load_study",
     "measure",
     "student_interval",
     "summary",

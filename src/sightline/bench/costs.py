@@ -42,7 +42,7 @@ def costs_of_rows(result: Bench, out: Path, dataset: str) -> dict[str, Costs]:
         largest = min(run.recipe.optim.batch_size for run in rows.values())
         batch = images.batch(range(min(_TIMED, largest, len(images))))
         inputs = data.normalize(batch.images.to(device), images.preprocess)
-        networks = {row: runs.load(run.folder).to(device) for row, run in rows.items()}
+        networks = {row: runs.load_model(run.folder).to(device) for row, run in rows.items()}
         for row, cost in costs(networks, inputs).items():
             by_row[row] = replace(cost, seconds=cost.seconds / len(inputs), saved=cost.saved // len(inputs))
     by_row = {row: by_row[row] for row in first}

@@ -110,7 +110,7 @@ def _with_nan(value: Any) -> Any:
 def measure(row: str, run: Run, dataset: str = "") -> Measured:
     """What a run is worth on its test images."""
     images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
-    model = runs.load(run.folder)
+    model = runs.load_model(run.folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     correct = area = 0.0
     counts = torch.zeros(len(run.classes), dtype=torch.int64)

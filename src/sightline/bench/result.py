@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sightline.bench.measured import QUALITY, Maps, Measured
-from sightline.evaluation.standings import LEVEL
+from sightline.evaluation.ranking import LEVEL
 from sightline.metrics.uncertainty import holm
 from sightline.models.costs import Costs
 from sightline.report.studies import Cell

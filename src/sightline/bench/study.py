@@ -123,7 +123,7 @@ def _classes(of: Data) -> int:
     return len(data.load(of)["test"].classes)
 
 
-def load(
+def load_study(
     path: Path | str,
     overrides: Mapping[str, Any] | None = None,
     rows_done: Collection[str] | None = None,
@@ -177,6 +177,9 @@ def load(
         if teacher in study.rows and study.rows[teacher].get("optim.teacher") in study.rows:
             raise ValueError(f"row {name!r}: expected a teacher that has no row as its own teacher, got {teacher!r}")
     return study
+
+
+load = load_study  # its name in version 0.1
 
 
 def _check_heeded(

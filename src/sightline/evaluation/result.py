@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain frozen data."""
+"""The result of an evaluation, as plain frozen data."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from sightline.facts import Interval, Verdict
+from sightline.facts import Finding, Interval, Verdict
 from sightline.metrics.classification import Quality
 from sightline.runs import plain, write
 
@@ -50,9 +50,9 @@ class Comparison:
     other: str
     """A method or a control."""
     difference: Interval
-    """Of the means, `method` minus `other`."""
+    """Difference of the means, `method` minus `other`."""
     p: float
-    """Of a paired sign-flip test, over images or whole groups."""
+    """p-value of a paired sign-flip test, over images or whole groups."""
     adjusted: float
     """The same, corrected for all pairs of the metric (Holm)."""
 
@@ -62,7 +62,7 @@ class Curve:
     """The score along deletion or insertion, mean over images."""
 
     shares: Float[Array, " n"]
-    """Of the pixels changed."""
+    """Fractions of the pixels changed."""
     mean: Float[Array, " n"]
     low: Float[Array, " n"]
     high: Float[Array, " n"]
@@ -82,7 +82,7 @@ class Example:
     maps: dict[str, Float[Array, "_ _"]]
     """Raw map per method, at the method's own resolution; controls left out."""
     verdicts: dict[str, list[Verdict]]
-    """What to distrust, per method; an empty list is a clean map."""
+    """Reasons to distrust the map of each method; an empty list is a clean map."""
     mask: Bool[Array, "h w"] | None = None
 
 
@@ -96,7 +96,7 @@ class Evaluation:
     model: str
     n_images: int
     unit: str
-    """What an interval resamples: `images`, or the name of the group column."""
+    """The units that an interval resamples: `images`, or the name of the group column."""
     classes: tuple[str, ...]
     methods: tuple[str, ...]
     controls: tuple[str, ...]
@@ -149,14 +149,16 @@ class Evaluation:
     """Mean rank correlation between the maps of two methods, over images."""
     quality: Quality | None = None
     """More on the classifier than its accuracy."""
+    unsuited: dict[str, str] = field(default_factory=dict)
+    """Methods that do not fit the model, with the reason."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Methods and metrics that did not fit the time budget, with the reason."""
-    summary: tuple[str, ...]
-    """Sentences in plain words, none stronger than its interval."""
+    summary: tuple[Finding, ...]
+    """Sentences in plain words, none stronger than its interval; the most important first."""
     skipped: tuple[tuple[str, str], ...]
     """Images that could not be read, with the reason."""
     notices: tuple[str, ...] = ()
-    """What was decided about the images or the model that their owner may want otherwise."""
+    """Automatic decisions about the images or the model that may need a correction."""
     provenance: dict[str, str]
     """command, seed, date, wall time, hardware, versions."""
 
@@ -179,8 +181,8 @@ class Evaluation:
         )
 
     def to_json(self, path: Path | str) -> Path:
-        """Write everything but the pictures; values that are not finite become null."""
-        left_out = ("per_image", "examples", "errors", "mean_maps", "worst")
+        """Write everything but the pictures, with findings as text; values that are not finite become null."""
+        left_out = ("per_image", "examples", "errors", "mean_maps", "worst", "unsuited")
         facts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         path = Path(path)
         write(path, json.dumps(plain(facts), indent=1).encode())

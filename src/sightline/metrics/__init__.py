@@ -1,6 +1,7 @@
 """Scores of maps: a function with one value per image, and beside it the torchmetrics class that averages it."""
 
 from sightline.facts import old_names
+from sightline.metrics import complexity, conservation, faithfulness, localization, robustness, sanity
 from sightline.metrics.agreement import krippendorff_alpha, rank_correlation, reliability, top_overlap, win_rate
 from sightline.metrics.classification import (
     Quality,
@@ -10,171 +11,51 @@ from sightline.metrics.classification import (
     macro_f1,
     quality,
 )
-from sightline.metrics.complexity import Entropy, Gini, Sparsity, entropy, gini, sparsity
-from sightline.metrics.faithfulness import (
-    ADD,
-    AverageDrop,
-    AverageGain,
-    DeletionAUC,
-    DeletionCorrelation,
-    IncreaseInConfidence,
-    Infidelity,
-    InsertionAUC,
-    InsertionCorrelation,
-    Road,
-    RoadLerf,
-    RoadMorf,
-    add,
-    average_drop,
-    average_gain,
-    deletion_auc,
-    deletion_correlation,
-    increase_in_confidence,
-    infidelity,
-    insertion_auc,
-    insertion_correlation,
-    road,
-    road_lerf,
-    road_morf,
-)
-from sightline.metrics.hiding import Hiding, HidingMetric, frames_of, hidden_scores
+from sightline.metrics.complexity import *
+from sightline.metrics.conservation import *
+from sightline.metrics.faithfulness import *
 from sightline.metrics.inpainting import inpaint
-from sightline.metrics.localization import (
-    EnergyInMask,
-    IoU,
-    MaskAUC,
-    MaxBoxAccuracy,
-    PointBiserial,
-    PointingGame,
-    RelevanceRank,
-    energy_in_mask,
-    iou,
-    mask_auc,
-    max_box_accuracy,
-    point_biserial,
-    pointing_game,
-    relevance_rank,
-)
-from sightline.metrics.per_image import PerImageMean
-from sightline.metrics.robustness import FoolingRate, MaxSensitivity, fooling_rate, max_sensitivity
-from sightline.metrics.sanity import (
-    Completeness,
-    ParameterRandomization,
-    RandomLogit,
-    completeness,
-    parameter_randomization,
-    random_logit,
-    randomization_curve,
-)
+from sightline.metrics.localization import *
+from sightline.metrics.per_image import PerImageMean, mean_of, metric, metrics_in
+from sightline.metrics.perturbed import Perturbation, PerturbationMetric, perturbed_counts, perturbed_scores
+from sightline.metrics.robustness import *
+from sightline.metrics.sanity import *
 from sightline.metrics.together import Measured, inputs_of, measure
 
 __all__ = [
-    "ADD",
-    "AverageDrop",
-    "AverageGain",
-    "Completeness",
-    "DeletionAUC",
-    "DeletionCorrelation",
-    "EnergyInMask",
-    "Entropy",
-    "FoolingRate",
-    "Gini",
-    "Hiding",
-    "HidingMetric",
-    "IncreaseInConfidence",
-    "Infidelity",
-    "InsertionAUC",
-    "InsertionCorrelation",
-    "IoU",
     "METRICS",
-    "MaskAUC",
-    "MaxBoxAccuracy",
-    "MaxSensitivity",
     "Measured",
-    "ParameterRandomization",
     "PerImageMean",
-    "PointBiserial",
-    "PointingGame",
+    "Perturbation",
+    "PerturbationMetric",
     "Quality",
-    "RandomLogit",
-    "RelevanceRank",
-    "Road",
-    "RoadLerf",
-    "RoadMorf",
-    "Sparsity",
     "accuracy",
-    "add",
-    "average_drop",
-    "average_gain",
-    "completeness",
-    "deletion_auc",
-    "deletion_correlation",
-    "energy_in_mask",
-    "entropy",
     "expected_calibration_error",
-    "fooling_rate",
-    "frames_of",
-    "gini",
-    "hidden_scores",
-    "increase_in_confidence",
-    "infidelity",
     "inpaint",
     "inputs_of",
-    "insertion_auc",
-    "insertion_correlation",
-    "iou",
     "krippendorff_alpha",
     "linear_probe",
     "macro_f1",
-    "mask_auc",
-    "max_box_accuracy",
-    "max_sensitivity",
+    "mean_of",
     "measure",
-    "parameter_randomization",
-    "point_biserial",
-    "pointing_game",
+    "metric",
+    "perturbed_counts",
+    "perturbed_scores",
     "quality",
-    "random_logit",
-    "randomization_curve",
     "rank_correlation",
-    "relevance_rank",
     "reliability",
-    "road",
-    "road_lerf",
-    "road_morf",
-    "sparsity",
     "top_overlap",
     "win_rate",
 ]
+__all__ += complexity.__all__
+__all__ += conservation.__all__
+__all__ += faithfulness.__all__
+__all__ += localization.__all__
+__all__ += robustness.__all__
+__all__ += sanity.__all__
 
-METRICS: dict[str, type[PerImageMean]] = {
-    "insertion_auc": InsertionAUC,
-    "deletion_auc": DeletionAUC,
-    "insertion_correlation": InsertionCorrelation,
-    "deletion_correlation": DeletionCorrelation,
-    "average_drop": AverageDrop,
-    "increase_in_confidence": IncreaseInConfidence,
-    "average_gain": AverageGain,
-    "add": ADD,
-    "road": Road,
-    "road_morf": RoadMorf,
-    "road_lerf": RoadLerf,
-    "infidelity": Infidelity,
-    "pointing_game": PointingGame,
-    "energy_in_mask": EnergyInMask,
-    "relevance_rank": RelevanceRank,
-    "mask_auc": MaskAUC,
-    "point_biserial": PointBiserial,
-    "iou": IoU,
-    "max_box_accuracy": MaxBoxAccuracy,
-    "parameter_randomization": ParameterRandomization,
-    "random_logit": RandomLogit,
-    "max_sensitivity": MaxSensitivity,
-    "completeness": Completeness,
-    "sparsity": Sparsity,
-    "gini": Gini,
-    "entropy": Entropy,
-}
-
+METRICS: dict[str, type[PerImageMean]] = metrics_in(
+    faithfulness, localization, sanity, robustness, conservation, complexity
+)
 
 __getattr__ = old_names("sightline.metrics")

@@ -11,7 +11,7 @@ from torch import Tensor
 from sightline import maps as pixels
 from sightline.facts import Interval
 from sightline.inference import wide
-from sightline.metrics.per_image import PerImageMean
+from sightline.metrics.per_image import mean_of, metric
 from sightline.metrics.uncertainty import mean_interval
 
 Array = np.ndarray
@@ -19,6 +19,7 @@ Level = Literal["nominal", "ordinal", "interval"]
 Values = TypeVar("Values", Tensor, Array)
 
 
+@metric("higher", "{method} orders the image most like the other map (rank correlation {score})")
 def rank_correlation(maps: Float[Tensor, "b 1 *grid"], others: Float[Tensor, "b 1 *other_grid"]) -> Float[Tensor, " b"]:
     """Spearman's rank correlation of two maps, -1 to 1; 1: the same order of all cells. Chance: 0.
 
@@ -35,12 +36,13 @@ def rank_correlation(maps: Float[Tensor, "b 1 *grid"], others: Float[Tensor, "b 
     """
     first, second = _fit(maps, others)
     defined = _varies(maps) & _varies(others.to(maps.device))
-    a, b = (ranks(of.double()) for of in (first, second))
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    length = a.norm(dim=1) * b.norm(dim=1)
-    return ((a * b).sum(1) / length).where(defined & (length > 0), torch.nan).to(maps.dtype)
+    return correlation(ranks(first.double()), ranks(second.double())).where(defined, torch.nan).to(maps.dtype)
 
 
+RankCorrelation = mean_of(rank_correlation, "RankCorrelation")
+
+
+@metric("higher", "{method} shares most of its highest cells with the other map ({score})")
 def top_overlap(
     maps: Float[Tensor, "b 1 *grid"], others: Float[Tensor, "b 1 *other_grid"], *, share: float = 0.1
 ) -> Float[Tensor, " b"]:
@@ -65,20 +67,14 @@ def top_overlap(
     return overlap.where((first.isfinite() & second.isfinite()).all(1), torch.nan).to(maps.dtype)
 
 
-class RankCorrelation(PerImageMean):
-    """Mean `rank_correlation`."""
-
-    function = staticmethod(rank_correlation)
-    sentence = "{method} orders the image most like the other map (rank correlation {score})"
-    higher_is_better = True
+TopOverlap = mean_of(top_overlap, "TopOverlap")
 
 
-class TopOverlap(PerImageMean):
-    """Mean `top_overlap`."""
-
-    function = staticmethod(top_overlap)
-    sentence = "{method} shares most of its highest cells with the other map ({score})"
-    higher_is_better = True
+def correlation(a: Float[Tensor, "*b n"], b: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:
+    """Pearson's, over the last axis; NaN where one of them is constant."""
+    a, b = (x - x.mean(-1, keepdim=True) for x in (a, b))
+    length = a.norm(dim=-1) * b.norm(dim=-1)
+    return ((a * b).sum(-1) / length).where(length > 0, torch.nan)
 
 
 def ranks(values: Values) -> Values:
@@ -144,12 +140,12 @@ def krippendorff_alpha(ratings: Float[Array, "raters units"], level: Level = "no
     ratings = ratings[:, (~np.isnan(ratings)).sum(0) > 1]
     rated = ~np.isnan(ratings)
     counts, total = rated.sum(0), int(rated.sum())
-    found = ratings[rated]
-    if len(np.unique(found)) < 2:
+    values = ratings[rated]
+    if len(np.unique(values)) < 2:
         return float("nan")
     if level == "ordinal":
-        found = ranks(found)
-    coordinates = found[:, None] if level != "nominal" else (found[:, None] == np.unique(found)).astype(float)
+        values = ranks(values)
+    coordinates = values[:, None] if level != "nominal" else (values[:, None] == np.unique(values)).astype(float)
     spread = ((coordinates - coordinates.mean(0)) ** 2).sum()
     unit = np.nonzero(rated)[1]
     means = np.zeros((len(counts), coordinates.shape[1]))

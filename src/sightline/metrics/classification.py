@@ -40,7 +40,7 @@ class ClassQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What a classifier is worth on labeled images; 95 % intervals over images or groups."""
+    """The quality of a classifier on labeled images; 95 % intervals over images or groups."""
 
     accuracy: Interval
     macro_f1: Interval
@@ -64,8 +64,8 @@ def quality(
     Raises:
         ValueError: no image, a label that is no class.
 
-    >>> found = quality(np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]), np.array([0, 1, 1]))
-    >>> round(found.accuracy.value, 3), round(found.macro_f1.value, 3), round(found.per_class[1].recall.value, 3)
+    >>> result = quality(np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]), np.array([0, 1, 1]))
+    >>> round(result.accuracy.value, 3), round(result.macro_f1.value, 3), round(result.per_class[1].recall.value, 3)
     (0.667, 0.667, 0.5)
     """
     _check(probabilities, labels)
@@ -82,7 +82,8 @@ def quality(
     (f1_low, low), (f1_high, high) = np.array(limits(np.concatenate(draws), np.full(2, units))).tolist()
     mirrored = max(min(2 * error - high, error), 0.0), min(max(2 * error - low, error), 1.0)
     hits, given, actual = (
-        np.bincount(of, minlength=probabilities.shape[1]).tolist() for of in (labels[correct], answers, labels)
+        np.bincount(classes, minlength=probabilities.shape[1]).tolist()
+        for classes in (labels[correct], answers, labels)
     )
 
     def of_class(k: int) -> ClassQuality:
@@ -118,7 +119,7 @@ def accuracy(probabilities: Float[Array, "n classes"], labels: Int[Array, " n"])
 
 
 def macro_f1(probabilities: Float[Array, "n classes"], labels: Int[Array, " n"]) -> float:
-    """Mean F1 of the classes, each counting alike, 0 to 1; higher is better.
+    """Unweighted mean F1 of the classes, 0 to 1; higher is better.
 
     Classes that occur neither in the labels nor in the answers are left out; one that occurs in only one of them
     counts 0.
@@ -173,14 +174,21 @@ def linear_probe(
     >>> linear_probe(PooledModel(torch.ones(3, 2)), data, data).value
     1.0
     """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "the linear probe needs scikit-learn; install it: pip install 'sightline[train]'"
+        ) from error
     features, labels = _features(model, train, batch_size)
-    tried, truth = _features(model, test, batch_size)
-    mean, deviation = features.mean(0), features.std(0, correction=0)
-    scale = deviation.where(deviation > 1e-12 * features.abs().amax(0), torch.inf)  # a constant feature becomes 0
-    features, tried = (features - mean) / scale, (tried - mean) / scale
-    with torch.inference_mode(False), torch.enable_grad():
-        layer = _fitted(features.clone(), labels.clone(), penalty)
-    answers = (torch.nn.functional.pad(tried, (0, 1), value=1.0) @ layer).argmax(1)
+    tested, truth = _features(model, test, batch_size)
+    mean, deviation = features.mean(0), features.std(0)
+    scale = np.where(deviation > 1e-12 * np.abs(features).max(0), deviation, np.inf)  # a constant feature becomes 0
+    scaled = [(one - mean) / scale for one in (features, tested)]
+    if len(np.unique(labels)) == 1:
+        return wilson_interval(int((truth == labels[0]).sum()), len(truth))
+    probe = LogisticRegression(C=1 / penalty if penalty else np.inf, max_iter=10_000, tol=1e-9)
+    answers = probe.fit(scaled[0], labels).predict(scaled[1])
     return wilson_interval(int((answers == truth).sum()), len(truth))
 
 
@@ -236,8 +244,8 @@ def _is_pair(data: Batches) -> bool:
     return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
 
 
-def _features(model: nn.Module, data: Batches, batch_size: int) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
-    """Features in float64 on the CPU, and labels."""
+def _features(model: nn.Module, data: Batches, batch_size: int) -> tuple[Float[Array, "n d"], Int[Array, " n"]]:
+    """Features in float64, and labels."""
     batches = cast("Iterable[tuple[Tensor, Tensor]]", [data] if _is_pair(data) else data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     calls: list[tuple[Tensor, Tensor]] = []
@@ -250,7 +258,7 @@ def _features(model: nn.Module, data: Batches, batch_size: int) -> tuple[Float[T
     with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
         hooks = [part.register_forward_hook(remember) for part in net.modules() if isinstance(part, nn.Linear)]
         try:
-            for images, of in batches:
+            for images, truth in batches:
                 for chunk in images.split(batch_size):
                     calls.clear()
                     logits = run(net, chunk.to(device))
@@ -260,32 +268,13 @@ def _features(model: nn.Module, data: Batches, batch_size: int) -> tuple[Float[T
                             f"{type(net).__name__}; wrap its head in one"
                         )
                     features.append(calls[-1][0].cpu().double())
-                labels.append(of.cpu().long())
+                labels.append(truth.cpu().long())
         finally:
             for hook in hooks:
                 hook.remove()
     if not features:
         raise ValueError("expected at least one image to fit and one to test, got none")
-    truth = torch.cat(labels)
-    if (truth < 0).any():
-        raise ValueError(f"expected labels of at least 0, got {int(truth.min())}; leave out images without a label")
-    return torch.cat(features), truth
-
-
-def _fitted(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], penalty: float) -> Float[Tensor, "d1 classes"]:
-    """Weights, and in the last row biases."""
-    inputs = torch.nn.functional.pad(features, (0, 1), value=1.0)
-    layer = inputs.new_zeros(inputs.shape[1], int(labels.max()) + 1, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [layer], max_iter=500, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        entropy = torch.nn.functional.cross_entropy(inputs @ layer, labels)
-        value = entropy + penalty / (2 * len(labels)) * (layer[:-1] ** 2).sum()
-        value.backward()
-        return value
-
-    solver.step(loss)  # pyright: ignore[reportArgumentType]
-    return layer.detach()
+    classes = torch.cat(labels)
+    if (classes < 0).any():
+        raise ValueError(f"expected labels of at least 0, got {int(classes.min())}; leave out images without a label")
+    return torch.cat(features).numpy(), classes.numpy()

@@ -7,13 +7,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sightline.inference import wide
-from sightline.metrics.per_image import PerImageMean
+from sightline.metrics.per_image import mean_of, metric
+
+__all__ = [
+    "Entropy",
+    "Gini",
+    "Sparsity",
+    "entropy",
+    "gini",
+    "sparsity",
+]
 
 
+@metric("neither")
 def sparsity(maps: Float[Tensor, "b k *grid"]) -> Float[Tensor, " b"]:
     """Largest value of a map divided by its mean: 1 for a flat map, the number of positions for a one-hot one.
 
-    Harmonic mean over an image's k maps. Negative values count as 0. It grows with the number of positions, so compare
+    Harmonic mean over an image's k maps. Negative values count as 0. It grows with the number of positions: compare
     maps of one resolution, or divide by that number. A map without a positive value, or with one that is not finite,
     gives NaN.
 
@@ -25,15 +35,19 @@ def sparsity(maps: Float[Tensor, "b k *grid"]) -> Float[Tensor, " b"]:
     """
     values = maps.flatten(2)
     positive = values.clamp(min=0)
-    shares = positive.mean(2) / positive.amax(2)
-    return 1 / shares.where(values.isfinite().all(2), torch.nan).mean(1)
+    ratios = positive.mean(2) / positive.amax(2)
+    return 1 / ratios.where(values.isfinite().all(2), torch.nan).mean(1)
 
 
+Sparsity = mean_of(sparsity, "Sparsity")
+
+
+@metric("neither")
 def gini(maps: Float[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """Gini index of the map's positive values: 0 for a flat map (one pixel too), 1 - 1 / n for a one-hot one of n.
 
-    Higher is more concentrated. Negative values count as 0. Repeating every pixel changes nothing, yet smooth
-    enlarging does: compare maps of one resolution. A map without a positive value, or with one that is not finite,
+    Higher is more concentrated. Negative values count as 0. Repeating every pixel changes nothing, but smooth
+    enlargement does: compare maps of one resolution. A map without a positive value, or with one that is not finite,
     gives NaN.
 
     Source: Hurley & Rickard 2009 (0811.4706), the Gini index; for explanations Chalasani et al. 2020 (1810.06583).
@@ -42,12 +56,16 @@ def gini(maps: Float[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     >>> gini(torch.tensor([[[[5.0, 0.0], [0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]]))
     tensor([0.7500, 0.0000])
     """
-    ascending = _shares(maps).sort(dim=1).values
+    ascending = _fractions(maps).sort(dim=1).values
     n = ascending.shape[1]
     places = torch.arange(1, n + 1, dtype=torch.float64, device=maps.device)
     return _as(maps, 1 - 2 * (ascending * (n - places + 0.5)).sum(1) / n)
 
 
+Gini = mean_of(gini, "Gini")
+
+
+@metric("neither")
 def entropy(maps: Float[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """Entropy of the map's positive values over log(n): 1 for a flat map (one pixel too), 0 for a one-hot one of n.
 
@@ -60,37 +78,18 @@ def entropy(maps: Float[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     >>> entropy(torch.tensor([[[[2.0, 2.0], [0.0, 0.0]]]]))
     tensor([0.5000])
     """
-    shares = _shares(maps)
-    n = shares.shape[1]
-    return _as(maps, 1 - torch.xlogy(shares, n * shares).sum(1) / (math.log(n) or 1))
+    fractions = _fractions(maps)
+    n = fractions.shape[1]
+    return _as(maps, 1 - torch.xlogy(fractions, n * fractions).sum(1) / (math.log(n) or 1))
 
 
-class Sparsity(PerImageMean):
-    """Mean `sparsity`: a description, which ranks nothing."""
-
-    function = staticmethod(sparsity)
-    higher_is_better = None
+Entropy = mean_of(entropy, "Entropy")
 
 
-class Gini(PerImageMean):
-    """Mean `gini`: a description, which ranks nothing."""
-
-    function = staticmethod(gini)
-    higher_is_better = None
-
-
-class Entropy(PerImageMean):
-    """Mean `entropy`: a description, which ranks nothing."""
-
-    function = staticmethod(entropy)
-    higher_is_better = None
-
-
-def _shares(maps: Tensor) -> Float[Tensor, "b n"]:
-    """Positive values in float64 over their sum; a whole row of NaN where there is none, or one is not finite."""
+def _fractions(maps: Tensor) -> Float[Tensor, "b n"]:
+    """Positive values in float64 over their sum; a row of NaN where there is none, or a value is not finite."""
     positive = maps.flatten(1).double().clamp(min=0)
-    shares = positive / positive.sum(1, keepdim=True)
-    return shares.where(maps.isfinite().flatten(1).all(1, keepdim=True), torch.nan)
+    return (positive / positive.sum(1, keepdim=True)).where(maps.isfinite().flatten(1).all(1, keepdim=True), torch.nan)
 
 
 def _as(maps: Tensor, scores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hidden pixels painted from what is left around them."""
+"""Removed pixels painted from their surroundings."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,11 +17,11 @@ Grid = tuple[Float[Tensor, "b 1 _ _"], Float[Tensor, "b 1 _ _"]]
 def inpaint(
     images: Float[Tensor, "b c H W"], hole: Bool[Tensor, "b 1 H W"], noise: float = 0.0, tolerance: float = 1e-4
 ) -> Float[Tensor, "b c H W"]:
-    """Every hidden pixel the weighted mean of its eight neighbors: 1/6 for the four next, 1/12 for the diagonal ones.
+    """Images where every pixel of the hole is the weighted mean of its neighbors: 1/6 for four, 1/12 for diagonal ones.
 
     No pixel is further than `tolerance` times the image's range from the exact solution of these linear equations. At
-    the border the weights of the neighbors that exist are scaled to 1. `noise`: standard deviation of what is added to
-    the hidden pixels, the same for every image of a size. Where nothing is left the mean of the image stands.
+    the border the weights of the neighbors that exist are scaled to 1. `noise`: standard deviation of the noise added
+    to the painted pixels, the same for every image of a size. An image without any pixel left becomes its mean.
 
     Source: Rong et al. 2022 (2202.00449), noisy linear imputation.
 
@@ -53,7 +53,7 @@ def _neighbors(values: Tensor) -> Tensor:
 
 
 def _solve(values: Tensor, hole: Tensor, tolerance: Tensor) -> Tensor:
-    """Conjugate gradients; the preconditioner is a multigrid cycle, which says too how large the error still is."""
+    """Conjugate gradients; the preconditioner is a multigrid cycle, which also tells how large the error still is."""
     grids = _grids(hole.to(values))
     inside, weights = grids[0][0], _neighbors(torch.ones_like(values[:1, :1]))
     residual = inside * (_neighbors(values) - weights * values)
@@ -61,9 +61,7 @@ def _solve(values: Tensor, hole: Tensor, tolerance: Tensor) -> Tensor:
     product = (residual * correction).sum((2, 3), keepdim=True)
     going = torch.ones_like(product, dtype=torch.bool)
     for turn in range(_TURNS):
-        if (
-            turn % 2 == 0
-        ):  # not always, since it asks the device; each image by itself, so that its batch changes nothing
+        if turn % 2 == 0:  # not always, as it waits for the device; per image, so that its batch changes nothing
             going = going & (correction.abs().amax((2, 3), keepdim=True) > tolerance / _UNSEEN)
             if not going.any():
                 break
@@ -88,7 +86,7 @@ def _grids(inside: Tensor) -> list[Grid]:
 
 
 def _cycle(grids: list[Grid], residual: Tensor) -> Tensor:
-    """What to add to the values for this residual, nearly: one step of Jacobi, the coarser grid, another step."""
+    """An approximate correction for this residual: one step of Jacobi, the coarser grid, another step."""
     inside, inverse = grids[0]
     correction = inverse * residual
     if len(grids) > 1:

@@ -1,7 +1,9 @@
 """Is the map where the evidence is? Scores against masks of the evidence."""
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
@@ -10,18 +12,45 @@ from torch.nn import functional as F
 from sightline import maps as pixels
 from sightline.checks import check_planes, check_whole
 from sightline.inference import wide
-from sightline.metrics.per_image import PerImageMean
+from sightline.metrics.agreement import correlation, ranks
+from sightline.metrics.per_image import mean_of, metric
+
+__all__ = [
+    "EnergyInMask",
+    "IoU",
+    "MaskAUC",
+    "MaxBoxAccuracy",
+    "PointBiserial",
+    "PointingGame",
+    "RelevanceRank",
+    "energy_in_mask",
+    "iou",
+    "mask_auc",
+    "max_box_accuracy",
+    "point_biserial",
+    "pointing_game",
+    "relevance_rank",
+]
 
 
+def _mean_area(areas: np.ndarray) -> float:
+    return float(np.mean(areas)) if len(areas) else math.nan
+
+
+@metric(
+    "higher",
+    "The highest point of {method} lies in the marked region most often (share of images {score})",
+    chance=_mean_area,
+)
 def pointing_game(
     maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"], *, tolerance: int = 0
 ) -> Float[Tensor, " b"]:
     """1 where the highest value of the map lies in the mask, else 0; higher is better. Chance: the mask's area.
 
-    The map is resized bilinearly to the mask. If several pixels share the highest value, the score is their share
-    inside the mask, so that a flat map scores chance. `tolerance`: the mask may be so many of its pixels away (a circle
-    around the highest value touches it); chance is then the area grown by as much. An empty mask or a value that is not
-    finite gives NaN.
+    The map is resized bilinearly to the mask. If several pixels share the highest value, the score is the
+    fraction of them inside the mask, so that a flat map scores chance. `tolerance`: largest distance of a hit from the
+    mask, in pixels of the mask; chance is then the area of the mask enlarged by it. An empty mask or a value that is
+    not finite gives NaN.
 
     Raises:
         ValueError: shapes that do not fit, a negative tolerance.
@@ -48,6 +77,10 @@ def pointing_game(
     return _where_defined((highest & near).sum(1).double() / highest.sum(1), maps, masks)
 
 
+PointingGame = mean_of(pointing_game, "PointingGame")
+
+
+@metric("higher", "{method} has the largest share of its weight in the marked region ({score})", chance=_mean_area)
 def energy_in_mask(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """Share of the map's positive values that lies in the mask, 0 to 1; higher is better. Chance: the mask's area.
 
@@ -67,12 +100,16 @@ def energy_in_mask(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1
     return _where_defined((positive * masks.flatten(1)).sum(1) / positive.sum(1), maps, masks)
 
 
-def relevance_rank(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
-    """Of the highest pixels, as many as the mask has, the share inside it, 0 to 1; higher is better.
+EnergyInMask = mean_of(energy_in_mask, "EnergyInMask")
 
-    Chance: the mask's area. The map is resized bilinearly to the mask. Of pixels with equal values a random choice is
-    taken, whose expected share is the score, so that a flat map scores chance. A full mask gives 1; an empty one or a
-    value that is not finite NaN.
+
+@metric("higher", "The highest values of {method} fill most of the marked region ({score})", chance=_mean_area)
+def relevance_rank(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
+    """Fraction of the highest pixels, as many as the mask has, that lie in the mask, 0 to 1; higher is better.
+
+    Chance: the mask's area. The map is resized bilinearly to the mask. Pixels with equal values count by their
+    expected share under a random choice, so that a flat map scores chance. A full mask gives 1; an empty one or a value
+    that is not finite gives NaN.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -88,10 +125,63 @@ def relevance_rank(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1
     last = values.sort(dim=1, descending=True).values.gather(1, (size - 1).clamp(min=0))
     above, tied = values > last, values == last
     left = size[:, 0] - above.sum(1)
-    share_of_tied = (tied & inside).sum(1).double() / tied.sum(1)
-    return _where_defined(((above & inside).sum(1) + left * share_of_tied) / size[:, 0], maps, masks)
+    fraction_of_tied = (tied & inside).sum(1).double() / tied.sum(1)
+    return _where_defined(((above & inside).sum(1) + left * fraction_of_tied) / size[:, 0], maps, masks)
 
 
+RelevanceRank = mean_of(relevance_rank, "RelevanceRank")
+
+
+@metric("higher", "The values of {method} tell the marked region best from the rest (ROC AUC {score})", chance=0.5)
+def mask_auc(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
+    """Chance that a pixel of the mask has a higher value than one outside, ties half, 0 to 1; higher is better.
+
+    The area under the ROC curve of the map as a detector of the mask. Chance: 0.5, which a flat map scores too. The map
+    is resized bilinearly to the mask. An empty or full mask (a single pixel among them) or a value that is not finite
+    gives NaN.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: Mann & Whitney 1947: the rank sum.
+
+    >>> mask_auc(torch.tensor([[[[3.0, 2.0, 2.0, 1.0]]]]), torch.tensor([[[[True, True, False, False]]]]))
+    tensor([0.8750])
+    """
+    maps, masks = _fit(maps, masks)
+    inside = masks.flatten(1)
+    m = inside.sum(1).double()
+    rank_sum = (ranks(maps.flatten(1).double()) * inside).sum(1)  # at least m (m + 1) / 2
+    return _where_defined((rank_sum - m * (m + 1) / 2) / (m * (inside.shape[1] - m)), maps, masks)
+
+
+MaskAUC = mean_of(mask_auc, "MaskAUC")
+
+
+@metric("higher", "The values of {method} correlate best with the marked region ({score})", chance=0.0)
+def point_biserial(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
+    """Pearson's correlation between the map and the mask as 0 and 1, -1 to 1; higher is better. Chance: 0.
+
+    Of the signed map, resized bilinearly to the mask. A flat map, an empty or full mask (a single pixel among them) or
+    a value that is not finite gives NaN.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: Tate 1954, the point-biserial correlation.
+
+    >>> point_biserial(torch.tensor([[[[3.0, 1.0]]]]), torch.tensor([[[[True, False]]]]))
+    tensor([1.])
+    """
+    maps, masks = _fit(maps, masks)
+    a, b = pixels.normalize(maps.flatten(2)).double().flatten(1), masks.double().flatten(1)
+    return _where_defined(correlation(a, b), maps, masks)
+
+
+PointBiserial = mean_of(point_biserial, "PointBiserial")
+
+
+@metric("higher", "What {method} marks overlaps most with the marked region (IoU {score})")
 def iou(
     maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"], *, threshold: float = 0.15
 ) -> Float[Tensor, " b"]:
@@ -114,10 +204,14 @@ def iou(
     values, inside = maps.flatten(1), masks.flatten(1)
     highest = values.amax(1, keepdim=True)
     marked = values >= threshold * highest
-    shared, joined = (marked & inside).sum(1), (marked | inside).sum(1)
-    return _where_defined((shared.double() / joined).where(highest[:, 0] > 0, torch.nan), maps, masks)
+    intersection, union = (marked & inside).sum(1), (marked | inside).sum(1)
+    return _where_defined((intersection.double() / union).where(highest[:, 0] > 0, torch.nan), maps, masks)
 
 
+IoU = mean_of(iou, "IoU")
+
+
+@metric("higher", "A box around what {method} marks fits the object most often (MaxBoxAcc {score})")
 def max_box_accuracy(
     maps: Float[Tensor, "b 1 h w"],
     masks: Shaped[Tensor, "b 1 H W"],
@@ -162,120 +256,20 @@ def max_box_accuracy(
     maps, masks = _fit(maps, masks)
     flat = maps.amax((2, 3), keepdim=True) == maps.amin((2, 3), keepdim=True)
     scaled = pixels.normalize(maps).masked_fill(flat, 1.0)
-    found = torch.cat([pixels.boxes(scaled, threshold) for threshold in thresholds], 1)
-    wanted = pixels.box_around(masks)
-    corners = torch.maximum(found[..., :2], wanted[..., :2]), torch.minimum(found[..., 2:], wanted[..., 2:])
-    shared = _areas(*corners)
-    joined = _areas(found[..., :2], found[..., 2:]) + _areas(wanted[..., :2], wanted[..., 2:]) - shared
-    return _where_defined((shared >= iou * joined).double(), maps, masks)
+    boxes = torch.cat([pixels.boxes(scaled, threshold) for threshold in thresholds], 1)
+    truth = pixels.box_around(masks)
+    corners = torch.maximum(boxes[..., :2], truth[..., :2]), torch.minimum(boxes[..., 2:], truth[..., 2:])
+    intersection = _areas(*corners)
+    union = _areas(boxes[..., :2], boxes[..., 2:]) + _areas(truth[..., :2], truth[..., 2:]) - intersection
+    return _where_defined((intersection >= iou * union).double(), maps, masks)
 
 
-def mask_auc(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
-    """Chance that a pixel of the mask has a higher value than one outside, ties half, 0 to 1; higher is better.
-
-    The area under the ROC curve of the map as a detector of the mask. Chance: 0.5, which a flat map scores too. The map
-    is resized bilinearly to the mask. An empty or full mask (a single pixel among them) or a value that is not finite
-    gives NaN.
-
-    Raises:
-        ValueError: shapes that do not fit.
-
-    Source: Mann & Whitney 1947: the rank sum.
-
-    >>> mask_auc(torch.tensor([[[[3.0, 2.0, 2.0, 1.0]]]]), torch.tensor([[[[True, True, False, False]]]]))
-    tensor([0.8750])
-    """
-    maps, masks = _fit(maps, masks)
-    values, inside = maps.flatten(1).contiguous(), masks.flatten(1)
-    ordered = values.sort(dim=1).values
-    below, up_to = (torch.searchsorted(ordered, values, right=right).double() for right in (False, True))
-    m = inside.sum(1).double()
-    others = values.shape[1] - m
-    # the mean of ranks that are tied, from 1; inside the mask they sum to m (m + 1) / 2 at least
-    ranks = ((below + up_to + 1) / 2 * inside).sum(1)
-    return _where_defined((ranks - m * (m + 1) / 2) / (m * others), maps, masks)
-
-
-def point_biserial(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
-    """Pearson's correlation between the map and the mask as 0 and 1, -1 to 1; higher is better. Chance: 0.
-
-    Of the signed map, resized bilinearly to the mask. A flat map, an empty or full mask (a single pixel among them) or
-    a value that is not finite gives NaN.
-
-    Raises:
-        ValueError: shapes that do not fit.
-
-    Source: Tate 1954, the point-biserial correlation.
-
-    >>> point_biserial(torch.tensor([[[[3.0, 1.0]]]]), torch.tensor([[[[True, False]]]]))
-    tensor([1.])
-    """
-    maps, masks = _fit(maps, masks)
-    a, b = pixels.normalize(maps.flatten(2)).double().flatten(1), masks.double().flatten(1)
-    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
-    return _where_defined((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)), maps, masks)
-
-
-class PointingGame(PerImageMean):
-    """Mean `pointing_game`."""
-
-    function = staticmethod(pointing_game)
-    sentence = "The highest point of {method} lies in the marked region most often (share of images {score})"
-    higher_is_better = True
-
-
-class EnergyInMask(PerImageMean):
-    """Mean `energy_in_mask`."""
-
-    function = staticmethod(energy_in_mask)
-    sentence = "{method} has the largest share of its weight in the marked region ({score})"
-    higher_is_better = True
-
-
-class RelevanceRank(PerImageMean):
-    """Mean `relevance_rank`."""
-
-    function = staticmethod(relevance_rank)
-    sentence = "The highest values of {method} fill most of the marked region ({score})"
-    higher_is_better = True
-
-
-class IoU(PerImageMean):
-    """Mean `iou`."""
-
-    function = staticmethod(iou)
-    sentence = "What {method} marks overlaps most with the marked region (IoU {score})"
-    higher_is_better = True
-
-
-class MaxBoxAccuracy(PerImageMean):
-    """Mean `max_box_accuracy` at the threshold that is best for all images together."""
-
-    function = staticmethod(max_box_accuracy)
-    sentence = "A box around what {method} marks fits the object most often (MaxBoxAcc {score})"
-    higher_is_better = True
-
-
-class MaskAUC(PerImageMean):
-    """Mean `mask_auc`."""
-
-    function = staticmethod(mask_auc)
-    sentence = "The values of {method} tell the marked region best from the rest (ROC AUC {score})"
-    higher_is_better = True
-
-
-class PointBiserial(PerImageMean):
-    """Mean `point_biserial`."""
-
-    function = staticmethod(point_biserial)
-    sentence = "The values of {method} correlate best with the marked region ({score})"
-    higher_is_better = True
+MaxBoxAccuracy = mean_of(max_box_accuracy, "MaxBoxAccuracy")
 
 
 def _fit(maps: Tensor, masks: Tensor) -> tuple[Float[Tensor, "b 1 *grid"], Bool[Tensor, "b 1 *grid"]]:
     """Maps of at least 32 bits, resized to the masks, and masks as bool."""
-    fits = maps.ndim == masks.ndim in (4, 5) and maps.shape[1] == 1 and masks.shape[:2] == maps.shape[:2]
-    if not fits:
+    if not (maps.ndim == masks.ndim in (4, 5) and maps.shape[1] == 1 and masks.shape[:2] == maps.shape[:2]):
         raise ValueError(
             "expected maps and masks of shape (b, 1, h, w), or both (b, 1, d, h, w), got "
             f"{tuple(maps.shape)} and {tuple(masks.shape)}; score one target at a time"

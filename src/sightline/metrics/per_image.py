@@ -1,30 +1,72 @@
-"""The torchmetrics face of every score here: the mean of its per-image values."""
+"""The facts that a metric declares, and its torchmetrics face: the mean of its per-image values."""
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from sightline.arguments import needs
+
+Chance = float | Callable[[np.ndarray], float]
+"""The value that a map without knowledge is expected to reach: a number, or a function of the areas of the masks."""
+INPUTS = frozenset({"model", "images", "targets", "maps", "masks", "explain"})
+"""What a metric of maps may need."""
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+_DECLARED: dict[Any, dict[str, Any]] = {}
+
+
+def metric(
+    better: Literal["higher", "lower", "neither"],
+    sentence: str = "",
+    *,
+    chance: Chance | None = None,
+    explanations: int = 0,
+) -> Callable[[Function], Function]:
+    """Declare a function that gives one value per image as a metric.
+
+    Its parameters without a default are what it needs, out of `model`, `images`, `targets`, `maps`, `masks` and
+    `explain`.
+
+    Args:
+        better: "neither" for a test or a description, which ranks nothing.
+        sentence: what the best `{method}` of a table does, with its `{score}`. The sentence of a test says what is
+            wrong with the `{methods}` that fail it by a mean clearly above 0.5.
+        chance: see `Chance`; None where there is no such value.
+        explanations: how often the metric explains each image.
+    """
+    up = {"higher": True, "lower": False}.get(better)
+    facts = {"higher_is_better": up, "sentence": sentence, "chance": chance, "explanations": explanations}
+
+    def declared(function: Function) -> Function:
+        _DECLARED[function] = facts
+        return function
+
+    return declared
 
 
 class PerImageMean(Metric):
     """Mean over all images seen of a function that gives one value per image; NaN values are counted as undefined.
 
-    Of a function that gives a row of k values per image, the best of the k means: one setting for all images.
+    For a function that gives a row of k values per image, the best of the k means: one setting for all images.
 
     `update` takes what the function takes, by position or by keyword, and ignores keywords that the function does not
-    name, so that several metrics share one `MetricCollection`. Options of the function go to the constructor.
+    name, so that several metrics can share one `MetricCollection`. Options of the function go to the constructor.
     """
 
     function: ClassVar[Callable[..., Any]]
     sentence: ClassVar[str] = ""
-    """What the best `{method}` of a table does, with its `{score}`, in plain words.
-
-    What is no more than a test or a description ranks nothing: its `higher_is_better` is None, and the sentence of a
-    test says what is wrong with the `{methods}` that fail it, by a mean clearly above 0.5.
-    """
+    """See `metric`."""
+    chance: ClassVar[Any] = None
+    """See `metric`; a `Chance` or None."""
+    explanations: ClassVar[int] = 0
+    """See `metric`."""
     full_state_update = False
     is_differentiable = False
 
@@ -56,3 +98,23 @@ class PerImageMean(Metric):
         """Mean of the defined values; NaN if there is none."""
         means = getattr(self, self.sum_name) / getattr(self, self.count_name)
         return means.amin() if self.higher_is_better is False else means.amax()
+
+
+def mean_of(function: Callable[..., Any], name: str) -> type[PerImageMean]:
+    """The torchmetrics class of a declared function.
+
+    >>> @metric("lower")
+    ... def spread(maps): return maps.amax((1, 2, 3)) - maps.amin((1, 2, 3))
+    >>> Spread = mean_of(spread, "Spread")
+    >>> Spread.higher_is_better, Spread()(torch.tensor([[[[3.0, 1.0]]]])).item()
+    (False, 2.0)
+    """
+    described = {"__module__": function.__module__, "__doc__": f"Mean `{function.__name__}`."}
+    return type(name, (PerImageMean,), described | _DECLARED[function] | {"function": staticmethod(function)})
+
+
+def metrics_in(*modules: ModuleType) -> dict[str, type[PerImageMean]]:
+    """The metrics of maps that modules declare, by the names of their functions."""
+    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    metrics = [value for value in classes if issubclass(value, PerImageMean) and value is not PerImageMean]
+    return {metric.function.__name__: metric for metric in metrics if needs(metric.function) <= INPUTS}

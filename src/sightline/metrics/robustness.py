@@ -10,10 +10,18 @@ from torch.utils._pytree import tree_map
 
 from sightline.checks import check_whole
 from sightline.inference import Output, check_classes, either, forward_call, one_target_each, untouched
-from sightline.metrics.per_image import PerImageMean
+from sightline.metrics.per_image import mean_of, metric
 from sightline.metrics.sanity import Explain, Values
 
+__all__ = [
+    "FoolingRate",
+    "MaxSensitivity",
+    "fooling_rate",
+    "max_sensitivity",
+]
 
+
+@metric("neither", explanations=11)
 def max_sensitivity(
     model: nn.Module,
     images: Float[Tensor, "b c *grid"],
@@ -52,6 +60,10 @@ def max_sensitivity(
     return tree_map(lambda *values: torch.stack(values).amax(0), *changes)
 
 
+MaxSensitivity = mean_of(max_sensitivity, "MaxSensitivity")
+
+
+@metric("lower")
 def fooling_rate(
     model: nn.Module,
     images: Float[Tensor, "b c *grid"],
@@ -87,27 +99,16 @@ def fooling_rate(
             answer = call(net, changed)
             before = either(answer.logits.float())
             labels = check_classes(one_target_each(labels, len(images)).to(images.device), before.shape[1])
-            own = labels[:, None]
-            # divides the gradient of the cross-entropy by 1 - p, which is 0 in float32 where the model is sure
-            loss = before.scatter(1, own, -torch.inf).logsumexp(1) - before.gather(1, own)[:, 0]
+            column = labels[:, None]
+            # cross-entropy's gradient divided by 1 - p, which is 0 in float32 where the model is sure
+            loss = before.scatter(1, column, -torch.inf).logsumexp(1) - before.gather(1, column)[:, 0]
             (gradient,) = torch.autograd.grad(loss.sum(), changed)
         with torch.no_grad():
             after = either(answer.call(net, images + epsilon * gradient.sign()).logits)
     return (after.argmax(1) != labels).float().where(before.argmax(1) == labels, torch.nan)
 
 
-class MaxSensitivity(PerImageMean):
-    """Mean `max_sensitivity`: a description, since a map that never looks at the image scores best."""
-
-    function = staticmethod(max_sensitivity)
-    higher_is_better = None
-
-
-class FoolingRate(PerImageMean):
-    """Mean `fooling_rate`: the share of correct predictions that flip."""
-
-    function = staticmethod(fooling_rate)
-    higher_is_better = False
+FoolingRate = mean_of(fooling_rate, "FoolingRate")
 
 
 def _change(maps: Float[Tensor, "b 1 *cells"], others: Float[Tensor, "b 1 *cells"]) -> Float[Tensor, " b"]:

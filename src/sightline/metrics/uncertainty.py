@@ -1,10 +1,9 @@
-"""How sure a mean is, and a difference of means: bootstrap and sign flips over images or groups, Wilson, Holm."""
+"""How certain a mean or a difference of means is: bootstrap and sign flips over images or groups, Wilson, Holm."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from math import cos, pi, sin, sqrt, tan
-from statistics import NormalDist
+from math import sqrt
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -24,12 +23,12 @@ class Paired:
 
     names: tuple[str, ...]
     difference: Float[Array, "k k"]
-    """Of the means over the images that both have; NaN where there is none."""
+    """Difference of the means over common images; NaN where there is none."""
     low: Float[Array, "k k"]
     high: Float[Array, "k k"]
     """Ends of the 95 % bootstrap interval of the difference."""
     p: Float[Array, "k k"]
-    """Of the sign-flip test, see `paired_test`."""
+    """p-values of the sign-flip test, see `paired_test`."""
     adjusted: Float[Array, "k k"]
     """The same after Holm's correction for all pairs."""
 
@@ -37,10 +36,10 @@ class Paired:
 def mean_interval(values: Float[Array, " n"], groups: Shaped[Array, " n"] | None = None, seed: int = 0) -> Interval:
     """Mean of the values that are not NaN, with its 95 % bootstrap interval over values or groups.
 
-    Percentiles of 2,000 resamples, expanded for few units. Fewer than two units give NaN. If all values are 0 or all
-    are 1, they are taken as a share, and its Wilson limits given; any other constant has an interval without width,
-    which is no certainty: the bootstrap has seen no variation. It never leaves the range of the data, so that two
-    units cover the truth in 50 % of cases, three in 75 %, four in 87.5 %, at best.
+    Percentiles of 2,000 resamples, expanded for few units. Fewer than two units give NaN. Values that are all 0 or all
+    1 are taken as a fraction, with its Wilson limits; any other constant has an interval without width, which does not
+    mean certainty: the bootstrap has seen no variation. The interval never leaves the range of the data, so that it
+    covers the truth in at most 50 % of cases for two units, 75 % for three, 87.5 % for four.
 
     Source: Hesterberg 2014 (1411.5279), expanded percentile: level Phi(-sqrt(n / (n - 1)) t) with the 97.5 % quantile t
     of Student's distribution of n - 1 degrees of freedom, in place of 2.5 %.
@@ -71,7 +70,7 @@ def mean_intervals(
 
 
 def wilson_interval(hits: int, n: int) -> Interval:
-    """Share of hits with Wilson's 95 % interval, which is honest at 0 and 1 too.
+    """Fraction of hits with Wilson's 95 % interval, which is valid at 0 and 1 too.
 
     Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
 
@@ -79,12 +78,10 @@ def wilson_interval(hits: int, n: int) -> Interval:
     >>> interval.value, round(interval.low, 3), round(interval.high, 3)
     (1.0, 0.722, 1.0)
     """
-    z = 1.959963984540054
-    share = hits / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    low, high = min(middle - reach, share), max(middle + reach, share)  # at 0 and 1 they are equal but for rounding
-    return Interval(value=share, low=max(low, 0.0), high=min(high, 1.0), n=n)
+    from scipy.stats import binomtest
+
+    ends = binomtest(hits, n).proportion_ci(method="wilson")
+    return Interval(value=hits / n, low=float(ends.low), high=float(ends.high), n=n)
 
 
 def interval_of(value: float, low: float, high: float, n: int) -> Interval:
@@ -100,9 +97,9 @@ def paired_test(differences: Float[Array, " n"], groups: Shaped[Array, " n"] | N
     """Two-sided p-value of a mean difference: how often a sum with random signs is at least as far from 0.
 
     The sum over a group keeps one sign. Exact, over all 2^n flips, for at most 13 units; else the smaller of
-    (reached + 1) / 10,001 of 10,000 seeded flips, and Hoeffding's bound 2 exp(-(sum d)^2 / (2 sum d^2)). The bound is
-    never below the exact value, and goes on where 10,000 flips end, which a correction for hundreds of pairs needs.
-    NaN is left out; no difference at all gives 1, no value NaN.
+    (reached + 1) / 10,001 for 10,000 seeded flips, and Hoeffding's bound 2 exp(-(sum d)^2 / (2 sum d^2)). The bound is
+    never below the exact value and reaches p-values too small for 10,000 flips, which a correction for hundreds of
+    pairs needs. NaN is left out; no difference at all gives 1, no value NaN.
 
     Source: Fisher 1935, The design of experiments, section 21; Phipson and Smyth 2010 (1603.05766) for the + 1;
     Hoeffding 1963, Probability inequalities for sums of bounded random variables, theorem 2.
@@ -117,13 +114,13 @@ def paired_test(differences: Float[Array, " n"], groups: Shaped[Array, " n"] | N
 def paired_tests(
     values: Mapping[str, Float[Array, " n"]], groups: Shaped[Array, " n"] | None = None, seed: int = 0
 ) -> Paired:
-    """Every pair of methods compared on the images that both have, from the same resamples and sign flips.
+    """Compare every pair of methods on their common images, with the same resamples and sign flips.
 
     Intervals as in `mean_interval` and p-values as in `paired_test`, exact if there are at most 13 units in all. Pairs
     without a common image are NaN and do not count for the correction.
 
-    >>> found = paired_tests({"a": np.array([3.0, 4.0, 6.0]), "b": np.array([1.0, 1.0, 1.0])})
-    >>> found.difference[0, 1].round(4), found.p[0, 1]
+    >>> paired = paired_tests({"a": np.array([3.0, 4.0, 6.0]), "b": np.array([1.0, 1.0, 1.0])})
+    >>> paired.difference[0, 1].round(4), paired.p[0, 1]
     (np.float64(3.3333), np.float64(0.25))
     """
     table = np.stack(list(values.values()), 1)
@@ -135,9 +132,9 @@ def paired_tests(
     p = np.where(counts.any(0), _sign_flips(sums, seed), np.nan)
 
     def square(upper: Array, lower: Array, middle: float) -> Array:
-        whole = np.full((len(values),) * 2, middle)
-        whole[first, second], whole[second, first] = upper, lower
-        return whole
+        table = np.full((len(values),) * 2, middle)
+        table[first, second], table[second, first] = upper, lower
+        return table
 
     adjusted = holm(p)
     return Paired(
@@ -232,25 +229,6 @@ def _sign_flips(sums: Array, seed: int) -> Array:
 
 @cache
 def _expanded_level(n: int) -> float:
-    return NormalDist().cdf(-sqrt(n / (n - 1)) * student_quantile(n - 1)) if n > 1 else 0.0
+    from scipy.special import ndtr, stdtrit
 
-
-def student_quantile(df: int) -> float:
-    """97.5 % quantile of Student's t distribution.
-
-    Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4 for the distribution, inverted by bisection.
-
-    >>> round(student_quantile(1), 4), round(student_quantile(10), 4)
-    (12.7062, 2.2281)
-    """
-    odd = df % 2
-    steps = 2 * np.arange(1, df // 2) + odd
-    factors = np.cumprod(np.concatenate([[1.0], (steps - 1) / steps]))[: df // 2]
-    powers = 2 * np.arange(len(factors)) + odd
-    low, high = 0.0, pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        series = sin(angle) * float(factors @ cos(angle) ** powers)
-        inside = 2 / pi * (angle + series) if odd else series
-        low, high = (angle, high) if inside < 0.95 else (low, angle)
-    return sqrt(df) * tan(low)
+    return float(ndtr(-sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975))) if n > 1 else 0.0

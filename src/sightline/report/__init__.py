@@ -8,6 +8,7 @@ import jinja2
 
 from sightline import recipe, runs
 from sightline.evaluation import Evaluation
+from sightline.facts import percent
 from sightline.maps import COARSE
 from sightline.metrics import METRICS
 from sightline.report import pictures, tables
@@ -35,7 +36,7 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
     worst = {method: evaluation.worst[method] for method in methods if evaluation.worst.get(method)}
     cards = {f"gallery-{i}": example for i, example in enumerate(evaluation.examples, 1)}
     cards |= {f"error-{i}": example for i, example in enumerate(evaluation.errors, 1) if evaluation.accuracy}
-    cards |= {f"worst-{i}-{j}": e for i, of in enumerate(worst.values(), 1) for j, e in enumerate(of, 1)}
+    cards |= {f"worst-{i}-{j}": e for i, shown in enumerate(worst.values(), 1) for j, e in enumerate(shown, 1)}
     page = _template("report.html").render(
         evaluation=evaluation,
         run=run,
@@ -48,7 +49,7 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
         groups=tables.grouped(evaluation.summary[1:]),
         charts=pictures.courses(evaluation.curves, foremost, evaluation.controls),
         foremost=foremost,
-        rivals={metric: found for metric in evaluation.metrics if (found := tables.rivals(evaluation, metric))},
+        leads={metric: rows for metric in evaluation.metrics if (rows := tables.leads(evaluation, metric))},
         worst=worst,
         homes=pictures.homes(cards),
         masked=any(example.mask is not None for example in cards.values()),
@@ -101,21 +102,6 @@ def _template(name: str) -> jinja2.Template:
 
 def _first_line(thing: object) -> str:
     return (thing.__doc__ or "").strip().splitlines()[0].replace("`", "")
-
-
-def percent(share: float) -> str:
-    """A share in percent, never rounded to a certainty.
-
-    >>> percent(0.5), percent(1.0), percent(0.99999), percent(0.00001), percent(float("nan"))
-    ('50.0 %', '100.0 %', '>99.9 %', '<0.1 %', '–')
-    """
-    if not math.isfinite(share):
-        return "–"
-    if 0.9995 <= share < 1:
-        return ">99.9 %"
-    if 0 < share < 0.0005:
-        return "<0.1 %"
-    return f"{100 * share:.1f} %"
 
 
 def number(value: float | None) -> str:

@@ -124,7 +124,7 @@ def pages(
     is_run = not isinstance(model, nn.Module)
     if is_run:
         run = runs.open_run(model)
-        model, preprocess, classes = runs.load(model).to(runs.best_device()), run.preprocess, run.classes
+        model, preprocess, classes = runs.load_model(model).to(runs.best_device()), run.preprocess, run.classes
     if preprocess is None:
         size, mean, std = models.input_of(model)
         preprocess = Preprocess(size=size, mean=mean, std=std)

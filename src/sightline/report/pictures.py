@@ -1,4 +1,4 @@
-"""What the page draws: images and maps as data URIs, outlines and curves as SVG paths, maps in words."""
+"""Drawings of the page: images and maps as data URIs, outlines and curves as SVG paths, maps in words."""
 
 import base64
 import io
@@ -133,7 +133,7 @@ def span(*raw: Float[Array, "..."], signed: bool = False) -> tuple[float, float]
 
 
 def in_words(raw: Float[Array, "h w"]) -> str:
-    """What a listener should know of a map: the quarter that holds most of its positive values.
+    """A map for a screen reader: the quarter that holds most of its positive values.
 
     >>> in_words(np.array([[3.0, 1.0], [0.0, -5.0]]))
     '75 % of its positive values lie in the upper left quarter'
@@ -149,19 +149,19 @@ def in_words(raw: Float[Array, "h w"]) -> str:
     if not energy.any():
         return "it has no positive value"
     upper, left = (np.clip(n / 2 - np.arange(n), 0, 1) for n in energy.shape)
-    shares = np.stack([upper, 1 - upper]) @ (energy / energy.sum()) @ np.stack([left, 1 - left]).T
-    row, column = np.unravel_index(shares.argmax(), (2, 2))
+    fractions = np.stack([upper, 1 - upper]) @ (energy / energy.sum()) @ np.stack([left, 1 - left]).T
+    row, column = np.unravel_index(fractions.argmax(), (2, 2))
     quarter = f"{('upper', 'lower')[row]} {('left', 'right')[column]}"
-    return f"{100 * shares.max():.0f} % of its positive values lie in the {quarter} quarter"
+    return f"{100 * fractions.max():.0f} % of its positive values lie in the {quarter} quarter"
 
 
-def matrix(shares: Float[Array, "c c"]) -> str:
+def matrix(values: Float[Array, "c c"]) -> str:
     """A data URI of a matrix with values in [0, 1], one pixel per entry; NaN is gray.
 
     >>> matrix(np.eye(2))[:22]
     'data:image/png;base64,'
     """
-    return _uri("png", _png(maps.color(torch.from_numpy(shares))))
+    return _uri("png", _png(maps.color(torch.from_numpy(values))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ class Chart:
 
 WIDTH, HEIGHT = 400.0, 200.0
 SIDE = 300.0
-"""Of the square that a scatter is drawn on."""
+"""Side of the square of a scatter plot."""
 
 
 def charts(history: list[dict[str, float]]) -> list[Chart]:
@@ -227,9 +227,9 @@ def courses(curves: Mapping[str, Mapping[str, Curve]], foremost: Sequence[str], 
     ['cam 0 with 0 %, 0.5 with 50 %, 1 with 100 % of the pixels inserted']
     """
     drawn: list[Chart] = []
-    for kind, of in curves.items():
-        shown = {name: of[name] for name in (*thin, *reversed(foremost)) if name in of}
-        bands = {name: (of[name].low, of[name].high) for name in reversed(foremost) if name in of}
+    for kind, by_method in curves.items():
+        shown = {name: by_method[name] for name in (*thin, *reversed(foremost)) if name in by_method}
+        bands = {name: (by_method[name].low, by_method[name].high) for name in reversed(foremost) if name in by_method}
         if not bands:
             continue
         ticks = _ticks(*(line.mean for line in shown.values()), *(end for ends in bands.values() for end in ends))
@@ -237,7 +237,7 @@ def courses(curves: Mapping[str, Mapping[str, Curve]], foremost: Sequence[str], 
         drawn.append(
             Chart(
                 quantity=kind,
-                text="; ".join(_course(name, of[name]) for name in foremost if name in of)
+                text="; ".join(_course(name, by_method[name]) for name in foremost if name in by_method)
                 + f" of the pixels {kind.removesuffix('ion')}ed",
                 lines={name: curve(x[name], _height(line.mean, ticks)) for name, line in shown.items()},
                 bands={name: _band(x[name], *(_height(end, ticks) for end in ends)) for name, ends in bands.items()},
@@ -295,8 +295,8 @@ def scatter(
     methods = [method for method in x if np.isfinite([x[method], y.get(method, np.nan)]).all()]
     if not methods:
         return None
-    values = [np.array([of[method] for method in methods]) for of in (x, y)]
-    x_ticks, y_ticks = (_ticks(of) for of in values)
+    values = [np.array([axis[method] for method in methods]) for axis in (x, y)]
+    x_ticks, y_ticks = (_ticks(column) for column in values)
     across = _place(values[0], x_ticks, higher_is_better[0])
     down = SIDE - _place(values[1], y_ticks, higher_is_better[1])
     labels: dict[int, tuple[float, float]] = {}
@@ -356,8 +356,8 @@ def dot_plot(effects: Sequence[Effect]) -> DotPlot | None:
 
 
 def _place(values: Float[Array, " n"], ticks: Float[Array, " ticks"], up: bool) -> Float[Array, " n"]:
-    share = (values - ticks[0]) / (ticks[-1] - ticks[0])
-    return SIDE * (share if up else 1 - share)
+    fraction = (values - ticks[0]) / (ticks[-1] - ticks[0])
+    return SIDE * (fraction if up else 1 - fraction)
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:

@@ -14,7 +14,6 @@ from sightline.evaluation import Evaluation, evaluate
 from sightline.explainers import fitting
 from sightline.facts import Progress
 from sightline.report import write
-from sightline.report.pages import chosen_methods
 
 _SMALL_SIDE = 32  # pixels; some networks have no map of smaller images
 
@@ -58,31 +57,28 @@ def evaluate_run(
     runs.check_writable(out)
     start = time.perf_counter()
     images, strict = _images(run, split, overrides or {})
-    model = runs.load(run.folder).to(runs.best_device())
-    reasons: dict[str, str] = {}
-    if methods is not None:
-        first = data.normalize(images[0].images.to(runs.best_device()), images.preprocess)
-        fit, reasons = chosen_methods(model, first, methods, output=options.get("output"), strict=strict)
-        options["methods"] = "all" if list(methods) == ["all"] else fit
-    why_left_out = {f"left out: {method}": reason for method, reason in reasons.items()}
+    model = runs.load_model(run.folder).to(runs.best_device())
     evaluation = evaluate(
         model,
         images,
+        "all" if methods is not None and list(methods) == ["all"] else methods,
+        strict=strict,
         seed=run.seed,
         progress=progress,
         partial_results=out / ".evaluation",
-        provenance={"run": str(run.folder), **why_left_out, **runs.surroundings()},
+        provenance={"run": str(run.folder), **runs.surroundings()},
         **options,
     )
+    why_left_out = {f"left out: {method}": reason for method, reason in evaluation.unsuited.items()}
     seconds = f"{time.perf_counter() - start:.0f} s"
     evaluation = replace(
         evaluation,
         model=run.recipe.model.name,
-        provenance={**evaluation.provenance, "evaluation time": seconds},
+        provenance={**evaluation.provenance, **why_left_out, "evaluation time": seconds},
     )
     evaluation.to_json(out / "evaluation.json")
     evaluation.to_csv(out / "per_image.csv")
-    return EvaluatedRun(evaluation, {**reasons, **evaluation.left_out}, write(evaluation, out, run))
+    return EvaluatedRun(evaluation, {**evaluation.unsuited, **evaluation.left_out}, write(evaluation, out, run))
 
 
 def _images(run: runs.Run, split: str, overrides: dict[str, Any]) -> tuple[ImageSet, bool]:

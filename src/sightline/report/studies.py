@@ -1,4 +1,4 @@
-"""What the page of a study shows, whoever measured it."""
+"""The content of the page of a study."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -39,7 +39,7 @@ class Effect:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What the page says of one data set."""
+    """The page's part about one data set."""
 
     name: str
     """Empty where there is only one."""

@@ -1,7 +1,6 @@
-"""What the page counts and compares: methods by metrics, pairs of methods, agreement, and the confusion of classes."""
+"""The tables of the page: methods by metrics, pairs of methods, agreement, and the confusion of classes."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +8,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sightline.evaluation import Curve, Evaluation, Score
-from sightline.evaluation.standings import LEVEL
-from sightline.facts import LEVELS, Interval
+from sightline.evaluation.findings import DOUBTS, GAPS
+from sightline.evaluation.ranking import LEVEL
+from sightline.facts import LEVELS, Finding, Interval
 from sightline.metrics.classification import ClassQuality
 
 Array = np.ndarray
@@ -19,14 +19,6 @@ LARGEST = 24
 """Classes up to which the page shows all of them at once: the confusion matrix as counts, the mean maps unfolded."""
 MANY = 8
 """Methods, metrics or sentences above which the page folds away what would take several screens."""
-
-_KINDS = (
-    (
-        "What to distrust",
-        r"Do not |not reliably|is (?:not )?shown to be|against one another|\d maps of |only \d+ x \d+ positions",
-    ),
-    ("What is missing", r"^Left out|could not be read|is not judged|have no label|No image shows|^Only \d"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +41,7 @@ class Column:
 
 
 def column(evaluation: Evaluation, metric: str) -> Column:
-    """All that the table shows of one metric."""
+    """One metric as the table shows it."""
     scores = {score.method: score for score in evaluation.scores if score.metric == metric}
     ends = [end for score in scores.values() for end in (score.interval.low, score.interval.high)]
     ends = [end for end in (*ends, evaluation.chance.get(metric, math.nan)) if math.isfinite(end)] or [0.0]
@@ -69,24 +61,24 @@ def best(evaluation: Evaluation, metric: str) -> str | None:
     None without such controls: there is nothing to be better than.
     """
     standing = evaluation.standings.get(metric)
-    against = {c for of in evaluation.comparisons if of.metric == metric for c in (of.method, of.other)}
-    beaten = bool(against & set(evaluation.controls))
-    return standing.best if standing and beaten and not standing.unbeaten else None
+    pairs = [{pair.method, pair.other} for pair in evaluation.comparisons if pair.metric == metric]
+    is_compared = any(not pair.isdisjoint(evaluation.controls) for pair in pairs)
+    return standing.best if standing and is_compared and not standing.unbeaten else None
 
 
-def grouped(sentences: Sequence[str]) -> dict[str, list[str]]:
-    """Sentences under headings, in order; up to `MANY` of them under none.
+def grouped(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
+    """Findings under headings, in order; up to `MANY` of them under none.
 
-    >>> grouped(["cam is best.", "3 of 9 maps of cam are flat."])
+    >>> grouped([Finding("best", "cam is best."), Finding("verdict", "3 of 9 maps of cam are flat.")])
     {'': ['cam is best.', '3 of 9 maps of cam are flat.']}
     """
-    if len(sentences) <= MANY:
-        return {"": list(sentences)} if sentences else {}
-    first = "What was found"
-    groups: dict[str, list[str]] = {first: [], **{title: [] for title, _ in _KINDS}}
-    for sentence in sentences:
-        groups[next((title for title, pattern in _KINDS if re.search(pattern, sentence)), first)].append(sentence)
-    return {title: found for title, found in groups.items() if found}
+    if len(findings) <= MANY:
+        return {"": list(findings)} if findings else {}
+    groups: dict[str, list[Finding]] = {"What was found": [], "What to distrust": [], "What is missing": []}
+    for finding in findings:
+        doubt, gap = finding.kind in DOUBTS, finding.kind in GAPS
+        groups["What to distrust" if doubt else "What is missing" if gap else "What was found"].append(finding)
+    return {title: group for title, group in groups.items() if group}
 
 
 def doubts(evaluation: Evaluation) -> list[tuple[str, str, str, int]]:
@@ -101,7 +93,7 @@ def doubts(evaluation: Evaluation) -> list[tuple[str, str, str, int]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rival:
+class Lead:
     """How the best method of a metric compares with another one."""
 
     other: str
@@ -111,26 +103,29 @@ class Rival:
     outcome: str
 
 
-def rivals(evaluation: Evaluation, metric: str) -> list[Rival]:
+def leads(evaluation: Evaluation, metric: str) -> list[Lead]:
     """The best method of a metric against each other method and control, the closest first."""
     if metric not in evaluation.standings:
         return []
     best, sign = evaluation.standings[metric].best, 1 if evaluation.higher_is_better[metric] else -1
-    found: list[Rival] = []
+    rows: list[Lead] = []
     for pair in evaluation.comparisons:
-        if pair.metric == metric and best in (pair.method, pair.other):
-            gap = pair.difference
-            if best == pair.other:
-                gap = Interval(value=-gap.value, low=-gap.high, high=-gap.low, n=gap.n)
-            ahead = "better" if sign * gap.value > 0 else "worse"
-            outcome = ahead if pair.adjusted < LEVEL else "cannot be told apart"
-            other = pair.method if best == pair.other else pair.other
-            defined = math.isfinite(gap.value) and math.isfinite(pair.adjusted)
-            found.append(
-                Rival(other=other, difference=gap, adjusted=pair.adjusted, outcome=outcome if defined else "–")
-            )
-    gaps = {rival.other: sign * rival.difference.value for rival in found}
-    return sorted(found, key=lambda rival: gaps[rival.other] if math.isfinite(gaps[rival.other]) else math.inf)
+        if pair.metric != metric or best not in (pair.method, pair.other):
+            continue
+        gap, other = pair.difference, pair.other
+        if best == pair.other:
+            gap, other = Interval(value=-gap.value, low=-gap.high, high=-gap.low, n=gap.n), pair.method
+        outcome = "cannot be told apart"
+        if not math.isfinite(gap.value + pair.adjusted):
+            outcome = "–"
+        elif pair.adjusted < LEVEL:
+            outcome = "better" if sign * gap.value > 0 else "worse"
+        rows.append(Lead(other=other, difference=gap, adjusted=pair.adjusted, outcome=outcome))
+
+    def distance(row: Lead) -> float:
+        return sign * row.difference.value if math.isfinite(row.difference.value) else math.inf
+
+    return sorted(rows, key=distance)
 
 
 def along(curve: Curve) -> list[float]:
@@ -139,10 +134,10 @@ def along(curve: Curve) -> list[float]:
     >>> along(Curve(shares=np.array([0.0, 1.0]), mean=np.array([1.0, 0.0]), low=np.zeros(2), high=np.zeros(2)))
     [1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    known = np.isfinite(curve.shares + curve.mean)
-    if not known.any():
+    defined = np.isfinite(curve.shares + curve.mean)
+    if not defined.any():
         return [math.nan] * 5
-    return np.interp([0, 0.25, 0.5, 0.75, 1], curve.shares[known], curve.mean[known]).tolist()
+    return np.interp([0, 0.25, 0.5, 0.75, 1], curve.shares[defined], curve.mean[defined]).tolist()
 
 
 def area(curve: Curve) -> float:
@@ -202,7 +197,7 @@ def row_shares(confusion: Int[Array, "c c"]) -> Float[Array, "c c"]:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassRow:
-    """What became of the images of one class."""
+    """How the images of one class were classified."""
 
     name: str
     images: int

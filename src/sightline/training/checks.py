@@ -108,4 +108,4 @@ def checked_teacher(folder: str, train: data.ImageSet | data.ImageStream) -> nn.
             f"optim.teacher: expected a run on equally normalized images, got {folder} with mean "
             f"{run.preprocess.mean}; train one on this data"
         )
-    return runs.load(folder)
+    return runs.load_model(folder)

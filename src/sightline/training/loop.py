@@ -16,12 +16,14 @@ from torch.profiler import record_function
 
 from sightline import data
 from sightline.inference import copy_of, logits_of, untouched
+from sightline.models.protopnet import ProtoPNet
 from sightline.recipe import Recipe
 from sightline.training import processes
 from sightline.training.losses import Loss, Mixed
 from sightline.training.optimizers import average, create_optimizer
+from sightline.training.prototypes import finish_stage, prototype_loss
 from sightline.training.schedule import learning_rate
-from sightline.training.stages import Staged, move, staged_optimizer
+from sightline.training.stages import move, staged_optimizer
 
 RESIDENT = 0.25
 """Share of a GPU's free memory that the images may take, so that no step waits for them."""
@@ -58,8 +60,7 @@ class Training:
         self.averaged = None if optim.ema is None else copy_of(self.network).to(self.fabric.device)
         if self.averaged is not None:
             processes.shard_alike(self.fabric, self.averaged)
-        staged: Any = network
-        self.staged = staged if isinstance(staged, Staged) else None
+        self.staged = network if isinstance(network, ProtoPNet) else None
         self.settled = False
         called: nn.Module = torch.compile(self.network) if optim.compile else self.network  # pyright: ignore[reportAssignmentType]
         if optim.sharded and self.world_size > 1:  # the optimizer needs the sharded parameters
@@ -122,7 +123,7 @@ class Training:
                 self.seconds = time.perf_counter() - start
                 tick()
             self.check_finite()
-            if self.staged is not None and self.staged.stages.settles(self.epoch, self.optim.epochs):
+            if self.staged is not None and self.staged.stages.pushes_after(self.epoch, self.optim.epochs):
                 self._settle(self.staged)
             accuracy, loss = (math.nan, math.nan) if self.val is None else self._validate(self.val, tick)
             row = {
@@ -226,7 +227,7 @@ class Training:
             return max(self.staged.stages.rates(self.epoch).values())
         return learning_rate(self.optim, self.epoch * self.steps + step, self.steps)
 
-    def _settle(self, staged: Staged) -> None:
+    def _settle(self, staged: ProtoPNet) -> None:
         """What follows an epoch of a network with stages, once, on images without augmentation."""
         if self.settled:  # before the training was interrupted
             return
@@ -236,7 +237,7 @@ class Training:
             return (self._inputs(b) for b in data.batches(self.train, self.batch_size, ahead=self.ahead))
 
         with self.fabric.autocast():
-            staged.settle(batches, self.batch_size, self.seed + self.epoch)
+            finish_stage(staged, staged.stages, batches, self.batch_size, self.seed + self.epoch)
         self.settled = True
 
     def _batches(self, start: int) -> Iterator[data.Batch]:
@@ -337,7 +338,8 @@ class Training:
         """Logits and mean loss."""
         if self.staged is not None:
             with self.fabric.autocast():
-                return self.staged.objective(images, labels)
+                distances = self.staged.distances(images)
+                return self.staged.logits_of_distances(distances), prototype_loss(self.staged, distances, labels)
         logits = logits_of(self.model(images if len(labels) else self._no_images())).float()
         if not len(labels):
             return logits, 0 * logits.sum()

@@ -1,42 +1,13 @@
 """Networks that define their own training stages."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from sightline.models.protopnet import ProtoPNet
 from sightline.recipe import Optim, Recipe
 from sightline.training import processes
-
-
-class Course(Protocol):
-    """Which parts of a network train in which epoch."""
-
-    def rates(self, epoch: int) -> dict[str, float]:
-        """Learning rate of each child that trains in an epoch (counted from 0)."""
-        ...
-
-    def settles(self, epoch: int, epochs: int) -> bool:
-        """Whether `settle` follows this epoch."""
-        ...
-
-
-@runtime_checkable
-class Staged(Protocol):
-    """A network that defines its own training stages: loss, learning rates, and a step after some epochs."""
-
-    stages: Course
-
-    def objective(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and loss of a batch."""
-        ...
-
-    def settle(self, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], batch_size: int, seed: int) -> Any:
-        """The step that follows an epoch; `batches` yields the training images, neither shuffled nor augmented."""
-        ...
-
 
 _REPLACED = (
     "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "warmup", "step_epochs", "step_factor",
@@ -50,7 +21,7 @@ def check_stages(network: nn.Module, recipe: Recipe) -> str:
     Raises:
         ValueError: the recipe has a setting that such a training does not support.
     """
-    if not isinstance(network, Staged):
+    if not isinstance(network, ProtoPNet):
         return ""
     name = recipe.model.name
     settings = {field.name: (getattr(recipe.optim, field.name), field.default) for field in fields(Optim)}

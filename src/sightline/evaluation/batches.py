@@ -1,4 +1,4 @@
-"""The data to evaluate, in one form whatever it came as, and the model's answers to it."""
+"""The data to evaluate as batches of one form, and the model's predictions for it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,22 +8,26 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sightline import inference
 from sightline.checks import check_planes
 from sightline.data import ImageSet, normalize
-from sightline.evaluation.parts import digest_of, exact_text
-from sightline.facts import Interval, Progress
+from sightline.evaluation.scores import digest_of, exact_text
+from sightline.facts import Progress
 from sightline.inference import Output, check_images, forward_call
-from sightline.metrics.uncertainty import mean_interval, wilson_interval
 
 Array = np.ndarray
 
+MEMORY = 1 << 30
+"""Bytes of batches up to which data that is not an `ImageSet` stays in memory, so that it is read only once."""
+PROBED = 4
+"""Images on which methods are tried and timed."""
+
 
 @dataclass(frozen=True)
-class Known:
-    """A batch in one form, whatever it came as."""
+class Batch:
+    """Some of the images, and what is known about them."""
 
     images: Tensor
     labels: Tensor
@@ -31,31 +35,31 @@ class Known:
     names: list[str]
     groups: list[str] | None
     rows: Tensor
-    """Place of each image among all."""
+    """Place of each image in the whole data."""
     pictures: Tensor
     """uint8, to be shown."""
     forward_args: Any = ()
-    """What the model takes beside the images; see `explain`."""
+    """Further arguments of the model; see `explain`."""
     forward_kwargs: Mapping[str, Any] | None = None
 
     @property
     def digest(self) -> str:
-        """The same for what maps and scores are made of, and for nothing else."""
+        """The same for equal inputs of maps and scores, and for no others."""
         return digest_of(self.images, self.masks, also=exact_text((self.forward_args, self.forward_kwargs)))
 
-    def picked(self, keep: Tensor) -> "Known | None":
+    def only(self, keep: Tensor) -> "Batch | None":
         """Those images alone; None where there is none."""
         if keep.all():
             return self
         if not keep.any():
             return None
         at = keep.nonzero()[:, 0]
-        on = at.to(self.images.device)
-        call = forward_call(self.images, None, self.forward_args, self.forward_kwargs).at(on)
-        return Known(
-            images=self.images[on],
+        on_device = at.to(self.images.device)
+        call = forward_call(self.images, None, self.forward_args, self.forward_kwargs).at(on_device)
+        return Batch(
+            images=self.images[on_device],
             labels=self.labels[at],
-            masks=None if self.masks is None else self.masks[on],
+            masks=None if self.masks is None else self.masks[on_device],
             names=[self.names[i] for i in at.tolist()],
             groups=None if self.groups is None else [self.groups[i] for i in at.tolist()],
             rows=self.rows[at],
@@ -66,7 +70,7 @@ class Known:
 
 
 class Source:
-    """The data to evaluate, and what is learned of it on the first pass."""
+    """The data to evaluate, and what the first pass tells about it."""
 
     def __init__(self, model: nn.Module, data: Any, batch_size: int, classes: Sequence[str] | None) -> None:
         weights = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
@@ -74,39 +78,55 @@ class Source:
         self.data = data
         self.batch_size = batch_size
         self.has_masks = False
-        own = data if isinstance(data, ImageSet) else None
-        if own is None and isinstance(data, Iterator):
+        images = data if isinstance(data, ImageSet) else None
+        if images is None and isinstance(data, Iterator):
             raise ValueError("expected data that can be read twice, got an iterator; pass a list or a DataLoader")
-        self.name = own.name if own else "images"
-        self.split = own.split if own else ""
-        self.unit = (own.group_name or "images") if own else "images"
-        self.classes = classes or (own.classes if own else None)
-        self.skipped = list(own.skipped) if own else []
-        self.notices = own.notices if own else ()
-        self.mean, self.std = (own.preprocess.mean, own.preprocess.std) if own else (None, None)
-        self.total = len(own) if own else 0
+        self.name = images.name if images else "images"
+        self.split = images.split if images else ""
+        self.unit = (images.group_name or "images") if images else "images"
+        self.classes = classes or (images.classes if images else None)
+        self.skipped = images.skipped if images else ()
+        self.notices = images.notices if images else ()
+        self.mean, self.std = (images.preprocess.mean, images.preprocess.std) if images else (None, None)
+        self.total = len(images) if images else 0
         self.sums: dict[int, Tensor] = {}  # of each image, by the first of its batch
+        self.memory: list[Any] | None = None
 
-    def batches(self, rows: Array | None) -> Iterator[Known]:
+    def batches(self, rows: Array | None = None) -> Iterator[Batch]:
         """All images, or those at sorted places."""
         if isinstance(self.data, ImageSet):
-            yield from self._own(self.data, np.arange(len(self.data)) if rows is None else rows)
+            yield from self._of_set(self.data, np.arange(len(self.data)) if rows is None else rows)
             return
         start = 0
         wanted = None if rows is None else torch.from_numpy(rows)
-        for batch in self.data:
-            known = self._foreign(batch, start)
-            start += len(known.names)
-            picked = known if wanted is None else known.picked(torch.isin(known.rows, wanted))
-            if picked is not None:
-                yield picked
+        for given in self._given():
+            batch = self._converted(given, start)
+            start += len(batch.names)
+            chosen = batch if wanted is None else batch.only(torch.isin(batch.rows, wanted))
+            if chosen is not None:
+                yield chosen
 
-    def _own(self, images: ImageSet, rows: Array) -> Iterator[Known]:
+    def _given(self) -> Iterator[Any]:
+        """The batches as they come, from memory where all of them fit."""
+        if self.memory is not None:
+            yield from self.memory
+            return
+        memory, size = list[Any](), 0
+        for batch in self.data:
+            size += sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor | np.ndarray))
+            if size <= MEMORY:
+                memory.append(batch)
+            else:
+                memory.clear()
+            yield batch
+        self.memory = memory if size <= MEMORY else None
+
+    def _of_set(self, images: ImageSet, rows: Array) -> Iterator[Batch]:
         for at in range(0, len(rows), self.batch_size):
             batch = images.batch(rows[at : at + self.batch_size])
             pictures = batch.images
             batch = batch.to(self.device)
-            yield Known(
+            yield Batch(
                 images=normalize(batch.images, images.preprocess).to(self.dtype),
                 labels=batch.labels.cpu(),
                 masks=batch.regions,
@@ -116,51 +136,30 @@ class Source:
                 pictures=pictures,
             )
 
-    def _foreign(self, batch: Any, start: int) -> Known:
+    def _converted(self, batch: Any, start: int) -> Batch:
         if isinstance(batch, tuple | list):
             batch = dict(zip(("images", "labels", "masks"), batch, strict=False))
         if not isinstance(batch, dict) or not isinstance(batch.get("images"), Tensor):
             raise ValueError(
                 f"expected batches (images, labels[, masks]) or dicts with 'images', got {type(batch).__name__}"
             )
-        where = f"the batch that starts with image {start}"
         batch = {key: value for key, value in batch.items() if value is not None}
         check_images(batch["images"])
         check_planes("evaluate", batch["images"].shape)
         images = batch["images"].to(self.device)
-        masks = torch.as_tensor(batch["masks"]) if "masks" in batch else None
-        sums = images.flatten(1).sum(1, dtype=torch.float64)
-        seen = self.sums.setdefault(start, sums)
-        if len(seen) != len(sums) or not torch.allclose(seen, sums, rtol=0, atol=0, equal_nan=True):
-            raise ValueError(
-                f"expected the same images in every pass over the data, got others in {where}; "
-                "leave out shuffling and random augmentation"
-            )
         count = len(images)
-        labels = torch.as_tensor(batch.get("labels", [-1] * count)).cpu()
-        if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(
-                f"expected {count} class numbers as labels in {where}, got {labels.dtype} of shape "
-                f"{tuple(labels.shape)}; give one whole number per image, -1 where it is unknown"
-            )
-        if masks is not None and masks.shape != (count, 1, *images.shape[2:]):
-            raise ValueError(
-                f"expected masks of shape {(count, 1, *images.shape[2:])} in {where}, got {tuple(masks.shape)}; "
-                "make them as large as the images"
-            )
-        if masks is not None and not ((masks == 0) | (masks == 1)).all():
-            raise ValueError(
-                f"expected masks that are bool or 0 and 1 in {where}, got values from {masks.min()} to {masks.max()}; "
-                "compare them with the values of the object"
-            )
+        where = f"the batch that starts with image {start}"
+        self._check_same(images, start, where)
+        labels = _checked_labels(batch.get("labels", [-1] * count), count, where)
+        masks = _checked_masks(batch["masks"], images.shape, where) if "masks" in batch else None
         for key in ("names", "groups"):
             if key in batch and len(batch[key]) != count:
                 raise ValueError(f"expected {count} {key} in {where}, got {len(batch[key])}; give one per image")
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         pictures = ((images - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8).cpu()
-        return Known(
+        return Batch(
             images=images,
-            labels=labels.long(),
+            labels=labels,
             masks=None if masks is None else masks.to(self.device).bool(),
             names=[str(name) for name in batch.get("names", [f"image {start + i}" for i in range(count)])],
             groups=[str(group) for group in batch["groups"]] if "groups" in batch else None,
@@ -170,14 +169,47 @@ class Source:
             forward_kwargs=_on(self.device, batch.get("forward_kwargs")),
         )
 
+    def _check_same(self, images: Tensor, start: int, where: str) -> None:
+        sums = images.flatten(1).sum(1, dtype=torch.float64)
+        seen = self.sums.setdefault(start, sums)
+        if len(seen) != len(sums) or not torch.allclose(seen, sums, rtol=0, atol=0, equal_nan=True):
+            raise ValueError(
+                f"expected the same images in every pass over the data, got others in {where}; "
+                "leave out shuffling and random augmentation"
+            )
+
+
+def _checked_labels(labels: Any, count: int, where: str) -> Int[Tensor, " b"]:
+    labels = torch.as_tensor(labels).cpu()
+    if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"expected {count} class numbers as labels in {where}, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}; give one whole number per image, -1 where it is unknown"
+        )
+    return labels.long()
+
+
+def _checked_masks(masks: Any, shape: Sequence[int], where: str) -> Tensor:
+    masks, expected = torch.as_tensor(masks), (shape[0], 1, *shape[2:])
+    if masks.shape != expected:
+        raise ValueError(
+            f"expected masks of shape {expected} in {where}, got {tuple(masks.shape)}; make them as large as the images"
+        )
+    if not ((masks == 0) | (masks == 1)).all():
+        raise ValueError(
+            f"expected masks that are bool or 0 and 1 in {where}, got values from {masks.min()} to {masks.max()}; "
+            "compare them with the values of the object"
+        )
+    return masks
+
 
 def _on(device: torch.device, values: Any) -> Any:
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What the model said of all images, and what is known of them."""
+class Predictions:
+    """The model's predictions for all images, with their labels, names and groups."""
 
     classes: tuple[str, ...]
     labels: Int[Array, " n"]
@@ -190,22 +222,13 @@ class Answers:
     output: Output = None
     """How further outputs of the model are to be read."""
     notices: tuple[str, ...] = ()
-    """What was decided for that."""
+    """How the output is read, where that was decided here."""
+    first: Batch | None = None
+    """The first images, at most `PROBED`."""
 
-    def quality(self, seed: int) -> tuple[Interval | None, float | None, Array | None]:
-        """Accuracy, share of the most frequent class, confusion matrix; of the labeled images."""
-        known = self.labels >= 0
-        if not known.any():
-            return None, None, None
-        labels, predictions = self.labels[known], self.predictions[known]
-        correct = labels == predictions
-        confusion = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
-        np.add.at(confusion, (labels, predictions), 1)
-        if self.groups is None:
-            accuracy = wilson_interval(int(correct.sum()), len(correct))
-        else:
-            accuracy = mean_interval(correct.astype(float), self.groups[known], seed)
-        return accuracy, float(confusion.sum(1).max() / len(labels)), confusion
+    def targets(self, batch: Batch) -> Int[Tensor, " b"]:
+        """The predicted class of each image of a batch."""
+        return torch.from_numpy(self.predictions[batch.rows.numpy()]).to(batch.images.device)
 
     def columns(self, rows: Array, unit: str) -> dict[str, list[Any]]:
         """The first columns of the table per image."""
@@ -220,7 +243,7 @@ class Answers:
         return names | {"group" if unit in names | answers else unit: self.groups[rows].tolist()} | answers
 
 
-def predict(model: nn.Module, source: Source, progress: Progress, output: Output = None) -> Answers:
+def predict(model: nn.Module, source: Source, progress: Progress, output: Output = None) -> Predictions:
     """One forward over all images; tells the source whether all of them have masks.
 
     How the model's `output` is to be read is decided once, by the first images.
@@ -229,53 +252,59 @@ def predict(model: nn.Module, source: Source, progress: Progress, output: Output
         ValueError: no image, logits that are not finite, labels out of range, another number of classes than the data
             has.
     """
-    shares: list[Tensor] = []
+    probabilities: list[Tensor] = []
     labels: list[int] = []
     names: list[str] = []
     groups: list[str] = []
-    masked = True
-    notice = ""
-    for batch in source.batches(None):
+    first, notice, has_masks = None, "", True
+    for batch in source.batches():
         call = forward_call(batch.images, output, batch.forward_args, batch.forward_kwargs)
-        if not shares:
+        if first is None:
+            first = batch.only(torch.arange(len(batch.names)) < PROBED)
             call, notice = call.settled(model, batch.images)
             output = call.output
-        shares.append(inference.answers(model, batch.images, source.batch_size, call)[1].cpu())
+        probabilities.append(inference.answers(model, batch.images, source.batch_size, call)[1].cpu())
         labels += batch.labels.tolist()
         names += batch.names
         groups += batch.groups or []
-        masked &= batch.masks is not None
+        has_masks &= batch.masks is not None
         progress("predicting", len(names), source.total or len(names))
-    if not shares:
+    if not names:
         raise ValueError("expected at least one image to evaluate, got none; see the list of skipped images")
-    source.has_masks = masked
+    source.has_masks = has_masks
     if groups and len(groups) < len(names):
         raise ValueError(f"expected groups of all {len(names)} images or of none, got {len(groups)}; name every group")
     if groups and source.unit == "images":
         source.unit = "group"
-    probabilities = torch.cat(shares)
-    if broken := [name for name, of in zip(names, probabilities.isfinite().all(1).tolist(), strict=True) if not of]:
-        more = f" and {len(broken) - 1:,} more" if len(broken) > 1 else ""
-        raise ValueError(
-            f"expected finite logits, got others for {broken[0]!r}{more}; leave such images out, or mend the weights"
-        )
-    certainty, predictions = probabilities.max(1)
-    count = probabilities.shape[1]
-    classes = tuple(source.classes or map(str, range(count)))
-    if len(classes) != count:
-        raise ValueError(
-            f"expected a model with {len(classes)} classes like the data, got {count}; give it its own data"
-        )
-    if strange := [label for label in labels if not -1 <= label < count]:
-        raise ValueError(f"expected labels in 0..{count - 1}, or -1 where unknown, got {strange[0]}; count them from 0")
-    return Answers(
+    joined = torch.cat(probabilities)
+    classes = tuple(source.classes or map(str, range(joined.shape[1])))
+    _check_predictions(joined, names, labels, classes)
+    certainty, predictions = joined.max(1)
+    return Predictions(
         classes=classes,
         labels=np.array(labels),
         predictions=predictions.numpy(),
         certainty=certainty.numpy(),
-        probabilities=probabilities.numpy(),
+        probabilities=joined.numpy(),
         names=names,
         groups=np.array(groups) if groups else None,
         output=output,
         notices=(notice,) if notice else (),
+        first=first,
     )
+
+
+def _check_predictions(
+    probabilities: Tensor, names: Sequence[str], labels: Sequence[int], classes: Sequence[str]
+) -> None:
+    if broken := np.flatnonzero(~probabilities.isfinite().all(1).numpy()).tolist():
+        more = f" and {len(broken) - 1:,} more" if len(broken) > 1 else ""
+        raise ValueError(
+            f"expected finite logits, got others for {names[broken[0]]!r}{more}; "
+            "leave out such images, or repair the weights"
+        )
+    count = probabilities.shape[1]
+    if len(classes) != count:
+        raise ValueError(f"expected a model with {len(classes)} classes like the data, got {count}; pass its own data")
+    if wrong := [label for label in labels if not -1 <= label < count]:
+        raise ValueError(f"expected labels in 0..{count - 1}, or -1 where unknown, got {wrong[0]}; count them from 0")

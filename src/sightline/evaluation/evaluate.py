@@ -1,0 +1,577 @@
+"""Reads the data, predicts, plans, scores, ranks, and says what was found."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sightline import maps as pixels
+from sightline.data import ImageSet
+from sightline.evaluation import ranking
+from sightline.evaluation.batches import Batch, Predictions, Source, predict
+from sightline.evaluation.findings import findings
+from sightline.evaluation.planning import Plan, Task, plan
+from sightline.evaluation.result import Curve, Evaluation, Example
+from sightline.evaluation.scores import PartialResults, Scores, key_of
+from sightline.explainers import EXPLAINERS, Explanation, Method, attention_maps, explain, fitting, named
+from sightline.facts import Progress, Verdict, current_name, did_you_mean
+from sightline.inference import Output
+from sightline.metrics import METRICS, Perturbation, inputs_of, measure
+from sightline.metrics.agreement import ranks
+from sightline.metrics.classification import Quality, quality
+from sightline.metrics.per_image import Chance
+from sightline.metrics.perturbed import Fill
+
+Array = np.ndarray
+
+_DEFAULT = ("insertion_auc", "deletion_auc", "pointing_game", "energy_in_mask", "parameter_randomization")
+_CHEAP = ("attention", "activation_map", "cam", "grad_cam")
+_MEAN_MAP_SIDE = 32
+_SIMILARITY_SIDE = 16
+_WORST = 3
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageSet | Iterable[Any],
+    methods: Sequence[Method] | str | None = None,
+    metrics: Sequence[str] | str | None = None,
+    *,
+    controls: Sequence[Method] = ("random_map", "center_map", "edge_map", "contrast_map"),
+    limit: int = 500,
+    budget: float | None = None,
+    steps: int = 32,
+    fill: Fill = "zero",
+    cells: bool = False,
+    output: Output = None,
+    strict: bool = True,
+    batch_size: int = 64,
+    examples: int = 24,
+    seed: int = 0,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+    provenance: dict[str, str] | None = None,
+    progress: Progress | None = None,
+    partial_results: Path | str | None = None,
+) -> Evaluation:
+    """Score every method by every metric on the same images, next to controls.
+
+    `data` is an `ImageSet`, or batches of normalized images: tuples (images, labels) or (images, labels, masks), or
+    dicts with `images` and, where known, `labels`, `masks`, `names`, `groups`, and the further arguments of the model
+    for these images, `forward_args` and `forward_kwargs` (see `explain`). Batches of up to 1 GB in all are read once,
+    others twice. Accuracy counts all images; maps are made for `limit` of them, drawn by `seed`. The predicted class is
+    explained.
+
+    Methods are given as in `explain`; None takes the attention of each block, and activation map, CAM and Grad-CAM as
+    far as the model allows, `"all"` every method that fits. Metrics: None takes insertion, deletion and the
+    randomization test, and where there are masks the pointing game and the energy in the mask; `"all"` every one that
+    the data allows. A method that does not look at the model is always a control; the control `"other_class"` is the
+    map of the runner-up class, for every method that explains a class.
+
+    Intervals are 95 % percentile bootstrap (2,000 resamples, seeded, widened for few units) over images, or over whole
+    groups where there are groups. The interval of an accuracy without groups is Wilson's. Pairs of methods are compared
+    by a sign-flip test, corrected for all pairs of a metric.
+
+    Args:
+        model: as for `explain`.
+        data: see above.
+        methods: see above.
+        metrics: see above.
+        controls: see above.
+        limit: number of images to make maps of.
+        budget: seconds for all maps and scores. First the number of images is reduced; below 50 images the most
+            expensive method or metric is left out, until the rest fits.
+        steps, fill, cells: see `Perturbation`.
+        output: which tensor of the model's output counts, and what it holds, as for `explain`. None: decided once, by
+            the first batch; `notices` tell how.
+        strict: whether a named method that does not fit the model is an error; otherwise it is left out, and
+            `unsuited` tells why.
+        batch_size: images per forward.
+        examples: images to keep for the report.
+        seed: for the draw and the intervals.
+        name: of the data.
+        classes: their names.
+        provenance: what to save with the numbers.
+        progress: called with (what, done, total).
+        partial_results: folder for intermediate results; an evaluation with the same arguments resumes from there.
+
+    Raises:
+        ValueError: an unknown method or metric, a metric that needs masks where there are none, no image at all.
+
+    >>> from sightline.testing import PooledModel
+    >>> images, masks = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(8, 1, 4, 4) > 0
+    >>> data = [(images, torch.zeros(8, dtype=torch.long), masks)]
+    >>> result = evaluate(PooledModel(torch.eye(3)), data, ["cam"], ["energy_in_mask"], controls=["center_map"])
+    >>> result.score("cam", "energy_in_mask").interval.value, result.chance["energy_in_mask"]
+    (1.0, 1.0)
+    """
+    _check_numbers(limit, examples, budget)
+    listed = _listed(methods, metrics, controls)
+    report = progress or (lambda what, done, total: None)
+    source = Source(model, data, batch_size, classes)
+    perturbation = Perturbation(
+        steps=steps, fill=fill, cells=cells, batch_size=batch_size, mean=source.mean, std=source.std
+    )
+    predictions = predict(model, source, report, output)
+    task = Task(
+        model=model,
+        methods=listed,
+        metrics=_chosen_metrics(metrics, source.has_masks, any(True for _ in model.parameters())),
+        perturbation=replace(perturbation, output=predictions.output),
+        with_runner_up="other_class" in controls,
+    )
+    task, unsuited = _with_methods(task, predictions, methods, strict)
+    partial_files = PartialResults(None if partial_results is None else Path(partial_results))
+    order = np.random.default_rng(seed).permutation(len(predictions.labels))
+    planned = _planned(task, predictions, order, limit, budget, partial_files)
+    task = replace(task, methods={n: task.methods[n] for n in planned.methods}, metrics=planned.metrics)
+    draw = _draw(predictions, order, planned.limit, examples)
+    scores = _score(task, source, predictions, draw, partial_files, report)
+    result = _rank(task, source, predictions, scores, draw, seed)
+    result = replace(
+        result,
+        data=name or source.name,
+        left_out=planned.left_out,
+        unsuited={method: " ".join(reason.split()) for method, reason in unsuited.items()},
+        provenance=result.provenance | (provenance or {}),
+    )
+    partial_files.clear()
+    return replace(result, summary=tuple(findings(result, predictions)))
+
+
+def _check_numbers(limit: int, examples: int, budget: float | None) -> None:
+    if limit < 1:
+        raise ValueError(f"expected a limit of at least 1 image, got {limit}; leave it out for 500")
+    if examples < 0:
+        raise ValueError(f"expected at least 0 examples, got {examples}")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"expected a budget above 0 seconds, got {budget}; leave it out to do all")
+
+
+def _listed(
+    methods: Sequence[Method] | str | None, metrics: Sequence[str] | str | None, controls: Sequence[Method] | str
+) -> dict[str, Method]:
+    """Methods and controls by name, after checking the names of the metrics too."""
+    for what, names in (("methods or 'all'", methods), ("metrics or 'all'", metrics), ("controls", controls)):
+        if isinstance(names, str) and (names != "all" or what == "controls"):
+            keyword = what.partition(" ")[0]
+            raise ValueError(f"expected a list of {what}, got {names!r}; write {keyword}=[{names!r}]")
+    for metric in () if metrics is None or metrics == "all" else metrics:
+        if current_name(metric) not in METRICS:
+            hint = did_you_mean(metric, list(METRICS), f"choose from {', '.join(METRICS)}")
+            raise ValueError(f"expected the name of a metric, got {metric!r}{hint}")
+    for name, explainer, *_ in (named(control) for control in controls if control != "other_class"):
+        if not explainer.is_control:
+            raise ValueError(f"expected controls that never look at the model, got {name!r}; give it as a method")
+    listed = () if methods is None or isinstance(methods, str) else methods
+    return {named(one)[0]: one for one in [*listed, *(one for one in controls if one != "other_class")]}
+
+
+def _chosen_metrics(metrics: Sequence[str] | str | None, has_masks: bool, has_weights: bool) -> tuple[str, ...]:
+    if metrics is None or metrics == "all":
+        return tuple(
+            name
+            for name in (METRICS if metrics == "all" else _DEFAULT)
+            if (has_masks or "masks" not in inputs_of(METRICS[name]))
+            and (has_weights or name != "parameter_randomization")
+        )
+    chosen = tuple(dict.fromkeys(map(current_name, metrics)))
+    for metric in chosen:
+        if "masks" in inputs_of(METRICS[metric]) and not has_masks:
+            raise ValueError(
+                f"expected masks or boxes for {metric}, got data without; name their column or drop {metric}"
+            )
+    return chosen
+
+
+def _with_methods(
+    task: Task, predictions: Predictions, methods: Sequence[Method] | str | None, strict: bool
+) -> tuple[Task, dict[str, str]]:
+    """The task with methods that fit the model where none are listed, or not `strict`; and why others do not fit."""
+    assert predictions.first is not None
+    images, of_model = predictions.first.images, _called(task.perturbation, predictions.first).of_model
+    if not methods or isinstance(methods, str):
+        everything = [name for name, method in EXPLAINERS.items() if not method.is_control]
+        names, unsuited = fitting(task.model, images, everything if methods == "all" else _CHEAP, **of_model)
+        call = {name: value for name, value in of_model.items() if name != "output"}
+        maps = attention_maps(task.model, images, **call)
+        gates = [name for name, gate in maps.items() if gate.shape[2] * gate.shape[3] > 1]
+        if len(gates) > 1:
+            names = [f"attention@{name}" for name in gates] + names[1:]
+        task = replace(task, methods={name: name for name in names} | task.methods)
+        return task, unsuited if methods == "all" else {}
+    names = [n for n, method in task.methods.items() if isinstance(method, str) and "@" not in n]
+    names = [name for name in names if not named(name)[1].is_control]
+    if strict or len(names) < 2:
+        return task, {}
+    try:
+        _, unsuited = fitting(task.model, images, names, **of_model)
+    except ValueError:  # none fits: the error of the first one will tell why
+        return task, {}
+    return replace(task, methods={n: m for n, m in task.methods.items() if n not in unsuited}), unsuited
+
+
+def _planned(
+    task: Task, predictions: Predictions, order: Array, limit: int, budget: float | None, files: PartialResults
+) -> Plan:
+    """All of it, or what fits into the budget; the plan of an earlier try is kept, as new timings make another one."""
+    if budget is None:
+        return Plan(methods=tuple(task.methods), metrics=task.metrics, limit=limit, seconds=0.0)
+    path = files.file(lambda: f"{_key(task, predictions, limit, budget, order)}-plan.json")
+    if path is not None and (stored := Plan.load(path)) is not None:
+        return stored
+    first = predictions.first
+    assert first is not None
+    timed = replace(task, perturbation=_called(task.perturbation, first))
+    planned = plan(timed, first.images, predictions.targets(first), min(limit, len(order)), budget)
+    if path is not None:
+        planned.save(path)
+    return planned
+
+
+def _key(task: Task, predictions: Predictions, *more: Any) -> str:
+    options = {name: named(method)[2] for name, method in task.methods.items()}
+    asked = (asdict(task.perturbation), task.names, task.controls, task.metrics, options)
+    return key_of(task.model, asked, predictions.names, predictions.probabilities, *more)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Rows of the data that maps are made for."""
+
+    chosen: Array
+    gallery: Array
+    wrong: Array
+    """The most confident wrong answers, most confident first; they may lie outside `chosen`."""
+
+    @property
+    def shown(self) -> Array:
+        return np.union1d(self.gallery, self.wrong)
+
+
+def _draw(predictions: Predictions, order: Array, limit: int, examples: int) -> _Draw:
+    wrong = np.flatnonzero((predictions.labels >= 0) & (predictions.labels != predictions.predictions))
+    wrong = wrong[np.argsort(-predictions.certainty[wrong], kind="stable")][: max(examples // 2, 1)]
+    return _Draw(np.sort(order[:limit]), np.sort(order[: min(examples, limit)]), wrong)
+
+
+def _score(
+    task: Task, source: Source, predictions: Predictions, draw: _Draw, files: PartialResults, report: Progress
+) -> Scores:
+    """The scores of all drawn images, with the maps and pictures of those that may be shown."""
+    key = files.folder and _key(task, predictions, draw.chosen, draw.gallery, draw.wrong)
+    scores, done = Scores(), 0
+    chosen = torch.from_numpy(draw.chosen)
+    for number, batch in enumerate(source.batches(np.union1d(draw.chosen, draw.wrong))):
+        is_chosen = torch.isin(batch.rows, chosen)
+        parts: list[Scores] = []
+        if (scored := batch.only(is_chosen)) is not None:
+            part = partial(_batch_scores, task, scored, predictions, draw.shown)
+            parts.append(files.scores(lambda at=number, on=scored: f"{key}-{at}-{on.digest}.npz", part))
+            done += len(scored.names)
+            report("explaining and scoring", done, len(draw.chosen))
+        if (shown := batch.only(~is_chosen)) is not None:
+            parts.append(_batch_maps(task, shown, predictions))
+        rows = {int(row) for part in parts for _, row in part.maps}
+        scores = sum(parts, scores + Scores(pictures=_pictures(batch, rows)))
+    return scores
+
+
+def _pictures(batch: Batch, rows: Collection[int]) -> dict[int, tuple[Array, Array | None]]:
+    masks = [None] * len(batch.names) if batch.masks is None else batch.masks[:, 0].cpu().numpy()
+    return {
+        row: (picture.permute(1, 2, 0).numpy(), mask)
+        for row, picture, mask in zip(batch.rows.tolist(), batch.pictures, masks, strict=True)
+        if row in rows
+    }
+
+
+def _batch_scores(task: Task, batch: Batch, predictions: Predictions, shown: Array) -> Scores:
+    """All of a batch; the maps of rows in `shown` are kept, and those that score worst."""
+    images, targets = batch.images, predictions.targets(batch)
+    perturbation = _called(task.perturbation, batch)
+    methods = list(task.methods.values())
+    explanation = explain(task.model, images, targets, methods, **perturbation.of_model)
+    maps = dict(explanation.maps)
+    others = [row for row in task.rows if row.explains_runner_up]
+    if others:
+        runner_up = explanation.logits.scatter(1, targets[:, None], -torch.inf).argmax(1)
+        again = [task.methods[row.method] for row in others]
+        other_maps = explain(task.model, images, runner_up, again, **perturbation.of_model).maps
+        maps |= {row.name: other_maps[row.method] for row in others}
+
+    def explain_again(model: nn.Module, images: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        return explain(model, images, targets, methods, **perturbation.of_model).maps
+
+    values, fields = measure(
+        {name: METRICS[name] for name in task.metrics},
+        maps,
+        model=task.model,
+        images=images,
+        targets=targets,
+        masks=batch.masks,
+        explain=explain_again,
+        perturbation=perturbation,
+    )
+    table = {key: _array(value) for key, value in values.items()}
+    areas = np.zeros(0) if batch.masks is None else _array(batch.masks.double().mean((1, 2, 3)))
+    sums, counts = _mean_maps(task, batch, maps, targets)
+    return Scores(
+        values=table,
+        curves={
+            (method, kind): _array(field)
+            for method, read in fields.items()
+            for kind, field in read.items()
+            if kind in ("deletion", "insertion") or (kind == "fractions" and {"deletion", "insertion"} & set(read))
+        },
+        sums=sums,
+        counts=counts,
+        maps=_maps_to_show(task, batch, maps, shown, table),
+        similarity=_similarity(maps),
+        areas=areas[areas > 0],  # an empty mask is undefined for the score too
+        verdicts=_verdicts(task, batch, explanation),
+        layers={row.name: "" if row.explains_runner_up else explanation.layers[row.method] for row in task.rows},
+        positions={name: list(value.shape[2:]) for name, value in maps.items()},
+        notices=list(explanation.notices),
+    )
+
+
+def _batch_maps(task: Task, batch: Batch, predictions: Predictions) -> Scores:
+    """Maps and verdicts of a batch that is only shown."""
+    of_model = _called(task.perturbation, batch).of_model
+    methods = list(task.methods.values())
+    explanation = explain(task.model, batch.images, predictions.targets(batch), methods, **of_model)
+    maps = _maps_to_show(task, batch, explanation.maps, batch.rows.numpy(), {})
+    return Scores(maps=maps, verdicts=_verdicts(task, batch, explanation))
+
+
+def _verdicts(task: Task, batch: Batch, explanation: Explanation) -> dict[str, dict[int, list[Verdict]]]:
+    """The verdicts on each map, without class-independence where the method ignores the class."""
+    rows = batch.rows.tolist()
+    verdicts: dict[str, dict[int, list[Verdict]]] = {}
+    for row in task.rows:
+        images = [[]] * len(rows) if row.explains_runner_up else explanation.verdicts[row.method]
+        if row.explainer.is_blind_to_class:
+            images = [[verdict for verdict in image if verdict.kind != "class-independent"] for image in images]
+        verdicts[row.name] = dict(zip(rows, images, strict=True))
+    return verdicts
+
+
+def _maps_to_show(
+    task: Task, batch: Batch, maps: Mapping[str, Tensor], shown: Array, values: Mapping[tuple[str, str], Array]
+) -> dict[tuple[str, str], Array]:
+    rows, lead = batch.rows.numpy(), next(iter(task.ranking), "")
+    kept: dict[tuple[str, str], Array] = {}
+    for method in (name for name in task.names if name not in task.controls):
+        scores = values.get((method, lead))
+        worst = _worst(scores, METRICS[lead].higher_is_better) if scores is not None and scores.ndim == 1 else []
+        places = np.union1d(np.flatnonzero(np.isin(rows, shown)), worst).astype(int)
+        kept |= {(method, str(rows[place])): maps[method][place, 0].float().cpu().numpy() for place in places}
+    return kept
+
+
+def _mean_maps(
+    task: Task, batch: Batch, maps: Mapping[str, Tensor], targets: Tensor
+) -> tuple[dict[tuple[str, str], Array], dict[tuple[str, str], Array]]:
+    sums: dict[tuple[str, str], Array] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in task.rows:
+        resized = pixels.resize(maps[row.name], (_MEAN_MAP_SIDE, _MEAN_MAP_SIDE))[:, 0]
+        scaled = pixels.normalize(resized, signed=row.explainer.is_signed).double()
+        varies = pixels.variation(maps[row.name])[:, 0] >= pixels.NEARLY_FLAT
+        for image, target in zip(_array(scaled * varies[:, None, None]), targets.tolist(), strict=True):
+            if np.isfinite(image).all():
+                key = row.name, str(target)
+                sums[key] = sums.get(key, 0) + image
+                counts[key] += 1
+    return sums, {key: np.array(count) for key, count in counts.items()}
+
+
+def _similarity(maps: Mapping[str, Tensor]) -> Array:
+    """Sum over images of the rank correlations between methods, and the number of images behind each, (2, k, k)."""
+    side = (_SIMILARITY_SIDE, _SIMILARITY_SIDE)
+    small = torch.cat([pixels.resize(value, side).float() for value in maps.values()], 1).flatten(2)
+    ranked = ranks(small.double())
+    unit = torch.nn.functional.normalize(ranked - ranked.mean(2, keepdim=True), dim=2, eps=0)
+    similarity = torch.einsum("bkn,bjn->bkj", unit, unit)
+    finite = small.isfinite().all(2)
+    similarity = similarity.where(finite[:, :, None] & finite[:, None], torch.nan)
+    return _array(torch.stack([similarity.nansum(0), similarity.isfinite().double().sum(0)]))
+
+
+def _rank(task: Task, source: Source, predictions: Predictions, scores: Scores, draw: _Draw, seed: int) -> Evaluation:
+    """All statistics over the scores."""
+    groups = None if predictions.groups is None else predictions.groups[draw.chosen]
+    up = {metric: METRICS[metric].higher_is_better for metric in task.metrics}
+    missing = np.full(len(draw.chosen), np.nan)
+    table = {
+        metric: {name: _one_column(scores.values.get((name, metric), missing), up[metric]) for name in task.names}
+        for metric in task.metrics
+    }
+    chance = {metric: value for metric in table if (value := _chance(metric, scores.areas)) is not None}
+    similarity, counted = scores.similarity
+    classifier = _quality(predictions, seed)
+    return Evaluation(
+        data=source.name,
+        split=source.split,
+        model=type(task.model).__name__,
+        n_images=len(predictions.labels),
+        unit=source.unit,
+        classes=predictions.classes,
+        methods=task.names,
+        controls=task.controls,
+        signed=tuple(row.name for row in task.rows if row.explainer.is_signed),
+        layers=scores.layers,
+        positions={method: tuple(grid) for method, grid in scores.positions.items()},
+        metrics=task.metrics,
+        higher_is_better=up,
+        chance=chance,
+        accuracy=classifier and classifier.accuracy,
+        **_confusion(predictions),
+        quality=classifier,
+        per_image=predictions.columns(draw.chosen, source.unit)
+        | {f"{metric}/{name}": column.tolist() for metric in table for name, column in table[metric].items()},
+        **_examples(task, predictions, scores, draw),
+        mean_maps=_divided(task, predictions, scores),
+        **_verdict_counts(scores, draw),
+        **ranking.rank(table, up, task.controls, chance, groups, seed),
+        failed=ranking.failing(table, _tested(task, len(predictions.classes)), groups, seed),
+        curves=_curves(task, scores, groups, seed),
+        method_agreement=similarity / np.where(counted > 0, counted, np.nan),
+        notices=tuple(dict.fromkeys([*source.notices, *predictions.notices, *scores.notices])),
+        skipped=tuple(source.skipped),
+        summary=(),
+        provenance={"seed": str(seed), "images with maps": str(len(draw.chosen))},
+    )
+
+
+def _chance(metric: str, areas: Array) -> float | None:
+    chance: Chance | None = METRICS[metric].chance
+    if chance is None or isinstance(chance, float | int):
+        return chance
+    return chance(areas) if len(areas) else None
+
+
+def _tested(task: Task, classes: int) -> dict[str, list[str]]:
+    """Test -> the methods that it is asked about."""
+    methods = [row for row in task.rows if not row.is_control]
+    by_class = [row for row in methods if not row.explainer.is_blind_to_class and classes > 2]
+    tests = [m for m in task.metrics if METRICS[m].higher_is_better is None and METRICS[m].sentence]
+    return {test: [row.name for row in (by_class if test == "random_logit" else methods)] for test in tests}
+
+
+def _curves(task: Task, scores: Scores, groups: Array | None, seed: int) -> dict[str, dict[str, Curve]]:
+    curves: dict[str, dict[str, Curve]] = {"insertion": {}, "deletion": {}}
+    for kind, by_method in curves.items():
+        for method in (name for name in task.names if (name, kind) in scores.curves):
+            fractions = scores.curves[method, "fractions"]
+            if curve := ranking.curve_of(fractions, scores.curves[method, kind], groups, seed):
+                by_method[method] = curve
+    return {kind: by_method for kind, by_method in curves.items() if by_method}
+
+
+def _quality(predictions: Predictions, seed: int) -> Quality | None:
+    """The quality of the classifier on the labeled images."""
+    labeled = predictions.labels >= 0
+    groups = None if predictions.groups is None else predictions.groups[labeled]
+    return (
+        quality(predictions.probabilities[labeled], predictions.labels[labeled], groups, seed)
+        if labeled.any()
+        else None
+    )
+
+
+def _confusion(predictions: Predictions) -> dict[str, Any]:
+    """Confusion matrix of the labeled images, and the fraction of the most frequent class."""
+    labeled = predictions.labels >= 0
+    if not labeled.any():
+        return {"majority": None, "confusion": None}
+    confusion = np.zeros((len(predictions.classes),) * 2, dtype=np.int64)
+    np.add.at(confusion, (predictions.labels[labeled], predictions.predictions[labeled]), 1)
+    return {"majority": float(confusion.sum(1).max() / labeled.sum()), "confusion": confusion}
+
+
+def _divided(task: Task, predictions: Predictions, scores: Scores) -> dict[str, dict[str, Array]]:
+    """The mean map of every method and class."""
+    return {
+        name: {
+            label: (scores.sums[name, str(target)] / scores.counts[name, str(target)]).astype(np.float32)
+            for target, label in enumerate(predictions.classes)
+            if (name, str(target)) in scores.sums
+        }
+        for name in task.names
+    }
+
+
+def _verdict_counts(scores: Scores, draw: _Draw) -> dict[str, Any]:
+    counts: dict[str, dict[str, int]] = {}
+    levels: dict[str, dict[str, dict[str, int]]] = {}
+    for method, images in scores.verdicts.items():
+        pairs = Counter((v.kind, v.level) for row in draw.chosen.tolist() for v in images[row])
+        counts[method] = {}
+        levels[method] = {}
+        for (kind, level), count in pairs.items():
+            counts[method][kind] = counts[method].get(kind, 0) + count
+            levels[method].setdefault(kind, {})[level] = count
+    return {"verdicts": counts, "verdict_levels": levels}
+
+
+def _examples(task: Task, predictions: Predictions, scores: Scores, draw: _Draw) -> dict[str, Any]:
+    """The images that the report shows."""
+    methods = [name for name in task.names if name not in task.controls]
+
+    def example(row: int, methods: Sequence[str]) -> Example:
+        label = predictions.labels[row]
+        return Example(
+            name=predictions.names[row],
+            image=scores.pictures[row][0],
+            label=predictions.classes[label] if label >= 0 else None,
+            prediction=predictions.classes[predictions.predictions[row]],
+            probability=float(predictions.certainty[row]),
+            maps={method: scores.maps[method, str(row)] for method in methods},
+            verdicts={method: scores.verdicts[method][row] for method in methods},
+            mask=scores.pictures[row][1],
+        )
+
+    worst: dict[str, tuple[Example, ...]] = {}
+    lead = next(iter(task.ranking), "")
+    for method in methods:
+        values = scores.values.get((method, lead))
+        if values is not None and values.ndim == 1:
+            rows = draw.chosen[_worst(values, METRICS[lead].higher_is_better)]
+            worst[method] = tuple(example(row, [method]) for row in rows.tolist())
+    return {
+        "examples": tuple(example(row, methods) for row in draw.gallery.tolist()),
+        "errors": tuple(example(row, methods) for row in draw.wrong.tolist()),
+        "worst": {method: shown for method, shown in worst.items() if shown},
+    }
+
+
+def _one_column(values: Array, higher_is_better: bool | None) -> Array:
+    """The values themselves, or the column with the best mean where a metric has several."""
+    if values.ndim == 1:
+        return values
+    means = np.array([ranking.mean(column) for column in values.T])
+    return values[:, np.nanargmax(means if higher_is_better else -means)] if np.isfinite(means).any() else values[:, 0]
+
+
+def _worst(values: Array, higher_is_better: bool | None) -> Array:
+    """Places of the worst values, worst first, of equal ones the first; undefined values are left out."""
+    badness = np.where(np.isnan(values), -np.inf, -values if higher_is_better else values)
+    order = np.argsort(-badness, kind="stable")[:_WORST]
+    return order[np.isfinite(badness[order])]
+
+
+def _called(perturbation: Perturbation, batch: Batch) -> Perturbation:
+    """With the further arguments of the model for these images."""
+    return replace(perturbation, forward_args=batch.forward_args, forward_kwargs=batch.forward_kwargs)
+
+
+def _array(values: Tensor) -> Array:
+    return values.double().cpu().numpy()

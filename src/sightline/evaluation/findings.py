@@ -1,0 +1,229 @@
+"""The numbers in plain words; no sentence is stronger than its interval."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+import numpy as np
+
+from sightline.evaluation.batches import Predictions
+from sightline.evaluation.ranking import LEVEL, UNDEFINED_SHARE
+from sightline.evaluation.result import Evaluation
+from sightline.facts import LEVELS, Finding, Interval, percent
+from sightline.maps import COARSE, NEARLY_FLAT
+from sightline.metrics import METRICS
+from sightline.metrics.uncertainty import paired_test
+
+_FEW_GROUPS = 20
+_AT_ODDS = -1.96  # standard errors of a rank correlation over methods that have nothing in common
+_STATES = {
+    "flat": "are flat: one value everywhere",
+    "nearly flat": f"are nearly flat: their positions differ by less than {NEARLY_FLAT:.0%}",
+    "all-negative": "are all-negative: nothing in them speaks for the class",
+    "non-finite": "are non-finite: infinite or undefined",
+    "class-independent": "are class-independent: another class has the same",
+    "conservation gap": "have a conservation gap: they do not add up to the score",
+    "plain gradient": "have a plain gradient: some operations have no rule",
+    "rectifiers intercepted": "are in part plain gradients: some activations are no rectifiers",
+}
+"""Verdict -> its meaning, for readers of the summary alone."""
+
+DOUBTS = frozenset(
+    {
+        "no better than majority",
+        "not better than a control",
+        "fails a test",
+        "metrics at odds",
+        "verdict",
+        "coarse maps",
+    }
+)
+"""Kinds of findings that speak against the model or its maps."""
+GAPS = frozenset({"left out", "unreadable", "not judged", "unlabeled", "absent classes", "few groups", "too few"})
+"""Kinds of findings that tell what is missing."""
+
+
+def findings(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:
+    """Sentences, the most important first."""
+    yield from _accuracy(result, predictions)
+    n_maps = int(result.provenance["images with maps"])
+    units = max((score.interval.n for score in result.scores), default=0)
+    if result.unit != "images" and units < _FEW_GROUPS:
+        text = f"Only {units} groups ({result.unit}) stand behind the intervals of the maps: they are wide, and rough."
+        yield Finding("few groups", text, groups=units)
+    yield from _too_few(result, units)
+    methods = [method for method in result.methods if method not in result.controls]
+    for metric in result.metrics:
+        yield from _not_judged(result, metric, methods, n_maps)
+        yield from _best(result, metric)
+    yield from _no_better(result, methods)
+    for test, failing in result.failed.items():
+        if failing:
+            figures = [f"{method} ({result.score(method, test).interval})" for method in failing]
+            text = METRICS[test].sentence.format(methods=", ".join(figures)) + "."
+            yield Finding("fails a test", text, test=test, methods=failing)
+    yield from _at_odds(result)
+    yield from _verdicts(result, methods, n_maps)
+    yield from _coarse(result, methods)
+    if result.left_out:
+        text = f"Left out, since the time would not have been enough: {', '.join(result.left_out)}."
+        yield Finding("left out", text, names=tuple(result.left_out))
+    if result.skipped:
+        text = f"{len(result.skipped)} images could not be read and were left out."
+        yield Finding("unreadable", text, images=len(result.skipped))
+
+
+def _accuracy(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:
+    if result.accuracy is None or result.majority is None:
+        return
+    has_label = predictions.labels >= 0
+    labeled = int(has_label.sum())
+    is_better = result.accuracy.low > result.majority
+    if predictions.groups is not None:
+        lead = (predictions.labels == predictions.predictions)[has_label] - result.majority
+        is_better = is_better and paired_test(lead, predictions.groups[has_label]) < LEVEL
+    better = "better than" if is_better else "not reliably better than"
+    yield Finding(
+        "accuracy" if is_better else "no better than majority",
+        f"The model names the right class in {_percent(result.accuracy)} of {labeled:,} images, {better} "
+        f"always naming the most frequent class ({percent(result.majority)}).",
+        accuracy=result.accuracy.value,
+        majority=result.majority,
+    )
+    if unlabeled := result.n_images - labeled:
+        text = f"{unlabeled:,} of {result.n_images:,} images have no label and count for no accuracy."
+        yield Finding("unlabeled", text, images=unlabeled)
+    absent = [name for i, name in enumerate(result.classes) if not (predictions.labels == i).any()]
+    if absent:
+        some = ", ".join(absent[:5]) + (f" and {len(absent) - 5} other classes" if len(absent) > 5 else "")
+        yield Finding("absent classes", f"No image shows {some}: nothing is known of the accuracy there.", names=absent)
+
+
+def _too_few(result: Evaluation, units: int) -> Iterator[Finding]:
+    """Where even differences that are the same on every image would not be significant after the correction."""
+    pairs = Counter(pair.metric for pair in result.comparisons)
+    if pairs and min(pairs.values()) * paired_test(np.ones(units)) >= LEVEL:
+        behind = "images" if result.unit == "images" else f"groups ({result.unit})"
+        text = f"Only {units} {behind}: too few to say of any method that it beats another one or a control."
+        yield Finding("too few", text, units=units)
+
+
+def _not_judged(result: Evaluation, metric: str, methods: Sequence[str], n_maps: int) -> Iterator[Finding]:
+    for method in methods:
+        defined = n_maps - result.score(method, metric).undefined
+        if defined < (1 - UNDEFINED_SHARE) * n_maps:
+            text = f"{metric} of {method} is defined for {defined} of {n_maps} images only and is not judged."
+            yield Finding("not judged", text, metric=metric, method=method, images=defined)
+
+
+def _best(result: Evaluation, metric: str) -> Iterator[Finding]:
+    standing = result.standings.get(metric)
+    if standing is None:
+        return
+    best = standing.best
+    interval = result.score(best, metric).interval
+    compared = _compared(result, metric)
+    undefined = [control for control in result.controls if control not in compared]
+    if len(undefined) == len(result.controls) and metric not in result.chance:
+        why = "no control is defined for enough images" if undefined else "without controls that says little"
+        text = f"The best in {metric} is {best} with {interval}; {why}."
+        yield Finding("best without controls", text, metric=metric, method=best)
+        return
+    if standing.unbeaten:
+        ahead = [control for control in standing.unbeaten if _beats(result, metric, control, best)]
+        behind = f"; {', '.join(ahead)} reliably {'beats' if len(ahead) == 1 else 'beat'} it" if ahead else ""
+        text = f"{best}, the best in {metric} with {interval}, does not reliably beat "
+        text += f"{', '.join(standing.unbeaten)}{behind}."
+        yield Finding("not better than a control", text, metric=metric, method=best, unbeaten=standing.unbeaten)
+        return
+    text = METRICS[metric].sentence.format(method=best, score=interval)
+    if chance := result.chance.get(metric):
+        text += f", {interval.value / chance:.1f} times what a map without knowledge reaches ({chance:.3f})"
+    beaten = [control for control in result.controls if control in compared]
+    text += "; it beats every control" if beaten else ""
+    text += f" that is defined for enough images (not {', '.join(undefined)})" if beaten and undefined else ""
+    if standing.tied:
+        text += f"{' but' if beaten else '; it'} cannot be told apart from {', '.join(standing.tied)}"
+    yield Finding("best", f"{text}.", metric=metric, method=best, tied=standing.tied)
+
+
+def _no_better(result: Evaluation, methods: Sequence[str]) -> Iterator[Finding]:
+    """Methods that beat no control under the first metric, where the best does."""
+    metric = next(iter(result.ranking), "")
+    standing = result.standings.get(metric)
+    if standing is None or standing.unbeaten:
+        return
+    compared = _compared(result, metric)
+    alike = defaultdict[tuple[str, ...], list[str]](list)
+    for method in methods:
+        controls = [c for c in result.controls if {c, method} <= compared and not _beats(result, metric, method, c)]
+        if controls:
+            alike[tuple(controls)].append(method)
+    for controls, names in alike.items():
+        who = f"{names[0]} is not" if len(names) == 1 else f"None of {', '.join(names)} is"
+        text = f"{who} shown to be better than {', '.join(controls)} in {metric}."
+        yield Finding("not better than a control", text, metric=metric, methods=names, unbeaten=controls)
+
+
+def _at_odds(result: Evaluation) -> Iterator[Finding]:
+    table = result.metric_agreement
+    if table is None:
+        return
+    compared = {metric: _compared(result, metric) for metric in result.ranking}
+    pairs = [
+        (a, b, float(table[i, j]))
+        for (i, a), (j, b) in combinations(enumerate(result.ranking), 2)
+        if np.isfinite(table[i, j]) and table[i, j] < _AT_ODDS / np.sqrt(len(compared[a] & compared[b]) - 1)
+    ]
+    if pairs:
+        shown = ", ".join(f"{a} and {b} ({value:+.2f})" for a, b, value in pairs[:5])
+        more = f" and {len(pairs) - 5} other pairs" if len(pairs) > 5 else ""
+        text = f"These metrics rank the methods against one another: {shown}{more}; which is best depends on which is "
+        text += "asked."
+        yield Finding("metrics at odds", text, pairs=pairs)
+
+
+def _verdicts(result: Evaluation, methods: Sequence[str], n_maps: int) -> Iterator[Finding]:
+    """Verdicts graver than a note, the gravest first."""
+    for level in reversed(LEVELS[1:]):
+        alike = defaultdict[tuple[str, int], list[str]](list)
+        for method in methods:
+            for verdict, levels in result.verdict_levels.get(method, {}).items():
+                if level in levels:
+                    alike[verdict, levels[level]].append(method)
+        for (verdict, count), names in alike.items():
+            which = f"{'each of ' if len(names) > 1 else ''}{', '.join(names)}"
+            what_to_do = "; do not read them" if level == "do not read" else ""
+            text = f"{count} of {n_maps} maps of {which} {_STATES.get(verdict, f'are {verdict}')}{what_to_do}."
+            yield Finding("verdict", text, verdict=verdict, level=level, methods=names, images=count)
+
+
+def _coarse(result: Evaluation, methods: Sequence[str]) -> Iterator[Finding]:
+    alike = defaultdict[tuple[int, ...], list[str]](list)
+    for method in methods:
+        if min(result.positions.get(method, (COARSE,))) < COARSE:
+            alike[result.positions[method]].append(method)
+    for positions, names in alike.items():
+        text = (
+            f"Maps of {', '.join(names)} have only {' x '.join(map(str, positions))} positions: for finer ones train "
+            "on larger images (--data.size), or name an earlier layer (METHOD@LAYER)."
+        )
+        yield Finding("coarse maps", text, positions=positions, methods=names)
+
+
+def _compared(result: Evaluation, metric: str) -> set[str]:
+    return {name for pair in result.comparisons if pair.metric == metric for name in (pair.method, pair.other)}
+
+
+def _beats(result: Evaluation, metric: str, method: str, other: str) -> bool:
+    """Whether the corrected paired test says so."""
+    up = result.higher_is_better[metric]
+    for pair in result.comparisons:
+        if pair.metric == metric and {pair.method, pair.other} == {method, other}:
+            ahead = (pair.difference.value > 0) == (up == (pair.method == method))
+            return ahead and pair.adjusted < LEVEL
+    return False
+
+
+def _percent(interval: Interval) -> str:
+    return f"{percent(interval.value)} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

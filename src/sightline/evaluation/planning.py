@@ -1,0 +1,235 @@
+"""Methods and metrics of an evaluation, and how many of them fit into a time budget."""
+
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sightline.explainers import Explainer, Method, explain, named
+from sightline.inference import ForwardCall, forward
+from sightline.metrics import METRICS, Perturbation, PerturbationMetric, inpaint, perturbed_counts
+from sightline.metrics.perturbed import ROAD_FRACTIONS
+from sightline.runs import write
+
+_FEWEST = 50
+"""Images below which methods or metrics are left out rather than more images."""
+_PAINTED = frozenset({"morf", "lerf"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the table: a method, and which class it explains."""
+
+    name: str
+    method: str
+    explainer: Explainer
+    explains_runner_up: bool = False
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it does not look at the model, or explains another class than the predicted one."""
+        return self.explains_runner_up or self.explainer.is_control
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Methods, metrics and how they are run."""
+
+    model: nn.Module
+    methods: dict[str, Method]
+    metrics: tuple[str, ...]
+    perturbation: Perturbation
+    with_runner_up: bool
+    """Whether the map of the runner-up class is a control."""
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The methods, and then the same with another class where that is a control."""
+        rows = [Row(name=name, method=name, explainer=named(method)[1]) for name, method in self.methods.items()]
+        others = [
+            replace(row, name=f"{row.name} of another class", explains_runner_up=True)
+            for row in rows
+            if self.with_runner_up and not row.explainer.is_blind_to_class and not row.is_control
+        ]
+        return (*rows, *others)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the rows."""
+        return tuple(row.name for row in self.rows)
+
+    @cached_property
+    def controls(self) -> tuple[str, ...]:
+        """Names of the rows that are controls."""
+        return tuple(row.name for row in self.rows if row.is_control)
+
+    @property
+    def ranking(self) -> list[str]:
+        """The metrics that say which map is better."""
+        return [metric for metric in self.metrics if METRICS[metric].higher_is_better is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Methods, metrics and number of images to evaluate."""
+
+    methods: tuple[str, ...]
+    metrics: tuple[str, ...]
+    limit: int
+    seconds: float
+    """Expected duration."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Method or metric -> why."""
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        write(path, json.dumps(asdict(self)).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan | None":
+        """What `save` wrote; None where there is no file, or a damaged one."""
+        try:
+            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            stored |= {name: tuple(stored[name]) for name in ("methods", "metrics")}
+            return cls(**stored)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Costs:
+    """Seconds per image and step."""
+
+    task: Task
+    size: Sequence[int]
+    forward: float
+    painting: float
+    explaining: Mapping[str, float]
+
+    def total(self, methods: Collection[str], metrics: Collection[str]) -> float:
+        """To explain an image by all of these methods and score it by all of these metrics."""
+        rows = [row for row in self.task.rows if row.method in methods]
+        needs = _needs(metrics)
+        shared, each = perturbed_counts(needs, self.task.perturbation, self.size)
+        forwards = shared + len(rows) * each
+        paintings = len(_PAINTED & needs) * len(ROAD_FRACTIONS) * len(rows)
+        again = sum(METRICS[metric].explanations for metric in metrics)
+        explaining = sum(self.explaining[row.method] * (1 if row.explains_runner_up else 1 + again) for row in rows)
+        return forwards * self.forward + paintings * self.painting + explaining
+
+    def savings(self, methods: Collection[str], metrics: Sequence[str]) -> dict[tuple[str, ...], float]:
+        """Savings by leaving out a method, or metrics that share perturbed images; the last of each stays."""
+        everything = self.total(methods, metrics)
+        explainers = [name for name in methods if name not in self.task.controls]
+        saved: dict[tuple[str, ...], float] = {}
+        if len(explainers) > 1:
+            saved = {(n,): everything - self.total([m for m in methods if m != n], metrics) for n in explainers}
+        for together in _sharing(metrics):
+            if rest := [metric for metric in metrics if metric not in together]:
+                saved[together] = everything - self.total(methods, rest)
+        return {names: seconds for names, seconds in saved.items() if seconds > 0}
+
+
+def plan(task: Task, images: Tensor, targets: Tensor, limit: int, budget: float) -> Plan:
+    """As many images as fit into `budget` seconds; below 50, the most expensive method or metric is left out first.
+
+    The forward and every method are timed on a few images; of a method that perturbs images only the first batch is.
+    """
+    costs = _measured_costs(task, images, targets)
+    methods, metrics = list(task.methods), list(task.metrics)
+    left_out: dict[str, str] = {}
+    fewest = min(limit, _FEWEST)
+    while costs.total(methods, metrics) * fewest > budget and (saved := costs.savings(methods, metrics)):
+        most = max(saved, key=lambda names: (saved[names], -len(names)))
+        for name in most:
+            shared = f" together with {', '.join(n for n in most if n != name)}" if len(most) > 1 else ""
+            seconds = f"{saved[most] * fewest:,.0f} s{shared} for {fewest} images"
+            left_out[name] = f"{seconds}, of {budget:,.0f} s for everything"
+        methods = [name for name in methods if name not in most]
+        metrics = [name for name in metrics if name not in most]
+    per_image = costs.total(methods, metrics)
+    count = max(int(min(limit, budget / per_image)), 1)
+    return Plan(
+        methods=tuple(methods),
+        metrics=tuple(metrics),
+        limit=count,
+        seconds=per_image * count,
+        left_out=left_out,
+    )
+
+
+def _measured_costs(task: Task, images: Tensor, targets: Tensor) -> _Costs:
+    rows = torch.arange(len(images), device=images.device)
+    rows = rows.repeat(max(task.perturbation.batch_size // len(images), 1))
+    many = images[rows]
+    return _Costs(
+        task=task,
+        size=images.shape[2:],
+        forward=_forward_seconds(task.model, many, task.perturbation.call(images).at(rows)),
+        painting=_painted_seconds(many) if _needs(task.metrics) & _PAINTED else 0.0,
+        explaining={
+            name: _seconds(task.model, images, targets, method, task.perturbation)
+            for name, method in task.methods.items()
+        },
+    )
+
+
+def _sharing(metrics: Sequence[str]) -> list[tuple[str, ...]]:
+    """Each metric, and those that share perturbed images: leaving out one of them alone saves nothing."""
+    by_need = [tuple(metric for metric in metrics if need in _needs([metric])) for need in sorted(_needs(metrics))]
+    return list(dict.fromkeys([*((metric,) for metric in metrics), *by_need]))
+
+
+def _needs(metrics: Collection[str]) -> frozenset[str]:
+    functions = [METRICS[metric].function for metric in metrics]
+    return frozenset[str]().union(
+        *(function.needs for function in functions if isinstance(function, PerturbationMetric))
+    )
+
+
+def _forward_seconds(model: nn.Module, images: Tensor, call: ForwardCall) -> float:
+    """For one image of a batch."""
+    forward(model, images, call=call).cpu()  # the first is slower
+    start = time.perf_counter()
+    forward(model, images, call=call).cpu()  # waits for the device
+    return (time.perf_counter() - start) / len(images)
+
+
+def _painted_seconds(images: Tensor) -> float:
+    """For painting over the brighter half of one image, which is as scattered as the pixels of a map."""
+    gray = images.mean(1, keepdim=True)
+    hole = gray > gray.flatten(1).median(1).values[:, None, None, None]
+    start = time.perf_counter()
+    inpaint(images, hole).cpu()
+    return (time.perf_counter() - start) / len(images)
+
+
+def _seconds(model: nn.Module, images: Tensor, targets: Tensor, method: Method, perturbation: Perturbation) -> float:
+    """For the map of one image."""
+
+    class Started(Exception):
+        pass
+
+    expected = 0.0
+
+    def extrapolate(what: str, done: int, total: int) -> None:
+        nonlocal expected
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        expected = (time.perf_counter() - start) * total / done
+        raise Started
+
+    for _ in range(2):  # the first is slower
+        start = time.perf_counter()
+        try:
+            explain(model, images, targets, [method], progress=extrapolate, **perturbation.of_model)
+        except Started:
+            break
+        expected = time.perf_counter() - start
+    return expected / len(images)
