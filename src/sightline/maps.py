@@ -291,14 +291,14 @@ def side_by_side(
     cells: list[UInt8[Tensor, "b 3 _ _"]] = []
     for name, column in columns.items():
         _check_column(name, column, len(images))
-        if column.is_floating_point():
-            as_signed = bool((column < 0).any()) if signed is None else name in signed
+        is_map = column.is_floating_point()
+        as_signed = is_map and (bool((column < 0).any()) if signed is None else name in signed)
+        if is_map:
             cell = overlay(enlarged, column, opacity, as_signed)[:, 0]
-            scale = _scale(column.detach(), len(images), enlarged.shape[3], as_signed)
         else:
             mode = "nearest" if column.shape == images.shape else "bilinear"
             cell = resize(column.to(images.device).float(), enlarged.shape[2:], mode).round().to(torch.uint8)
-            scale = blank
+        scale = _scale(column.detach() if is_map else None, len(images), enlarged.shape[3], as_signed)
         cells.append(torch.cat([cell, scale.to(cell.device)], 2) if scales else cell)
     names, count = list(columns), per_row or max(1, len(columns))
     panels = [

@@ -196,13 +196,20 @@ def compose(
     patch = np.zeros_like(digit)
     if shortcut is not None:
         color = np.where(uniform() < shortcut, label, below(10))
-        width, margin = round(5 * unit), round(unit)
-        far = size - width - 2 * margin
-        where = _square(margin + below(2) * far, margin + below(2) * far, width)
-        patch[where] = True
-        images[where] = PATCH_COLORS[color][:, None, None]
-        digit = digit & ~patch
-    return images.transpose(0, 3, 1, 2), digit, patch
+        patch = _paste_patch(images, PATCH_COLORS[color], below)
+    return images.transpose(0, 3, 1, 2), digit & ~patch, patch
+
+
+def _paste_patch(images: UInt8[Array, "b s s 3"], colors: UInt8[Array, "b 3"], below: Below) -> Bool[Array, "b s s"]:
+    """A colored square in a random corner of each image, and where it is."""
+    size = images.shape[1]
+    width, margin = round(size / 8), round(size / 40)
+    far = size - width - 2 * margin
+    where = _square(margin + below(2) * far, margin + below(2) * far, width)
+    images[where] = colors[:, None, None]
+    patch = np.zeros(images.shape[:3], dtype=bool)
+    patch[where] = True
+    return patch
 
 
 def _below(uniform: Uniform, n: int | Array) -> Int64[Array, " b"]:
