@@ -157,10 +157,10 @@ def test_unknown_sources():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, r"expected data\.size of at least 1, got 0"),
-        ({"train_size": -1}, r"expected data\.train_size of at least 1, got -1"),
-        ({"val": 1.5}, r"expected data\.val from 0 to 1, got 1\.5"),
-        ({"seed": -1}, r"expected data\.seed of at least 0, got -1"),
+        ({"size": 0}, r"data\.size: expected 1 or more, got 0"),
+        ({"train_size": -1}, r"data\.train_size: expected 1 or more, got -1"),
+        ({"val": 1.5}, r"data\.val: expected 0 or more and below 1, got 1\.5"),
+        ({"seed": -1}, r"data\.seed: expected a whole number from 0 to 2\*\*32 - 1, got -1"),
     ],
 )
 def test_impossible_numbers(options, message):
