@@ -26,7 +26,7 @@ def fields_of(activations, gradients, rivals, targets):
         "activations": activations,
         "gradients": gradients,
         "mean_gradients": gradients.flatten(3).mean(3),
-        "rival_gradients": rivals,
+        "runner_up_gradients": rivals,
         "targets": targets,
     }
 
@@ -48,7 +48,7 @@ def apply(explainer, fields, **options):
 
 def capture(model, layer, images, targets):
     """What the engine reads at a layer."""
-    needs = {"activations", "gradients", "mean_gradients", "rival_gradients", "logits", "targets", "layer"}
+    needs = {"activations", "gradients", "mean_gradients", "runner_up_gradients", "logits", "targets", "layer"}
     ((evidence,),) = gather(model, images, [(layer, frozenset(needs))], targets).blocks()
     return {name: getattr(evidence, name) for name in needs}
 
@@ -85,7 +85,7 @@ def test_a_formula_equals_the_loop_of_its_paper(name, grid):
     assert found.shape == (2, 2, *grid) and found.dtype == torch.float64 and found.max() > 0
     for i in range(2):
         for t in range(2):
-            of = fields["activations"][i], fields["gradients"][i, t], fields["rival_gradients"][i, t]
+            of = fields["activations"][i], fields["gradients"][i, t], fields["runner_up_gradients"][i, t]
             assert close(SLOW[name](*of), found[i, t])
 
 
@@ -113,7 +113,7 @@ def test_a_batch_equals_its_images_and_many_targets_equal_each(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_one_number_expanded_over_the_grid_equals_the_numbers_written_out(name):
     fields = planted((3, 4))
-    for key in ("gradients", "rival_gradients"):
+    for key in ("gradients", "runner_up_gradients"):
         fields[key] = fields[key][..., :1, :1].expand_as(fields[key])
     fields["mean_gradients"] = fields["gradients"].flatten(3).mean(3)
     written_out = {key: value.contiguous() for key, value in fields.items()}
@@ -130,7 +130,7 @@ def test_expanded_gradients_are_never_written_out(name):
         "targets": torch.zeros(1, targets, dtype=torch.long),
         "mean_gradients": torch.ones(1, targets, channels),
     }
-    for key in ("gradients", "rival_gradients"):
+    for key in ("gradients", "runner_up_gradients"):
         fields[key] = torch.ones(1, targets, channels, 1, 1).expand(-1, -1, -1, *grid)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         METHODS[name](fields)
@@ -409,7 +409,7 @@ def test_a_map_can_be_differentiated(name):
     backward = torch.autograd.grad(found.square().sum(), inputs, allow_unused=True)
     assert backward[0].isfinite().all() and backward[0].abs().max() > 0
     smooth = [random(1, 3, 2, 2, seed=7).abs() + 0.1, random(1, 1, 3, 2, 2, seed=8).abs() + 0.1]
-    fields["rival_gradients"] = -smooth[1]
+    fields["runner_up_gradients"] = -smooth[1]
     assert torch.autograd.gradcheck(of, [value.requires_grad_() for value in smooth])
 
 

@@ -473,6 +473,7 @@ def test_an_explainer_shows_its_options_in_its_signature():
     from inspect import signature
 
     asked = ["model", "images", "targets", "layer", "output", "forward_args", "forward_kwargs"]
+    asked += ["call", "batch_size", "progress"]
     assert list(signature(explainers.activation_map).parameters) == [*asked, "norm"]
     assert list(signature(explainers.cam).parameters) == asked
 
@@ -541,3 +542,57 @@ def test_convolutions_are_exact_meanwhile_and_as_they_were_afterwards():
     finally:
         flags.conv.fp32_precision = before[1]
     assert flags.allow_tf32
+
+
+def test_an_explainer_goes_the_same_way_whether_it_is_called_or_named():
+    images, model = torch.rand(2, 3, 8, 8), Net().eval()
+    reports, sizes = [], []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    options = {"masks": 3, "cells": 2}
+    called = explainers.rise(model, images, 1, batch_size=2, progress=lambda *report: reports.append(report), **options)
+    assert reports == [("rise", 2, 6), ("rise", 4, 6), ("rise", 6, 6)] and max(sizes) == 2
+    method = partial(explainers.rise, **options)
+    (named,) = explain(model, images, 1, [method], batch_size=2).maps.values()
+    assert torch.equal(called, named)
+    with pytest.raises(ValueError, match=r"^expected call= of 'conv1' in 0\.\.0, got 1"):
+        explainers.grad_cam(model, images, layer="conv1", call=1)
+    with pytest.raises(ValueError, match=r"^expected options of rise out of: cells, keep, masks, seed, got 'mask'$"):
+        explainers.rise(model, images, mask=3)
+
+
+def test_names_of_version_0_1_are_understood():
+    images, model = torch.rand(2, 3, 8, 8), Net().eval()
+    explanation = explain(model, images, 1, ["centre_map"])
+    assert torch.equal(explanation["centre_map"], explainers.center_map(model, images))
+    assert explainers.centre_map is explainers.center_map
+    new = explainers.grad_cam_plus_plus(model, images, 1, normalize_alpha=True)
+    assert torch.equal(new, explainers.grad_cam_plus_plus(model, images, 1, normalise_alpha=True))
+    old = partial(explainers.grad_cam_plus_plus, normalise_alpha=True)
+    explanation = explain(model, images, 1, [old])
+    assert torch.equal(new, explanation["grad_cam_plus_plus(normalize_alpha=True)"])
+
+    @explainers.Explainer
+    def against(rival_gradients):
+        return rival_gradients.sum(2)
+
+    @explainers.Explainer
+    def against_too(runner_up_gradients):
+        return runner_up_gradients.sum(2)
+
+    assert torch.equal(against(model, images, 1), against_too(model, images, 1))
+
+
+def test_a_formula_returns_what_else_it_has_to_say():
+    remark = explainers.Verdict("made up", "note")
+
+    @partial(explainers.Explainer, sums_to_score=True)
+    def halves(images, score):
+        values = torch.ones(*score.targets.shape, *images.shape[2:])
+        return explainers.Map(values=values, total=values.sum((2, 3)) / 2, remarks=(remark,))
+
+    model, images = PooledModel(torch.eye(3)), torch.rand(2, 3, 2, 2)
+    explanation = explain(model, images, 1, [halves, "grad_cam"])
+    assert explanation["halves"].equal(torch.ones(2, 1, 2, 2))
+    for verdicts in explanation.verdicts["halves"]:
+        assert "conservation gap: 50%" in verdicts and remark in verdicts
+    assert not any("made up" in verdicts for verdicts in explanation.verdicts["grad_cam"])

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from sightline.attention import MILPooling
 from sightline.attention.alignment import Attend, DotProduct
 from sightline.explainers import attention_maps, explain
-from sightline.explainers.features import Watch
+from sightline.explainers.capture.features import Watch
 
 
 def seeded(build, *args, **options):

@@ -105,7 +105,7 @@ def formula(method, net, images, targets, **options):
     score = Scorer(net, targets)
     with torch.no_grad():
         score.begin(images.clone())
-    return method.formula(images, score, **options)
+    return method.formula(images, score, **options).values
 
 
 def calibrated(net, bias_free):

@@ -193,9 +193,9 @@ def test_a_second_input_that_the_model_holds_is_told_where_it_belongs(case):
             return self.model(x, age)
 
     for method in (COVERED, "integrated_gradients"):
-        with pytest.raises(RuntimeError, match="holds for its first batch belongs in forward_args="):
+        with pytest.raises(RuntimeError, match="keeps for its first batch by forward_args="):
             explain(Bound(), images, 0, [method])
-    with pytest.raises(RuntimeError, match="holds for its first batch belongs in forward_args="):
+    with pytest.raises(RuntimeError, match="keeps for its first batch by forward_args="):
         metrics.deletion_auc(Bound(), images, torch.tensor([0, 1, 2]), images[:, :1], steps=2)
 
 

@@ -36,7 +36,7 @@ def check_needs(function: Callable[..., Any], available: Iterable[str], what: st
     ValueError: expected inputs out of maps, masks, got 'mask'
     """
     available = [*available]
-    if unknown := needs(function) - {*available}:
+    if unknown := {name for name in needs(function) if current_name(name) not in available}:
         raise ValueError(f"expected {what} out of {', '.join(available)}, got {min(unknown)!r}")
 
 

@@ -33,6 +33,8 @@ OLD_NAMES = {
     "normalised": "normalized",
     "parameter_randomisation": "parameter_randomization",
     "randomisation_curve": "randomization_curve",
+    "rival": "runner_up",
+    "rival_gradients": "runner_up_gradients",
 }
 """Public names of version 0.1 that are still understood, and what they are called now."""
 

@@ -94,12 +94,12 @@ def eigen_cam(activations):
     return (-found if found.sum() < 0 else found).reshape(activations.shape[1:])
 
 
-def finer_cam(activations, gradients, rival_gradients, gamma):
+def finer_cam(activations, gradients, runner_up_gradients, gamma):
     """Zhang et al. 2025: Grad-CAM of the difference of two logits, the second times gamma."""
     weights = []
     for k in range(len(activations)):
         total = 0.0
         for at in positions(activations):
-            total += float(gradients[k][at]) - gamma * float(rival_gradients[k][at])
+            total += float(gradients[k][at]) - gamma * float(runner_up_gradients[k][at])
         weights.append(total / len(positions(activations)))
     return weighted(activations, weights)

@@ -1,8 +1,8 @@
-"""Finds the places of blocks: one forward shows every layer's inputs and outputs, and which of them come from which.
+"""Finds where attention blocks go: one forward shows every layer's input and output, and how they depend on each other.
 
-Neither names nor numbers of channels tell what a tensor is, since an image of three channels and three logits look
-alike. The operations do: a feature map comes from the image through a convolution, and its rows and columns are
-tracked from there through every change of shape.
+Neither names nor numbers of channels show what a tensor is, since an image of three channels and three logits look
+alike. The operations do: a feature map comes from the image through convolutions, and its rows and columns can be
+followed from there.
 """
 
 import re
@@ -13,26 +13,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sightline.inference import untouched
+from sightline.inference.operations import Operation, Operations, tensors_in
+from sightline.inference.positions import Positions
 
 # Blocks whose papers name stages; all others go to the end of every residual branch.
 STAGES = {"bam": slice(0, 3), "self_attention": slice(-2, None), "non_local": slice(-2, None)}
 SIDES = (224, 32, 64, 28, 96, 128, 256, 299, 384, 448)
 CHANNELS_FIRST, CHANNELS_LAST = (2, 3), (1, 2)
 WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-_OF_MAPS = ("conv", "pool2d", "batch_norm", "group_norm", "upsample", "pixel_")
-_OF_TOKENS = ("mm", "attention")
 _MIXING = ("conv", "mm", "norm", "pool", "attention", "cat", "mean", "sum")
-_OF_SHAPE = ("view", "reshape", "squeeze")
 
 
 class Value(NamedTuple):
     """A tensor in the forward.
 
-    Its number is higher than those of the tensors it is made from. A view shares the number of its base, and a tensor
-    that does not come from the images has none. `axes` are its rows and columns, None where they could not be tracked.
+    Its number is higher than those of the tensors that it depends on. A view shares the number of its base, and a
+    tensor that does not depend on the images has none. `axes` are its rows and columns, None if they could not be
+    followed.
     """
 
     shape: torch.Size
@@ -51,7 +50,7 @@ class Value(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One run of a layer: its only argument and its result, where these are tensors."""
+    """One run of a layer: its only argument and its result, if these are tensors."""
 
     name: str
     layer: nn.Module
@@ -88,8 +87,32 @@ class Call(NamedTuple):
         return self.makes_one_position and not any(isinstance(layer, WEIGHTS) for layer in self.layer.modules())
 
 
+class _Axes(Operations):
+    """Follows the rows and columns of the images through every operation."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.positions = Positions(images)
+
+    def on(self, operation: Operation) -> Any:
+        """The result of the operation."""
+        output = operation()
+        self.positions.follow(operation, output)
+        return output
+
+    def of(self, tensor: Tensor) -> tuple[int, int] | None:
+        """Which dimensions of a tensor are rows and columns; None where they could not be followed."""
+        layout = self.positions.layout(tensor)
+        if layout is None:
+            is_pooled = tensor.ndim == 4 and self.positions.knows(tensor) and tensor.shape[2:].numel() == 1
+            return CHANNELS_FIRST if is_pooled else None
+        if layout.cells:
+            return None
+        return CHANNELS_FIRST if layout.channels == 1 else CHANNELS_LAST
+
+
 class _Flow(TorchDispatchMode):
-    """Follows the tensors that are made from the images through every operation."""
+    """Follows how tensors depend on each other, starting from the images."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
@@ -97,25 +120,15 @@ class _Flow(TorchDispatchMode):
         self.convolved = [False]
         self._names = [""]
         self._numbers = {_storage(images): 0}
-        self._axes: dict[tuple[Any, ...], tuple[int, int]] = {}
 
-    def value(self, tensor: Tensor) -> Value:
-        """What is known about a tensor at this moment."""
-        return Value(tensor.shape, self._numbers.get(_storage(tensor)), self._axes.get(_geometry(tensor)))
-
-    def keep_axes(self, old: Value, new: Tensor) -> None:
-        """Give a linear layer's result the rows and columns of its argument, which the layer flattens in between."""
-        if old.axes is not None and max(old.axes) < new.ndim - 1:
-            self._axes[_geometry(new)] = old.axes
+    def number(self, tensor: Tensor) -> int | None:
+        """The number of a tensor at this moment."""
+        return self._numbers.get(_storage(tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and note where its results come from."""
-        taken = _tensors((args, kwargs))
-        axes = [self._axes.get(_geometry(tensor)) for tensor in taken]
-        shapes = [tensor.shape for tensor in taken]
-        storages = {_storage(tensor) for tensor in taken}
+        """Run an operation and record what its results depend on."""
+        storages = {_storage(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **kwargs or {})
-        given = _tensors(result)
         written = {
             _storage(tensor)
             for argument, tensor in zip(func._schema.arguments, args, strict=False)
@@ -123,7 +136,7 @@ class _Flow(TorchDispatchMode):
         }
         name = func.__name__.partition(".")[0]
         parents = {self._numbers[storage] for storage in storages if storage in self._numbers}
-        fresh = ({_storage(tensor) for tensor in given} - storages) | written
+        fresh = ({_storage(tensor) for tensor in _tensors(result)} - storages) | written
         if parents and fresh:
             self.parents.append(parents)
             self._names.append(name)
@@ -133,16 +146,10 @@ class _Flow(TorchDispatchMode):
                 self._numbers[storage] = len(self.parents) - 1
             else:
                 self._numbers.pop(storage, None)
-        for tensor in given:
-            after = _axes_after(name, args, axes, shapes, tensor)
-            if after is None:
-                self._axes.pop(_geometry(tensor), None)
-            else:
-                self._axes[_geometry(tensor)] = after
         return result
 
     def is_branch_end(self, number: int) -> bool:
-        """Whether a value, scaled or not, is added to one that does not come from it."""
+        """Whether a value, scaled or not, is added to one that does not depend on it."""
         branch, descendants = {number}, {number}
         for later in range(number + 1, len(self.parents)):
             parents, name = self.parents[later], self._names[later]
@@ -156,7 +163,7 @@ class _Flow(TorchDispatchMode):
         return False
 
     def ways_to(self, end: int) -> tuple[set[int], set[int]]:
-        """Numbers on the paths from the images to `end`, and those that every path passes through."""
+        """Numbers on the paths from the images to `end`, and those that lie on every path."""
         on_path = {end}
         for number in range(end, 0, -1):
             if number in on_path:
@@ -171,67 +178,29 @@ class _Flow(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.numel()]
+    return [tensor for tensor in tensors_in(values) if tensor.numel()]
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _geometry(tensor: Tensor) -> tuple[Any, ...]:
-    return _storage(tensor), tensor.shape, tensor.stride(), tensor.storage_offset()
-
-
-def _axes_after(
-    name: str, args: Any, axes: list[tuple[int, int] | None], shapes: list[torch.Size], result: Tensor
-) -> tuple[int, int] | None:
-    """Rows and columns of an operation's result."""
-    if any(word in name for word in _OF_MAPS):
-        return CHANNELS_FIRST if result.ndim == 4 else None
-    if any(word in name for word in _OF_TOKENS) or not axes:
-        return None
-    if name in ("permute", "transpose", "t"):
-        return axes[0] and _permuted(axes[0], name, args, result.ndim)
-    if any(word in name for word in _OF_SHAPE):
-        return axes[0] and _reshaped(axes[0], shapes[0], result.shape)
-    return next((found for found, shape in zip(axes, shapes, strict=True) if found and len(shape) == result.ndim), None)
-
-
-def _permuted(axes: tuple[int, int], name: str, args: Any, ndim: int) -> tuple[int, int]:
-    order = list(range(ndim))
-    if name == "permute":
-        order = [dim % ndim for dim in args[1]]
-    else:
-        first, second = (dim % ndim for dim in args[1:]) if name == "transpose" else (0, 1)
-        order[first], order[second] = order[second], order[first]
-    return order.index(axes[0]), order.index(axes[1])
-
-
-def _reshaped(axes: tuple[int, int], old: torch.Size, new: torch.Size) -> tuple[int, int] | None:
-    """The axes after a reshape: each is kept if an axis of its length has as many elements before it."""
-    found: list[int] = []
-    for axis in axes:
-        before = old[:axis].numel()
-        found += [dim for dim in range(len(new)) if new[dim] == old[axis] and new[:dim].numel() == before][:1]
-    return (found[0], found[1]) if len(found) == 2 else None
-
-
 class Trace:
     """Every run of a layer in one forward on zeros, in the order in which they end.
 
     Raises:
-        ValueError: the network takes none of the image sizes tried.
+        ValueError: the network accepts none of the image sizes tried.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         like = next(model.parameters(), torch.zeros(()))
         config: dict[str, Any] = getattr(model, "default_cfg", None) or {}
-        known: tuple[tuple[int, int], ...] = (tuple(config["input_size"][1:]),) if "input_size" in config else ()
+        sizes: tuple[tuple[int, int], ...] = (tuple(config["input_size"][1:]),) if "input_size" in config else ()
         first = next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), 3)
         problem = ""
-        for size in (*known, *((side, side) for side in SIDES)):
-            for channels in dict.fromkeys((first, 3)):  # a first convolution may see pixels moved into channels
+        for size in (*sizes, *((side, side) for side in SIDES)):
+            for channels in dict.fromkeys((first, 3)):  # pixels may be moved into channels before the convolution
                 try:
                     self._run(torch.zeros(1, channels, *size, device=like.device, dtype=like.dtype))
                     return
@@ -245,20 +214,22 @@ class Trace:
     def _run(self, images: Tensor) -> None:
         self.images = images
         self.calls: list[Call] = []
-        flow = _Flow(images)
+        flow, axes = _Flow(images), _Axes(images)
         begun: list[Value | None] = []
+
+        def value(tensor: Tensor) -> Value:
+            return Value(tensor.shape, flow.number(tensor), axes.of(tensor))
 
         def begin(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             only = inputs[0] if len(inputs) == 1 else None
-            begun.append(flow.value(only) if isinstance(only, Tensor) else None)
+            begun.append(value(only) if isinstance(only, Tensor) else None)
 
         def keeper(name: str) -> Callable[..., None]:
             def keep(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
                 taken, given, kind, like = begun.pop(), None, type(output).__name__, images
                 if isinstance(output, Tensor):
-                    if isinstance(layer, nn.Linear) and taken is not None:
-                        flow.keep_axes(taken, output)
-                    given, kind, like = flow.value(output), str(tuple(output.shape)), output
+                    axes.positions.follow_module(layer, inputs, output)
+                    given, kind, like = value(output), str(tuple(output.shape)), output
                 self.calls.append(Call(name, layer, taken, given, kind, like.device, like.dtype))
 
             return keep
@@ -266,13 +237,13 @@ class Trace:
         handles = [layer.register_forward_pre_hook(begin) for layer in self.model.modules()]
         handles += [layer.register_forward_hook(keeper(name)) for name, layer in self.model.named_modules()]
         try:
-            with untouched(self.model), torch.no_grad(), flow:
+            with untouched(self.model), torch.no_grad(), flow, axes:
                 result = self.model(images)
         finally:
             for handle in handles:
                 handle.remove()
         self.shapes = shapes_of(result)
-        numbers = [flow.value(leaf).number for leaf in _tensors(result)]
+        numbers = [flow.number(tensor) for tensor in _tensors(result)]
         self.on_path, self._trunk = flow.ways_to(max((number for number in numbers if number is not None), default=0))
         self._flow = flow
         runs = Counter(call.name for call in self.calls)
@@ -306,7 +277,7 @@ class Trace:
         return places
 
     def pool(self) -> Call | None:
-        """The layer that pools the features to one position, or, if there is none, the layer that returns them."""
+        """The layer that pools the features to one position, or else the layer that returns them."""
         features = self._features_of_head()
         if features is None:
             maps = self._maps()
@@ -316,10 +287,10 @@ class Trace:
 
     def _without_maps(self) -> str:
         last = any(call.given is not None and call.given.axes == CHANNELS_LAST for call in self.calls)
-        return "whose maps are (b, h, w, c)" if last else "which has none that all later layers come from"
+        return "whose maps are (b, h, w, c)" if last else "which has none that all later layers depend on"
 
     def _is_features(self, call: Call) -> bool:
-        """Whether a layer runs once and returns a map (b, c, h, w) made from the images by convolutions."""
+        """Whether a layer runs once and returns a map (b, c, h, w) computed from the images by convolutions."""
         value = call.given
         if value is None or value.number is None or value.axes != CHANNELS_FIRST or not value.is_map:
             return False
@@ -333,7 +304,7 @@ class Trace:
             if self._is_features(call)
             and call.gives_map
             and _number(call.given) in self._trunk
-            and call.given != call.taken  # it does not just pass it on
+            and call.given != call.taken  # an identity
         ]
 
     def _weights_behind(self, call: Call) -> list[Call]:
@@ -344,8 +315,8 @@ class Trace:
     def _features_of_head(self) -> Call | None:
         """The run that returns the last map read by layers with weights.
 
-        They read it as one position. The first may also take the map itself, if it reduces it to one position, or makes
-        logits for each position.
+        They read it as one position. The first may also take the map itself, if it reduces it to one position or
+        computes logits for each position.
         """
         maps = [call for call in self._maps() if self._weights_behind(call)]
         if not maps:
@@ -362,11 +333,11 @@ class Trace:
         return next((call for call in pools if call.name in self._once), None)
 
     def _branch_ends(self) -> list[Call]:
-        found = {call.name: (index, call) for index, call in enumerate(self.calls) if self._is_features(call)}
-        order = {name: index for name, (index, _) in found.items()}
+        features = {call.name: (index, call) for index, call in enumerate(self.calls) if self._is_features(call)}
+        order = {name: index for name, (index, _) in features.items()}
         ends = (_branch_end(call.name, call.layer, order) for call in self.calls)
-        names = {end for end in ends if end in found}
-        calls = [found[name][1] for name, _ in self.model.named_modules() if name in names]
+        names = {end for end in ends if end in features}
+        calls = [features[name][1] for name, _ in self.model.named_modules() if name in names]
         return [call for call in calls if self._flow.is_branch_end(_number(call.given) or 0)]
 
     def _stages(self) -> list[Call]:
@@ -376,12 +347,12 @@ class Trace:
         """
         maps = self._maps()
         features = self._features_of_head()
-        if features is not None:  # behind it are logits
+        if features is not None:  # logits follow
             maps = maps[: maps.index(features) + 1]
         deep = {call.name for call in maps if _has_blocks(call.layer)}
-        own = [call for call in maps if re.fullmatch(r"layer\d", call.name) and call.name in deep]
-        if len(own) > 2:  # at high resolution several are of one size
-            return own
+        named = [call for call in maps if re.fullmatch(r"layer\d", call.name) and call.name in deep]
+        if len(named) > 2:  # at high resolution several have one size
+            return named
         units = [call for call in maps if not _shrinks(call)]
         names = {call.name for call in units}
         last: dict[tuple[int, ...], Call] = {}
@@ -405,9 +376,10 @@ def _number(value: Value | None) -> int | None:
 
 def _shrinks(call: Call) -> bool:
     """Whether a layer made of layers more than halves the resolution."""
-    if call.taken is None or call.given is None or not call.takes_map or not list(call.layer.children()):
+    if call.taken is None or call.given is None or not list(call.layer.children()):
         return False
-    return call.taken.shape[2] > 2 * call.given.shape[2]
+    is_last = call.taken.axes == CHANNELS_LAST
+    return (call.takes_map or is_last) and call.taken.shape[1 if is_last else 2] > 2 * call.given.shape[2]
 
 
 def _is_inside(name: str, other: str) -> bool:
@@ -433,4 +405,4 @@ def _branch_end(name: str, block: nn.Module, order: dict[str, int]) -> str | Non
 
 def shapes_of(result: Any) -> list[torch.Size]:
     """Shapes of all tensors in a network's output."""
-    return [leaf.shape for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    return [tensor.shape for tensor in tensors_in(result)]

@@ -1,4 +1,4 @@
-"""Class activation maps: channels of one layer, weighted by what they do for a class."""
+"""Class activation maps: the channels of one layer, weighted by their effect on a class."""
 
 from functools import partial
 
@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sightline.explainers.evidence import Explainer
+from sightline.explainers.explainer import Explainer
 from sightline.explainers.scorer import rows_of
+
+__all__ = ["cam", "grad_cam", "grad_cam_plus_plus", "xgrad_cam", "layer_cam", "hires_cam", "eigen_cam", "finer_cam"]
 
 
 @partial(Explainer, is_signed=True)
@@ -19,12 +21,12 @@ def cam(
 ) -> Float[Tensor, "b t *grid"]:
     r"""Channels weighted by the linear layer behind global average pooling, summed: $\sum_k w_k^c A^k$, no ReLU.
 
-    The mean of the map plus the layer's bias is the logit; of a single logit z that is z for class 1 and -z for class
-    0. The head is read off the graph of the logits: a mean over all positions and one linear layer, or none, in either
-    order; a 1 x 1 convolution is one. No backward pass is needed, however many targets.
+    The mean of the map plus the layer's bias is the logit; a single logit z counts as z for class 1 and -z for class 0.
+    The head is read off the graph of the logits: a mean over all positions and at most one linear layer, in either
+    order; a 1 x 1 convolution is one. No backward pass is needed, however many targets there are.
 
     Raises:
-        ValueError: the head is another one, or the targets are a function, which has no weights.
+        ValueError: another head, or a function as targets, which has no weights.
 
     Source: Zhou et al. 2016 (1512.04150), eq. 2.
     """
@@ -62,16 +64,16 @@ def grad_cam(
 def grad_cam_plus_plus(
     activations: Float[Tensor, "b k *grid"], gradients: Float[Tensor, "b t k *grid"], normalize_alpha: bool = False
 ) -> Float[Tensor, "b t *grid"]:
-    r"""Channels weighted by their positive gradients, each with a factor of its own, summed, the positive part.
+    r"""Channels weighted by their positive gradients, each with its own factor, summed, the positive part.
 
     $\mathrm{ReLU}(\sum_k w_k^c A^k)$ with $w_k^c = \sum_{ij} \alpha_{ij}^{kc} \, \mathrm{ReLU}(g_{ij}^{kc})$. The
     factor $\alpha = g^2 / (2 g^2 + \sum_{ab} A_{ab}^k \, g^3)$ is computed as $1 / (2 + \sum_{ab} A_{ab}^k \, g)$ and
-    is 0 where the denominator is: no third power of a small gradient is lost, and no epsilon decides.
+    is 0 where the denominator is 0: no third power of a small gradient is lost, and no epsilon is needed.
     With `normalize_alpha` a channel's factors are divided by their sum over its positions with a positive gradient.
 
     Source: Chattopadhyay et al. 2018 (1710.11063), eqs. 5 and 19; `normalize_alpha`: the authors' code.
 
-    Differs: without the factor $e^{y^c}$ of the whole map, which comes from explaining $e^{y^c}$ and can overflow.
+    Differs: the factor $e^{y^c}$ of the whole map, which comes from explaining $e^{y^c}$ and can overflow, is left out.
 
     >>> activations, gradients = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[[2.0, -1.0]]]]])
     >>> grad_cam_plus_plus.formula(activations, gradients).tolist()  # weight 2 / (2 + 3 * 2)
@@ -89,11 +91,11 @@ def grad_cam_plus_plus(
 def xgrad_cam(
     activations: Float[Tensor, "b k *grid"], gradients: Float[Tensor, "b t k *grid"]
 ) -> Float[Tensor, "b t *grid"]:
-    r"""Channels weighted by the mean of their gradients, each counted by its activation, summed, the positive part.
+    r"""Channels weighted by the mean of their gradients, averaged with the activations, summed, the positive part.
 
     $\mathrm{ReLU}(\sum_k w_k^c A^k)$ with $w_k^c = \sum_{ij} A_{ij}^k g_{ij}^{kc} / \sum_{ij} A_{ij}^k$, and 0 for a
     channel whose sum is 0. Before the ReLU the map sums to $\sum_k \sum_{ij} A_{ij}^k g_{ij}^{kc}$. Meant for
-    activations behind a ReLU: where a channel's values cancel out, its weight is large.
+    activations behind a ReLU: a channel whose values cancel out gets a large weight.
 
     Source: Fu et al. 2020 (2008.02312).
 
@@ -132,7 +134,7 @@ def hires_cam(
 ) -> Float[Tensor, "b t *grid"]:
     r"""Activation times gradient, summed over channels: $\sum_k g^{kc}_{ij} A^k_{ij}$, no ReLU.
 
-    If all behind the layer is linear, the sum of the map plus the biases' share is the logit.
+    If everything behind the layer is linear, the sum of the map plus the contribution of the biases is the logit.
 
     Source: Draelos and Carin 2020 (2011.08891).
 
@@ -147,8 +149,8 @@ def hires_cam(
 def eigen_cam(activations: Float[Tensor, "b k *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
     r"""Activations projected on their first principal component, the same for every target.
 
-    $A v_1$ with $v_1$ the first right singular vector of the activations $A$ (positions x channels), not centered. A
-    singular vector has no sign: the one is taken with which the map's sum is not negative.
+    $A v_1$ with $v_1$ the first right singular vector of the activations $A$ (positions x channels), not centered. The
+    sign of a singular vector is arbitrary; it is chosen so that the sum of the map is not negative.
 
     Source: Muhammad and Yeasin 2020 (2008.00299).
 
@@ -158,39 +160,39 @@ def eigen_cam(activations: Float[Tensor, "b k *grid"], targets: Int[Tensor, "b t
     columns = activations.flatten(2)
     few_channels = columns.shape[1] < columns.shape[2]
     gram = columns @ columns.mT if few_channels else columns.mT @ columns
-    # One image with a non-finite value must not make eigh refuse the batch; its own map stays non-finite.
+    # Otherwise eigh refuses the whole batch for one image with a non-finite value; its own map stays non-finite.
     gram = gram.masked_fill(~gram.isfinite(), 0)
     first = torch.linalg.eigh(gram)[1][:, :, -1:]
     if not few_channels:
         first = columns @ first
         first = _ratio(first, torch.linalg.vector_norm(first, dim=1, keepdim=True))
-    found = first.mT @ columns
-    found = torch.where(found.sum(2, keepdim=True) < 0, -found, found)
-    return found.unflatten(2, activations.shape[2:]).expand(-1, targets.shape[1], *activations.shape[2:])
+    projected = first.mT @ columns
+    projected = torch.where(projected.sum(2, keepdim=True) < 0, -projected, projected)
+    return projected.unflatten(2, activations.shape[2:]).expand(-1, targets.shape[1], *activations.shape[2:])
 
 
 @Explainer
 def finer_cam(
     activations: Float[Tensor, "b k *grid"],
     mean_gradients: Float[Tensor, "b t k"],
-    rival_gradients: Float[Tensor, "b t k *grid"],
+    runner_up_gradients: Float[Tensor, "b t k *grid"],
     gamma: float = 1.0,
 ) -> Float[Tensor, "b t *grid"]:
-    r"""Grad-CAM of what speaks for the class and not for its strongest rival: of $y^c - \gamma y^d$.
+    r"""Grad-CAM of what speaks for the class and not for the runner-up: of $y^c - \gamma y^d$.
 
-    The rival $d$ is the class with the highest other logit; `gamma` is how much of it is taken away, 0 is Grad-CAM.
+    The runner-up $d$ is the class with the highest other logit; `gamma` is how much of it is subtracted, 0 is Grad-CAM.
 
     Source: Zhang et al. 2025 (2501.11309); `gamma`: the authors' code compares two classes with 1.
 
-    Differs: one rival, where the authors' code can also average several; it ranks them by the distance of their logit
-    from the target's, which for the predicted class is the same.
+    Differs: one other class, where the authors' code can also average several; it ranks them by the distance of their
+    logit from the target's, which is the same for the predicted class.
 
     >>> activations = torch.tensor([[[[1.0, 1.0]], [[0.0, 1.0]]]])
-    >>> rival = torch.tensor([[[[[1.0, 1.0]], [[0.0, 0.0]]]]])
-    >>> finer_cam.formula(activations, torch.tensor([[[1.0, 1.0]]]), rival).tolist()  # weights 0 and 1
+    >>> runner_up = torch.tensor([[[[[1.0, 1.0]], [[0.0, 0.0]]]]])
+    >>> finer_cam.formula(activations, torch.tensor([[[1.0, 1.0]]]), runner_up).tolist()  # weights 0 and 1
     [[[[0.0, 1.0]]]]
     """
-    return _weighted(mean_gradients - gamma * _distinct(rival_gradients).mean(3), activations).relu()
+    return _weighted(mean_gradients - gamma * _distinct(runner_up_gradients).mean(3), activations).relu()
 
 
 def _weighted(weights: Float[Tensor, "b t k"], activations: Float[Tensor, "b k *grid"]) -> Float[Tensor, "b t *grid"]:

@@ -8,20 +8,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sightline.explainers.capture import Capture, Captured
-from sightline.explainers.layout import Layout
+from sightline.explainers.capture import Capture, Captured, head_of
 from sightline.explainers.scorer import Scorer
 from sightline.inference import ForwardCall, copy_of, logits_of, run, version_of
-
-
-@dataclass(frozen=True)
-class _WithHead(Captured):
-    """A layer whose head is known without a graph."""
-
-    weights: Tensor
-
-    def head(self, logits: Tensor) -> Tensor | None:
-        return self.weights
+from sightline.inference.axes import Layout
 
 
 class _Both(nn.Module):
@@ -85,23 +75,23 @@ class CompiledCapture:
         )
         if model not in _COMPILED or _COMPILED[model].key != key:
             _COMPILED[model] = self._compile(key, layer, images)
-        made = _COMPILED[model]
+        compiled = _COMPILED[model]
         with torch.no_grad():
-            logits, features = made.call(images.contiguous(memory_format=torch.channels_last))
+            logits, features = compiled.call(images.contiguous(memory_format=torch.channels_last))
         self.scores = scorer.take(logits.clone())
-        self.captured: list[Captured] = [_WithHead(made.name, features, made.layout, 0, made.head)] * places
+        self.captured = [Captured(compiled.name, features, compiled.layout, 0, compiled.head)] * places
 
     def _compile(self, key: tuple[Any, ...], layer: Any, images: Tensor) -> _Compiled:
         capture = Capture(self.model, Scorer(self.model, None), [layer], call=None, gates=False, whole=False)
         capture.run(images)
-        (found,) = capture.captured
-        head = found.head(capture.scorer.direct)
+        (captured,) = capture.captured
+        head = head_of(capture.scorer.direct, captured)
         output = logits_of(ForwardCall().raw(self.model, images))
-        if head is None or found.name not in capture.modules or not torch.equal(output, run(self.model, images)):
+        if head is None or captured.name not in capture.modules or not torch.equal(output, run(self.model, images)):
             raise ValueError(
                 "expected a model whose last feature map is a module's output, pooled into one linear layer that "
                 f"yields the logits, for compile=True, got {type(self.model).__name__}; leave compile out"
             )
-        copied = _Both(copy_of(self.model).to(memory_format=torch.channels_last), found.name)
+        copied = _Both(copy_of(self.model).to(memory_format=torch.channels_last), captured.name)
         call = torch.compile(copied, options={"freezing": True})
-        return _Compiled(key, call, found.name, found.layout, head.detach().clone())
+        return _Compiled(key, call, captured.name, captured.layout, head.detach().clone())

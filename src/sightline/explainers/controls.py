@@ -1,4 +1,4 @@
-"""Maps that never look at the model: what any explanation has to beat."""
+"""Maps that never look at the model: an explanation has to beat them."""
 
 import zlib
 
@@ -7,8 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.checks import check_whole
-from sightline.explainers.evidence import Explainer
+from sightline.explainers.explainer import Explainer
 from sightline.inference import wide
+
+__all__ = ["random_map", "center_map", "edge_map", "contrast_map"]
 
 
 @Explainer
@@ -17,8 +19,8 @@ def random_map(
 ) -> Float[Tensor, "b t *cells"]:
     """Uniform random numbers in [0, 1) on a grid of `cells` along each side, as coarse as the maps of a deep layer.
 
-    Drawn from a generator seeded by `seed` and the pixels of each image: the same image gets the same map in any batch,
-    and the global random state is left alone.
+    The generator is seeded by `seed` and the pixels of the image: the same image gets the same map in any batch, and
+    the global random state is not used.
     """
     check_whole(seed=seed, cells=cells)
     maps: list[Tensor] = []
@@ -34,7 +36,7 @@ def random_map(
 def center_map(
     images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"], sigma: float = 0.25
 ) -> Float[Tensor, "b t *grid"]:
-    """A Gaussian blob in the middle of the image; `sigma` is a share of the side. Photographers center their objects.
+    """A Gaussian blob in the middle of the image, where objects usually are; `sigma` is a fraction of the side.
 
     >>> from sightline.testing import LinearModel
     >>> center_map(LinearModel(torch.ones(2, 3, 3, 3)), torch.zeros(1, 3, 3, 3), sigma=1.0)[0, 0, 1, 1].item()
@@ -49,7 +51,7 @@ def center_map(
 
 @Explainer
 def edge_map(images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
-    """Size of the Sobel gradient, summed over the color channels: an edge detector knows no class."""
+    """Magnitude of the Sobel gradient, summed over the color channels: edges, whatever the class."""
     planes = images.to(wide(images))
     sides = range(2, images.ndim)
     slopes: list[Tensor] = []
@@ -72,7 +74,7 @@ def _three(planes: Tensor, side: int, weights: tuple[float, float, float]) -> Te
 
 @Explainer
 def contrast_map(images: Float[Tensor, "b c *grid"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t *grid"]:
-    """How far each pixel's color lies from the mean color of its image, smoothed over 3 pixels along each side."""
+    """Distance of each pixel's color from the mean color of the image, smoothed over 3 pixels along each side."""
     planes = images.to(wide(images))
     mean = planes.flatten(2).mean(2).reshape(*planes.shape[:2], *[1] * (images.ndim - 2))
     smooth = (planes - mean).square().sum(1, keepdim=True).sqrt()

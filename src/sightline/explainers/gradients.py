@@ -1,4 +1,4 @@
-"""Maps from the gradient of the score with respect to the image's own pixels."""
+"""Maps from the gradient of the score with respect to the pixels."""
 
 from functools import partial
 
@@ -10,9 +10,22 @@ from torch import Tensor
 from sightline import maps
 from sightline.checks import check_whole
 from sightline.explainers.cams import grad_cam, grad_cam_plus_plus
-from sightline.explainers.evidence import Explainer
+from sightline.explainers.explainer import Explainer
 from sightline.explainers.scorer import Scorer
+from sightline.explainers.verdicts import Map
 from sightline.inference import wide
+
+__all__ = [
+    "saliency",
+    "input_x_gradient",
+    "integrated_gradients",
+    "smooth_grad",
+    "var_grad",
+    "guided_backprop",
+    "deconvolution",
+    "guided_grad_cam",
+    "guided_grad_cam_plus_plus",
+]
 
 
 @Explainer
@@ -31,7 +44,7 @@ def saliency(input_gradients: Float[Tensor, "b t c *grid"]) -> Float[Tensor, "b 
 def input_x_gradient(
     images: Float[Tensor, "b c *grid"], input_gradients: Float[Tensor, "b t c *grid"]
 ) -> Float[Tensor, "b t *grid"]:
-    r"""What a pixel contributes to the score to first order: $\sum_c x_c \, \partial y / \partial x_c$.
+    r"""Contribution of a pixel to the score, to first order: $\sum_c x_c \, \partial y / \partial x_c$.
 
     On a piecewise linear net without biases the map sums to the score.
 
@@ -47,15 +60,15 @@ def input_x_gradient(
 @partial(Explainer, is_signed=True, sums_to_score=True)
 def integrated_gradients(
     images: Float[Tensor, "b c *grid"], score: Scorer, steps: int = 32, baseline: float | Tensor = 0.0
-) -> Float[Tensor, "b t *grid"]:
-    r"""What each pixel adds on the straight way from the baseline $x'$ to the image $x$, summed over its colors.
+) -> Map:
+    r"""Contribution of each pixel along the straight line from the baseline $x'$ to the image $x$, summed over colors.
 
     $(x - x') \int_0^1 \frac{\partial y}{\partial x}(x' + \alpha (x - x')) \, d\alpha$. The map sums to the score of the
-    image less that of the baseline (completeness), but for the error of the integral.
+    image minus that of the baseline (completeness), up to the error of the integral.
 
-    The integral is taken by the Gauss-Legendre rule, whose completeness error is the smallest by far on smooth nets
-    (SiLU, GELU: 1e-10 of the score with 16 steps, where midpoints leave 1e-4). Where ReLUs put jumps into the gradient
-    no rule is better than the others, and more steps are the only help: a gap is a verdict.
+    The Gauss-Legendre rule has by far the smallest completeness error on smooth nets (SiLU, GELU: 1e-10 of the score
+    with 16 steps, against 1e-4 for midpoints). Where ReLUs make the gradient jump, no rule is better than the others
+    and only more steps help; a gap is a verdict.
 
     Options:
         steps: gradients per image.
@@ -63,31 +76,31 @@ def integrated_gradients(
             an image (c, ...), or one for each image (b, c, ...).
 
     Raises:
-        ValueError: less than one step, a baseline of another shape.
+        ValueError: less than one step, or a baseline of another shape.
 
     Source: Sundararajan et al. 2017 (1703.01365), eq. 1.
 
-    Differs: Gauss-Legendre nodes and weights, where the paper's eq. 3 sums equal steps from the right.
+    Differs: Gauss-Legendre nodes and weights; the paper's eq. 3 sums equal steps from the right.
     """
     check_whole(steps=steps)
     if steps < 1:
         raise ValueError(f"expected at least one step, got steps={steps}; take 32")
     start = _baseline(images, baseline)
-    points, shares = leggauss(steps)
+    points, factors = leggauss(steps)
     places = torch.as_tensor((points + 1) / 2, dtype=wide(images), device=images.device)
-    weights = torch.as_tensor(shares / 2, dtype=wide(images), device=images.device)
-    total = _zeros(images, score)
+    weights = torch.as_tensor(factors / 2, dtype=wide(images), device=images.device)
+    mean = _zeros(images, score)
 
     def on_the_way(items: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
         rows = items // steps
         there = _over(places[items % steps], images).to(images)
         return start[rows] + there * (images - start)[rows], rows
 
-    for items, found in score.stream("integrated_gradients", len(images) * steps, on_the_way, score.gradients):
-        total.index_add_(0, items // steps, found.to(total) * _over(weights[items % steps], found))
+    for items, gradients in score.stream("integrated_gradients", len(images) * steps, on_the_way, score.gradients):
+        mean.index_add_(0, items // steps, gradients.to(mean) * _over(weights[items % steps], gradients))
     ends = score.stream("baseline of integrated_gradients", len(images), lambda rows: (start[rows], rows), score)
-    score.origin = torch.cat([end for _, end in ends])
-    return ((images - start)[:, None] * total).sum(2)
+    total = score.of(score.targets).detach() - torch.cat([end for _, end in ends])
+    return Map(values=((images - start)[:, None] * mean).sum(2), total=total)
 
 
 @Explainer
@@ -100,8 +113,8 @@ def smooth_grad(
 
     Options:
         samples: noisy copies of each image.
-        noise: standard deviation of the Gaussian noise, as a share of the image's own range (maximum - minimum).
-        seed: of the noise, which is the same for every image but for its scale.
+        noise: standard deviation of the Gaussian noise, as a fraction of the image's range (maximum - minimum).
+        seed: seed of the noise, which is the same for every image except for its scale.
 
     Raises:
         ValueError: less than one sample, negative noise.
@@ -118,12 +131,12 @@ def var_grad(
 ) -> Float[Tensor, "b t *grid"]:
     r"""How much the gradient varies between noisy copies: $\sum_c \mathrm{Var}_i \, g_c(x + \epsilon_i)$.
 
-    The variance is that of the copies themselves (divided by their number), which are those of `smooth_grad`.
+    The copies are those of `smooth_grad`; their squared deviations are divided by their number.
 
     Options:
         samples: noisy copies of each image.
-        noise: standard deviation of the Gaussian noise, as a share of the image's own range (maximum - minimum).
-        seed: of the noise, which is the same for every image but for its scale.
+        noise: standard deviation of the Gaussian noise, as a fraction of the image's range (maximum - minimum).
+        seed: seed of the noise, which is the same for every image except for its scale.
 
     Raises:
         ValueError: less than one sample, negative noise.
@@ -135,10 +148,10 @@ def var_grad(
 
 @partial(Explainer, is_signed=True)
 def guided_backprop(guided_gradients: Float[Tensor, "b t c *grid"]) -> Float[Tensor, "b t *grid"]:
-    """Gradient of which every rectifier lets only the positive part through, as in the forward; summed over colors.
+    """Gradient of which each rectifier passes only the positive part, where it was on; summed over colors.
 
-    Warning: known to fail randomization tests: it draws the image's edges, whatever the last layers have learned
-    (Adebayo et al. 2018, 1810.03292). Sharp is not the same as right.
+    Warning: fails randomization tests: it draws the edges of the image, whatever the last layers have learned (Adebayo
+    et al. 2018, 1810.03292). A sharp map is not necessarily right.
 
     Source: Springenberg et al. 2014 (1412.6806), section 3.4.
 
@@ -150,7 +163,7 @@ def guided_backprop(guided_gradients: Float[Tensor, "b t c *grid"]) -> Float[Ten
 
 @partial(Explainer, is_signed=True)
 def deconvolution(deconvolved_gradients: Float[Tensor, "b t c *grid"]) -> Float[Tensor, "b t *grid"]:
-    """Gradient that every rectifier rectifies, whether it was on in the forward or not; summed over colors.
+    """Gradient that every rectifier rectifies, whether or not it was on in the forward; summed over colors.
 
     Warning: like `guided_backprop` it hardly depends on the class or on what the last layers have learned, and fails
     randomization tests (Adebayo et al. 2018, 1810.03292; Nie et al. 2018, 1805.07039).
@@ -170,10 +183,10 @@ def guided_grad_cam(
     guided_gradients: Float[Tensor, "b t c *grid"],
     interpolation: maps.Mode = "bilinear",
 ) -> Float[Tensor, "b t *grid"]:
-    """Guided backpropagation times Grad-CAM, which is first brought to the size of the image.
+    """Guided backpropagation times Grad-CAM, resized to the image.
 
     Warning: its detail is that of `guided_backprop`, which fails randomization tests (Adebayo et al. 2018, 1810.03292);
-    what it says about the class is the coarse `grad_cam`.
+    only the coarse `grad_cam` depends on the class.
 
     Options:
         interpolation: how Grad-CAM is resized, "bilinear" or "nearest" (see `sightline.maps.resize`).
@@ -193,10 +206,10 @@ def guided_grad_cam_plus_plus(
     guided_gradients: Float[Tensor, "b t c *grid"],
     interpolation: maps.Mode = "bilinear",
 ) -> Float[Tensor, "b t *grid"]:
-    """Guided backpropagation times Grad-CAM++, which is first brought to the size of the image.
+    """Guided backpropagation times Grad-CAM++, resized to the image.
 
     Warning: its detail is that of `guided_backprop`, which fails randomization tests (Adebayo et al. 2018, 1810.03292);
-    what it says about the class is the coarse `grad_cam_plus_plus`.
+    only the coarse `grad_cam_plus_plus` depends on the class.
 
     Options:
         interpolation: how Grad-CAM++ is resized, "bilinear" or "nearest" (see `sightline.maps.resize`).
@@ -242,13 +255,13 @@ def _moments(
 
     mean = _zeros(images, score)
     squares = torch.zeros_like(mean)
-    for items, found in score.stream(name, batch * samples, noisy, score.gradients):
+    for items, streamed in score.stream(name, batch * samples, noisy, score.gradients):
         numbers: list[int] = items.tolist()
         first, after = numbers[0], numbers[-1] + 1
         for copy in range(first // batch, (after - 1) // batch + 1):
             start, end = max(copy * batch, first), min((copy + 1) * batch, after)
             rows = slice(start - copy * batch, end - copy * batch)
-            gradients = found[start - first : end - first].to(mean)
+            gradients = streamed[start - first : end - first].to(mean)
             step = gradients - mean[rows]
             mean[rows] += step / (copy + 1)
             squares[rows] += step * (gradients - mean[rows])

@@ -1,4 +1,4 @@
-"""Maps that the model makes by itself: its learned attention, and the size of its activations."""
+"""Maps that the model itself makes: its learned attention, and the size of its activations."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sightline.explainers.capture import gates_of
-from sightline.explainers.evidence import Explainer
+from sightline.explainers.evidence import gather
+from sightline.explainers.explainer import Explainer
 from sightline.inference import check_images, forward_call, preserving
+
+__all__ = ["attention_maps", "attention", "activation_map"]
 
 
 @preserving
@@ -22,10 +24,9 @@ def attention_maps(
 ) -> dict[str, Float[Tensor, "b _ _ _"]]:
     """Every learned attention map of a model, by the dotted name of its block, each of shape (b, k, h, w).
 
-    A block is any module with a child called `gate` that returns a 4-D tensor, whoever wrote it, or the attention of a
-    vision transformer between all its tokens: (b, heads, h, w), what each patch receives from the class token if the
-    head reads that token, else from all patches on average (see `sightline.explainers.tokens`). The model runs once, in
-    eval mode, and is left as it was; the weights that a fused kernel does not show are computed beside it.
+    A block is any module with a child called `gate` that returns a 4-D tensor, or the attention of a vision transformer
+    between all its tokens: (b, heads, h, w), the attention that each patch receives from the class token if the head
+    reads that token, else from all patches on average. The model runs once, in eval mode, and is left unchanged.
     `forward_args` and `forward_kwargs` are those of `explain`.
 
     >>> from sightline.testing import PlantedAttention
@@ -33,7 +34,9 @@ def attention_maps(
     [0.25, 0.25, 0.25, 0.25]
     """
     check_images(images)
-    return gates_of(model, images, forward_call(images, None, forward_args, forward_kwargs))
+    forward = forward_call(images, None, forward_args, forward_kwargs)
+    no_score = images.new_zeros(len(images))  # the model may return anything
+    return gather(model, images, [(None, frozenset({"gates"}))], lambda output: no_score, forward).gates
 
 
 @Explainer

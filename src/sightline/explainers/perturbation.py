@@ -1,21 +1,23 @@
-"""Maps from what the model says of changed images: parts covered, masked, or channels of a layer switched off."""
+"""Maps from the scores of perturbed images: patches covered, pixels masked, or channels of a layer set to 0."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sightline import maps
 from sightline.checks import check_whole
-from sightline.explainers.evidence import Explainer
+from sightline.explainers.explainer import Explainer
 from sightline.explainers.scorer import Scorer, rows_of
 from sightline.inference import untouched, wide
+
+__all__ = ["occlusion", "rise", "score_cam", "ablation_cam"]
 
 
 @partial(Explainer, is_signed=True)
@@ -26,7 +28,7 @@ def occlusion(
     stride: int | None = None,
     fill: float = 0.0,
 ) -> Float[Tensor, "b t *grid"]:
-    """By how much the logit falls when a patch is covered; a pixel gets the mean over the patches that hold it.
+    """By how much the logit drops when a patch is covered; a pixel gets the mean over the patches that contain it.
 
     Args:
         patch: side of the square patches in pixels. None: an eighth of each side of the image.
@@ -34,12 +36,12 @@ def occlusion(
         fill: value of a covered pixel, in the model's input (0 = the mean color of normalized images).
 
     Raises:
-        ValueError: a patch larger than the image, or a stride that leaves pixels between the patches.
+        ValueError: a patch larger than the image, or a stride that leaves gaps between the patches.
 
     Source: Zeiler and Fergus 2014 (1311.2901), section 4.2.
 
-    Differs: the paper plots the probability at the center of the patch; here the fall of the logit is shared by the
-    patch's pixels, and the last patches are moved inwards so that they lie in the image as a whole.
+    Differs: the paper plots the probability at the center of the patch; here all pixels of the patch get the drop of
+    the logit, and the last patches are moved inwards so that they lie entirely in the image.
 
     >>> from sightline.testing import LinearModel
     >>> images, model = torch.tensor([[[[1.0, 2.0]]]]), LinearModel(torch.tensor([[[[3.0, 5.0]]]]).repeat(2, 1, 1, 1))
@@ -48,22 +50,10 @@ def occlusion(
     >>> occlusion.formula(images, score).tolist()  # weight x image
     [[[[3.0, 10.0]]]]
     """
-    sides = images.shape[2:]
-    check_whole(patch=patch, stride=stride)
     if not isinstance(fill, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"expected a number as fill of occlusion, in the model's input, got {fill!r}")
-    if patch is not None and not 1 <= patch <= min(sides):
-        raise ValueError(f"expected patch in 1..{min(sides)}, the shortest side of the images, got {patch}")
-    inside: list[Tensor] = []  # per axis (positions, side): which pixels a patch covers
-    for side in sides:
-        length = patch or max(1, round(side / 8))
-        step = max(1, length // 2) if stride is None else stride
-        if not 1 <= step <= length:
-            raise ValueError(f"expected stride in 1..{length}, the side of a patch, got {step}; it leaves gaps")
-        pixels = torch.arange(side, device=images.device)
-        starts = torch.arange(0, side - length + step, step, device=images.device).clamp(max=side - length)[:, None]
-        inside.append((pixels >= starts) & (pixels < starts + length))
-    positions = torch.Size([len(table) for table in inside])
+    covered = _covered(images, patch, stride)
+    positions = torch.Size([len(table) for table in covered])
     patches = positions.numel()
 
     def occluded(items: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,14 +64,14 @@ def occlusion(
             places.insert(0, left % count)
             left = left // count
         for axis, at in enumerate(places):
-            holes = holes[..., None] & inside[axis][at].view(len(items), *[1] * axis, -1)
+            holes = holes[..., None] & covered[axis][at].view(len(items), *[1] * axis, -1)
         return torch.where(holes[:, None], fill, images[rows]), rows
 
-    scores = _scores(score, "occlusion", len(images) * patches, occluded, score).unflatten(0, (len(images), -1))
-    falls = (score.of(score.targets)[:, None] - scores).mT.unflatten(2, positions)
-    for table in inside:  # the patches over a pixel are a product of its rows and columns: so is their mean
-        falls = torch.einsum("btp...,ps->bt...s", falls, table.to(falls) / table.sum(0))
-    return falls
+    scores = score.collect("occlusion", len(images) * patches, occluded, score).unflatten(0, (len(images), -1))
+    drops = (score.of(score.targets)[:, None] - scores).mT.unflatten(2, positions)
+    for table in covered:  # the patches over a pixel are a product of its rows and columns: so is their mean
+        drops = torch.einsum("btp...,ps->bt...s", drops, table.to(drops) / table.sum(0))
+    return drops
 
 
 @Explainer
@@ -93,27 +83,26 @@ def rise(
     keep: float = 0.5,
     seed: int = 0,
 ) -> Float[Tensor, "b t *grid"]:
-    r"""Random masks, each weighted by the class's probability in the image that it leaves, summed.
+    r"""Random masks, summed, each weighted by the probability of the class in the masked image.
 
     $\frac{1}{Np} \sum_i f(x \odot M_i) \, M_i$ with $f$ the softmax probability, or the probability that the model
-    itself returns. A mask is a coarse grid of zeros and
-    ones, enlarged bilinearly and shifted at random; all images get the same masks. The map estimates the probability
-    given that the pixel is seen, so it is positive where nothing matters, too.
+    itself returns. A mask is a coarse grid of zeros and ones, enlarged bilinearly and shifted at random; all images get
+    the same masks. The map estimates the probability given that the pixel is visible, so it is positive even where
+    nothing matters.
 
     Args:
-        masks: how many, $N$.
+        masks: number of masks, $N$.
         cells: cells of the grid along each side.
         keep: probability $p$ that a cell is kept.
-        seed: of the masks; the global random state is left alone.
+        seed: seed of the masks; the global random state is not used.
 
     Raises:
         ValueError: fewer than one mask or cell, or `keep` outside (0, 1].
 
     Source: Petsiuk et al. 2018 (1806.07421), eq. 6 and section 3.2.
 
-    Differs: cells are $\lceil H/h \rceil$ pixels large, as in the authors' code, where the paper rounds down. In the
-    half cell along the border a mask keeps the value of its outermost cell; the authors' code mirrors the grid there,
-    so that it changes towards that of the next cell.
+    Differs: cells are $\lceil H/h \rceil$ pixels large, as in the authors' code; the paper rounds down. In the half
+    cell along the border a mask keeps the value of its outermost cell; the authors' code mirrors the grid there.
     """
     check_whole(masks=masks, cells=cells, seed=seed)
     if min(masks, cells) < 1 or not 0 < keep <= 1:
@@ -140,10 +129,10 @@ def rise(
         rows = items % len(images)
         return images[rows] * mask(items // len(images))[:, None].to(images.dtype), rows
 
-    shares = _scores(score, "rise", masks * len(images), masked, score.probabilities).unflatten(0, (masks, -1))
+    weights = score.collect("rise", masks * len(images), masked, score.probabilities).unflatten(0, (masks, -1))
     chunks = torch.arange(masks, device=images.device).split(score.batch_size)
-    parts = (torch.einsum("nbt,n...->bt...", shares[chunk], mask(chunk).to(shares.dtype)) for chunk in chunks)
-    return sum(parts, shares.new_zeros(())) / (masks * keep)
+    parts = (torch.einsum("nbt,n...->bt...", weights[chunk], mask(chunk).to(weights.dtype)) for chunk in chunks)
+    return sum(parts, weights.new_zeros(())) / (masks * keep)
 
 
 @Explainer
@@ -155,12 +144,12 @@ def score_cam(
 ) -> Float[Tensor, "b t *small"]:
     r"""Channels weighted by the logit of the image seen through them, $\mathrm{ReLU}(\sum_k w_k^c A^k)$.
 
-    Each channel, enlarged bilinearly to the image and scaled to [0, 1], is multiplied onto the image; the weights are
-    the softmax over the channels of the logits that the model then gives. A channel that is the same everywhere shows
-    nothing of the image: it gets weight 0 and no share of the softmax.
+    The image is multiplied by each channel, which is first enlarged bilinearly and scaled to [0, 1]; the weights are
+    the softmax over the channels of the logits of these images. A constant channel hides the whole image: it gets
+    weight 0 and does not enter the softmax.
 
     Args:
-        channels: only so many channels, those with the largest norm in each image. None: all.
+        channels: use only this many channels, those with the largest norm in each image. None: all.
 
     Raises:
         ValueError: fewer than one channel.
@@ -168,8 +157,8 @@ def score_cam(
     Source: Wang et al. 2020 (1910.01279), algorithm 1. Its baseline $f(X_b)$ is the same for all channels and cancels.
 
     Differs: from the authors' code, whose weights are the class's probabilities, not a softmax over channels; from
-    pytorch-grad-cam, which enlarges with aligned corners, and torch-cam, which scales before it enlarges: both give
-    flat channels a share.
+    pytorch-grad-cam, which enlarges with aligned corners, and torch-cam, which scales before it enlarges: both also
+    weight flat channels.
     """
     check_whole(channels=channels)
     if channels is not None and channels < 1:
@@ -179,11 +168,11 @@ def score_cam(
     if channels is not None and channels < flat.shape[1]:
         most = flat.norm(dim=2).where(chosen, -1).topk(channels, dim=1).indices
         chosen = chosen & torch.zeros_like(chosen).scatter(1, most, True)
-    rows, of = chosen.nonzero(as_tuple=True)
+    rows, columns = chosen.nonzero(as_tuple=True)
 
     def seen(items: Tensor) -> tuple[Tensor, Tensor]:
         row = rows[items]
-        masks = maps.resize(activations[row, of[items], None], tuple(images.shape[2:]))
+        masks = maps.resize(activations[row, columns[items], None], tuple(images.shape[2:]))
         dims = tuple(range(2, masks.ndim))
         low, high = masks.amin(dims, keepdim=True), masks.amax(dims, keepdim=True)
         masks = (masks - low) / (high - low).clamp(min=torch.finfo(masks.dtype).tiny)
@@ -191,7 +180,7 @@ def score_cam(
 
     scores = activations.new_full((*chosen.shape, score.targets.shape[1]), torch.finfo(activations.dtype).min)
     if len(rows):
-        scores[rows, of] = _scores(score, "score_cam", len(rows), seen, score).to(scores.dtype)
+        scores[rows, columns] = score.collect("score_cam", len(rows), seen, score).to(scores.dtype)
     weights = scores.softmax(1).where(chosen[..., None], 0)
     return torch.einsum("bkt,bk...->bt...", weights, activations).relu()
 
@@ -205,14 +194,14 @@ def ablation_cam(
     call: int,
     score: Scorer,
 ) -> Float[Tensor, "b t *small"]:
-    r"""Channels weighted by the share of the logit that is lost without them, $\mathrm{ReLU}(\sum_k w_k^c A^k)$.
+    r"""Channels weighted by the fraction of the logit that is lost without them, $\mathrm{ReLU}(\sum_k w_k^c A^k)$.
 
     $w_k^c = (y^c - y_k^c) / y^c$, with $y_k^c$ the logit when channel $k$ of the layer is set to 0. Behind global
     average pooling and one linear layer that is $w_k \, \mathrm{mean}(A^k) / y^c$. Otherwise the part of the model
     before the layer runs on one image, and the part behind it on that image's ablated versions; where the model does
-    not allow it (it joins the layer's output with something of before), the whole model runs on copies of the image.
+    not allow this (it joins the layer's output with an earlier tensor), the whole model runs on copies of the image.
 
-    A logit below 0 turns the sign of the weights, and of a logit that is exactly 0 there is no share: weights 0.
+    A logit below 0 reverses the sign of the weights; if the logit is exactly 0, all weights are 0.
 
     Raises:
         ValueError: the layer is no module, and what is behind it is not global average pooling and one linear layer.
@@ -228,20 +217,26 @@ def ablation_cam(
         lost = activations.flatten(2).mean(2)[:, :, None] * rows_of(head, score.targets).mT
     else:
         lost = whole - _ablated_scores(images, activations, layer, call, score)
-    shares = torch.where(whole != 0, lost / whole, 0)
-    return torch.einsum("bkt,bk...->bt...", shares, activations).relu()
+    weights = torch.where(whole != 0, lost / whole, 0)
+    return torch.einsum("bkt,bk...->bt...", weights, activations).relu()
 
 
-def _scores(
-    score: Scorer,
-    what: str,
-    total: int,
-    make: Callable[[Tensor], tuple[Tensor, Tensor]],
-    of: Callable[[Tensor, Tensor], Tensor],
-    group: int | None = None,
-) -> Float[Tensor, "total t"]:
-    answers = torch.cat([answer for _, answer in score.stream(what, total, make, of, group=group)])
-    return answers.to(wide(answers))
+def _covered(images: Tensor, patch: int | None, stride: int | None) -> list[Bool[Tensor, "positions side"]]:
+    """Which pixels each patch covers, along each axis."""
+    check_whole(patch=patch, stride=stride)
+    sides = images.shape[2:]
+    if patch is not None and not 1 <= patch <= min(sides):
+        raise ValueError(f"expected patch in 1..{min(sides)}, the shortest side of the images, got {patch}")
+    covered: list[Tensor] = []
+    for side in sides:
+        length = patch or max(1, round(side / 8))
+        step = max(1, length // 2) if stride is None else stride
+        if not 1 <= step <= length:
+            raise ValueError(f"expected stride in 1..{length}, the side of a patch, got {step}; it leaves gaps")
+        pixels = torch.arange(side, device=images.device)
+        starts = torch.arange(0, side - length + step, step, device=images.device).clamp(max=side - length)[:, None]
+        covered.append((pixels >= starts) & (pixels < starts + length))
+    return covered
 
 
 def _ablated_scores(
@@ -274,7 +269,7 @@ def _ablated_scores(
             return score(inputs, rows)
 
     total = len(images) * group
-    scores = _scores(score, "ablation_cam", total, lambda items: (items, items // group), ablated, group)
+    scores = score.collect("ablation_cam", total, lambda items: (items, items // group), ablated, group=group)
     return scores.unflatten(0, (len(images), group))
 
 

@@ -1,4 +1,4 @@
-"""The rectifiers of a model, by whatever name it calls them, with a backward that can be changed."""
+"""The rectifiers of a model, whatever function it calls, with a backward that can be changed."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sightline.facts import Verdict
+from sightline.inference import operations as ops
+from sightline.inference.operations import Operation, Operations
 
 Rule = Literal["plain", "guided", "deconvolution"]
 
-# What each function of PyTorch clamps, with its own arguments: input, lower end, upper end, whether in place.
+# What each rectifier of PyTorch clamps, with its own arguments: input, lower bound, upper bound, whether in place.
 _CLAMPED: dict[str, Callable[..., tuple[Any, Any, Any, bool]]] = {
     "relu": lambda input, inplace=False: (input, 0, inf, inplace),
     "relu6": lambda input, inplace=False: (input, 0, 6, inplace),
@@ -26,15 +27,10 @@ _CLAMPED["clip"] = _CLAMPED["clamp"]
 _CLAMPED["maximum"] = lambda input, other, out=None: (
     (other, input, inf, False) if _is_zero(input) else (input, other, inf, False)
 )
-_SMOOTH = {
-    *("celu", "elu", "gelu", "hardshrink", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid", "mish", "prelu"),
-    *("rrelu", "selu", "silu", "softplus", "softshrink", "softsign", "tanh", "tanhshrink"),
-}
-"""Activations that are no rectifiers. Sigmoid and softmax are gates and weights far more often than activations."""
 
 
-class Rectifiers(TorchFunctionMode):
-    """While a model runs under it, its rectifiers that a gradient can flow through are made to obey `rule`.
+class Rectifiers(Operations):
+    """While a model runs in this context, its rectifiers get a backward that obeys `rule`.
 
     Rectifiers are `nn.ReLU`, `F.relu`, `torch.relu`, `Tensor.relu_`, ReLU6, hardtanh, threshold and clamp from 0, in
     place or not, and `torch.maximum` with zeros; the forward is the model's own.
@@ -44,10 +40,10 @@ class Rectifiers(TorchFunctionMode):
     - "guided": of the ordinary gradient at the rectifier's input, the positive part (Springenberg et al. 2014);
     - "deconvolution": of the gradient at its output, the positive part (Zeiler and Fergus 2014).
 
-    Differs: a clamp has gradient 0 at its ends, as ReLU has, which PyTorch before 2.15 gave 1, and a maximum 1/2.
+    Differs: a clamp has gradient 0 at its bounds, as ReLU has; PyTorch before 2.15 has 1 there, and 1/2 for a maximum.
 
-    Not seen are rectifiers that no function names, such as `x * (x > 0)` and `torch.where`, and what TorchScript, or a
-    `torch.autograd.Function` of the model's own, computes inside. They keep their ordinary gradient.
+    Rectifiers that no function names, such as `x * (x > 0)` and `torch.where`, and those inside TorchScript or a
+    `torch.autograd.Function` of the model are not seen. They keep their ordinary gradient.
 
     >>> x = torch.tensor([-1.0, 2.0, 3.0], requires_grad=True)
     >>> with Rectifiers() as rectifiers:
@@ -67,7 +63,7 @@ class Rectifiers(TorchFunctionMode):
         self.intercepted = 0
         """Calls of rectifiers."""
         self.smooth: Counter[str] = Counter()
-        """Calls of other activations, by name: their gradient is the ordinary one under every rule."""
+        """Calls of other activations, by name: they keep their ordinary gradient under every rule."""
 
     def verdict(self) -> Verdict:
         """How many of the model's activations obey the rule."""
@@ -78,7 +74,7 @@ class Rectifiers(TorchFunctionMode):
         return Verdict("rectifiers intercepted", "doubt", self.intercepted, details)
 
     def check(self) -> None:
-        """Refuse a model in which there is nothing to change: its guided gradient would be the plain one.
+        """Refuse a model without rectifiers: its guided gradient would be the plain one.
 
         Raises:
             ValueError: no rectifier was intercepted.
@@ -93,22 +89,18 @@ class Rectifiers(TorchFunctionMode):
     def _others(self) -> str:
         return ", ".join(f"{count} {name}" for name, count in self.smooth.most_common())
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        written = getattr(func, "__name__", "")
-        name = written.strip("_")
+    def on(self, operation: Operation) -> Any:
+        """A rectifier with a backward that obeys the rule; everything else as it is."""
+        name = operation.name
         if name in _CLAMPED:
-            x, low, high, inplace = _CLAMPED[name](*args, **kwargs)
+            x, low, high, inplace = _CLAMPED[name](*operation.args, **operation.kwargs)
             if _is_activation(x) and _is_zero(low, x.shape) and not isinstance(high, Tensor):
                 self.intercepted += 1
-                inplace = inplace or written.endswith("_")
-                call = (func, args, kwargs)
-                return _Rectify.apply(x, call, self, float(high), inplace, name == "relu")
-        if name in _SMOOTH and _is_activation(args[0] if args else kwargs.get("input")):
+                in_place = inplace or operation.is_in_place
+                return _Rectify.apply(x, operation, self, float(high), in_place, name == "relu")
+        if name in ops.SMOOTH_ACTIVATIONS and _is_activation(operation.input):
             self.smooth[name] += 1
-        return func(*args, **kwargs)
+        return operation()
 
 
 def _is_zero(value: Any, shape: tuple[int, ...] | None = None) -> bool:
@@ -128,17 +120,16 @@ class _Rectify(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        call: tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]],
+        operation: Operation,
         rectifiers: Rectifiers,
         high: float,
         inplace: bool,
         keeps_output: bool,
     ) -> Tensor:
-        func, args, kwargs = call
         ctx.rectifiers, ctx.high = rectifiers, high
         # As PyTorch does: behind ReLU alone the model may not change the output in place.
         before = x.clone() if inplace and not keeps_output else x
-        output = func(*args, **kwargs)
+        output = operation()
         if inplace:
             ctx.mark_dirty(output)
         ctx.save_for_backward(output if keeps_output else before)

@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sightline.explainers.evidence import Explainer
+from sightline.explainers.explainer import Explainer
 from sightline.explainers.scorer import Scorer, gradients_of
 from sightline.explainers.tokens import AttentionWeights
 from sightline.inference import wide
+
+__all__ = ["attention_rollout", "gradient_rollout"]
 
 _FUSE = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
 
@@ -22,23 +24,23 @@ def attention_rollout(
     score: Scorer,
     heads: Literal["mean", "max", "min"] = "mean",
 ) -> Float[Tensor, "b t *grid"]:
-    r"""What reaches the head from each patch if every layer passes on its attention and its input, half and half.
+    r"""Attention that reaches the head from each patch, if every layer mixes its attention and its input equally.
 
     $\prod_l (A_l + I) / 2$, the last layer leftmost, with $A_l$ the mean over the heads. The same for every target. The
     map is the row of the first token if the head reads that token, else the mean over the rows of the patches.
 
     Args:
-        images: what the model sees.
-        targets: their number alone counts.
+        images: the model's input.
+        targets: only their number matters.
         score: runs the model.
-        heads: how the heads become one; with "max" or "min" the rows of $A_l + I$ are divided by their sums.
+        heads: how the heads are combined; with "max" or "min" the rows of $A_l + I$ are divided by their sums.
 
     Raises:
-        ValueError: other heads, or a model whose tokens are mixed otherwise than by attention between all of them.
+        ValueError: other heads, or a model that mixes its tokens in another way than by attention between all of them.
 
     Source: Abnar and Zuidema 2020 (2005.00928), equation 1 and section 3.
 
-    Differs: the paper has the mean over the heads and a class token only.
+    Differs: the paper only has the mean over the heads and a class token.
     """
     if heads not in _FUSE:
         raise ValueError(f"expected heads 'mean', 'max' or 'min', got {heads!r}; choose one of them")
@@ -62,12 +64,12 @@ def gradient_rollout(
     rows of the patches. The gradients of all targets come from one backward.
 
     Raises:
-        ValueError: a model whose tokens are mixed otherwise than by attention between all of them.
+        ValueError: a model that mixes its tokens in another way than by attention between all of them.
 
     Source: Chefer, Gur and Wolf 2021 (2103.15679), equations 1, 5 and 6.
 
-    Differs: the paper's vision transformers have a class token. The mean over the patches holds the identity that
-    $R$ began with: the same number at every patch.
+    Differs: the paper's vision transformers have a class token. The mean over the patches includes the identity
+    that $R$ starts with: the same number at every patch.
     """
     with torch.enable_grad():
         with AttentionWeights(score.model) as seen:
@@ -86,7 +88,7 @@ def gradient_rollout(
 def _rolled(
     score: Scorer, seen: AttentionWeights, factors: list[Float[Tensor, "b t n n"]]
 ) -> Float[Tensor, "b t *grid"]:
-    """What the head reads of the product of the factors, the last one leftmost: a row times one matrix at a time."""
+    """The row of the product of the factors (the last one leftmost) that the head reads, one matrix at a time."""
     if seen.obstacle or not factors:
         raise ValueError(
             "expected a transformer whose attention is between all its tokens and feeds the logits, got "

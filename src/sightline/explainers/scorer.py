@@ -1,4 +1,4 @@
-"""The numbers that a map explains, as a function of images."""
+"""The score that a map explains, as a function of images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,37 +8,32 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sightline.checks import check_whole
-from sightline.facts import Progress, Verdict
-from sightline.inference import ForwardCall, either, probabilities_of, resolve_targets, untouched
+from sightline.facts import Progress
+from sightline.inference import ForwardCall, either, probabilities_of, resolve_targets, untouched, wide
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor] | None
 """None = the predicted class; an int = that class for every image; class indices per image; or a function from whatever
 the model returns to one score per image, (b,) or (b, t)."""
-"""Called with (what is being done, steps done, steps in all)."""
 
 
 class Scorer:
-    """The explained numbers of images: the logit of each target, or what a function of the model's output says.
+    """The explained scores of images: the logit of each target, or what a function computes from the model's output.
 
-    `begin` fixes the targets (the predicted classes, where none were given); from then on the scorer is a function of
-    images. Of a binary head with one logit z, class 1 is explained by z and class 0 by -z.
+    `begin` fixes the targets (the predicted classes, if none were given); from then on the scorer is a function of
+    images. For a binary head with one logit z, the score of class 1 is z and that of class 0 is -z.
     """
 
     targets: Int[Tensor, "b t"]
     logits: Float[Tensor, "b n"]
-    """Of the images that it began with; a function's scores stand for them."""
+    """Of the images passed to `begin`; if a function makes the scores, these."""
     direct: Tensor
-    """The same, but of a binary head the single logit."""
-    link: str = ""
-    """Of what these are the inverse; see `probabilities_of`."""
+    """The same, but the single logit of a binary head."""
+    activation: str = ""
+    """The output activation that was undone to get these; see `probabilities_of`."""
     scale: int
-    """What turns one of these logits into the score."""
-    origin: Float[Tensor, "b t"] | float = 0.0
-    """The score of an image without information, if the method that holds this scorer looked at one."""
-    remarks: tuple[Verdict, ...] = ()
-    """What that method has to say about its maps; verdicts."""
+    """Factor from one of the `logits` to the score."""
     notices: dict[str, None]
-    """What was decided about the model that its owner may want otherwise; one sentence each, in order."""
+    """Decisions about the model that its owner may want to change; one sentence each, in order."""
 
     def __init__(
         self,
@@ -65,20 +60,20 @@ class Scorer:
         """Scores of the images to explain, in the caller's grad mode; fixes the targets.
 
         Raises:
-            ValueError, TypeError: targets that are none, images or a model that do not fit.
+            ValueError, TypeError: bad targets, or images that the model cannot take.
         """
         if callable(self.asked):
             return self.take(self._scores(self.asked, images, None))
         with untouched(self.model) as net:
             answer = self.forward_call(net, images)
         self.forward_call = answer.call  # the images to come are read as these are
-        self.link = answer.link
+        self.activation = answer.activation
         if answer.notice:
             self.notices[answer.notice] = None
         return self.take(answer.logits)
 
     def take(self, logits: Float[Tensor, "b n"]) -> Float[Tensor, "b t"]:
-        """The same from logits that are there already.
+        """The same from logits that are already computed.
 
         Raises:
             ValueError, TypeError: as `begin`.
@@ -92,14 +87,14 @@ class Scorer:
         return self.of(self.targets)
 
     def classes_of(self, targets: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
-        """The targets as the caller knows them: -1 where a function makes the score, which is of no class."""
+        """The targets for the caller: -1 where a function makes the score, which belongs to no class."""
         return torch.full_like(targets, -1) if callable(self.asked) else targets
 
     def of(self, classes: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
-        """Scores of these classes of the images that it began with."""
+        """Scores of these classes for the images passed to `begin`."""
         return self.logits.gather(1, classes) * self.scale
 
-    def rivals(self) -> Int[Tensor, "b t"]:
+    def runners_up(self) -> Int[Tensor, "b t"]:
         """For each target the highest-scoring other class.
 
         Raises:
@@ -115,17 +110,17 @@ class Scorer:
     def __call__(
         self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n t"]:
-        """Scores of other images, in the caller's grad mode; `rows` names the first image whose targets each takes."""
+        """Scores of other images, in the caller's grad mode; each has the targets of the original image at `rows`."""
         logits, scale = self._of_classes(self._answer(images, rows)[0])
         return logits.gather(1, self._targets_of(rows)) * scale
 
     def probabilities(
         self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n t"]:
-        """Probability of each target (see `probabilities_of`); where a function makes the scores, the scores."""
-        logits, link = self._answer(images, rows)
-        shares = logits if callable(self.asked) else probabilities_of(logits, link)
-        return shares.gather(1, self._targets_of(rows))
+        """Probability of each target (see `probabilities_of`); if a function makes the scores, the scores."""
+        logits, activation = self._answer(images, rows)
+        probabilities = logits if callable(self.asked) else probabilities_of(logits, activation)
+        return probabilities.gather(1, self._targets_of(rows))
 
     def gradients(
         self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
@@ -133,31 +128,33 @@ class Scorer:
         """Gradient of each target's score with respect to the images.
 
         Raises:
-            ValueError: the score has no gradient there.
+            ValueError: the scores have no gradient at the images.
         """
         with torch.enable_grad():
             leaf = images if self.differentiable and images.requires_grad else images.detach().requires_grad_()
             scores = self(leaf, rows)
-            found = gradients_of(scores, [leaf], create_graph=self.differentiable)[0] if scores.requires_grad else None
-        if found is None:
+            gradient = None
+            if scores.requires_grad:
+                (gradient,) = gradients_of(scores, [leaf], create_graph=self.differentiable)
+        if gradient is None:
             raise ValueError(
-                "expected scores with a gradient at the images, got none; see that the forward does not switch it off"
+                "expected scores with a gradient at the images, got none; make sure the forward does not switch it off"
             )
-        return found
+        return gradient
 
     def stream(
         self,
         what: str,
         total: int,
         make: Callable[[Int[Tensor, " n"]], tuple[Tensor, Int[Tensor, " n"]]],
-        of: Callable[[Tensor, Tensor], Tensor],
+        read: Callable[[Tensor, Tensor], Tensor],
         *,
         group: int | None = None,
     ) -> Iterator[tuple[Int[Tensor, " n"], Tensor]]:
-        """Items 0 to total - 1, at most `batch_size` at a time, each with `of` (a method of this scorer) of its image.
+        """Items 0 to total - 1, at most `batch_size` at a time, each with what `read`, a method of this scorer, says.
 
-        `make(items)` returns their images and rows. Memory is that of one batch; progress is reported after each.
-        No batch holds items of two groups, where every `group` items are one.
+        `make(items)` returns their images and rows. One batch is in memory at a time; progress is reported after each.
+        Every `group` consecutive items form a group, and no batch mixes two groups.
         """
         group = group or max(total, 1)
         groups = (range(first, min(first + group, total), self.batch_size) for first in range(0, total, group))
@@ -165,15 +162,28 @@ class Scorer:
             stop = min(start + self.batch_size, start - start % group + group, total)
             items = torch.arange(start, stop, device=self.targets.device)
             with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable):
-                answer = of(*make(items))
+                answer = read(*make(items))
             yield items, answer
             self.progress(what, stop, total)
+
+    def collect(
+        self,
+        what: str,
+        total: int,
+        make: Callable[[Int[Tensor, " n"]], tuple[Tensor, Int[Tensor, " n"]]],
+        read: Callable[[Tensor, Tensor], Tensor],
+        *,
+        group: int | None = None,
+    ) -> Float[Tensor, "total ..."]:
+        """All that `stream` yields, in one tensor of at least 32 bits."""
+        values = torch.cat([value for _, value in self.stream(what, total, make, read, group=group)])
+        return values.to(wide(values))
 
     def _targets_of(self, rows: Tensor | None) -> Tensor:
         return self.targets if rows is None else self.targets[rows]
 
     def _of_classes(self, logits: Tensor) -> tuple[Tensor, int]:
-        """Logits of at least two classes, or a function's scores, and what turns one of them into the score."""
+        """Logits of at least two classes, or a function's scores, and the factor from them to the score."""
         return (logits, 1) if callable(self.asked) or logits.shape[1] > 1 else (either(logits), 2)
 
     def _answer(self, images: Tensor, rows: Tensor | None) -> tuple[Tensor, str]:
@@ -181,19 +191,21 @@ class Scorer:
             return self._scores(self.asked, images, rows), ""
         with untouched(self.model) as net:
             answer = self.forward_call(net, images, rows)
-        return answer.logits, answer.link
+        return answer.logits, answer.activation
 
-    def _scores(self, of: Callable[[Any], Tensor], images: Tensor, rows: Tensor | None) -> Tensor:
+    def _scores(self, function: Callable[[Any], Tensor], images: Tensor, rows: Tensor | None) -> Tensor:
         with untouched(self.model) as net:
-            scores = of(self.forward_call.raw(net, images, rows))
+            scores = function(self.forward_call.raw(net, images, rows))
         if not isinstance(scores, Tensor) or scores.ndim not in (1, 2) or len(scores) != len(images):  # pyright: ignore[reportUnnecessaryIsInstance]
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"expected the function in targets to return ({len(images)},) scores, got {got}; mend it")
+            raise ValueError(
+                f"expected the function in targets= to return one score per image, ({len(images)},), got {got}; fix it"
+            )
         return scores.reshape(len(images), -1)
 
 
 def rows_of(weights: Float[Tensor, "n k"], classes: Int[Tensor, "b t"], divisor: int = 1) -> Float[Tensor, "b t k"]:
-    """Each class's row over `divisor`; held once where all images have the same classes."""
+    """Each class's row divided by `divisor`; stored once if all images have the same classes."""
     if (classes == classes[:1]).all():
         return (weights[classes[0]] / divisor).expand(len(classes), -1, -1)
     return weights[classes] / divisor
@@ -204,7 +216,7 @@ def gradients_of(
 ) -> list[Tensor | None]:
     """Gradient of every column of the scores at every tensor (b, ...), as (b, t, ...); None where none flows.
 
-    One backward for all columns. Each image's score must depend on that image alone, as in eval mode it does.
+    One backward for all columns. Each image's score must depend on that image alone, as it does in eval mode.
     """
     keep = retain_graph or create_graph
     if scores.shape[1] == 1:
@@ -213,7 +225,7 @@ def gradients_of(
         )
         return [g if g is None else g[:, None] for g in single]  # pyright: ignore[reportUnnecessaryComparison]
     columns = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)[:, None].expand(-1, len(scores), -1)
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         scores,
         tensors,
         columns,
@@ -222,4 +234,4 @@ def gradients_of(
         create_graph=create_graph,
         retain_graph=keep,
     )
-    return [g if g is None else g.transpose(0, 1) for g in found]  # pyright: ignore[reportUnnecessaryComparison]
+    return [g if g is None else g.transpose(0, 1) for g in gradients]  # pyright: ignore[reportUnnecessaryComparison]

@@ -1,4 +1,4 @@
-"""Attention between the tokens of a vision transformer, whoever wrote it, as maps of the image."""
+"""Attention between the tokens of a vision transformer, of any implementation, as maps of the image."""
 
 import inspect
 from collections import Counter
@@ -7,31 +7,34 @@ from contextlib import contextmanager
 from functools import partial
 from math import prod
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+
+from sightline.inference.operations import Operation, Operations, tensors_in
 
 Grid = tuple[int, ...]
 
-# To a mode the function behind nn.MultiheadAttention is one call; without its first question a mode sees what it does.
+# To a mode the function behind nn.MultiheadAttention is one call. Without its first question, which hands the call to
+# the mode, a mode sees what it does. Breaks if PyTorch moves that question elsewhere: see tests/test_torch_features.py.
 _multi_head_attention = FunctionType(
     F.multi_head_attention_forward.__code__,
     {**vars(F), "has_torch_function": lambda tensors: False},  # pyright: ignore[reportUnknownLambdaType]
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
 MANY_REGISTERS = 16  # of tokens before the patches there may be as many, or as many as patches
+# The frame in which every module runs; breaks if PyTorch calls `forward` elsewhere or renames its locals.
 _CALL = nn.Module._call_impl.__code__  # pyright: ignore[reportPrivateUsage]
 
 
 def patch_map(weights: Float[Tensor, "b heads n n"], grid: Grid, *, from_first: bool) -> Float[Tensor, "b heads *grid"]:
     """Attention that each patch receives from the first token, or from all patches on average; `grid` (h, w).
 
-    The patches are the last h * w tokens. What the tokens before them receive is left out: a map sums to 1 less that.
+    The patches are the last h * w tokens. The attention that other tokens receive is left out, so a map may sum to less
+    than 1.
 
     >>> import torch
     >>> patch_map(torch.tensor([[[[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]]), (1, 2), from_first=True)
@@ -44,14 +47,14 @@ def patch_map(weights: Float[Tensor, "b heads n n"], grid: Grid, *, from_first: 
 
 @contextmanager
 def patch_maps(model: nn.Module, keep: Callable[[str], Callable[..., None]]) -> Generator[None]:
-    """Once the model has run in this context, hand the maps of each attention block to the hook `keep(its name)`.
+    """When this context ends, pass the maps of each attention block to the hook `keep(its name)`.
 
-    A block is a module that attends between all its tokens, once (see `AttentionWeights`). One with a child `gate`
-    yields its map itself and is passed over.
-    The maps are those of the first token's query if the head reads that token, else the mean over the patches' queries.
+    A block is a module that attends between all its tokens, once (see `AttentionWeights`). Blocks with a child `gate`
+    are skipped, since that yields their map. A map is that of the first token's query if the head reads that token,
+    else the mean over the patches' queries.
     """
 
-    def both(weights: Tensor, grid: Grid) -> Tensor:  # who reads is known at the end, and n x n is too much to keep
+    def both(weights: Tensor, grid: Grid) -> Tensor:  # the reader is known only at the end, and n x n is too much
         return torch.stack([patch_map(weights, grid, from_first=first) for first in (False, True)])
 
     with AttentionWeights(model, both) as seen:
@@ -64,75 +67,115 @@ def patch_maps(model: nn.Module, keep: Callable[[str], Callable[..., None]]) -> 
             keep(name)(modules[name], (), maps[int(seen.from_first)])
 
 
-class AttentionWeights(TorchFunctionMode):
-    """Sees every attention between all tokens of the images while a model runs in this context.
+class _Attention(NamedTuple):
+    """The arguments of `scaled_dot_product_attention`."""
 
-    Seen are `scaled_dot_product_attention`, whose weights are computed here so that they exist and carry gradients, the
-    softmax of scores (b, heads, n, n) or (b * heads, n, n), and both inside `nn.MultiheadAttention`, whose own kernels
-    for eval mode PyTorch leaves out while any mode watches. The model itself, its flags and hooks are not touched, and
-    its results are the same to float tolerance.
-    The patches are the last tokens: a feature map that was flattened before the first attention. Attention with other
-    queries than keys (windows, subsampled keys, channels, a pooling token) is passed over.
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def output(self, keep: Callable[[Tensor], Tensor] = lambda weights: weights) -> Tensor:
+        """The attention written out; `keep` sees the weights, and returns those to use."""
+        key, value, mask = self.key, self.value, self.attn_mask
+        if self.enable_gqa:
+            key, value = (part.repeat_interleave(self.query.shape[-3] // part.shape[-3], -3) for part in (key, value))
+        scores = self.query * (self.query.shape[-1] ** -0.5 if self.scale is None else self.scale) @ key.mT
+        if self.is_causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            scores = scores + mask
+        return F.dropout(keep(scores.softmax(-1)), self.dropout_p) @ value
+
+
+class SmoothAttention(Operations):
+    """Computes attention by operations that have a second derivative, which PyTorch's fused kernels lack.
+
+    >>> query = torch.ones(1, 1, 2, 4, requires_grad=True)
+    >>> with SmoothAttention():
+    ...     F.scaled_dot_product_attention(query, query, query).grad_fn.name()
+    'UnsafeViewBackward0'
+    """
+
+    def on(self, operation: Operation) -> Any:
+        """Attention written out; everything else as it is."""
+        if operation.func is F.multi_head_attention_forward:
+            with self:
+                return _multi_head_attention(*operation.args, **operation.kwargs)
+        if operation.func is F.scaled_dot_product_attention:
+            return self.attend(operation)
+        return operation()
+
+    def attend(self, operation: Operation) -> Tensor:
+        """The result of `scaled_dot_product_attention`."""
+        return _Attention(*operation.args, **operation.kwargs).output()
+
+
+class AttentionWeights(SmoothAttention):
+    """Collects every attention between all tokens of the images while a model runs in this context.
+
+    It sees `scaled_dot_product_attention`, whose weights are computed here so that they exist and carry gradients, the
+    softmax of scores (b, heads, n, n) or (b * heads, n, n), and both inside `nn.MultiheadAttention`, whose fused
+    kernels PyTorch does not use while a mode watches. The model is not changed, and its results are the same to float
+    tolerance. The patches are the last tokens: a feature map that was flattened before the first attention. Attention
+    whose queries differ from its keys (windows, subsampled keys, channels, a pooling token) is skipped.
 
     Args:
-        model: gives the names.
-        of: what to keep of the weights (b, heads, n, n), given the grid of patches too. None: the weights.
+        model: provides the names.
+        keep: what to keep of the weights (b, heads, n, n), given the grid of patches too. None: the weights.
     """
 
     weights: list[tuple[str, Tensor]]
-    """In order of the calls: dotted name of the innermost running module, and what was kept."""
+    """In call order: dotted name of the innermost running module, and what was kept."""
     grid: Grid
     """Rows and columns of patches."""
     prefix: int
     """Tokens before the patches: class token, distillation token, registers."""
     from_first: bool
-    """Whether the first token was picked out behind the last attention, as a head that reads a class token does."""
+    """Whether the first token was selected after the last attention, as a head that reads a class token does."""
     obstacle: str
-    """What else mixes the tokens, if anything does: an attention passed over, two in one module, or a convolution."""
+    """What else mixes the tokens, if anything: a skipped attention, two in one module, or a convolution."""
 
-    def __init__(self, model: nn.Module, of: Callable[[Tensor, Grid], Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, keep: Callable[[Tensor, Grid], Tensor] | None = None) -> None:
         super().__init__()
         self.weights, self.grid, self.prefix, self.from_first, self.obstacle = [], (), 0, False, ""
         self._names = {module: name for name, module in model.named_modules()}
-        self._of = of
+        self._reduce = keep
         self._flattened: list[tuple[int, Grid]] = []
         self._begun = False
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
-            with self:
-                return _multi_head_attention(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **kwargs)
-        output = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        first = args[0] if args else None
+    def on(self, operation: Operation) -> Any:
+        """The result of the operation, which is remembered if it is attention or tells what its tokens are."""
+        output, name, first = super().on(operation), operation.name, operation.input
         if not isinstance(output, Tensor) or not isinstance(first, Tensor):
             return output
         if name == "softmax":
-            last = kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, output.ndim - 1)
+            last = operation.argument(1, "dim") in (-1, output.ndim - 1)
             if last and (output.ndim > 3 or (output.ndim == 3 and output.shape[1] == output.shape[2])):
                 place = self._place(output.shape)
                 return output if place is None else self._keep(*place, output)
         elif name in ("flatten", "reshape", "view") and not self._begun and output.ndim == 3 and first.ndim > 3:
             self._flattened += [(len(first), grid) for grid in _grids(first.shape, output.shape)]
-        elif name in ("__getitem__", "select", "narrow", "index_select") and self.weights and first.ndim == 3:
-            self.from_first |= self._picks_first(first, lambda tokens: func(tokens, *args[1:], **kwargs))
+        elif name in ("getitem", "select", "narrow", "index_select") and self.weights and first.ndim == 3:
+            self.from_first |= self._picks_first(first, operation)
         elif name.startswith("conv") and self.weights:
             self.obstacle = self.obstacle or f"a convolution behind the attention of {self.weights[-1][0]!r}"
         return output
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
-        place = self._place(torch.Size((*query.shape[:-1], key.shape[-2])))
-        if place is None:
-            return F.scaled_dot_product_attention(query, key, value, *rest, **options)
-        return _attended(query, key, value, *rest, **options, keep=partial(self._keep, *place))
+    def attend(self, operation: Operation) -> Tensor:
+        """The attention, whose weights are kept if they are between all tokens."""
+        attention = _Attention(*operation.args, **operation.kwargs)
+        place = self._place(torch.Size((*attention.query.shape[:-1], attention.key.shape[-2])))
+        return operation() if place is None else attention.output(partial(self._keep, *place))
 
     def _place(self, shape: torch.Size) -> tuple[str, int] | None:
-        """Name of the running module and number of images, if weights of this shape are between all tokens of each."""
+        """Name of the running module and number of images, if weights of this shape link all tokens of each image."""
         name, batch = self._running()
         if name.rpartition(".")[2] == "gate":
             return None
@@ -146,20 +189,20 @@ class AttentionWeights(TorchFunctionMode):
             ]
             self.grid = fitting[-1] if fitting else ()
             self.prefix = keys - prod(self.grid)
-        whole = rows == batch or (len(shape) == 3 and batch and rows % batch == 0)
-        if self.grid and whole and queries == keys == self.prefix + prod(self.grid):
+        is_whole = rows == batch or (len(shape) == 3 and batch and rows % batch == 0)
+        if self.grid and is_whole and queries == keys == self.prefix + prod(self.grid):
             return name, batch
         self.obstacle = self.obstacle or f"{queries} queries and {keys} keys in {name or 'itself'!r}"
         return None
 
     def _keep(self, name: str, batch: int, weights: Tensor) -> Tensor:
-        """The weights again, by way of the tensor that is kept, so that gradients flow through that one."""
+        """The weights again, computed from the tensor that is kept, so that gradients flow through it."""
         seen = weights.reshape(batch, -1, *weights.shape[-2:])
-        if self._of is None and torch.is_grad_enabled() and not seen.requires_grad:
+        if self._reduce is None and torch.is_grad_enabled() and not seen.requires_grad:
             seen = seen.detach().requires_grad_()
         if name in dict(self.weights):
             self.obstacle = self.obstacle or f"two attentions in {name!r}"
-        self.weights.append((name, seen if self._of is None else self._of(seen, self.grid)))
+        self.weights.append((name, seen if self._reduce is None else self._reduce(seen, self.grid)))
         self.from_first = False
         return seen.reshape(weights.shape)
 
@@ -172,61 +215,20 @@ class AttentionWeights(TorchFunctionMode):
             if frame.f_code is _CALL and frame.f_locals["self"] in self._names:
                 if not isinstance(frame.f_locals["self"], nn.Softmax):
                     names.append(self._names[frame.f_locals["self"]])
-                given = tree_leaves((frame.f_locals["args"], frame.f_locals["kwargs"]))
-                batch = next((len(leaf) for leaf in given if isinstance(leaf, Tensor) and leaf.ndim), 0)
+                given = tensors_in((frame.f_locals["args"], frame.f_locals["kwargs"]))
+                batch = next((len(tensor) for tensor in given if tensor.ndim), 0)
             frame = frame.f_back
         return names[0] if names else "", batch
 
-    def _picks_first(self, tokens: Tensor, pick: Callable[[Tensor], Tensor]) -> bool:
+    def _picks_first(self, tokens: Tensor, pick: Operation) -> bool:
         if not self.prefix:
             return False
         places = torch.arange(self.prefix + prod(self.grid), device=tokens.device)
         return any(
-            tokens.shape[axis] == len(places) and not bool(pick(places.view(shape).expand_as(tokens)).any())
+            tokens.shape[axis] == len(places)
+            and not bool(pick.func(places.view(shape).expand_as(tokens), *pick.args[1:], **pick.kwargs).any())
             for axis, shape in enumerate([(-1, 1, 1), (1, -1, 1)])  # (n, b, c) or (b, n, c)
         )
-
-
-class SmoothAttention(TorchFunctionMode):
-    """Computes attention by operations that have a second derivative, which PyTorch's fused kernels lack.
-
-    >>> query = torch.ones(1, 1, 2, 4, requires_grad=True)
-    >>> with SmoothAttention():
-    ...     F.scaled_dot_product_attention(query, query, query).grad_fn.name()
-    'UnsafeViewBackward0'
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.multi_head_attention_forward:
-            with self:
-                return _multi_head_attention(*args, **(kwargs or {}))
-        return (_attended if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
-
-
-def _attended(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    keep: Callable[[Tensor], Tensor] = lambda weights: weights,
-) -> Tensor:
-    """`scaled_dot_product_attention` written out; `keep` sees the weights, and returns those to use."""
-    if enable_gqa:
-        key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))
-    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return F.dropout(keep(scores.softmax(-1)), dropout_p) @ value
 
 
 def _grids(before: torch.Size, after: torch.Size) -> list[Grid]:

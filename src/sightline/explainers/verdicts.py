@@ -1,11 +1,13 @@
-"""Verdicts: reasons to distrust a map, and how strong they are."""
+"""Maps and the verdicts on them: reasons to distrust a map, and how strong they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline import maps as pixels
-from sightline.explainers.evidence import Evidence, Explainer
 from sightline.facts import Level, Verdict
 
 _SAME = 0.999  # correlation of the maps of two classes
@@ -13,46 +15,64 @@ _GAPS: tuple[tuple[float, Level], ...] = ((1.0, "do not read"), (0.1, "doubt"), 
 """Least conservation gap of each level, as a share of the sum of the map's absolute values."""
 
 
-def signs_of(
-    explainer: Explainer,
-    maps: Float[Tensor, "b t *grid"],
-    rivals: Float[Tensor, "b t *grid"] | None,
-    evidence: Evidence,
-) -> Float[Tensor, "b 7"]:
-    """The input of `verdicts_of`, per image: which verdicts hold, variation, gap, and whether classes were compared.
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """What a formula returns if it has more to say than the values of its map."""
 
-    `rivals` are the maps of another class. A tensor, so that the device is asked once for all methods.
-    """
-    values = maps.detach().flatten(2)
-    low, high, total = values.amin(2), values.amax(2), values.abs().sum(2)
-    finite = values.isfinite().flatten(1).all(1)
-    targets = evidence.score.targets
-    if not explainer.is_control:
-        finite &= evidence.score.of(targets).detach().isfinite().all(1)
-    variation = pixels.variation(maps.detach()).amin(1)
-    flat = finite & (variation <= pixels.ROUNDING)
-    compared = torch.ones_like(flat)
-    if explainer.is_blind_to_class:
-        same = torch.full_like(flat, not explainer.is_control)
-    elif rivals is not None:
-        same = _same(values, rivals.detach().flatten(2)).all(1)
-    else:
-        same, compared = _same_among(values, targets)
-    gaps = torch.zeros_like(total[:, 0])
-    if explainer.sums_to_score:
-        score = (evidence.score.of(targets) - evidence.score.origin).detach()
-        gaps = ((values.sum(2) - score).abs() / total).amax(1)
-    negative = finite & ((high <= 0) & (low < 0)).any(1)
-    signs = [~finite, flat, variation, negative, finite & ~flat & same, gaps, compared]
-    return torch.stack([sign.float() for sign in signs], 1)
+    values: Float[Tensor, "b t *grid"]
+    """Raw; larger = more important."""
+    total: Float[Tensor, "b t"] | None = None
+    """What each map should sum to, if that is not the explained score."""
+    remarks: tuple[Verdict, ...] = ()
+    """What to distrust in all of them."""
 
 
-def verdicts_of(explainer: Explainer, evidence: Evidence, signs: list[list[float]]) -> list[list[Verdict]]:
-    """Verdicts on the maps of each image; an empty list means that nothing was found."""
-    of_all = list(evidence.score.remarks)
-    rectifiers = evidence.rectifiers
-    if rectifiers is not None and explainer.needs & {"guided_gradients", "deconvolved_gradients"}:
-        of_all.append(rectifiers.verdict())
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """Maps of one method, with what they are checked against."""
+
+    maps: Float[Tensor, "b t *grid"]
+    targets: Int[Tensor, "b t"]
+    runner_up: Float[Tensor, "b t *grid"] | None
+    """Maps of another class."""
+    score: Float[Tensor, "b t"] | None
+    """The explained score; None for a control, which explains none."""
+    total: Float[Tensor, "b t"] | None
+    """What the maps should sum to, if anything."""
+    is_blind_to_class: bool
+    """Whether they are the same for all classes by construction."""
+
+    def signs(self) -> Float[Tensor, "b 7"]:
+        """The input of `verdicts_of`, per image: which verdicts hold, variation, gap, whether classes were compared.
+
+        A tensor, so that the device is asked once for all methods.
+        """
+        values = self.maps.detach().flatten(2)
+        low, high, absolute = values.amin(2), values.amax(2), values.abs().sum(2)
+        finite = values.isfinite().flatten(1).all(1)
+        if self.score is not None:
+            finite &= self.score.detach().isfinite().all(1)
+        variation = pixels.variation(self.maps.detach()).amin(1)
+        flat = finite & (variation <= pixels.ROUNDING)
+        compared = torch.ones_like(flat)
+        if self.is_blind_to_class:
+            same = torch.full_like(flat, self.score is not None)
+        elif self.runner_up is not None:
+            same = _same(values, self.runner_up.detach().flatten(2)).all(1)
+        else:
+            same, compared = _same_among(values, self.targets)
+        gaps = torch.zeros_like(absolute[:, 0])
+        if self.total is not None:
+            gaps = ((values.sum(2) - self.total.detach()).abs() / absolute).amax(1)
+        negative = finite & ((high <= 0) & (low < 0)).any(1)
+        signs = [~finite, flat, variation, negative, finite & ~flat & same, gaps, compared]
+        return torch.stack([sign.float() for sign in signs], 1)
+
+
+def verdicts_of(
+    signs: list[list[float]], *, is_blind_to_class: bool, remarks: Sequence[Verdict] = ()
+) -> list[list[Verdict]]:
+    """Verdicts on the maps of each image, those on all of them last; an empty list means that nothing is wrong."""
 
     def of_image(
         broken: float, flat: float, variation: float, negative: float, same: float, gap: float, _: float
@@ -67,13 +87,13 @@ def verdicts_of(explainer: Explainer, evidence: Evidence, signs: list[list[float
         if negative:
             verdicts.append(Verdict("all-negative"))
         if same:
-            verdicts.append(Verdict("class-independent", "note" if explainer.is_blind_to_class else "doubt"))
+            verdicts.append(Verdict("class-independent", "note" if is_blind_to_class else "doubt"))
         level: Level | None = next((level for least, level in _GAPS if gap > least), None)
         if level is not None:
             verdicts.append(Verdict("conservation gap", level, gap, f"{gap:.0%}"))
         return verdicts
 
-    return [of_image(*row) + of_all for row in signs]
+    return [[*of_image(*row), *remarks] for row in signs]
 
 
 def _same(one: Float[Tensor, "b t n"], other: Float[Tensor, "b t n"]) -> Tensor:

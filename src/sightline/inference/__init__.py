@@ -1,4 +1,4 @@
-"""Calls any model and leaves it unchanged."""
+"""Calls any model, reads its output, and leaves it unchanged."""
 
 from sightline.inference.copies import copy_of
 from sightline.inference.outputs import (

@@ -1,20 +1,20 @@
 """Copies of any model."""
 
 import copy
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from sightline.inference.operations import Operation, Operations
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def copy_of(model: Model) -> Model:
-    """A deep copy with its hooks, even of a model that PyTorch refuses to copy because it has run.
+    """A deep copy with its hooks, even of a model that PyTorch refuses to copy after a forward.
 
-    Tensors that a forward leaves behind with a graph (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`) are
+    Tensors with a graph that a forward leaves in the model (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`) are
     copied without it, and objects that cannot be copied (locks, open files) are shared.
 
     >>> layer = nn.utils.prune.identity(nn.Linear(2, 2), "weight")
@@ -31,13 +31,11 @@ def copy_of(model: Model) -> Model:
             return copy.deepcopy(model, shared)
 
 
-class _WithoutGraphs(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            return args[0].detach().clone()
-        return func(*args, **(kwargs or {}))
+class _WithoutGraphs(Operations):
+    def on(self, operation: Operation) -> Any:
+        if operation.func is Tensor.__deepcopy__ and not operation.args[0].is_leaf:
+            return operation.args[0].detach().clone()
+        return operation()
 
 
 def _can_be_copied(value: Any) -> bool:

@@ -17,8 +17,8 @@ from sightline.inference.probabilities import Kind, Probabilities, read
 
 Pick = str | int | Callable[[Any], Any] | None
 Output = Pick | tuple[Pick, str]
-"""Which numbers of a model's output count: a key, an index or a (dotted) attribute, or a function from whatever the
-model returns to (b,) or (b, n); `"logits"` or `"probabilities"` to say what they are; or a tuple of both."""
+"""Which part of a model's output to read: a key, an index or a (dotted) attribute, or a function from the output to
+(b,) or (b, n); `"logits"` or `"probabilities"` to say what it holds; or a tuple of both."""
 _KINDS = get_args(Kind)
 
 
@@ -43,16 +43,16 @@ def check_images(images: object) -> None:
 
 
 def wide(values: Tensor) -> torch.dtype:
-    """float32 at least: the type in which maps are summed and scored."""
+    """The type in which maps are summed and scored: at least float32."""
     return torch.promote_types(values.dtype, torch.float32)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ForwardCall:
-    """How a model is called and read: its arguments besides the images, and the part of its output that counts.
+    """How a model is called and read: its arguments besides the images, and the part of its output to read.
 
-    Call it as `(model, images)`, or `(model, images, rows)` for images made from those at `rows`: arguments with one
-    row for each of the first `batch` images are then passed on for those rows. See `forward_call`.
+    Call it as `(model, images)`, or `(model, images, rows)` for images derived from those at `rows`: tensors with one
+    row for each of the original `batch` images are then indexed with these rows. See `forward_call`.
     """
 
     pick: Pick = None
@@ -60,15 +60,15 @@ class ForwardCall:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     batch: int = 0
-    """Tensors of this length among the arguments have a row for each image."""
+    """Tensors of this length among the arguments have one row per image."""
 
     @property
     def output(self) -> Output:
-        """The `output` argument that makes `forward_call` read outputs in the same way."""
+        """The `output` argument with which `forward_call` reads outputs in the same way."""
         return self.pick if self.kind is None else (self.pick, self.kind)
 
     def at(self, rows: Int[Tensor, " n"]) -> "ForwardCall":
-        """The call for images made from those at these rows."""
+        """The call for images derived from those at these rows."""
 
         def chosen(value: Any) -> Any:
             has_rows = isinstance(value, Tensor) and value.ndim and len(value) == self.batch
@@ -107,8 +107,8 @@ class ForwardCall:
 
         Raises:
             RuntimeError: the model cannot take the images (their size, channels, type or device).
-            ValueError: it returns more or fewer rows than images, several tensors that may be the logits, or something
-                else than the probabilities that `kind` promises.
+            ValueError: the number of rows is not that of the images, several tensors may be the logits, or they are not
+                the probabilities that `kind` promises.
             TypeError: it returns no logits, or needs other arguments.
         """
         with Probabilities() as seen:
@@ -118,29 +118,29 @@ class ForwardCall:
                     f"expected one row of logits per image, got {len(values)} for {len(images)} images"
                     + (self._hint(rows) or "; wrap the model")
                 )
-            logits, link, kind, notice = read(values, seen, self.kind)
-        return Answer(logits, link, replace(self, kind=kind), notice)
+            logits, activation, kind, notice = read(values, seen, self.kind)
+        return Answer(logits, activation, replace(self, kind=kind), notice)
 
     def settled(self, model: nn.Module, images: Float[Tensor, "b c *grid"]) -> tuple["ForwardCall", str]:
-        """The call that reads every output like those for the first of these images, and what was decided for that."""
+        """The call that reads all outputs as it reads those of the first images, and a notice of what was decided."""
         rows = torch.arange(min(len(images), 64), device=images.device)
         with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
             answer = self(net, images[rows], rows)
         return replace(self, kind=answer.call.kind), answer.notice
 
     def _hint(self, rows: Tensor | None) -> str:
-        """The reason why a model may fail on more images than it was given."""
+        """Why a model may fail on more images than it was given."""
         if rows is None or len(rows) == self.batch:
             return ""
-        return "; a second input that the model holds for its first batch belongs in forward_args="
+        return "; pass a second input that the model keeps for its first batch by forward_args="
 
 
 class Answer(NamedTuple):
     """A model's answer for some images."""
 
     logits: Float[Tensor, "b n"]
-    link: str
-    """The function that was undone to get the logits (see `probabilities_of`); empty if none was."""
+    activation: str
+    """The output activation that was undone to get the logits (see `probabilities_of`); empty if none was."""
     call: ForwardCall
     """Reads further outputs of the model in the same way."""
     notice: str
@@ -152,10 +152,10 @@ def forward_call(
 ) -> ForwardCall:
     """How to call a model for these images; `args` is a tuple, or a single argument.
 
-    A tensor with as many rows as there are images holds one row for each; everything else is passed on unchanged.
+    A tensor with as many rows as there are images has one for each of them; everything else is passed on unchanged.
 
     Raises:
-        TypeError: `output` is of a type that selects nothing.
+        TypeError: `output` has a type that selects nothing.
 
     >>> forward_call(torch.zeros(2, 3, 4, 4), "prediction", torch.ones(2, 1)).at(torch.tensor([1, 1, 1])).args[0].shape
     torch.Size([3, 1])
@@ -183,11 +183,11 @@ def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float
     """Find the logits in whatever a classifier returned: a tensor, a tuple, a dict, or an object with `.logits`.
 
     In a tuple or a dict without `logits`, they are the only (batch, classes) tensor; a (batch,) tensor is one logit per
-    image. `pick` chooses another one.
+    image. `pick` selects another one.
 
     Raises:
-        TypeError: it holds nothing of shape (batch, classes).
-        ValueError: several tensors may be the logits, or the picked one is missing or holds class indices.
+        TypeError: there is nothing of shape (batch, classes).
+        ValueError: several tensors may be the logits, or the selected one is missing or holds class indices.
 
     >>> logits_of({"logits": torch.zeros(2, 5)}).shape, logits_of((torch.zeros(2, 8), torch.zeros(2, 4)), 1).shape
     (torch.Size([2, 5]), torch.Size([2, 4]))
@@ -235,7 +235,7 @@ def _picked(output: Any, pick: Pick, batch: int | None) -> Any:
 
 
 def _only(output: Any, batch: int | None) -> Any:
-    """The one tensor that may be logits."""
+    """The only tensor that may be the logits."""
     if isinstance(output, Tensor):
         return output
     tensors = list({id(leaf): leaf for _, leaf in _leaves(output) if isinstance(leaf, Tensor)}.values())
@@ -255,7 +255,7 @@ def _only(output: Any, batch: int | None) -> Any:
 
 
 def _contents(output: Any) -> str:
-    """The entries that can be picked out of an output."""
+    """The entries of an output that can be selected."""
     if isinstance(output, Tensor):
         return f"a tensor of shape {tuple(output.shape)}"
     shapes = [f"{name} {tuple(leaf.shape)}" for name, leaf in _leaves(output) if isinstance(leaf, Tensor)]
@@ -263,7 +263,7 @@ def _contents(output: Any) -> str:
 
 
 def _leaves(output: Any) -> list[tuple[str, Any]]:
-    """Everything in an output, by the name that picks it."""
+    """Everything in an output, by the name that selects it."""
     is_tree = type(output) in SUPPORTED_NODES or isinstance(output, Mapping | Sequence)
     leaves, _ = tree_flatten_with_path(output if is_tree or not hasattr(output, "__dict__") else dict(vars(output)))
     steps = ("key", "idx", "name")  # of mappings, sequences, attributes
@@ -271,7 +271,7 @@ def _leaves(output: Any) -> list[tuple[str, Any]]:
 
 
 def _missing(model: nn.Module, images: Tensor, call: ForwardCall) -> str:
-    """Arguments that the forward needs and was not given, in one line."""
+    """The error message for arguments that the forward needs and was not given."""
     try:
         inspect.signature(model.forward).bind(images, *call.args, **call.kwargs)
     except TypeError as error:
@@ -285,7 +285,7 @@ def _missing(model: nn.Module, images: Tensor, call: ForwardCall) -> str:
 
 
 def either(logits: Float[Tensor, "b n"]) -> Float[Tensor, "b classes"]:
-    """Logits of both classes where a binary head has a single one: softmax gives sigmoid(-z) and sigmoid(z).
+    """Logits of both classes if a binary head has a single one: their softmax is sigmoid(-z) and sigmoid(z).
 
     >>> either(torch.tensor([[3.0]])), either(torch.tensor([[1.0, 2.0]]))
     (tensor([[-1.5000,  1.5000]]), tensor([[1., 2.]]))
@@ -302,15 +302,15 @@ def run(model: nn.Module, images: Float[Tensor, "b c *grid"]) -> Float[Tensor, "
     return ForwardCall()(model, images).logits
 
 
-def probabilities_of(logits: Float[Tensor, "b n"], link: str = "") -> Float[Tensor, "b classes"]:
-    """Probability of each class: its own sigmoid where the model ended in one over several classes, else softmax.
+def probabilities_of(logits: Float[Tensor, "b n"], activation: str = "") -> Float[Tensor, "b classes"]:
+    """Probability of each class: the sigmoid if the model ended in one over several classes, else the softmax.
 
     The logits are those of an `Answer`, before `either`.
 
     >>> probabilities_of(torch.zeros(1, 4), "sigmoid"), probabilities_of(torch.zeros(1, 4))
     (tensor([[0.5000, 0.5000, 0.5000, 0.5000]]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
     """
-    return logits.sigmoid() if link == "sigmoid" and logits.shape[1] > 1 else either(logits).softmax(1)
+    return logits.sigmoid() if activation == "sigmoid" and logits.shape[1] > 1 else either(logits).softmax(1)
 
 
 def forward(
@@ -327,7 +327,7 @@ def forward(
 def answers(
     model: nn.Module, images: Float[Tensor, "b c *grid"], batch_size: int = 64, call: ForwardCall | None = None
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b classes"]]:
-    """The same logits and, beside them, the probability of each class.
+    """The same logits, and the probability of each class.
 
     >>> logits, probabilities = answers(nn.Sequential(nn.Flatten(), nn.Linear(12, 1)), torch.zeros(3, 3, 2, 2))
     >>> logits.shape, probabilities.shape
@@ -341,7 +341,7 @@ def answers(
             answer = call(net, images[rows], rows)
             call = replace(call, kind=answer.call.kind)
             logits = answer.logits.float()
-            parts.append((logits, probabilities_of(logits, answer.link)))
+            parts.append((logits, probabilities_of(logits, answer.activation)))
     logits, probabilities = zip(*parts, strict=True)
     return torch.cat(logits), torch.cat(probabilities)
 
@@ -362,7 +362,7 @@ def resolve_targets(targets: int | Tensor | None, logits: Float[Tensor, "b n"]) 
 
 
 def one_target_each(targets: int | Tensor, batch: int) -> Int[Tensor, " b"]:
-    """Class indices, one per image; `check_classes` says whether the model has them.
+    """Class indices, one per image; `check_classes` checks that the model has them.
 
     Raises:
         ValueError: their number differs from the batch, or an image has several targets.
@@ -379,7 +379,7 @@ def one_target_each(targets: int | Tensor, batch: int) -> Int[Tensor, " b"]:
 
 
 def check_classes(indices: Int[Tensor, "..."], classes: int) -> Int[Tensor, "..."]:
-    """The same indices, if the classes exist; on a GPU, a wrong one would end the process's use of the device.
+    """The same indices, if the classes exist; a wrong index would break the GPU for the whole process.
 
     Raises:
         ValueError: a class that does not exist.

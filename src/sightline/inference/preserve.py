@@ -1,4 +1,7 @@
-"""Leaves any model and the state of the process as they were, in every thread and after any interruption."""
+"""Leaves any model and the state of the process unchanged, in every thread and after any interruption.
+
+Some of that state has no public interface in PyTorch: tests/test_torch_features.py has one test for each part of it.
+"""
 
 import os
 import sys
@@ -28,10 +31,10 @@ _MISSING = object()
 class Ensured(IOBase, Generic[T]):
     """A context that always ends, even if an interrupt comes while it begins, in its body, or while it ends.
 
-    `end` is called twice; if an interrupt stopped the first call, the second one does the rest. An interrupt before the
-    first line of an `__exit__` written in Python would skip all of it. The `__exit__` of IOBase is written in C, as is
-    `close` of a generator, which goes on inside the two `finally`. A second interrupt while the first one is being
-    handled, within a millisecond or so, is not covered.
+    `end` is called twice; if an interrupt stops the first call, the second one does the rest. An interrupt before the
+    first line of an `__exit__` written in Python would skip all of it. The `__exit__` of IOBase is written in C, and so
+    is `close` of a generator, which continues inside the two `finally`. A second interrupt within about a millisecond,
+    while the first is being handled, is not covered.
     """
 
     def __init__(self, begin: Callable[[], T], end: Callable[[], None]) -> None:
@@ -60,17 +63,17 @@ def _steps(begin: Callable[[], T], end: Callable[[], None]) -> Generator[T]:
 def untouched(model: nn.Module) -> Ensured[nn.Module]:
     """Run a model in eval mode, then restore everything that a forward, a hook or an exception may have changed in it.
 
-    Restored are every module's train/eval flag, attributes, the contents of lists, dicts and sets among them (hooks,
-    children, a log that it keeps), and the values of its buffers; the random states of PyTorch, NumPy and Python; and
-    the thread's gradient, inference and autocast modes and stacks of modes. An attribute is bound again to the same
-    object: a counter, a cache or a saved feature map is what it was before. Parameters that a forward changes or
-    replaces, and contents deeper than one container, are not restored.
+    This restores every module's train/eval flag, its attributes, the contents of lists, dicts and sets among them
+    (hooks, children, a log), and the values of its buffers; the random states of PyTorch, NumPy and Python; and the
+    thread's gradient, inference and autocast modes and stacks of modes. Attributes are bound again to the same objects:
+    a counter, a cache or a saved feature map is what it was before. Parameters that a forward changes or replaces, and
+    contents deeper than one container, are not restored.
 
     One thread at a time uses a model, or models that share a module; the others wait for their turn. Inside another
     such context with the same model, this one restores only flags and random states.
 
-    `torch.compile` (also in place), `DataParallel` and `DistributedDataParallel` are looked through, so that hooks fire
-    and every image of the batch is seen.
+    `torch.compile` (also in place), `DataParallel` and `DistributedDataParallel` are unwrapped, so that hooks fire and
+    see every image of the batch.
 
     Raises:
         TypeError: the model is not a module.
@@ -94,17 +97,17 @@ def untouched(model: nn.Module) -> Ensured[nn.Module]:
 
 
 def exact() -> Ensured[None]:
-    """Run a GPU's convolutions in full 32 bits instead of TF32, as on a CPU, unless the user has set their precision.
+    """Run a GPU's convolutions in full 32 bits instead of TF32, as on a CPU, unless you set their precision yourself.
 
-    TF32, PyTorch's default, keeps 10 bits: enough for an answer, but not for the small differences that make up a
-    gradient or a relevance. The setting belongs to the process and is restored once no thread needs it any more.
+    TF32, PyTorch's default, keeps 10 bits: enough for a prediction, but not for the small differences that make up a
+    gradient or a relevance. The setting applies to the whole process and is restored once no thread needs it.
     """
     use = _Exact()
     return Ensured(use.begin, use.end)
 
 
 def preserving(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function of a model so that all of it runs in `untouched` and `exact`."""
+    """Decorate a function of a model so that it runs in `untouched` and `exact`."""
 
     @wraps(function)
     def preserved(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -132,9 +135,9 @@ class _Use(Turn):
         self.modes.leave_inference()
         self.kept = _Modules(self.modules)
         for module in self.modules:
-            if module.training:  # eval() may be the model's own, and do more, as merging weights
+            if module.training:  # a model may override eval() to do more, such as merging weights
                 module.training = False
-            vars(module).pop("_compiled_call_impl", None)  # that of the class is None
+            vars(module).pop("_compiled_call_impl", None)  # the class has None
         return self.model
 
     def end(self) -> None:
@@ -145,7 +148,7 @@ class _Use(Turn):
                 self.modes.put_back()
             if self.kept is not None:
                 self.kept.put_back()
-        except Exception:  # a broken GPU, say; after an interrupt the second call goes on, and others still wait
+        except Exception:  # a broken GPU, say; after an interrupt the second call continues while others wait
             self.leave()
             raise
         self.leave()
@@ -204,12 +207,12 @@ _EXACT: list[_Exact] = []
 def _rounds() -> bool:
     try:
         return torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # cannot be read where it was set by its newer names, `fp32_precision`
+    except RuntimeError:  # cannot be read if it was set by its newer name, `fp32_precision`
         return False
 
 
 class _Modes:
-    """State that PyTorch keeps per thread."""
+    """State that PyTorch keeps for each thread."""
 
     def __init__(self) -> None:
         self.gradients = torch.is_grad_enabled()
@@ -246,13 +249,13 @@ class _Modes:
 
 
 def _autocast_nesting() -> int:
-    # One step up and one down, which tells the level; unpacking a map, no interrupt comes between the two.
+    # One step up and one down shows the level; no interrupt comes between the two while a map is unpacked.
     _, level = map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
     return level
 
 
 class _Modules:
-    """Attributes of modules, contents of containers among them, and values of their buffers."""
+    """Attributes of modules, contents of containers among these, and values of buffers."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.attributes = [(module, type(module), module.training, vars(module).copy()) for module in modules]
@@ -270,7 +273,7 @@ class _Modules:
         self.buffers = [(tensors, _joined(tensors)) for tensors in groups.values()]
 
     def put_back(self) -> None:
-        """Change only what was changed: another thread may be using the model on its own."""
+        """Change only what was changed: another thread may be running the model directly."""
         self.put_back_attributes()
         for tensors, joined in self.buffers:
             if not _same_bits(_joined(tensors), joined):
@@ -283,9 +286,9 @@ class _Modules:
         """Everything but the values of buffers."""
         others = set[int]()
         for module, kind, training, attributes in self.attributes:
-            if module.training != training:  # TorchScript does not keep it among the attributes
+            if module.training != training:  # TorchScript does not keep the flag among the attributes
                 module.training = training
-            if type(module) is not kind:  # the first forward turns nn.LazyLinear into nn.Linear, which stays
+            if type(module) is not kind:  # the first forward turns nn.LazyLinear into nn.Linear for good
                 others |= set(map(id, attributes.values()))
                 continue
             now = vars(module)
@@ -300,7 +303,7 @@ class _Modules:
 
 
 def _is_sharded(modules: Sequence[nn.Module]) -> bool:
-    """Whether FSDP swaps their parameters in and out; its first forward adds the hooks that it does so by."""
+    """Whether FSDP swaps their parameters in and out, by hooks that its first forward adds."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules)
 
@@ -340,13 +343,13 @@ def _fill(container: Any, content: Any) -> None:
         for key, value in content.items():
             if container.get(key, _MISSING) is not value:
                 container[key] = value
-        if [*container] != [*content]:  # hooks are called in this order
+        if [*container] != [*content]:  # the order in which hooks are called
             for key in content:
                 container[key] = container.pop(key)
 
 
 def _forget_other_threads() -> None:
-    """In a forked process, end the calls of threads that exist only in the parent."""
+    """In a forked process, end the calls of threads that exist only in the parent process."""
     renew_lock()
     here = threading.get_ident()
     for use in (turn for turn in line() if turn.thread != here):

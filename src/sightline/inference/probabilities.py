@@ -1,4 +1,4 @@
-"""Whether outputs are probabilities, and of which logits: by the operations that made them, else by their values."""
+"""Decides whether outputs are probabilities, and of which logits, by the operations behind them or by their values."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,24 +10,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sightline.inference import operations as ops
+from sightline.inference.operations import Operation, Operations
+
 Kind = Literal["logits", "probabilities", "softmax", "sigmoid"]
-"""What outputs are: logits, or the probability of one class among all ("softmax") or of each label for itself
+"""What outputs are: logits, or the probability of one class among all ("softmax") or of each label on its own
 ("sigmoid"); "probabilities" leaves open which of the two."""
 
-_LINKS = {name: name for name in ("softmax", "log_softmax", "sigmoid")} | {"expit": "sigmoid"}
-_PICKS = set("getitem select narrow index_select chunk split unbind amax amin max min".split())
-_MOVES = _PICKS | set(
-    "squeeze unsqueeze flatten unflatten view reshape contiguous clone to type float double half bfloat16 permute "
-    "transpose movedim flip expand cpu cuda".split()
-)
-_BOUNDS = set("clamp clip clamp_min clamp_max nan_to_num".split())
-_JOINS = set("stack cat concat concatenate hstack vstack dstack column_stack".split())
-_MULTIPLIES, _DIVIDES = {"mul", "multiply"}, {"div", "divide", "true_divide"}
+_ACTIVATIONS = {name: name for name in ("softmax", "log_softmax", "sigmoid")} | {"expit": "sigmoid"}
+_SELECTIONS = ops.PICKS | ops.EXTREMES
+_MOVES = ops.MOVES | ops.EXTREMES
 _FOLLOWED = (
-    _MOVES | _BOUNDS | _JOINS | _MULTIPLIES | _DIVIDES | set("add sum mean prod maximum minimum rsub log exp".split())
+    _MOVES
+    | ops.BOUNDS
+    | ops.MULTIPLICATIONS
+    | ops.DIVISIONS
+    | set("add sum mean prod maximum minimum rsub log exp".split())
 )
 _LARGEST_MIXTURE = 3  # dimensions, such as (members, images, classes): a gate on a feature map has more
 _ROUNDING = 1e-5
@@ -36,238 +36,229 @@ _IN_DOUBT = "All outputs are 0 or 1 and were read as logits; if they are probabi
 
 
 @dataclass(frozen=True, eq=False)
-class _Link:
-    """A tensor of probabilities, in one version."""
+class _Origin:
+    """The origin of a tensor of probabilities, in one version."""
 
     version: int
     name: str
     """`softmax`, `log_softmax` or `sigmoid` of `logits()`."""
     logits: Callable[[], Tensor]
     logs: Callable[[], Tensor]
-    """Logarithm of the probabilities, exact where they round to 0 or 1."""
+    """Logarithm of the probabilities, exact even where they round to 0 or 1."""
     is_mixed: bool = False
-    """Whether it is an average or selection of probabilities, so that its kind depends on its values, too."""
+    """Whether it is an average or a selection of probabilities, so that its kind also depends on its values."""
     largest: float = 1.0
-    """No value can be larger."""
+    """Upper bound of the values."""
 
-    def mixed(self, logs: Callable[[], Tensor], name: str = "", largest: float | None = None) -> "_Link":
-        """The link of a mixture, which has no logits of its own."""
+    def mixed(self, logs: Callable[[], Tensor], name: str = "", largest: float | None = None) -> "_Origin":
+        """The origin of a mixture, which has no logits."""
         name = name or self.name
         logits = logs if name == "softmax" else lambda: _log_odds(logs())
         largest = self.largest if largest is None else largest
-        return _Link(self.version, name, logits, logs, is_mixed=True, largest=largest)
+        return _Origin(self.version, name, logits, logs, is_mixed=True, largest=largest)
 
 
 class Reading(NamedTuple):
-    """A model's output as it was read."""
+    """A model's output, and how it was read."""
 
     logits: Float[Tensor, "b n"]
-    link: str
-    """The function that was undone to get the logits: "softmax", "log_softmax" or "sigmoid"; empty if none was."""
+    activation: str
+    """The output activation that was undone to get the logits: "softmax", "log_softmax" or "sigmoid"; empty if none."""
     kind: Kind | None
     """To read further outputs of the model in the same way."""
     notice: str
-    """What was decided by the values; empty if nothing was."""
+    """What was decided by the values alone; empty if nothing was."""
 
 
-class Probabilities(TorchFunctionMode):
-    """Follows each softmax and sigmoid of a forward, and all that is moved, mixed or split from it."""
+class Probabilities(Operations):
+    """Follows each softmax and sigmoid of a forward through everything that moves, mixes or splits it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.links: Any = WeakTensorKeyDictionary()
+        self.origins: Any = WeakTensorKeyDictionary()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        written: str = getattr(func, "__name__", "")
-        name = written.removeprefix("special_").strip("_")
-        given, rest = (args[0], args[1:]) if args else (kwargs.get("input"), ())
-        if name in _LINKS and isinstance(given, Tensor):
-            before = given.clone() if written.endswith("_") else given
-            output = func(*args, **kwargs)
-            self.links[output] = _link(_LINKS[name], before, output, kwargs.get("dim", rest[0] if rest else None))
+    def on(self, operation: Operation) -> Any:
+        """The result of the operation; if it holds probabilities, their origin is kept."""
+        name, given = operation.name, operation.input
+        if name in _ACTIVATIONS and isinstance(given, Tensor):
+            before = given.clone() if operation.is_in_place else given
+            output = operation()
+            self.origins[output] = _activated(_ACTIVATIONS[name], before, output, operation.argument(1, "dim"))
             return output
         follow = None
-        if name in _FOLLOWED and args and len(self.links):
-            in_place = written.endswith("_") and not written.startswith("_")
-            follow = self._follow(func, name, given, rest, kwargs, in_place)
-        output = func(*args, **kwargs)
+        if name in _FOLLOWED and operation.args and len(self.origins):
+            follow = self._follow(operation)
+        output = operation()
         if follow is not None:
             parts = output if isinstance(output, tuple | list) else [output]
             for index, part in enumerate(parts):
-                link = follow(part, index) if isinstance(part, Tensor) else None
-                if link is not None and (not link.is_mixed or part.ndim <= _LARGEST_MIXTURE):
-                    self.links[part] = replace(link, version=version_of(part))
+                origin = follow(part, index) if isinstance(part, Tensor) else None
+                if origin is not None and (not origin.is_mixed or part.ndim <= _LARGEST_MIXTURE):
+                    self.origins[part] = replace(origin, version=version_of(part))
         return output
 
-    def link_of(self, tensor: Any) -> _Link | None:
-        """The link of a tensor, unless an in-place operation has made another version of it."""
-        link = self.links.get(tensor) if isinstance(tensor, Tensor) and len(self.links) else None
-        return link if link is not None and link.version == version_of(tensor) else None
+    def origin_of(self, tensor: Any) -> _Origin | None:
+        """The origin of a tensor, unless it was changed in place since."""
+        origin = self.origins.get(tensor) if isinstance(tensor, Tensor) and len(self.origins) else None
+        return origin if origin is not None and origin.version == version_of(tensor) else None
 
-    def _follow(
-        self, func: Callable[..., Any], name: str, given: Any, rest: tuple[Any, ...], options: Any, in_place: bool
-    ) -> Callable[[Tensor, int], _Link | None] | None:
-        """What an operation makes of probabilities, given its output, and which of them; None if none."""
-        link = self.link_of(given)
-        other = rest[0] if rest else options.get("other")
-        if name in _JOINS:
-            joined = [self.link_of(one) for one in given] if isinstance(given, list | tuple) else []
-            links = [one for one in joined if one is not None and one.name != "log_softmax"]
-            if not links or len(links) < len(joined):
+    def _follow(self, operation: Operation) -> Callable[[Tensor, int], _Origin | None] | None:
+        """A function from an output of the operation and its number to its origin; None if it has none."""
+        name, given, rest, options = operation.name, operation.args[0], operation.args[1:], operation.kwargs
+        origin = self.origin_of(given)
+        other = operation.argument(1, "other")
+        if name in ops.JOINS:
+            origins = [self.origin_of(one) for one in given] if isinstance(given, list | tuple) else []
+            probabilities = [one for one in origins if one is not None and one.name != "log_softmax"]
+            if not probabilities or len(probabilities) < len(origins):
                 return None
-            return lambda output, _: _joined(links, lambda values: func(values, *rest, **options))
+            return lambda output, _: _joined(probabilities, lambda values: operation.func(values, *rest, **options))
         if name in ("max", "min") and isinstance(other, Tensor):
             return None
-        if name in _MULTIPLIES | {"add"} and link is None and isinstance(other, Tensor):
-            link, other = self.link_of(other), given
-        if link is None:
+        if name in ops.MULTIPLICATIONS | {"add"} and origin is None and isinstance(other, Tensor):
+            origin, other = self.origin_of(other), given
+        if origin is None:
             return None
-        if name in _BOUNDS:
-            return lambda output, _: link
+        if name in ops.BOUNDS:
+            return lambda output, _: origin
         if name in _MOVES:
 
             def again(values: Tensor, index: int) -> Tensor:
-                moved = func(values.clone() if in_place else values, *rest, **options)
+                moved = operation.func(values.clone() if operation.is_in_place else values, *rest, **options)
                 return moved[index] if isinstance(moved, tuple | list) else moved
 
-            return lambda output, index: _moved(link, name, output, lambda values: again(values, index))
-        if link.name == "log_softmax":
-            return (lambda output, _: replace(link, name="softmax")) if name == "exp" else None
+            return lambda output, index: _moved(origin, name, output, lambda values: again(values, index))
+        if origin.name == "log_softmax":
+            return (lambda output, _: replace(origin, name="softmax")) if name == "exp" else None
         if name == "log":
-            return (lambda output, _: replace(link, name="log_softmax")) if link.name == "softmax" else None
-        made = _mixed(name, link, self.link_of(other), other, given, rest, options)
-        return None if made is None else lambda output, _: made
+            return (lambda output, _: replace(origin, name="log_softmax")) if origin.name == "softmax" else None
+        mixture = _mixed(operation, origin, self.origin_of(other), other)
+        return None if mixture is None else lambda output, _: mixture
 
 
-def _link(name: str, before: Tensor, output: Tensor, dim: Any) -> _Link:
+def _activated(name: str, before: Tensor, output: Tensor, dim: Any) -> _Origin:
     if name == "sigmoid":
-        return _Link(version_of(output), name, lambda: before, lambda: F.logsigmoid(before))
+        return _Origin(version_of(output), name, lambda: before, lambda: F.logsigmoid(before))
     axis = dim if isinstance(dim, int) else -1
-    return _Link(version_of(output), name, lambda: before, lambda: before.log_softmax(axis))
+    return _Origin(version_of(output), name, lambda: before, lambda: before.log_softmax(axis))
 
 
-def _moved(link: _Link, name: str, output: Tensor, again: Callable[[Tensor], Tensor]) -> _Link | None:
-    if name not in _PICKS or link.name == "sigmoid":
-        made = replace(link, logs=lambda: again(link.logs()))
-        return replace(made, logits=lambda: again(link.logits())) if not link.is_mixed else link.mixed(made.logs)
-    if link.name == "log_softmax":
+def _moved(origin: _Origin, name: str, output: Tensor, again: Callable[[Tensor], Tensor]) -> _Origin | None:
+    if name not in _SELECTIONS or origin.name == "sigmoid":
+        logs = lambda: again(origin.logs())  # noqa: E731
+        if origin.is_mixed:
+            return origin.mixed(logs)
+        return replace(origin, logits=lambda: again(origin.logits()), logs=logs)
+    if origin.name == "log_softmax":
         return None
-    before = link.logits
+    before = origin.logits
     classes = before().shape
     is_whole = output.ndim > 1 and output.shape[-1] == classes[-1]
-    if not (link.is_mixed or is_whole) and len(classes) == 2 == classes[1]:
+    if not (origin.is_mixed or is_whole) and len(classes) == 2 == classes[1]:
         odds = lambda: again(before() - before().flip(1))  # noqa: E731
-        return replace(link, name="sigmoid", logits=odds, logs=lambda: F.logsigmoid(odds()))
-    return link.mixed(lambda: again(link.logs()), "softmax" if is_whole else "sigmoid")
+        return replace(origin, name="sigmoid", logits=odds, logs=lambda: F.logsigmoid(odds()))
+    return origin.mixed(lambda: again(origin.logs()), "softmax" if is_whole else "sigmoid")
 
 
-def _joined(links: Sequence[_Link], join: Callable[[list[Tensor]], Tensor]) -> _Link:
-    logs = lambda: join([link.logs() for link in links])  # noqa: E731
-    if all(link.name == "sigmoid" and not link.is_mixed for link in links):
-        return replace(links[0], logits=lambda: join([link.logits() for link in links]), logs=logs)
-    return links[0].mixed(logs, _common(links), max(link.largest for link in links))
+def _joined(origins: Sequence[_Origin], join: Callable[[list[Tensor]], Tensor]) -> _Origin:
+    logs = lambda: join([origin.logs() for origin in origins])  # noqa: E731
+    if all(origin.name == "sigmoid" and not origin.is_mixed for origin in origins):
+        return replace(origins[0], logits=lambda: join([origin.logits() for origin in origins]), logs=logs)
+    return origins[0].mixed(logs, _common(origins), max(origin.largest for origin in origins))
 
 
-def _mixed(
-    name: str,
-    link: _Link,
-    second: _Link | None,
-    other: Any,
-    given: Any,
-    rest: tuple[Any, ...],
-    options: Any,
-) -> _Link | None:
+def _mixed(operation: Operation, origin: _Origin, second: _Origin | None, other: Any) -> _Origin | None:
     """Sums, averages, products, extremes and complements (1 - p), in logarithms."""
+    name, options = operation.name, operation.kwargs
     if name in ("sum", "mean", "prod"):
-        dims = options.get("dim", rest[0] if rest else None)
-        keep = bool(options.get("keepdim", rest[1] if len(rest) > 1 else False))
+        dims = operation.argument(1, "dim")
+        keep = bool(operation.argument(2, "keepdim", False))
         if dims is None or options.get("dtype") is not None:
             return None
         if name == "prod":
-            return link.mixed(lambda: link.logs().sum(dims, keepdim=keep)) if link.largest <= 1 + _ROUNDING else None
-        count = math.prod(given.shape[dim] for dim in ([dims] if isinstance(dims, int) else dims))
+            is_bounded = origin.largest <= 1 + _ROUNDING
+            return origin.mixed(lambda: origin.logs().sum(dims, keepdim=keep)) if is_bounded else None
+        count = math.prod(operation.input.shape[dim] for dim in ([dims] if isinstance(dims, int) else dims))
         shift = math.log(count) if name == "mean" else 0.0
-        largest = link.largest * (1 if name == "mean" else count)
-        return link.mixed(lambda: link.logs().logsumexp(dims, keepdim=keep) - shift, largest=largest)
+        largest = origin.largest * (1 if name == "mean" else count)
+        return origin.mixed(lambda: origin.logs().logsumexp(dims, keepdim=keep) - shift, largest=largest)
     number = float(other) if isinstance(other, Real) else None
     if name == "rsub":
-        if number != 1 or link.largest > 1 + _ROUNDING:
+        if number != 1 or origin.largest > 1 + _ROUNDING:
             return None
-        if link.name == "sigmoid" and not link.is_mixed:
-            return replace(link, logits=lambda: -link.logits(), logs=lambda: F.logsigmoid(-link.logits()))
-        return link.mixed(lambda: _log_rest(link.logs()), "sigmoid", 1.0)
+        if origin.name == "sigmoid" and not origin.is_mixed:
+            return replace(origin, logits=lambda: -origin.logits(), logs=lambda: F.logsigmoid(-origin.logits()))
+        return origin.mixed(lambda: _log_rest(origin.logs()), "sigmoid", 1.0)
     if name in ("maximum", "minimum"):
         if second is None or second.name == "log_softmax":
             return None
-        largest = max(link.largest, second.largest)
-        return link.mixed(lambda: getattr(torch, name)(link.logs(), second.logs()), _common([link, second]), largest)
+        largest = max(origin.largest, second.largest)
+        logs = lambda: getattr(torch, name)(origin.logs(), second.logs())  # noqa: E731
+        return origin.mixed(logs, _common([origin, second]), largest)
     if name == "add":
         if second is None or second.name == "log_softmax" or options:
-            return link if number == 0 else None
-        logs = lambda: torch.logaddexp(link.logs(), second.logs())  # noqa: E731
-        return link.mixed(logs, _common([link, second]), link.largest + second.largest)
-    if name not in _MULTIPLIES | _DIVIDES or options:
+            return origin if number == 0 else None
+        logs = lambda: torch.logaddexp(origin.logs(), second.logs())  # noqa: E731
+        return origin.mixed(logs, _common([origin, second]), origin.largest + second.largest)
+    if name not in ops.MULTIPLICATIONS | ops.DIVISIONS or options:
         return None
-    sign = 1 if name in _MULTIPLIES else -1
+    sign = 1 if name in ops.MULTIPLICATIONS else -1
     if number is not None:
         if number <= 0 or number == 1:
-            return link if number == 1 else None
+            return origin if number == 1 else None
         shift = sign * math.log(number)
-        return link.mixed(lambda: link.logs() + shift, largest=link.largest * math.exp(shift))
+        return origin.mixed(lambda: origin.logs() + shift, largest=origin.largest * math.exp(shift))
     if not isinstance(other, Tensor) or other.ndim > _LARGEST_MIXTURE:
         return None
     if second is not None and second.name != "log_softmax" and sign == 1:
-        logs = lambda: link.logs() + second.logs()  # noqa: E731
-        return link.mixed(logs, _common([link, second]), link.largest * second.largest)
-    return link.mixed(lambda: _weighted(link.logs(), other, sign), largest=math.inf)
+        logs = lambda: origin.logs() + second.logs()  # noqa: E731
+        return origin.mixed(logs, _common([origin, second]), origin.largest * second.largest)
+    return origin.mixed(lambda: _weighted(origin.logs(), other, sign), largest=math.inf)
 
 
 def _weighted(logs: Tensor, weights: Tensor, sign: int) -> Tensor:
     return logs + sign * weights.to(logs.dtype).log()
 
 
-def _common(links: Sequence[_Link]) -> str:
-    return links[0].name if len({link.name for link in links}) == 1 else "sigmoid"
+def _common(origins: Sequence[_Origin]) -> str:
+    return origins[0].name if len({origin.name for origin in origins}) == 1 else "sigmoid"
 
 
 def read(values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None) -> Reading:
     """The logits behind the values; for probabilities without logits, their logarithms, whose softmax they are.
 
-    Without a `kind`, values count as probabilities if a softmax or a sigmoid, or averages and selections of such, made
-    them. Values without a visible origin do if all rows lie in [0, 1] and sum to 1, unless all of them are 0 or 1.
+    Without a `kind`, values are probabilities if they come from a softmax or a sigmoid, or from averages and selections
+    of such. Values without a known origin are if all rows lie in [0, 1] and sum to 1, unless all of them are 0 or 1.
 
     Raises:
         ValueError: the values are not the probabilities that `kind` promises.
     """
-    link = seen.link_of(values)
+    origin = seen.origin_of(values)
     if kind == "logits":
         return Reading(values, "", kind, "")
-    if link is not None and not link.is_mixed:
-        return Reading(link.logits(), link.name, "probabilities", "")
-    if link is not None and not _agrees(link, values):
-        link = None
+    if origin is not None and not origin.is_mixed:
+        return Reading(origin.logits(), origin.name, "probabilities", "")
+    if origin is not None and not _agrees(origin, values):
+        origin = None
     asked = kind
     if kind is None or kind == "probabilities":
-        kind, notice = _kind_of(values.detach(), link, kind)
+        kind, notice = _kind_of(values.detach(), origin, kind)
     else:
         notice = ""
     if kind == "logits":
         return Reading(values, "", kind, notice)
-    if link is not None:
-        logs = link.logs()
+    if origin is not None:
+        logs = origin.logs()
     else:
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         logs = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()
     return Reading(logs if kind == "softmax" else _log_odds(logs), kind, kind, "" if asked else notice)
 
 
-def _kind_of(values: Tensor, link: _Link | None, kind: Kind | None) -> tuple[Kind, str]:
-    """The kind of the values, and what to say about it."""
+def _kind_of(values: Tensor, origin: _Origin | None, kind: Kind | None) -> tuple[Kind, str]:
+    """The kind of the values, and a notice about it."""
     slack = max(_ROUNDING, 2 * torch.finfo(values.dtype).eps)
-    outside = (values < 0) | (values > 1 + slack)  # what is not a number says nothing
+    outside = (values < 0) | (values > 1 + slack)  # False for NaN
     if bool(outside.any()):
         if kind is None:
             return "logits", ""
@@ -276,21 +267,21 @@ def _kind_of(values: Tensor, link: _Link | None, kind: Kind | None) -> tuple[Kin
             f"expected probabilities from 0 to 1, got {low:.4g} to {high:.4g}; pass output='logits', or leave it out"
         )
     rows = values.double()[values.isfinite().all(1)]
-    each = link is not None and link.largest <= 1 + _ROUNDING
+    each = origin is not None and origin.largest <= 1 + _ROUNDING
     sums_to_one = values.shape[1] > 1 and len(rows) > 0 and bool(((rows.sum(1) - 1).abs() <= slack).all())
-    if sums_to_one and kind is None and link is None and bool(((rows == 0) | (rows == 1)).all()):
+    if sums_to_one and kind is None and origin is None and bool(((rows == 0) | (rows == 1)).all()):
         return "logits", _IN_DOUBT
-    if sums_to_one and not (each and link is not None and link.name == "sigmoid"):
+    if sums_to_one and not (each and origin is not None and origin.name == "sigmoid"):
         return "softmax", _READ.format("maps explain the log-probability of the class")
     if each or kind is not None:
         return "sigmoid", _READ.format("maps explain the log-odds of the label, log(p / (1 - p))")
     return "logits", ""
 
 
-def _agrees(link: _Link, values: Tensor) -> bool:
+def _agrees(origin: _Origin, values: Tensor) -> bool:
     """Whether the operations, repeated in logarithms, yield the values."""
     with torch.no_grad():
-        again = link.logs().exp()
+        again = origin.logs().exp()
     slack = max(_ROUNDING, 2 * torch.finfo(values.dtype).eps)
     return again.shape == values.shape and torch.allclose(
         again.double(), values.detach().double(), rtol=0, atol=slack, equal_nan=True

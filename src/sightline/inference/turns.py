@@ -1,4 +1,4 @@
-"""State that all threads share: the models, which they use in turns, and the random state."""
+"""State that all threads share: the models, which they take turns to use, and the random state."""
 
 import random
 import threading
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 _LINE: list["Turn"] = []
-"""Calls that use a model or wait for it, in the order in which they came."""
+"""Calls that use a model or wait for it, in order of arrival."""
 _shared = threading.RLock()
-_PATIENCE = 1.0  # seconds after which a waiting thread looks again, notified or not
+_PATIENCE = 1.0  # seconds after which a waiting thread checks again, even if it was not notified
 
 
 def lock() -> None:
@@ -25,7 +25,7 @@ def unlock() -> None:
     try:
         while True:
             _shared.release()
-    except RuntimeError:  # it is no longer this thread's
+    except RuntimeError:  # this thread no longer holds it
         pass
 
 
@@ -46,7 +46,7 @@ class Random:
         self.python = random.getstate()
 
     def put_back(self) -> None:
-        """Make it the present state."""
+        """Make it the current state."""
         torch.set_rng_state(self.torch)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
@@ -55,14 +55,14 @@ class Random:
 
 
 class Turn:
-    """One call's turn with the modules of a model.
+    """The turn of one call to use the modules of a model.
 
     Calls that share a module take turns in order of arrival, unless they belong to the same thread. A thread that has a
-    turn and asks for another waits only for threads that have theirs, so no waiting thread can wait for itself.
+    turn and asks for another waits only for threads that have theirs, so no thread waits for itself.
     """
 
     random: Random
-    """The state before the first of the calls that now run at the same time."""
+    """The state before the first of the calls that are running now."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.thread = threading.get_ident()
@@ -75,7 +75,7 @@ class Turn:
         """Wait until no other thread uses one of the modules.
 
         Raises:
-            RuntimeError: the wait would never end, since the other thread waits for a model that this one uses.
+            RuntimeError: the wait would never end, because the other thread waits for a model that this one uses.
         """
         _LINE.append(self)
         while not self.is_running:
@@ -91,7 +91,7 @@ class Turn:
                 self.blockers[0].wait()
 
     def leave(self) -> None:
-        """Give the modules to the next call; the last of all running calls restores the random state."""
+        """Pass the modules on to the next call; the last running call restores the random state."""
         lock()
         if self.is_running and not any(turn.is_running for turn in _LINE if turn is not self):
             self.random.put_back()
@@ -102,12 +102,12 @@ class Turn:
         unlock()
 
     def wait(self) -> None:
-        """Wait until it is over."""
+        """Wait until this turn is over."""
         try:
             self.over.get(timeout=_PATIENCE)
         except Empty:
             return
-        self.over.put(None)  # for whoever else waits
+        self.over.put(None)  # for other waiting threads
 
     def _blockers(self) -> list["Turn"]:
         has_turn = any(turn.is_running for turn in _LINE if turn.thread == self.thread)
@@ -125,12 +125,12 @@ class Turn:
             threads |= more
         if self.thread in threads:
             raise RuntimeError(
-                "expected threads that use one model inside a call with another to take them in one order, got two "
-                "that wait for each other; use one model after the other"
+                "expected threads that use one model inside a call with another to take them in the same order, got "
+                "two that wait for each other; use one model after the other"
             )
 
     def waits_for(self) -> list["Turn"]:
-        """Calls that must end before this one begins."""
+        """Calls that must end before this one can begin."""
         return [] if self.is_running else [turn for turn in self.blockers if turn in _LINE]
 
 

@@ -339,7 +339,7 @@ def _run(
             logits = answer.logits.to(wide(answer.logits))
             if not scores and not callable(perturbation.score):
                 check_classes(targets, max(2, logits.shape[1]))
-            scores.append(_score(logits, answer.link, targets[rows], perturbation.score).double())
+            scores.append(_score(logits, answer.activation, targets[rows], perturbation.score).double())
             done += len(rows)
             if progress is not None:
                 progress("scoring masked images", done, total)

@@ -1,5 +1,6 @@
-"""Watches a forward for positions and for the last feature map that the scores are made from."""
+"""Watches a forward for positions and for the last feature map behind the scores."""
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from sightline.explainers.layout import BATCH, Layout, guessed, layout_in, tokens_of
-from sightline.explainers.positions import Positions, tensors_in
 from sightline.explainers.tokens import MANY_REGISTERS
 from sightline.inference import version_of
+from sightline.inference.axes import BATCH, Dims, Layout, guessed, layout_in, tokens_of
+from sightline.inference.operations import Operation, Operations, first_tensor, tensors_in
+from sightline.inference.positions import Positions
 
 _LARGEST_HEAD = 8  # weight layers; VGG has three, LTPA one per level
 _LARGEST_BLOCK = 16  # weight layers behind tokens: the rest of a block of attention, its head, and other branches
@@ -33,7 +33,7 @@ def hook_on(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
 
 
 def quantized_in(model: nn.Module) -> str:
-    """The error message for a quantized model, through which no gradient flows; empty for others."""
+    """The error message for a quantized model, through which no gradient flows; empty for other models."""
     for name, module in model.named_modules():
         if ".quantized." in type(module).__module__ and "_packed_params" not in name:
             return (
@@ -43,27 +43,24 @@ def quantized_in(model: nn.Module) -> str:
     return ""
 
 
-def first_of(output: Any) -> Tensor | None:
-    """The tensor that a module returns, or the first of several."""
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    return first if isinstance(first, Tensor) and not is_lazy(first) else None
-
-
 @dataclass(frozen=True)
-class Feature:
-    """A tensor of the forward from which a map can be read."""
+class Captured:
+    """A tensor of the forward from which a map is read, in the graph that leads to the scores."""
 
     name: str
     tensor: Tensor
     layout: Layout
     call: int
+    """Which run of the module of that name, from 0."""
+    head: Tensor | None = None
+    """Weights of the head, where they are known without a graph."""
 
 
-class Watch(TorchFunctionMode):
-    """Tracks the positions, and keeps gradients on behind a layer that was read, whatever the model does.
+class Watch(Operations):
+    """Tracks the positions, and keeps gradients on after a layer that was read, even if the model turns them off.
 
-    With `cut`, everything before the layer runs without gradient; a `no_grad` in the model itself would end that too
-    late, or start it again.
+    With `cut`, everything before the layer runs without gradient. A `no_grad` in the model itself restores the mode it
+    found, which is why the mode is set for each operation.
     """
 
     def __init__(self, images: Tensor, *, cut: bool) -> None:
@@ -72,26 +69,22 @@ class Watch(TorchFunctionMode):
         self.cut = cut
         self.positions = Positions(images)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return self._watch(func, args, kwargs or {})
-
-    def _watch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = self._behind(func, args, kwargs)
-        self.positions.follow(func, args, kwargs, output)
+    def on(self, operation: Operation) -> Any:
+        """The result of the operation, with a graph if it depends on a layer that was read."""
+        output = self._behind(operation)
+        self.positions.follow(operation, output)
         return output
 
-    def _behind(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _behind(self, operation: Operation) -> Any:
         if self.cut and not torch.is_grad_enabled():
-            if any(a.requires_grad and not isinstance(a, nn.Parameter) for a in tensors_in(args, kwargs)):
+            if any(tensor.requires_grad and not isinstance(tensor, nn.Parameter) for tensor in operation.tensors):
                 with torch.enable_grad():
-                    return func(*args, **kwargs)
-        return func(*args, **kwargs)
+                    return operation()
+        return operation()
 
     def passed(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Forward hook of every module, since the operations of some cannot be seen."""
-        tensor = first_of(output)
+        """Forward hook of every module, since the operations inside some are hidden."""
+        tensor = first_tensor(output)
         if tensor is not None:
             self.positions.follow_module(module, inputs, tensor)
 
@@ -106,7 +99,7 @@ class _Leaf:
     layers_before: int
     behind_before: int
     value: Tensor
-    """What it was copied from, in this version."""
+    """The tensor that it is a copy of, at this version."""
     version: int
 
 
@@ -116,19 +109,19 @@ class _Tokens:
     name: str
     call: int
     layout: Layout | None
-    """None where it is not known."""
+    """None if unknown."""
     version: int
     sources: frozenset[int]
     behind_before: int
 
 
 class LastFeatures(Watch):
-    """Watches a forward for the last feature map that the scores are made from.
+    """Watches a forward for the last feature map behind the scores.
 
-    An operation that takes a feature map (b, c, h, w) and returns something else (a pooling, a flatten) may be the
-    beginning of the head: a copy of its input is kept, and so is everything made from its output, until something flows
-    back into a feature map, as the gate of a squeeze-and-excitation block does. With `cut`, only tensors made from such
-    copies have a graph.
+    An operation that takes a feature map (b, c, h, w) and returns a summary (a pooling, a flatten) may be the beginning
+    of the head. Its input is replaced by a copy, a leaf, and tensors that depend on leaves are tracked until one flows
+    back into a feature map, as the gate of a squeeze-and-excitation block does. With `cut`, only tensors that depend on
+    leaves have a graph.
     """
 
     def __init__(self, images: Tensor, *, cut: bool) -> None:
@@ -137,22 +130,22 @@ class LastFeatures(Watch):
         self.layers = 0
         """Weight layers so far."""
         self.layers_behind = 0
-        """Weight layers so far that read a tensor made from a leaf."""
+        """Weight layers so far that read a tensor that depends on a leaf."""
         self.calls: Counter[str] = Counter()
         self.producers: dict[int, tuple[weakref.ref[Tensor], int, str, int]] = {}
-        """The outputs of modules, each with its version, the module's name, and which run it was."""
+        """By id of a module's output: the output, its version, the module's name, and which of its runs it was."""
         self.sources: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
         self.tokens: list[_Tokens] = []
         self.ended = False
         self.outputs: set[int] = set()
-        """Leaves that feed a function of the model's output, which runs behind the model."""
+        """Leaves made after the model has returned, by a function of its output."""
 
     def produced(self, name: str) -> Callable[..., None]:
         """Forward hook of the module of that name."""
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             self.passed(module, inputs, output)
-            tensor = first_of(output)
+            tensor = first_tensor(output)
             call = self.calls[name]
             self.calls[name] += 1
             if tensor is None or (isinstance(module, nn.Identity) and self._producer(tensor)[0]):
@@ -174,56 +167,60 @@ class LastFeatures(Watch):
         self.ended = True
 
     def _producer(self, tensor: Tensor) -> tuple[str, int]:
-        """The module whose output a tensor is, if not changed in place since, and which of the module's runs."""
+        """The module that returned a tensor, if it was not changed in place since, and which of the module's runs."""
         reference, version, name, call = self.producers.get(id(tensor), (None, 0, "", 0))
         same = reference is not None and reference() is tensor and version == version_of(tensor)
         return (name, call) if same else ("", 0)
 
     def sources_of(self, tensor: Tensor) -> frozenset[int]:
-        """The leaves that a tensor is made from."""
+        """The leaves that a tensor depends on."""
         reference, sources = self.sources.get(id(tensor), (None, frozenset[int]()))
         return sources if reference is not None and reference() is tensor else frozenset()
 
-    def _watch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.layers += func.__name__ in _WEIGHT_LAYERS
-        if not self.leaves:  # nothing is made from a summary yet: the next one is all that matters
-            output = func(*args, **kwargs)
-            self.positions.follow(func, args, kwargs, output)
-            first = first_of(output)
+    def on(self, operation: Operation) -> Any:
+        """The result of the operation, with a graph if it depends on a feature map that may be the last."""
+        is_weight_layer = operation.name in _WEIGHT_LAYERS
+        self.layers += is_weight_layer
+        if not self.leaves:  # only the first summary matters until there is one
+            output = operation()
+            self.positions.follow(operation, output)
+            first = first_tensor(output)
             if first is None or not self._is_summary(first):
                 return output
-        tensors = tensors_in(args, kwargs)
+        tensors = operation.tensors
         if not tensors:
-            return func(*args, **kwargs)  # switching gradients on and off, too
+            return operation()  # such as switching gradients on and off
         sources = frozenset[int]().union(*map(self.sources_of, tensors))
-        maps = [a for a in tensors if self._is_feature_map(a)]
-        self.layers_behind += bool(sources) and func.__name__ in _WEIGHT_LAYERS
+        maps = [tensor for tensor in tensors if self._is_feature_map(tensor)]
+        self.layers_behind += bool(sources) and is_weight_layer
         with torch.set_grad_enabled(torch.is_grad_enabled() or bool(sources and not maps)):
-            output = func(*args, **kwargs)
-        self.positions.follow(func, args, kwargs, output)
-        first = first_of(output)  # a pooling may add its indices
+            output = operation()
+        self.positions.follow(operation, output)
+        first = first_tensor(output)  # a pooling may add its indices
         if maps and first is not None and self._is_summary(first):
-            made: set[int] = set()
-            leaf = partial(self._leaf, func, made)
-            dims = self.positions.of(first)
-            with torch.enable_grad():
-                output = func(*tree_map(leaf, args), **tree_map(leaf, kwargs))
-            for value in tree_leaves(output):
-                if isinstance(value, Tensor):
-                    self.positions.put(value, dims)
-            sources |= made
+            output, leaves = self._from_leaves(operation, self.positions.of(first))
+            sources |= leaves
         elif not sources:
             return output
         elif first is not None and self._flows_back(first, maps, sources):
             if not self.cut:
                 return output
             detached = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, output)
-            self.positions.follow(func, args, kwargs, detached)
+            self.positions.follow(operation, detached)
             return detached
-        for tensor in tree_leaves(output if output is not None else args[:1]):
-            if isinstance(tensor, Tensor):
-                self.sources[id(tensor)] = weakref.ref(tensor), sources | self.sources_of(tensor)
+        for tensor in tensors_in(output if output is not None else operation.args[:1]):
+            self.sources[id(tensor)] = weakref.ref(tensor), sources | self.sources_of(tensor)
         return output
+
+    def _from_leaves(self, operation: Operation, dims: Dims | None) -> tuple[Any, set[int]]:
+        """The operation on copies of its feature maps, where a graph begins, and the numbers of these leaves."""
+        leaves: set[int] = set()
+        args, kwargs = tree_map(partial(self._leaf, operation, leaves), (operation.args, operation.kwargs))
+        with torch.enable_grad():
+            output = operation.func(*args, **kwargs)
+        for tensor in tensors_in(output):
+            self.positions.put(tensor, dims)
+        return output, leaves
 
     def _layout(self, value: Tensor) -> tuple[Layout | None, bool]:
         """Layout of a feature map, and whether it is guessed from the shape."""
@@ -244,9 +241,9 @@ class LastFeatures(Watch):
         return value.ndim > 2 and value.is_floating_point() and self._layout(value)[0] is not None
 
     def _is_feature_map(self, value: Tensor) -> bool:
-        """Whether a tensor is a map made from the images, and not from a summary of another map.
+        """Whether a tensor is a map that depends on the images, and not on a summary of another map.
 
-        In a batch of one a parameter (1, c, h, w) looks like a map.
+        In a batch of one, a parameter (1, c, h, w) looks like a map.
         """
         if value.ndim < 3 or self.sources_of(value):
             return False
@@ -263,7 +260,7 @@ class LastFeatures(Watch):
         return not self._is_map(value)
 
     def _flows_back(self, value: Tensor, maps: list[Tensor], sources: frozenset[int]) -> bool:
-        """Whether it is a feature map again: its shape is not guessed, or it has the positions of its sources."""
+        """Whether it is a feature map again: its positions are tracked, or its grid is that of its sources."""
         if not self._is_map(value):
             return False
         if maps or self.positions.of(value) is not None:
@@ -273,7 +270,7 @@ class LastFeatures(Watch):
             grids |= {leaf.layout.grid, tuple(-(-side // 2) for side in leaf.layout.grid)}
         return tuple(value.shape[2:]) in grids or tuple(value.shape[1:-1]) in grids
 
-    def _leaf(self, func: Callable[..., Any], made: set[int], value: Any) -> Any:
+    def _leaf(self, operation: Operation, leaves: set[int], value: Any) -> Any:
         if not isinstance(value, Tensor) or not self._is_feature_map(value):
             return value
         same = (i for i, leaf in enumerate(self.leaves) if leaf.value is value and leaf.version == version_of(value))
@@ -283,18 +280,18 @@ class LastFeatures(Watch):
             layout, is_guess = self._layout(value)
             assert layout is not None
             name, call = self._producer(value)
-            name = name or f"input of {func.__name__}"
-            counts = self.layers - (func.__name__ in _WEIGHT_LAYERS), self.layers_behind
+            name = name or f"input of {operation.func.__name__}"
+            counts = self.layers - (operation.name in _WEIGHT_LAYERS), self.layers_behind
             self.leaves.append(_Leaf(tensor, name, call, layout, is_guess, *counts, value, version_of(value)))
-        made.add(place)
+        leaves.add(place)
         if self.ended:
             self.outputs.add(place)
         return self.leaves[place].tensor
 
-    def find(self, scores: Tensor, logits: Tensor, notices: dict[str, None], name: str = "") -> tuple[Feature, bool]:
+    def find(self, scores: Tensor, logits: Tensor, notices: dict[str, None], name: str = "") -> tuple[Captured, bool]:
         """The last feature map (of that name), and whether nothing else feeds the scores.
 
-        Attention weights do not count as features.
+        Attention weights are not features.
         """
         leaves = [self.leaves[i] for i in sorted(self.sources_of(scores))]
         if not leaves:
@@ -306,8 +303,8 @@ class LastFeatures(Watch):
             best = logits.amax(1).sum()
         used = leaves
         if len(leaves) > 1:  # a single one is the answer, with or without a gradient
-            found = gradients(best, [leaf.tensor for leaf in leaves])
-            feeding = [(leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None]
+            back = gradients(best, [leaf.tensor for leaf in leaves])
+            feeding = [(leaf, gradient) for leaf, gradient in zip(leaves, back, strict=True) if gradient is not None]
             used = [leaf for leaf, gradient in feeding if gradient.any()] or [leaf for leaf, _ in feeding] or leaves
         features = [leaf for leaf in used if "gate" not in leaf.name.split(".")] or used
         if name:
@@ -331,7 +328,7 @@ class LastFeatures(Watch):
         behind = self.layers_behind - leaf.behind_before
         is_stem = leaf.layers_before <= 1 and behind > 1
         if not name and (behind > _LARGEST_HEAD or len(used) > 1 or is_stem):
-            # A tensor that joins everything that feeds the logits comes after it.
+            # Tokens after it may join everything that feeds the logits.
             if (tokens := self._last_tokens(best, leaf.layout, {self.leaves.index(each) for each in used})) is not None:
                 return tokens, True
         if behind > _LARGEST_HEAD:
@@ -340,7 +337,7 @@ class LastFeatures(Watch):
                 "pass layer="
             )
         self._notice(leaf, features, behind, notices)
-        return Feature(leaf.name, leaf.tensor, leaf.layout, leaf.call), len(used) == 1
+        return Captured(leaf.name, leaf.tensor, leaf.layout, leaf.call), len(used) == 1
 
     def _named(self, name: str, features: list[_Leaf]) -> list[_Leaf]:
         of_name = [leaf for leaf in features if leaf.name == name]
@@ -352,7 +349,7 @@ class LastFeatures(Watch):
         return of_name
 
     def _notice(self, leaf: _Leaf, features: list[_Leaf], behind: int, notices: dict[str, None]) -> None:
-        """Add notices about choices that the owner of the model may want to change."""
+        """Add notices about decisions that the owner of the model may want to change."""
         if leaf.is_guess:
             notices[guess_of(leaf.name, leaf.tensor, leaf.layout)] = None
         others = list(dict.fromkeys(other.name for other in features if other is not leaf))
@@ -379,42 +376,38 @@ class LastFeatures(Watch):
                 "name a later one by layer= if the model has one with positions"
             ] = None
 
-    def _last_tokens(self, best: Tensor, patches: Layout, leaves: set[int]) -> Feature | None:
-        """The last tokens of the patches, as wide as most of their grid, made from these leaves, with a gradient.
+    def _last_tokens(self, best: Tensor, patches: Layout, leaves: set[int]) -> Captured | None:
+        """The last patch tokens with a gradient that depend on these leaves and have the most common width.
 
         If the head is all zeros, as it may be before training, the last tokens that it reads.
         """
-        cells = torch.Size(patches.grid).numel()
+        cells = math.prod(patches.grid)
         fitting: list[tuple[_Tokens, Layout]] = []
-        for made in self.tokens:
-            layout = made.layout
-            if layout is None and 0 <= made.tensor.shape[1] - cells <= MANY_REGISTERS:
-                layout = tokens_of(made.tensor.shape[1], patches.grid)
-            if layout is not None and leaves <= made.sources and version_of(made.tensor) == made.version:
-                fitting.append((made, layout))
-        fitting.reverse()
-        back = gradients(best, [made.tensor for made, _ in fitting])
-        read = [
-            (made, layout, gradient)
-            for (made, layout), gradient in zip(fitting, back, strict=True)
-            if gradient is not None
-        ]
-        live = [(made, layout) for made, layout, gradient in read if layout.maps(gradient).any()]
-        for made, layout in live or [(made, layout) for made, layout, _ in read]:
+        for tokens in reversed(self.tokens):
+            layout = tokens.layout
+            if layout is None and 0 <= tokens.tensor.shape[1] - cells <= MANY_REGISTERS:
+                layout = tokens_of(tokens.tensor.shape[1], patches.grid)
+            if layout is not None and leaves <= tokens.sources and version_of(tokens.tensor) == tokens.version:
+                fitting.append((tokens, layout))
+        back = gradients(best, [tokens.tensor for tokens, _ in fitting])
+        read = [(one, gradient) for one, gradient in zip(fitting, back, strict=True) if gradient is not None]
+        live = [one for one, gradient in read if one[1].maps(gradient).any()]
+        for tokens, layout in live or [one for one, _ in read]:
             widths = Counter(other.tensor.shape[layout.channels] for other, same in fitting if same.grid == layout.grid)
-            if made.tensor.shape[layout.channels] == max(widths, key=lambda each: widths[each]):
-                behind = self.layers_behind - made.behind_before
-                if behind > _LARGEST_BLOCK:
-                    raise ValueError(
-                        f"expected tokens close to the logits, got {made.name!r}, {behind} weight layers away; "
-                        "pass layer="
-                    )
-                return Feature(made.name, made.tensor, layout, made.call)
+            if tokens.tensor.shape[layout.channels] != max(widths, key=lambda width: widths[width]):
+                continue
+            behind = self.layers_behind - tokens.behind_before
+            if behind > _LARGEST_BLOCK:
+                raise ValueError(
+                    f"expected tokens close to the logits, got {tokens.name!r}, {behind} weight layers away; "
+                    "pass layer="
+                )
+            return Captured(tokens.name, tokens.tensor, layout, tokens.call)
         return None
 
 
 def guess_of(name: str, tensor: Tensor, layout: Layout) -> str:
-    """A notice that the positions were guessed."""
+    """The notice that positions were guessed."""
     shape = " x ".join(map(str, tensor.shape[1:]))
     order = "last" if layout.channels > 1 else "first"
     return (
@@ -425,5 +418,5 @@ def guess_of(name: str, tensor: Tensor, layout: Layout) -> str:
 
 def gradients(score: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients from one backward; None where none flows."""
-    found = torch.autograd.grad(score, tensors, allow_unused=True, retain_graph=True) if tensors else []
-    return [*found]
+    back = torch.autograd.grad(score, tensors, allow_unused=True, retain_graph=True) if tensors else []
+    return [*back]

@@ -1,4 +1,4 @@
-"""How a tensor holds the positions of the images: which dimension, in which order, beside which other entries."""
+"""How the positions of the images lie in a tensor: in which dimensions, in which order, beside which other entries."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,19 +10,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 BATCH, OTHER, PAIR = -1, -2, -3
-_KEPT = 0.75  # share of an axis that a slice must keep to count as a trim (of padding, say) and not as a crop
-_LARGEST_STRETCH = 2.5  # of a map's height/width relative to the image's; rounding 3 pixels to 2 and 1 gives 2
+_LARGEST_TRIM = 0.75  # a slice of at least this fraction of an axis is a trim (of padding, say), not a crop
+_LARGEST_STRETCH = 2.5  # of height/width between image and map; rounding 3 pixels to 2 and 1 gives 2
 
 
 class Atom(NamedTuple):
-    """A digit of an index: along `axis` the index is the sum of value * stride over the axis' digits."""
+    """A digit of an index: the index along an axis is the sum of value * stride over the digits of that axis."""
 
     axis: int
-    """An axis of the images (0, 1, 2), BATCH, OTHER (not a position), or PAIR (batches one behind the other)."""
+    """An axis of the images (0, 1, 2), BATCH, OTHER (not a position), or PAIR (concatenated batches)."""
     size: int
     stride: int = 1
     length: int = 0
-    """Cells of the whole axis, in units of the stride 1."""
+    """Cells along the whole axis, at stride 1."""
     mirrored: bool = False
 
 
@@ -40,7 +40,7 @@ class Dim(NamedTuple):
 
     @property
     def has_axis(self) -> bool:
-        """Whether positions lie along it."""
+        """Whether positions lie along this dimension."""
         return any(atom.axis >= 0 for atom in self.atoms)
 
 
@@ -58,7 +58,7 @@ def axis_of(atom: Atom, size: int) -> Dim:
 
 
 def merged(atoms: Iterable[Atom]) -> tuple[Atom, ...]:
-    """The same digits, with neighbors along one axis merged into one."""
+    """The same digits, with adjacent digits of one axis merged."""
     whole: list[Atom] = []
     for atom in atoms:
         last = whole[-1] if whole else None
@@ -73,7 +73,7 @@ def merged(atoms: Iterable[Atom]) -> tuple[Atom, ...]:
 
 
 def reshaped(dims: Dims, shape: Sequence[int]) -> Dims | None:
-    """The dimensions after a reshape; None where it splits one that holds other entries too."""
+    """The dimensions after a reshape; None if it splits one that also holds other entries."""
     parts: list[Atom | Dim] = []
     for dim in reversed(dims):
         parts += [dim] if dim.before or dim.after else [atom for atom in reversed(dim.atoms) if atom.size > 1]
@@ -105,7 +105,7 @@ def reshaped(dims: Dims, shape: Sequence[int]) -> Dims | None:
 
 
 def sliced(dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
-    """A stretch of a dimension, or every `step`-th entry of it."""
+    """A slice of a dimension."""
     size = len(range(start, stop, step))
     cells = dim.size - dim.before - dim.after
     if size == dim.size or not dim.atoms:
@@ -116,29 +116,29 @@ def sliced(dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
     if dim.before or dim.after or len(dim.atoms) != 1 or not dim.has_axis:
         return other(size)
     atom = dim.atoms[0]
-    whole = atom.stride * atom.size == atom.length and stop - start >= _KEPT * cells
+    whole = atom.stride * atom.size == atom.length and stop - start >= _LARGEST_TRIM * cells
     return axis_of(atom, size) if whole else other(size)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layer's tensor holds its positions, as `maps` takes them out of it."""
+    """How the positions lie in a layer's tensor; `maps` puts them in order."""
 
     grid: tuple[int, ...]
     channels: int = 1
     """Which dimension holds the channels."""
     rows: tuple[Atom, ...] = ()
-    """Digits of positions that lie behind the batch in the first dimension."""
+    """Digits of positions that follow the batch in the first dimension."""
     cells: Dims = ()
-    """The other dimensions, in order; empty if they are those of the grid."""
+    """The other dimensions, in order; empty if they are simply those of the grid."""
     fold: int = 1
-    """Images of each row that lie one batch behind the other in the first dimension."""
+    """Number of batches that are concatenated in the first dimension."""
     part: int = 0
-    """Which of them is read."""
+    """Which of these batches is read."""
 
     @property
     def channels_last(self) -> bool:
-        """Whether all but the first and the last dimension are positions, whatever their order."""
+        """Whether all dimensions except the first and the last are positions, in any order."""
         plain = not self.rows and self.fold == 1 and not any(dim.before or dim.after for dim in self.cells)
         return plain and self.channels == (len(self.cells) or len(self.grid)) + 1 > 1
 
@@ -168,7 +168,7 @@ class Layout:
 
 @lru_cache(maxsize=1024)
 def layout_in(dims: Dims, axes: int) -> Layout | None:
-    """The layout of a tensor; None where positions are incomplete, doubled, or beside two dimensions of channels."""
+    """The layout of a tensor; None if positions are incomplete or doubled, or if two dimensions hold channels."""
     first, rest = dims[0], dims[1:]
     if first.before or first.after or not rest:
         return None
@@ -188,11 +188,11 @@ def layout_in(dims: Dims, axes: int) -> Layout | None:
         return None
     grid: list[int] = []
     for axis in range(axes):
-        own = sorted((atom for atom in digits if atom.axis == axis), key=lambda atom: -atom.stride)
-        whole = own[:1] == [] or own[0].stride * own[0].size == own[0].length
-        if not whole or any(one.stride != two.stride * two.size for one, two in pairwise(own)):
+        along = sorted((atom for atom in digits if atom.axis == axis), key=lambda atom: -atom.stride)
+        whole = along[:1] == [] or along[0].stride * along[0].size == along[0].length
+        if not whole or any(one.stride != two.stride * two.size for one, two in pairwise(along)):
             return None
-        grid.append(math.prod(atom.size for atom in own))
+        grid.append(math.prod(atom.size for atom in along))
     if math.prod(grid) <= 1:
         return None
     in_order = [atom.axis for atom in digits] == [axis for axis, size in enumerate(grid) if size > 1]
@@ -203,9 +203,9 @@ def layout_in(dims: Dims, axes: int) -> Layout | None:
 
 @lru_cache(maxsize=256)
 def guessed(shape: tuple[int, ...], size: tuple[int, ...]) -> Layout | None:
-    """Channels first or last, by shape alone: whichever grid is more like the image, give or take a row and a column.
+    """Channels first or last by shape alone: the grid that is more like the image, up to one row and one column.
 
-    Where both are alike, a grid shaped exactly like the image decides; otherwise channels are first.
+    If both are equally like it, a grid with exactly the shape of the image wins, else channels first.
     """
     readings = [Layout(shape[2:]), Layout(shape[1:-1], len(shape) - 1)]
     fitting = [r for r in readings if math.prod(r.grid) > 1 and _stretch(r.grid, size) <= _LARGEST_STRETCH]
@@ -213,7 +213,7 @@ def guessed(shape: tuple[int, ...], size: tuple[int, ...]) -> Layout | None:
 
 
 def _stretch(grid: Sequence[int], size: Sequence[int], rounding: int = 0) -> float:
-    """How much longer cells are along one side than another, if each side may have so many cells more or fewer."""
+    """Longest side of a cell over its shortest, if each side of the grid may be off by `rounding` cells."""
     sides = [*zip(grid, size, strict=True)]
     shortest = [pixels / (cells + rounding) for cells, pixels in sides]
     longest = [pixels / (cells - rounding) if cells > rounding else math.inf for cells, pixels in sides]
@@ -221,7 +221,7 @@ def _stretch(grid: Sequence[int], size: Sequence[int], rounding: int = 0) -> flo
 
 
 def grids_like(tokens: int, size: Sequence[int], most: int) -> list[tuple[int, ...]]:
-    """Grids shaped exactly like the image, with at most so many tokens left before them, fewest first."""
+    """Grids with exactly the shape of the image and at most `most` tokens before them, fewest first."""
     scale = math.gcd(*size)
     unit = [side // scale for side in size]
     cells = [math.prod(unit) * n ** len(size) for n in range(1, tokens + 1)]
@@ -230,6 +230,6 @@ def grids_like(tokens: int, size: Sequence[int], most: int) -> list[tuple[int, .
 
 
 def tokens_of(tokens: int, grid: tuple[int, ...]) -> Layout:
-    """Tokens (b, n, c) of a grid's cells, row by row, behind any tokens left over."""
+    """Tokens (b, n, c) of the cells of a grid, row by row, after any other tokens."""
     atoms = [Atom(axis, size, 1, size) for axis, size in enumerate(grid) if size > 1]
     return Layout(grid, 2, cells=(Dim(tuple(atoms), before=tokens - math.prod(grid)),))

@@ -4,112 +4,23 @@ import math
 import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from sightline.explainers.features import LastFeatures, Watch, first_of, guess_of, hook_on, quantized_in
-from sightline.explainers.layout import Layout, grids_like, guessed, layout_in, other, tokens_of
+from sightline.explainers.capture.features import Captured, LastFeatures, Watch, guess_of, hook_on, quantized_in
 from sightline.explainers.scorer import Scorer
 from sightline.explainers.tokens import MANY_REGISTERS, patch_maps
-from sightline.inference import ForwardCall, untouched
+from sightline.facts import did_you_mean
+from sightline.inference.axes import Layout, grids_like, guessed, layout_in, other, tokens_of
+from sightline.inference.operations import first_tensor
 
-Layer = str | nn.Module | None
+LayerLike = str | nn.Module | None
 _SHAPE = re.compile(r" \(\d+( x \d+)*\)$")  # behind the name, as explanations show it
-_LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}  # node -> place of its input
-_POOLED = ("MeanBackward1", "AvgPool2DBackward0")  # adaptive pooling to one position is a mean, too
-_RESHAPED = (
-    "CloneBackward0",
-    "ReshapeAliasBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "SqueezeBackward2",
-    "ToCopyBackward0",
-    "UnsafeViewBackward0",
-    "UnsqueezeBackward0",
-    "ViewBackward0",
-)
-
-
-@dataclass(frozen=True)
-class Captured:
-    """Output of a layer, in the graph that leads to the scores."""
-
-    name: str
-    tensor: Tensor
-    layout: Layout
-    call: int
-    """Which run of the module of that name, from 0."""
-
-    def head(self, logits: Tensor) -> Tensor | None:
-        """Weights (n, k) if the logits are one linear layer and the mean over the positions, read from their graph.
-
-        The order does not matter: a 1 x 1 convolution is a linear layer at each position. Without a layer, the weights
-        are the identity.
-        """
-        node, weights, pooled, channels = logits.grad_fn, None, False, logits.shape[1]
-        while node is not None:
-            if node is self.tensor.grad_fn or getattr(node, "variable", None) is self.tensor:
-                if not pooled or channels != self.channels:
-                    return None
-                return torch.eye(channels).to(logits) if weights is None else weights
-            name, place = node.name(), 0
-            if name in _LINEAR and weights is None and not pooled:
-                weights, place = node._saved_mat2.mT, _LINEAR[name]  # pyright: ignore[reportAttributeAccessIssue]
-                channels = weights.shape[1]
-            elif weights is None and _is_pointwise(node):
-                weights = node._saved_weight.flatten(1)  # pyright: ignore[reportAttributeAccessIssue]
-                channels = weights.shape[1]
-            elif name in _POOLED and not pooled:
-                pooled = self._is_mean_of_all(node, channels)
-                if not pooled:
-                    return None
-            elif name not in _RESHAPED and not _picks_the_only_one(node) and not _is_restrided_mean(node, channels):
-                return None
-            node = node.next_functions[place][0]
-        return None
-
-    @property
-    def channels(self) -> int:
-        """Number of channels."""
-        return self.layout.maps(self.tensor.detach()).shape[1]
-
-    def _is_mean_of_all(self, node: Any, channels: int) -> bool:
-        if node.name() == "AvgPool2DBackward0":
-            whole = tuple(node._saved_self.shape[1:]) == (channels, *node._saved_kernel_size)
-            return whole and not any(node._saved_padding) and node._saved_divisor_override is None
-        shape = list(node._saved_self_sym_sizes)
-        dims = {_signed(dim) % len(shape) for dim in node._saved_dim}
-        kept = len(shape) - 1 if self.layout.channels_last else 1
-        return dims == set(range(1, len(shape))) - {kept} and shape[kept] == channels
-
-
-def _signed(dim: int) -> int:
-    return dim - 2**64 if dim >= 2**63 else dim
-
-
-def _is_pointwise(node: Any) -> bool:
-    """A 1 x 1 convolution that keeps the grid."""
-    if node.name() != "ConvolutionBackward0" or node._saved_transposed or node._saved_groups != 1:
-        return False
-    return not any(node._saved_padding) and {*node._saved_weight.shape[2:], *node._saved_stride} == {1}
-
-
-def _picks_the_only_one(node: Any) -> bool:
-    return node.name() == "SelectBackward0" and node._saved_self_sym_sizes[_signed(node._saved_dim)] == 1
-
-
-def _is_restrided_mean(node: Any, channels: int) -> bool:
-    """The step that adaptive pooling adds behind the mean of a channels-last tensor."""
-    if node.name() != "AsStridedBackward1" or node.next_functions[0][0].name() != "MeanBackward1":
-        return False
-    return tuple(node._saved_stride[:2]) == (channels, 1) and not node._saved_storage_offset
 
 
 def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
@@ -130,9 +41,8 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
             return layer, modules[layer]
         if layer.startswith("input of "):  # name of the automatic layer where no module returns it
             return layer, model
-        close = get_close_matches(layer, modules, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.named_modules()"
-        raise ValueError(f"expected the name of a layer of {type(model).__name__}, got {layer!r}; {hint}")
+        hint = did_you_mean(layer, modules, "see model.named_modules()", n=3)
+        raise ValueError(f"expected the name of a layer of {type(model).__name__}, got {layer!r}{hint}")
     for name, module in modules.items():
         if module is layer:
             return name, module
@@ -154,7 +64,14 @@ class Capture:
     """One per layer."""
 
     def __init__(
-        self, model: nn.Module, scorer: Scorer, layers: Sequence[Layer], *, call: int | None, gates: bool, whole: bool
+        self,
+        model: nn.Module,
+        scorer: Scorer,
+        layers: Sequence[LayerLike],
+        *,
+        call: int | None,
+        gates: bool,
+        whole: bool,
     ) -> None:
         self.model = model
         self.scorer = scorer
@@ -182,15 +99,8 @@ class Capture:
                 # Attention weights feed the logits too and are made from it; a named layer gets their gradient as well.
                 self.names = [automatic.name if name == "" else name for name in self.names]
                 return self.run(images)
-            self.found[name] = Captured(automatic.name, automatic.tensor, automatic.layout, automatic.call)
-        self.captured = [self.found[name] for name in self.names]
-
-    def run_for_gates(self, images: Tensor) -> dict[str, Tensor]:
-        """`gates` alone, whatever the model returns."""
-        with self._watched(images, search=False):
-            self.scorer.forward_call.raw(self.model, images)
-        self._check_images()
-        return self.gates
+            self.read[name] = automatic
+        self.captured = [self.read[name] for name in self.names]
 
     def _check_images(self) -> None:
         if self.watch is not None and self.watch.positions.obstacle:
@@ -201,7 +111,7 @@ class Capture:
         """Hooks and modes around one forward."""
         self.images = images
         self.gates: dict[str, Tensor] = {}
-        self.found: dict[str, Captured] = {}
+        self.read: dict[str, Captured] = {}
         self.calls: dict[str, list[tuple[int, ...]]] = {
             name: [] for name in self.names if name in self.modules and name
         }
@@ -268,7 +178,7 @@ class Capture:
 
     def _keep(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            tensor = first = first_of(output)
+            tensor = first = first_tensor(output)
             if tensor is not None and tensor.is_quantized:
                 raise ValueError(quantized_in(self.model))
             if tensor is None or tensor.ndim < 3 or not tensor.is_floating_point():
@@ -289,7 +199,7 @@ class Capture:
             torch.set_grad_enabled(True)  # from here to the logits; the caller's no_grad ends it
             if not tensor.requires_grad:
                 tensor = tensor.detach().clone().requires_grad_()
-            self.found[name] = Captured(name, tensor, layout, call)
+            self.read[name] = Captured(name, tensor, layout, call)
             handed = tensor.clone()  # an in-place activation behind the layer must not rewrite what was captured
             return tree_map(lambda value: handed if value is first else value, output)
 
@@ -360,17 +270,3 @@ def _guess(tensor: Tensor, images: Tensor, grids: Sequence[tuple[int, ...]]) -> 
             if math.prod(grid) > 1:
                 return tokens_of(shape[1], grid)
     return None
-
-
-def gates_of(
-    model: nn.Module, images: Float[Tensor, "b c *grid"], call: ForwardCall
-) -> dict[str, Float[Tensor, "b _ ..."]]:
-    """The learned weights of every block, in float32 at least, from one forward; the model may return anything.
-
-    Raises:
-        ValueError: a block that runs twice.
-    """
-    with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
-        capture = Capture(net, Scorer(net, None, forward_call=call), [], call=None, gates=True, whole=False)
-        gates = capture.run_for_gates(images.detach().clone())
-    return {name: gate if gate.dtype == torch.float64 else gate.float() for name, gate in gates.items()}

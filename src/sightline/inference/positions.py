@@ -1,8 +1,8 @@
-"""Tracks the positions of the images through the tensors of a forward, from operation to operation."""
+"""Tracks the positions of the images through the operations of a forward."""
 
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sightline.explainers.layout import (
+from sightline.inference import operations as ops
+from sightline.inference.axes import (
     BATCH,
     OTHER,
     PAIR,
@@ -25,19 +26,12 @@ from sightline.explainers.layout import (
     reshaped,
     sliced,
 )
+from sightline.inference.operations import Operation, tensors_in
 
 _SPATIAL = re.compile(r"(?:conv|pool)\w*?([123])d")
 _SPATIAL_MODULE = re.compile(r"(?:Conv|Pool|BatchNorm|InstanceNorm)\w*?([123])d")
-_RESIZED = {"interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "pixel_shuffle", "pixel_unshuffle"}
-_RESHAPED = set("view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel _unsafe_view".split())
-_PERMUTED = set("permute transpose t T mT H mH movedim moveaxis swapaxes swapdims adjoint".split())
-_REDUCED = set(
-    "mean sum amax amin max min norm vector_norm linalg_vector_norm std var logsumexp prod median any all argmax "
-    "argmin nanmean nansum std_mean var_mean".split()
-)
-_PRODUCTS = set("matmul bmm mm __matmul__ __rmatmul__ baddbmm addmm addbmm".split())
-_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-_SHUFFLED = set(
+_RESIZES = {"interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "pixel_shuffle", "pixel_unshuffle"}
+_SHUFFLES = set(
     "roll sort argsort topk gather take take_along_dim rot90 unfold fold im2col col2im grid_sample as_strided scatter "
     "scatter_add index_put index_add index_copy index masked_select masked_scatter nonzero fft fft2 ifft2 rfft2 irfft2 "
     "rfft irfft fftn ifftn view_as_complex view_as_real einops kron cdist embedding conv_tbc".split()
@@ -46,56 +40,41 @@ _FRESH = re.compile(r"(?:new_|empty|zeros|ones|full|rand).*|.*_like")
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 
-def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors among the arguments of an operation, also in lists."""
-    tensors: list[Tensor] = []
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            tensors.append(value)
-        elif isinstance(value, list | tuple) and not all(type(each) is int for each in value):
-            tensors += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-    return tensors
-
-
 @lru_cache(maxsize=1024)
-def _name(func: Callable[..., Any]) -> tuple[str, int]:
-    """Name of an operation, without the in-place mark, and the number of axes it slides over (0 if none)."""
-    name: str = getattr(func, "__name__", "")
-    if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-    name = name if name.endswith("__") else name.rstrip("_")
+def _sliding(name: str) -> int:
+    """Number of axes that an operation slides over, 0 if none."""
     spatial = _SPATIAL.search(name)
-    return name, int(spatial[1]) if spatial else 0
+    return int(spatial[1]) if spatial else 0
 
 
 class Positions:
-    """Where the positions are in every tensor made from the images, or None where that is not known.
+    """Where the positions lie in every tensor that depends on the images, or None if that is unknown.
 
-    A convolution or a pooling has them in its last dimensions. Elementwise operations pass them on, reshapes and
+    Convolutions and poolings have them in their last dimensions. Elementwise operations keep them, reshapes and
     permutations move them, and products and slices remove some of them.
     """
 
     def __init__(self, images: Tensor) -> None:
         self.axes = images.ndim - 2
         self.obstacle = ""
-        """The error to raise if the model does something with the images that rules out a map; empty if not."""
+        """The error message if the model uses the images in a way that rules out a map; else empty."""
         spatial = [Dim((Atom(i, n, 1, n),) if n > 1 else ()) for i, n in enumerate(images.shape[2:])]
         self.batch = Dim((Atom(BATCH, len(images)),) if len(images) > 1 else ())
         self._seen: dict[int, tuple[weakref.ref[Tensor], Dims | None]] = {}
         self.put(images, (self.batch, other(images.shape[1]), *spatial))
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether a tensor is made from the images."""
+        """Whether a tensor depends on the images."""
         reference, _ = self._seen.get(id(tensor), (None, None))
         return reference is not None and reference() is tensor
 
     def of(self, tensor: Tensor) -> Dims | None:
-        """Dimensions of a tensor; None where they are not known."""
+        """Dimensions of a tensor; None if they are unknown."""
         reference, dims = self._seen.get(id(tensor), (None, None))
         return dims if reference is not None and reference() is tensor else None
 
     def layout(self, tensor: Tensor) -> Layout | None:
-        """Layout of a tensor; None where it has no positions or they are not known."""
+        """Layout of a tensor; None if it has no positions or they are unknown."""
         dims = self.of(tensor)
         return None if dims is None else layout_in(dims, self.axes)
 
@@ -105,35 +84,35 @@ class Positions:
             dims = None
         self._seen[id(tensor)] = weakref.ref(tensor), dims
 
-    def follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def follow(self, operation: Operation, output: Any) -> None:
         """Record the results of an operation."""
         if isinstance(output, Tensor):
             results = [output]
         elif output is None:  # an assignment
-            results = [a for a in args[:1] if isinstance(a, Tensor) and not self.knows(a)]
+            results = [a for a in operation.args[:1] if isinstance(a, Tensor) and not self.knows(a)]
         else:
-            results = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+            results = tensors_in(output)
         if not results:
             return
-        tensors = tensors_in(args, kwargs)
+        tensors = operation.tensors
         if not any(map(self.knows, tensors)):
             return
-        name, spatial = _name(func)
-        if output is None or name in _SHUFFLED:
-            dims = self.of(args[0]) if name == "unfold" and args else None
-            known = [] if dims is None else [_unfolded(dims, args[1:], kwargs)]
+        name = operation.name
+        if output is None or name in _SHUFFLES:
+            dims = self.of(operation.args[0]) if name == "unfold" and operation.args else None
+            tracked = [] if dims is None else [_unfolded(dims, operation.args[1:], operation.kwargs)]
         elif _FRESH.fullmatch(name):
             return
         else:
-            known = self._results(func, name, spatial, args, kwargs, tensors, results)
+            tracked = self._results(operation, tensors, results)
         for i, result in enumerate(results):
-            self.put(result, known[i] if i < len(known) else None)
+            self.put(result, tracked[i] if i < len(tracked) else None)
 
     def follow_module(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """The same for a module whose operations are hidden, as in TorchScript and quantized layers."""
+        """Record the output of a module whose operations are hidden, as in TorchScript and quantized layers."""
         if self.knows(output):
             return
-        given = [value for value in tree_leaves(inputs) if isinstance(value, Tensor) and self.knows(value)]
+        given = [tensor for tensor in tensors_in(inputs) if self.knows(tensor)]
         if not given:
             return
         dims, kind = self.of(given[0]), getattr(module, "original_name", type(module).__name__)
@@ -145,114 +124,103 @@ class Positions:
         else:
             self.put(output, dims if dims is not None and output.shape == given[0].shape else None)
 
-    def _results(
-        self,
-        func: Callable[..., Any],
-        name: str,
-        spatial: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        results: list[Tensor],
-    ) -> list[Dims | None]:
-        first = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
+    def _results(self, operation: Operation, tensors: list[Tensor], results: list[Tensor]) -> list[Dims | None]:
+        name, first = operation.name, operation.input
         dims = self.of(first) if isinstance(first, Tensor) else None
         shape = tuple(results[0].shape)
-        if name == "cat" or name in ("concat", "concatenate"):
-            return [self._joined(args, kwargs, shape)]
+        sliding = _sliding(name)
+        if name in ("cat", "concat", "concatenate"):
+            return [self._joined(operation, shape)]
         if name in ("stack", "einsum"):
-            return [self._stacked(args, kwargs) if name == "stack" else self._summed(args)]
-        if name in _PRODUCTS:
+            return [self._stacked(operation) if name == "stack" else self._summed(operation.args)]
+        if name in ops.MATRIX_PRODUCTS:
             return [self._product(tensors[-2:] if name in ("baddbmm", "addmm", "addbmm") else tensors[:2], shape, name)]
-        if isinstance(first, Tensor) and dims is None and (spatial or name in ("linear", *_RECURRENT)):
-            return [self._assumed(result, spatial) if spatial else None for result in results]
+        if isinstance(first, Tensor) and dims is None and (sliding or name == "linear" or name in ops.RECURRENT):
+            return [self._assumed(result, sliding) if sliding else None for result in results]
         if dims is None or not isinstance(first, Tensor):
             return [self._broadcast(tensors, result) for result in results]
-        if spatial or name in _RESIZED:
-            count = spatial or first.ndim - 2
+        if sliding or name in _RESIZES:
+            count = sliding or first.ndim - 2
             convolved = name.startswith("conv") or "shuffle" in name
             return [self._spatial(dims, result, count, convolved=convolved) for result in results]
         if name == "linear":
             return [(*dims[:-1], other(shape[-1]))]
-        if name in _RECURRENT:
+        if name in ops.RECURRENT:
             return [(*dims[:-1], other(shape[-1])), *[tuple(map(other, r.shape)) for r in results[1:]]]
         if name == "multi_head_attention_forward":
             return [dims, *[tuple(map(other, r.shape)) for r in results[1:]]]
         if name == "scaled_dot_product_attention":
-            value = args[2] if len(args) > 2 else kwargs["value"]
-            return [(*dims[:-1], (self.of(value) or (other(shape[-1]),))[-1])]
-        if name in _RESHAPED:
+            return [(*dims[:-1], (self.of(operation.argument(2, "value")) or (other(shape[-1]),))[-1])]
+        if name in ops.RESHAPES:
             return [reshaped(dims, shape)]
-        if name in ("__getitem__", "select", "narrow", "index_select", "unbind", "split", "chunk", "tensor_split") or (
-            name in ("split_with_sizes", "unsafe_split", "unsafe_chunk")
-        ):
-            return self._taken(name, dims, args, kwargs, results)
+        if name in ops.PICKS:
+            return self._taken(operation, dims, results)
         if name == "flip":
-            asked = kwargs.get("dims", args[1:])
-            flipped = {d % len(dims) for d in tree_leaves(asked)}
+            flipped = {d % len(dims) for d in tree_leaves(operation.kwargs.get("dims", operation.args[1:]))}
             return [tuple(_mirrored(dim) if i in flipped else dim for i, dim in enumerate(dims))]
         if name == "pad":
-            return [_padded(dims, args[1] if len(args) > 1 else kwargs["pad"])]
+            return [_padded(dims, operation.argument(1, "pad"))]
         alone = len(tensors) == 1
-        if alone and (name in _PERMUTED or (name in _REDUCED and results[0].shape != first.shape)):
-            return [_probed(func, dims, args, kwargs)] * len(results)
+        if alone and (name in ops.PERMUTATIONS or (name in ops.REDUCTIONS and results[0].shape != first.shape)):
+            return [_probed(operation, dims)] * len(results)
         return [self._broadcast(tensors, result) for result in results]
 
     def _broadcast(self, tensors: list[Tensor], result: Tensor) -> Dims | None:
-        """An elementwise operation: each dimension comes from the operand that has positions there."""
+        """An elementwise operation: each dimension is that of the operand with positions there."""
         operands = [dims for tensor in tensors if (dims := self.of(tensor)) is not None]
         if len(operands) == 1 and tuple(dim.size for dim in operands[0]) == result.shape:
             return operands[0]
         if not operands or any(len(dims) > result.ndim for dims in operands):
             return None
-        made: list[Dim] = []
+        broadcast: list[Dim] = []
         for place in range(-result.ndim, 0):
             size = result.shape[place]
             fitting = [dims[place] for dims in operands if len(dims) >= -place and dims[place].size == size]
-            made.append(next((dim for dim in fitting if dim.has_axis), fitting[0] if fitting else other(size)))
-        return tuple(made)
+            broadcast.append(next((dim for dim in fitting if dim.has_axis), fitting[0] if fitting else other(size)))
+        return tuple(broadcast)
 
     def _spatial(self, dims: Dims, result: Tensor, count: int, *, convolved: bool) -> Dims | None:
-        """Channels and the axes behind them, as convolutions, poolings and resizes hold them."""
+        """Channels, then the axes, as convolutions, poolings and resizes have them."""
         if len(dims) != count + 2 or result.ndim != count + 2:
             return None
         channel = dims[1]
         if convolved and any(atom.axis == 0 for atom in channel.atoms) and self.axes == 3:
             self.obstacle = (
-                "expected a model that takes (b, c, d, h, w), got one that takes the second dimension for frames; wrap "
-                "it so that it transposes them itself"
+                "expected a model that takes (b, c, d, h, w), got one whose second dimension is the frames; wrap it so "
+                "that it transposes them itself"
             )
-        made = [dims[0], other(result.shape[1]) if convolved or channel.size != result.shape[1] else channel]
+        moved = [dims[0], other(result.shape[1]) if convolved or channel.size != result.shape[1] else channel]
         everywhere = [atom for dim in dims for atom in dim.atoms]
         for dim, size in zip(dims[2:], result.shape[2:], strict=True):
             if dim.size == size:
-                made.append(dim)
+                moved.append(dim)
                 continue
             atom = dim.atoms[0] if len(dim.atoms) == 1 and not (dim.before or dim.after) else None
             alone = atom is not None and atom.axis >= 0 and sum(a.axis == atom.axis for a in everywhere) == 1
-            made.append(axis_of(atom, size) if atom is not None and alone else other(size))
-        return tuple(made)
+            moved.append(axis_of(atom, size) if atom is not None and alone else other(size))
+        return tuple(moved)
 
     def _assumed(self, result: Tensor, count: int) -> Dims | None:
-        """The axes in their usual places, for a convolution or pooling whose input could not be tracked."""
+        """The axes in their usual places, for a convolution or pooling with an untracked input."""
         if count != self.axes or result.ndim != count + 2 or len(result) != self.batch.size:
             return None
         return (self.batch, other(result.shape[1]), *(axis_of(Atom(i, 1), n) for i, n in enumerate(result.shape[2:])))
 
-    def _joined(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: Sequence[int]) -> Dims | None:
-        parts = args[0] if args else kwargs["tensors"]
-        axis = (args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))) % len(shape)
-        known = [self.of(part) for part in parts]
-        pieces = [dims for dims in known if dims is not None and len(dims) == len(shape)]
+    def _joined(self, operation: Operation, shape: Sequence[int]) -> Dims | None:
+        parts = operation.argument(0, "tensors")
+        axis = operation.argument(1, "dim", operation.kwargs.get("axis", 0)) % len(shape)
+        tracked = [self.of(part) for part in parts]
+        pieces = [dims for dims in tracked if dims is not None and len(dims) == len(shape)]
         if not pieces:
             return None
         rest = self._beside(pieces, shape, axis)
         along = [
-            dims[axis] if dims is not None else other(part.shape[axis]) for part, dims in zip(parts, known, strict=True)
+            dims[axis] if dims is not None else other(part.shape[axis])
+            for part, dims in zip(parts, tracked, strict=True)
         ]
         along = [dim for dim, part in zip(along, parts, strict=True) if part.shape[axis]]
         with_axis = [i for i, dim in enumerate(along) if dim.has_axis]
-        if axis == 0 and len(set(known)) == 1 and not (along[0].before or along[0].after):
+        if axis == 0 and len(set(tracked)) == 1 and not (along[0].before or along[0].after):
             joined = Dim(merged([Atom(PAIR, len(along)), *along[0].atoms]))
         elif len(with_axis) == 1:
             i = with_axis[0]
@@ -263,7 +231,7 @@ class Positions:
         return (*rest[:axis], joined, *rest[axis:])
 
     def _beside(self, pieces: list[Dims], shape: Sequence[int], axis: int) -> list[Dim]:
-        """All dimensions but one, each taken from the first piece that has positions there."""
+        """All dimensions except one, each taken from the first piece that has positions there."""
         rest: list[Dim] = []
         for place in (i for i in range(len(shape)) if i != axis):
             options = list(dict.fromkeys(d[place] for d in pieces if d[place].size == shape[place]))
@@ -271,17 +239,17 @@ class Positions:
             rest.append(lying[0] if len(lying) == 1 or not lying[0].has_axis else other(shape[place]))
         return rest
 
-    def _stacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dims | None:
-        parts = args[0] if args else kwargs["tensors"]
+    def _stacked(self, operation: Operation) -> Dims | None:
+        parts = operation.argument(0, "tensors")
         pieces = [dims for part in parts if (dims := self.of(part)) is not None]
         if not pieces:
             return None
-        axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % (len(pieces[0]) + 1)
+        axis = operation.argument(1, "dim", 0) % (len(pieces[0]) + 1)
         stacked = Dim((Atom(PAIR, len(parts)),)) if axis == 0 and len(parts) > 1 else other(len(parts))
         return (*pieces[0][:axis], stacked, *pieces[0][axis:])
 
     def _summed(self, args: tuple[Any, ...]) -> Dims | None:
-        """An Einstein sum: each letter comes from the first operand that has positions there."""
+        """An Einstein sum: the dimension of each letter is that of the first operand with positions there."""
         equation, *operands = args
         if len(operands) == 1 and isinstance(operands[0], list | tuple):
             operands = [*operands[0]]
@@ -299,7 +267,7 @@ class Positions:
     def _product(self, tensors: list[Tensor], shape: Sequence[int], name: str) -> Dims | None:
         if len(tensors) != 2 or any(tensor.ndim < 2 for tensor in tensors):
             return None
-        one, two = reversed(tensors) if name == "__rmatmul__" else tensors
+        one, two = reversed(tensors) if name == "rmatmul" else tensors
         rows, columns = (self.of(t) or tuple(map(other, t.shape)) for t in (one, two))
         batch: list[Dim] = []
         for place in range(-len(shape), -2):
@@ -308,25 +276,26 @@ class Positions:
             batch.append(chosen or (options[0] if options else other(shape[place])))
         return (*batch, rows[-2], columns[-1])
 
-    def _taken(
-        self, name: str, dims: Dims, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]
-    ) -> list[Dims | None]:
-        if name == "__getitem__":
-            return [_indexed(dims, args[1])]
-        place = 1 if name in ("select", "narrow", "index_select", "unbind") else 2
-        axis = (args[place] if len(args) > place else kwargs.get("dim", 0)) % len(dims)
+    def _taken(self, operation: Operation, dims: Dims, results: list[Tensor]) -> list[Dims | None]:
+        name = operation.name
+        if name == "getitem":
+            return [_indexed(dims, operation.args[1])]
+        if name in ("hsplit", "vsplit", "dsplit"):
+            return [self._broadcast(operation.tensors, result) for result in results]
+        one = name in ("select", "narrow", "index_select", "unbind")
+        axis = operation.argument(1 if one else 2, "dim", 0) % len(dims)
         before, after = dims[:axis], dims[axis + 1 :]
         if name in ("select", "unbind"):
             return [(*before, *after)] * len(results)
         if name == "index_select":
             return [(*before, other(results[0].shape[axis]), *after)]
-        start = (args[2] if len(args) > 2 else kwargs["start"]) if name == "narrow" else 0
-        made: list[Dims | None] = []
+        start = int(operation.argument(2, "start")) if name == "narrow" else 0
+        taken: list[Dims | None] = []
         for result in results:
             size = result.shape[axis]
-            made.append((*before, sliced(dims[axis], int(start), int(start) + size), *after))
+            taken.append((*before, sliced(dims[axis], start, start + size), *after))
             start += size
-        return made
+        return taken
 
 
 def _mirrored(dim: Dim) -> Dim:
@@ -336,24 +305,24 @@ def _mirrored(dim: Dim) -> Dim:
 
 
 def _padded(dims: Dims, pad: Sequence[int]) -> Dims:
-    """Entries added at both ends: padding of an axis that is alone in its dimension, otherwise tokens."""
-    made = [*dims]
+    """Entries added at both ends: cells of an axis that is alone in its dimension, otherwise tokens."""
+    padded = [*dims]
     for i in range(len(pad) // 2):
         low, high = pad[2 * i], pad[2 * i + 1]
-        dim = made[-1 - i]
+        dim = padded[-1 - i]
         if low == high == 0:
             continue
         if len(dim.atoms) == 1 and dim.has_axis and dim == Dim(dim.atoms):
-            made[-1 - i] = axis_of(dim.atoms[0], dim.size + low + high)
+            padded[-1 - i] = axis_of(dim.atoms[0], dim.size + low + high)
         elif dim.has_axis and low >= 0 and high >= 0:
-            made[-1 - i] = Dim(dim.atoms, dim.before + low, dim.after + high)
+            padded[-1 - i] = Dim(dim.atoms, dim.before + low, dim.after + high)
         else:
-            made[-1 - i] = other(dim.size + low + high)
-    return tuple(made)
+            padded[-1 - i] = other(dim.size + low + high)
+    return tuple(padded)
 
 
-def _unfolded(dims: Dims, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dims | None:
-    """One axis (tensor method) or two (function) cut into adjacent pieces; None where they overlap."""
+def _unfolded(dims: Dims, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Dims | None:
+    """One axis (tensor method) or two (function) cut into adjacent pieces; None if they overlap."""
     if len(args) == 3:
         axis, size, step = args[0] % len(dims), *args[1:]
         parts = _cut(dims[axis], size, step)
@@ -384,29 +353,30 @@ def _indexed(dims: Dims, index: Any) -> Dims | None:
         items[at : at + 1] = [slice(None)] * (len(dims) - taken)
     else:
         items += [slice(None)] * (len(dims) - taken)
-    made: list[Dim] = []
+    remaining: list[Dim] = []
     rest = [*dims]
     for item in items:
         if item is None:
-            made.append(Dim(()))
+            remaining.append(Dim(()))
             continue
         dim = rest.pop(0)
         if isinstance(item, slice):
-            made.append(sliced(dim, *item.indices(dim.size)))
+            remaining.append(sliced(dim, *item.indices(dim.size)))
         elif isinstance(item, Tensor | list):
             if isinstance(item, Tensor) and (item.ndim != 1 or item.dtype == torch.bool):
                 return None
-            made.append(other(len(item)))
+            remaining.append(other(len(item)))
         elif isinstance(item, bool):
             return None
-    return tuple(made)
+    return tuple(remaining)
 
 
-def _probed(func: Callable[..., Any], dims: Dims, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dims | None:
+def _probed(operation: Operation, dims: Dims) -> Dims | None:
     """Dimensions found by running the operation on an empty tensor whose sides tell one dimension from another."""
     probe = torch.empty(_PRIMES[: len(dims)], device="meta")
+    args = tree_map(lambda value: probe if isinstance(value, Tensor) else value, operation.args)
     try:
-        sides = tree_leaves(func(*tree_map(lambda a: probe if isinstance(a, Tensor) else a, args), **kwargs))[0].shape
+        sides = tree_leaves(operation.func(*args, **operation.kwargs))[0].shape
     except (RuntimeError, IndexError, TypeError, NotImplementedError):
         return None
     return tuple(Dim(()) if side == 1 else dims[_PRIMES.index(side)] for side in sides)

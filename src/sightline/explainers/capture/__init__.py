@@ -1,0 +1,7 @@
+"""One forward that keeps the tensors that maps are read from, and what is known about them."""
+
+from sightline.explainers.capture.features import Captured, quantized_in
+from sightline.explainers.capture.head import head_of
+from sightline.explainers.capture.layers import Capture, LayerLike, find_layer
+
+__all__ = ["Capture", "Captured", "LayerLike", "find_layer", "head_of", "quantized_in"]

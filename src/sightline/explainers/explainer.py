@@ -1,0 +1,262 @@
+"""Explainers: formulas over evidence, and the one way from a model and images to their maps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import update_wrapper
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sightline import arguments, maps
+from sightline.explainers.capture import LayerLike
+from sightline.explainers.evidence import Evidence, Gathered, Settings, gather
+from sightline.explainers.scorer import Targets
+from sightline.explainers.tokens import SmoothAttention
+from sightline.explainers.verdicts import Checked, Map, verdicts_of
+from sightline.facts import Layer, Progress, Verdict, current_name
+from sightline.inference import ForwardCall, Output, check_images, forward_call, preserving, untouched, version_of
+
+_FIELDS = [field.name for field in fields(Evidence)]
+_SAME_FOR_ALL_CLASSES = {"images", "targets", "activations", "gate", "layer"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Maps of a batch, with what was explained and where. `explanation["grad_cam"]` is the raw map."""
+
+    maps: dict[str, Float[Tensor, "b t ..."]]
+    """Raw float32 maps by method; larger = more important; `method@layer` where several layers were asked for."""
+    targets: Int[Tensor, "b t"]
+    """Class indices; -1 where a function made the score."""
+    logits: Float[Tensor, "b n"]
+    """Two classes of a single logit z: -z/2 and z/2, whose softmax is its sigmoid; the scores that a function made.
+    Logarithms of probabilities that have no logits."""
+    probabilities: Float[Tensor, "b n"]
+    """Of each class, or of each label on its own, as the model has it; where a function made the scores, the scores."""
+    layers: dict[str, Layer]
+    """Where each map was read: name and shape, for example `features.conv13 (128 x 5 x 5)`; empty for controls."""
+    verdicts: dict[str, list[list[Verdict]]]
+    """For each method and image the reasons to distrust its map, strings with a `level`: "note", "doubt" or "do not
+    read"; an empty list says that there are none."""
+    unchecked: tuple[str, ...] = ()
+    """Maps that were not compared with those of another class in every image, because that would have taken another
+    backward or two: a missing `class-independent` says nothing there. Ask for two targets to compare."""
+    notices: tuple[str, ...] = ()
+    """Decisions about the model that you may want to change, one sentence each: how its output was read, where a
+    layer's positions were guessed."""
+
+    def __repr__(self) -> str:
+        places = {name: f" at {layer}" if layer else "" for name, layer in self.layers.items()}
+        shapes = ", ".join(f"{name} {tuple(value.shape)}{places[name]}" for name, value in self.maps.items())
+        return f"Explanation({shapes})"
+
+    @property
+    def layer(self) -> Layer:
+        """Where the first map was read that has a layer."""
+        return next((layer for layer in self.layers.values() if layer), Layer())
+
+    def __getitem__(self, key: str | tuple[str, str]) -> Float[Tensor, "b t ..."]:
+        name = "@".join(key) if isinstance(key, tuple) else key
+        if name not in self.maps:
+            raise KeyError(f"expected one of {', '.join(self.maps)}, got {name!r}; name it in methods= of explain")
+        return self.maps[name]
+
+    def resized(self, size: tuple[int, ...]) -> "Explanation":
+        """The same explanation with every map at another size (height, width; of volumes depth, height, width)."""
+        return replace(self, maps={name: maps.resize(value, size) for name, value in self.maps.items()})
+
+
+class Explainer:
+    """A formula over evidence, callable on a model: `(model, images, targets=None, layer=None) -> (b, t, h, w)`.
+
+    The formula's parameters without default name the fields of `Evidence` that it reads; the others are its options.
+    It returns the maps, or a `Map`. `@partial(Explainer, is_signed=True)` says that negative values of the map speak
+    against the target, `sums_to_score=True` that it should add up to the explained score, and `ignores_class=True` that
+    it is the same for all classes though it reads something that does not show this.
+    """
+
+    def __init__(
+        self,
+        formula: Callable[..., Float[Tensor, "b t ..."] | Map],
+        *,
+        is_signed: bool = False,
+        sums_to_score: bool = False,
+        ignores_class: bool = False,
+    ) -> None:
+        update_wrapper(self, formula)
+        self.name = formula.__name__
+        self.formula: Callable[..., Any] = formula
+        self.is_signed = is_signed
+        """Whether 0 is the middle of the map: above it speaks for the target, below against it."""
+        self.sums_to_score = sums_to_score
+        """Whether the map distributes the score (less that of its baseline) over the pixels; a gap is a verdict."""
+        arguments.check_needs(formula, _FIELDS, "fields of Evidence")
+        self.needs = frozenset(map(current_name, arguments.needs(formula)))
+        self.options = arguments.options(formula)
+        self.is_blind_to_class = ignores_class or self.needs <= _SAME_FOR_ALL_CLASSES
+        """Whether the map is the same for all classes by construction."""
+        self.__signature__ = arguments.signature_with_options(type(self).__call__, formula)
+
+    def __repr__(self) -> str:
+        return f"<Explainer {self.name}>"
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the map is made without looking at what the model does."""
+        return self.needs <= {"images", "targets"}
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Float[Tensor, "b c *grid"],
+        targets: Targets = None,
+        layer: LayerLike = None,
+        *,
+        output: Output = None,
+        forward_args: Any = (),
+        forward_kwargs: Mapping[str, Any] | None = None,
+        call: int | None = None,
+        batch_size: int = 64,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Float[Tensor, "b t *cells"]:
+        """The map that `explain` makes, alone: raw, per target, at the layer's own resolution, float32 or float64."""
+        check_images(images)
+        request = Request(self.name, self, arguments.checked_options(self.formula, options, self.name), layer)
+        forward = forward_call(images, output, forward_args, forward_kwargs)
+        settings = Settings(call=call, batch_size=batch_size, progress=progress)
+        return explanation_of(model, images, targets, [request], forward, settings)[self.name]
+
+    def map_of(self, evidence: Evidence, **options: Any) -> Map:
+        """The formula on evidence that is already there.
+
+        Raises:
+            ValueError: it returns something else than one map per target.
+            RuntimeError: it changes evidence in place, which other formulas read.
+        """
+        given = {name: getattr(evidence, current_name(name)) for name in arguments.needs(self.formula)}
+        versions = {name: version_of(value) for name, value in given.items() if isinstance(value, Tensor)}
+        score = evidence.score
+        autocast = torch.autocast(evidence.images.device.type, enabled=False)
+        still = untouched(score.model) if "score" in self.needs else nullcontext()
+        smooth = SmoothAttention() if "score" in self.needs and score.differentiable else nullcontext()
+        with still, smooth, autocast, torch.inference_mode(False), torch.set_grad_enabled(score.differentiable):
+            result = self.formula(**given, **options)
+        if changed := [name for name, version in versions.items() if version_of(given[name]) != version]:
+            raise RuntimeError(
+                f"expected a formula that leaves its evidence alone, got {self.name}, which changes {changed[0]!r} in "
+                "place; change a clone"
+            )
+        values: Any = result.values if isinstance(result, Map) else result
+        shape, dimensions = tuple(evidence.targets.shape), evidence.images.ndim
+        is_map = isinstance(values, Tensor) and values.is_floating_point() and values.ndim == dimensions
+        if not is_map or values.shape[:2] != shape:
+            got = (
+                f"{values.dtype} of shape {tuple(values.shape)}"
+                if isinstance(values, Tensor)
+                else type(values).__name__
+            )
+            sides = ", ".join("dhw"[5 - dimensions :])
+            raise ValueError(f"expected float maps ({shape[0]}, {shape[1]}, {sides}) from {self.name}, got {got}")
+        values = values if values.dtype == evidence.logits.dtype == torch.float64 else values.float()
+        return replace(result, values=values) if isinstance(result, Map) else Map(values=values)
+
+
+class Request(NamedTuple):
+    """A map to make."""
+
+    name: str | None
+    """None: the name of the explainer and that of the layer which will have been read."""
+    explainer: Explainer
+    options: dict[str, Any]
+    layer: LayerLike
+
+
+class _Part(NamedTuple):
+    """The maps of a request for some of the targets."""
+
+    map: Map
+    runner_up: Tensor | None
+    evidence: Evidence
+
+
+@preserving
+def explanation_of(
+    model: nn.Module,
+    images: Float[Tensor, "b c *grid"],
+    targets: Targets,
+    requests: Sequence[Request],
+    forward: ForwardCall,
+    settings: Settings,
+) -> Explanation:
+    """The maps of all requests and their verdicts, from one forward and one backward of each kind that they need.
+
+    Raises:
+        ValueError: as `gather`; or two maps would have one name.
+    """
+    fields = [(request.layer, request.explainer.needs) for request in requests]
+    gathered = gather(model, images, fields, targets, forward, settings)
+    parts: list[list[_Part]] = [[] for _ in requests]
+    for block in gathered.blocks():
+        for pieces, request, evidence in zip(parts, requests, block, strict=True):
+            if evidence is not None:
+                pieces.append(_part(request, evidence))
+    values: dict[str, Tensor] = {}
+    layers: dict[str, Layer] = {}
+    signs: list[Tensor] = []
+    for pieces, request in zip(parts, requests, strict=True):
+        evidence = pieces[0].evidence
+        name = f"{request.explainer.name}@{evidence.layer}" if request.name is None else request.name
+        if name in values:
+            raise ValueError(f"expected every map to have its own name, got {name!r} twice; ask for it once")
+        values[name] = torch.cat([part.map.values for part in pieces], 1)
+        source = evidence.gate if evidence.gate is not None else evidence.activations
+        layers[name] = Layer() if source is None else Layer(evidence.layer, source.shape[1:])
+        signs.append(_checked(request.explainer, values[name], pieces[0], gathered).signs())
+    rows = dict(zip(values, torch.stack(signs).tolist(), strict=True))
+    return Explanation(
+        maps=values,
+        targets=gathered.scorer.classes_of(gathered.scorer.targets),
+        logits=gathered.logits,
+        probabilities=gathered.probabilities,
+        layers=layers,
+        verdicts={
+            name: verdicts_of(
+                rows[name],
+                is_blind_to_class=request.explainer.is_blind_to_class,
+                remarks=_remarks(request.explainer, pieces[0]),
+            )
+            for name, request, pieces in zip(values, requests, parts, strict=True)
+        },
+        unchecked=tuple(name for name, signs in rows.items() if not all(row[-1] for row in signs)),
+        notices=tuple(gathered.scorer.notices),
+    )
+
+
+def _part(request: Request, evidence: Evidence) -> _Part:
+    other = evidence.runner_up
+    runner_up = None if other is None else request.explainer.map_of(other, **request.options).values
+    return _Part(request.explainer.map_of(evidence, **request.options), runner_up, evidence)
+
+
+def _checked(explainer: Explainer, values: Tensor, first: _Part, gathered: Gathered) -> Checked:
+    score = gathered.scorer.of(gathered.scorer.targets)
+    total = score if first.map.total is None else first.map.total
+    return Checked(
+        maps=values,
+        targets=gathered.scorer.targets,
+        runner_up=first.runner_up,
+        score=None if explainer.is_control else score,
+        total=total if explainer.sums_to_score else None,
+        is_blind_to_class=explainer.is_blind_to_class,
+    )
+
+
+def _remarks(explainer: Explainer, first: _Part) -> tuple[Verdict, ...]:
+    rectifiers = first.evidence.rectifiers
+    if rectifiers is None or not explainer.needs & {"guided_gradients", "deconvolved_gradients"}:
+        return first.map.remarks
+    return (*first.map.remarks, rectifiers.verdict())
