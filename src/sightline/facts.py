@@ -64,17 +64,20 @@ def did_you_mean(
 ) -> str:
     """The end of an error about an unknown name: the closest of the choices, or `otherwise`.
 
-    Keys of a mapping are compared, its values shown.
+    Keys of a mapping are compared; its values are shown where they are text.
 
     >>> did_you_mean("grad_cams", ["cam", "grad_cam"])
     "; did you mean 'grad_cam'?"
     >>> did_you_mean("epoch", {"epochs": "optim.epochs"})
     "; did you mean 'optim.epochs'?"
+    >>> did_you_mean("grad_cams", {"grad_cam": 1})
+    "; did you mean 'grad_cam'?"
     >>> did_you_mean("x", ["cam", "grad_cam"], "choose cam or grad_cam")
     '; choose cam or grad_cam'
     """
     shown = choices if isinstance(choices, Mapping) else {choice: choice for choice in choices}
-    close = [str(shown[key]) for key in get_close_matches(name, list(shown), n=n, cutoff=cutoff)]
+    matches = get_close_matches(name, list(shown), n=n, cutoff=cutoff)
+    close = [value if isinstance(value := shown[match], str) else match for match in matches]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
     return f"; {hint}" if hint else ""
 
