@@ -252,15 +252,18 @@ def test_costs_that_cannot_be_taken_do_not_lose_the_tables(tmp_path: Path, monke
             "rows: {a: {}, b: {optim.teacher: a}, c: {optim.teacher: b}}",
             "row 'c': expected a teacher that has no row as",
         ),
-        ("rows: {a b: {}, a/b: {}}", "expected names of rows that differ in more than signs, got 'a b' twice"),
+        ("rows: {a b: {}, a/b: {}}", "expected names of rows that differ in letters or digits, got 'a b' twice"),
         ("rows: {..: {}}", "expected names of rows with a letter or a digit, got '..'"),
         ("{rows: {a: {}}, datasets: [clutter]}", "expected each of `datasets` to be a name with changes"),
-        ("{rows: {a: {}}, datasets: {a/b: {}, a b: {}}}", "expected names of datasets that differ in more than signs"),
+        (
+            "{rows: {a: {}}, datasets: {a/b: {}, a b: {}}}",
+            "expected names of datasets that differ in letters or digits",
+        ),
         ("{rows: {a: {}}, datasets: {c: {data.sauce: clutter}}}", "row 'a' on c: data.sauce: no such field"),
         ("{rows: {a: {}}, datasets: {c: {seeds: [1]}}}", "row 'a' on c: expected the same seeds everywhere"),
         ("rows: {a: {}, b: {control: c}}", "row 'b': expected `control` to be another row out of: a; got 'c'"),
         ("rows: {a: {}, b: {as_large_as: b}}", "row 'b': expected `as_large_as` to be another row out of: a; got 'b'"),
-        ("rows: {a: {}, b: {as_large_as: a}, c: {as_large_as: b}}", "row 'c': expected `as_large_as` a row whose size"),
+        ("rows: {a: {}, b: {as_large_as: a}, c: {as_large_as: b}}", "row 'c': expected `as_large_as` a row without"),
         ("rows: {a: {}, b: {as_large_as: a, model.options.width: 1}}", "row 'b': expected no model.options.width"),
     ],
 )
@@ -593,14 +596,14 @@ def test_sparsity_gives_the_numbers_of_the_official_code():
         (
             "data.source",
             "photos",
-            "its data set 'birds' sets for itself; change it in the file, or choose by --dataset",
+            "its data set 'birds' sets itself; change it in the file, or choose by --dataset",
         ),
-        ("model.options.attention", "se", "its row 'BR-NPA 14x14' sets for itself; .* by --row"),
+        ("model.options.attention", "se", "its row 'BR-NPA 14x14' sets itself; .* by --row"),
     ],
 )
 def test_an_override_that_the_study_would_cover_up_is_refused(field, value, named):
     with pytest.raises(
-        ValueError, match=f"--{field}: expected a field that the study leaves alone, got one that {named}"
+        ValueError, match=f"--{field}: expected a field that the study does not set, got one that {named}"
     ):
         bench.load("recipes/bench_fine_grained.yaml", {field: value})
     assert bench.load("recipes/bench_fine_grained.yaml", {"data.size": 64}).recipe.data.size == 64
@@ -611,5 +614,5 @@ def test_only_the_chosen_rows_and_data_sets_can_cover_up_an_override():
     study = bench.load("recipes/bench_attention.yaml", changed, datasets_done=["clutter"])
     row = next(iter(study.rows))
     assert study.changed(row, "clutter").data.train_size == 50
-    with pytest.raises(ValueError, match=r"--data.train_size: .* its data set 'cifar10' sets for itself"):
+    with pytest.raises(ValueError, match=r"--data.train_size: .* its data set 'cifar10' sets itself"):
         bench.load("recipes/bench_attention.yaml", changed, datasets_done=["clutter", "cifar10"])

@@ -418,7 +418,7 @@ BAD = [
     ({"init": "zero"}, "expected init to be one of identity, fresh; got 'zero'"),
     ({"reductoin": 4}, "se has no option 'reductoin'; did you mean 'reduction'?; it has: reduction, identity"),
     ({"block": Gated}, "expected a block that returns its input while it is new, got one that changes it by up to"),
-    ({"block": lambda c: nn.Conv2d(c, 2, 1)}, "expected a block that yields the shape it takes, (1, 64, 56, 56)"),
+    ({"block": lambda c: nn.Conv2d(c, 2, 1)}, "expected a block that keeps the shape, (1, 64, 56, 56)"),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import peer_metrics
+from benchmarks.compare import Case, Proof, Reason, differ, is_theirs
 from torch import Tensor
 
 ONE, TWO = torch.tensor([1.0]), torch.tensor([2.0])
@@ -27,13 +28,21 @@ def test_the_page_is_what_the_json_file_says(script: Any) -> None:
 
 
 def test_every_score_of_every_peer_is_explained() -> None:
-    found = json.loads(peer_metrics.RESULTS.read_text())
-    assert [row["metric"] for rows in found["peers"].values() for row in rows if row["verdict"] == "unexplained"] == []
-    assert list(found["peers"]) == list(peer_metrics.CASES) and all(found["peers"].values())
+    tables = json.loads(peer_metrics.RESULTS.read_text())["peers"]
+    assert [row["metric"] for rows in tables.values() for row in rows if row["verdict"] == "unexplained"] == []
+    assert list(tables) == list(peer_metrics.CASES) and all(tables.values())
 
 
 def fails() -> Tensor:
     raise ValueError("no such thing")
+
+
+def differs(evidence: Proof | str) -> list[Reason]:
+    return [Reason("differs", "", evidence, None)]
+
+
+def wrong(evidence: Proof | str) -> list[Reason]:
+    return [Reason("peer is wrong", "", evidence, None)]
 
 
 @pytest.mark.parametrize(
@@ -42,19 +51,21 @@ def fails() -> Tensor:
         (ONE, {}, "equal"),
         (ONE + 1e-6, {}, "equal"),
         (TWO, {}, "unexplained"),
-        (TWO, {"verdict": "differs"}, "unexplained"),  # without a proof
-        (TWO, {"verdict": "differs", "proof": peer_metrics.is_theirs(lambda: ONE)}, "unexplained"),
-        (TWO, {"verdict": "differs", "proof": peer_metrics.is_theirs(lambda: TWO)}, "differs"),
-        (TWO, {"verdict": "peer is wrong", "proof": peer_metrics.differ(lambda: ONE, lambda: ONE)}, "unexplained"),
-        (TWO, {"verdict": "peer is wrong", "proof": peer_metrics.differ(lambda: ONE, lambda: TWO)}, "peer is wrong"),
+        (TWO, {"reasons": differs("")}, "unexplained"),  # without a proof
+        (TWO, {"reasons": differs(is_theirs(lambda: ONE))}, "unexplained"),
+        (TWO, {"reasons": differs(is_theirs(lambda: TWO))}, "differs"),
+        (TWO, {"reasons": differs(is_theirs(fails))}, "unexplained"),
+        (TWO, {"reasons": wrong(differ(lambda: ONE, lambda: ONE))}, "unexplained"),
+        (TWO, {"reasons": wrong(differ(lambda: ONE, lambda: TWO))}, "peer is wrong"),
         (ONE, {"truth": [2.0]}, "unexplained"),  # ours is wrong
+        (TWO, {"truth": [2.0], "reasons": wrong(is_theirs(lambda: TWO))}, "unexplained"),  # ours is wrong
         (torch.tensor([torch.nan]), {}, "unexplained"),
         (None, {}, "unexplained"),
-        (None, {"verdict": "peer is wrong", "error": "no such"}, "peer is wrong"),
-        (None, {"verdict": "peer is wrong", "error": "another"}, "unexplained"),
+        (None, {"reasons": wrong("no such")}, "peer is wrong"),
+        (None, {"reasons": wrong("another")}, "unexplained"),
     ],
 )
 def test_a_verdict_needs_its_proof(theirs: Tensor | None, options: dict[str, Any], verdict: str) -> None:
     peer = fails if theirs is None else lambda: theirs
-    case = peer_metrics.Case(metric="", ours="", theirs=peer, mine=lambda: ONE, **options)
+    case = Case("", peer, lambda: ONE, **options)
     assert peer_metrics.measure("captum", case)["verdict"] == verdict

@@ -20,13 +20,13 @@ _TOLERANCE = 1e-4  # of the largest value of an output; runtimes add up in other
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A file that was written, and how it was checked."""
+    """An exported file, and the result of its check."""
 
     path: Path
     size: tuple[int, int]
-    """Height and width of the images that it takes."""
+    """Height and width of the input images."""
     outputs: tuple[str, ...]
-    """`logits`, then the attention blocks whose maps follow."""
+    """`logits`, then the names of the attention blocks."""
     difference: float | None
     """Largest difference from the model, as a share of the output's largest value; None without onnxruntime."""
 
@@ -34,8 +34,8 @@ class Exported:
 def write(folder: Path | str, file: Path | str) -> Exported:
     """Export the network of a run, with its attention maps as further outputs, and check the file against the network.
 
-    It takes `images`, uint8 (b, 3, height, width), red, green, blue, resized to the run's size; any b. Mean and
-    deviation are inside. It gives `logits` (b, classes), then the weights of each attention block, (b, k, h, w). Class
+    Input: `images`, uint8 (b, 3, height, width), red, green, blue, resized to the run's size; any b. Normalization is
+    part of the file. Outputs: `logits` (b, classes), then the weights of each attention block, (b, k, h, w). Class
     names and preprocessing are in the metadata of ONNX, and in the extra file `sightline.json` of a .pt2.
 
     Args:
@@ -46,12 +46,12 @@ def write(folder: Path | str, file: Path | str) -> Exported:
         ValueError: another ending, or a network that cannot be exported.
         OSError: the folder is no run, or the file cannot be written.
         ModuleNotFoundError: a package for ONNX is missing.
-        RuntimeError: the exported network does not compute what the network does. Nothing is written then.
+        RuntimeError: the exported network computes something else. Then nothing is written.
     """
     path = Path(file)
     formats = {".onnx": _onnx, ".pt2": _pt2}
     if path.suffix not in formats:
-        raise ValueError(f"expected a file that ends in {' or '.join(formats)}, got {path}; choose one of them")
+        raise ValueError(f"expected a file name that ends in {' or '.join(formats)}, got {path}; choose one of them")
     runs.check_writable(path.parent)
     run = runs.open_run(folder)
     model = runs.load_model(folder)
@@ -71,7 +71,7 @@ def write(folder: Path | str, file: Path | str) -> Exported:
             content, call = formats[path.suffix](pixels, run.preprocess.size, names, facts)
     except ModuleNotFoundError:
         raise
-    # what can go wrong in tracing somebody's network has dozens of types
+    # tracing raises dozens of types of errors
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"cannot export {run.recipe.model.name} for any number of images: {reason}") from error
@@ -89,7 +89,7 @@ _Call = Callable[[UInt8[Tensor, "b 3 h w"]], Sequence[Tensor]]
 
 
 class _Alone(nn.Module):
-    """A network without attention blocks, in the form of `WithMaps`."""
+    """A network without attention blocks, with the interface of `WithMaps`."""
 
     names: Sequence[str] = ()
 
@@ -102,7 +102,7 @@ class _Alone(nn.Module):
 
 
 class _FromPixels(nn.Module):
-    """`data.normalize` in front, with mean and deviation as buffers."""
+    """A network behind `data.normalize`, with mean and deviation as buffers."""
 
     mean: Tensor
     std: Tensor
@@ -127,7 +127,7 @@ def _program(pixels: nn.Module, size: tuple[int, int]) -> torch.export.ExportedP
     for part in program.graph_module.modules():
         if isinstance(part, torch.fx.GraphModule):
             for node in part.graph.nodes:
-                node.meta.pop("stack_trace", None)  # names the folders of this machine
+                node.meta.pop("stack_trace", None)  # contains the folders of this machine
     return program
 
 
@@ -149,12 +149,12 @@ def _onnx(
         raise ModuleNotFoundError(
             f"ONNX needs the library {error.name}; install it: pip install 'sightline[export]'"
         ) from None
-    made = torch.onnx.export(
+    exported = torch.onnx.export(
         _program(pixels, size), dynamo=True, input_names=["images"], output_names=[*names], verbose=False
     )
-    assert made is not None
-    made.model.metadata_props.update({name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
-    content = made.model_proto.SerializeToString()
+    assert exported is not None
+    exported.model.metadata_props.update({name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
+    content = exported.model_proto.SerializeToString()
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -166,10 +166,11 @@ def _onnx(
 
 
 def _difference(call: _Call, network: nn.Module, preprocess: data.Preprocess) -> float:
-    shares: list[Tensor] = []
+    differences: list[Tensor] = []
     for n in (1, 3):
         images = _pixels(n, preprocess.size)
         with torch.no_grad():
-            wanted, found = network(data.normalize(images, preprocess)), call(images)
-        shares += [(a - b).abs().max() / b.abs().max().clamp_min(1e-30) for a, b in zip(found, wanted, strict=True)]
-    return float(torch.stack(shares).max())
+            expected, exported = network(data.normalize(images, preprocess)), call(images)
+        for ours, theirs in zip(expected, exported, strict=True):
+            differences.append((theirs - ours).abs().max() / ours.abs().max().clamp_min(1e-30))
+    return float(torch.stack(differences).max())

@@ -13,7 +13,7 @@ from torch import nn
 
 from sightline import data, runs
 from sightline.evaluation import Evaluation, evaluate
-from sightline.evaluation.ranking import UNDEFINED_SHARE
+from sightline.evaluation.ranking import UNDEFINED_FRACTION
 from sightline.explainers import Method
 from sightline.facts import Interval, Progress
 from sightline.metrics import METRICS, inputs_of
@@ -154,7 +154,7 @@ def predicted(result: Evaluation, truth: str, seed: int = 0) -> dict[str, Interv
     answers: dict[str, Interval] = {}
     for metric in (metric for metric in result.ranking if metric in _without_masks() and metric != truth):
         table = _oriented(result, metric)
-        both = np.isfinite([table, reference]).mean(1).min(0) >= 1 - UNDEFINED_SHARE
+        both = np.isfinite([table, reference]).mean(1).min(0) >= 1 - UNDEFINED_FRACTION
         pair = [ranks(torch.from_numpy(_means(one[:, both], weights))) for one in (table, reference)]
         value, *resampled = correlation(*pair).tolist()
         resampled = [one for one in resampled if np.isfinite(one)]

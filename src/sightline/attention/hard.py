@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline.attention.pooling import Compat, CompatibilityGate
-from sightline.attention.registry import register
+from sightline.attention.registry import check_choice, register
 
 __all__ = ["Glimpse", "HardAttention", "MovingBaseline", "reinforce_loss"]
 
@@ -44,8 +44,7 @@ class HardGate(CompatibilityGate):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(channels, compat=compat)
-        if estimator not in get_args(Estimator):
-            raise ValueError(f"expected estimator to be one of {', '.join(get_args(Estimator))}; got {estimator!r}")
+        check_choice("estimator", estimator, get_args(Estimator))
         if k < 1 or (k > 1 and estimator != "top_k"):
             raise ValueError(f"expected k of 1, or more with estimator='top_k'; got {k} with {estimator!r}")
         if temperature <= 0:

@@ -1,15 +1,17 @@
-"""Attention blocks in any CNN, and out of it again.
+"""Insert attention blocks into any CNN, and remove them again.
 
 A block becomes the child `attention` of the layer it follows, and a forward hook of that layer applies it. So the
-network keeps the dotted names, the state_dict keys and the types of all its layers; `layer1.0.bn3` brings the keys
-`layer1.0.bn3.attention.*` and nothing else changes. The output of an `nn.Sequential` is that of its last child, which
-then has the block. A layer that loops over its children (a dense block) must not see one more: its last child keeps it.
+network keeps the dotted names, the state_dict keys and the types of all its layers; a block after `layer1.0.bn3` adds
+the keys `layer1.0.bn3.attention.*` and changes nothing else. The output of an `nn.Sequential` is that of its last
+child, which then holds the block. A layer that loops over its children (a dense block) would run one more child, so its
+last child holds the block.
 """
 
 import inspect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -17,16 +19,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline.attention.places import Call, Trace, shapes_of
-from sightline.attention.registry import ATTENTION
+from sightline.attention.registry import ATTENTION, check_choice
 from sightline.facts import did_you_mean
 from sightline.inference import copy_of, untouched
 
 __all__ = ["WithMaps", "insert", "remove"]
 
 Block = str | Callable[..., nn.Module]
+Maker = Callable[..., nn.Module]
 Init = Literal["identity", "fresh"]
 
-# Which of two architectures a block has is in its state_dict, or the weights of one would load into the other.
+# A buffer that keeps the weights of the two variants of a block apart.
 MARK = "inserted_as_identity"
 
 
@@ -38,11 +41,11 @@ def insert(
     inplace: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """Put attention into a CNN; its own layers, weights, dotted names and state_dict keys stay.
+    """Insert attention into a CNN; its own layers, weights, dotted names and state_dict keys stay.
 
     A gating block follows each place: the parent sees the layer's output with the block applied. A pooling replaces
-    the global average: it hands the network a map of one position, whose average is itself. Layers behind it that
-    expect another number of channels are made anew.
+    the global average: it returns a map of one position, whose average is itself. Layers behind it that expect another
+    number of channels are rebuilt.
 
     Args:
         model: a network of `nn.Module`s whose layers yield (b, c, h, w).
@@ -51,9 +54,9 @@ def insert(
             most blocks: the end of each residual branch, before the sum, in ResNets, RegNets and inverted residual
             blocks of timm and torchvision, and in other networks the end of each stage. BAM: the end of stages 1 to 3;
             self-attention and non-local blocks: of the last two. Poolings: the global pool, or the map in front of it
-            where a function pools or the classifier is a convolution. A stage is `layer1` to `layer4`, or the last
+            if a function pools or the classifier is a convolution. A stage is `layer1` to `layer4`, or the last
             layer of a resolution that all later ones depend on.
-        init: "identity", a fresh gating block returns its input, so that the logits stay the same bit for bit; "fresh",
+        init: "identity", a fresh gating block returns its input, so the logits stay the same bit for bit; "fresh",
             the block's own initialization. Poolings have one initialization only. Blocks may compute different things
             in the two settings: a buffer `attention.inserted_as_identity` keeps their weights apart.
         inplace: change `model` itself, not a copy.
@@ -65,7 +68,7 @@ def insert(
     Raises:
         ValueError: unknown block, option or layer; a layer that yields no (b, c, h, w), runs twice or has a block
             already; no such places; with "identity", a block that changes its input; a network that with the block
-            does not run or returns another shape. The model is left as it was.
+            does not run or returns another shape. The model is then unchanged.
 
     Source: Hu et al. 2018 and Woo et al. 2018 (before the sum), Park et al. 2018 (BAM after stages 1 to 3).
 
@@ -74,51 +77,37 @@ def insert(
     >>> [name for name, _ in inserted[0].named_parameters()]
     ['weight', 'bias', 'attention.weight', 'attention.bias']
     """
-    if init not in get_args(Init):
-        raise ValueError(f"expected init to be one of {', '.join(get_args(Init))}; got {init!r}")
+    check_choice("init", init, get_args(Init))
     name, make = _maker(block, options)
     if "identity" in inspect.signature(make).parameters:
         options = {"identity": init == "identity", **options}
-    marked = options.get("identity", False)
     model = model if inplace else copy_of(model)
     trace = Trace(model)
-    if at is not None:
-        calls = [trace.only_call(name) for name in _matches(model, [at] if isinstance(at, str) else at)]
-        pooling = _pools(make, options, calls[0])
-    else:
-        pool = trace.pool()
-        calls = trace.places(name) if pool is None else [pool]
-        pooling = _pools(make, options, calls[0])
-        if pooling and pool is None:
-            raise ValueError(
-                f"expected a network with one map (b, c, h, w) that becomes one position before the classifier, got "
-                f"{type(model).__name__}; name the layer with at"
-            )
-        calls = calls if pooling else trace.places(name)
-    places: dict[str, tuple[_Place, nn.Module]] = {}
+    calls, pooling = _calls(trace, name, partial(make, **options), at)
+    inserted: dict[str, tuple[_Place, nn.Module]] = {}
     for call in calls:
         place = _place(trace, call, pooling)
-        if place.holder in places:
+        if place.holder in inserted:
             raise ValueError(f"expected one block per layer, got two for {place.holder!r}; name fewer layers")
-        made = _made(make, options, place.call, place.shape[1])
+        attention = _build(partial(make, **options), place.call, place.shape[1])
         if not pooling:
-            _check(made, place, init)
-        if marked:
-            made.register_buffer(MARK, torch.tensor(True, device=place.call.device))
-        places[place.holder] = place, made.train(model.training)
-    hooks = [_attach(place, made) for place, made in places.values()]
-    behind = trace.calls[trace.calls.index(calls[0]) + 1 :] if pooling else []
+            _check(attention, place, init)
+        if options.get("identity", False):
+            attention.register_buffer(MARK, torch.tensor(True, device=place.call.device))
+        inserted[place.holder] = place, attention.train(model.training)
+    hooks = [_attach(place, attention) for place, attention in inserted.values()]
+    behind = {call.name for call in trace.calls[trace.calls.index(calls[0]) + 1 :]} if pooling else set[str]()
     try:
-        _fit(model, trace, [made for _, made in places.values()], {call.name for call in behind}, hooks[0].replaced)
+        _fit(model, trace, [attention for _, attention in inserted.values()], behind, hooks[0].replaced)
     except BaseException:
-        for place, _ in places.values():
+        for place, _ in inserted.values():
             _detach(model, place.call.layer, *_hooks(place.call.layer)[0])
         raise
     return model
 
 
 def remove(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Take out every block that `insert` put in; a head that a pooling had replaced comes back.
+    """Remove every block that `insert` inserted, and restore a head that a pooling has replaced.
 
     Raises:
         ValueError: no block was inserted.
@@ -128,10 +117,10 @@ def remove(model: nn.Module, inplace: bool = False) -> nn.Module:
     ['0.weight', '0.bias']
     """
     model = model if inplace else copy_of(model)
-    found = [(layer, hooks, key) for layer in model.modules() for hooks, key in _hooks(layer)]
-    if not found:
+    inserted = [(layer, hooks, key) for layer in model.modules() for hooks, key in _hooks(layer)]
+    if not inserted:
         raise ValueError(f"expected a model with inserted blocks, got {type(model).__name__} without; see insert")
-    for layer, hooks, key in found:
+    for layer, hooks, key in inserted:
         _detach(model, layer, hooks, key)
     return model
 
@@ -139,7 +128,7 @@ def remove(model: nn.Module, inplace: bool = False) -> nn.Module:
 class WithMaps(nn.Module):
     """A network that returns (logits, map, map, ...): for runtimes without hooks, such as ONNX.
 
-    The maps are what the child `gate` of every block yields, each (b, k, h, w), in the order of `names`.
+    The maps are the outputs of the child `gate` of every block, each (b, k, h, w), in the order of `names`.
 
     Raises:
         ValueError: the network has no block with a `gate`.
@@ -163,16 +152,11 @@ class WithMaps(nn.Module):
         """Logits, then the map of every block."""
         maps: dict[str, Tensor] = {}
 
-        def keeper(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            def keep(gate: nn.Module, inputs: Any, weights: Tensor) -> None:
-                maps[name] = weights
+        def keep(name: str, gate: nn.Module, inputs: Any, weights: Tensor) -> None:
+            maps[name] = weights
 
-            return keep
-
-        handles = [
-            self.model.get_submodule(f"{name}.gate".lstrip(".")).register_forward_hook(keeper(name))
-            for name in self.names
-        ]
+        gates = {name: self.model.get_submodule(f"{name}.gate".lstrip(".")) for name in self.names}
+        handles = [gate.register_forward_hook(partial(keep, name)) for name, gate in gates.items()]
         try:
             logits = self.model(images)
         finally:
@@ -182,7 +166,7 @@ class WithMaps(nn.Module):
 
 
 class _Attend:
-    """Hook that applies the block: to what the layer returns, or, before a global pool, to what it takes."""
+    """Hook that applies the block to the layer's output or, before a global pool, to its input."""
 
     def __init__(self, holder: str, replaced: dict[str, nn.Module]) -> None:
         self.holder = holder
@@ -202,8 +186,8 @@ class _Place(NamedTuple):
     shape: torch.Size
 
 
-def _attach(place: _Place, made: nn.Module) -> _Attend:
-    place.holding.attention = made
+def _attach(place: _Place, attention: nn.Module) -> _Attend:
+    place.holding.attention = attention
     hook = _Attend(place.holder[len(place.call.name) :].lstrip("."), {})
     if place.before:
         place.call.layer.register_forward_pre_hook(hook)
@@ -216,8 +200,8 @@ def _detach(model: nn.Module, layer: nn.Module, hooks: dict[int, _Attend], key: 
     hook = hooks.pop(key)
     del layer.get_submodule(hook.holder).attention
     for name, original in hook.replaced.items():
-        now = next(model.get_submodule(name).parameters())
-        _replace(model, name, original.to(now.device, now.dtype).train(model.training))
+        like = next(model.get_submodule(name).parameters())
+        _replace(model, name, original.to(like.device, like.dtype).train(model.training))
 
 
 def _hooks(layer: nn.Module) -> list[tuple[dict[int, _Attend], int]]:
@@ -238,16 +222,33 @@ def _maker(block: Block, options: dict[str, Any]) -> tuple[str, Callable[..., nn
             )
         name, make = block, ATTENTION[block]
     else:
-        name, make = next((name for name, known in ATTENTION.items() if known is block), ""), block
-    known = inspect.signature(make).parameters
-    any_option = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        name, make = next((name for name, registered in ATTENTION.items() if registered is block), ""), block
+    parameters = inspect.signature(make).parameters
+    any_option = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for option in options:
-        if option not in known and not any_option:
+        if option not in parameters and not any_option:
             raise ValueError(
-                f"{name or 'the block'} has no option {option!r}{did_you_mean(option, known, n=3)}; "
-                f"it has: {', '.join(list(known)[1:]) or 'none'}"
+                f"{name or 'the block'} has no option {option!r}{did_you_mean(option, parameters, n=3)}; "
+                f"it has: {', '.join(list(parameters)[1:]) or 'none'}"
             )
     return name, make
+
+
+def _calls(trace: Trace, name: str, make: Maker, at: str | Sequence[str] | None) -> tuple[list[Call], bool]:
+    """Calls of the layers to insert at, and whether the block is a pooling."""
+    if at is not None:
+        calls = [trace.only_call(layer) for layer in _matches(trace.model, [at] if isinstance(at, str) else at)]
+        return calls, _pools(make, calls[0])
+    pool = trace.pool()
+    places = trace.places(name) if pool is None else [pool]
+    if not _pools(make, places[0]):
+        return places if pool is None else trace.places(name), False
+    if pool is None:
+        raise ValueError(
+            f"expected a network with one map (b, c, h, w) that becomes one position before the classifier, got "
+            f"{type(trace.model).__name__}; name the layer with at"
+        )
+    return [pool], True
 
 
 def _place(trace: Trace, call: Call, pooling: bool) -> _Place:
@@ -279,38 +280,38 @@ def _place(trace: Trace, call: Call, pooling: bool) -> _Place:
     return _Place(call, holder, holding, before, value.shape)
 
 
-class _Seen(Exception):
+class _ProbeRan(Exception):
     pass
 
 
 class _Probe(nn.Module):
     def forward(self, *inputs: Any) -> None:
-        raise _Seen
+        raise _ProbeRan
 
 
 def _loops(layer: nn.Module, call: Call) -> bool:
-    """Whether a layer runs all the children it finds, so that one more would be run too."""
+    """Whether a layer loops over its children, and would run one more."""
     if call.taken is None or not list(layer.children()):
         return False
     with untouched(layer), torch.no_grad():
         layer.add_module("sightline_probe", _Probe())
         try:
             layer.forward(torch.zeros(call.taken.shape, device=call.device, dtype=call.dtype))
-        except _Seen:
+        except _ProbeRan:
             return True
         finally:
             del layer.sightline_probe
     return False
 
 
-def _made(make: Callable[..., nn.Module], options: dict[str, Any], call: Call, channels: int) -> nn.Module:
+def _build(make: Maker, call: Call, channels: int) -> nn.Module:
     try:
-        return make(channels, **options).to(call.device, call.dtype)
+        return make(channels).to(call.device, call.dtype)
     except ValueError as error:
         raise ValueError(f"{error} (at {call.name!r})") from error
 
 
-def _pools(make: Callable[..., nn.Module], options: dict[str, Any], call: Call) -> bool:
+def _pools(make: Maker, call: Call) -> bool:
     """Whether a block turns a map into one vector per image."""
     value = call.taken if call.takes_map and not call.gives_map else call.given
     if value is None or not value.is_map:
@@ -319,19 +320,19 @@ def _pools(make: Callable[..., nn.Module], options: dict[str, Any], call: Call) 
         )
     devices = [call.device] if call.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
-        made = _made(make, options, call, value.shape[1]).eval()
-        return made(torch.zeros(value.shape, device=call.device, dtype=call.dtype)).ndim == 2
+        attention = _build(make, call, value.shape[1]).eval()
+        return attention(torch.zeros(value.shape, device=call.device, dtype=call.dtype)).ndim == 2
 
 
-def _check(made: nn.Module, place: _Place, init: Init) -> None:
-    """A gating block keeps the shape and, with "identity", every bit."""
+def _check(attention: nn.Module, place: _Place, init: Init) -> None:
+    """Refuse a gating block that changes the shape or, with "identity", any bit."""
     features = torch.randn(place.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     features = features.to(place.call.device, place.call.dtype)
-    with untouched(made), torch.no_grad():
-        gated = made(features)
+    with untouched(attention), torch.no_grad():
+        gated = attention(features)
     if gated.shape != features.shape:
         raise ValueError(
-            f"expected a block that yields the shape it takes, {tuple(features.shape)} at {place.call.name!r}, "
+            f"expected a block that keeps the shape, {tuple(features.shape)} at {place.call.name!r}, "
             f"got {tuple(gated.shape)}; give it as many output channels as input channels"
         )
     if init == "identity" and not torch.equal(gated, features):
@@ -351,10 +352,10 @@ class _Misfit(Exception):
 def _fit(
     model: nn.Module, trace: Trace, blocks: list[nn.Module], behind: set[str], replaced: dict[str, nn.Module]
 ) -> None:
-    """Run the network with its blocks; layers behind a pooling that take another number of channels are made anew.
+    """Run the network with its blocks; rebuild layers behind a pooling that expect another number of channels.
 
     Raises:
-        ValueError: it cannot run so, or does not return what it did.
+        ValueError: it cannot run, or its output has another shape.
     """
     runs: list[nn.Module] = []
     while True:
@@ -364,7 +365,7 @@ def _fit(
             break
         except _Misfit as misfit:
             layer = model.get_submodule(misfit.name)
-            fresh = _remade(misfit.name, layer, misfit.channels)
+            fresh = _resized(misfit.name, layer, misfit.channels)
             replaced[misfit.name] = layer
             _replace(model, misfit.name, fresh)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
@@ -387,20 +388,17 @@ def _watched(model: nn.Module, blocks: list[nn.Module], behind: set[str], runs: 
     def count(block: nn.Module, inputs: Any, output: Any) -> None:
         runs.append(block)
 
-    def check(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def compare(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            channels = inputs[0].shape[-1 if isinstance(layer, nn.Linear) else 1]
-            if isinstance(layer, nn.LayerNorm):  # of one position, wherever its channels are
-                channels = inputs[0].shape[1:].numel()
-            if channels != _width(layer):
-                raise _Misfit(name, channels)
-
-        return compare
+    def check(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        channels = inputs[0].shape[-1 if isinstance(layer, nn.Linear) else 1]
+        if isinstance(layer, nn.LayerNorm):  # of one position, wherever its channels are
+            channels = inputs[0].shape[1:].numel()
+        if channels != _width(layer):
+            raise _Misfit(name, channels)
 
     runs.clear()
     handles = [block.register_forward_hook(count) for block in blocks]
     handles += [
-        layer.register_forward_pre_hook(check(name))
+        layer.register_forward_pre_hook(partial(check, name))
         for name, layer in model.named_modules()
         if name in behind and _width(layer)
     ]
@@ -412,7 +410,7 @@ def _watched(model: nn.Module, blocks: list[nn.Module], behind: set[str], runs: 
 
 
 def _width(layer: nn.Module) -> int:
-    """Channels that a layer of a head takes; 0 for any other layer."""
+    """Input channels of a layer of a head; 0 for any other layer."""
     if isinstance(layer, nn.Linear):
         return layer.in_features
     if isinstance(layer, nn.Conv2d):
@@ -422,7 +420,7 @@ def _width(layer: nn.Module) -> int:
     return layer.normalized_shape[-1] if isinstance(layer, nn.LayerNorm) else 0
 
 
-def _remade(name: str, layer: nn.Module, channels: int) -> nn.Module:
+def _resized(name: str, layer: nn.Module, channels: int) -> nn.Module:
     """A fresh layer like another one, for another number of channels."""
     like = next(layer.parameters(), torch.zeros(()))
     to: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
@@ -441,10 +439,10 @@ def _remade(name: str, layer: nn.Module, channels: int) -> nn.Module:
         new.__dict__["normalized_shape" if isinstance(layer, nn.LayerNorm) else "num_features"] = (
             (channels,) if isinstance(layer, nn.LayerNorm) else channels
         )
-        for own, old in layer.named_parameters(recurse=False):
-            setattr(new, own, nn.Parameter(old.new_full((channels,), float(own == "weight")), old.requires_grad))
-        for own, old in layer.named_buffers(recurse=False):
-            setattr(new, own, old.new_full((channels,) if old.ndim else (), float(own == "running_var")))
+        for key, old in layer.named_parameters(recurse=False):
+            setattr(new, key, nn.Parameter(old.new_full((channels,), float(key == "weight")), old.requires_grad))
+        for key, old in layer.named_buffers(recurse=False):
+            setattr(new, key, old.new_full((channels,) if old.ndim else (), float(key == "running_var")))
     return new.train(layer.training)
 
 
@@ -455,7 +453,7 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 def _matches(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
-    found: dict[str, None] = {}
+    matches: dict[str, None] = {}
     for pattern in patterns:
         parts = pattern.split(".")
         matching = [
@@ -465,7 +463,7 @@ def _matches(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         ]
         if not matching:
             raise ValueError(f"no layer is named {pattern!r}{did_you_mean(pattern, names, n=3, cutoff=0.3)}")
-        found |= dict.fromkeys(matching)
-    if not found:
+        matches |= dict.fromkeys(matching)
+    if not matches:
         raise ValueError("expected at least one layer to insert at, got none; leave `at` out for the paper's places")
-    return list(found)
+    return list(matches)

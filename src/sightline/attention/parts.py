@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torchvision.models.resnet import BasicBlock
 
 from sightline.attention.bilinear import signed_root
-from sightline.attention.registry import register
+from sightline.attention.registry import check_choice, register
 
 __all__ = ["BilinearAttentionPooling", "RepresentativeVectors"]
 
@@ -24,7 +24,7 @@ _GOLDEN_RATIO = 0.618033988749895
 
 
 class _Refined(torch.autograd.Function):
-    """Picks and the vectors around them. The backward pass holds one tensor of the features' size, its result.
+    """Picks and the vectors around them. The backward pass allocates one tensor of the features' size, its result.
 
     With u_k = f_p / n_p of pick p and n_i = |f_i| + eps, every gradient that reaches the cosine s_ki = <f_i, u_k> / n_i
     is a number times f_p, u_k or f_i. So all of them and that of v_k = sum_i w_ki f_i are one product (c,2k) x (2k,n)
@@ -46,11 +46,11 @@ class _Refined(torch.autograd.Function):
             pick = scores.argmax(1, keepdim=True)
             unit = _at(features, pick).mT / norms.gather(1, pick).unsqueeze(2)
             cosine = (torch.bmm(unit, features).squeeze(1) / norms).relu()
-            scores = scores * (1 - (cosine if update == "cosine" else _shares(cosine)))
+            scores = scores * (1 - (cosine if update == "cosine" else _normalized(cosine)))
             cosines.append(cosine)
             picks.append(pick)
-        found = torch.stack(cosines, 1)
-        return torch.bmm(_shares(found), features.mT), found, lengths, torch.cat(picks, 1)
+        stacked = torch.stack(cosines, 1)
+        return torch.bmm(_normalized(stacked), features.mT), stacked, lengths, torch.cat(picks, 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -59,31 +59,31 @@ class _Refined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         features, vectors, cosines, lengths, picks = ctx.saved_tensors
-        of_vectors, of_cosines, of_lengths, _ = grad_outputs
+        grad_vectors, grad_cosines, grad_lengths, _ = grad_outputs
         with _no_autocast(features.device.type):
             norms = lengths + _EPS
             tiny = torch.finfo(features.dtype).tiny
-            through_weights = torch.bmm(of_vectors, features) - (of_vectors * vectors).sum(2, keepdim=True)
-            of_cosines = of_cosines + through_weights / cosines.sum(2, keepdim=True).clamp_min(tiny)
-            of_cosines = of_cosines * (cosines > 0)
-            products = of_cosines / norms.unsqueeze(1) / norms.gather(1, picks).unsqueeze(2)
-            shrink = of_cosines * cosines
-            of_picks = shrink.sum(2) / norms.gather(1, picks)
-            of_lengths = (of_lengths - shrink.sum(1) / norms).scatter_add(1, picks, -of_picks)
-            left = torch.cat([of_vectors.mT, _at(features, picks)], 2)
-            right = torch.cat([_shares(cosines), products], 1)
-            found = features * (of_lengths / lengths.clamp_min(tiny)).unsqueeze(1)
+            through_weights = torch.bmm(grad_vectors, features) - (grad_vectors * vectors).sum(2, keepdim=True)
+            grad_cosines = grad_cosines + through_weights / cosines.sum(2, keepdim=True).clamp_min(tiny)
+            grad_cosines = grad_cosines * (cosines > 0)
+            products = grad_cosines / norms.unsqueeze(1) / norms.gather(1, picks).unsqueeze(2)
+            shrink = grad_cosines * cosines
+            grad_picks = shrink.sum(2) / norms.gather(1, picks)
+            grad_lengths = (grad_lengths - shrink.sum(1) / norms).scatter_add(1, picks, -grad_picks)
+            left = torch.cat([grad_vectors.mT, _at(features, picks)], 2)
+            right = torch.cat([_normalized(cosines), products], 1)
+            gradient = features * (grad_lengths / lengths.clamp_min(tiny)).unsqueeze(1)
             if features.is_contiguous():
-                found.baddbmm_(left, right)
+                gradient.baddbmm_(left, right)
             else:  # channels-last: the same product the way its memory runs
-                found.mT.baddbmm_(right.mT, left.mT)
+                gradient.mT.baddbmm_(right.mT, left.mT)
             index = picks.unsqueeze(1).expand(-1, features.shape[1], -1)
-            found.scatter_add_(2, index, torch.bmm(features, products.mT))
-        return found, None, None, None, None
+            gradient.scatter_add_(2, index, torch.bmm(features, products.mT))
+        return gradient, None, None, None, None
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:
-    # The meta device has none to switch off.
+    # the meta device has no autocast
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
@@ -91,7 +91,7 @@ def _at(features: Tensor, picks: Tensor) -> Tensor:
     return features.gather(2, picks.unsqueeze(1).expand(-1, features.shape[1], -1))
 
 
-def _shares(cosines: Tensor) -> Tensor:
+def _normalized(cosines: Tensor) -> Tensor:
     return cosines / cosines.sum(-1, keepdim=True).clamp_min(torch.finfo(cosines.dtype).tiny)
 
 
@@ -119,7 +119,7 @@ def representative_vectors(
     >>> vectors.tolist(), maps.tolist(), picks.tolist()
     ([[[2.0, 0.0], [0.0, 1.0]]], [[[[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]]]], [[0, 1]])
     """
-    if has_torch_function_unary(features):  # autograd functions are not announced to torch-function modes by themselves
+    if has_torch_function_unary(features):  # autograd functions do not reach torch-function modes by themselves
         return handle_torch_function(
             representative_vectors, (features,), features, start, k=k, update=update, power=power
         )
@@ -127,9 +127,9 @@ def representative_vectors(
     if h * w < k:
         raise ValueError(f"expected at least k={k} positions, got {h * w} ({h}x{w}); take a smaller k or a larger map")
     with _no_autocast(features.device.type):
-        found = _Refined.apply(features.flatten(2), start, k, update, power)
-        vectors, cosines, _, picks = cast(tuple[Tensor, Tensor, Tensor, Tensor], found)
-        return vectors, _shares(cosines).unflatten(2, (h, w)), picks
+        outputs = _Refined.apply(features.flatten(2), start, k, update, power)
+        vectors, cosines, _, picks = cast(tuple[Tensor, Tensor, Tensor, Tensor], outputs)
+        return vectors, _normalized(cosines).unflatten(2, (h, w)), picks
 
 
 @register("brnpa")
@@ -143,18 +143,18 @@ class RepresentativeVectors(nn.Module):
     The gradient flows through features and cosines, not through the choice of the positions. Maps of an image sum to 1;
     where all features are 0, maps and vectors are 0.
 
-    Meant for features that are not negative, as after a ReLU. In others a negative cosine counts as 0: positions that
-    point away belong to no part.
+    Meant for features that are not negative, as after a ReLU. In others a negative cosine counts as 0, so positions
+    that point away belong to no part.
 
     Args:
-        channels: channels of the feature map. None: not told, and `out_channels` is None.
+        channels: channels of the feature map. None: unknown, and `out_channels` is None.
         k: number of vectors.
         update: "cosine", a score is multiplied by 1 - cosine; "normalized", by 1 - cosine / sum of the cosines. The
             latter hardly changes a score where there are many positions, so that the same one is picked again.
         power: power of the norm that is the first score.
-        refine: no: the vectors are those at the picked positions themselves.
+        refine: False: the vectors are those at the picked positions themselves.
         first: "random", random scores instead of the norms: in training from torch's random state; in eval mode they
-            depend on the position alone, equal for all images.
+            depend on the position only and are the same for all images.
 
     Raises:
         ValueError: a bad option; in the forward pass, fewer positions than vectors.
@@ -162,7 +162,7 @@ class RepresentativeVectors(nn.Module):
     Source: Gomez et al., "Improve the Interpretability of Attention: A Fast, Accurate, and Interpretable
     High-Resolution Attention Model" (BR-NPA), Pattern Recognition 2022 (2106.02566), and its code.
 
-    Differs: the lecture slides on it have update "normalized" and the squared norm (`power=2`); the authors' code, like
+    Differs: the lecture slides have update "normalized" and the squared norm (`power=2`); the authors' code, like
     the defaults here, "cosine" and the norm. The code keeps negative cosines.
 
     >>> parts = RepresentativeVectors(512, k=3)
@@ -181,9 +181,9 @@ class RepresentativeVectors(nn.Module):
         first: First = "norm",
     ) -> None:
         super().__init__()
-        _check("update", update, get_args(Update))
-        _check("first", first, get_args(First))
-        _check("power", power, (1, 2))
+        check_choice("update", update, get_args(Update))
+        check_choice("first", first, get_args(First))
+        check_choice("power", power, (1, 2))
         _check_vectors(k)
         self.k = k
         self.update: Update = update
@@ -196,11 +196,11 @@ class RepresentativeVectors(nn.Module):
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b kc"]:
         """The k vectors of each image, one after the other."""
         vectors, maps, picks = self._represent(features)
-        shown = self.gate(maps)
+        gated = self.gate(maps)
         if not self.refine:
             vectors = _at(features.flatten(2), picks).mT
-        elif shown is not maps:  # a hook on the gate put other maps in place
-            vectors = torch.bmm(shown.flatten(2), features.flatten(2).mT)
+        elif gated is not maps:  # a hook on the gate has replaced the maps
+            vectors = torch.bmm(gated.flatten(2), features.flatten(2).mT)
         return vectors.flatten(1)
 
     def weights(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
@@ -208,7 +208,7 @@ class RepresentativeVectors(nn.Module):
         return self._represent(features)[1]
 
     def similarities(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k k"]:
-        """Cosine of each vector with each: near 1 everywhere means that the vectors show no different parts.
+        """Cosine of each vector with each: near 1 everywhere means that the vectors show the same part.
 
         >>> RepresentativeVectors(k=2).similarities(torch.eye(2)[None, :, None]).tolist()
         [[[1.0, 0.0], [0.0, 1.0]]]
@@ -241,7 +241,7 @@ class BilinearAttentionPooling(nn.Module):
     Args:
         channels: channels of the feature map.
         k: number of maps and vectors; WS-DAN has 32.
-        variant: where the maps come from: "wsdan", a 1x1 convolution, BatchNorm, ReLU; "brnpa", the model that BR-NPA
+        variant: origin of the maps: "wsdan", a 1x1 convolution, BatchNorm, ReLU; "brnpa", the model that BR-NPA
             is compared with, a residual block of two 3x3 convolutions, a 1x1 convolution, ReLU.
         normalized: signed square root of the vector, then length 100. None: in "wsdan" only.
 
@@ -259,7 +259,7 @@ class BilinearAttentionPooling(nn.Module):
         self, channels: int, *, k: int = 3, variant: Variant = "wsdan", normalized: bool | None = None
     ) -> None:
         super().__init__()
-        _check("variant", variant, get_args(Variant))
+        check_choice("variant", variant, get_args(Variant))
         _check_vectors(k)
         self.out_channels = k * channels
         self.normalized = variant == "wsdan" if normalized is None else normalized
@@ -273,11 +273,6 @@ class BilinearAttentionPooling(nn.Module):
         maps = self.gate(features).flatten(2)
         vectors = torch.bmm(maps / maps.shape[2], features.flatten(2).mT).flatten(1)
         return 100 * normalize(signed_root(vectors)) if self.normalized else vectors
-
-
-def _check(name: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"expected {name} to be one of {', '.join(map(str, known))}; got {value!r}")
 
 
 def _check_vectors(k: int) -> None:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sightline.attention.registry import ATTENTION
+from sightline.attention.registry import ATTENTION, check_choice
 
 __all__ = ["CompatibilityGate", "LearnToPayAttention"]
 
@@ -36,9 +36,8 @@ class CompatibilityGate(nn.Module):
 
     def __init__(self, channels: int, *, compat: Compat = "pc", norm: Norm = "softmax") -> None:
         super().__init__()
-        for name, value, known in (("compat", compat, get_args(Compat)), ("norm", norm, get_args(Norm))):
-            if value not in known:
-                raise ValueError(f"expected {name} to be one of {', '.join(known)}; got {value!r}")
+        check_choice("compat", compat, get_args(Compat))
+        check_choice("norm", norm, get_args(Norm))
         if norm == "uniform" and compat != "none":
             raise ValueError(f"expected compat 'none' with norm 'uniform', which needs no score; got {compat!r}")
         self.compat = compat
@@ -126,8 +125,7 @@ class LearnToPayAttention(nn.Module):
         official: bool = True,
     ) -> None:
         super().__init__()
-        if project not in get_args(Project):
-            raise ValueError(f"expected project to be one of g, l; got {project!r}")
+        check_choice("project", project, get_args(Project))
         query_channels = query_channels or channels
         self.project_features = nn.Identity()
         self.project_query = nn.Sequential()

@@ -19,3 +19,14 @@ def register(name: str) -> Callable[[Block], Block]:
         return block
 
     return add
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse an option whose value is not one of the choices.
+
+    >>> check_choice("norm", "max", ("softmax", "sigmoid"))
+    Traceback (most recent call last):
+    ValueError: expected norm to be one of softmax, sigmoid; got 'max'
+    """
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {', '.join(map(str, choices))}; got {value!r}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sightline.attention.channel import hidden_width
-from sightline.attention.registry import register
+from sightline.attention.registry import check_choice, register
 
 __all__ = ["NonLocal", "SelfAttention"]
 
@@ -150,8 +150,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         if heads < 1 or channels % heads:
             raise ValueError(f"expected heads that divide {channels} channels, got {heads}; choose another number")
-        if positions not in get_args(Positions):
-            raise ValueError(f"expected positions to be one of {', '.join(get_args(Positions))}; got {positions!r}")
+        check_choice("positions", positions, get_args(Positions))
         if positions == "learned" and size is None:
             raise ValueError(
                 "expected the size of the map for positions='learned', got none; pass size=(height, width)"

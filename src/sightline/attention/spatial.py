@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from sightline.attention.channel import Gating, bottleneck, hidden_width, zero
-from sightline.attention.registry import register
+from sightline.attention.registry import check_choice, register
 
 __all__ = ["BAM", "CBAM", "AttentionGate", "ChannelGate", "SpatialGate"]
 
@@ -139,8 +139,7 @@ class CBAM(nn.Module):
         identity: bool = False,
     ) -> None:
         super().__init__()
-        if order not in get_args(Order):
-            raise ValueError(f"expected order to be one of {', '.join(get_args(Order))}; got {order!r}")
+        check_choice("order", order, get_args(Order))
         self.order = order
         self.channel = ChannelGate(channels, reduction=reduction, identity=identity)
         self.spatial = SpatialGate(channels, kernel=kernel, zero_init=zero_init, identity=identity)
@@ -230,8 +229,7 @@ class BAM(nn.Module):
         identity: bool = False,
     ) -> None:
         super().__init__()
-        if variant not in get_args(Variant):
-            raise ValueError(f"expected variant to be one of {', '.join(get_args(Variant))}; got {variant!r}")
+        check_choice("variant", variant, get_args(Variant))
         if dilation < 1:
             raise ValueError(f"expected dilation of 1 (dense) or more, got {dilation}; choose another")
         self.identity = identity
@@ -331,8 +329,7 @@ class AttentionGate(nn.Module):
         identity: bool = False,
     ) -> None:
         super().__init__()
-        if norm not in get_args(GateNorm):
-            raise ValueError(f"expected norm to be one of {', '.join(get_args(GateNorm))}; got {norm!r}")
+        check_choice("norm", norm, get_args(GateNorm))
         if identity and norm != "sigmoid":
             raise ValueError(f"expected norm 'sigmoid' with identity, got {norm!r}; choose one of the two")
         query_channels = channels if query_channels is None else query_channels

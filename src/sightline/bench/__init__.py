@@ -1,6 +1,6 @@
 """Networks side by side: changes to one recipe x seeds x data sets, trained and measured alike, with controls."""
 
-from sightline.bench.measured import Maps, Measured, Quality, fresh, measure
+from sightline.bench.measured import Maps, MeasuredRun, Quality, fresh, measure_run
 from sightline.bench.result import Bench, Difference, Summary, student_interval, summary
 from sightline.bench.run import bench, devices_for
 from sightline.bench.study import Study, folder, load, load_study, width_for
@@ -9,7 +9,7 @@ __all__ = [
     "Bench",
     "Difference",
     "Maps",
-    "Measured",
+    "MeasuredRun",
     "Quality",
     "Study",
     "Summary",
@@ -19,8 +19,10 @@ __all__ = [
     "fresh",
     "load",
     "load_study",
-    "measure",
+    "measure_run",
     "student_interval",
     "summary",
     "width_for",
 ]
+
+Measured, measure = MeasuredRun, measure_run  # their names in version 0.1

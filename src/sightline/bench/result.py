@@ -1,23 +1,24 @@
-"""What a study found: tables, differences to the control, sentences no stronger than their intervals."""
+"""Results of a study: tables, differences to the control, sentences no stronger than their intervals."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import ttest_1samp
 
-from sightline.bench.measured import QUALITY, Maps, Measured
+from sightline.bench.measured import QUALITY, MeasuredRun
 from sightline.evaluation.ranking import LEVEL
 from sightline.metrics.uncertainty import holm
 from sightline.models.costs import Costs
 from sightline.report.studies import Cell
 
 _MAPS = {"own": "own map", "activation_map": "activation map", "center_map": "center control"}
-_WORTH = {"energy_in_mask": "in mask", "sparsity": "sparsity", "deletion_auc": "deletion"}
+_MEASURES = {"energy_in_mask": "in mask", "sparsity": "sparsity", "deletion_auc": "deletion"}
 _SPREAD = 1e-9
-"""Below it differences are the same but for rounding."""
+"""Standard deviation below which differences are equal up to rounding."""
 CHEAP = (
     "p, corrected",
     "parameters",
@@ -26,7 +27,7 @@ CHEAP = (
     "s / epoch",
     *(f"deletion, {m}" for m in _MAPS.values()),
 )
-"""Columns of which less is better."""
+"""Columns in which lower is better."""
 
 
 class Summary(NamedTuple):
@@ -57,22 +58,22 @@ class Difference:
     mean: float
     low: float
     high: float
-    """Ends of Student's 95 % interval over seeds, what another training of the same two networks may give; NaN below
-    two seeds, or where all are the same."""
+    """Ends of Student's 95 % interval over seeds, that is over other trainings of the same two networks; NaN below
+    two seeds, or if all differences are equal."""
     p: float
-    """Of Student's paired test; NaN below two seeds, or where all are the same: that shows no spread, not certainty."""
+    """Of Student's paired test; NaN below two seeds, or if all differences are equal, which is no certainty."""
     adjusted: float
-    """After Holm's correction over all rows compared on the data set; NaN for rows that are there as controls."""
+    """After Holm's correction over all rows compared on the data set; NaN for rows that serve as controls."""
     whole: bool = True
-    """Whether no run of the two is missing."""
+    """Whether both rows have all their runs."""
 
     @property
     def holds(self) -> bool:
-        """Whether the difference remains after the correction, and rests on all runs that were asked for."""
+        """Whether the difference is significant after the correction, and no run is missing."""
         return self.whole and self.adjusted < LEVEL
 
     def points(self, unit: str = "") -> str:
-        """In percentage points, with the interval if there is one.
+        """Percentage points, with the interval if there is one.
 
         >>> paired({"a": ("b", {0: 0.01, 1: 0.02, 2: 0.03})})["a"].points(" points")
         '+2.0 points [-0.5, +4.5]'
@@ -83,28 +84,28 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """All runs of a study. `table` and `map_table` sum them up, of one data set at a time: see `on`."""
+    """All runs of a study. `table` and `map_table` summarize them, for one data set at a time: see `on`."""
 
     control: str
-    """The study's first row, also where only others were asked for."""
+    """The study's first row, even if only others were trained."""
     rows: tuple[str, ...]
-    measured: tuple[Measured, ...]
+    measured: tuple[MeasuredRun, ...]
     failed: dict[str, str]
-    """Run -> why there is no figure of it."""
+    """Run -> why it failed."""
     datasets: tuple[str, ...] = ("",)
     controls: dict[str, str] = field(default_factory=dict[str, str])
-    """Row -> its control, where that is not the first row."""
+    """Row -> its control, if that is not the first row."""
     as_large_as: dict[str, str] = field(default_factory=dict[str, str])
-    """Row -> the row whose number of parameters it was given by its width."""
+    """Row -> the row whose number of parameters its width matches."""
     seeds: tuple[int, ...] = ()
-    """Asked for; a row without a run of one of them is named with the number it has."""
+    """Seeds of the study; a row that lacks some is reported with the number it has."""
     costs: dict[str, dict[str, Costs]] = field(default_factory=dict[str, dict[str, Costs]])
-    """Data set -> row -> costs of a forward pass, time and memory per image, all rows timed in turns on one batch."""
+    """Data set -> row -> costs of a forward pass, time and memory per image; rows are timed in turns on one batch."""
     no_costs: dict[str, str] = field(default_factory=dict[str, str])
-    """Data set -> why there are no costs of it."""
+    """Data set -> why its costs were not measured."""
 
     def on(self, dataset: str) -> "Bench":
-        """The same on one data set alone.
+        """The results on one data set.
 
         Raises:
             ValueError: the study has no such data set.
@@ -115,24 +116,24 @@ class Bench:
         return replace(self, datasets=(dataset,), measured=measured)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Names of the columns, and a line of texts per row; columns in which no row has anything are left out.
+        """Names of the columns, and a line of texts per row; empty columns are left out.
 
         Means and deviations are over seeds, `to control` is the difference in percentage points with its interval.
         """
         return _texts(self.cells())
 
     def map_table(self) -> tuple[list[str], list[list[str]]]:
-        """The same of `Measured.quality`: each row's own map and its activation map beside the center control."""
+        """The same for `MeasuredRun.quality`: each row's own map and its activation map beside the center control."""
         return _texts(self.map_cells())
 
     def markdown(self) -> str:
         """Sentences and tables of every data set as Markdown."""
         parts: list[str] = []
         for dataset in self.datasets:
-            own = self.on(dataset)
+            result = self.on(dataset)
             parts += [f"## {dataset}\n"] if dataset else []
-            parts += ["".join(f"- {sentence}\n" for sentence in own.sentences())]
-            for columns, lines in (own.table(), own.map_table()):
+            parts += ["".join(f"- {sentence}\n" for sentence in result.sentences())]
+            for columns, lines in (result.table(), result.map_table()):
                 if len(columns) > 1:
                     table = (columns, ["---"] * len(columns), *lines)
                     escaped = ([text.replace("|", "\\|") for text in cells] for cells in table)
@@ -141,186 +142,173 @@ class Bench:
             parts.append("".join(f"- failed: {run}: {reason}\n" for run, reason in self.failed.items()))
         return "\n".join(part for part in parts if part)
 
-    def over_seeds(self, row: str, value: Callable[[Measured], float]) -> Summary:
-        """Mean and standard deviation of one figure."""
-        return summary(value(of) for of in self._runs() if of.row == row)
+    def over_seeds(self, row: str, value: Callable[[MeasuredRun], float]) -> Summary:
+        """Mean and standard deviation of one value."""
+        return summary(value(run) for run in self._runs(row))
 
     def difference(self, row: str) -> tuple[float, float] | None:
-        """95 % interval of the difference in accuracy to the control, from the seeds both have; None below two seeds.
-
-        It is Student's, over seeds: what another training of the same two networks may give.
-        """
-        found = self.differences().get(row)
-        return None if found is None or math.isnan(found.low) else (found.low, found.high)
+        """Student's 95 % interval of the difference in accuracy to the control; None below two common seeds."""
+        difference = self.differences().get(row)
+        return None if difference is None or math.isnan(difference.low) else (difference.low, difference.high)
 
     def differences(self) -> dict[str, Difference]:
-        """Of the accuracy of each row to its control, as far as both have a run of the same seed."""
-        pairs = {row: (self._control(row), self._gaps(row, self._control(row))) for row in self.rows}
-        gaps = {row: (other, gaps) for row, (other, gaps) in pairs.items() if row != other and gaps}
-        found = paired(gaps, [row for row in gaps if row in self.as_large_as or row in self.controls.values()])
-        return {row: replace(of, whole=self._is_whole(row, of.other)) for row, of in found.items()}
+        """Difference in accuracy of each row to its control, over the seeds that both have."""
+        others = {row: self.controls.get(row, self.control) for row in self.rows}
+        gaps = {row: (other, self._gaps(row, other)) for row, other in others.items() if row != other}
+        controls = [row for row in self.rows if row in self.as_large_as or row in self.controls.values()]
+        return {
+            row: replace(difference, whole=self._is_whole(row, difference.other))
+            for row, difference in paired(gaps, controls).items()
+        }
 
     def sentences(self) -> list[str]:
-        """What can be said of one data set, and what cannot; no sentence says more than its interval."""
-        found = self.differences()
+        """What the results on one data set show, and what they leave open."""
         place = f"On {self.datasets[0]}, " if self.datasets[0] else ""
-        tested = {row: of for row, of in found.items() if not math.isnan(of.adjusted)}
-        same = [row for row, of in found.items() if len(of.by_seed) > 1 and math.isnan(of.p)]
-        to = {row: row if of.other == self.control else f"{row} (to {of.other})" for row, of in found.items()}
+        sentences = [*self._difference_sentences(place), *self._size_sentences(), *self._map_sentences()]
+        if (reason := self.no_costs.get(self.datasets[0])) is not None:
+            sentences.append(f"Costs are left out: {reason}.")
+        if incomplete := [f"{row} has {seeds}" for row in self.rows if (seeds := self._seeds_of(row))]:
+            sentences.append(
+                f"Runs are missing, so that nothing can hold for what they are compared with: {_listed(incomplete)}."
+            )
+        return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+
+    def _difference_sentences(self, place: str) -> Iterable[str]:
+        differences = self.differences()
+        names = {row: row if d.other == self.control else f"{row} (to {d.other})" for row, d in differences.items()}
 
         def points(rows: Iterable[str]) -> str:
-            return "; ".join(f"{to[row]} {found[row].points(' points')}" for row in rows)
+            return "; ".join(f"{names[row]} {differences[row].points(' points')}" for row in rows)
 
-        said: list[str] = []
-        if found and all(len(of.by_seed) == 1 for of in found.values()):
-            said.append(f"{place}there is one seed: no difference to a control can be tested.")
-        if tested:
-            better = [row for row, of in tested.items() if of.holds and of.mean > 0]
-            worse = [row for row, of in tested.items() if of.holds and of.mean < 0]
-            still = [row for row, of in tested.items() if not of.holds]
+        if differences and all(len(difference.by_seed) == 1 for difference in differences.values()):
+            yield f"{place}there is one seed: no difference to a control can be tested."
+        if tested := {row: d for row, d in differences.items() if not math.isnan(d.adjusted)}:
+            better, worse, unclear = _by_sign(tested)
             best = max(tested, key=lambda row: tested[row].mean)
-            said.append(
-                f"{place}better than the control after correction: {points(better)}."
-                if better
-                else f"{place}no row is shown to be better than its control after correction; {to[best]} has the "
-                f"highest mean difference, {tested[best].points(' points')}."
-            )
-            if worse:
-                said.append(f"{place}worse than the control after correction: {points(worse)}.")
-            if still:
-                said.append(
-                    f"Better, worse or as good as the control is open for {_listed([to[row] for row in still])}: their "
-                    "intervals allow more than one of these, or do not hold after the correction or for want of a run."
+            if better:
+                yield f"{place}better than the control after correction: {points(better)}."
+            else:
+                yield (
+                    f"{place}no row is shown to be better than its control after correction; {names[best]} has the "
+                    f"highest mean difference, {tested[best].points(' points')}."
                 )
-        if same:
-            said.append(f"{place}to the control, {points(same)}: the same in all seeds, not tested.")
+            if worse:
+                yield f"{place}worse than the control after correction: {points(worse)}."
+            if unclear:
+                yield (
+                    f"Better, worse or as good as the control is open for {_listed([names[row] for row in unclear])}: "
+                    "their intervals allow more than one of these, or do not hold after the correction or for want of "
+                    "a run."
+                )
+        if equal := [row for row, d in differences.items() if len(d.by_seed) > 1 and math.isnan(d.p)]:
+            yield f"{place}to the control, {points(equal)}: the same in all seeds, not tested."
+
+    def _size_sentences(self) -> Iterable[str]:
         for row, other in self.as_large_as.items():
             if gaps := self._gaps(other, row):
-                gap = paired({other: (row, gaps)})[other]
-                sizes = [next(run.parameters for run in self._runs() if run.row == name) for name in (row, other)]
-                said.append(
-                    f"With as many parameters ({row} {sizes[0]:,}, {other} {sizes[1]:,}), {other} minus {row} is "
-                    f"{gap.points(' points')}, not corrected."
+                difference = paired({other: (row, gaps)})[other]
+                sizes = [f"{name} {self._runs(name)[0].parameters:,}" for name in (row, other)]
+                yield (
+                    f"With as many parameters ({', '.join(sizes)}), {other} minus {row} is "
+                    f"{difference.points(' points')}, not corrected."
                 )
-        said += self._map_sentences()
-        if (why := self.no_costs.get(self.datasets[0])) is not None:
-            said.append(f"Costs are left out: {why}.")
-        if short := [f"{row} has{self._missing(row)}" for row in self.rows if self._missing(row)]:
-            said.append(
-                "Runs are missing, so that nothing can hold for what they are compared with: "
-                f"{_listed(short).replace('(', '').replace(')', '')}."
-            )
-        return [one[0].upper() + one[1:] for one in said]
 
-    def _map_sentences(self) -> list[str]:
-        said: list[str] = []
-        for worth, verb, sign in (("energy_in_mask", "lies more on the mask than", 1), ("deletion_auc", "beats", -1)):
+    def _map_sentences(self) -> Iterable[str]:
+        for measure, verb, sign in (("energy_in_mask", "lies more on the mask than", 1), ("deletion_auc", "beats", -1)):
             gaps: dict[str, tuple[str, dict[int, float]]] = {}
             for row in self.rows:
-                of = {run.seed: run.quality for run in self._runs() if run.row == row and run.quality}
-                both = {seed: getattr(q["own"], worth) - getattr(q["center_map"], worth) for seed, q in of.items()}
-                gaps[row] = "center_map", {seed: sign * gap for seed, gap in both.items() if not math.isnan(gap)}
-            known = {row: replace(gap, whole=self._is_whole(row)) for row, gap in paired(gaps).items()}
-            found = {row: gap for row, gap in known.items() if not math.isnan(gap.low)}
-            ahead = [row for row, gap in found.items() if gap.holds and gap.mean > 0]
-            behind = [row for row, gap in found.items() if gap.holds and gap.mean < 0]
-            if found:
-                where = " in deletion" if worth == "deletion_auc" else ""
-                said.append(
+                quality = {run.seed: run.quality for run in self._runs(row) if run.quality}
+                by_seed = {
+                    seed: sign * (getattr(maps["own"], measure) - getattr(maps["center_map"], measure))
+                    for seed, maps in quality.items()
+                }
+                gaps[row] = "center_map", {seed: gap for seed, gap in by_seed.items() if not math.isnan(gap)}
+            differences = {row: replace(d, whole=self._is_whole(row)) for row, d in paired(gaps).items()}
+            tested = {row: d for row, d in differences.items() if not math.isnan(d.low)}
+            ahead, behind, _ = _by_sign(tested)
+            if tested:
+                where = " in deletion" if measure == "deletion_auc" else ""
+                yield (
                     f"After correction, the own map {verb} a blob in the center{where} "
                     f"for {_listed(ahead) or 'no row'}; the blob is ahead for {_listed(behind) or 'none'}"
-                    f"{'; the rest is open' if len(known) > len(ahead) + len(behind) else ''}."
+                    f"{'; the rest is open' if len(differences) > len(ahead) + len(behind) else ''}."
                 )
-        return said
 
     def cells(self) -> list[dict[str, Cell]]:
-        """A line per row that has a run, by column: accuracy, difference, cost, and the maps of every block."""
+        """A line per row with a run, by column: accuracy, difference, cost, and the maps of every block."""
         differences = self.differences()
-        return [self._line(row, differences.get(row)) for row in self._done()]
+        return [self._line(row, differences.get(row)) for row in self.rows if self._runs(row)]
 
     def map_cells(self) -> list[dict[str, Cell]]:
-        """A line per row that has a run, by column: what `Measured.quality` holds."""
+        """A line per row with a run, by column: `MeasuredRun.quality`."""
         lines: list[dict[str, Cell]] = []
-        for row in self._done():
+        for row in (row for row in self.rows if self._runs(row)):
             line = {"network": Cell(row)}
-            for worth in QUALITY:
-                for name, words in _MAPS.items():
-                    values = (
-                        getattr(run.quality[name], worth) for run in self._runs() if run.row == row and run.quality
-                    )
-                    of = summary(values)
-                    line[f"{_WORTH[worth]}, {words}"] = Cell(of.text(1 if worth == "sparsity" else 3), of.mean)
+            for measure in QUALITY:
+                for name, title in _MAPS.items():
+                    values = summary(getattr(run.quality[name], measure) for run in self._runs(row) if run.quality)
+                    line[f"{_MEASURES[measure]}, {title}"] = _cell(values, 1 if measure == "sparsity" else 3)
             lines.append(line)
         return lines
 
     def _line(self, row: str, difference: Difference | None) -> dict[str, Cell]:
-        own = [run for run in self._runs() if run.row == row]
+        runs = self._runs(row)
         cost = self.costs.get(self.datasets[0], {}).get(row)
 
-        def of(value: Callable[[Maps], float], maps: str) -> Summary:
-            return summary(value(getattr(run, maps)) for run in own)
+        def per_block(kind: str, maps: str, digits: int) -> Cell:
+            """One value per block, in the order of the network; rows are sorted by the last one."""
+            blocks = [getattr(getattr(run, maps), kind) for run in runs]
+            values = [summary(of_run[block] for of_run in blocks) for block in blocks[0]]
+            text = " / ".join(value.text(digits) for value in values)
+            return Cell(text or "-", values[-1].mean if values else math.nan)
 
-        def places(kind: str, maps: str, digits: int) -> Cell:
-            """One figure per block, in the order of the network; the last one counts for the order of the rows."""
-            blocks: dict[str, float] = getattr(getattr(own[0], maps), kind)
-            found = [of(lambda known, block=block: getattr(known, kind)[block], maps) for block in blocks]
-            last = found[-1].mean if found else math.nan
-            return Cell(" / ".join(figure.text(digits) for figure in found) or "-", last)
-
-        def figure(found: Summary, digits: int) -> Cell:
-            return Cell(found.text(digits), found.mean)
-
-        like = f" (as {self.as_large_as[row]})" if row in self.as_large_as else ""
-        time = mean(run.seconds for run in own)
+        size_note = f" (as {self.as_large_as[row]})" if row in self.as_large_as else ""
+        seeds_note = f" ({seeds})" if (seeds := self._seeds_of(row)) else ""
+        seconds = mean(run.seconds for run in runs)
         accuracy = self.over_seeds(row, lambda run: run.accuracy)
         line = {
             "network": Cell(row),
-            "accuracy, %": Cell(accuracy.text(1, percent=True) + self._missing(row), accuracy.mean),
+            "accuracy, %": Cell(accuracy.text(1, percent=True) + seeds_note, accuracy.mean),
             "to control": Cell("-") if difference is None else Cell(difference.points(), difference.mean),
             "p, corrected": Cell("-"),
             "control": Cell(self.controls.get(row, "-")),
-            "parameters": Cell(f"{own[0].parameters:,}{like}", own[0].parameters),
+            "parameters": Cell(f"{runs[0].parameters:,}{size_note}", runs[0].parameters),
             "M multiply-adds": Cell("-") if cost is None else Cell(f"{cost.macs / 1e6:.1f}", cost.macs),
             "ms / image": Cell("-") if cost is None else Cell(f"{1000 * cost.seconds:.2f}", cost.seconds),
-            "s / epoch": Cell(f"{time:.1f}", time),
-            "own maps in mask, before": places("energy", "before", 2),
-            "own maps in mask, after": places("energy", "after", 2),
-            "sparsity, after": places("sparsity", "after", 1),
-            "activation map in mask, after": figure(of(lambda maps: maps.activation_energy, "after"), 2),
-            "cosine of vectors, before": figure(of(lambda maps: maps.similarity, "before"), 2),
-            "cosine of vectors, after": figure(of(lambda maps: maps.similarity, "after"), 2),
+            "s / epoch": Cell(f"{seconds:.1f}", seconds),
+            "own maps in mask, before": per_block("energy", "before", 2),
+            "own maps in mask, after": per_block("energy", "after", 2),
+            "sparsity, after": per_block("sparsity", "after", 1),
+            "activation map in mask, after": _cell(self.over_seeds(row, lambda run: run.after.activation_energy), 2),
+            "cosine of vectors, before": _cell(self.over_seeds(row, lambda run: run.before.similarity), 2),
+            "cosine of vectors, after": _cell(self.over_seeds(row, lambda run: run.after.similarity), 2),
         }
         if difference is not None and not math.isnan(difference.adjusted):
             p = "<0.001" if difference.adjusted < 0.001 else f"{difference.adjusted:.3f}"
             line["p, corrected"] = Cell(f"{p}, holds" if difference.holds else p, difference.adjusted)
         return line
 
-    def _done(self) -> list[str]:
-        return [row for row in self.rows if any(run.row == row for run in self._runs())]
-
-    def _runs(self) -> tuple[Measured, ...]:
+    def _runs(self, row: str) -> list[MeasuredRun]:
         if len(self.datasets) > 1:
             raise ValueError(f"expected one data set, got {', '.join(self.datasets)}; take on(NAME) first")
-        return self.measured
+        return [run for run in self.measured if run.row == row]
 
-    def _missing(self, row: str) -> str:
-        """What is said of the number of runs; nothing where there is one of every seed."""
-        count = len({run.seed for run in self._runs() if run.row == row} & set(self.seeds))
-        return f" ({count} of {len(self.seeds)} seeds)" if count < len(self.seeds) else ""
+    def _seeds_of(self, row: str) -> str:
+        """How many of the study's seeds a row has; empty if none is missing."""
+        count = len({run.seed for run in self._runs(row)} & set(self.seeds))
+        return f"{count} of {len(self.seeds)} seeds" if count < len(self.seeds) else ""
 
     def _is_whole(self, *rows: str) -> bool:
-        return not any(self._missing(row) for row in rows)
-
-    def _control(self, row: str) -> str:
-        return self.controls.get(row, self.control)
+        return not any(self._seeds_of(row) for row in rows)
 
     def _gaps(self, row: str, other: str) -> dict[int, float]:
-        own, theirs = ({run.seed: run.accuracy for run in self._runs() if run.row == name} for name in (row, other))
-        return {seed: own[seed] - theirs[seed] for seed in sorted(own.keys() & theirs.keys())}
+        """Difference in accuracy by seed."""
+        ours, theirs = ({run.seed: run.accuracy for run in self._runs(name)} for name in (row, other))
+        return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
 
 
 def summary(values: Iterable[float]) -> Summary:
-    """Mean and standard deviation of values, those that are NaN left out.
+    """Mean and standard deviation of the values that are not NaN.
 
     >>> summary([1.0, 3.0, math.nan])
     Summary(mean=2.0, deviation=1.4142135623730951)
@@ -333,48 +321,55 @@ def summary(values: Iterable[float]) -> Summary:
 
 
 def student_interval(values: Iterable[float]) -> tuple[float, float] | None:
-    """95 % interval of a mean of few values by Student's t; None for fewer than two, or where all are the same.
+    """Student's 95 % interval of a mean of few values; None for fewer than two, or if all are equal.
 
     >>> low, high = student_interval([1.0, 2.0, 3.0])
     >>> round(low, 3), round(high, 3)
     (-0.484, 4.484)
     """
-    from scipy.stats import t
+    low, high, _ = _student(list(values))
+    return None if math.isnan(low) else (low, high)
 
-    found = list(values)
-    if len(found) < 2 or stdev(found) < _SPREAD:
-        return None
-    half = float(t.ppf(0.975, len(found) - 1)) * stdev(found) / math.sqrt(len(found))
-    return mean(found) - half, mean(found) + half
+
+def _student(values: list[float]) -> tuple[float, float, float]:
+    """Ends of Student's 95 % interval of the mean, and p of the test against 0; NaN if there is no spread."""
+    if len(values) < 2 or stdev(values) < _SPREAD:
+        return math.nan, math.nan, math.nan
+    test: Any = ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return float(low), float(high), float(test.pvalue)
 
 
 def paired(
     gaps: Mapping[str, tuple[str, Mapping[int, float]]], untested: Collection[str] = ()
 ) -> dict[str, Difference]:
-    """Of each row, its differences by seed to another row as a mean with interval; corrected over all but `untested`.
+    """Mean and interval of each row's differences by seed to another row; p is corrected over all but `untested`.
 
-    >>> found = paired({"a": ("control", {0: 1.0, 1: 2.0, 2: 3.0}), "b": ("control", {0: 1.0, 1: -1.0})})
-    >>> round(found["a"].p, 4), round(found["a"].adjusted, 4), found["b"].p
+    >>> differences = paired({"a": ("control", {0: 1.0, 1: 2.0, 2: 3.0}), "b": ("control", {0: 1.0, 1: -1.0})})
+    >>> round(differences["a"].p, 4), round(differences["a"].adjusted, 4), differences["b"].p
     (0.0742, 0.1484, 1.0)
     """
     given = {row: (other, dict(by_seed)) for row, (other, by_seed) in gaps.items() if by_seed}
-    p = [_student_p(list(by_seed.values())) for _, by_seed in given.values()]
-    tests = [math.nan if row in untested else own for row, own in zip(given, p, strict=True)]
-    found: dict[str, Difference] = {}
-    for (row, (other, by_seed)), own, adjusted in zip(given.items(), p, holm(np.array(tests)).tolist(), strict=True):
-        low, high = student_interval(by_seed.values()) or (math.nan, math.nan)
-        middle = mean(by_seed.values())
-        found[row] = Difference(other=other, by_seed=by_seed, mean=middle, low=low, high=high, p=own, adjusted=adjusted)
-    return found
+    tests = {row: _student([*by_seed.values()]) for row, (_, by_seed) in given.items()}
+    adjusted = holm(np.array([math.nan if row in untested else p for row, (_, _, p) in tests.items()]))
+    differences: dict[str, Difference] = {}
+    for (row, (low, high, p)), corrected in zip(tests.items(), adjusted.tolist(), strict=True):
+        other, by_seed = given[row]
+        differences[row] = Difference(
+            other=other, by_seed=by_seed, mean=mean(by_seed.values()), low=low, high=high, p=p, adjusted=corrected
+        )
+    return differences
 
 
-def _student_p(values: list[float]) -> float:
-    from scipy.stats import t
+def _by_sign(differences: Mapping[str, Difference]) -> tuple[list[str], list[str], list[str]]:
+    """Rows that are better, worse, and those whose difference does not hold."""
+    better = [row for row, difference in differences.items() if difference.holds and difference.mean > 0]
+    worse = [row for row, difference in differences.items() if difference.holds and difference.mean < 0]
+    return better, worse, [row for row, difference in differences.items() if not difference.holds]
 
-    spread = stdev(values) if len(values) > 1 else 0.0
-    if spread < _SPREAD:
-        return math.nan
-    return 2 * float(t.sf(abs(mean(values)) / (spread / math.sqrt(len(values))), len(values) - 1))
+
+def _cell(value: Summary, digits: int) -> Cell:
+    return Cell(value.text(digits), value.mean)
 
 
 def _listed(names: list[str]) -> str:

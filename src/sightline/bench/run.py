@@ -15,7 +15,7 @@ import torch
 
 from sightline import models, runs
 from sightline.bench.costs import costs_of_rows
-from sightline.bench.measured import Measured, measure, read
+from sightline.bench.measured import MeasuredRun, measure_run, read
 from sightline.bench.page import write_bench
 from sightline.bench.result import Bench
 from sightline.bench.study import Study, folder
@@ -75,13 +75,13 @@ def bench(
     teachers = {study.rows[row].get("optim.teacher") for row in rows} & set(study.rows)
     rows = [row for row in study.rows if row in {*rows, *teachers}]
     order = [(dataset, row, seed) for dataset in chosen_datasets for row in rows for seed in study.recipe.seeds]
-    measured: dict[tuple[str, str, int], Measured] = {}
+    measured: dict[tuple[str, str, int], MeasuredRun] = {}
     failed: dict[str, str] = {}
     for is_teacher in (True, False):  # students need the runs of their teachers
         part = [(d, r, s) for d, r, s in order if (r in teachers) == is_teacher]
         todo = [_Job(d, r, s, study.of(r, s, out, d), folder(out, r, s, d)) for d, r, s in part]
         for job, result in _results(todo, jobs):
-            if isinstance(result, Measured):
+            if isinstance(result, MeasuredRun):
                 measured[job.dataset, job.row, job.seed] = result
             else:
                 failed[f"{job.dataset + ', ' if job.dataset else ''}{job.row}, seed {job.seed}"] = result
@@ -128,7 +128,7 @@ def _check_network(row: str, recipe: Recipe) -> None:
         raise ValueError(f"row {row!r}: {error}") from error
 
 
-def _results(todo: list[_Job], jobs: int) -> Iterator[tuple[_Job, Measured | str]]:
+def _results(todo: list[_Job], jobs: int) -> Iterator[tuple[_Job, MeasuredRun | str]]:
     """The measurements of each job, or why it failed, as they finish."""
     if jobs == 1:
         yield from ((job, _train_and_measure(job)) for job in todo)
@@ -139,7 +139,7 @@ def _results(todo: list[_Job], jobs: int) -> Iterator[tuple[_Job, Measured | str
     for device in devices_for(jobs, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")):
         devices.put(device)
     with ProcessPoolExecutor(jobs, context, _prepare, (threads, devices)) as pool:
-        futures: dict[Future[Measured | str], _Job] = {pool.submit(_train_and_measure, job): job for job in todo}
+        futures: dict[Future[MeasuredRun | str], _Job] = {pool.submit(_train_and_measure, job): job for job in todo}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -168,14 +168,14 @@ def _prepare(threads: int, devices: "SimpleQueue[str | None]") -> None:
     torch.set_num_threads(threads)
 
 
-def _train_and_measure(job: _Job) -> Measured | str:
+def _train_and_measure(job: _Job) -> MeasuredRun | str:
     try:
         run = fit(job.recipe, job.folder, resume=True, progress=False)
         assert isinstance(run, Run)
         file = job.folder / "measured.json"
         measured = read(file)
         if measured is None:
-            measured = measure(job.row, run, job.dataset)
+            measured = measure_run(job.row, run, job.dataset)
             runs.write(file, json.dumps(runs.plain(measured), indent=1).encode())
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return " ".join(str(error).split())

@@ -13,7 +13,7 @@ from sightline import data, models, recipe
 from sightline.recipe import Data, Model, Recipe
 
 _STEPS = 1024
-"""Widths between 0 and 1 that are tried: twice the channels of the widest layer of a VGG."""
+"""Number of widths between 0 and 1 to try: twice the channels of the widest layer of a VGG."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +21,16 @@ class Study:
     """One recipe and the changes that make its rows. The first row is the control.
 
     Raises:
-        ValueError: a row that names a control, or a row to be as large as, that cannot be one.
+        ValueError: a row whose `control` or `as_large_as` cannot be one.
     """
 
     recipe: Recipe
     rows: dict[str, dict[str, Any]]
     """name -> dotted field -> value. An `optim.teacher` that is the name of a row means its run of the same seed.
-    `control: ROW` names another control than the first row. `as_large_as: ROW` makes the network as wide as it takes to
-    have that row's number of parameters, as nearly as its channels allow."""
+    `control: ROW` names another control than the first row. `as_large_as: ROW` chooses the network's width so that its
+    number of parameters is as near that row's as its channels allow."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
-    """name -> dotted field -> value. Without a name: the recipe's own data."""
+    """name -> dotted field -> value. The empty name: the data of the recipe."""
 
     def __post_init__(self) -> None:
         for name, row in self.rows.items():
@@ -41,10 +41,10 @@ class Study:
                     raise ValueError(f"row {name!r}: expected `{key}` to be another row out of: {among}; got {other!r}")
             if "as_large_as" in self.rows.get(row.get("as_large_as", ""), {}):
                 raise ValueError(
-                    f"row {name!r}: expected `as_large_as` a row whose size is its own, got {row['as_large_as']!r}"
+                    f"row {name!r}: expected `as_large_as` a row without `as_large_as`, got {row['as_large_as']!r}"
                 )
             if "as_large_as" in row and "model.options.width" in row:
-                raise ValueError(f"row {name!r}: expected no model.options.width beside `as_large_as`, which finds it")
+                raise ValueError(f"row {name!r}: expected no model.options.width beside `as_large_as`, which sets it")
 
     @property
     def control(self) -> str:
@@ -56,31 +56,31 @@ class Study:
         return {name: row[key] for name, row in self.rows.items() if key in row}
 
     def changed(self, row: str, dataset: str = "") -> Recipe:
-        """The recipe of a row, before its width is found and its teacher is a folder."""
-        own = {name: value for name, value in self.rows[row].items() if name not in ("control", "as_large_as")}
-        return recipe.load(self.recipe, {**self.datasets[dataset], **own})
+        """The recipe of a row, before its width is chosen and its teacher is a folder."""
+        changes = {name: value for name, value in self.rows[row].items() if name not in ("control", "as_large_as")}
+        return recipe.load(self.recipe, {**self.datasets[dataset], **changes})
 
     def of(self, row: str, seed: int, out: Path, dataset: str = "") -> Recipe:
-        """The recipe of one run. Of a row `as_large_as` another the data is looked up, for its number of classes."""
-        found = replace(self.changed(row, dataset), seeds=(seed,))
+        """The recipe of one run. For a row `as_large_as` another, the data is read for its number of classes."""
+        start = replace(self.changed(row, dataset), seeds=(seed,))
         if (teacher := self.rows[row].get("optim.teacher")) in self.rows:
-            found = replace(found, optim=replace(found.optim, teacher=str(folder(out, teacher, seed, dataset))))
+            start = replace(start, optim=replace(start.optim, teacher=str(folder(out, teacher, seed, dataset))))
         if "as_large_as" in self.rows[row]:
             model = self.changed(self.rows[row]["as_large_as"], dataset).model
-            classes = _classes(found.data)
+            classes = _classes(start.data)
             try:
-                width = width_for(found.model, classes, _parameters(model.name, _text(model), classes))
+                width = width_for(start.model, classes, _parameters(model.name, _options(model), classes))
             except ValueError as error:
                 raise ValueError(f"row {row!r}, as large as {self.rows[row]['as_large_as']!r}: {error}") from error
-            found = recipe.load(found, {"model.options.width": width})
-        return found
+            start = recipe.load(start, {"model.options.width": width})
+        return start
 
 
 def width_for(model: Model, classes: int, parameters: int) -> float:
-    """The width, in steps of 1/1024, with which a network comes nearest to so many parameters.
+    """The width, in steps of 1/1024, that brings a network nearest to a number of parameters.
 
     Raises:
-        ValueError: the network has no width, or none with so many parameters.
+        ValueError: the network has no width, or cannot have that many parameters.
 
     >>> width_for(Model(name="vgg15", options={"width": 0.125}), 10, 300_000)
     0.123046875
@@ -88,7 +88,7 @@ def width_for(model: Model, classes: int, parameters: int) -> float:
     counts: dict[int, int] = {}
 
     def is_below(step: int) -> bool:
-        options = _text(replace(model, options={**model.options, "width": step / _STEPS}))
+        options = _options(replace(model, options={**model.options, "width": step / _STEPS}))
         counts[step] = _parameters(model.name, options, classes)
         return counts[step] < parameters
 
@@ -107,7 +107,7 @@ def width_for(model: Model, classes: int, parameters: int) -> float:
     return min(counts, key=lambda step: (abs(counts[step] - parameters), step)) / _STEPS
 
 
-def _text(model: Model) -> str:
+def _options(model: Model) -> str:
     return json.dumps(model.options, sort_keys=True)
 
 
@@ -119,8 +119,8 @@ def _parameters(name: str, options: str, classes: int) -> int:
 
 
 @cache
-def _classes(of: Data) -> int:
-    return len(data.load(of)["test"].classes)
+def _classes(source: Data) -> int:
+    return len(data.load(source)["test"].classes)
 
 
 def load_study(
@@ -129,21 +129,21 @@ def load_study(
     rows_done: Collection[str] | None = None,
     datasets_done: Collection[str] | None = None,
 ) -> Study:
-    """Read a study: a recipe with one part more, `rows`, and perhaps another, `datasets`.
+    """Read a study: a recipe with an additional part `rows`, and optionally `datasets`.
 
     Args:
         path: the file.
-        overrides: fields of the recipe. One that a row or data set sets for itself is refused.
-        rows_done: rows that will be trained, the only ones that matter for this. None: all.
-        datasets_done: the same of data sets.
+        overrides: fields of the recipe. One that a row or data set sets itself is refused.
+        rows_done: rows that will be trained; only these matter for `overrides`. None: all.
+        datasets_done: the same for data sets.
 
     Raises:
         OSError: there is no such file.
         TypeError, ValueError: no rows, or a field that is wrong; the row is named.
     """
-    found = recipe.read(Path(path))
-    rows = found.pop("rows", None) if isinstance(found, dict) else None
-    datasets = found.pop("datasets", {"": {}}) if isinstance(found, dict) else None
+    content = recipe.read(Path(path))
+    rows = content.pop("rows", None) if isinstance(content, dict) else None
+    datasets = content.pop("datasets", {"": {}}) if isinstance(content, dict) else None
     if not _are_changes(rows):
         raise ValueError(
             f"{path}: expected a part `rows`, each a name with changes to the recipe such as "
@@ -158,12 +158,12 @@ def load_study(
     if datasets != {"": {}}:
         _check_names(path, "datasets", datasets)
     study = Study(
-        recipe=recipe.load(found, overrides),
+        recipe=recipe.load(content, overrides),
         rows={str(name): row for name, row in rows.items()},
         datasets={str(name): changes for name, changes in datasets.items()},
     )
-    _check_heeded(overrides or {}, "data set", study.datasets, datasets_done)
-    _check_heeded(overrides or {}, "row", study.rows, rows_done)
+    _check_overrides(overrides or {}, "data set", study.datasets, datasets_done)
+    _check_overrides(overrides or {}, "row", study.rows, rows_done)
     for name, row in study.rows.items():
         for dataset, changes in study.datasets.items():
             place = f"row {name!r}" + (f" on {dataset}" if dataset else "")
@@ -182,16 +182,18 @@ def load_study(
 load = load_study  # its name in version 0.1
 
 
-def _check_heeded(
+def _check_overrides(
     overrides: Mapping[str, Any], kind: str, changes: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | None
 ) -> None:
-    """Refuse an override that the study's own changes would cover up."""
+    """Refuse an override that the study's own changes would replace."""
     for field_name in overrides:
-        setting = [name for name, own in changes.items() if field_name in own and (chosen is None or name in chosen)]
+        setting = [
+            name for name, fields in changes.items() if field_name in fields and (chosen is None or name in chosen)
+        ]
         if setting:
             raise ValueError(
-                f"--{field_name}: expected a field that the study leaves alone, got one that its {kind} "
-                f"{setting[0]!r} sets for itself; change it in the file, or choose by --{kind.replace(' ', '')}"
+                f"--{field_name}: expected a field that the study does not set, got one that its {kind} "
+                f"{setting[0]!r} sets itself; change it in the file, or choose by --{kind.replace(' ', '')}"
             )
 
 
@@ -201,15 +203,15 @@ def _are_changes(part: Any) -> TypeGuard[dict[Any, dict[str, Any]]]:
 
 def _check_names(path: Path | str, kind: str, names: Iterable[Any]) -> None:
     plain = [_plain(str(name)) for name in names]
-    for name, own in zip(names, plain, strict=True):
-        if not any(letter.isalnum() for letter in own):
+    for name, folder_name in zip(names, plain, strict=True):
+        if not any(letter.isalnum() for letter in folder_name):
             raise ValueError(f"{path}: expected names of {kind} with a letter or a digit, got {name!r}")
-        if plain.count(own) > 1:
-            raise ValueError(f"{path}: expected names of {kind} that differ in more than signs, got {name!r} twice")
+        if plain.count(folder_name) > 1:
+            raise ValueError(f"{path}: expected names of {kind} that differ in letters or digits, got {name!r} twice")
 
 
 def folder(out: Path, row: str, seed: int, dataset: str = "") -> Path:
-    """Where a run of a study lies.
+    """The folder of a run of a study.
 
     >>> folder(Path("out"), "LTPA pc", 0).as_posix(), folder(Path("out"), "SE", 1, "cifar10").as_posix()
     ('out/LTPA_pc/seed-0', 'out/cifar10/SE/seed-1')

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 
 from sightline.evaluation.batches import Predictions
-from sightline.evaluation.ranking import LEVEL, UNDEFINED_SHARE
+from sightline.evaluation.ranking import LEVEL, UNDEFINED_FRACTION
 from sightline.evaluation.result import Evaluation
 from sightline.facts import LEVELS, Finding, Interval, percent
 from sightline.maps import COARSE, NEARLY_FLAT
@@ -111,7 +111,7 @@ def _too_few(result: Evaluation, units: int) -> Iterator[Finding]:
 def _not_judged(result: Evaluation, metric: str, methods: Sequence[str], n_maps: int) -> Iterator[Finding]:
     for method in methods:
         defined = n_maps - result.score(method, metric).undefined
-        if defined < (1 - UNDEFINED_SHARE) * n_maps:
+        if defined < (1 - UNDEFINED_FRACTION) * n_maps:
             text = f"{metric} of {method} is defined for {defined} of {n_maps} images only and is not judged."
             yield Finding("not judged", text, metric=metric, method=method, images=defined)
 

@@ -15,7 +15,7 @@ from sightline.metrics.uncertainty import Paired, mean_interval, mean_intervals,
 
 Array = np.ndarray
 
-UNDEFINED_SHARE = 0.1
+UNDEFINED_FRACTION = 0.1
 """Fraction of undefined images above which a method is not compared."""
 ALIKE = 0.5
 """Rank correlation with the map of a shuffled model, or of another class, above which a method fails."""
@@ -96,7 +96,7 @@ def mean(values: Float[Array, " n"]) -> float:
 
 
 def _is_compared(values: Float[Array, " n"]) -> bool:
-    return bool(np.isnan(values).mean() <= UNDEFINED_SHARE)
+    return bool(np.isnan(values).mean() <= UNDEFINED_FRACTION)
 
 
 def _lies_beyond(values: Array, bound: float, above: bool, groups: Array | None, seed: int) -> bool:

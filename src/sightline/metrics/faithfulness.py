@@ -36,6 +36,28 @@ __all__ = [
 ]
 
 
+@metric("higher", "Showing only what {method} marks brings the model's confidence up fastest (insertion AUC {score})")
+@PerturbationMetric
+def insertion_auc(insertion: Float[Tensor, "b points"], fractions: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
+    """Area under the score of the target while an image of `fill` is replaced by its pixels, most important first.
+
+    Higher is better; everything else as for `deletion_auc`. The curve ends with the score of the whole image.
+
+    Source: Petsiuk et al. 2018 (1806.07421).
+    Differs: the paper starts from a blurred image, here the default fill is that of deletion; `fill="blur"` is a
+    Gaussian of a fifth of the shorter side (at least 9 pixels, odd), sigma a quarter of that.
+
+    >>> from sightline.testing import LinearModel
+    >>> image = torch.tensor([[[[0.4, 0.3], [0.2, 0.1]]]])
+    >>> insertion_auc(LinearModel(torch.ones(1, 1, 2, 2)), image, torch.tensor([0]), image, steps=2, score="logit")
+    tensor([0.6000])
+    """
+    return torch.trapezoid(insertion, fractions, dim=1)
+
+
+InsertionAUC = mean_of(insertion_auc, "InsertionAUC")
+
+
 @metric("lower", "Hiding what {method} marks brings the model's confidence down fastest (deletion AUC {score})")
 @PerturbationMetric
 def deletion_auc(deletion: Float[Tensor, "b points"], fractions: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
@@ -60,26 +82,24 @@ def deletion_auc(deletion: Float[Tensor, "b points"], fractions: Float[Tensor, "
 DeletionAUC = mean_of(deletion_auc, "DeletionAUC")
 
 
-@metric("higher", "Showing only what {method} marks brings the model's confidence up fastest (insertion AUC {score})")
+@metric("higher", "The values of {method} agree best with how the confidence rises (insertion correlation {score})")
 @PerturbationMetric
-def insertion_auc(insertion: Float[Tensor, "b points"], fractions: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
-    """Area under the score of the target while an image of `fill` is replaced by its pixels, most important first.
+def insertion_correlation(insertion: Float[Tensor, "b points"], map_means: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
+    """Correlation between the map's mean in a chunk and the rise of the score when it is inserted; -1 to 1.
 
-    Higher is better; everything else as for `deletion_auc`. The curve ends with the score of the whole image.
+    Like `deletion_correlation`, along the insertion curve.
 
-    Source: Petsiuk et al. 2018 (1806.07421).
-    Differs: the paper starts from a blurred image, here the default fill is that of deletion; `fill="blur"` is a
-    Gaussian of a fifth of the shorter side (at least 9 pixels, odd), sigma a quarter of that.
+    Source: Gomez et al. 2022 (2201.13291), insertion correlation.
 
     >>> from sightline.testing import LinearModel
     >>> image = torch.tensor([[[[0.4, 0.3], [0.2, 0.1]]]])
-    >>> insertion_auc(LinearModel(torch.ones(1, 1, 2, 2)), image, torch.tensor([0]), image, steps=2, score="logit")
-    tensor([0.6000])
+    >>> insertion_correlation(LinearModel(torch.ones(1, 1, 2, 2)), image, torch.tensor([0]), -image, score="logit")
+    tensor([-1.])
     """
-    return torch.trapezoid(insertion, fractions, dim=1)
+    return _correlation(insertion, insertion.diff(dim=1), map_means)
 
 
-InsertionAUC = mean_of(insertion_auc, "InsertionAUC")
+InsertionCorrelation = mean_of(insertion_correlation, "InsertionCorrelation")
 
 
 @metric("higher", "The values of {method} agree best with how the confidence falls (deletion correlation {score})")
@@ -101,26 +121,6 @@ def deletion_correlation(deletion: Float[Tensor, "b points"], map_means: Float[T
 
 
 DeletionCorrelation = mean_of(deletion_correlation, "DeletionCorrelation")
-
-
-@metric("higher", "The values of {method} agree best with how the confidence rises (insertion correlation {score})")
-@PerturbationMetric
-def insertion_correlation(insertion: Float[Tensor, "b points"], map_means: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
-    """Correlation between the map's mean in a chunk and the rise of the score when it is inserted; -1 to 1.
-
-    Like `deletion_correlation`, along the insertion curve.
-
-    Source: Gomez et al. 2022 (2201.13291), insertion correlation.
-
-    >>> from sightline.testing import LinearModel
-    >>> image = torch.tensor([[[[0.4, 0.3], [0.2, 0.1]]]])
-    >>> insertion_correlation(LinearModel(torch.ones(1, 1, 2, 2)), image, torch.tensor([0]), -image, score="logit")
-    tensor([-1.])
-    """
-    return _correlation(insertion, insertion.diff(dim=1), map_means)
-
-
-InsertionCorrelation = mean_of(insertion_correlation, "InsertionCorrelation")
 
 
 @metric("lower", "The model keeps most of its confidence in what {method} leaves of the image (average drop {score})")

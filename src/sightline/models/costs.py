@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiplications, time, and memory kept for the backward pass."""
+"""Costs of a network: parameters, multiplications, time, and memory kept for the backward pass."""
 
 import math
 import time
@@ -28,10 +28,10 @@ class Costs:
     seconds: float
     """Median time of a forward pass in eval mode."""
     ratio: tuple[float, float, float]
-    """Its time in a round / that of the first network in the same round: median over the rounds and the limits of its
-    95 % interval, from order statistics; infinite limits with fewer than six rounds."""
+    """Its time / the first network's time in the same round: median over the rounds, and the limits of its 95 %
+    interval from order statistics, which are infinite for fewer than six rounds."""
     saved: int
-    """Bytes of distinct tensors that a training forward keeps for its backward pass, parameters left out."""
+    """Bytes of distinct tensors that a training forward keeps for its backward pass, without the parameters."""
 
 
 def costs(
@@ -40,13 +40,12 @@ def costs(
     rounds: int = 9,
     progress: Progress | None = None,
 ) -> dict[str, Costs]:
-    """Costs of networks side by side: their forward passes are timed in turns, so that all meet the same machine.
+    """Costs of networks side by side: their forward passes are timed in turns, so a busy machine slows all alike.
 
-    Every other round runs backwards. The models, on the device of the images, are left as they were. `progress` is
-    called with (what is being done, networks done, networks in all).
+    Every other round runs in reverse order. The models, on the device of the images, are left unchanged.
 
-    >>> found = costs({"one": nn.Conv2d(3, 4, 1)}, torch.zeros(2, 3, 5, 5), rounds=1)["one"]
-    >>> found.parameters, found.macs
+    >>> cost = costs({"one": nn.Conv2d(3, 4, 1)}, torch.zeros(2, 3, 5, 5), rounds=1)["one"]
+    >>> cost.parameters, cost.macs
     (16, 300)
     """
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -58,21 +57,21 @@ def costs(
                 model(images)
                 if images.is_cuda:
                     torch.cuda.synchronize(images.device)
-                if turn:  # the first warms up
+                if turn:  # the first one is a warm-up
                     times[name].append(time.perf_counter() - start)
         report("timing", turn + 1, rounds + 1)
     first = next(iter(times.values()), [])
-    found: dict[str, Costs] = {}
+    by_name: dict[str, Costs] = {}
     for name, model in models.items():
-        found[name] = Costs(
+        by_name[name] = Costs(
             parameters=sum(p.numel() for p in model.parameters()),
             macs=_macs(model, images[:1]),
             seconds=median(times[name]),
-            ratio=_median_interval([own / other for own, other in zip(times[name], first, strict=True)]),
+            ratio=_median_interval([seconds / other for seconds, other in zip(times[name], first, strict=True)]),
             saved=_saved(model, images),
         )
-        report("counting", len(found), len(models))
-    return found
+        report("counting", len(by_name), len(models))
+    return by_name
 
 
 def block_costs(
@@ -100,7 +99,7 @@ def block_costs(
 
 
 def _median_interval(values: list[float]) -> tuple[float, float, float]:
-    """Median, and the two order statistics between which it lies with at least 95 %."""
+    """Median, and the two order statistics that enclose it with probability 95 % or more."""
     n = len(values)
     ordered = [-math.inf, *sorted(values), math.inf]
     below, place = 0.0, 0  # P(fewer than `place` values lie below the median)
@@ -116,18 +115,18 @@ def _macs(model: nn.Module, image: Tensor) -> int:
 
 
 def _saved(model: nn.Module, images: Tensor) -> int:
-    model = copy_of(model).train()  # a training forward moves the statistics of BatchNorm
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    model = copy_of(model).train()  # a training forward changes the statistics of BatchNorm
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             result = model(images)
         del result
-    return sum(kept.values())
+    return sum(sizes.values())

@@ -72,17 +72,17 @@ def _stage(channels: int, planes: int, blocks: int, stride: int) -> nn.Sequentia
 
 
 def keep_resolution(model: nn.Module, stages: int) -> nn.Module:
-    """Set the strides of a ResNet's last stages from 2 to 1, in place: maps grow, parameters and their names stay.
+    """Set the strides of a ResNet's last stages from 2 to 1, in place; parameters and their names stay.
 
-    Convolutions keep their zero padding and get no dilation. Pools of 3 x 3 keep their window; others, which only bring
-    the resolution down, become identities.
+    Convolutions keep their zero padding and get no dilation. Pools of 3 x 3 keep their window; others, which only
+    reduce the resolution, become identities.
 
     Args:
-        model: a ResNet, or another network with the stages `layer1`, `layer2`, `layer3`, mostly `layer4`.
+        model: a ResNet, or another network with the stages `layer1`, `layer2`, `layer3` and usually `layer4`.
         stages: how many of the last stages; each doubles the height and width of the final map.
 
     Raises:
-        ValueError: no such stages, or a number of them for which there is no stride to change.
+        ValueError: no such stages, or a stage without a stride to change.
 
     Source: Gomez et al. 2021 (2106.02566), "Improve the Interpretability of Attention" (BR-NPA), official code.
 
@@ -90,17 +90,18 @@ def keep_resolution(model: nn.Module, stages: int) -> nn.Module:
     >>> [block.conv1.stride for block in keep_resolution(resnet18(), 1).layer4]
     [(1, 1), (1, 1)]
     """
-    found = [(name, layer) for name, layer in model.named_children() if name in STAGES]
-    if len(found) < 3:
+    present = [(name, layer) for name, layer in model.named_children() if name in STAGES]
+    if len(present) < 3:
         raise ValueError(
             f"expected a ResNet with stages layer1 to layer4 for high_resolution, got {type(model).__name__}; "
             "take a ResNet or leave high_resolution out"
         )
-    if not 1 <= stages < len(found):
+    if not 1 <= stages < len(present):
         raise ValueError(
-            f"expected high_resolution of 1 to {len(found) - 1} stages, got {stages}; layer1 has no stride to change"
+            f"expected high_resolution of 1 to {len(present) - 1} stages, got {stages}; layer1 has no stride to change"
         )
-    for name, stage in found[-stages:]:
+    changed = dict(present[-stages:])
+    for name, stage in changed.items():
         strided = [(path, layer) for path, layer in stage.named_modules() if getattr(layer, "stride", 1) in (2, (2, 2))]
         for path, layer in strided:
             odd_pool = isinstance(layer, nn.AvgPool2d | nn.MaxPool2d) and layer.kernel_size in (3, (3, 3))
@@ -113,15 +114,15 @@ def keep_resolution(model: nn.Module, stages: int) -> nn.Module:
             raise ValueError(
                 f"expected a stride of 2 in {name} of {type(model).__name__}, got none; lower high_resolution"
             )
-    _check(model, dict(found[-stages:]))
-    factors = {name: 2**index for index, (name, _) in enumerate(found[-stages:], 1)}
-    described: Any = getattr(model, "feature_info", [])
-    for entry in described:
+    _check_sizes(model, changed)
+    factors = {name: 2**index for index, name in enumerate(changed, 1)}
+    feature_info: Any = getattr(model, "feature_info", [])
+    for entry in feature_info:
         entry["reduction"] //= factors.get(entry["module"], 1)
     return model
 
 
-def _check(model: nn.Module, stages: dict[str, nn.Module]) -> None:
+def _check_sizes(model: nn.Module, stages: dict[str, nn.Module]) -> None:
     def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if output.shape[2:] != inputs[0].shape[2:]:
             raise ValueError(

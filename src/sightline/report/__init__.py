@@ -6,9 +6,8 @@ from pathlib import Path
 
 import jinja2
 
-from sightline import recipe, runs
+from sightline import facts, recipe, runs
 from sightline.evaluation import Evaluation
-from sightline.facts import percent
 from sightline.maps import COARSE
 from sightline.metrics import METRICS
 from sightline.report import pictures, tables
@@ -102,6 +101,15 @@ def _template(name: str) -> jinja2.Template:
 
 def _first_line(thing: object) -> str:
     return (thing.__doc__ or "").strip().splitlines()[0].replace("`", "")
+
+
+def percent(fraction: float) -> str:
+    """A fraction in percent, never rounded to a certainty, with a narrow space that does not break.
+
+    >>> percent(0.5), percent(0.99999)
+    ('50.0 %', '>99.9 %')
+    """
+    return facts.percent(fraction).replace(" ", "\u202f")
 
 
 def number(value: float | None) -> str:

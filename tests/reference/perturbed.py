@@ -1,4 +1,4 @@
-"""Scores of images with parts hidden, one pixel, one image and one frame at a time; imports nothing of the package."""
+"""Scores of perturbed images, one pixel, one image and one frame at a time; imports nothing of the package."""
 
 import math
 from itertools import pairwise

@@ -1,9 +1,9 @@
-"""Scores of images with parts hidden: against the slow reference, in closed form, made no more often than needed."""
+"""Scores of perturbed images: against the slow reference, in closed form, made no more often than needed."""
 
 import numpy as np
 import pytest
 import torch
-from tests.reference import hiding as reference
+from tests.reference import perturbed as reference
 from tests.same import assert_same_state, state_of
 from torch import nn
 
