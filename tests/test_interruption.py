@@ -168,7 +168,7 @@ def limited(recipe: Recipe, out: Path, size: int, said: Path) -> None:
 def test_a_full_disk_keeps_the_last_state(through: Path, tmp_path: Path):
     assert ran(limited, SHORT, tmp_path / "run", 10_000, tmp_path / "said") == 0
     said = (tmp_path / "said").read_text()
-    assert "File too large" in said and "holds the last state that could be written, make room and --resume" in said
+    assert "File too large" in said and "holds the last checkpoint that was written, make room and use --resume" in said
     assert ran(train, SHORT, tmp_path / "run", 300.0) == 0 and result(tmp_path / "run") == result(through)
 
 

@@ -76,6 +76,8 @@ def did_you_mean(
     "; did you mean 'grad_cam'?"
     >>> did_you_mean("epoch", ["epochs"], shown={"epochs": "optim.epochs"}.get)
     "; did you mean 'optim.epochs'?"
+    >>> did_you_mean("grad_cams", {"grad_cam": 1})
+    "; did you mean 'grad_cam'?"
     >>> did_you_mean("x", ["cam", "grad_cam"], "choose cam or grad_cam")
     '; choose cam or grad_cam'
     """

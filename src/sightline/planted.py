@@ -34,7 +34,7 @@ class PatchColorModel(nn.Module):
         self.head: nn.Module = _linear(100 * torch.eye(n))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-        """Per cent of the image."""
+        """Percentage of the image."""
         return self.head(self.pool(self.features(images)).flatten(1))
 
 
@@ -58,7 +58,7 @@ def _of_two(pairs: Sequence[tuple[int, ...]], sign: int) -> nn.Sequential:
 class TwoPartsModel(PatchColorModel):
     """A conjunction: the logit of a class is the smaller amount, in per cent of the image, of its two colors.
 
-    The 9 classes are red, green or blue with yellow, magenta or cyan. Both parts are evidence: without either, 0.
+    The 9 classes are red, green or blue with yellow, magenta or cyan. Without either part the logit is 0.
 
     >>> TwoPartsModel()(torch.stack([COLORS[0], COLORS[4]], 1).reshape(1, 3, 1, 2))[0, :3].tolist()
     [0.0, 50.0, 0.0]
@@ -72,8 +72,8 @@ class TwoPartsModel(PatchColorModel):
 class EitherModel(PatchColorModel):
     """A disjunction: the logit of a class is the larger amount, in per cent of the image, of its two colors.
 
-    The 3 classes are red or yellow, green or magenta, blue or cyan. Each part alone is enough: of two equal amounts,
-    losing one changes nothing.
+    The 3 classes are red or yellow, green or magenta, blue or cyan. Each part alone is enough: if both amounts are
+    equal, removing one changes nothing.
 
     >>> EitherModel()(torch.stack([COLORS[0], COLORS[3]], 1).reshape(1, 3, 1, 2)).tolist()
     [[50.0, 0.0, 0.0]]
@@ -96,7 +96,7 @@ PLANTED: dict[str, Callable[[], nn.Module]] = {
     "pair": TwoPartsModel,
     "twice": EitherModel,
 }
-"""The model for each kind of `planted` images: it answers all of them right."""
+"""The model for each kind of `planted` images: it classifies all of them correctly."""
 
 
 def planted(

@@ -1,4 +1,4 @@
-"""Toy models whose maps and scores can be worked out by hand, and images with evidence planted for them."""
+"""Toy models whose maps and scores can be computed by hand, and images with planted evidence."""
 
 import torch
 from jaxtyping import Float
@@ -32,7 +32,7 @@ class LinearModel(nn.Module):
 
 
 class ConstantModel(nn.Module):
-    """The same logits whatever the image: every map of it is a lie, every curve is flat.
+    """The same logits for every image: no map of it is meaningful, and every curve is flat.
 
     >>> ConstantModel(torch.tensor([0.0, 1.0]))(torch.ones(2, 3, 2, 2)).tolist()
     [[0.0, 1.0], [0.0, 1.0]]
@@ -83,7 +83,7 @@ class _AttendedMean(nn.Module):
 
 
 class PlantedAttention(nn.Module):
-    """Attention is the softmax of the red channel, the logits are the attended color: the map is known beforehand.
+    """Attention is the softmax of the red channel, the logits are the attended color: the map is known in advance.
 
     >>> PlantedAttention()(torch.ones(1, 3, 2, 2)).tolist()
     [[1.0, 1.0, 1.0]]

@@ -21,7 +21,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Alignment(nn.Module):
-    """What alignment functions share: the mask. A subclass defines `scores`."""
+    """Base of the alignment functions: applies the mask. A subclass defines `scores`."""
 
     def forward(
         self,
@@ -100,7 +100,7 @@ class ScaledDotProduct(Alignment):
 class General(Alignment):
     """q^T W k.
 
-    The queries are what is projected, there being fewer of them as a rule: `project.weight` is W transposed.
+    The queries are projected, because there are usually fewer of them: `project.weight` is W transposed.
 
     Source: Luong et al. 2015 (1508.04025), "general".
 
@@ -182,11 +182,11 @@ class GeneralizedKernel(Alignment):
 class Concat(Alignment):
     """w^T act(W [q; k] + b).
 
-    W splits into the part for queries and the part for keys, so that the pairs [q; k] are never laid out.
+    W is split into its parts for queries and keys, so the pairs [q; k] are never materialized.
 
     Source: Luong et al. 2015 (1508.04025), "concat".
 
-    Differs: has the bias b of the survey.
+    Differs: with the bias b of the survey.
 
     >>> Concat(4, 3, hidden=8)(torch.zeros(2, 5, 4), torch.zeros(2, 7, 3)).shape
     torch.Size([2, 5, 7])
@@ -212,7 +212,7 @@ class Additive(Alignment):
 
     Source: Bahdanau et al. 2015 (1409.0473), appendix A.1.2.
 
-    Differs: has the bias b of the survey.
+    Differs: with the bias b of the survey.
 
     >>> Additive(4, 3, hidden=8)(torch.zeros(2, 5, 4), torch.zeros(2, 7, 3)).shape
     torch.Size([2, 5, 7])
@@ -235,7 +235,7 @@ class Additive(Alignment):
 class Deep(Alignment):
     """A perceptron of L layers: E1 = act(W1 k + W0 q + b1), El = act(Wl E(l-1) + bl), score w^T E(L-1) + bL.
 
-    A softmax over the keys cancels bL, which then learns nothing.
+    A softmax over the keys cancels bL, which then is not learned.
 
     Args:
         query_channels: length of a query.
@@ -280,7 +280,7 @@ class Deep(Alignment):
 
 
 class LocationBased(Alignment):
-    """W q: row i of W scores the key at place i from the query alone; what the keys hold does not matter.
+    """W q: row i of W scores the key at position i from the query only; the content of the keys does not matter.
 
     Args:
         query_channels: length of a query.
@@ -309,16 +309,16 @@ class LocationBased(Alignment):
 
 
 class FeatureBased(Alignment):
-    """w^T act(W1 phi1(K) + W2 phi2(K) + b): two features of the keys K; what the query holds does not matter.
+    """w^T act(W1 phi1(K) + W2 phi2(K) + b): two features of the keys K; the query does not matter.
 
     Args:
         phi1: first feature, all keys (b, k, dk) to (b, k, f1); a module's parameters are learned.
         phi2: second feature, (b, k, dk) to (b, k, f2).
         channels: (f1, f2).
-        hidden: length of what `activation` works on.
+        hidden: length of the input of `activation`.
         activation: act.
 
-    Source: Li et al. 2019, as the survey has it.
+    Source: Li et al. 2019, as given in the survey.
 
     >>> FeatureBased(nn.Identity(), torch.square, (3, 3), hidden=8)(torch.zeros(2, 5, 4), torch.zeros(2, 7, 3)).shape
     torch.Size([2, 5, 7])
@@ -364,7 +364,7 @@ class GaussianKernel(Alignment):
 
     def scores(self, queries: Float[Tensor, "b q d"], keys: Float[Tensor, "b k d"]) -> Float[Tensor, "b q k"]:
         """See `Alignment.scores`."""
-        # By subtraction: ||q||^2 - 2 q^T k + ||k||^2 cancels far from zero. cdist knows no half precision.
+        # by subtraction: ||q||^2 - 2 q^T k + ||k||^2 cancels far from zero; cdist has no half precision
         dtype = torch.promote_types(queries.dtype, torch.float32)
         distances = torch.cdist(queries.to(dtype), keys.to(dtype), compute_mode="donot_use_mm_for_euclid_dist")
         return (-0.5 * (distances / self.bandwidth).square()).to(queries.dtype)
@@ -393,7 +393,7 @@ class AlignmentGate(nn.Module):
         scores = self.alignment(queries, keys, mask)
         if mask is None:
             return scores.softmax(2)
-        # Filled before the softmax as well, since a softmax of nothing but -inf and its gradient are NaN.
+        # filled before the softmax, too, because the softmax of a row of -inf and its gradient are NaN
         nothing = ~mask.any(2, keepdim=True)
         return scores.masked_fill(nothing, 0).softmax(2).masked_fill(nothing, 0)
 
@@ -428,10 +428,10 @@ class Attend(nn.Module):
 
 
 class NadarayaWatson(Attend):
-    """Kernel regression: the value at a query is the mean of the known values, those of near keys counting most.
+    """Kernel regression: the value at a query is the mean of the given values, weighted by the nearness of their keys.
 
-    A value counts by a Gaussian kernel of its key's distance, exp(-||q - k||^2 / (2 bandwidth^2)). That is attention
-    with `GaussianKernel`, hence a query far from all keys reads the nearest value rather than 0 / 0.
+    The weight is a Gaussian kernel of the distance, exp(-||q - k||^2 / (2 bandwidth^2)). That is attention with
+    `GaussianKernel`, so a query far from all keys reads the nearest value instead of 0 / 0.
 
     Raises:
         ValueError: a bandwidth that is not positive.

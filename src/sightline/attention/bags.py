@@ -1,4 +1,4 @@
-"""Multiple-instance attention: one vector of many positions, or of many tiles of an image too large for one pass."""
+"""Multiple-instance attention: pools many positions, or many tiles of an image too large for one pass."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +15,7 @@ class InstanceGate(nn.Module):
     Args:
         channels: channels of the feature map.
         hidden: rows of V and U.
-        gated: no: <w, tanh(V l)>.
+        gated: False: <w, tanh(V l)>.
 
     Source: Ilse, Tomczak, Welling, "Attention-based Deep Multiple Instance Learning", ICML 2018 (1802.04712), equations
     8 and 9.
@@ -51,8 +51,8 @@ class InstanceGate(nn.Module):
 class MILPooling(nn.Module):
     """Pools a feature map, or a bag of vectors, into one vector: their mean with learned weights that sum to 1.
 
-    A slide too large for one pass is cut into tiles, each becomes a vector, and `forward_bag` pools them. The child
-    `gate` returns the weights: over positions (b, 1, h, w), over tiles (b, 1, n, 1).
+    A slide too large for one pass is cut into tiles, each is encoded as a vector, and `forward_bag` pools them. The
+    child `gate` returns the weights: over positions (b, 1, h, w), over tiles (b, 1, n, 1).
 
     Args:
         channels: channels of the feature map, or length of the vectors.
@@ -83,9 +83,9 @@ class MILPooling(nn.Module):
     def forward_bag(
         self, vectors: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b c"]:
-        """One vector per bag; bags of different sizes are padded and `mask` is true where there is a vector.
+        """One vector per bag; bags of different sizes are padded, and `mask` is True at vectors.
 
-        What stands in the padding does not matter, unless it is infinite or NaN. A bag with nothing in it yields 0.
+        The padding does not matter unless it is infinite or NaN. An empty bag yields 0.
         """
         features = vectors.mT.unsqueeze(3)
         return self._pool(features, self.gate(features, None if mask is None else mask[:, None, :, None]))

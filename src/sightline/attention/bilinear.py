@@ -1,4 +1,4 @@
-"""Poolings without a map: the bilinear CNN, and the plain means that are the controls of all others."""
+"""Poolings without a map: the bilinear CNN, and the plain means that serve as controls."""
 
 import torch
 from jaxtyping import Float
@@ -29,13 +29,13 @@ class BilinearCNN(nn.Module):
 
     Args:
         channels: channels of the feature map.
-        project: channels that a 1x1 convolution reduces them to first; 2,048 channels would yield 4 million numbers.
+        project: channels after a 1x1 convolution; without it, 2,048 channels would yield 4 million numbers.
 
     Raises:
         ValueError: `project` below 1.
 
     Source: Lin, RoyChowdhury, Maji, "Bilinear CNN Models for Fine-grained Visual Recognition", ICCV 2015, with
-    one network in both places.
+    the same network in both branches.
 
     Differs: see `signed_root`.
 
@@ -58,7 +58,7 @@ class BilinearCNN(nn.Module):
 
 @register("gap")
 class GlobalAveragePool(nn.Module):
-    """The mean over positions: every network's own pooling, and the control of the others.
+    """The mean over positions: the usual pooling, and the control of the others.
 
     >>> GlobalAveragePool(1)(torch.tensor([[[[1.0, 3.0]]]]))
     tensor([[2.]])

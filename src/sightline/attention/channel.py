@@ -1,4 +1,4 @@
-"""Channel attention: what a whole feature map says about its channels decides what each of them counts."""
+"""Channel attention: gates that weigh the channels of a feature map by its global averages."""
 
 import math
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def bottleneck(
     bias: bool = True,
     zero_init: bool = False,
 ) -> nn.Sequential:
-    """Linear, norm, ReLU, Linear: from a vector of channels to one as long; `zero_init`: it returns 0 at the start.
+    """Linear, norm, ReLU, Linear, from a vector of channels to one of the same length; `zero_init`: it starts at 0.
 
     >>> bottleneck(4, 2, zero_init=True)(torch.ones(1, 4)).abs()
     tensor([[0., 0., 0., 0.]], grad_fn=<AbsBackward0>)
@@ -52,9 +52,9 @@ def bottleneck(
 
 
 class Gating(nn.Module):
-    """Multiplies a feature map by the weights that the child `gate` returns, or by twice these weights.
+    """Multiplies a feature map by the weights from the child `gate`; with `identity`, by twice these weights.
 
-    With `identity`, weights of 0.5 leave the features as they are.
+    With `identity`, weights of 0.5 leave the features unchanged.
 
     >>> Gating(nn.Sigmoid(), identity=True)(torch.zeros(1, 1, 1, 1)).item()
     0.0
@@ -66,7 +66,7 @@ class Gating(nn.Module):
         self.identity = identity
 
     def factor(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b _ _ _"]:
-        """What the features are multiplied by."""
+        """Factor of the features."""
         weights = self.gate(features)
         return 2 * weights if self.identity else weights
 
@@ -93,7 +93,7 @@ class SqueezeExciteWeights(nn.Module):
 
 @register("se")
 class SqueezeExcite(Gating):
-    """Weighs each channel by what the averages of all channels say, through a bottleneck.
+    """Weighs each channel by a bottleneck of the averages of all channels.
 
     Args:
         channels: channels of the feature map.
@@ -107,7 +107,7 @@ class SqueezeExcite(Gating):
     Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, equations 2 to 4.
 
     Differs: the paper writes no biases; published SE-ResNets have them. Fewer channels than `reduction` still get one
-    unit; the paper has none so narrow.
+    unit; the paper has no such layer.
 
     >>> SqueezeExcite(4, reduction=2, identity=True)(torch.full((1, 4, 1, 1), 3.0)).flatten().tolist()
     [3.0, 3.0, 3.0, 3.0]
@@ -142,13 +142,14 @@ class EfficientChannelAttention(Gating):
 
     Args:
         channels: channels of the feature map.
-        kernel: how many neighbors count, itself included; odd. None: the odd number next to (log2(channels) + 1) / 2.
+        kernel: number of neighbors, the channel itself included; odd. None: the odd number next to
+            (log2(channels) + 1) / 2.
         identity: a new block returns its input: weights count twice and the convolution starts at zero.
 
     Raises:
         ValueError: an even `kernel` or one below 1.
 
-    Source: Wang et al., "ECA-Net", CVPR 2020 (1910.03151), section 3.2, gamma 2 and b 1; ties go up, as in its code.
+    Source: Wang et al., "ECA-Net", CVPR 2020 (1910.03151), section 3.2, gamma 2 and b 1; ties round up, as in its code.
 
     >>> [EfficientChannelAttention(c).gate.conv.weight.numel() for c in (64, 256, 1024, 2048)]
     [3, 5, 5, 7]
@@ -195,7 +196,7 @@ class GlobalContext(nn.Module):
 
     Source: Cao et al., "GCNet", ICCVW 2019 (1904.11492), global context block.
 
-    Differs: no bias in the softmax, where it cancels; at least 2 units, because the LayerNorm of a single one is
+    Differs: no bias before the softmax, where it cancels; at least 2 units, because LayerNorm of a single one is
     constant.
 
     >>> GlobalContext(4, reduction=2, identity=True)(torch.full((1, 4, 1, 1), 3.0)).flatten().tolist()

@@ -1,4 +1,4 @@
-"""Hard attention: one position (or k) is read instead of a mean over all of them."""
+"""Hard attention: reads one position (or k) instead of a mean over all of them."""
 
 from typing import Any, Literal, get_args
 
@@ -17,13 +17,13 @@ Estimator = Literal["reinforce", "gumbel", "top_k"]
 class HardGate(CompatibilityGate):
     """Weights of the positions of a feature map: one-hot (1/k each at k positions), or soft for comparison.
 
-    Options as in `HardAttention`. `scores` and `soft` are those of soft attention: the parameters are named like those
-    of `LearnToPayAttention`, so that a soft model's weights can be loaded into a hard one.
+    Options as in `HardAttention`. `scores` and `soft` are those of soft attention, and the parameters have the names
+    of `LearnToPayAttention`, so a soft model's weights load into a hard one.
 
     Attributes:
         log_prob: "reinforce", after a forward in training mode: log-probability (b,) of the positions drawn, with its
-            graph; where the soft weights were used, their negative entropy, whose gradient as it enters here is zero.
-        entropy: then also the entropy (b,) of the distribution they were drawn from.
+            graph; if the soft weights were used, their negative entropy, whose gradient in this form is zero.
+        entropy: the entropy (b,) of the distribution they were drawn from.
 
     >>> gate = HardGate(1).eval()
     >>> gate.u.weight.data.fill_(1.0).item()
@@ -87,7 +87,7 @@ class HardGate(CompatibilityGate):
         return weights.to(features.dtype).unflatten(1, (1, *features.shape[2:]))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a file gets: without the tensors that hang on the graph of the last forward."""
+        """State for copies and files, without the tensors of the last forward's graph."""
         return self.__dict__ | {"log_prob": None, "entropy": None}
 
     def _rows(self, features: Tensor, query: Tensor | None) -> Float[Tensor, "b n"]:
@@ -118,8 +118,8 @@ class HardAttention(nn.Module):
     In eval mode it takes the position(s) of the largest score. In training mode, by `estimator`:
 
     - "reinforce" draws a position from the softmax of the scores. No gradient flows through the choice: add
-      `reinforce_loss` of `log_prob` and `entropy`, which are those of the last forward in training mode.
-    - "gumbel" draws one as well; the gradient is that of the soft weights (straight-through Gumbel-softmax).
+      `reinforce_loss` with `log_prob` and `entropy` of the last forward in training mode.
+    - "gumbel" draws one, too; the gradient is that of the soft weights (straight-through Gumbel-softmax).
     - "top_k" takes the k best, each with the weight 1/k; the gradient is that of the soft weights.
 
     The child `gate` returns the weights used, `gate.soft` the soft weights on the same scores.
@@ -129,9 +129,9 @@ class HardAttention(nn.Module):
         estimator: see above.
         k: number of positions, for "top_k".
         temperature: the scores are divided by it before a softmax.
-        mixed: "reinforce": probability with which an image takes its soft weights instead of a sample.
+        mixed: "reinforce": probability that an image uses its soft weights instead of a sample.
         compat: score of a position, see `CompatibilityGate`; "pc" and "dp" need a query of length `channels`.
-        generator: where random numbers come from. None: the global generator, as in Dropout.
+        generator: source of random numbers. None: the global generator, as in Dropout.
 
     Raises:
         ValueError: an unknown or impossible option; in the forward pass, fewer positions than `k`.
@@ -139,7 +139,7 @@ class HardAttention(nn.Module):
     Source: Xu et al., "Show, Attend and Tell", ICML 2015, section 4.1; Jang et al., "Categorical Reparameterization
     with Gumbel-Softmax", ICLR 2017, section 2.2.
 
-    Differs: the authors' code decides on soft weights once for a whole batch, the paper and we for each image.
+    Differs: the authors' code chooses soft weights for a whole batch; the paper and this module, for each image.
 
     >>> HardAttention(8)(torch.zeros(2, 8, 5, 7)).shape
     torch.Size([2, 8])
@@ -170,12 +170,12 @@ class HardAttention(nn.Module):
 
     @property
     def log_prob(self) -> Float[Tensor, " b"] | None:
-        """Log-probability of what the last "reinforce" forward in training mode drew, see `HardGate`."""
+        """Log-probability of the positions drawn by the last "reinforce" forward in training mode, see `HardGate`."""
         return self.gate.log_prob
 
     @property
     def entropy(self) -> Float[Tensor, " b"] | None:
-        """Entropy of the distribution from which it drew."""
+        """Entropy of the distribution they were drawn from."""
         return self.gate.entropy
 
     def forward(
@@ -196,10 +196,10 @@ def reinforce_loss(
 ) -> Float[Tensor, ""]:
     """Loss whose gradient estimates that of minus the expected reward, with a bonus for entropy.
 
-    To be added to the loss of the task; the reward, mostly the log-probability of the right answer, gets no gradient.
+    Add it to the loss of the task; the reward, usually the log-probability of the label, gets no gradient.
 
     Source: Xu et al., "Show, Attend and Tell", ICML 2015, section 4.1, last equation; `entropy_weight` as in the
-    authors' code. Their weight of the reward term is a factor of `reward` and `baseline`.
+    authors' code. Their weight of the reward term can be applied to `reward` and `baseline`.
 
     >>> reinforce_loss(torch.tensor([-1.0]), torch.tensor([3.0]), 1.0, torch.tensor([0.5]), entropy_weight=2.0).item()
     1.0
@@ -208,10 +208,10 @@ def reinforce_loss(
 
 
 class MovingBaseline(nn.Module):
-    """Exponential mean of the rewards of the batches so far, from 0 on: b <- decay * b + (1 - decay) * mean reward.
+    """Exponential moving average of the rewards, starting at 0: b <- decay * b + (1 - decay) * mean reward.
 
-    A call returns the value from before this batch, which keeps the estimate unbiased, and then, in training mode,
-    takes the batch in.
+    A call returns the value before this batch, which keeps the estimate unbiased, and then, in training mode, updates
+    it with the batch.
 
     Raises:
         ValueError: a decay outside [0, 1).
@@ -243,8 +243,8 @@ class MovingBaseline(nn.Module):
 class Glimpse(nn.Module):
     """Square crop of an image around the attended location: the mean of the positions, weighted by attention.
 
-    The crop stays inside the image. `hard` starts it at a whole pixel and copies pixels; otherwise it is interpolated
-    bilinearly and differentiable with respect to the weights (away from the border, where it stops moving).
+    The crop stays inside the image. With `hard` it starts at a whole pixel and copies pixels; otherwise it is
+    interpolated bilinearly and differentiable with respect to the weights (except at the border, where it is clamped).
 
     Args:
         size: side of the crop in pixels.

@@ -8,7 +8,7 @@ last child holds the block.
 """
 
 import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from sightline.attention.places import Call, Trace, shapes_of
 from sightline.attention.registry import ATTENTION, check_choice
-from sightline.facts import did_you_mean
+from sightline.facts import current_name, did_you_mean
 from sightline.inference import copy_of, untouched
 
 __all__ = ["WithMaps", "insert", "remove"]
 
 Block = str | Callable[..., nn.Module]
-Maker = Callable[..., nn.Module]
+Maker = partial[nn.Module]
 Init = Literal["identity", "fresh"]
 
 # A buffer that keeps the weights of the two variants of a block apart.
@@ -43,9 +43,8 @@ def insert(
 ) -> nn.Module:
     """Insert attention into a CNN; its own layers, weights, dotted names and state_dict keys stay.
 
-    A gating block follows each place: the parent sees the layer's output with the block applied. A pooling replaces
-    the global average: it returns a map of one position, whose average is itself. Layers behind it that expect another
-    number of channels are rebuilt.
+    A gating block follows each place: the parent sees the layer's output with the block applied. A pooling replaces the
+    global average; layers behind it that expect another number of channels are rebuilt.
 
     Args:
         model: a network of `nn.Module`s whose layers yield (b, c, h, w).
@@ -63,12 +62,12 @@ def insert(
         options: keyword arguments of the block.
 
     Returns:
-        The network with blocks; `layer.attention` is the block of a layer, and `remove` takes all of them out.
+        The network with blocks; `layer.attention` is the block of a layer, and `remove` removes all of them.
 
     Raises:
-        ValueError: unknown block, option or layer; a layer that yields no (b, c, h, w), runs twice or has a block
-            already; no such places; with "identity", a block that changes its input; a network that with the block
-            does not run or returns another shape. The model is then unchanged.
+        ValueError: unknown block, option or layer; a layer that yields no (b, c, h, w), runs twice or has a block; no
+            such places; with "identity", a block that changes its input; a network that with the block fails or
+            returns another shape. The model is then unchanged.
 
     Source: Hu et al. 2018 and Woo et al. 2018 (before the sum), Park et al. 2018 (BAM after stages 1 to 3).
 
@@ -78,29 +77,18 @@ def insert(
     ['weight', 'bias', 'attention.weight', 'attention.bias']
     """
     check_choice("init", init, get_args(Init))
-    name, make = _maker(block, options)
-    if "identity" in inspect.signature(make).parameters:
-        options = {"identity": init == "identity", **options}
+    name, make = _maker(block, options, init)
     model = model if inplace else copy_of(model)
     trace = Trace(model)
-    calls, pooling = _calls(trace, name, partial(make, **options), at)
-    inserted: dict[str, tuple[_Place, nn.Module]] = {}
-    for call in calls:
-        place = _place(trace, call, pooling)
-        if place.holder in inserted:
-            raise ValueError(f"expected one block per layer, got two for {place.holder!r}; name fewer layers")
-        attention = _build(partial(make, **options), place.call, place.shape[1])
-        if not pooling:
-            _check(attention, place, init)
-        if options.get("identity", False):
-            attention.register_buffer(MARK, torch.tensor(True, device=place.call.device))
-        inserted[place.holder] = place, attention.train(model.training)
-    hooks = [_attach(place, attention) for place, attention in inserted.values()]
+    calls, pooling = _calls(trace, name, make, at)
+    places = [*_places(trace, calls, pooling)]
+    blocks = [_block(make, place, None if pooling else init).train(model.training) for place in places]
+    hooks = [_attach(place, attention) for place, attention in zip(places, blocks, strict=True)]
     behind = {call.name for call in trace.calls[trace.calls.index(calls[0]) + 1 :]} if pooling else set[str]()
     try:
-        _fit(model, trace, [attention for _, attention in inserted.values()], behind, hooks[0].replaced)
+        _fit(model, trace, blocks, behind, hooks[0].replaced)
     except BaseException:
-        for place, _ in inserted.values():
+        for place in places:
             _detach(model, place.call.layer, *_hooks(place.call.layer)[0])
         raise
     return model
@@ -214,7 +202,8 @@ def _hooks(layer: nn.Module) -> list[tuple[dict[int, _Attend], int]]:
     ]
 
 
-def _maker(block: Block, options: dict[str, Any]) -> tuple[str, Callable[..., nn.Module]]:
+def _maker(block: Block, options: dict[str, Any], init: Init) -> tuple[str, Maker]:
+    """Name of a block, empty if it has none, and a constructor with its options."""
     if isinstance(block, str):
         if block not in ATTENTION:
             raise ValueError(
@@ -224,6 +213,7 @@ def _maker(block: Block, options: dict[str, Any]) -> tuple[str, Callable[..., nn
     else:
         name, make = next((name for name, registered in ATTENTION.items() if registered is block), ""), block
     parameters = inspect.signature(make).parameters
+    options = {current_name(option): value for option, value in options.items()}
     any_option = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for option in options:
         if option not in parameters and not any_option:
@@ -231,7 +221,8 @@ def _maker(block: Block, options: dict[str, Any]) -> tuple[str, Callable[..., nn
                 f"{name or 'the block'} has no option {option!r}{did_you_mean(option, parameters, n=3)}; "
                 f"it has: {', '.join(list(parameters)[1:]) or 'none'}"
             )
-    return name, make
+    identity = {"identity": init == "identity"} if "identity" in parameters else {}
+    return name, partial(make, **identity | options)
 
 
 def _calls(trace: Trace, name: str, make: Maker, at: str | Sequence[str] | None) -> tuple[list[Call], bool]:
@@ -249,6 +240,26 @@ def _calls(trace: Trace, name: str, make: Maker, at: str | Sequence[str] | None)
             f"{type(trace.model).__name__}; name the layer with at"
         )
     return [pool], True
+
+
+def _places(trace: Trace, calls: Sequence[Call], pooling: bool) -> Iterator[_Place]:
+    holders: set[str] = set()
+    for call in calls:
+        place = _place(trace, call, pooling)
+        if place.holder in holders:
+            raise ValueError(f"expected one block per layer, got two for {place.holder!r}; name fewer layers")
+        holders.add(place.holder)
+        yield place
+
+
+def _block(make: Maker, place: _Place, init: Init | None) -> nn.Module:
+    """A block for a place; with `init`, checked to be a gating block."""
+    attention = _build(make, place.call, place.shape[1])
+    if init is not None:
+        _check(attention, place, init)
+    if make.keywords.get("identity", False):
+        attention.register_buffer(MARK, torch.tensor(True, device=place.call.device))
+    return attention
 
 
 def _place(trace: Trace, call: Call, pooling: bool) -> _Place:

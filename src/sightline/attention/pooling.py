@@ -1,4 +1,4 @@
-"""Poolings: blocks that replace global average pooling by a learned, readable choice of positions."""
+"""Poolings that replace global average pooling by a weighted mean with learned weights."""
 
 from functools import partial
 from typing import Literal, get_args
@@ -18,11 +18,11 @@ Project = Literal["g", "l"]
 
 
 class CompatibilityGate(nn.Module):
-    """Weights of the positions of a feature map: how well each local vector l goes with a query g.
+    """Weights of the positions of a feature map: how well each local vector l matches a query g.
 
-    The score is <u, l + g> + b ("pc", parameterised compatibility: u and b are learned), <l, g> ("dp", dot product) or
+    The score is <u, l + g> + b ("pc", parameterized compatibility: u and b are learned), <l, g> ("dp", dot product) or
     <u, l> + b ("none": no query). "softmax" makes the weights of an image sum to 1, "sigmoid" puts each in (0, 1).
-    "uniform", with "none" alone, learns nothing and gives every position the same weight, all together 1: the control.
+    "uniform", with "none" only, learns nothing and gives every position the same weight, with sum 1: the control.
 
     Raises:
         ValueError: an unknown `compat` or `norm`, or "uniform" with a score.
@@ -48,7 +48,7 @@ class CompatibilityGate(nn.Module):
     def scores(
         self, features: Float[Tensor, "b c h w"], query: Float[Tensor, "b c"] | None = None
     ) -> Float[Tensor, "b 1 h w"]:
-        """Compatibility of every position, before it is made a weight.
+        """Compatibility of every position, before normalization.
 
         Raises:
             ValueError: "pc" or "dp" without a query.
@@ -75,7 +75,7 @@ class CompatibilityGate(nn.Module):
 
     def _linear(self, features: Tensor) -> Tensor:
         local = features.flatten(2).mT
-        if local.is_contiguous():  # channels-last, in which the gradient of the other form would not be
+        if local.is_contiguous():  # channels-last; the gradient of the other form would not be
             return F.linear(local, self.u.weight).mT.unflatten(2, features.shape[2:])
         return self._products(features, self.u.weight.expand(features.shape[0], -1))
 
@@ -86,29 +86,29 @@ class CompatibilityGate(nn.Module):
 
 
 class LearnToPayAttention(nn.Module):
-    """Pools a feature map into one vector per image, weighing each position by how well it goes with a query vector.
+    """Pools a feature map into one vector per image, weighing each position by how well it matches a query vector.
 
     "softmax": the weighted sum of the local vectors; "sigmoid": their weighted mean over all positions; "uniform":
-    their mean, which is what attention has to be compared with. The child `gate` returns the weights.
+    their mean, the control of attention. The child `gate` returns the weights.
 
     With "pc" and "softmax" the query's part of the score is the same at every position and cancels: the result equals
-    that of "none", and no gradient reaches the query. Where the query has to matter, take "dp" or "sigmoid".
+    that of "none", and no gradient reaches the query. Use "dp" or "sigmoid" to make the query matter.
 
     Args:
         channels: channels of the feature map.
         query_channels: length of the query. None: `channels`.
         compat: score of a position, see `CompatibilityGate`; changes nothing else.
         norm: how scores become weights, see `CompatibilityGate`.
-        project: where the two lengths differ, "g" brings the query to the features, "l" the features to the query (the
+        project: if the two lengths differ, "g" projects the query to the features, "l" the features to the query (the
             pooled vector is then as long as the query).
-        official: where the two lengths differ, the query passes BatchNorm, ReLU and Dropout first.
+        official: if the two lengths differ, the query passes BatchNorm, ReLU and Dropout first.
 
     Raises:
         ValueError: an unknown `compat`, `norm` or `project`; in the forward pass, "pc" or "dp" without a query.
 
     Source: Jetley et al., "Learn To Pay Attention", ICLR 2018, equations 1 to 5; `official`: the authors' Torch7 code.
 
-    Differs: the paper has "softmax" alone; "sigmoid" with the mean is SaoYan's re-implementation.
+    Differs: the paper has "softmax" only; "sigmoid" with the mean is SaoYan's re-implementation.
 
     >>> LearnToPayAttention(8, 16)(torch.zeros(2, 8, 5, 7), torch.zeros(2, 16)).shape
     torch.Size([2, 8])

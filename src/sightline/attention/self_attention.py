@@ -1,4 +1,4 @@
-"""Self-attention over a feature map: every position looks at every other one."""
+"""Self-attention over a feature map: every position attends to every other."""
 
 from typing import Literal, get_args
 
@@ -18,13 +18,13 @@ Positions = Literal["none", "learned", "relative"]
 class ReceivedAttention(nn.Module):
     """Attention that each position receives: the mean over all queries of softmax(scale <q, k> + bias).
 
-    A block with n positions attends through `attend`, which never holds the n x n weights in memory. Only while a
-    forward hook listens to this module does `attend` also run it; the result of `attend` is the same, bit for bit.
+    A block with n positions attends through `attend`, which never holds the n x n weights in memory. `attend` runs this
+    module only while it has a forward hook; the result of `attend` is the same, bit for bit.
 
     Args:
         scale: factor of the dot products. None: 1 / sqrt(their length).
-        class_token: the first token is no position. Its query alone counts, and what it gives itself is left out: a map
-            sums to 1 less that share.
+        class_token: the first token is no position. Only its query counts, and its attention to itself is left out, so
+            a map sums to 1 minus that attention.
 
     Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, equation 1.
 
@@ -67,7 +67,7 @@ class ReceivedAttention(nn.Module):
 
 
 def positions_at(positions: Float[Tensor, "1 c h w"], size: tuple[int, int]) -> Float[Tensor, "1 c H W"]:
-    """Learned position vectors for a map of this size; another size than their own is reached by bicubic interpolation.
+    """Learned position vectors for a map of this size, interpolated bicubically if they were learned for another.
 
     >>> positions_at(torch.ones(1, 8, 4, 4), (2, 3)).shape
     torch.Size([1, 8, 2, 3])
@@ -81,7 +81,7 @@ def positions_at(positions: Float[Tensor, "1 c h w"], size: tuple[int, int]) -> 
 class RelativeBias(nn.Module):
     """One learned number per head and offset (row and column) from a query to a key, added to their score.
 
-    Offsets beyond `size` - 1 share the number of the outermost one, so that maps of any size pass. All start at 0.
+    Offsets beyond `size` - 1 share the number of the outermost one, so maps of any size pass. All start at 0.
 
     Source: Shaw et al., "Self-Attention with Relative Position Representations", NAACL 2018, for the clipping; Liu et
     al., "Swin Transformer", ICCV 2021, equation 4, for the bias.
@@ -113,7 +113,7 @@ class SelfAttention(nn.Module):
     The child `gate` yields the mean attention that each position receives, one map per head, each with the sum 1. It
     runs only while a hook listens to it, see `ReceivedAttention`.
 
-    Without positions a permutation of the positions permutes the result and changes nothing else.
+    Without `positions`, permuting the positions of the input permutes the result in the same way.
 
     Args:
         channels: channels of the feature map.
@@ -131,8 +131,8 @@ class SelfAttention(nn.Module):
     Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.2.2; over feature maps: Bello et al.,
     "Attention Augmented Convolutional Networks", ICCV 2019.
 
-    Differs: queries, keys and values have no bias. That of the keys cancels in the softmax, that of the values is one
-    with the bias of the output projection.
+    Differs: queries, keys and values have no bias. That of the keys cancels in the softmax, that of the values is
+    equivalent to the bias of the output projection.
 
     >>> SelfAttention(8, heads=2)(torch.zeros(2, 8, 5, 7)).shape
     torch.Size([2, 8, 5, 7])
@@ -191,8 +191,8 @@ class NonLocal(nn.Module):
     Args:
         channels: channels of the feature map.
         reduction: queries, keys and values have `channels // reduction` numbers, at least 1.
-        identity: changes nothing: with either value the last BatchNorm starts at zero, as in the paper, and the block
-            returns its input.
+        identity: has no effect: the last BatchNorm always starts at zero, as in the paper, and the block returns its
+            input.
 
     Raises:
         ValueError: `reduction` below 1.
@@ -220,7 +220,7 @@ class NonLocal(nn.Module):
         size = features.shape[2], features.shape[3]
         query, key, value = self.qkv(features).flatten(2).mT.unsqueeze(1).chunk(3, 3)
         attended = self.gate.attend(query, key, value, size).squeeze(1).mT.unflatten(2, size)
-        # In the features' own layout, or the norm and the sum would mix two.
+        # keep the features' memory layout, or the norm and the sum would mix two
         last = features.is_contiguous(memory_format=torch.channels_last)
         attended = attended.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         return features + self.norm(self.project(attended))

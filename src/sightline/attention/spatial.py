@@ -1,4 +1,4 @@
-"""Spatial attention, and blocks that join it with channel attention: gates that weigh the positions of a map."""
+"""Spatial attention: gates that weigh the positions of a feature map, also combined with channel attention."""
 
 from typing import Literal, get_args
 
@@ -36,7 +36,7 @@ class ChannelWeights(nn.Module):
 
 @register("channel_gate")
 class ChannelGate(Gating):
-    """CBAM's first half: weighs each channel by what the averages and maxima of all channels say.
+    """CBAM's first half: weighs each channel by a bottleneck of the averages and maxima of all channels.
 
     Args:
         channels: channels of the feature map.
@@ -48,7 +48,7 @@ class ChannelGate(Gating):
 
     Source: Woo et al., "CBAM", ECCV 2018, equation 2.
 
-    Differs: fewer channels than `reduction` get one hidden unit; the authors' code has none then.
+    Differs: fewer channels than `reduction` get one hidden unit; the authors' code then has none.
 
     >>> ChannelGate(4, reduction=2, identity=True)(torch.full((1, 4, 1, 1), 3.0)).flatten().tolist()
     [3.0, 3.0, 3.0, 3.0]
@@ -86,7 +86,7 @@ class SpatialGate(Gating):
     Args:
         channels: channels of the feature map; any number takes the same weights.
         kernel: side of the convolution; odd.
-        zero_init: the BatchNorm's weight starts at zero, so that all weights start at 0.5.
+        zero_init: the BatchNorm's weight starts at zero, so all weights start at 0.5.
         identity: a new block returns its input: weights count twice and start at 0.5.
 
     Raises:
@@ -169,7 +169,7 @@ class BAMWeights(nn.Module):
         super().__init__()
         self.variant = variant
         hidden = hidden_width(channels, reduction)
-        # A product stays at zero for good if both factors start there.
+        # if both factors start at zero, their product has no gradient
         zero_channel = zero_init and variant == "paper"
         self.channel = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
@@ -194,17 +194,17 @@ class BAMWeights(nn.Module):
 
 @register("bam")
 class BAM(nn.Module):
-    """Adds to the features themselves, weighed per channel and position by a channel and a spatial branch side by side.
+    """Adds the features weighed per channel and position to the features; the weights come from two parallel branches.
 
-    The child `gate` returns the weights, `gate.spatial` the score of each position. While training, a batch needs two
+    The child `gate` returns the weights, `gate.spatial` the score of each position. Training needs batches of two
     images or more (BatchNorm).
 
     Args:
         channels: channels of the feature map.
         reduction: both branches have `channels // reduction` hidden channels, at least 1.
         dilation: of the spatial branch's two 3x3 convolutions.
-        variant: the branches' scores are added ("paper") or multiplied ("official", what the authors' code does and
-            their weights need).
+        variant: the branches' scores are added ("paper") or multiplied ("official", as in the authors' code; needed
+            for their weights).
         identity: a new block returns its input: x * 2 * weights in place of x + x * weights, weights starting at 0.5.
 
     Raises:
@@ -266,13 +266,13 @@ class AttentionGateWeights(nn.Module):
     def scores(
         self, features: Float[Tensor, "b c h w"], query: Float[Tensor, "b q y x"] | None = None
     ) -> Float[Tensor, "b 1 h w"]:
-        """Score of every position, before it is made a weight.
+        """Score of every position, before normalization.
 
         Raises:
-            ValueError: no query where it has another number of channels than the features.
+            ValueError: no query, if it has another number of channels than the features.
         """
         if query is not None:
-            # phi has no bias, hence commutes with the interpolation and is cheaper before it.
+            # phi has no bias, so it commutes with the interpolation and is cheaper before it
             raised = interpolate(self.phi(query), features.shape[2:], mode="bilinear", align_corners=False)
         elif self.phi.in_channels == self.theta.in_channels:
             raised = self.phi(features.mean((2, 3), keepdim=True))
@@ -295,25 +295,25 @@ class AttentionGateWeights(nn.Module):
 
 @register("attention_gate")
 class AttentionGate(nn.Module):
-    """Weighs each position by how well it goes with a coarser map, the query, which has seen more of the image.
+    """Weighs each position by how well it matches a coarser map, the query, which has a larger receptive field.
 
     Args:
         channels: channels of the feature map.
-        query_channels: channels of the query. None: `channels`; then the features' average serves where none is passed.
+        query_channels: channels of the query. None: `channels`; then the features' average replaces a missing query.
         hidden: channels in which the two are compared. None: `query_channels`.
-        norm: how scores become weights: "sigmoid", each between 0 and 1; "softmax", they sum to 1; "mean_flow", what
-            each has above the lowest, divided by their sum.
+        norm: how scores become weights: "sigmoid", each between 0 and 1; "softmax", they sum to 1; "mean_flow", each
+            score minus the lowest one, divided by their sum.
         identity: a new block returns its input: weights count twice and psi starts at zero.
 
     Raises:
         ValueError: an unknown `norm`, `hidden` below 1, `identity` with another norm than "sigmoid"; in the forward
-            pass, no query where it has another number of channels than the features.
+            pass, no query if it has another number of channels than the features.
 
     Source: Oktay et al., "Attention U-Net", MIDL 2018, equations 1 and 2; Schlemper et al., "Attention gated networks",
     MedIA 2019, for "mean_flow".
 
     Differs: no convolution after the weighting and no biases before psi, as in the authors' code for classification;
-    psi's bias starts at 3, as there, and is left out where it cancels; 1e-6 keeps "mean_flow" finite on equal scores.
+    psi's bias starts at 3, as there, and is left out if it cancels; 1e-6 keeps "mean_flow" finite on equal scores.
 
     >>> AttentionGate(4, identity=True)(torch.full((1, 4, 1, 1), 3.0)).flatten().tolist()
     [3.0, 3.0, 3.0, 3.0]

@@ -12,7 +12,7 @@ class Window(nn.Module):
     """Map of where a spatial transformer looks: 1 where the input position lies inside its sampled window, else 0.
 
     A position p is inside if p = A t + s has a solution t in the square (-1, 1)^2. A window that has collapsed to a
-    line or a point holds nothing.
+    line or a point is empty.
 
     >>> zoom = torch.tensor([[[0.5, 0.0, 0.0], [0.0, 1.0, 0.0]]])
     >>> Window()(torch.zeros(1, 1, 1, 4), zoom)
@@ -29,9 +29,9 @@ class Window(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Samples its input at the positions of an affine grid that it chooses for each image.
+    """Samples its input at the positions of an affine grid that it predicts for each image.
 
-    Works on images and on feature maps. A fresh one returns its input, up to rounding. Output position t takes the
+    Works on images and on feature maps. A new one returns its input, up to rounding. Output position t takes the
     bilinear value at input position A t + s, where both run from -1 to 1 between the outer edges (x before y); outside
     the input there are zeros. The child `gate` returns the window of the input that is sampled, see `Window`.
 
@@ -46,7 +46,7 @@ class SpatialTransformer(nn.Module):
 
     Source: Jaderberg et al., "Spatial Transformer Networks", NeurIPS 2015, equations 1, 2 (`scale_only`) and 5.
 
-    Differs: the paper leaves the localization network open; this one sees the input averaged to 4 x 4 cells.
+    Differs: the paper does not specify the localization network; here it ends in an average over 4 x 4 cells.
 
     >>> SpatialTransformer(8, size=(2, 3))(torch.zeros(2, 8, 5, 7)).shape
     torch.Size([2, 8, 2, 3])

@@ -24,6 +24,9 @@ from sightline.recipe import Recipe
 from sightline.runs import Run
 from sightline.training import fit
 
+_Key = tuple[str, str, int]
+"""Data set, row and seed."""
+
 
 class _Job(NamedTuple):
     """One run to train and measure."""
@@ -75,33 +78,37 @@ def bench(
     teachers = {study.rows[row].get("optim.teacher") for row in rows} & set(study.rows)
     rows = [row for row in study.rows if row in {*rows, *teachers}]
     order = [(dataset, row, seed) for dataset in chosen_datasets for row in rows for seed in study.recipe.seeds]
-    measured: dict[tuple[str, str, int], MeasuredRun] = {}
-    failed: dict[str, str] = {}
+    results: dict[_Key, MeasuredRun | str] = {}
     for is_teacher in (True, False):  # students need the runs of their teachers
         part = [(d, r, s) for d, r, s in order if (r in teachers) == is_teacher]
         todo = [_Job(d, r, s, study.of(r, s, out, d), folder(out, r, s, d)) for d, r, s in part]
-        for job, result in _results(todo, jobs):
-            if isinstance(result, MeasuredRun):
-                measured[job.dataset, job.row, job.seed] = result
-            else:
-                failed[f"{job.dataset + ', ' if job.dataset else ''}{job.row}, seed {job.seed}"] = result
+        for job, outcome in _results(todo, jobs):
+            results[job.dataset, job.row, job.seed] = outcome
             if progress:
-                progress("training and measuring", len(measured) + len(failed), len(order))
-    result = Bench(
-        control=study.control,
-        rows=tuple(rows),
-        measured=tuple(measured[key] for key in order if key in measured),
-        failed=failed,
-        datasets=tuple(chosen_datasets),
-        controls=study.named("control"),
-        seeds=study.recipe.seeds,
-        as_large_as=study.named("as_large_as"),
-    )
+                progress("training and measuring", len(results), len(order))
+    result = _collected(study, rows, chosen_datasets, {key: results[key] for key in order})
     if only is None:
         _add_costs(result, out)
         if datasets is None:
             write_bench(result, study, out)
     return result
+
+
+def _collected(study: Study, rows: list[str], datasets: list[str], outcomes: dict[_Key, MeasuredRun | str]) -> Bench:
+    return Bench(
+        control=study.control,
+        rows=tuple(rows),
+        measured=tuple(run for run in outcomes.values() if isinstance(run, MeasuredRun)),
+        failed={
+            f"{dataset + ', ' if dataset else ''}{row}, seed {seed}": reason
+            for (dataset, row, seed), reason in outcomes.items()
+            if isinstance(reason, str)
+        },
+        datasets=tuple(datasets),
+        controls=study.named("control"),
+        seeds=study.recipe.seeds,
+        as_large_as=study.named("as_large_as"),
+    )
 
 
 def _add_costs(result: Bench, out: Path) -> None:

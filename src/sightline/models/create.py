@@ -11,7 +11,7 @@ from torch import nn
 
 from sightline.attention.insertion import MARK, Block, insert
 from sightline.data.tables import read_class_names
-from sightline.facts import did_you_mean
+from sightline.facts import current_name, did_you_mean
 from sightline.models.protopnet import ProtoPNet
 from sightline.models.resnet import CifarResNet, keep_resolution
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
@@ -69,6 +69,7 @@ def create_model(
         raise ValueError(f"expected num_classes of 1 or more, got {num_classes}")
     if attention_options and attention is None:
         raise ValueError(f"expected attention to go with attention_options {attention_options}, got none; name a block")
+    options = {current_name(option): value for option, value in options.items()}
     if num_classes is not None:
         options = {"num_classes": num_classes, **options}
     model = _built(name, weights, options)

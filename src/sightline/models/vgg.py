@@ -76,7 +76,7 @@ def initialize(model: nn.Module) -> None:
 
 
 def with_gradient(x: Tensor, factor: float) -> Tensor:
-    """The same values, whose gradient counts `factor` times."""
+    """The same values with their gradient multiplied by `factor`."""
     return x.detach() + factor * (x - x.detach())
 
 
@@ -91,12 +91,12 @@ def global_vector(channels: int) -> nn.Sequential:
 
 
 def prepared(channels: int, official: bool) -> nn.Sequential:
-    """What a vector passes before its classifier: BatchNorm, ReLU, Dropout as in the authors' code, or nothing."""
+    """Layers before the classifier of a vector: BatchNorm, ReLU, Dropout as in the authors' code, or none."""
     return nn.Sequential(nn.BatchNorm1d(channels), nn.ReLU(), nn.Dropout(0.5)) if official else nn.Sequential()
 
 
 class ConcatHead(nn.Module):
-    """One linear classifier on all vectors together.
+    """One linear classifier on the concatenated vectors.
 
     >>> ConcatHead([8, 4], 3)([torch.zeros(2, 8), torch.zeros(2, 4)]).shape
     torch.Size([2, 3])
@@ -156,8 +156,8 @@ class VGG(nn.Module):
         num_classes: number of logits.
         width: factor of all channel numbers; 1 is the paper's.
         stem_pool: side of a max-pool after convolution 2; 1: no such pool.
-        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need less.
-        official_head: BatchNorm, ReLU and Dropout before the last linear layer; no: that layer alone.
+        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need a lower one.
+        official_head: BatchNorm, ReLU and Dropout before the last linear layer; False: only that layer.
     """
 
     convs: ClassVar[int] = 13
@@ -187,7 +187,7 @@ class VGG(nn.Module):
 class VGG15(VGG):
     """The trunk of the attended networks, 15 convolutions, without attention: the control.
 
-    It differs from `vgg_att` in one thing: the head classifies the global vector g, not the attended one. Maps are read
+    The only difference to `vgg_att`: the head classifies the global vector g, not the attended one. Maps are read
     at convolution 13, as there.
     """
 
@@ -205,7 +205,7 @@ class VGGGap(nn.Module):
         num_classes: number of logits.
         width: factor of all channel numbers; 1 is the paper's.
         stem_pool: side of a max-pool after convolution 2; 1: no such pool.
-        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need less.
+        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need a lower one.
     """
 
     def __init__(self, num_classes: int = 10, *, width: float = 1.0, stem_pool: int = 1, dropout: float = 1.0) -> None:
@@ -221,7 +221,7 @@ class VGGGap(nn.Module):
 
 
 class VGGPan(nn.Module):
-    """Progressive attention: a sigmoid mask at convolution 10 that is fed forward, softmax pooling at convolution 13.
+    """Progressive attention: a sigmoid mask at convolution 10, softmax pooling at convolution 13.
 
     Source: Seo et al., "Progressive Attention Networks for Visual Attribute Prediction", BMVC 2018.
 
@@ -232,8 +232,8 @@ class VGGPan(nn.Module):
         num_classes: number of logits.
         width: factor of all channel numbers; 1 is the paper's.
         stem_pool: side of a max-pool after convolution 2; 1: no such pool.
-        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need less.
-        official_head: BatchNorm, ReLU and Dropout before the last linear layer; no: that layer alone.
+        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need a lower one.
+        official_head: BatchNorm, ReLU and Dropout before the last linear layer; False: only that layer.
     """
 
     def __init__(
@@ -271,18 +271,18 @@ class VGGAtt(nn.Module):
 
     Args:
         num_classes: number of logits.
-        compat: score of a position: "pc", <u, l + g>; "dp", <l, g>; "none", <u, l>. With "none" nothing needs the
-            global vector g: convolutions 14, 15 and FC-1 do not exist. With "pc" and "softmax" g cancels: the logits
+        compat: score of a position: "pc", <u, l + g>; "dp", <l, g>; "none", <u, l>. With "none" there is no global
+            vector g, and no convolutions 14, 15 and FC-1. With "pc" and "softmax" g cancels: the logits
             are those of "none" and the same layers get no gradient.
         norm: "softmax", weights sum to 1; "sigmoid", each between 0 and 1; "uniform", with `compat` "none": the same
             weight everywhere, so the same network without attention.
         head: "concat", one classifier on all attended vectors; "indep", one for each, probabilities averaged.
-        project: at convolution 7, which has half the channels of g: "g", g is brought to the features; "l", they to it.
+        project: at convolution 7, which has half the channels of g: "g" projects g, "l" projects the features.
         read: attend the features before or after the max-pool.
-        official_head: BatchNorm, ReLU and Dropout of each vector before the last linear layer; no: that layer alone.
+        official_head: BatchNorm, ReLU and Dropout of each vector before the last linear layer; False: only that layer.
         width: factor of all channel numbers; 1 is the paper's.
         stem_pool: side of a max-pool after convolution 2; 1: no such pool.
-        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need less.
+        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need a lower one.
         average_branch_grads: average gradients where paths meet, as the authors' code does, instead of summing them.
     """
 
