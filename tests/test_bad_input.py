@@ -55,7 +55,7 @@ UNREADABLE = {
     "cat/empty.png": "the file is empty",
     "cat/text.jpg": "not an image of a known format",
     "cat/bomb.png": "refused as a decompression bomb, more than 178,956,970 pixels; scale it down",
-    "cat/gone.png": "a link to a file that is not there",
+    "cat/gone.png": "a link to a file that does not exist",
     "loose.png": "lies in no class folder",
 }
 
@@ -118,7 +118,7 @@ def test_bad_folders(tmp_path, capsys):
     folder(tmp_path / "one-class", classes=("cat",))
     assert "expected at least two classes to tell apart, got only 'cat'" in said("one-class")
     folder(tmp_path / "only-test" / "test")
-    assert "expected training images, got only test; add some, or split anew" in said("only-test")
+    assert "expected training images, got only test; add some, or split again" in said("only-test")
     (tmp_path / "nothing").mkdir()
     assert "expected a sub-folder of images per class in" in said("nothing")
     folder(tmp_path / "good")

@@ -157,10 +157,10 @@ def test_unknown_sources():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, r"expected data\.size of at least 1, got 0"),
-        ({"train_size": -1}, r"expected data\.train_size of at least 1, got -1"),
-        ({"val": 1.5}, r"expected data\.val from 0 to 1, got 1\.5"),
-        ({"seed": -1}, r"expected data\.seed of at least 0, got -1"),
+        ({"size": 0}, r"data\.size: expected 1 or more, got 0"),
+        ({"train_size": -1}, r"data\.train_size: expected 1 or more, got -1"),
+        ({"val": 1.5}, r"data\.val: expected 0 or more and below 1, got 1\.5"),
+        ({"seed": -1}, r"data\.seed: expected a whole number from 0 to 2\*\*32 - 1, got -1"),
     ],
 )
 def test_impossible_numbers(options, message):
@@ -573,8 +573,8 @@ def test_the_shares_of_a_stream_are_its_batches(tmp_path, monkeypatch):
     stream, _ = load_stream(make_stream(tmp_path, mask=(half(30), datasets.Image()), bbox=box))
     options = {"shuffle": (0, 1), "augment": (Augment(crop=2, flip=True), 0, 1), "start": 1}
     whole = list(batches(stream, 23, **options))
-    decode, decoded = type(stream.decoder).attempt, []
-    monkeypatch.setattr(type(stream.decoder), "attempt", lambda *a: decoded.append(0) or decode(*a))
+    decode, decoded = type(stream.decoder).decode, []
+    monkeypatch.setattr(type(stream.decoder), "decode", lambda *a: decoded.append(0) or decode(*a))
     shares = [list(batches(stream, 23, part=(r, 3), **options)) for r in range(3)]
     assert len(decoded) == 48 - 23
     assert [[len(b.labels) for b in share] for share in shares] == [[8, 1], [8, 1], [7, 0]]

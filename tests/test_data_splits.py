@@ -128,7 +128,7 @@ def test_groups_shared_by_the_splits_of_the_source_are_refused():
         ([0, 1, -1, 0], ["train"] * 2 + ["test"] * 2, {}, "1 of 2 test images have no label; label them"),
         ([0, -1, -1, 1], ["train"] * 4, {}, "2 of 4 train images have no label"),
         ([0] * 20, [""] * 20, {}, "expected at least two classes to tell apart, got only 'a'"),
-        ([0, 1] * 5, ["test"] * 10, {}, "expected training images, got only test; add some, or split anew with"),
+        ([0, 1] * 5, ["test"] * 10, {}, "expected training images, got only test; add some, or split again with"),
         ([0, 1, 0, 1, 2], ["train"] * 4 + ["test"], {"val": 0.0}, "the class 'c' occurs in test but not in training"),
         ([0, 1], ["", ""], {}, "expected images to test with, got none of 2"),
         ([0, 1], ["", ""], {"test": 0.0}, "got none of 2 with data.test 0.0; add images"),

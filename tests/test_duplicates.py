@@ -94,7 +94,7 @@ def test_a_test_part_of_copies_alone_is_refused(tmp_path):
     shutil.copytree(tmp_path / "train", tmp_path / "test")
     notice = load(Data(source=str(tmp_path), val=0.0))["test"].notices[0]
     assert notice.startswith("10 of 10 test images are copies of images in an earlier split")
-    with pytest.raises(ValueError, match="expected test images that are no copies, got 10 copies; add others"):
+    with pytest.raises(ValueError, match="expected test images that are not copies, got 10 copies; add others"):
         load(Data(source=str(tmp_path), val=0.0, drop_duplicates=True))
     assert len(load_whole(Data(source=str(tmp_path)))["test"].notices) == 1
 

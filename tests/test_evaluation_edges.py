@@ -163,6 +163,24 @@ def test_bad_numbers_and_names_are_refused_before_the_work(asked, message):
         evaluate(Never(torch.eye(3)), batches(), **{"methods": ["cam"], "metrics": ["gini"]} | asked)
 
 
+def test_a_method_that_does_not_fit_is_refused_or_left_out():
+    asked = {"data": batches(), "methods": ["cam", "attention"], "metrics": ["gini"], "controls": ["random_map"]}
+    with pytest.raises(ValueError, match="attention"):
+        evaluate(MODEL, **asked)
+    found = evaluate(MODEL, **asked, strict=False)
+    assert found.methods == ("cam", "random_map") and list(found.unsuited) == ["attention"] and not found.left_out
+    with pytest.raises(ValueError, match="attention"):  # the only one
+        evaluate(MODEL, **asked | {"methods": ["attention"]}, strict=False)
+    assert "attention" in evaluate(MODEL, **asked | {"methods": "all"}).unsuited
+
+
+def test_findings_are_values():
+    found = evaluate(MODEL, batches(), ["cam"], ["energy_in_mask"], controls=["random_map"])
+    first, *others = found.summary
+    assert first.kind == "no better than majority" and first.values["accuracy"] == found.accuracy.value
+    assert "cam" in {finding.values.get("method") for finding in others}
+
+
 def test_a_budget_without_end_is_none():
     found = evaluate(MODEL, batches(), ["cam"], ["gini"], budget=float("inf"))
     assert found.left_out == {} and len(found.per_image["name"]) == 12

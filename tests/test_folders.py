@@ -279,11 +279,11 @@ def test_linked_folders_are_read_once_and_loops_are_named(tmp_path):
         os.symlink(target, tmp_path / "data" / "cat" / name)
     sets, sizes, _ = loaded(tmp_path / "data")
     assert sum(sizes.values()) == 13
-    back = "a link back to a folder above it, or to one that is read already"
+    back = "a link back to a folder above it, or to one that was read already"
     assert dict(sets["train"].skipped) == {
         "cat/self": back,
         "cat/up": back,
-        "cat/gone": "a link to a file that is not there",
+        "cat/gone": "a link to a file that does not exist",
     }
 
 
@@ -306,7 +306,7 @@ def test_masks_beside_images_are_no_images(name, tmp_path):
     sets, sizes, notices = loaded(tmp_path)
     assert sizes == {"train": 9, "val": 1, "test": 2} and sets["train"].has_masks
     first = name.format(0)
-    assert notices == (f"12 files such as {first} in benign are masks of images and were read as such, not as images",)
+    assert notices == (f"12 files such as {first} in benign are masks of images and were read as masks",)
     batch = sets["train"].batch(range(9))
     for mask, image in zip(batch.masks[:, 0], batch.names, strict=True):
         top = int(Path(image).name[0])
@@ -340,7 +340,7 @@ def test_folders_of_masks(image, mask, same_size, tmp_path):
     sets, sizes, notices = loaded(tmp_path)
     assert sum(sizes.values()) == 12 and sets["train"].classes == ("a", "b") and sets["train"].has_masks == same_size
     assert len(notices) == 1 and notices[0].startswith("12 files such as 0.png in ")
-    assert notices[0].endswith("not as images" if same_size else "their sizes differ from those of the images")
+    assert notices[0].endswith("read as masks" if same_size else "their sizes differ from those of the images")
 
 
 def test_a_folder_of_masks_is_no_class(tmp_path):

@@ -162,7 +162,7 @@ def test_options_for_marks_that_are_not_there(tmp_path):
     boxed = make_parquet(tmp_path / "b.parquet", 20, bbox=([[0, 0, 6, 5]] * 20, FLOATS))
     wrong = Data(source=str(boxed))
     object.__setattr__(wrong, "boxes", "yxyx")  # the tests check types, users need not
-    with pytest.raises(ValueError, match=r"expected data\.boxes to be one of xyxy, xywh, .*, got 'yxyx'"):
+    with pytest.raises(TypeError, match=r"data\.boxes: expected one of xyxy, xywh, .*, got 'yxyx'"):
         load(wrong)
 
 

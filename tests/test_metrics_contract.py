@@ -7,6 +7,7 @@ import torch
 from tests.same import assert_same_state, state_of
 from torch import nn
 
+from sightline import metrics
 from sightline.metrics import METRICS, PerturbationMetric, inputs_of
 
 N = 6
@@ -259,3 +260,15 @@ def test_the_oracle_beats_its_reverse(name):
         oracle, reverse = (values.mean(0).amax()[None] for values in (oracle, reverse))
     assert better(name, oracle, reverse).all()
     assert name in ("increase_in_confidence", "average_gain") or not same(oracle, reverse)
+
+
+def test_old_names_are_answered():
+    assert metrics.Hiding is metrics.Perturbation and metrics.HidingMetric is PerturbationMetric
+    assert metrics.hidden_scores is metrics.perturbed_scores and metrics.frames_of is metrics.perturbed_counts
+    with pytest.raises(AttributeError, match="no attribute 'hidden'"):
+        metrics.hidden  # noqa: B018
+
+
+def test_a_perturbation_metric_reads_only_what_there_is():
+    with pytest.raises(ValueError, match=r"expected parameters of a perturbation metric out of .*, got 'kept'"):
+        PerturbationMetric(lambda kept: kept)

@@ -420,7 +420,7 @@ def test_patch_maps_are_rows_of_the_weights():
 def test_a_gate_that_somebody_listens_to_is_not_seen_twice():
     model, x = drawn(build_tiny), images()
     wanted = maps_of(attention_rollout, model, x)
-    handle = model.blocks[0].attention.gate.register_forward_hook(lambda *_: None)
+    handle = model.blocks[0].attn.gate.register_forward_hook(lambda *_: None)
     assert torch.equal(maps_of(attention_rollout, model, x), wanted)
     handle.remove()
 

@@ -203,7 +203,9 @@ def test_relative_boxes_of_a_table(tmp_path):
     flat(tmp_path)
     lines = [f"{name},{'ab'[i % 2]},.5,.5,1,1" for i, name in enumerate(NAMES)]
     file = table(tmp_path / "labels.csv", "image,label,x0,y0,x1,y1", lines)
-    with pytest.raises(ValueError, match=r"boxes of labels\.csv look like shares of the image.*--data\.boxes relative"):
+    with pytest.raises(
+        ValueError, match=r"boxes of labels\.csv look like fractions of the image.*--data\.boxes relative"
+    ):
         load(Data(source=str(file)))
     assert check(file, size=12, boxes="relative").batch([0]).boxes[0].tolist() == [[6, 6, 12, 12]]
 
@@ -242,7 +244,7 @@ def test_another_case_and_no_suffix_are_said(tmp_path):
         "12 of the images listed have another case or suffix, the first: 'cats/000' for '000.png'",
     )
     picture(0, 0).save(tmp_path / "Cats" / "000.jpg")
-    with pytest.raises(FileNotFoundError, match=r"1 of 12 images listed in labels\.csv are not there; the first, 'c"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 12 images listed in labels\.csv do not exist; the first, 'c"):
         load(Data(source=str(tmp_path / "labels.csv")))
 
 
@@ -314,12 +316,12 @@ def test_columns_can_be_named(tmp_path):
         ("image,label\n000.png,a\n./000.PNG,b\n", r"'000\.png', is in lines 2 and 3 of .*csv as 'a' and 'b'; le"),
         ("image,label,x0,y0,x1,y1\n000.png,a,0,0,6,5\n000.png,b,0,0,6,5\n", "expected one line per.* as 'a' and 'b'"),
         ("image,label,group\n000.png,a,p1\n001.png,b,\n", "1 of 2 images have no 'group'; every image needs its group"),
-        ("image,label\nimages/x.png,a\n000.png,b\nimages/y.png,b\n", r"2 of 3 images listed in labels\.csv are not "
-         r"there; the first, 'images/x\.png' in line 2, was looked for in .*; correct the names or leave"),
+        ("image,label\nimages/x.png,a\n000.png,b\nimages/y.png,b\n", r"2 of 3 images listed in labels\.csv do not "
+         r"exist; the first, 'images/x\.png' in line 2, was expected in .*; correct the names or leave"),
         ("image,label\ndeep/000.png,a\n", r"1 of 1 images .*; there is 000\.png: write paths relative to the folder"),
-        ("image,label,mask\n000.png,a,m.png\n", r"1 of 1 masks listed in labels\.csv are not there; the first, 'm\."),
-        (f"image,label\n{'x' * 300}/{'y' * 300},a\n", "1 of 1 images listed in labels.csv are not there"),
-        ("image,label\n,a\n", "1 of 1 images listed in labels.csv are not there; the first, '' in line 2"),
+        ("image,label,mask\n000.png,a,m.png\n", r"1 of 1 masks listed in labels\.csv do not exist; the first, 'm\."),
+        (f"image,label\n{'x' * 300}/{'y' * 300},a\n", "1 of 1 images listed in labels.csv do not exist"),
+        ("image,label\n,a\n", "1 of 1 images listed in labels.csv do not exist; the first, '' in line 2"),
         (b"image,label\n000.png,K\xe4tzchen\n", r"expected text in UTF-8, got other bytes in line 2; save it as UTF-8"),
         (b"image,label\n000.png,a\0\n", "expected text in UTF-8, got zero bytes"),
     ],

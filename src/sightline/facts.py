@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
@@ -60,21 +60,28 @@ def old_names(module: str) -> Callable[[str], Any]:
 
 
 def did_you_mean(
-    name: str, choices: Iterable[str] | Mapping[str, object], otherwise: str = "", *, n: int = 1, cutoff: float = 0.6
+    name: str,
+    choices: Iterable[str],
+    otherwise: str = "",
+    *,
+    n: int = 1,
+    cutoff: float = 0.6,
+    shown: Callable[[str], object] = str,
 ) -> str:
     """The end of an error about an unknown name: the closest of the choices, or `otherwise`.
 
-    Keys of a mapping are compared, its values shown.
+    `shown` gives the name of a choice to show.
 
     >>> did_you_mean("grad_cams", ["cam", "grad_cam"])
     "; did you mean 'grad_cam'?"
-    >>> did_you_mean("epoch", {"epochs": "optim.epochs"})
+    >>> did_you_mean("epoch", ["epochs"], shown={"epochs": "optim.epochs"}.get)
     "; did you mean 'optim.epochs'?"
+    >>> did_you_mean("grad_cams", {"grad_cam": 1})
+    "; did you mean 'grad_cam'?"
     >>> did_you_mean("x", ["cam", "grad_cam"], "choose cam or grad_cam")
     '; choose cam or grad_cam'
     """
-    shown = choices if isinstance(choices, Mapping) else {choice: choice for choice in choices}
-    close = [str(shown[key]) for key in get_close_matches(name, list(shown), n=n, cutoff=cutoff)]
+    close = [str(shown(choice)) for choice in get_close_matches(name, list(choices), n=n, cutoff=cutoff)]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
     return f"; {hint}" if hint else ""
 

@@ -51,8 +51,8 @@ def resize(
     "nearest": each new pixel takes the old one that holds its center, also if the map shrinks.
 
     Raises:
-        TypeError: the maps are no tensor.
-        ValueError: `size` has not one side per axis of the map, or one below 1; an unknown `mode`.
+        TypeError: the maps are not a tensor.
+        ValueError: `size` does not have one side per axis of the map, or one is below 1; an unknown `mode`.
 
     >>> resize(torch.tensor([[[[0.0, 1.0]]]]), (1, 4))
     tensor([[[[0.0000, 0.2500, 0.7500, 1.0000]]]])
@@ -76,11 +76,11 @@ def resize(
     if mode == "nearest":
         return F.interpolate(maps, size=size, mode="nearest-exact")
     shrinks = size[0] < maps.shape[-2] or size[1] < maps.shape[-1]
-    found = F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+    resized = F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
     # rounding may leave the map's range, and would give a flat map a highest pixel
     undefined = maps.isnan()
     low = maps.where(~undefined, torch.inf).amin((2, 3), keepdim=True)
-    return found.clamp(low, maps.where(~undefined, -torch.inf).amax((2, 3), keepdim=True))
+    return resized.clamp(low, maps.where(~undefined, -torch.inf).amax((2, 3), keepdim=True))
 
 
 def variation(maps: Float[Tensor, "b t *grid"]) -> Float[Tensor, "b t"]:
@@ -167,8 +167,8 @@ def overlay(
     A map that is flat or nearly so (`variation` below 1 %) is gray: colors would draw differences that mean nothing.
 
     Raises:
-        TypeError: images that are not uint8, something that is no tensor.
-        ValueError: `opacity` outside [0, 1]; shapes that are no images and maps, or not equally many of them.
+        TypeError: images that are not uint8, or not a tensor.
+        ValueError: `opacity` outside [0, 1]; shapes other than those of images and maps, or different numbers of them.
 
     >>> black = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
     >>> overlay(black, torch.tensor([[[[0.0, 1.0]]]]), opacity=1.0).flatten().tolist()
@@ -184,15 +184,15 @@ def overlay(
         )
     height, width = images.shape[-2:]
     maps = maps.to(images.device)
-    shares = resize(normalize(_cut(maps, signed), signed), (height, width)).clamp(-1 if signed else 0, 1)
+    intensities = resize(normalize(_cut(maps, signed), signed), (height, width)).clamp(-1 if signed else 0, 1)
     varies = (variation(maps) >= NEARLY_FLAT)[:, :, None, None]
-    above = color(shares.where(varies, torch.nan), signed).float()
+    above = color(intensities.where(varies, torch.nan), signed).float()
     gray = torch.einsum("bchw,c->bhw", images.float(), above.new_tensor(_GRAY))
     return torch.lerp(gray[:, None, None], above, opacity).round().to(torch.uint8)
 
 
 def _cut(maps: Float[Tensor, "*b h w"], signed: bool) -> Float[Tensor, "*b h w"]:
-    """Maps without their highest 1 % (signed: farthest from 0), which are brought down to the end of the scale."""
+    """Maps without their highest 1 % (signed: farthest from 0), which are clipped to the end of the scale."""
     finite = maps.isfinite()
     values = (maps.abs() if signed else maps).where(finite, -torch.inf)
     highest = values.flatten(-2).topk(maps.shape[-2] * maps.shape[-1] // _SHARE + 1).values.unsqueeze(-1)
@@ -236,10 +236,10 @@ def parts(maps: Float[Tensor, "b k h w"], norm: Float[Tensor, "b 1 h w"] | None 
         )
     if (maps < 0).any() or (norm is not None and (norm < 0).any()):
         raise ValueError("expected maps and a norm of at least 0, got a negative value; show signed maps with overlay")
-    shares = normalize(maps[:, :3], signed=True)
+    channels = normalize(maps[:, :3], signed=True)
     if norm is not None:
-        shares = shares * normalize(norm, signed=True)
-    rgb = F.pad(shares, (0, 0, 0, 0, 0, 3 - shares.shape[1]))
+        channels = channels * normalize(norm, signed=True)
+    rgb = F.pad(channels, (0, 0, 0, 0, 0, 3 - channels.shape[1]))
     undefined = rgb.isnan().any(1, keepdim=True)
     return (rgb.float() * 255).round().masked_fill(undefined, UNDEFINED).to(torch.uint8)
 
@@ -266,15 +266,15 @@ def side_by_side(
         columns: what to show, by title; `explanation.maps` for example.
         opacity: as for `overlay`.
         signed: titles of the maps whose negative values speak against the class; None: all with a negative value.
-        scales: below each map its colors, with the values of the first and the last one.
+        scales: below each map its colors, with the first and last value.
         captions: text at the foot of columns, by title.
-        per_row: so many columns beside the images, the others below, beside the images again.
+        per_row: number of columns beside the images; the others go below, beside the images again.
         title: over the images.
 
     Raises:
-        TypeError: images that are not uint8, or no tensor.
-        ValueError: a column that is neither, or not of as many rows as there are images; a title in `signed` that is no
-            column, nor one in `captions`; `opacity` outside [0, 1].
+        TypeError: images that are not uint8, or not a tensor.
+        ValueError: a column that is neither, or not of as many rows as there are images; a title in `signed`
+            or `captions` that is not a column; `opacity` outside [0, 1].
 
     >>> images = torch.zeros(2, 3, 100, 100, dtype=torch.uint8)
     >>> side_by_side(images, {"Grad-CAM": torch.zeros(2, 1, 7, 7)}).shape[2]
@@ -291,14 +291,14 @@ def side_by_side(
     cells: list[UInt8[Tensor, "b 3 _ _"]] = []
     for name, column in columns.items():
         _check_column(name, column, len(images))
-        if column.is_floating_point():
-            as_signed = bool((column < 0).any()) if signed is None else name in signed
+        is_map = column.is_floating_point()
+        as_signed = is_map and (bool((column < 0).any()) if signed is None else name in signed)
+        if is_map:
             cell = overlay(enlarged, column, opacity, as_signed)[:, 0]
-            scale = _scale(column.detach(), len(images), enlarged.shape[3], as_signed)
         else:
             mode = "nearest" if column.shape == images.shape else "bilinear"
             cell = resize(column.to(images.device).float(), enlarged.shape[2:], mode).round().to(torch.uint8)
-            scale = blank
+        scale = _scale(column.detach() if is_map else None, len(images), enlarged.shape[3], as_signed)
         cells.append(torch.cat([cell, scale.to(cell.device)], 2) if scales else cell)
     names, count = list(columns), per_row or max(1, len(columns))
     panels = [
@@ -338,7 +338,7 @@ def _check_column(name: str, column: Tensor, count: int) -> None:
 def _scale(
     maps: Float[Tensor, "b 1 h w"] | None, count: int, width: int, signed: bool = False
 ) -> UInt8[Tensor, "b 3 _ width"]:
-    """For each map its colors with the values of the first and the last one; white for what is no map."""
+    """The colors of each map with the first and last value; white for other columns."""
     letters = _letters(width)
     font = ImageFont.load_default(letters)
     bar, line = max(4, width // 40), round(1.5 * letters)
@@ -395,7 +395,7 @@ def png(image: UInt8[Tensor, "3 h w"]) -> bytes:
     """One RGB image as the bytes of a PNG file.
 
     Raises:
-        TypeError: no tensor, or none of uint8.
+        TypeError: not a uint8 tensor.
         ValueError: not of shape (3, h, w).
 
     >>> png(color_bar(1, 2))[1:4]
@@ -416,7 +416,7 @@ def boxes(maps: Float[Tensor, "b t h w"], threshold: float = 0.2) -> Int[Tensor,
     is empty (0, 0, 0, 0). A flat positive map gives the whole map. For a box in pixels `resize` the map first.
 
     Raises:
-        TypeError: the maps are no tensor.
+        TypeError: the maps are not a tensor.
         ValueError: `threshold` outside [0, 1]; maps of another shape.
 
     Source: Zhou et al. 2016 (1512.04150), section 3.2: 20 % of the maximum for CAM; Selvaraju et al. 2017 (1610.02391)
@@ -478,7 +478,7 @@ def _components(inside: Bool[Tensor, "n h w"]) -> Int[Tensor, "n cells"]:
 
 
 def _check_tensor(name: str, value: object, shape: str, axes: int | None = None) -> None:
-    """Say what is wrong with an argument before PyTorch does."""
+    """Report a wrong argument before PyTorch does."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"expected {name} as a tensor {shape}, got {type(value).__name__}; torch.from_numpy makes one of an array"
@@ -495,7 +495,7 @@ def _check_images(images: Tensor, name: str = "images", shape: str = "(b, 3, h, 
         raise ValueError(f"expected {name} of shape {shape}, got {tuple(images.shape)}; {hint}")
     if images.dtype != torch.uint8:
         raise TypeError(
-            f"expected {name} as bytes, torch.uint8 from 0 to 255, got {images.dtype}; give what was there before "
+            f"expected {name} as bytes, torch.uint8 from 0 to 255, got {images.dtype}; give the images before "
             "normalizing, or (255 * images).round().byte() of values from 0 to 1"
         )
 

@@ -267,7 +267,9 @@ def read(path: Path) -> Any:
         raise IsADirectoryError(f"{path} is a folder; expected a recipe, which is a YAML file")
     if not path.exists():
         nearby = {p.stem: p for folder in (Path("recipes"), path.parent) for p in folder.glob("*.y*ml")}
-        raise FileNotFoundError(f"recipe {path} not found{did_you_mean(path.stem, nearby, 'expected a YAML file')}")
+        raise FileNotFoundError(
+            f"recipe {path} not found{did_you_mean(path.stem, nearby, 'expected a YAML file', shown=nearby.get)}"
+        )
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -293,7 +295,9 @@ def _check(name: str, value: Any) -> Any:
         ends = {setting.rpartition(".")[2]: setting for setting in SETTINGS}
         siblings = [setting for setting in SETTINGS if setting.startswith(name.partition(".")[0] + ".")]
         choices = f"expected one of {', '.join(siblings or (*PARTS, 'seeds'))}"
-        raise ValueError(f"{name}: no such field in a recipe{did_you_mean(name.rpartition('.')[2], ends, choices)}")
+        raise ValueError(
+            f"{name}: no such field in a recipe{did_you_mean(name.rpartition('.')[2], ends, choices, shown=ends.get)}"
+        )
     kind, limit, _ = SETTINGS[name]
     try:
         converted = _convert(value, kind)

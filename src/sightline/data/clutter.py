@@ -1,11 +1,11 @@
 """The embedded data sets: handwritten digits on a textured canvas among fragments of other digits.
 
-What is planted in each, so that a map can be compared with what there is to be seen:
+The evidence that is planted in each:
 
 - `clutter`: one digit, which is the class.
 - `clutter-shortcut`: the same, and a colored patch that tells the class in training only.
-- `clutter-pair`: one digit of {0, 1, 2} and one of {3, 4, 5}; the class names both, neither alone tells it.
-- `clutter-twice`: two different scans of the digit that is the class; either alone tells it.
+- `clutter-pair`: one digit of {0, 1, 2} and one of {3, 4, 5}; the class names both, neither alone gives it away.
+- `clutter-twice`: two different scans of the digit that is the class; either alone gives it away.
 
 Source: the cluttered-MNIST protocol (Mnih et al. 2014, arXiv 1406.6247, section 4.1).
 Differs: the digits are scikit-learn's 8 x 8 scans, the canvas is textured and colored, size and colors vary.
@@ -41,16 +41,8 @@ Uniform = Callable[..., Float[Array, "b ..."]]
 Below = Callable[[Any], Int64[Array, " b"]]
 PATCH_COLORS = np.array(
     [
-        (230, 25, 45),
-        (50, 190, 60),
-        (20, 70, 255),
-        (255, 230, 20),
-        (250, 130, 20),
-        (130, 20, 190),
-        (60, 240, 240),
-        (250, 60, 220),
-        (255, 255, 255),
-        (0, 0, 0),
+        list(bytes.fromhex(color))
+        for color in "e6192d 32be3c 1446ff ffe614 fa8214 8214be 3cf0f0 fa3cdc ffffff 000000".split()
     ],
     dtype=np.uint8,
 )
@@ -69,9 +61,9 @@ def digits(split: str) -> tuple[Float[Array, "n 10 10"], Int64[Array, " n"]]:
         raise ModuleNotFoundError(
             "clutter needs scikit-learn, which holds its digits; install it: pip install 'sightline[train]'"
         ) from None
-    found: Any = load_digits()
-    order = np.argsort(found.target, kind="stable")
-    scans, classes = found.data[order], found.target[order].astype(np.int64)
+    dataset: Any = load_digits()
+    order = np.argsort(dataset.target, kind="stable")
+    scans, classes = dataset.data[order], dataset.target[order].astype(np.int64)
     part = np.full(len(classes), "train", dtype=object)
     part[held_out(classes, 0.2, seed=0)] = "test"
     rest = np.flatnonzero(part == "train")
@@ -204,13 +196,20 @@ def compose(
     patch = np.zeros_like(digit)
     if shortcut is not None:
         color = np.where(uniform() < shortcut, label, below(10))
-        width, margin = round(5 * unit), round(unit)
-        far = size - width - 2 * margin
-        where = _square(margin + below(2) * far, margin + below(2) * far, width)
-        patch[where] = True
-        images[where] = PATCH_COLORS[color][:, None, None]
-        digit = digit & ~patch
-    return images.transpose(0, 3, 1, 2), digit, patch
+        patch = _paste_patch(images, PATCH_COLORS[color], below)
+    return images.transpose(0, 3, 1, 2), digit & ~patch, patch
+
+
+def _paste_patch(images: UInt8[Array, "b s s 3"], colors: UInt8[Array, "b 3"], below: Below) -> Bool[Array, "b s s"]:
+    """A colored square in a random corner of each image, and where it is."""
+    size = images.shape[1]
+    width, margin = round(size / 8), round(size / 40)
+    far = size - width - 2 * margin
+    where = _square(margin + below(2) * far, margin + below(2) * far, width)
+    images[where] = colors[:, None, None]
+    patch = np.zeros(images.shape[:3], dtype=bool)
+    patch[where] = True
+    return patch
 
 
 def _below(uniform: Uniform, n: int | Array) -> Int64[Array, " b"]:
@@ -279,7 +278,7 @@ class Composed:
 
 
 def load(data: Data) -> dict[str, ImageSet]:
-    """The three splits of a set named in `PARTS`; test patches tell nothing about the class.
+    """The three splits of a set named in `PARTS`; test patches do not depend on the class.
 
     Raises:
         ValueError: a column or mask that the source does not have, or a canvas too small for its parts.
@@ -301,8 +300,8 @@ def load(data: Data) -> dict[str, ImageSet]:
             f"expected data.size of at least 24 for {data.source}, got {size}; a digit needs that many pixels"
         )
     sizes = SIZES | {k: n for k, n in (("train", data.train_size), ("test", data.test_size)) if n is not None}
-    shares = {"train": data.shortcut, "val": data.shortcut, "test": 0.0}
-    stores = {s: Composed(data.seed, s, sizes[s], size, mask, shares[s] if patched else None, parts) for s in SPLITS}
+    giveaway = {"train": data.shortcut, "val": data.shortcut, "test": 0.0}
+    stores = {s: Composed(data.seed, s, sizes[s], size, mask, giveaway[s] if patched else None, parts) for s in SPLITS}
     preprocess = statistics(sampled(stores["train"], sizes["train"], 2000))
     return {
         split: ImageSet(

@@ -1,4 +1,4 @@
-"""Reads the columns of a dataset: which holds what, class names, and rows as undecoded records."""
+"""Reads the columns of a dataset: their roles, class names, and rows as undecoded records."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from sightline.data.decoded import Record
-from sightline.data.hugging_face import Found, import_datasets, silent
+from sightline.data.hugging_face import HubSet, import_datasets, silent
 from sightline.data.sources import Table, check_columns, fingerprint, group_names, usual_size
 from sightline.recipe import Data
 
@@ -21,7 +21,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What is where in a row."""
+    """The columns of a row by role."""
 
     image: str
     label: str
@@ -30,13 +30,13 @@ class Columns:
     group: str | None
 
 
-def choose_columns(data: Data, found: Found) -> Columns:
-    """The columns that the recipe names, or else those with the usual names and types.
+def choose_columns(data: Data, source: HubSet) -> Columns:
+    """The columns that the recipe names, or those with the usual names and types.
 
     Raises:
-        ValueError: a column is not there, not in every split, or the choice is not clear.
+        ValueError: a column is missing, missing in a split, or the choice is ambiguous.
     """
-    parts, alias = found.parts, found.alias
+    parts, alias = source.parts, source.alias
     features: dict[str, Any] = (parts["train"] if "train" in parts else next(iter(parts.values()))).features
     check_columns(data, features, alias.hub)
     mask = data.mask or ("mask" if "mask" in features else None)
@@ -102,27 +102,27 @@ class RowReader:
 
     def __call__(self, rows: Sequence[int]) -> list[Record]:
         """The records of these rows."""
-        found = self.dataset[list(rows)]
+        cells = self.dataset[list(rows)]
         nothing = [None] * len(rows)
-        masks = found[self.columns.mask] if self.columns.mask else nothing
-        boxes = found[self.columns.box] if self.columns.box else nothing
-        return [record(*cells) for cells in zip(found[self.columns.image], masks, boxes, strict=True)]
+        masks = cells[self.columns.mask] if self.columns.mask else nothing
+        boxes = cells[self.columns.box] if self.columns.box else nothing
+        return [record(*row) for row in zip(cells[self.columns.image], masks, boxes, strict=True)]
 
 
 def record(image: Any, mask: Any, boxes: Any) -> Record:
-    """A record from the cells of a row."""
+    """A record of a row's cells."""
     return Record(_content(image) or b"", _content(mask), boxes)
 
 
 def _content(cell: Any) -> Any:
-    """The file or its bytes in a cell of an image column; rows of numbers stay what they are."""
+    """The file or its bytes in a cell of an image column; rows of numbers are unchanged."""
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
     return Path(cell) if isinstance(cell, str) else cell
 
 
 def undecoded(rows: Any, columns: Columns) -> Any:
-    """A dataset or stream with our columns alone, whose images are left as files."""
+    """A dataset or stream with only our columns and undecoded images."""
     datasets = import_datasets()
     used = [c for c in (columns.image, columns.label, columns.mask, columns.box, columns.group) if c is not None]
     rows = rows.select_columns(list(dict.fromkeys(used)))
@@ -132,15 +132,15 @@ def undecoded(rows: Any, columns: Columns) -> Any:
     return rows
 
 
-def table(data: Data, found: Found) -> Table:
-    """What the columns tell of the images.
+def table(data: Data, source: HubSet) -> Table:
+    """The images that the columns describe.
 
     Raises:
         ValueError: a column is missing or does not hold what it should.
     """
     datasets = import_datasets()
-    parts, alias = found.parts, found.alias
-    columns = choose_columns(data, found)
+    parts, alias = source.parts, source.alias
+    columns = choose_columns(data, source)
     with silent():
         try:
             whole = datasets.concatenate_datasets([undecoded(rows, columns) for rows in parts.values()])
@@ -153,13 +153,13 @@ def table(data: Data, found: Found) -> Table:
         groups = group_names(["" if v is None else str(v) for v in whole[columns.group][:]], columns.group)
     reader = RowReader(whole, columns)
     return Table(
-        name=Path(data.source).resolve().name if found.files and Path(data.source).exists() else data.source,
+        name=Path(data.source).resolve().name if source.files and Path(data.source).exists() else data.source,
         classes=alias.classes or classes,
         labels=labels,
         names=_names(parts, whole, columns.image),
         parts=part,
         reader=reader,
-        key=f"{fingerprint(found.files)} {columns}" if found.files else None,
+        key=f"{fingerprint(source.files)} {columns}" if source.files else None,
         size=alias.size or usual_size(reader, len(whole)),
         groups=groups,
         group_name=columns.group,
@@ -170,25 +170,25 @@ def table(data: Data, found: Found) -> Table:
 
 
 def encode_labels(values: Sequence[Any], feature: Any, column: str) -> tuple[tuple[str, ...], Int64[Array, " n"]]:
-    """Class names and the class number of each row, -1 where there is none.
+    """Class names and the class number of each row; -1: none.
 
     Raises:
-        ValueError: the column holds something else than classes.
+        ValueError: the column does not hold classes.
     """
     if type(feature).__name__ == "ClassLabel":
         return tuple(feature.names), np.array([-1 if v is None else v for v in values], dtype=np.int64)
-    known = {v for v in values if v is not None}
-    if not all(isinstance(v, str | int) for v in known):
+    names = {v for v in values if v is not None}
+    if not all(isinstance(v, str | int) for v in names):
         raise ValueError(
             f"expected class names or whole numbers in column {column!r}, got {feature}; name another by data.label"
         )
-    ordered = sorted(known - {-1})
+    ordered = sorted(names - {-1})
     number = {v: i for i, v in enumerate(ordered)}
     return tuple(str(v) for v in ordered), np.array([number.get(v, -1) for v in values], dtype=np.int64)
 
 
 def _names(parts: "Mapping[str, datasets.Dataset]", whole: "datasets.Dataset", image: str) -> list[str]:
-    """File names where the rows have them, otherwise row numbers, after the split."""
+    """File names if the rows have them, otherwise row numbers, after the split."""
     names = [(part, f"{i:06d}") for part, rows in parts.items() for i in range(len(rows))]
     if _is_image(whole.features[image]):
         paths = [path for chunk in whole.data.column(image).chunks for path in chunk.field("path").to_pylist()]

@@ -1,4 +1,4 @@
-"""Decodes the images of a source: small ones once, into a file that is mapped into memory, large ones in each pass."""
+"""Decodes the images of a source: small ones once, into a memory-mapped file, large ones in each pass."""
 
 import hashlib
 import io
@@ -40,6 +40,8 @@ class Sample(NamedTuple):
     image: UInt8[Array, "3 h w"]
     mask: Bool[Array, "h w"] | None
     boxes: Float32[Array, "_ 4"] | None
+    imprint: Array | None = None
+    """See `sightline.data.duplicates.imprint`; only if asked for."""
 
 
 class Pixels(NamedTuple):
@@ -61,7 +63,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """What to make of a record."""
+    """Turns records into samples."""
 
     size: tuple[int, int]
     """Height and width, in pixels."""
@@ -72,7 +74,7 @@ class Decoder:
     """Most pixels that one image may take to decode."""
 
     def decode(self, record: Record) -> Sample:
-        """One image with its mask and boxes; without a mask or a box nothing in it is marked.
+        """One image with its mask and boxes; an image without mask or box has nothing marked.
 
         Raises:
             UnreadableImage: one of them cannot be used.
@@ -91,27 +93,18 @@ class Decoder:
             boxes = boxes * np.tile(scale, 2)
         return Sample(np.ascontiguousarray(pixels.transpose(2, 0, 1)), mask, boxes)
 
-    def attempt(self, record: Record) -> Sample | str:
-        """One image, or the reason why it cannot be used."""
-        try:
-            return self.decode(record)
-        except UnreadableImage as error:
-            return str(error)
+    def attempt_all(self, records: Sequence[Record], with_imprint: bool = False) -> list[Sample | str]:
+        """Each image, or the reason why it cannot be used; on all cores."""
 
-    def examine(self, record: Record) -> tuple[Sample, Array] | str:
-        """As `attempt`, with the image's imprint."""
-        sample = self.attempt(record)
-        return sample if isinstance(sample, str) else (sample, imprint(record.image, sample.image))
+        def attempt(record: Record) -> Sample | str:
+            try:
+                sample = self.decode(record)
+            except UnreadableImage as error:
+                return str(error)
+            return sample._replace(imprint=imprint(record.image, sample.image)) if with_imprint else sample
 
-    def examine_all(self, records: Sequence[Record]) -> list[tuple[Sample, Array] | str]:
-        """As `examine`, of each; on all cores."""
         with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self.examine, records))
-
-    def attempt_all(self, records: Sequence[Record]) -> list[Sample | str]:
-        """As `attempt`, of each; on all cores."""
-        with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self.attempt, records))
+            return list(pool.map(attempt, records))
 
     def stack(self, samples: Sequence[Sample]) -> Pixels:
         """Samples, if any, as arrays."""
@@ -122,7 +115,7 @@ class Decoder:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OnTheFly:
-    """Rows of a source, decoded whenever they are asked for."""
+    """Rows of a source, decoded at each access."""
 
     reader: Reader
     rows: Int64[Array, " n"]
@@ -142,13 +135,14 @@ class OnTheFly:
                 raise OSError(f"{what} could be read at first and no longer can: {sample}")
         return self.decoder.stack([sample for sample in samples if isinstance(sample, Sample)])
 
-    def examine_all(self) -> Iterator[tuple[Sample, Array] | str]:
-        """Every row decoded, with its imprint, or the reason why it cannot be; on all cores."""
+    def attempt_all(self) -> Iterator[Sample | str]:
+        """Every image with its imprint, or the reason why it cannot be used; on all cores."""
         for start in range(0, len(self.rows), CHUNK):
-            yield from self.decoder.examine_all(self.reader(self.rows[start : start + CHUNK].tolist()))
+            records = self.reader(self.rows[start : start + CHUNK].tolist())
+            yield from self.decoder.attempt_all(records, with_imprint=True)
 
     def picked(self, places: Int64[Array, " k"]) -> "OnTheFly":
-        """The images at these places alone."""
+        """Only the images at these places."""
         return replace(self, rows=self.rows[places])
 
 
@@ -159,7 +153,7 @@ class Stored(NamedTuple):
     masks: Bool[Array, "n h w"] | None
     boxes: list[Float32[Array, "_ 4"]] | None
     rows: Int64[Array, " k"] | None = None
-    """Those that are used. None: all."""
+    """The images in use. None: all."""
 
     def read(self, rows: Int64[Array, " b"]) -> Pixels:
         """The images at these places."""
@@ -172,31 +166,31 @@ class Stored(NamedTuple):
         )
 
     def picked(self, places: Int64[Array, " k"]) -> "Stored":
-        """The images at these places alone."""
+        """Only the images at these places."""
         return self._replace(rows=places if self.rows is None else self.rows[places])
 
 
 class Facts(NamedTuple):
-    """What decoding has shown, besides pixels."""
+    """Results of decoding other than pixels."""
 
     kept: list[int]
-    """Places, among the rows decoded, of those that can be used."""
+    """Places of the usable images among the rows decoded."""
     skipped: list[tuple[int, str]]
     """Place and reason of the others."""
     boxes: list[list[list[float]]] | None
     imprints: Array = np.empty(0, IMPRINT)
-    """Of those that can be used."""
+    """Imprints of the usable images."""
 
 
 def cache_folder() -> Path:
-    """Where derived files lie: $SIGHTLINE_CACHE, or ~/.cache/sightline."""
+    """The folder for derived files: $SIGHTLINE_CACHE, or ~/.cache/sightline."""
     return Path(os.environ.get("SIGHTLINE_CACHE") or Path.home() / ".cache" / "sightline")
 
 
 def decode_all(source: OnTheFly, what: str, key: str | None) -> tuple[Stored | OnTheFly, Facts]:
-    """Decode every row once and keep the pixels in the cache, or in memory where the cache cannot be written.
+    """Decode every row once and keep the pixels in the cache, or in memory if the cache cannot be written.
 
-    Pixels of images larger than 256 are kept nowhere: this only finds those that cannot be decoded.
+    Pixels of images larger than 256 are not kept: this only finds the images that cannot be decoded.
 
     Args:
         source: What to decode.
@@ -220,7 +214,7 @@ def decode_all(source: OnTheFly, what: str, key: str | None) -> tuple[Stored | O
             # the same text for every split, so that Python shows it once
             warnings.warn(
                 f"{cache_folder()} cannot keep decoded images ({error.strerror or error}), so each run decodes them "
-                "anew; make room there, or set SIGHTLINE_CACHE to another folder",
+                "again; make room there, or set SIGHTLINE_CACHE to another folder",
                 stacklevel=2,
             )
     images, masks, imprints = io.BytesIO(), io.BytesIO(), io.BytesIO()
@@ -241,21 +235,21 @@ def _decode_into(
 ) -> Facts:
     facts = Facts([], [], [] if source.decoder.has_boxes else None)
     console = Console(stderr=True)
-    examined = track(
-        source.examine_all(),
+    samples = track(
+        source.attempt_all(),
         f"decoding {what}",
         len(source.rows),
         console=console,
         transient=True,
         disable=not console.is_terminal or len(source.rows) < 1000,
     )
-    for i, answer in enumerate(examined):
-        if isinstance(answer, str):
-            facts.skipped.append((i, answer))
+    for i, sample in enumerate(samples):
+        if isinstance(sample, str):
+            facts.skipped.append((i, sample))
             continue
-        sample, printed = answer
         facts.kept.append(i)
-        imprints.write(printed.tobytes())
+        if sample.imprint is not None:
+            imprints.write(sample.imprint.tobytes())
         if facts.boxes is not None and sample.boxes is not None:
             facts.boxes.append(sample.boxes.tolist())
         if images is not None:
@@ -266,7 +260,7 @@ def _decode_into(
 
 
 def _write(source: OnTheFly, folder: Path, needed: int, what: str) -> None:
-    """Fill a new folder and move it into place as a whole, so that nobody ever reads half of one."""
+    """Fill a new folder, then move it into place, so that nobody reads an incomplete one."""
     if shutil.disk_usage(folder.parent).free < needed:
         raise OSError(ENOSPC, os.strerror(ENOSPC))
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:

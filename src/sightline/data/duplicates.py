@@ -34,7 +34,7 @@ def imprint(file: Path | bytes, image: UInt8[Array, "3 h w"]) -> Array:
 
 
 class Copies(NamedTuple):
-    """For each image, the index of another one that it repeats, or -1."""
+    """For each image, the index of another one that it repeats; -1: none."""
 
     earlier: Int64[Array, " n"]
     """The same bytes in an earlier split."""
@@ -50,21 +50,21 @@ def copies(imprints: Array, splits: Int64[Array, " n"], labels: Int64[Array, " n
     """Images that repeat one of an earlier split, or one with another label; unlabeled images contradict no label.
 
     Args:
-        imprints: As `imprint` makes them.
+        imprints: See `imprint`.
         splits: Number of each image's split; 0 comes first.
         labels: Class of each image; -1 where there is none.
     """
     n = len(imprints)
-    found = Copies(*(np.full(n, -1) for _ in range(4)))
+    repeats = Copies(*(np.full(n, -1) for _ in range(4)))
     _, same = np.unique(imprints["file"], axis=0, return_inverse=True)
     same = same.reshape(-1)
     for rows in _repeated(same):
         first = rows[splits[rows].argmin()]
-        found.earlier[rows[splits[rows] > splits[first]]] = first
+        repeats.earlier[rows[splits[rows] > splits[first]]] = first
         labeled = rows[labels[rows] >= 0]
         others = _relabeled(labels, labeled[0], labeled) if len(labeled) else labeled
         if len(others):
-            found.relabeled[labeled] = np.where(labels[labeled] == labels[labeled[0]], others[0], labeled[0])
+            repeats.relabeled[labeled] = np.where(labels[labeled] == labels[labeled[0]], others[0], labeled[0])
     looks, smalls = imprints["look"], imprints["small"].astype(np.int16)
     for half in (0, 1):
         for rows in _repeated(looks[:, half]):
@@ -75,11 +75,11 @@ def copies(imprints: Array, splits: Int64[Array, " n"], labels: Int64[Array, " n
                 difference = np.abs(smalls[near] - smalls[row])
                 close = (difference.mean((1, 2)) <= _MEAN) & (difference.max((1, 2)) <= _MOST)
                 others = near[close & (same[near] != same[row])]
-                if found.earlier[row] < 0:
-                    _first(found.alike, row, others[splits[others] < splits[row]])
-                if found.relabeled[row] < 0:
-                    _first(found.alike_relabeled, row, _relabeled(labels, row, others))
-    return found
+                if repeats.earlier[row] < 0:
+                    _first(repeats.alike, row, others[splits[others] < splits[row]])
+                if repeats.relabeled[row] < 0:
+                    _first(repeats.alike_relabeled, row, _relabeled(labels, row, others))
+    return repeats
 
 
 def _repeated(keys: Shaped[Array, " n"]) -> Iterator[Int64[Array, " _"]]:
@@ -99,12 +99,12 @@ def _first(places: Int64[Array, " n"], row: int, others: Int64[Array, " _"]) -> 
 
 
 def sentences(
-    found: Copies, splits: Sequence[str], names: Sequence[str], dropped: Bool[Array, " n"] | None = None
+    repeats: Copies, splits: Sequence[str], names: Sequence[str], dropped: Bool[Array, " n"] | None = None
 ) -> Iterator[str]:
     """Notices about copies.
 
     Args:
-        found: The copies.
+        repeats: The copies.
         splits: Split of each image.
         names: Name of each image.
         dropped: The images left out as copies; None if that was not requested.
@@ -114,7 +114,7 @@ def sentences(
         total[split] += 1
     way = "were left out" if dropped is not None else "--drop-duplicates leaves them out"
     for split in total:
-        for places, exact in ((found.earlier, True), (found.alike, False)):
+        for places, exact in ((repeats.earlier, True), (repeats.alike, False)):
             rows = [row for row in np.flatnonzero(places >= 0).tolist() if splits[row] == split]
             if rows:
                 pair = f"such as {names[rows[0]]} and {names[places[rows[0]]]}"
@@ -124,7 +124,7 @@ def sentences(
                     if exact
                     else f"{many} look like an image in an earlier split, {pair}: compare them; none was left out"
                 )
-    for places, exact in ((found.relabeled, True), (found.alike_relabeled, False)):
+    for places, exact in ((repeats.relabeled, True), (repeats.alike_relabeled, False)):
         rows = np.flatnonzero(places >= 0).tolist()
         if len(rows):
             pair = f"such as {names[rows[0]]} and {names[int(places[rows[0]])]}"

@@ -8,9 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from sightline.data.images import HEIF, UnreadableImage, few_values, formats, is_image, quiet, stored_size
+from sightline.data.marks import evenly_spaced
 
 PARTS = {
     "train": "train",
@@ -56,7 +55,7 @@ class Contents(NamedTuple):
 
     images: list[Path]
     skipped: list[tuple[Path, str]]
-    """Images that cannot be read, and links that lead nowhere or back, with the reason."""
+    """Images that cannot be read, and links that lead nowhere or back, and why."""
     others: Counter[str]
     """Number of other files by suffix."""
 
@@ -66,7 +65,7 @@ def contents(folder: Path, deep: bool = True) -> Contents:
 
     Files without a suffix count as images if they begin like one.
     """
-    found = Contents([], [], Counter())
+    listed = Contents([], [], Counter())
     visited = {at.resolve() for at in (folder, *folder.resolve().parents)}
     coming = [folder]
     while coming:
@@ -75,7 +74,7 @@ def contents(folder: Path, deep: bool = True) -> Contents:
             with os.scandir(here) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
         except OSError as error:
-            found.skipped.append((here, error.strerror or type(error).__name__))
+            listed.skipped.append((here, error.strerror or type(error).__name__))
             continue
         for entry in entries:
             path = here / entry.name
@@ -85,15 +84,15 @@ def contents(folder: Path, deep: bool = True) -> Contents:
                 if not deep:
                     continue
                 if path.resolve() in visited:
-                    found.skipped.append((path, "a link back to a folder above it, or to one that is read already"))
+                    listed.skipped.append((path, "a link back to a folder above it, or to one that was read already"))
                 else:
                     visited.add(path.resolve())
                     coming.append(path)
             elif entry.is_file():
-                _add(path, found)
+                _add(path, listed)
             elif entry.is_symlink():
-                found.skipped.append((path, "a link to a file that is not there"))
-    return Contents(sorted(found.images), sorted(found.skipped), found.others)
+                listed.skipped.append((path, "a link to a file that does not exist"))
+    return Contents(sorted(listed.images), sorted(listed.skipped), listed.others)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -101,20 +100,20 @@ def image_files(folder: Path) -> list[Path]:
     return contents(folder).images
 
 
-def _add(file: Path, found: Contents) -> None:
+def _add(file: Path, listed: Contents) -> None:
     suffix = file.suffix.lower()
     if not any(c.isalpha() for c in suffix):  # none, or a number such as .95
         suffix = ""
     if suffix in formats() or (not suffix and is_image(file)):
-        found.images.append(file)
+        listed.images.append(file)
     elif suffix in _UNREAD:
-        found.skipped.append((file, _UNREAD[suffix]))
+        listed.skipped.append((file, _UNREAD[suffix]))
     else:
-        found.others[suffix or "no suffix"] += 1
+        listed.others[suffix or "no suffix"] += 1
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a folder or file is not meant to be seen, or was left behind by a system or tool."""
+    """Whether a folder or file is hidden, or was left behind by a system or tool."""
     return path.name.startswith(".") or path.name.lower() in SYSTEM
 
 
@@ -139,7 +138,7 @@ def of_others(others: Counter[str]) -> list[str]:
 
 
 class Layout(NamedTuple):
-    """Where the class folders of a source lie."""
+    """Where the class folders of a source are."""
 
     roots: list[tuple[str, Path]]
     """Name of each split (train, val, test or empty), and the folder that holds its class folders."""
@@ -309,7 +308,7 @@ def marked(files: Sequence[Path]) -> tuple[list[Path], dict[Path, tuple[Path, ..
     if not masks:
         return [*files], {}, []
     pairs = list(masks.items())
-    sample = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), _SAMPLE)).astype(int))]
+    sample = [pairs[i] for i in evenly_spaced(len(pairs), _SAMPLE)]
     with quiet():
         checks = [_check_pair(*pair) for pair in sample]
     alike = [fits for fits in checks if fits is not None]
@@ -323,7 +322,7 @@ def marked(files: Sequence[Path]) -> tuple[list[Path], dict[Path, tuple[Path, ..
     of_image: dict[Path, tuple[Path, ...]] = defaultdict(tuple)
     for mask, image in pairs:
         of_image[image] += (mask,)
-    return images, dict(of_image), [f"{what} and were read as such, not as images"]
+    return images, dict(of_image), [f"{what} and were read as masks"]
 
 
 def _check_pair(mask: Path, image: Path) -> bool | None:

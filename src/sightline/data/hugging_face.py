@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Alias:
-    """A set of the papers on the Hugging Face hub, with what its schema does not tell."""
+    """A data set of the papers on the Hugging Face hub, with facts that its schema lacks."""
 
     hub: str
     line: str
@@ -28,7 +28,7 @@ class Alias:
     config: str | None = None
     label: str | None = None
     classes: tuple[str, ...] | None = None
-    """Names of the classes where the schema has none."""
+    """Names of the classes if the schema has none."""
     size: int | None = None
     flip_ok: bool = True
 
@@ -76,7 +76,7 @@ def _is_hidden(file: Path) -> bool:
 
 
 def part_of(file: Path) -> str:
-    """The split that a file's name or folder tells; empty if neither does.
+    """The split in a file's name or folder; empty if there is none.
 
     >>> [part_of(Path(f)) for f in ("data/train-00000-of-00002.parquet", "valid/0000.parquet", "a.parquet")]
     ['train', 'val', '']
@@ -86,11 +86,11 @@ def part_of(file: Path) -> str:
 
 
 def by_part(files: Sequence[Path]) -> dict[str, list[str]]:
-    """Files by split; files that tell none are left out where others do."""
-    found: dict[str, list[str]] = {}
+    """Files by split; files without one are left out if others have one."""
+    by_split: dict[str, list[str]] = {}
     for file in files:
-        found.setdefault(part_of(file), []).append(str(file))
-    return {part: names for part, names in found.items() if part} or found
+        by_split.setdefault(part_of(file), []).append(str(file))
+    return {part: names for part, names in by_split.items() if part} or by_split
 
 
 def import_datasets() -> ModuleType:
@@ -110,7 +110,7 @@ def import_datasets() -> ModuleType:
 
 @contextmanager
 def silent() -> Generator[None]:
-    """Nobody needs the progress bars, warnings and errors of `datasets` beside ours; what the user set is put back."""
+    """Hide the progress bars, warnings and errors of `datasets`; the user's settings are restored."""
     datasets = import_datasets()
     shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
@@ -125,20 +125,20 @@ def silent() -> Generator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class HubSet:
     """A set as `datasets` gives it."""
 
     parts: dict[str, Any]
     """Datasets, or streams, by our names of the splits."""
     alias: Alias
     files: list[Path]
-    """The files that it was read from, where they are known."""
+    """The files that it was read from, if known."""
 
 
-def find(data: Data) -> Found | None:
+def find(data: Data) -> HubSet | None:
     """The parquet files, alias or hub set that `data.source` names; None if it names none of these.
 
-    Which split a parquet file belongs to is told by its name or folder. A hub set is named `hub:OWNER/NAME` or
+    The name or folder of a parquet file tells its split. A hub set is named `hub:OWNER/NAME` or
     `hub:OWNER/NAME:CONFIG`; splits other than train, val and test are left out.
 
     Raises:
@@ -155,7 +155,7 @@ def find(data: Data) -> Found | None:
     return _from_parquet(files, data.streaming) if files else None
 
 
-def _from_parquet(files: list[Path], streaming: bool) -> Found:
+def _from_parquet(files: list[Path], streaming: bool) -> HubSet:
     chosen = by_part(files)
     with silent():
         try:
@@ -163,7 +163,7 @@ def _from_parquet(files: list[Path], streaming: bool) -> Found:
         except Exception as error:
             raise ValueError(f"cannot read {files[0]} as parquet: {_one_line(error)}") from error
     used = [Path(name) for names in chosen.values() for name in names]
-    return Found(parts=parts, alias=Alias(hub=str(files[0]), line=""), files=used)
+    return HubSet(parts=parts, alias=Alias(hub=str(files[0]), line=""), files=used)
 
 
 def _open_parquet(files: list[str], streaming: bool) -> "datasets.Dataset | datasets.IterableDataset":
@@ -173,30 +173,30 @@ def _open_parquet(files: list[str], streaming: bool) -> "datasets.Dataset | data
             return datasets.load_dataset(
                 "parquet", data_files=files, split="train", cache_dir=str(cache_folder() / "arrow")
             )
-        # no right or no room to write the copy that is mapped into memory: hold it instead
+        # no permission or space for the memory-mapped copy: keep the rows in memory
         except (OSError, datasets.exceptions.DatasetGenerationError):
             rows = _open_parquet(files, streaming=True)
             return datasets.Dataset.from_list(list(rows), features=rows.features)
     return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
 
 
-def _from_hub(alias: Alias, streaming: bool) -> Found:
+def _from_hub(alias: Alias, streaming: bool) -> HubSet:
     datasets = import_datasets()
     try:
         with quiet():
             parts = datasets.load_dataset(alias.hub, alias.config, streaming=streaming)
-    # what can go wrong between here and the hub has dozens of types
+    # failures between here and the hub have dozens of types
     except Exception as error:
         raise FileNotFoundError(
             f"cannot fetch {alias.hub} from the Hugging Face hub: {_one_line(error)}; check the name and the network"
         ) from error
-    known = {PARTS[name]: rows for name, rows in parts.items() if name in PARTS}
-    if not known and len(parts) == 1:
-        known = {"": next(iter(parts.values()))}
-    if not known:
+    by_split = {PARTS[name]: rows for name, rows in parts.items() if name in PARTS}
+    if not by_split and len(parts) == 1:
+        by_split = {"": next(iter(parts.values()))}
+    if not by_split:
         raise ValueError(f"expected splits named train, val or test in {alias.hub}, got {', '.join(parts)}")
-    files = [] if streaming else [Path(f["filename"]) for rows in known.values() for f in rows.cache_files]
-    return Found(parts=known, alias=alias, files=files)
+    files = [] if streaming else [Path(f["filename"]) for rows in by_split.values() for f in rows.cache_files]
+    return HubSet(parts=by_split, alias=alias, files=files)
 
 
 def _one_line(error: BaseException) -> str:

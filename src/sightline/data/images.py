@@ -40,20 +40,35 @@ class UnreadableImage(ValueError):
     """An image that cannot be used; the message is the reason, in one line."""
 
 
-@contextmanager
-def quiet() -> Generator[None]:
-    """Silence the decoder's warnings, of which one image can bring dozens.
+class quiet:
+    """Silence the decoder's warnings, of which one image can cause dozens.
 
-    Python's filters belong to the whole process: enter this in the thread that starts the others, not in each of them.
+    The filters of warnings belong to the whole process: the first thread that enters sets them, and the last that
+    leaves restores them.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+
+    _lock = threading.Lock()
+    _inside = 0
+    _filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with quiet._lock:
+            if not quiet._inside:
+                quiet._filters = warnings.catch_warnings()
+                quiet._filters.__enter__()
+                warnings.simplefilter("ignore")
+            quiet._inside += 1
+
+    def __exit__(self, *error: Any) -> None:
+        with quiet._lock:
+            quiet._inside -= 1
+            if not quiet._inside:
+                quiet._filters.__exit__(*error)
 
 
 @cache
 def formats() -> dict[str, str]:
-    """Format by suffix of each that Pillow decodes, HEIC among them where pillow-heif is installed."""
+    """Suffix -> format, of all that Pillow decodes, and HEIC if pillow-heif is installed."""
     try:
         from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
 
@@ -72,7 +87,7 @@ def _in_order() -> tuple[str, ...]:
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file begins as an image of a known format does, whatever its name."""
+    """Whether a file begins like an image of a known format, whatever its name."""
     try:
         with _opened(file):
             return True
@@ -159,23 +174,23 @@ def _decoded(
 
 
 class MaskPixels(NamedTuple):
-    """One number per pixel of a mask, and how they are meant."""
+    """One number per pixel of a mask, and what the numbers mean."""
 
     values: Shaped[Array, "h w"]
     least: float | None
-    """Smallest value of the object, where values are shades between nothing and all. None: anything but 0."""
+    """Smallest value of the object if the values are shades. None: any value but 0."""
     kind: Literal["", "alpha", "lossy"]
-    """Why they are shades."""
+    """Why the values are shades."""
 
     def inside(self, chosen: Sequence[int] | None = None) -> Bool[Array, "h w"]:
-        """The pixels of the object: those of the values chosen, if any are."""
+        """The pixels of the object: those with the chosen values, if any are chosen."""
         if chosen is not None:
             return np.isin(self.values, chosen)
         return self.values != 0 if self.least is None else self.values >= self.least
 
 
 def read_mask(file: Any, max_pixels: int = MAX_PIXELS) -> MaskPixels:
-    """Decode a mask, which may also be rows of numbers. The largest channel of a color counts.
+    """Decode a mask, which may also be rows of numbers. The largest channel of a color is its value.
 
     An alpha channel is the mask where it varies, or where all is transparent and of one color. Formats that blur
     (JPEG) and alpha channels hold shades: half of the largest value, or of opaque, is where the object begins.
@@ -217,7 +232,7 @@ def open_mask(
     chosen: Sequence[int] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Bool[Array, "h w"]:
-    """Decode a mask and resize it: a pixel belongs to it where at least half of its area is the object.
+    """Decode a mask and resize it: a pixel belongs to it if at least half of its area is the object.
 
     Args:
         file: the mask, see `read_mask`.
@@ -289,7 +304,7 @@ def _reason(error: Exception, file: Path | bytes) -> str:
 
 
 def _draft(image: Image.Image, side: int) -> int:
-    """Have a large file decoded at a fraction of its size, never at less than twice the side asked for.
+    """Let a large file be decoded at a fraction of its size, but at least at twice the side asked for.
 
     Returns:
         How many pixels are then decoded.
@@ -330,13 +345,13 @@ def _smallest_page(image: TiffImagePlugin.TiffImageFile, side: int) -> int:
         width, height = image.size
         is_copy = image.tag_v2.get(254, 0) == 1 and image.tag_v2.get(ORIENTATION, 1) == orientation
         if is_copy and abs(width * size[1] / (height * size[0]) - 1) < 0.01 and min(width, height) >= 2 * side:
-            best, pixels = min((best, pixels), (page, width * height), key=lambda found: found[1])
+            best, pixels = min((best, pixels), (page, width * height), key=lambda copy: copy[1])
     return best
 
 
 @contextmanager
 def _room(pixels: int, max_pixels: int, image: Image.Image) -> Generator[None]:
-    """Let an image be decoded if it is not too large, and alone if it is large.
+    """Allow an image to be decoded if it is not too large; large ones are decoded one at a time.
 
     Raises:
         UnreadableImage: more pixels are to be decoded than allowed, or than this format's decoder can cope with.
@@ -361,7 +376,7 @@ def _room(pixels: int, max_pixels: int, image: Image.Image) -> Generator[None]:
 
 
 def _most(image: Image.Image, pixels: int) -> tuple[int, str]:
-    """How many pixels such an image may have, so that time and memory are bounded, and why no more."""
+    """How many pixels such an image may have, which bounds time and memory, and the reason."""
     kind, colors = image.format or "", len(image.getbands())
     if any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ())):
         return _MOST_IN_PYTHON, f"since the {kind} decoder is slow"
@@ -393,7 +408,7 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _ends(image: Image.Image) -> tuple[float, float]:
-    """The values of black and white where they are not those of 8 bits."""
+    """The values of black and white of images with more than 8 bits."""
     white = 1.0 if image.mode == "F" else 65535.0
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode.startswith("I"):
         white = 4095.0 if image.tag_v2.get(258) == (12,) else white

@@ -1,4 +1,4 @@
-"""How masks and boxes are written, and signs that they are meant in another way."""
+"""How masks and boxes are written, and signs of another form."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from sightline.recipe import Data
 
 Array = np.ndarray
 BoxForm = Literal["xyxy", "xywh", "relative", "relative_xywh", "cxcywh"]
-_LOOKED_AT = 32  # images whose masks and boxes show how those of all images are written
 _GRID = 128  # side of the grid on which the area of boxes is counted
 
 
@@ -92,10 +91,10 @@ def _corners(numbers: Float32[Array, "n 4"], form: BoxForm, size: tuple[int, int
 
 
 def settle(data: Data, name: str, records: Sequence[Record]) -> tuple[Marks, tuple[str, ...]]:
-    """How to read the masks and boxes of a source, and notices to its owner about that.
+    """How to read the masks and boxes of a source, and notices about it.
 
     Args:
-        data: the form of boxes and the mask values, if the owner set them.
+        data: the form of boxes and the mask values, if set.
         name: name of the source.
         records: some of its images.
 
@@ -114,9 +113,13 @@ def settle(data: Data, name: str, records: Sequence[Record]) -> tuple[Marks, tup
     return Marks(boxes=form, mask_values=values), (*boxes, *notices)
 
 
-def looked_at(n: int) -> list[int]:
-    """Rows of some images of a source of `n`, evenly spaced."""
-    return np.unique(np.linspace(0, n - 1, min(n, _LOOKED_AT)).astype(int)).tolist()
+def evenly_spaced(n: int, most: int = 32) -> list[int]:
+    """At most so many of `n` rows.
+
+    >>> evenly_spaced(10, 4)
+    [0, 3, 6, 9]
+    """
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int)).tolist()
 
 
 def _look_at_boxes(records: Sequence[Record], name: str, form: BoxForm, is_named: bool) -> list[str]:
@@ -135,7 +138,7 @@ def _look_at_boxes(records: Sequence[Record], name: str, form: BoxForm, is_named
         fitting = [other for other in ("relative", "relative_xywh", "cxcywh") if misfits[other] == 0]
         likely = " or ".join(f"--data.boxes {other}" for other in fitting) or "--data.boxes relative"
         raise ValueError(
-            f"boxes of {name} look like shares of the image, all numbers lie between 0 and 1; write {likely} "
+            f"boxes of {name} look like fractions of the image, all numbers are between 0 and 1; write {likely} "
             f"(relative: x0 y0 x1 y1, relative_xywh: x y width height, cxcywh: center x, center y, width, height)"
         )
     other = "xywh" if form == "xyxy" else "xyxy"
@@ -171,7 +174,7 @@ def _misfits(boxes: Sequence[tuple[Float32[Array, "_ 4"], tuple[int, int]]], for
 
 
 def _area(corners: Float32[Array, "_ 4"], size: tuple[int, int]) -> float:
-    """Share of the image that lies in a box."""
+    """Fraction of the image inside a box."""
     inside = np.zeros((_GRID, _GRID), dtype=bool)
     x, y = ((np.arange(_GRID) + 0.5) * side / _GRID for side in size[::-1])
     for x0, y0, x1, y1 in corners.tolist():
@@ -201,8 +204,8 @@ def _look_at_masks(masks: Sequence[MaskPixels], name: str, chosen: tuple[int, ..
     if not masks:
         return []
     inside = [pixels.inside(chosen) for pixels in masks]
-    shares = np.array([part.mean() for part in inside])
-    covers = f"the object covers {shares.mean():.1%} of an image on average ({len(masks)} masks looked at)"
+    areas = np.array([part.mean() for part in inside])
+    covers = f"the object covers {areas.mean():.1%} of an image on average ({len(masks)} masks looked at)"
     seen = np.unique(np.concatenate([np.unique(pixels.values).astype(np.float64) for pixels in masks]))
     words = _listed(seen)
     if chosen is not None and not is_named:
@@ -211,7 +214,7 @@ def _look_at_masks(masks: Sequence[MaskPixels], name: str, chosen: tuple[int, ..
             f"object; {covers}; to change that, set data.mask_values to the values of the object"
         ]
     if chosen is not None:
-        nowhere = "" if shares.any() else ", so none of them marks anything"
+        nowhere = "" if areas.any() else ", so none of them marks anything"
         picked = _listed(np.array(chosen))
         return [f"masks of {name} hold {words}; {picked} is the object{nowhere}; {covers}"]
     shades = {pixels.kind for pixels in masks} - {""}
@@ -225,17 +228,17 @@ def _look_at_masks(masks: Sequence[MaskPixels], name: str, chosen: tuple[int, ..
         )
     positive = seen[seen != 0]
     option = "set data.mask_values to the values of the object"
-    if (shares == 1).all():
+    if (areas == 1).all():
         hint = " (a trimap has 1 for the object)" if set(seen) in ({1, 2}, {1, 2, 3}) else ""
         whole = f"every mask of {name} covers its whole image, the values are {words} and none is 0"
         return [*notices, f"{whole}; {option}{hint}"]
     if len(positive) > 1 and not shades:
         half = ", such as 128-255 for what is at least half" if len(positive) > 30 else ""
         notices.append(
-            f"masks of {name} hold {words}; all but 0 is the object, which covers {shares.mean():.1%} of an "
+            f"masks of {name} hold {words}; all but 0 is the object, which covers {areas.mean():.1%} of an "
             f"image on average ({len(masks)} masks looked at); to change that, {option}{half}"
         )
-    if shares.mean() > 0.5 and np.mean([_holds_corners(part) for part in inside]) >= 0.8:
+    if areas.mean() > 0.5 and np.mean([_holds_corners(part) for part in inside]) >= 0.8:
         notices.append(
             f"masks of {name} look inverted: {covers} and lies in all four corners; "
             "if 0 is the object, set data.mask_values to 0"

@@ -1,4 +1,4 @@
-"""What every source becomes: an `ImageSet` that hands out `Batch`es."""
+"""The form of every source: an `ImageSet`, which returns `Batch`es."""
 
 import unicodedata
 from collections import deque
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sightline.data.decoded import LARGEST, Decoder, OnTheFly, Pixels, Record, Sample, Store, Stored
+from sightline.data.marks import evenly_spaced
 from sightline.data.transforms import DRAWS, draws
 from sightline.data.transforms import augment as augmented
 from sightline.recipe import Augment
@@ -41,7 +42,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with what is known of them."""
+    """Images with their labels, masks, boxes and names."""
 
     images: UInt8[Tensor, "b 3 h w"]
     labels: Int64[Tensor, " b"]
@@ -50,7 +51,7 @@ class Batch:
     boxes: list[Float32[Tensor, "_ 4"]] | None
     """Per image [x0, y0, x1, y1] in pixels of `images`, right and bottom exclusive."""
     indices: Int64[Tensor, " b"]
-    """Place of each image in its set."""
+    """Index of each image in its set."""
     names: list[str]
 
     @property
@@ -88,7 +89,7 @@ class Resident(NamedTuple):
     boxes: list[Float32[Tensor, "_ 4"]] | None
 
     def read(self, rows: Int64[Array, " b"]) -> Pixels:
-        """The images of these rows, brought back."""
+        """The images at these rows, copied to the CPU."""
         batch = self.take(rows, torch.from_numpy(rows).to(self.images.device), []).to("cpu")
         return Pixels(
             batch.images.numpy(),
@@ -97,7 +98,7 @@ class Resident(NamedTuple):
         )
 
     def take(self, rows: Int64[Array, " b"], places: Int64[Tensor, " b"], names: list[str]) -> Batch:
-        """The images of these rows, of which `places` is the copy on the device."""
+        """The images at these rows; `places` are the same rows on the device."""
         return Batch(
             images=self.images.index_select(0, places),
             labels=self.labels.index_select(0, places),
@@ -126,11 +127,11 @@ class ImageSet(Dataset[Batch]):
     skipped: tuple[tuple[str, str], ...] = ()
     """Name and reason of each image that cannot be read; they are not counted among the others."""
     notices: tuple[str, ...] = ()
-    """What was decided about the source that its owner may want otherwise; one sentence each."""
+    """Decisions about the source that you may want to change; one sentence each."""
     has_masks: bool = False
     has_boxes: bool = False
     flip_ok: bool = True
-    """False for digits: a mirrored one is another sign."""
+    """False for digits: a mirrored digit is another sign."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -143,7 +144,7 @@ class ImageSet(Dataset[Batch]):
     def batch(
         self, indices: Sequence[int] | Int64[Array, " b"], augment: tuple[Augment, int, int] | None = None
     ) -> Batch:
-        """The images at these places; how one is changed depends on `augment`, (what, seed, epoch), and its place."""
+        """The images at these places, changed by `augment` (what, seed, epoch) and by their places."""
         return next(self.each([np.asarray(indices, dtype=np.int64)], augment))
 
     def each(
@@ -152,9 +153,9 @@ class ImageSet(Dataset[Batch]):
         augment: tuple[Augment, int, int] | None,
         device: torch.device | None = None,
     ) -> Iterator[Batch]:
-        """One batch after the other, of the images at these places, which go to a device all at once.
+        """One batch after the other, of the images at these places; the places are copied to the device once.
 
-        They are changed on `device`; None: where they lie.
+        Augmentation runs on `device`; None: where the images are.
         """
         places = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows]))
         if isinstance(self.store, Resident):
@@ -168,7 +169,7 @@ class ImageSet(Dataset[Batch]):
             yield _changed(batch, augment, self)
 
     def picked(self, places: Int64[Array, " k"]) -> "ImageSet":
-        """The images at these places alone, of a set that is not held on a device."""
+        """Only the images at these places, of a set that is not held on a device."""
         if not isinstance(self.store, Stored | OnTheFly):
             raise ValueError(f"expected images that are stored or decoded, got {type(self.store).__name__}")
         return replace(
@@ -198,7 +199,7 @@ class ImageSet(Dataset[Batch]):
         return replace(self, labels=places[self.labels], classes=tuple(classes))
 
     def unmarked(self) -> "ImageSet":
-        """The same images without masks and boxes, which are then not even read."""
+        """The same images without masks and boxes, which are then not read."""
         store = self.store
         if isinstance(store, OnTheFly):
             store = replace(store, decoder=replace(store.decoder, has_masks=False, has_boxes=False))
@@ -208,13 +209,13 @@ class ImageSet(Dataset[Batch]):
 
     @property
     def resident_bytes(self) -> int | None:
-        """Memory that the set takes on a device, boxes aside. None: its images are decoded on the fly."""
+        """Memory that the set takes on a device, without boxes. None: its images are decoded on the fly."""
         height, width = self.preprocess.size
         pixels = (4 if self.has_masks else 3) * height * width
         return None if isinstance(self.store, OnTheFly) else len(self) * (pixels + 8)
 
     def to(self, device: torch.device | str) -> "ImageSet":
-        """The same set with images, labels, masks and boxes held on a device, where its batches are then made.
+        """The same set with images, labels, masks and boxes held on a device, which then makes the batches.
 
         Raises:
             ValueError: its images are decoded on the fly.
@@ -241,22 +242,22 @@ class ImageSet(Dataset[Batch]):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageStream:
-    """Training images that are read one after the other and held nowhere; only `batches` can be asked of them."""
+    """Training images that are read one after the other and not kept; they support `batches` only."""
 
     name: str
     classes: tuple[str, ...]
     preprocess: Preprocess
     length: int
-    """Number of images, with those that turn out to be unreadable."""
+    """Number of images, unreadable ones included."""
     records: Callable[[tuple[int, int] | None, int], Iterator[tuple[int, Record, int]]]
-    """Gives number, undecoded image and label of each, in an order by (seed, epoch), from a place on."""
+    """Yields number, undecoded image and label of each, in the order of (seed, epoch), from a place on."""
     decoder: Decoder
     split: str = "train"
     flip_ok: bool = True
     skipped: list[tuple[str, str]] = field(default_factory=lambda: [])
-    """Name and reason of each unreadable image met so far."""
+    """Name and reason of each unreadable image so far."""
     notices: tuple[str, ...] = ()
-    """What was decided about the source that its owner may want otherwise; one sentence each."""
+    """Decisions about the source that you may want to change; one sentence each."""
     strict: bool = False
 
     def __len__(self) -> int:
@@ -276,9 +277,9 @@ class ImageStream:
         part: tuple[int, int],
         device: torch.device | None,
     ) -> Iterator[Batch]:
-        """One pass from batch `start` on; a batch, or share of one, is smaller by its unreadable images.
+        """One pass from batch `start` on; unreadable images are missing from their batch.
 
-        A batch, or share, of which nothing is left is handed out empty, so that the next one keeps its number.
+        A batch without any readable image is returned empty, so that the next one keeps its number.
 
         Raises:
             ValueError: with `strict`, an image cannot be read.
@@ -286,22 +287,24 @@ class ImageStream:
         records = self.records(shuffle, start * batch_size)
         end = self.length - self.length % batch_size if drop_last else self.length
         for _ in range(start * batch_size, end, batch_size):
-            found = list(islice(records, batch_size))
-            found = [found[i] for i in _share(np.arange(len(found)), part)]
-            samples = self.decoder.attempt_all([record for _, record, _ in found])
-            kept: list[tuple[int, int, Sample]] = []
-            for (number, _, label), sample in zip(found, samples, strict=True):
+            batch = list(islice(records, batch_size))
+            batch = [batch[i] for i in _share(np.arange(len(batch)), part)]
+            samples = self.decoder.attempt_all([record for _, record, _ in batch])
+            numbers, labels, names, readable = list[int](), list[int](), list[str](), list[Sample]()
+            for (number, _, label), sample in zip(batch, samples, strict=True):
+                name = f"train/{number:06d}"
                 if isinstance(sample, Sample):
-                    kept.append((number, label, sample))
+                    numbers.append(number)
+                    labels.append(label)
+                    names.append(name)
+                    readable.append(sample)
                 elif self.strict:
-                    raise ValueError(f"train/{number:06d}: {sample}")
-                elif (f"train/{number:06d}", sample) not in self.skipped:
-                    self.skipped.append((f"train/{number:06d}", sample))
-            places = torch.tensor([number for number, _, _ in kept], dtype=torch.int64)
-            labels = np.array([label for _, label, _ in kept], dtype=np.int64)
-            names = [f"train/{number:06d}" for number, _, _ in kept]
-            pixels = self.decoder.stack([sample for _, _, sample in kept])
-            yield _changed(_tensors(pixels, labels, places, names, device), augment, self)
+                    raise ValueError(f"{name}: {sample}")
+                elif (name, sample) not in self.skipped:
+                    self.skipped.append((name, sample))
+            places = torch.tensor(numbers, dtype=torch.int64)
+            pixels = self.decoder.stack(readable)
+            yield _changed(_tensors(pixels, np.array(labels, dtype=np.int64), places, names, device), augment, self)
 
 
 def _tensors(
@@ -335,12 +338,12 @@ def _changed(batch: Batch, augment: tuple[Augment, int, int] | None, source: Ima
 
 
 def _share(rows: Int64[Array, " b"], part: tuple[int, int]) -> Int64[Array, " _"]:
-    """What process r of n gets of a batch."""
+    """The rows of a batch for process r of n."""
     return np.array_split(rows, part[1])[part[0]]
 
 
 def _ahead(passed: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, each prepared by a thread while the one before it is used."""
+    """The same batches, prepared by a thread while the previous one is used."""
     with ThreadPoolExecutor(1, "ahead") as pool:
         try:
             coming = deque(pool.submit(next, passed, None) for _ in range(2))
@@ -365,19 +368,19 @@ def batches(
     """One pass over the images.
 
     Args:
-        images: What to go over.
+        images: The set to read.
         batch_size: Images in a batch; the last one may be smaller.
-        shuffle: (seed, epoch), on which alone the order depends. None: in order.
+        shuffle: (seed, epoch), which decide the order. None: in order.
         augment: (what, seed, epoch) of random changes. None: images as they are.
         drop_last: Leave out a last batch that is not full.
-        start: Number of the first batch, to go on in the middle of a pass.
-        ahead: A device, to which a thread brings the next batches while one is used. A set that is held on a device
+        start: Number of the first batch, to continue in the middle of a pass.
+        ahead: A device to which a thread copies the next batches while one is used. A set that is held on a device
             needs no thread.
-        part: (r, n): only the share of process r, of n, in each batch. The shares of all, in order, are the batch; one
-            may be empty.
+        part: (r, n): only the part of each batch for process r of n. All parts in order are the batch; one may be
+            empty.
 
     Raises:
-        ValueError: a batch size below 1, or a part that there is not.
+        ValueError: a batch size below 1, or a part that does not exist.
     """
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
@@ -407,7 +410,7 @@ def normalize(images: UInt8[Tensor, "b 3 h w"], preprocess: Preprocess) -> Float
 
 @lru_cache(maxsize=16)
 def _statistics_on(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation on a device; copied there once, so that no step waits for it."""
+    """Mean and deviation on a device; copied once, so that no step waits for it."""
     with torch.inference_mode(False):
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (preprocess.mean, preprocess.std))
     return mean, std
@@ -415,13 +418,13 @@ def _statistics_on(preprocess: Preprocess, device: torch.device) -> tuple[Tensor
 
 def sampled(store: Store, n: int, size: int) -> Iterator[UInt8[Array, "_ 3 h w"]]:
     """Up to `size` of the `n` images of a store, evenly spaced, a hundred at a time."""
-    rows = np.unique(np.linspace(0, n - 1, min(n, size)).astype(np.int64))
+    rows = np.array(evenly_spaced(n, size), dtype=np.int64)
     for start in range(0, len(rows), 100):
         yield store.read(rows[start : start + 100]).images
 
 
 def statistics(images: Iterable[UInt8[Array, "_ 3 h w"]]) -> Preprocess:
-    """Size, mean and standard deviation of images; the latter two to 4 digits.
+    """Size, mean and standard deviation of images; mean and deviation to 4 digits.
 
     >>> half = np.array([0, 255], dtype=np.uint8).reshape(1, 1, 1, 2).repeat(3, axis=1)
     >>> statistics([half])

@@ -1,9 +1,9 @@
-"""Finds images and what is known of them before one is decoded: the table of a source, and that of a folder."""
+"""The table of a source: its images and their labels, before one is decoded; and the table of a folder."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
@@ -13,7 +13,7 @@ from jaxtyping import Int64, Shaped
 from sightline.data.decoded import Reader, Record
 from sightline.data.folders import contents, image_files, layout, marked, of_others, subfolders
 from sightline.data.images import UnreadableImage, quiet, stored_size
-from sightline.data.marks import USUAL, BoxForm, Marks
+from sightline.data.marks import USUAL, BoxForm, Marks, evenly_spaced
 from sightline.facts import did_you_mean
 from sightline.recipe import Data
 
@@ -22,31 +22,31 @@ Array = np.ndarray
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
-    """What a source tells of its images before one is decoded."""
+    """Images of a source before one is decoded."""
 
     name: str
     classes: tuple[str, ...]
     labels: Int64[Array, " n"]
     names: list[str]
     parts: Shaped[Array, " n"]
-    """train, val or test as the source has it; empty where it does not say."""
+    """train, val or test as the source has it; empty if it does not say."""
     reader: Reader
     key: str | None
-    """Changes when the source does. None: nothing of it is cached."""
+    """Changes when the source does. None: nothing is cached."""
     size: int
-    """Usual side of the images, in pixels, if nobody asks for another."""
+    """Default side of the images, in pixels."""
     groups: Shaped[Array, " n"] | None = None
     group_name: str | None = None
     has_masks: bool = False
     has_boxes: bool = False
     box_form: BoxForm | None = None
-    """How boxes are written, where the source tells it."""
+    """How boxes are written, if the source says so."""
     marks: Marks = USUAL
     flip_ok: bool = True
     skipped: tuple[tuple[str, str], ...] = ()
-    """Name and reason of files that belong to no class or are not there."""
+    """Name and reason of files that belong to no class or do not exist."""
     notices: tuple[str, ...] = ()
-    """What was decided about this source that its owner may want otherwise; one sentence each."""
+    """Decisions about this source that you may want to change; one sentence each."""
 
 
 def from_folder(data: Data, folder: Path) -> Table:
@@ -84,7 +84,8 @@ def from_folder(data: Data, folder: Path) -> Table:
     files = [file for file in files if file in place]
     labels = [place[file][1] for file in files]
     classes = tuple(sorted(set(labels)))
-    reader = FileReader(files, masks)
+    masks_of = [masks.get(file, ()) for file in files]
+    reader = Records([Record(f, m[0] if len(m) == 1 else m or None) for f, m in zip(files, masks_of, strict=True)])
     return Table(
         name=folder.resolve().name,
         classes=classes,
@@ -110,11 +111,11 @@ def check_columns(data: Data, names: Iterable[str], where: object, *, same_case:
     Raises:
         ValueError: it does.
     """
-    known = {name if same_case else name.casefold(): name for name in names}
+    existing = {name if same_case else name.casefold(): name for name in names}
     for option in COLUMNS:
         name = getattr(data, option)
-        if name is not None and (name if same_case else name.casefold()) not in known:
-            hint = did_you_mean(name, known.values(), f"columns: {', '.join(known.values())}")
+        if name is not None and (name if same_case else name.casefold()) not in existing:
+            hint = did_you_mean(name, existing.values(), f"columns: {', '.join(existing.values())}")
             raise ValueError(f"no column {name!r} (data.{option}) in {where}{hint}")
 
 
@@ -139,7 +140,7 @@ def usual_size(reader: Reader, n: int) -> int:
     """Longer side of a typical image in pixels, 128 at most."""
     sides: list[int] = []
     with quiet():
-        for record in reader(np.unique(np.linspace(0, n - 1, min(n, 32)).astype(int)).tolist()):
+        for record in reader(evenly_spaced(n, 32)):
             try:
                 sides.append(max(stored_size(record.image)))
             except UnreadableImage:
@@ -148,14 +149,11 @@ def usual_size(reader: Reader, n: int) -> int:
 
 
 @dataclass(frozen=True)
-class FileReader:
-    """Records of image files."""
+class Records:
+    """A reader of records that are known already."""
 
-    files: list[Path]
-    masks: Mapping[Path, tuple[Path, ...]] = field(default_factory=lambda: {})
-    """Mask files of an image; what lies in one of them is marked."""
+    records: list[Record]
 
     def __call__(self, rows: Sequence[int]) -> list[Record]:
-        """The records of these files."""
-        masks = [self.masks.get(self.files[i], ()) for i in rows]
-        return [Record(self.files[i], m[0] if len(m) == 1 else m or None) for i, m in zip(rows, masks, strict=True)]
+        """The records of these rows."""
+        return [self.records[i] for i in rows]

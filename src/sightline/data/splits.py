@@ -39,7 +39,7 @@ def draw(labels: Int64[Array, " n"], size: int, seed: int) -> Int64[Array, " k"]
 def held_out(
     labels: Int64[Array, " n"], share: float, seed: int, groups: Shaped[Array, " n"] | None = None
 ) -> Bool[Array, " n"]:
-    """Which rows to keep for testing: about this share of every class; with `groups`, whole groups only.
+    """Which rows to keep for testing: about this fraction of every class; with `groups`, whole groups only.
 
     Without groups, a class of two rows or more has a row on both sides.
 
@@ -64,29 +64,29 @@ def held_out(
 def _held_out_groups(
     labels: Int64[Array, " n"], share: float, rng: np.random.Generator, groups: Shaped[Array, " n"]
 ) -> Bool[Array, " n"]:
-    """Take groups in random order as long as each brings the share of every class nearer; the best of eight orders."""
+    """Take groups in random order while they improve the fraction of every class; the best of eight orders."""
     names, group = np.unique(groups, return_inverse=True)
     if len(names) < 2:
         raise ValueError(
             f"expected at least two groups to split by, got one ({str(names[0])!r}); name another group column or none"
         )
     classes, label = np.unique(labels, return_inverse=True)
-    shares = np.zeros((len(names), len(classes)))
-    np.add.at(shares, (group, label), 1.0)
-    shares /= shares.sum(0)
+    fractions = np.zeros((len(names), len(classes)))
+    np.add.at(fractions, (group, label), 1.0)
+    fractions /= fractions.sum(0)
     best: tuple[float, list[int]] = (np.inf, [])
     for _ in range(8):
         taken = np.zeros(len(classes))
         chosen: list[int] = []
         for i in rng.permutation(len(names)):
-            if np.square(taken + shares[i] - share).sum() < np.square(taken - share).sum():
-                taken += shares[i]
+            if np.square(taken + fractions[i] - share).sum() < np.square(taken - share).sum():
+                taken += fractions[i]
                 chosen.append(int(i))
         loss = float(np.square(taken - share).sum())
         if chosen and loss < best[0]:
             best = (loss, chosen)
-    # every group is larger than the share: the smallest one is the nearest
-    chosen = best[1] or [int(shares.sum(1).argmin())]
+    # every group is larger than the fraction: the smallest one is closest
+    chosen = best[1] or [int(fractions.sum(1).argmin())]
     return np.isin(group, chosen)
 
 
@@ -97,14 +97,14 @@ def assign(
     groups: Shaped[Array, " n"] | None,
     data: Data,
 ) -> dict[str, Int64[Array, " _"]]:
-    """Rows of train, val and test: those of the source where it has them, otherwise drawn from its training images.
+    """Rows of train, val and test: the source's own splits, or drawn from its training images.
 
     Args:
         labels: Class of each row.
         classes: Names of the classes.
         parts: train, val, test or nothing, as the source has it.
-        groups: Group of each row, where there are groups.
-        data: The shares, sizes and seed asked for.
+        groups: Group of each row, if there are groups.
+        data: Fractions, sizes and seed.
 
     Raises:
         ValueError: labels are missing, there are too few images or classes, or the source's own splits share groups.
@@ -118,7 +118,7 @@ def assign(
         _check_disjoint(part, groups, data.group)
     if "train" not in part:
         raise ValueError(
-            f"expected training images, got only {' and '.join(np.unique(part))}; add some, or split anew with "
+            f"expected training images, got only {' and '.join(np.unique(part))}; add some, or split again with "
             "--data.resplit true"
         )
     for name, share in (("test", data.test), ("val", data.val)):
@@ -171,5 +171,5 @@ def _check_disjoint(part: Shaped[Array, " n"], groups: Shaped[Array, " n"], colu
         if len(shared):
             raise ValueError(
                 f"{len(shared)} of {len(held)} {column} groups in {other} also occur in {one}, "
-                "which would flatter the scores; add some, or split anew with --data.resplit true"
+                "which would flatter the scores; add some, or split again with --data.resplit true"
             )

@@ -1,4 +1,4 @@
-"""Opens a set as a stream: training images read one after the other, the others held."""
+"""Opens a set as a stream: training images are read one after the other, the others are kept in memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from jaxtyping import Int64
 
 from sightline.data.columns import Columns, choose_columns, record, table, undecoded
 from sightline.data.decoded import Record
-from sightline.data.hugging_face import Found, import_datasets, part_of, silent
+from sightline.data.hugging_face import HubSet, import_datasets, part_of, silent
 from sightline.data.sources import Table
 from sightline.recipe import Data
 
@@ -30,7 +30,7 @@ class StreamReader:
     columns: Columns
 
     def __call__(self, shuffle: tuple[int, int] | None, start: int) -> Iterator[tuple[int, Record, int]]:
-        """Number, record and label of each image from a place on, in an order by (seed, epoch)."""
+        """Number, record and label of each image from a place on, in the order of (seed, epoch)."""
         rows = self.rows.map(_numbered, with_indices=True)
         if shuffle is not None:
             rows = rows.shuffle(generator=np.random.default_rng(list(shuffle)), buffer_size=SHUFFLED)
@@ -45,17 +45,10 @@ def _numbered(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {**row, NUMBER: number}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Streamed:
-    """A stream of training images beside held images to validate and test with."""
+def stream(data: Data, source: HubSet) -> tuple[StreamReader, int, Table]:
+    """Training images to read one after the other, their number, and the images to validate and test with.
 
-    reader: StreamReader
-    length: int
-    held: Table
-
-
-def stream(data: Data, found: Found) -> Streamed:
-    """Training images to read one after the other; without a split for validation the first of them serve for it.
+    Without a split for validation, the first training images serve for it.
 
     Raises:
         ValueError: a split is missing, or the schema does not name the classes.
@@ -63,18 +56,18 @@ def stream(data: Data, found: Found) -> Streamed:
     datasets = import_datasets()
     if data.resplit or data.group is not None:
         raise ValueError("data.streaming takes the splits as they are; set it to false for data.resplit and data.group")
-    missing = [part for part in ("train", "test") if part not in found.parts]
+    missing = [part for part in ("train", "test") if part not in source.parts]
     if missing:
-        raise ValueError(f"streaming needs splits named train and test, got no {missing[0]} in {found.alias.hub}")
-    parts = dict(found.parts)
-    columns = choose_columns(data, found)
+        raise ValueError(f"streaming needs splits named train and test, got no {missing[0]} in {source.alias.hub}")
+    parts = dict(source.parts)
+    columns = choose_columns(data, source)
     if type(parts["train"].features[columns.label]).__name__ != "ClassLabel":
         raise ValueError(
             f"streaming needs class names in the schema (ClassLabel), got {parts['train'].features[columns.label]} "
             f"in column {columns.label!r}; set data.streaming false"
         )
     with silent():
-        train, length = undecoded(parts.pop("train"), columns), _train_length(found)
+        train, length = undecoded(parts.pop("train"), columns), _train_length(source)
         if "val" not in parts and data.val > 0:
             kept = min(round(data.val * length), HELD)
             parts["val"], train, length = train.take(kept), train.skip(kept), length - kept
@@ -82,10 +75,10 @@ def stream(data: Data, found: Found) -> Streamed:
             train, length = train.take(data.train_size), min(data.train_size, length)
         streams = {part: undecoded(rows, columns) for part, rows in parts.items()}
         parts = {part: datasets.Dataset.from_list(list(s), features=s.features) for part, s in streams.items()}
-    held = table(data, Found(parts=parts, alias=found.alias, files=[]))
-    if "val" not in found.parts and data.val > 0:
+    held = table(data, HubSet(parts=parts, alias=source.alias, files=[]))
+    if "val" not in source.parts and data.val > 0:
         _check_mixed(held.labels[held.parts == "val"], len(held.classes))
-    return Streamed(reader=StreamReader(train, columns), length=length, held=held)
+    return StreamReader(train, columns), length, held
 
 
 def _check_mixed(labels: Int64[Array, " n"], classes: int) -> None:
@@ -97,15 +90,15 @@ def _check_mixed(labels: Int64[Array, " n"], classes: int) -> None:
         )
 
 
-def _train_length(found: Found) -> int:
-    """Images to train with, from the headers of the files or from what the hub says."""
+def _train_length(source: HubSet) -> int:
+    """Number of training images, from the headers of the files or from the hub."""
     import pyarrow.parquet as pq
 
-    files = [file for file in found.files if part_of(file) == "train"]
+    files = [file for file in source.files if part_of(file) == "train"]
     if files:
         return sum(pq.ParquetFile(file).metadata.num_rows for file in files)
-    splits = found.parts["train"].info.splits
+    splits = source.parts["train"].info.splits
     stated = splits["train"].num_examples if splits and "train" in splits else 0
     if not stated:
-        raise ValueError(f"{found.alias.hub} does not say how many images it has; set data.streaming false")
+        raise ValueError(f"{source.alias.hub} does not say how many images it has; set data.streaming false")
     return stated

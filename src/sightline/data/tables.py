@@ -20,7 +20,7 @@ from jaxtyping import Int64
 from sightline.data.folders import PARTS, image_files
 from sightline.data.images import formats
 from sightline.data.marks import BoxForm, Record
-from sightline.data.sources import Table, check_columns, fingerprint, group_names, usual_size
+from sightline.data.sources import Records, Table, check_columns, fingerprint, group_names, usual_size
 from sightline.recipe import Data
 
 Array = np.ndarray
@@ -55,7 +55,7 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a table: its cells by column, and where it stands."""
+    """One line of a table: its cells by column, and its place."""
 
     file: Path
     number: int
@@ -83,19 +83,8 @@ class Listed:
 
     @property
     def facts(self) -> tuple[Any, ...]:
-        """The entries in which all lines of one image must agree."""
+        """The cells in which all lines of one image must agree."""
         return self.label, self.group, self.part, self.mask
-
-
-@dataclass(frozen=True)
-class ListedReader:
-    """Records of listed images."""
-
-    images: list[Listed]
-
-    def __call__(self, rows: Sequence[int]) -> list[Record]:
-        """The records of these images."""
-        return [Record(image.image, image.mask, image.boxes) for image in (self.images[i] for i in rows)]
 
 
 def read_text(file: Path) -> str:
@@ -165,7 +154,7 @@ def lists_images(file: Path, data: Data) -> bool:
 
 
 def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
-    """The images that tables list, each with the label, group, mask, boxes and split that the tables give it.
+    """The images that tables list, with their labels, groups, masks, boxes and splits.
 
     Paths are relative to the folder of their table. Without a label column, the class is the image's folder.
 
@@ -179,13 +168,13 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
         raise ValueError(f"expected a line for each image in {files[0]}, it is empty")
     names = dict.fromkeys(name for line in lines for name in line.cells)
     columns = _choose(data, names, files[0])
-    found, loose = _files(lines, columns.image, "images", root)
+    line_images, loose = _files(lines, columns.image, "images", root)
     masks, loose_masks = _files(lines, columns.mask, "masks", root)
-    listed = [_listed(*facts, columns, root) for facts in zip(lines, found, masks, strict=True)]
+    listed = [_listed(*facts, columns, root) for facts in zip(lines, line_images, masks, strict=True)]
     images = _merged(listed, columns)
     classes, labels = _labels([image.label for image in images], columns.label)
     groups = None if columns.group is None else group_names([image.group for image in images], columns.group)
-    reader = ListedReader(images)
+    reader = Records([Record(image.image, image.mask, image.boxes) for image in images])
     paths = [image.image for image in images]
     used = [*paths, *(image.mask for image in images if image.mask is not None), *files]
     return Table(
@@ -202,7 +191,7 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
         has_masks=columns.mask is not None,
         has_boxes=columns.box is not None or bool(columns.sides),
         box_form=columns.box_form,
-        notices=(*_notices(data, names, columns), *loose, *loose_masks, *_unlisted(source, found, masks)),
+        notices=(*_notices(data, names, columns), *loose, *loose_masks, *_unlisted(source, line_images, masks)),
     )
 
 
@@ -265,7 +254,7 @@ def _usual(names: Sequence[str] | dict[str, Any], wanted: Sequence[str]) -> str 
 
 
 def _choose(data: Data, names: dict[str, None], file: Path) -> Columns:
-    """The columns that are named, or else those with the usual names."""
+    """The columns that the recipe names, or those with the usual names."""
     check_columns(data, names, file, same_case=False)
     image = _usual(names, (data.image,) if data.image else _IMAGE)
     if image is None:
@@ -280,9 +269,9 @@ def _choose(data: Data, names: dict[str, None], file: Path) -> Columns:
     form: BoxForm | None = None
     if chosen["box"] is None:
         for wanted, its_form in _SIDES.items():
-            found = [_usual(names, (name,)) for name in wanted]
-            if None not in found:
-                sides, form = tuple(filter(None, found)), its_form
+            side_names = [_usual(names, (name,)) for name in wanted]
+            if None not in side_names:
+                sides, form = tuple(filter(None, side_names)), its_form
                 break
     return Columns(image=image, split=_usual(names, ("split",)), sides=sides, box_form=form, **chosen)
 
@@ -308,8 +297,8 @@ def _files(
     if missing:
         first = str(missing[0].cells.get(column) or "")
         raise FileNotFoundError(
-            f"{len(missing)} of {len(lines)} {what} listed in {missing[0].file.name} are not there; the first, "
-            f"{first!r} in line {missing[0].number}, was looked for in {missing[0].file.parent}; "
+            f"{len(missing)} of {len(lines)} {what} listed in {missing[0].file.name} do not exist; the first, "
+            f"{first!r} in line {missing[0].number}, was expected in {missing[0].file.parent}; "
             f"{_elsewhere(first, root)}"
         )
     if not loose:
@@ -318,7 +307,7 @@ def _files(
 
 
 def _elsewhere(name: str, root: Path) -> str:
-    """Advice for a file that is not where its table says."""
+    """Advice about a file that is not where its table says."""
     last = re.split(r"[/\\]", name)[-1]
     same = [file for file in image_files(root) if last and _folded(file.name) == _folded(last)]
     if len(same) == 1:
@@ -455,7 +444,7 @@ def _merged(listed: Sequence[Listed], columns: Columns) -> list[Listed]:
 
 
 def _labels(labels: Sequence[str], column: str | None) -> tuple[tuple[str, ...], Int64[Array, " n"]]:
-    """Class names, in the order of their numbers where all are numbers, and the class of each image; -1: none.
+    """Class names, ordered by number if all are numbers, and the class of each image; -1: none.
 
     >>> _labels(["10", "9", "", "-1"], "label")
     (('9', '10'), array([ 1,  0, -1, -1]))

@@ -1,4 +1,4 @@
-"""Random changes of training images, whole batches at once on their own device; the random numbers are handed in."""
+"""Random changes of training images, whole batches at once on their own device; the random numbers are arguments."""
 
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ def augment(
 ) -> tuple[UInt8[Tensor, "b 3 h w"], Bool[Tensor, "b 1 h w"] | None, Boxes | None]:
     """Change each image by its own row of `uniform`, numbers in [0, 1); masks and boxes follow.
 
-    What lies outside is black, what is cut out becomes `fill`. Boxes that leave the image are dropped. Nothing is
+    Pixels outside the image are black, a cutout becomes `fill`. Boxes that leave the image are dropped. Nothing is
     changed in place, and, without boxes, the host never waits for the device.
     """
     marks = None if boxes is None else _Marks.joined(boxes, images.device)
@@ -88,7 +88,7 @@ class _Marks(NamedTuple):
         return cls(corners, torch.arange(len(boxes), device=device).repeat_interleave(counts))
 
     def kept(self, n: int) -> Boxes:
-        """Those that are not empty, by image."""
+        """The boxes that are not empty, by image."""
         full = (self.corners[:, 1] > self.corners[:, 0]).all(1)
         counts = torch.bincount(self.image[full], minlength=n)
         return list(self.corners[full].reshape(-1, 4).split(counts.tolist()))
@@ -98,7 +98,7 @@ class _Window(NamedTuple):
     """A random part of each image, which is enlarged to the size of the whole."""
 
     start: Int64[Tensor, "b 2"]
-    """Its left and top, in pixels."""
+    """Left and top, in pixels."""
     size: Int64[Tensor, "b 2"]
     """Its width and height."""
     whole: tuple[int, int]
@@ -114,7 +114,7 @@ class _Window(NamedTuple):
         return cls(torch.stack([left, top], 1).long(), torch.stack([w, h], 1).long(), (width, height))
 
     def enlarged(self, images: UInt8[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
-        """Bilinear, rounded after each axis; as nothing gets smaller, nothing needs smoothing."""
+        """Bilinear, rounded after each axis; nothing shrinks, so nothing needs smoothing."""
         block = max(BLOCK // (self.whole[0] * self.whole[1]), 1) if images.device.type == "cpu" else len(images)
         taps = [tap.split(block) for axis in (0, 1) for tap in self._taps(axis)]
         return torch.cat([_blended(*part) for part in zip(images.split(block), *taps, strict=True)])
@@ -244,5 +244,5 @@ def _cut_out(
 
 
 def _gray_levels(x: Float32[Tensor, "*_"]) -> UInt8[Tensor, "*_"]:
-    # the way from float to uint8 is four times as slow on a CPU
+    # float to uint8 directly is four times as slow on a CPU
     return x.to(torch.int16).to(torch.uint8)

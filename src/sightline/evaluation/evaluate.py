@@ -164,7 +164,7 @@ def _listed(
             raise ValueError(f"expected a list of {what}, got {names!r}; write {keyword}=[{names!r}]")
     for metric in () if metrics is None or metrics == "all" else metrics:
         if current_name(metric) not in METRICS:
-            hint = did_you_mean(metric, list(METRICS), f"choose from {', '.join(METRICS)}")
+            hint = did_you_mean(metric, METRICS, f"choose from {', '.join(METRICS)}")
             raise ValueError(f"expected the name of a metric, got {metric!r}{hint}")
     for name, explainer, *_ in (named(control) for control in controls if control != "other_class"):
         if not explainer.is_control:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sightline.explainers import Explainer, Method, explain, named
 from sightline.inference import ForwardCall, forward
-from sightline.metrics import METRICS, Perturbation, PerturbationMetric, inpaint, perturbed_counts
-from sightline.metrics.perturbed import ROAD_FRACTIONS
+from sightline.metrics import METRICS, Perturbation, inpaint, perturbed_counts
+from sightline.metrics.perturbed import ROAD_FRACTIONS, read_by
 from sightline.runs import write
 
 _FEWEST = 50
@@ -102,82 +102,59 @@ class Plan:
             return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Costs:
-    """Seconds per image and step."""
-
-    task: Task
-    size: Sequence[int]
-    forward: float
-    painting: float
-    explaining: Mapping[str, float]
-
-    def total(self, methods: Collection[str], metrics: Collection[str]) -> float:
-        """To explain an image by all of these methods and score it by all of these metrics."""
-        rows = [row for row in self.task.rows if row.method in methods]
-        needs = _needs(metrics)
-        shared, each = perturbed_counts(needs, self.task.perturbation, self.size)
-        forwards = shared + len(rows) * each
-        paintings = len(_PAINTED & needs) * len(ROAD_FRACTIONS) * len(rows)
-        again = sum(METRICS[metric].explanations for metric in metrics)
-        explaining = sum(self.explaining[row.method] * (1 if row.explains_runner_up else 1 + again) for row in rows)
-        return forwards * self.forward + paintings * self.painting + explaining
-
-    def savings(self, methods: Collection[str], metrics: Sequence[str]) -> dict[tuple[str, ...], float]:
-        """Savings by leaving out a method, or metrics that share perturbed images; the last of each stays."""
-        everything = self.total(methods, metrics)
-        explainers = [name for name in methods if name not in self.task.controls]
-        saved: dict[tuple[str, ...], float] = {}
-        if len(explainers) > 1:
-            saved = {(n,): everything - self.total([m for m in methods if m != n], metrics) for n in explainers}
-        for together in _sharing(metrics):
-            if rest := [metric for metric in metrics if metric not in together]:
-                saved[together] = everything - self.total(methods, rest)
-        return {names: seconds for names, seconds in saved.items() if seconds > 0}
-
-
 def plan(task: Task, images: Tensor, targets: Tensor, limit: int, budget: float) -> Plan:
     """As many images as fit into `budget` seconds; below 50, the most expensive method or metric is left out first.
 
     The forward and every method are timed on a few images; of a method that perturbs images only the first batch is.
     """
-    costs = _measured_costs(task, images, targets)
-    methods, metrics = list(task.methods), list(task.metrics)
+    cost = _cost_per_image(task, images, targets)
+    methods, metrics = tuple(task.methods), task.metrics
     left_out: dict[str, str] = {}
     fewest = min(limit, _FEWEST)
-    while costs.total(methods, metrics) * fewest > budget and (saved := costs.savings(methods, metrics)):
+    while cost(methods, metrics) * fewest > budget:
+        saved: dict[tuple[str, ...], float] = {}
+        explainers = [name for name in methods if name not in task.controls]
+        for names in [*((name,) for name in explainers if len(explainers) > 1), *_sharing(metrics)]:
+            rest = _without(methods, names), _without(metrics, names)
+            seconds = cost(methods, metrics) - cost(*rest)
+            if rest[1] and seconds > 0:
+                saved[names] = seconds
+        if not saved:
+            break
         most = max(saved, key=lambda names: (saved[names], -len(names)))
         for name in most:
             shared = f" together with {', '.join(n for n in most if n != name)}" if len(most) > 1 else ""
             seconds = f"{saved[most] * fewest:,.0f} s{shared} for {fewest} images"
             left_out[name] = f"{seconds}, of {budget:,.0f} s for everything"
-        methods = [name for name in methods if name not in most]
-        metrics = [name for name in metrics if name not in most]
-    per_image = costs.total(methods, metrics)
+        methods, metrics = _without(methods, most), _without(metrics, most)
+    per_image = cost(methods, metrics)
     count = max(int(min(limit, budget / per_image)), 1)
-    return Plan(
-        methods=tuple(methods),
-        metrics=tuple(metrics),
-        limit=count,
-        seconds=per_image * count,
-        left_out=left_out,
-    )
+    return Plan(methods=methods, metrics=metrics, limit=count, seconds=per_image * count, left_out=left_out)
 
 
-def _measured_costs(task: Task, images: Tensor, targets: Tensor) -> _Costs:
+def _without(names: tuple[str, ...], others: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in others)
+
+
+def _cost_per_image(task: Task, images: Tensor, targets: Tensor) -> Callable[[Collection[str], Collection[str]], float]:
+    """Seconds to explain an image by all of the methods and score it by all of the metrics."""
+    model, perturbation = task.model, task.perturbation
     rows = torch.arange(len(images), device=images.device)
-    rows = rows.repeat(max(task.perturbation.batch_size // len(images), 1))
-    many = images[rows]
-    return _Costs(
-        task=task,
-        size=images.shape[2:],
-        forward=_forward_seconds(task.model, many, task.perturbation.call(images).at(rows)),
-        painting=_painted_seconds(many) if _needs(task.metrics) & _PAINTED else 0.0,
-        explaining={
-            name: _seconds(task.model, images, targets, method, task.perturbation)
-            for name, method in task.methods.items()
-        },
-    )
+    rows = rows.repeat(max(perturbation.batch_size // len(images), 1))
+    per_forward = _forward_seconds(model, images[rows], perturbation.call(images).at(rows))
+    per_painting = _painted_seconds(images[rows]) if _needs(task.metrics) & _PAINTED else 0.0
+    explaining = {name: _seconds(model, images, targets, method, perturbation) for name, method in task.methods.items()}
+
+    def cost(methods: Collection[str], metrics: Collection[str]) -> float:
+        rows = [row for row in task.rows if row.method in methods]
+        needs = _needs(metrics)
+        shared, each = perturbed_counts(needs, perturbation, images.shape[2:])
+        paintings = len(_PAINTED & needs) * len(ROAD_FRACTIONS) * len(rows)
+        again = sum(METRICS[metric].explanations for metric in metrics)
+        explanations = sum(explaining[row.method] * (1 if row.explains_runner_up else 1 + again) for row in rows)
+        return (shared + len(rows) * each) * per_forward + paintings * per_painting + explanations
+
+    return cost
 
 
 def _sharing(metrics: Sequence[str]) -> list[tuple[str, ...]]:
@@ -187,10 +164,7 @@ def _sharing(metrics: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _needs(metrics: Collection[str]) -> frozenset[str]:
-    functions = [METRICS[metric].function for metric in metrics]
-    return frozenset[str]().union(
-        *(function.needs for function in functions if isinstance(function, PerturbationMetric))
-    )
+    return read_by(METRICS[metric].function for metric in metrics)
 
 
 def _forward_seconds(model: nn.Module, images: Tensor, call: ForwardCall) -> float:

@@ -175,7 +175,7 @@ def named(method: Method) -> tuple[str, Explainer, dict[str, Any], LayerLike]:
         ValueError: there is no such method, or it has no such option.
         TypeError: neither a name, an explainer nor a partial of one.
 
-    >>> named(partial(activation_map, norm="mean"))[0], named("cam@features")[0]
+    >>> named(partial(intrinsic.activation_map, norm="mean"))[0], named("cam@features")[0]
     ('activation_map(norm=mean)', 'cam@features')
     """
     if isinstance(method, str):

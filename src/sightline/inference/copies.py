@@ -17,7 +17,8 @@ def copy_of(model: Model) -> Model:
     Tensors with a graph that a forward leaves in the model (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`) are
     copied without it, and objects that cannot be copied (locks, open files) are shared.
 
-    >>> layer = nn.utils.prune.identity(nn.Linear(2, 2), "weight")
+    >>> from torch.nn.utils.prune import identity
+    >>> layer = identity(nn.Linear(2, 2), "weight")
     >>> layer.weight.is_leaf, copy_of(layer).weight.is_leaf
     (False, True)
     """

@@ -156,11 +156,11 @@ def krippendorff_alpha(ratings: Float[Array, "raters units"], level: Level = "no
 
 
 def reliability(values: Mapping[str, Float[Array, " n"]]) -> float:
-    """Do images agree on which method is better? 1: every image ranks the methods alike; 0: as chance would.
+    """Whether images agree on which method is better. 1: every image ranks the methods alike; 0: as chance would.
 
     Krippendorff's ordinal alpha with images as raters, methods as units, and a method's rank in that image as its
-    rating. Methods without any value are left out, and then images in which one has none, as ranks among fewer methods
-    are other ranks. NaN for fewer than two images or methods.
+    rating. Methods without any value are left out, and then images where a method has none, because ranks among fewer
+    methods differ. NaN for fewer than two images or methods.
 
     Source: Tomsett et al. 2020 (1912.01451), inter-rater reliability.
 
@@ -186,13 +186,13 @@ def _fit(maps: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _varies(maps: Tensor) -> Tensor:
-    """Finite and not flat; asked before resizing, which rounds."""
+    """Whether a map is finite and not flat; checked before resizing, which rounds."""
     cells = maps.flatten(1)
     return cells.isfinite().all(1) & (cells.amax(1) > cells.amin(1))
 
 
 def _top(cells: Float[Tensor, "b n"], share: float) -> Float[Tensor, "b n"]:
-    """To what part each cell belongs to the highest share of them."""
+    """The degree to which each cell belongs to the highest share of the cells."""
     count = max(round(share * cells.shape[1]), 1)
     least = cells.topk(count, 1).values[:, -1:]
     above, tied = (cells > least).double(), (cells == least).double()

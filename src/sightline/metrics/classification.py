@@ -1,4 +1,4 @@
-"""How good is the classifier itself? Accuracy, macro-F1, calibration, each class, and a probe of its features."""
+"""How good is the classifier? Accuracy, macro-F1, calibration, each class, and a probe of its features."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ class ClassQuality:
     """One class against all others."""
 
     precision: float
-    """Share of the images given this class that have it; NaN if it is never given."""
+    """Share of the images predicted as this class that belong to it; NaN if there is none."""
     recall: Interval
-    """Share of the images of this class that are given it; NaN if there is none."""
+    """Share of the images of this class that are predicted as it; NaN if there is none."""
     f1: float
-    """Harmonic mean of precision and recall; NaN if the class occurs neither in the labels nor in the answers."""
+    """Harmonic mean of precision and recall; NaN if the class is neither a label nor a prediction of any image."""
     n: int
     """Images of this class."""
 
@@ -56,10 +56,10 @@ def quality(
 ) -> Quality:
     """Accuracy, macro-F1, expected calibration error and each class.
 
-    Intervals of shares are Wilson's, with groups `mean_interval`'s; the others resample images or groups. Resampling
-    adds to a calibration error as much as sampling has added, so its percentiles are mirrored at the value ("basic"
-    bootstrap), and the interval kept within 0 and 1 and made to hold the value. It holds the true error of a perfectly
-    calibrated model, 0, only about half of the time.
+    Accuracy and recall have Wilson's intervals, with groups those of `mean_interval`; the others resample images or
+    groups. Resampling adds as much to a calibration error as sampling did, so its percentiles are mirrored at the value
+    ("basic" bootstrap), and the interval is limited to 0 to 1 and always holds the value. It holds the true error of a
+    perfectly calibrated model, 0, only about half of the time.
 
     Raises:
         ValueError: no image, a label that is no class.
@@ -104,7 +104,7 @@ def quality(
 
 
 def accuracy(probabilities: Float[Array, "n classes"], labels: Int[Array, " n"]) -> float:
-    """Share of images whose most probable class is right; the first of equally probable ones is the answer.
+    """Share of images whose most probable class is right; of equally probable classes the first counts.
 
     Chance: 1 / classes; see also the share of the most frequent class.
 
@@ -121,8 +121,7 @@ def accuracy(probabilities: Float[Array, "n classes"], labels: Int[Array, " n"])
 def macro_f1(probabilities: Float[Array, "n classes"], labels: Int[Array, " n"]) -> float:
     """Unweighted mean F1 of the classes, 0 to 1; higher is better.
 
-    Classes that occur neither in the labels nor in the answers are left out; one that occurs in only one of them
-    counts 0.
+    Classes that are neither a label nor a prediction are left out; a class that is only one of them counts 0.
 
     Raises:
         ValueError: as `quality`.
@@ -158,13 +157,14 @@ def linear_probe(
 
     The features are the input of the `nn.Linear` that makes the logits. Each is scaled by its mean and standard
     deviation over `train`. `train` and `test`: (images, labels), or batches of them, of any data set whose images the
-    model can take. `penalty`: see the source. Nothing is drawn at random, the model stays as it is.
+    model can take. `penalty`: see the source. Nothing is random, and the model stays unchanged.
 
     Raises:
         ValueError: no image, a negative label, or logits that do not come straight out of an `nn.Linear`.
+        ModuleNotFoundError: scikit-learn is missing.
 
-    Source: Jetley et al. 2018 (1804.02391), section 5.3, cross-domain classification. Fitted is multinomial logistic
-    regression: the smallest summed cross-entropy + penalty / 2 x the squared weights without biases.
+    Source: Jetley et al. 2018 (1804.02391), section 5.3, cross-domain classification. The classifier is multinomial
+    logistic regression; it minimizes the summed cross-entropy + penalty / 2 x the squared weights without biases.
 
     Differs: the paper fits linear SVMs.
 

@@ -1,6 +1,6 @@
 """Scores of perturbed images: made once, in bounded memory, for every metric that asks for them."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import update_wrapper
 from math import ceil
@@ -132,6 +132,11 @@ class PerturbationMetric:
     def value(self, fields: Fields, **options: Any) -> Float[Tensor, " b"]:
         """The formula on scores that exist already, in float64."""
         return self.formula(**named_in(self.formula, fields), **options)
+
+
+def read_by(functions: Iterable[Callable[..., Any]]) -> frozenset[str]:
+    """Everything that the perturbation metrics among some functions read."""
+    return frozenset(name for one in functions if isinstance(one, PerturbationMetric) for name in one.needs)
 
 
 def perturbed_scores(

@@ -10,7 +10,7 @@ from sightline.arguments import named_in, needs
 from sightline.facts import Progress
 from sightline.inference import wide
 from sightline.metrics.per_image import PerImageMean
-from sightline.metrics.perturbed import Fields, Perturbation, PerturbationMetric, perturbed_scores
+from sightline.metrics.perturbed import Fields, Perturbation, PerturbationMetric, perturbed_scores, read_by
 from sightline.metrics.sanity import Explain
 
 
@@ -66,13 +66,11 @@ def measure(
         if missing := inputs_of(metric) - {*inputs, "maps"}:
             raise ValueError(f"expected {' and '.join(sorted(missing))} for {name}, got none; pass it or drop {name}")
     functions = {name: metric.function for name, metric in metrics.items()}
-    read = frozenset[str]().union(*(f.needs for f in functions.values() if isinstance(f, PerturbationMetric)))
     perturbation = perturbation or Perturbation()
     fields: dict[str, Fields] = {}
-    if read:
-        fields = perturbed_scores(
-            **named_in(perturbed_scores, inputs), maps=maps, needs=read, perturbation=perturbation, progress=progress
-        )
+    if read := read_by(functions.values()):
+        given = named_in(perturbed_scores, inputs)
+        fields = perturbed_scores(**given, maps=maps, needs=read, perturbation=perturbation, progress=progress)
     values: dict[tuple[str, str], Tensor] = {}
     for name, function in functions.items():
         given = named_in(function, perturbation.of_model | inputs)

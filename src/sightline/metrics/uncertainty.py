@@ -177,16 +177,14 @@ def limits(statistics: Float[Array, "r k"], n: Int[Array, " k"]) -> tuple[Float[
 
     NaN where n is below two.
     """
-    ordered = np.sort(statistics, axis=0)  # NaN comes last
-    last = np.maximum((~np.isnan(ordered)).sum(0) - 1, 0)
-    levels = np.array([_expanded_level(int(units)) for units in n])
-
-    def at(places: Array) -> Array:
-        below = np.floor(places).astype(int)
-        low, high = (np.take_along_axis(ordered, row[None], 0)[0] for row in (below, np.ceil(places).astype(int)))
-        return np.where(n > 1, low + (places - below) * (high - low), np.nan)
-
-    return at(levels * last), at((1 - levels) * last)
+    ends = np.full((2, len(n)), np.nan)
+    for column, units in enumerate(n.tolist()):
+        values = statistics[:, column]
+        values = values[~np.isnan(values)]
+        if units > 1 and len(values):
+            level = _expanded_level(units)
+            ends[:, column] = np.quantile(values, [level, 1 - level])
+    return ends[0], ends[1]
 
 
 def _by_unit(values: Array, groups: Array | None) -> tuple[Array, Array]:
@@ -231,4 +229,4 @@ def _sign_flips(sums: Array, seed: int) -> Array:
 def _expanded_level(n: int) -> float:
     from scipy.special import ndtr, stdtrit
 
-    return float(ndtr(-sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975))) if n > 1 else 0.0
+    return float(ndtr(-sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975)))

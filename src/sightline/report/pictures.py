@@ -192,30 +192,40 @@ def charts(history: list[dict[str, float]]) -> list[Chart]:
     >>> [chart.text for chart in charts([row])]
     ['train loss 2 in epoch 1, 2 in epoch 1', 'train accuracy 0.5 in epoch 1, 0.5 in epoch 1']
     """
-    epochs = np.array([row["epoch"] for row in history])
+    epochs = [row["epoch"] for row in history]
     x = WIDTH * np.linspace(0, 1, len(epochs))
+    each = math.ceil(len(epochs) / 8)
     drawn: list[Chart] = []
     for quantity in ("loss", "accuracy"):
         lines = {part: np.array([row[f"{part}_{quantity}"] for row in history]) for part in ("train", "val")}
         lines = {part: line for part, line in lines.items() if np.isfinite(line).any()}
-        if not lines:
-            continue
-        ticks = _ticks(*lines.values())
-        y = {part: _height(line, ticks) for part, line in lines.items()}
-        each = math.ceil(len(epochs) / 8)
-        drawn.append(
-            Chart(
-                quantity=quantity,
-                text="; ".join(
-                    f"{part} {quantity} {line[0]:.3g} in epoch {epochs[0]:g}, {line[-1]:.3g} in epoch {epochs[-1]:g}"
-                    for part, line in lines.items()
-                ),
-                lines={part: curve(x, y[part]) for part in lines},
-                x_ticks={f"{epoch:g}": float(at) for epoch, at in zip(epochs[::each], x[::each], strict=True)},
-                y_ticks=_labeled(ticks, _height(ticks, ticks)),
-            )
+        text = "; ".join(
+            f"{part} {quantity} {line[0]:.3g} in epoch {epochs[0]:g}, {line[-1]:.3g} in epoch {epochs[-1]:g}"
+            for part, line in lines.items()
         )
+        x_ticks = {f"{epoch:g}": float(at) for epoch, at in zip(epochs[::each], x[::each], strict=True)}
+        if lines:
+            drawn.append(_chart(quantity, text, {part: (x, line) for part, line in lines.items()}, {}, x_ticks))
     return drawn
+
+
+def _chart(
+    quantity: str,
+    text: str,
+    lines: Mapping[str, tuple[Array, Array]],
+    bands: Mapping[str, tuple[Array, Array]],
+    x_ticks: dict[str, float],
+) -> Chart:
+    """Lines by name, (x, values), and for some of them the ends of a band."""
+    ticks = _ticks(*(values for _, values in lines.values()), *(end for ends in bands.values() for end in ends))
+    return Chart(
+        quantity=quantity,
+        text=text,
+        lines={name: curve(x, _height(values, ticks)) for name, (x, values) in lines.items()},
+        bands={name: _band(lines[name][0], *(_height(end, ticks) for end in ends)) for name, ends in bands.items()},
+        x_ticks=x_ticks,
+        y_ticks=_labeled(ticks, _height(ticks, ticks)),
+    )
 
 
 def courses(curves: Mapping[str, Mapping[str, Curve]], foremost: Sequence[str], thin: Collection[str]) -> list[Chart]:
@@ -227,24 +237,15 @@ def courses(curves: Mapping[str, Mapping[str, Curve]], foremost: Sequence[str], 
     ['cam 0 with 0 %, 0.5 with 50 %, 1 with 100 % of the pixels inserted']
     """
     drawn: list[Chart] = []
+    x_ticks = {f"{percent} %": WIDTH * percent / 100 for percent in (0, 25, 50, 75, 100)}
     for kind, by_method in curves.items():
-        shown = {name: by_method[name] for name in (*thin, *reversed(foremost)) if name in by_method}
+        shown = [name for name in (*thin, *reversed(foremost)) if name in by_method]
+        lines = {name: (WIDTH * by_method[name].shares, by_method[name].mean) for name in shown}
         bands = {name: (by_method[name].low, by_method[name].high) for name in reversed(foremost) if name in by_method}
-        if not bands:
-            continue
-        ticks = _ticks(*(line.mean for line in shown.values()), *(end for ends in bands.values() for end in ends))
-        x = {name: WIDTH * line.shares for name, line in shown.items()}
-        drawn.append(
-            Chart(
-                quantity=kind,
-                text="; ".join(_course(name, by_method[name]) for name in foremost if name in by_method)
-                + f" of the pixels {kind.removesuffix('ion')}ed",
-                lines={name: curve(x[name], _height(line.mean, ticks)) for name, line in shown.items()},
-                bands={name: _band(x[name], *(_height(end, ticks) for end in ends)) for name, ends in bands.items()},
-                x_ticks={f"{share} %": WIDTH * share / 100 for share in (0, 25, 50, 75, 100)},
-                y_ticks=_labeled(ticks, _height(ticks, ticks)),
-            )
-        )
+        text = "; ".join(_course(name, by_method[name]) for name in foremost if name in by_method)
+        text += f" of the pixels {kind.removesuffix('ion')}ed"
+        if bands:
+            drawn.append(_chart(kind, text, lines, bands, x_ticks))
     return drawn
 
 

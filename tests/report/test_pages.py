@@ -1,0 +1,110 @@
+"""Pages of maps as a notebook asks for them: from tensors, image sets and files."""
+
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sightline as sl
+from sightline.data import Preprocess, read_images
+from sightline.data import images as image_files
+from sightline.data.images import open_image, open_picture, quiet
+from sightline.testing import PooledModel
+
+PREPROCESS = Preprocess(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    return [tmp_path / f"{i}.png" for i in range(3)]
+
+
+def pages(images, out, **options):
+    options = {"methods": ["cam", "center_map"], "preprocess": PREPROCESS, "classes": ["r", "g", "b"]} | options
+    return sl.report.pages(PooledModel(torch.eye(3)), images, out, **options)
+
+
+def test_tensors_image_sets_and_files_give_the_same_maps(files, tmp_path):
+    images = read_images(files, PREPROCESS)
+    tensors = images.batch(range(3)).images
+    results = [pages(given, tmp_path / str(i)) for i, given in enumerate((files, images, tensors))]
+    for result in results:
+        assert list(result.verdicts) == ["cam", "center_map"] and len(result.rows) == 6
+        assert result.written == frozenset(result.folder.iterdir()) and len(result.written) == 7
+    raw = [[np.load(r.folder / f"{row['maps']}.npz")["cam"] for row in r.rows[::2]] for r in results]
+    assert np.array_equal(raw[0], raw[1]) and np.array_equal(raw[0], raw[2])
+    expected = sl.explain(PooledModel(torch.eye(3)), tensors / 255, methods=["cam"])["cam"][:, 0]
+    assert np.allclose(raw[0], expected.numpy())
+    assert [row["maps"] for row in results[2].rows[::2]] == ["image-0", "image-1", "image-2"]
+
+
+def test_a_target_by_name_and_a_wrong_one(files, tmp_path):
+    assert {row["class"] for row in pages(files, tmp_path / "a", target="g").rows} == {"g"}
+    with pytest.raises(ValueError, match=r"expected the target class by name .* got 'gg'; did you mean 'g'\?"):
+        pages(files, tmp_path / "b", target="gg")
+
+
+def test_methods_that_do_not_fit_and_files_that_cannot_be_read_are_left_out(files, tmp_path):
+    files[1].write_bytes(b"")
+    done = []
+    result = pages(files, tmp_path / "out", methods=["cam", "attention"], progress=lambda *told: done.append(told))
+    assert list(result.left_out) == ["attention"] and result.skipped == ((str(files[1]), "the file is empty"),)
+    assert len(result.rows) == 2 and done[-1] == ("explaining", 3, 3)
+    with pytest.raises(ValueError, match="the file is empty"):
+        pages(files, tmp_path / "strict", strict=True)
+    with pytest.raises(ValueError, match=r"expected at least one readable image, got none; the first, .*1\.png: "):
+        pages(files[1:2], tmp_path / "none")
+    with pytest.raises(ValueError, match="expected an output folder other than that of the images"):
+        pages([tmp_path], tmp_path)
+
+
+def test_an_image_is_decoded_once_and_the_output_is_decided_once(files, tmp_path, monkeypatch):
+    decoded, decided = [], []
+    load = Image.Image.load
+    monkeypatch.setattr(image_files, "_decoded", counted(image_files._decoded, decoded))
+    settled = sl.inference.ForwardCall.settled
+    monkeypatch.setattr(sl.inference.ForwardCall, "settled", counted(settled, decided))
+    pages(files, tmp_path / "out", batch_size=1)
+    assert len(decoded) == 3 and len(decided) == 1 and load is Image.Image.load
+
+
+def counted(function, calls):
+    def call(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("size", [(40, 60), (900, 1300)])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_picture_has_the_pixels_of_two_decodings(size, suffix, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+    small, shown = open_picture(tmp_path / f"a.{suffix}", (32, 32), 512)
+    assert np.array_equal(small, open_image(tmp_path / f"a.{suffix}", (32, 32))[0])
+    assert np.array_equal(shown, open_image(tmp_path / f"a.{suffix}", 512)[0])
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were():
+    before = list(warnings.filters)
+    both = threading.Barrier(2)
+
+    def first():
+        with quiet():
+            both.wait()
+            both.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    both.wait()
+    with quiet():
+        both.wait()
+        thread.join()
+    assert list(warnings.filters) == before
