@@ -270,7 +270,5 @@ def test_old_names_are_answered():
 
 
 def test_a_perturbation_metric_reads_only_what_there_is():
-    with pytest.raises(
-        ValueError, match=r"expected parameters of a perturbation metric out of .*, got 'kept'"
-    ):
+    with pytest.raises(ValueError, match=r"expected parameters of a perturbation metric out of .*, got 'kept'"):
         PerturbationMetric(lambda kept: kept)

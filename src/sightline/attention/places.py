@@ -129,7 +129,7 @@ class _Flow(TorchDispatchMode):
         """Run an operation and record what its results depend on."""
         storages = {_storage(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **kwargs or {})
-        written = {
+        written = {  # read off the schema, which is not documented: see tests/test_torch_features.py
             _storage(tensor)
             for argument, tensor in zip(func._schema.arguments, args, strict=False)
             if isinstance(tensor, Tensor) and argument.alias_info is not None and argument.alias_info.is_write

@@ -141,7 +141,7 @@ class _Rectify(torch.autograd.Function):
         rule: Rule = ctx.rectifiers.rule
         if rule != "deconvolution":
             (values,) = ctx.saved_tensors
-            if ctx.high < inf:
+            if ctx.high < inf:  # operators of PyTorch's own backward: see tests/test_torch_features.py
                 grad = torch.ops.aten.hardtanh_backward(grad, values, 0, ctx.high)
             else:
                 grad = torch.ops.aten.threshold_backward(grad, values, 0)

@@ -16,6 +16,12 @@ Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor]
 the model returns to one score per image, (b,) or (b, t)."""
 
 
+Make = Callable[[Int[Tensor, " n"]], tuple[Float[Tensor, "n ..."], Int[Tensor, " n"]]]
+"""From the numbers of items to their images and rows."""
+Read = Callable[[Tensor, Tensor], Tensor]
+"""From images and rows to a row of values for each."""
+
+
 class Scorer:
     """The explained scores of images: the logit of each target, or what a function computes from the model's output.
 
@@ -143,13 +149,7 @@ class Scorer:
         return gradient
 
     def stream(
-        self,
-        what: str,
-        total: int,
-        make: Callable[[Int[Tensor, " n"]], tuple[Tensor, Int[Tensor, " n"]]],
-        read: Callable[[Tensor, Tensor], Tensor],
-        *,
-        group: int | None = None,
+        self, what: str, total: int, make: Make, read: Read, *, group: int | None = None
     ) -> Iterator[tuple[Int[Tensor, " n"], Tensor]]:
         """Items 0 to total - 1, at most `batch_size` at a time, each with what `read`, a method of this scorer, says.
 
@@ -167,13 +167,7 @@ class Scorer:
             self.progress(what, stop, total)
 
     def collect(
-        self,
-        what: str,
-        total: int,
-        make: Callable[[Int[Tensor, " n"]], tuple[Tensor, Int[Tensor, " n"]]],
-        read: Callable[[Tensor, Tensor], Tensor],
-        *,
-        group: int | None = None,
+        self, what: str, total: int, make: Make, read: Read, *, group: int | None = None
     ) -> Float[Tensor, "total ..."]:
         """All that `stream` yields, in one tensor of at least 32 bits."""
         values = torch.cat([value for _, value in self.stream(what, total, make, read, group=group)])

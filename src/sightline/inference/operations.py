@@ -52,28 +52,27 @@ GATES = _words("sigmoid hardsigmoid erf")
 
 
 class Operation:
-    """One call of a function of PyTorch, as a mode sees it."""
+    """One call of a function of PyTorch, as a mode sees it.
 
-    __slots__ = ("args", "func", "kwargs")
+    Its `name` is the same for a function, a method and an operator, in place or not; an attribute has its own name.
+
+    >>> import torch
+    >>> [Operation(f, (), {}).name for f in (torch.relu_, Tensor.__getitem__, Tensor.T.__get__)]
+    ['relu', 'getitem', 'T']
+    """
+
+    __slots__ = ("_tensors", "args", "func", "kwargs", "name")
 
     def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.func = func
         self.args = args
         self.kwargs = kwargs
+        self.name = _name(func)
+        self._tensors: list[Tensor] | None = None
 
     def __call__(self) -> Any:
         """The result."""
         return self.func(*self.args, **self.kwargs)
-
-    @property
-    def name(self) -> str:
-        """One name for a function, a method and an operator, in place or not; of an attribute its own name.
-
-        >>> import torch
-        >>> [Operation(f, (), {}).name for f in (torch.relu_, Tensor.__getitem__, Tensor.T.__get__)]
-        ['relu', 'getitem', 'T']
-        """
-        return _name(self.func)
 
     @property
     def is_in_place(self) -> bool:
@@ -98,13 +97,14 @@ class Operation:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments, also in lists."""
-        tensors: list[Tensor] = []
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, Tensor):
-                tensors.append(value)
-            elif isinstance(value, list | tuple) and not all(type(each) is int for each in value):
-                tensors += tensors_in(value)
-        return tensors
+        if self._tensors is None:
+            self._tensors = []
+            for value in (*self.args, *self.kwargs.values()):
+                if isinstance(value, Tensor):
+                    self._tensors.append(value)
+                elif isinstance(value, list | tuple) and not all(type(each) is int for each in value):
+                    self._tensors += tensors_in(value)
+        return self._tensors
 
 
 class Operations(TorchFunctionMode):

@@ -304,4 +304,4 @@ def version_of(tensor: Tensor) -> int:
     >>> version_of(torch.zeros(1)), version_of(torch.zeros(1).add_(1))
     (0, 1)
     """
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else tensor._version  # not documented: see tests/test_torch_features.py

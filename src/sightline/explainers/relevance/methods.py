@@ -13,6 +13,8 @@ from sightline.explainers.scorer import Scorer, gradients_of
 from sightline.explainers.verdicts import Map
 from sightline.facts import Verdict
 
+__all__ = ["lrp", "lrp_epsilon_alpha2_beta1", "lrp_epsilon_gamma_box", "lrp_epsilon_plus_flat"]
+
 _EPSILON = Composite()
 _TARGETS_AT_ONCE = 8  # bounds memory
 

@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vjp
 
+__all__ = ["AlphaBeta", "Composite", "Epsilon", "Flat", "Gamma", "Rule", "ZBox", "ZPlus", "Zero"]
+
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """A convolution or a linear layer as a function of input, weight and bias."""
 _STABILIZER = 1e-6
