@@ -86,12 +86,12 @@ def test_odd_images_are_used_and_unreadable_ones_are_listed(odd, tmp_path, capsy
     ("arguments", "message"),
     [
         (["--methods", ""], "expected one name or several, A,B,..., got ''; see sightline list"),
-        (["--layer", ""], "expected --layer NAME, got an empty one"),
+        (["--layer", ""], "argument --layer: expected a name, got an empty one"),
         (["--methods", "grad_cam,grad_cam"], "got 'grad_cam' twice; ask for it once"),
         (["--target", "2"], "expected targets in 0..1, got 2..2; the model has 2 classes, counted from 0"),
         (["--layer", "features.conv133"], "got 'features.conv133'; did you mean 'features.conv13'"),
-        (["--out", ""], "expected --out FOLDER, got an empty name"),
-        (["--out", "{images}"], "expected another folder than that of the images"),
+        (["--out", ""], "argument --out: expected a name, got an empty one"),
+        (["--out", "{images}"], "expected an output folder other than that of the images"),
     ],
 )
 def test_bad_requests_for_maps(arguments, message, tmp_path_factory, tmp_path, capsys):

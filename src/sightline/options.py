@@ -264,7 +264,7 @@ def _fields(parts: Sequence[str]) -> str:
 
 def _nonempty(text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("expected a name, got an empty one; leave the option out, or write . for here")
+        raise argparse.ArgumentTypeError("expected a name, got an empty one; fill it in, or leave the option out")
     return text
 
 

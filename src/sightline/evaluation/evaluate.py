@@ -278,7 +278,7 @@ def _score(
             report("explaining and scoring", done, len(draw.chosen))
         if (shown := batch.only(~is_chosen)) is not None:
             parts.append(_batch_maps(task, shown, predictions))
-        rows = {int(row) for part in parts for _, row in part.maps}
+        rows = {int(row) for part in parts for _, row in part.maps} | set(draw.shown.tolist())
         scores = sum(parts, scores + Scores(pictures=_pictures(batch, rows)))
     return scores
 
