@@ -477,7 +477,7 @@ def test_a_model_that_switches_gradients_off_is_said_to(method, images):
         def forward(self, x):
             return super().forward(x)
 
-    with pytest.raises(ValueError, match=r"expected .*; .*see that the forward does not switch"):
+    with pytest.raises(ValueError, match=r"expected .*; .*make sure the forward does not switch"):
         explain(Frozen(), images, 1, [method])
 
 

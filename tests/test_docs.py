@@ -185,7 +185,7 @@ def test_a_broken_example_is_found(reader: Path, monkeypatch: pytest.MonkeyPatch
     for text, error, message in (
         ("```python\n1 / 0\n```\n", ZeroDivisionError, "division by zero"),
         ("```pycon\n>>> 1 + 1\n3\n```\n", AssertionError, "page.md:1: another output"),
-        ("```yaml\noptim: {epoch: 3}\n```\n", ValueError, "did you mean optim.epochs"),
+        ("```yaml\noptim: {epoch: 3}\n```\n", ValueError, "did you mean 'optim.epochs'"),
         ("```bash\nrm -rf photos\n```\n", AssertionError, "rm is not a command"),
         ("<!-- test: fast -->\n```bash\nsightline list\n```\n", AssertionError, "unknown note 'fast'"),
         ("```haskell\nmain\n```\n", AssertionError, "haskell blocks are not tested"),

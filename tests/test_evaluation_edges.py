@@ -61,7 +61,9 @@ def test_data_is_read_once_where_it_fits_in_memory_and_else_twice(memory, passes
 
     monkeypatch.setattr(reading, "MEMORY", memory)
     data = Counted()
-    found = evaluate(MODEL, data, ["cam", "grad_cam"], "all", limit=10, steps=2, examples=4, budget=budget)
+    found = evaluate(
+        MODEL, data, ["cam", "grad_cam"], ["deletion_auc", "sparsity"], limit=10, steps=2, examples=4, budget=budget
+    )
     assert data.passes == passes and len(found.per_image["name"]) == 10
     assert len(found.examples) == 4 and found.errors and len(found.worst["cam"]) == 3
 

@@ -554,5 +554,5 @@ def test_transformers_of_videos(method):
     video = images(1, 3, 4, 32, 32)
     assert explain(FramesSecond().eval(), video, 0, [method])[method].shape == (1, 1, 2, 4, 4)
     if method != "attention_rollout":
-        with pytest.raises(ValueError, match=r"^expected a model that takes \(b, c, d, h, w\), got one that takes the"):
+        with pytest.raises(ValueError, match=r"^expected a model that takes \(b, c, d, h, w\), got one whose second"):
             explain(model, video.transpose(1, 2), 0, [method])

@@ -93,8 +93,8 @@ def test_impossible_boxes_are_listed(box, reason, tmp_path):
     [
         ([[10, 10, 20, 10]] * 3, "3 of 3 boxes of cells do not fit their images as xyxy, 0 as xywh; write --data.box"),
         ([[5, 5, 40, 30]] * 9 + [[40, 20, 10, 10]], "1 of 10 boxes of cells do not fit their images as xyxy, 0 as xy"),
-        ([[0.4, 0.45, 0.5, 0.6]] * 3, "numbers lie between 0 and 1; write --data.boxes relative or --data.boxes cxcyw"),
-        ([[0.5, 0.5, 0.3, 0.9]] * 3, "numbers lie between 0 and 1; write --data.boxes cxcywh"),
+        ([[0.4, 0.45, 0.5, 0.6]] * 3, "numbers are between 0 and 1; write --data.boxes relative or --data.boxes cxcyw"),
+        ([[0.5, 0.5, 0.3, 0.9]] * 3, "numbers are between 0 and 1; write --data.boxes cxcywh"),
         ([[0.6, 0.1, 0.4, 0.9]] * 3, "between 0 and 1; write --data.boxes relative_xywh "),
     ],
 )

@@ -75,7 +75,7 @@ def test_another_network_is_named_where_the_files_beside_tell(trained, tmp_path)
     with pytest.raises(
         ValueError,
         match=r"do not fit test_vit: .*; \d+ of its \d+ names are there, so they belong to another network, they start "
-        r"with bn1\.bias; give the name of that",
+        r"with bn1\.bias; give its name",
     ):
         create_model("test_vit", num_classes=3, weights=tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "num_classes": 3}))

@@ -225,7 +225,7 @@ def load(source: Path | str | Recipe | Mapping[str, Any], overrides: Mapping[str
     (0, 1)
     >>> load(Recipe(), {"optim.epoch": 3})
     Traceback (most recent call last):
-    ValueError: optim.epoch: no such field in a recipe; did you mean optim.epochs?
+    ValueError: optim.epoch: no such field in a recipe; did you mean 'optim.epochs'?
     """
     if isinstance(source, Recipe):
         source = asdict(source)

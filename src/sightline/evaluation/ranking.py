@@ -191,7 +191,7 @@ def curve_of(
 def metric_agreement(means: Float[Array, "methods metrics"], higher_is_better: Sequence[bool]) -> Float[Array, "m m"]:
     """Rank correlation between metrics over methods; NaN where fewer than three methods have both.
 
-    >>> metric_agreement(np.array([[1.0, 9.0], [2.0, 7.0], [3.0, 6.0]]), [True, False]).tolist()
+    >>> metric_agreement(np.array([[1.0, 9.0], [2.0, 7.0], [3.0, 6.0]]), [True, False]).round(9).tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
     oriented = torch.from_numpy((means * np.where(higher_is_better, 1.0, -1.0)).T)

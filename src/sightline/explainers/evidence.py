@@ -247,8 +247,8 @@ class Gathered:
             if gradient is None:
                 raise ValueError(
                     quantized_in(self.model)
-                    or f"expected a layer that the logits depend on, got {name!r}; choose another, and see that the "
-                    "forward does not switch gradients off"
+                    or f"expected a layer that the logits depend on, got {name!r}; choose another, and make sure "
+                    "the forward does not switch gradients off"
                 )
             gradients.append(_as_float(gradient, self.scorer))
         at_layers = {p: p.at.layout.maps(gradient, lead=2) for p, gradient in zip(through, gradients, strict=False)}
