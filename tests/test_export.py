@@ -160,7 +160,7 @@ def test_a_network_that_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.M
             return images.mean((1, 2, 3))[:, None] if bool(images.sum() > np.pi) else images.amax((1, 2, 3))[:, None]
 
     folder = trained(tmp_path / "run", *NETWORKS["no attention"][:2])
-    monkeypatch.setattr(runs, "load", lambda folder: Stubborn())
+    monkeypatch.setattr(runs, "load_model", lambda folder: Stubborn())
     with pytest.raises(ValueError, match="cannot export vgg15 for any number of images: ") as caught:
         export.write(folder, tmp_path / "net.pt2")
     assert "\n" not in str(caught.value) and not (tmp_path / "net.pt2").exists()
