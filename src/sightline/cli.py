@@ -159,7 +159,7 @@ def bench(options: Namespace, overrides: dict[str, Any]) -> None:
     """Train the rows of a study with every seed, a control among them, and compare: accuracy, maps, cost."""
     from sightline import bench
 
-    study = bench.load(options.study, overrides, options.row, options.dataset)
+    study = bench.load_study(options.study, overrides, options.row, options.dataset)
     result = _bench(study, options, options.dataset)
     seeds = len(study.recipe.seeds)
     for dataset in result.datasets:
@@ -204,7 +204,7 @@ def _end_of(result: "Bench", is_whole: bool, out: str) -> None:
 
 
 def sight(options: Namespace, overrides: dict[str, Any]) -> None:
-    """Which explainer finds evidence that is known, and which metric would have told so without knowing."""
+    """Which explainer finds evidence that is known, and which metric would have shown it without knowing."""
     from sightline.sight import sight_test
 
     if options.known and overrides:

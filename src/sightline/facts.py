@@ -48,12 +48,13 @@ def current_name(name: str) -> str:
     return OLD_NAMES.get(name, name)
 
 
-def old_names(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module that still answers to its old names."""
+def old_names(module: str, **names: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that still answers to its old names; `names` are those of this module alone."""
 
     def lookup(name: str) -> Any:
-        if name in OLD_NAMES and OLD_NAMES[name] in vars(sys.modules[module]):
-            return vars(sys.modules[module])[OLD_NAMES[name]]
+        current = names.get(name, current_name(name))
+        if current != name and current in vars(sys.modules[module]):
+            return vars(sys.modules[module])[current]
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return lookup

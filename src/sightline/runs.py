@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline import data, models, recipe
+from sightline.facts import old_names
 from sightline.version import __version__
 
 
@@ -95,9 +96,6 @@ def load_model(folder: Path | str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         model = models.create_model(network.name, num_classes=len(run.classes), weights=weights, **network.options)
     return model.eval()
-
-
-load = load_model  # its name in version 0.1
 
 
 def best_device() -> str:
@@ -280,3 +278,6 @@ def _read_history(path: Path) -> list[dict[str, float]]:
             got = ", ".join(str(name) for name, value in row.items() if value is not None)
             raise ValueError(f"expected the columns {', '.join(_COLUMNS)} in {path.name}, got {got}")
     return [{name: float(value) for name, value in row.items()} for row in rows]
+
+
+__getattr__ = old_names("sightline.runs", load="load_model")

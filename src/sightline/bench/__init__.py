@@ -3,7 +3,8 @@
 from sightline.bench.measured import Maps, MeasuredRun, Quality, fresh, measure_run
 from sightline.bench.result import Bench, Difference, Summary, student_interval, summary
 from sightline.bench.run import bench, devices_for
-from sightline.bench.study import Study, folder, load, load_study, width_for
+from sightline.bench.study import Study, folder, load_study, width_for
+from sightline.facts import old_names
 
 __all__ = [
     "Bench",
@@ -17,7 +18,6 @@ __all__ = [
     "devices_for",
     "folder",
     "fresh",
-    "load",
     "load_study",
     "measure_run",
     "student_interval",
@@ -25,4 +25,4 @@ __all__ = [
     "width_for",
 ]
 
-Measured, measure = MeasuredRun, measure_run  # their names in version 0.1
+__getattr__ = old_names("sightline.bench", load="load_study", Measured="MeasuredRun", measure="measure_run")

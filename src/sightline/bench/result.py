@@ -100,7 +100,7 @@ class Bench:
     seeds: tuple[int, ...] = ()
     """Seeds of the study; a row that lacks some is reported with the number it has."""
     costs: dict[str, dict[str, Costs]] = field(default_factory=dict[str, dict[str, Costs]])
-    """Data set -> row -> costs of a forward pass, time and memory per image; rows are timed in turns on one batch."""
+    """Data set -> row -> costs of a forward pass, time and memory per image; forward passes are interleaved."""
     no_costs: dict[str, str] = field(default_factory=dict[str, str])
     """Data set -> why its costs were not measured."""
 

@@ -179,9 +179,6 @@ def load_study(
     return study
 
 
-load = load_study  # its name in version 0.1
-
-
 def _check_overrides(
     overrides: Mapping[str, Any], kind: str, changes: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | None
 ) -> None:

@@ -40,7 +40,7 @@ def costs(
     rounds: int = 9,
     progress: Progress | None = None,
 ) -> dict[str, Costs]:
-    """Costs of networks side by side: their forward passes are timed in turns, so a busy machine slows all alike.
+    """Costs of networks side by side: their forward passes are interleaved, so a busy machine slows all alike.
 
     Every other round runs in reverse order. The models, on the device of the images, are left unchanged.
 

@@ -17,12 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from sightline.explainers.tokens import MANY_REGISTERS
 from sightline.inference import version_of
 from sightline.inference.axes import BATCH, Dims, Layout, guessed, layout_in, tokens_of
-from sightline.inference.operations import Operation, Operations, first_tensor, tensors_in
+from sightline.inference.operations import WEIGHT_LAYERS, Operation, Operations, first_tensor, tensors_in
 from sightline.inference.positions import Positions
 
 _LARGEST_HEAD = 8  # weight layers; VGG has three, LTPA one per level
 _LARGEST_BLOCK = 16  # weight layers behind tokens: the rest of a block of attention, its head, and other branches
-_WEIGHT_LAYERS = ("linear", "conv1d", "conv2d", "conv3d")
 
 
 def hook_on(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
@@ -179,7 +178,7 @@ class LastFeatures(Watch):
 
     def on(self, operation: Operation) -> Any:
         """The result of the operation, with a graph if it depends on a feature map that may be the last."""
-        is_weight_layer = operation.name in _WEIGHT_LAYERS
+        is_weight_layer = operation.name in WEIGHT_LAYERS
         self.layers += is_weight_layer
         if not self.leaves:  # only the first summary matters until there is one
             output = operation()
@@ -281,7 +280,7 @@ class LastFeatures(Watch):
             assert layout is not None
             name, call = self._producer(value)
             name = name or f"input of {operation.func.__name__}"
-            counts = self.layers - (operation.name in _WEIGHT_LAYERS), self.layers_behind
+            counts = self.layers - (operation.name in WEIGHT_LAYERS), self.layers_behind
             self.leaves.append(_Leaf(tensor, name, call, layout, is_guess, *counts, value, version_of(value)))
         leaves.add(place)
         if self.ended:
