@@ -32,7 +32,7 @@ def networks(folders: list[str]):
     for folder in folders:
         run = runs.open_run(folder)
         batch = next(data.batches(data.load(run.recipe.data)["test"], IMAGES))
-        yield Path(folder).name, runs.load(folder), data.normalize(batch.images, run.preprocess)
+        yield Path(folder).name, runs.load_model(folder), data.normalize(batch.images, run.preprocess)
     for name in FRESH:
         torch.manual_seed(0)
         yield f"{name}, fresh weights", timm.create_model(name, num_classes=10).eval(), torch.randn(IMAGES, 3, 64, 64)

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, float], list[flo
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
     options = parser.parse_args(arguments)
 
-    study = bench.load(options.study)
+    study = bench.load_study(options.study)
     done = bench.bench(study, options.out, ROWS, options.jobs)
     if done.failed:
         raise SystemExit("; ".join(f"{run}: {reason}" for run, reason in done.failed.items()))

@@ -138,7 +138,7 @@ def test_a_study_is_trained_measured_and_not_done_twice(tmp_path: Path, jobs: in
 def _sparsity_of_table_6(run):
     """By loops: mean over images of 1 / mean over maps of mean(S) / max(S), S a map times the norm of the features."""
     images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
-    model = runs.load(run.folder).eval()
+    model = runs.load_model(run.folder).eval()
     batch = images.batch(range(len(images)))
     pooled, features = model.get_submodule("avgpool.attention"), []
     handle = pooled.register_forward_pre_hook(lambda block, inputs: features.append(inputs[0]))
@@ -182,7 +182,7 @@ def test_fresh_is_the_network_before_training(tmp_path: Path):
     state = torch.random.get_rng_state()
     began = bench.fresh(run)
     assert torch.equal(torch.random.get_rng_state(), state)
-    trained = dict(runs.load(run.folder).named_parameters())
+    trained = dict(runs.load_model(run.folder).named_parameters())
     # AdamW moves a zero by lr
     assert all(torch.allclose(value, trained[name], rtol=0, atol=1e-29) for name, value in began.named_parameters())
     assert not began.training
@@ -270,7 +270,7 @@ def test_costs_that_cannot_be_taken_do_not_lose_the_tables(tmp_path: Path, monke
 def test_studies_that_are_none(text: str, words: str, tmp_path: Path):
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises((ValueError, TypeError)) as caught:
-        bench.load(tmp_path / "study.yaml")
+        bench.load_study(tmp_path / "study.yaml")
     assert words in str(caught.value)
 
 
@@ -424,7 +424,7 @@ def test_a_study_of_several_data_sets(tmp_path: Path):
         + "datasets: {plain: {}, few/none: {data.train_size: 48}}\n"
         + "rows: {control: {}, <b>ECA</b>: {model.options.attention: eca}}\n"
     )
-    study = bench.load(tmp_path / "study.yaml")
+    study = bench.load_study(tmp_path / "study.yaml")
     out = tmp_path / "out"
     part = bench.bench(study, out, datasets=["few/none"])
     assert {run.dataset for run in part.measured} == {"few/none"} and list(part.costs) == ["few/none"]
@@ -555,7 +555,7 @@ def test_every_study_in_recipes_can_be_built(monkeypatch: pytest.MonkeyPatch):
     files = sorted((Path(__file__).parent.parent / "recipes").glob("bench_*.yaml"))
     assert len(files) >= 3
     for file in files:
-        study = bench.load(file)
+        study = bench.load_study(file)
         for row in study.rows:
             wanted = study.of(row, 0, Path("out"), next(iter(study.datasets)))
             create_model(wanted.model.name, num_classes=10, **wanted.model.options)
@@ -605,14 +605,14 @@ def test_an_override_that_the_study_would_cover_up_is_refused(field, value, name
     with pytest.raises(
         ValueError, match=f"--{field}: expected a field that the study does not set, got one that {named}"
     ):
-        bench.load("recipes/bench_fine_grained.yaml", {field: value})
-    assert bench.load("recipes/bench_fine_grained.yaml", {"data.size": 64}).recipe.data.size == 64
+        bench.load_study("recipes/bench_fine_grained.yaml", {field: value})
+    assert bench.load_study("recipes/bench_fine_grained.yaml", {"data.size": 64}).recipe.data.size == 64
 
 
 def test_only_the_chosen_rows_and_data_sets_can_cover_up_an_override():
     changed = {"data.train_size": 50}  # which cifar10 sets for itself, clutter does not
-    study = bench.load("recipes/bench_attention.yaml", changed, datasets_done=["clutter"])
+    study = bench.load_study("recipes/bench_attention.yaml", changed, datasets_done=["clutter"])
     row = next(iter(study.rows))
     assert study.changed(row, "clutter").data.train_size == 50
     with pytest.raises(ValueError, match=r"--data.train_size: .* its data set 'cifar10' sets itself"):
-        bench.load("recipes/bench_attention.yaml", changed, datasets_done=["clutter", "cifar10"])
+        bench.load_study("recipes/bench_attention.yaml", changed, datasets_done=["clutter", "cifar10"])

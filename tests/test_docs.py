@@ -147,7 +147,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipe_says_how_it_is_run_and_what_it_reached(path: Path) -> None:
-    (bench.load if path.stem.startswith("bench_") else recipe.load)(path)
+    (bench.load_study if path.stem.startswith("bench_") else recipe.load)(path)
     header = dict(re.findall(r"^# (command|hardware|time|figure): (.+)$", path.read_text(), re.MULTILINE))
     assert header.keys() == {"command", "hardware", "time", "figure"}
     program, *arguments = shlex.split(header["command"])

@@ -50,7 +50,7 @@ def pixels(n: int) -> torch.Tensor:
 
 def expected(folder: Path, images: torch.Tensor, blocks: list[str]) -> list[torch.Tensor]:
     """Logits of the loaded run on images normalized by hand, and what its gates yielded."""
-    model, kept = runs.load(folder), {}
+    model, kept = runs.load_model(folder), {}
     for name in blocks:
         model.get_submodule(f"{name}.gate").register_forward_hook(
             lambda gate, inputs, output, name=name: kept.__setitem__(name, output)

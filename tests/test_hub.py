@@ -107,7 +107,7 @@ def test_a_run_goes_to_the_hub_and_comes_back(
     back = runs.open_run(tmp_path / "back")
     assert (back.classes, back.preprocess, back.history) == (run.classes, run.preprocess, run.history)
     images = torch.randn(2, 3, 24, 20)
-    wanted = runs.load(run.folder)(images)
+    wanted = runs.load_model(run.folder)(images)
     assert torch.equal(sl.load(tmp_path / "back")(images), wanted)
     assert torch.equal(sl.load("hub:jane/slides")(images), wanted)
 
@@ -309,8 +309,8 @@ def test_without_network_the_cache_is_used(
         runs.write(folder / "snapshots" / commit / name, (run.folder / name).read_bytes())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     images = torch.randn(2, 3, 24, 20)
-    assert torch.equal(sl.load("hub:jane/slides")(images), runs.load(run.folder)(images))
-    assert torch.equal(sl.load(f"hub:jane/slides@{commit}")(images), runs.load(run.folder)(images))
+    assert torch.equal(sl.load("hub:jane/slides")(images), runs.load_model(run.folder)(images))
+    assert torch.equal(sl.load(f"hub:jane/slides@{commit}")(images), runs.load_model(run.folder)(images))
     assert served.requests == []
     line = refused(capsys, "pull", "jane/other", "--out", tmp_path / "out")
     assert line == "jane/other: not in the cache, and HF_HUB_OFFLINE is set; unset it and connect once"

@@ -153,3 +153,12 @@ def test_changelog_and_citation_name_the_version() -> None:
     assert version("sightline") == sl.__version__
     assert f"## [{sl.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     assert f"version: {sl.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_names_of_before_in_runs_and_studies():
+    from sightline import bench, runs
+
+    assert runs.load is runs.load_model and bench.load is bench.load_study
+    assert bench.Measured is bench.MeasuredRun and bench.measure is bench.measure_run
+    with pytest.raises(AttributeError, match=r"module 'sightline\.runs' has no attribute 'normalise'"):
+        runs.normalise  # noqa: B018

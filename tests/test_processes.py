@@ -32,7 +32,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    return runs.load(run).state_dict()
+    return runs.load_model(run).state_dict()
 
 
 @pytest.mark.parametrize("changes", [{}, {"optim.sharded": True}], ids=["ddp", "fsdp"])

@@ -290,7 +290,7 @@ def trained(folder, **overrides):
 def moves(run):
     """How far each prototype of a run is from the nearest patch of its class in the training images."""
     images = replace(data.load(run.recipe.data)["train"], preprocess=run.preprocess)
-    model = runs.load(run.folder)
+    model = runs.load_model(run.folder)
     parts = ((data.normalize(b.images, run.preprocess), b.labels) for b in data.batches(images, 50))
     return push(model, parts).distance
 
@@ -300,13 +300,13 @@ def test_training_by_a_recipe_ends_with_patches_of_images(tmp_path):
     assert (moves(run) < 1e-5).all()
     assert run.history[0]["lr"] == 3e-3 and len(run.history) == 3
     before = initial_network(run.recipe.model, 10, 0)
-    after = dict(runs.load(run.folder).features.named_parameters())
+    after = dict(runs.load_model(run.folder).features.named_parameters())
     assert not all(torch.equal(after[name], value) for name, value in before.features.named_parameters())
 
 
 def test_the_first_stage_leaves_the_backbone_alone(tmp_path):
     run, _ = trained(tmp_path / "a", **{"optim.epochs": 1})
-    before, after = initial_network(run.recipe.model, 10, 0), runs.load(run.folder)
+    before, after = initial_network(run.recipe.model, 10, 0), runs.load_model(run.folder)
     pairs = ((name, value, after.get_parameter(name)) for name, value in before.named_parameters())
     alike = {name.split(".")[0] for name, one, other in pairs if torch.equal(one, other)}
     assert "features" in alike and not alike & {"add_on", "prototypes", "head"}
@@ -326,7 +326,7 @@ def test_an_interrupted_training_in_stages_comes_to_the_same_weights(tmp_path, m
             patch.setattr(RunFiles, "poll", asked)
             fit(recipe, tmp_path / f"part-{after}", progress=False)
         part = fit(recipe, tmp_path / f"part-{after}", resume=True, progress=False)
-        one, other = runs.load(whole.folder).state_dict(), runs.load(part.folder).state_dict()
+        one, other = runs.load_model(whole.folder).state_dict(), runs.load(part.folder).state_dict()
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -49,7 +49,7 @@ def test_a_run_comes_back_as_it_was(run: runs.Run, model: nn.Module):
 def test_a_loaded_model_gives_the_same_logits(run: runs.Run, model: nn.Module):
     runs.save(run, model.to(memory_format=torch.channels_last).state_dict())
     before = torch.get_rng_state()
-    loaded = runs.load(run.folder)
+    loaded = runs.load_model(run.folder)
     images = torch.randn(2, 3, 24, 20, generator=torch.Generator().manual_seed(0))
     assert not any(module.training for module in loaded.modules())
     assert torch.equal(loaded(images), model.eval().to(memory_format=torch.contiguous_format)(images))
@@ -60,7 +60,7 @@ def test_saving_without_weights_leaves_those_that_are_there(run: runs.Run, model
     runs.save(run, model.state_dict())
     runs.save(replace(run, history=[ROW] * 3))
     assert torch.equal(
-        runs.load(run.folder).state_dict()["head.linear.weight"], model.state_dict()["head.linear.weight"]
+        runs.load_model(run.folder).state_dict()["head.linear.weight"], model.state_dict()["head.linear.weight"]
     )
     assert len(runs.open_run(run.folder).history) == 3
 
@@ -69,14 +69,14 @@ def test_a_run_before_its_first_epoch(run: runs.Run):
     runs.save(replace(run, history=[]))
     assert runs.open_run(run.folder).history == []
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors yet; train it .* with --resume$"):
-        runs.load(run.folder)
+        runs.load_model(run.folder)
 
 
 def test_what_is_no_run_is_refused(run: runs.Run, model: nn.Module, tmp_path: Path):
     with pytest.raises(
         FileNotFoundError, match=r"nowhere: no such run; expected a folder that `sightline train` wrote"
     ):
-        runs.load(tmp_path / "nowhere")
+        runs.load_model(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"is not a run, it has no recipe\.yaml; expected"):
         runs.open_run(tmp_path)
     runs.save(replace(run, folder=tmp_path / "seed-1"), model.state_dict())
@@ -169,10 +169,10 @@ def test_weights_that_are_cut_off_or_of_another_model(run: runs.Run, model: nn.M
     weights = run.folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(OSError, match=r"cannot read .*model\.safetensors"):
-        runs.load(run.folder)
+        runs.load_model(run.folder)
     runs.save(replace(run, recipe=replace(TINY, model=Model(name="vgg"))), model.state_dict())
     with pytest.raises(ValueError, match="do not fit"):
-        runs.load(run.folder)
+        runs.load_model(run.folder)
 
 
 def test_write_leaves_the_old_file_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -41,7 +41,7 @@ def optim(**changes: object) -> Recipe:
 
 def weights(run: object) -> dict[str, Tensor]:
     assert isinstance(run, runs.Run)
-    return runs.load(run.folder).state_dict()
+    return runs.load_model(run.folder).state_dict()
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -77,7 +77,7 @@ def test_a_run_is_whole(tmp_path: Path):
     assert run.seed == 5 and run.recipe.seeds == (5,)
     assert len(run.classes) == 10
     assert set(run.info) == {"command", "date", "hardware", "versions", "parameters", "wall time"}
-    assert run.info["parameters"] == f"{sum(p.numel() for p in runs.load(run.folder).parameters()):,}"
+    assert run.info["parameters"] == f"{sum(p.numel() for p in runs.load_model(run.folder).parameters()):,}"
     assert [row["epoch"] for row in run.history] == [1.0, 2.0]
     assert all(0 < row["seconds"] < 60 and 0 <= row["val_accuracy"] <= 1 for row in run.history)
     files = {path.name for path in run.folder.iterdir()}
@@ -100,7 +100,7 @@ def test_it_learns_and_validates_what_it_saves(tmp_path: Path, monkeypatch: pyte
     assert run.history[-1]["train_loss"] < 0.5 * run.history[0]["train_loss"]
     val = data.load(asked.data)["val"]
     batch = val.batch(range(len(val)))
-    right = runs.load(run.folder)(data.normalize(batch.images, run.preprocess)).argmax(1) == batch.labels
+    right = runs.load_model(run.folder)(data.normalize(batch.images, run.preprocess)).argmax(1) == batch.labels
     assert run.history[-1]["val_accuracy"] == float(right.double().mean())
 
 
@@ -142,7 +142,7 @@ def test_a_crash_resumes_from_the_last_epoch(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(RuntimeError, match="power cut"):
         fit(TINY, tmp_path / "crashed", progress=False)
     assert len(runs.open_run(tmp_path / "crashed").history) == 1
-    runs.load(tmp_path / "crashed")
+    runs.load_model(tmp_path / "crashed")
     steps: list[int] = []
     monkeypatch.setattr(Log, "step", lambda log, done: steps.append(done))
     assert equal(weights(through), weights(fit(TINY, tmp_path / "crashed", resume=True, progress=False)))
@@ -303,7 +303,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(
         r"weights of epoch 1 are kept; lower optim\.lr or set optim\.clip_norm$",
     ):
         fit(optim(schedule="constant"), tmp_path / "run", progress=False)
-    assert equal(weights(one), runs.load(tmp_path / "run").state_dict())
+    assert equal(weights(one), runs.load_model(tmp_path / "run").state_dict())
 
 
 def test_folders_that_cannot_take_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
