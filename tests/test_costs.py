@@ -14,7 +14,7 @@ def test_costs_of_a_small_network_by_hand():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.append(nn.Linear(8, 10))
     images = torch.zeros(4, 3, 6, 5)
-    wide = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1))
+    wide = nn.Sequential(nn.Conv2d(3, 512, 3, padding=1), nn.Conv2d(512, 512, 3, padding=1))
     model.train()
     before = {name: value.clone() for name, value in wide.state_dict().items()}
     found = costs({"small": model, "wide": wide}, images, rounds=3)

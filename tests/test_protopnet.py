@@ -326,7 +326,7 @@ def test_an_interrupted_training_in_stages_comes_to_the_same_weights(tmp_path, m
             patch.setattr(RunFiles, "poll", asked)
             fit(recipe, tmp_path / f"part-{after}", progress=False)
         part = fit(recipe, tmp_path / f"part-{after}", resume=True, progress=False)
-        one, other = runs.load_model(whole.folder).state_dict(), runs.load(part.folder).state_dict()
+        one, other = runs.load_model(whole.folder).state_dict(), runs.load_model(part.folder).state_dict()
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
