@@ -99,6 +99,7 @@ rows:
 """
 
 
+@pytest.mark.usefixtures("few_validation_images")
 def test_noise(tmp_path, capsys):
     import noise
 
@@ -119,6 +120,7 @@ def test_noise(tmp_path, capsys):
     assert "| BAM | " in printed and "difference to the control" in printed
 
 
+@pytest.mark.usefixtures("few_validation_images")
 def test_vectors(tmp_path, capsys):
     import vectors
 

@@ -56,6 +56,7 @@ def test_a_forecast_is_a_rank_correlation_over_methods():
     assert set(predicted(found, TRUTH)) == {"insertion_auc", "deletion_auc"}  # mask_auc knows masks, gini ranks nothing
 
 
+@pytest.mark.usefixtures("few_validation_images")
 def test_a_network_is_trained_once(tmp_path, capsys):
     tiny = ["--data.train_size", "64", "--data.test_size", "20", "--optim.epochs", "1", "--model.options.width", "0.1"]
     arguments = [
