@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
+TEXTS = yaml.safe_load((ROOT / "benchmarks/reasons.yaml").read_text())
 VERDICTS = ("equal", "differs", "peer is wrong", "unexplained")
 Proof = Callable[..., float]
 """Takes the peer's result, ours and the inputs of the case; returns how much of the difference is left unexplained."""
@@ -137,8 +138,7 @@ def compare(
 
 def files(name: str) -> tuple[Path, Path, dict[str, str]]:
     """The page and the JSON file of a script, and the texts of its reasons."""
-    texts = yaml.safe_load((ROOT / "benchmarks/reasons.yaml").read_text())
-    return ROOT / f"docs/{name}.md", ROOT / f"benchmarks/results/{name}.json", texts[name]
+    return ROOT / f"docs/{name}.md", ROOT / f"benchmarks/results/{name}.json", TEXTS[name]
 
 
 def save(name: str, page: Callable[[dict[str, Any]], str], packages: Iterable[str], **results: Any) -> None:
@@ -151,10 +151,11 @@ def save(name: str, page: Callable[[dict[str, Any]], str], packages: Iterable[st
     markdown.write_text(page(document))
 
 
-def origin(document: dict[str, Any]) -> str:
-    """The sentence that opens a page."""
+def written(name: str, document: dict[str, Any], tables: Iterable[str], **values: Any) -> str:
+    """The page of a script, from its text in reasons.yaml."""
     versions = ", ".join(f"{package} {number}" for package, number in document["versions"].items() if number)
-    return f"Written by `python {document['script']}` on {document['date']}, not by hand; {versions}."
+    origin = f"Written by `python {document['script']}` on {document['date']}, not by hand; {versions}."
+    return TEXTS["pages"][name].format(origin=origin, tables="\n\n".join(tables), **values)
 
 
 def table(*rows: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from compare import VERDICTS, Case, both, compare, differ, distance, files, is_ours, is_theirs, origin, save, table
+from compare import VERDICTS, Case, both, compare, differ, distance, files, is_ours, is_theirs, save, table, written
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -200,22 +200,16 @@ def captum_cases() -> list[Case]:
     ours, logit = partial(metrics.infidelity, *DOUBLE), {"score": "logit"}
     of_dark = partial(metrics.infidelity, net(), IMAGES.clamp(min=0), TARGETS, SIGNED)
     sensitivity, their_noise = partial(metrics.max_sensitivity, *DOUBLE), partial(captum_sensitivity, our_noise=False)
-    theirs = partial(captum_infidelity, normalize=True)
+    theirs, plain, zeros = partial(captum_infidelity, normalize=True), {"normalize": False, **logit}, 0 * SIGNED
     decorated = partial(captum_infidelity, SIGNED, IMAGES.clamp(min=0), decorated=True)
-    name, zeros = "infidelity(normalize=True)", torch.zeros_like(SIGNED)
+    name, dark = "infidelity(normalize=True)", "infidelity with its decorator, our squares, images with black pixels"
     return [
-        Case(
-            "infidelity, our squares",
-            partial(captum_infidelity, SIGNED),
-            partial(ours, SIGNED, normalize=False, **logit),
-        ),
+        Case("infidelity, our squares", partial(captum_infidelity, SIGNED), partial(ours, SIGNED, **plain)),
         Case(f"{name}, our squares", partial(theirs, SIGNED), partial(ours, SIGNED, **logit)),
         Case(f"{name}, map of zeros", partial(theirs, zeros), partial(ours, zeros, **logit)),
-        Case(
-            "infidelity with its decorator, our squares, images with black pixels",
-            decorated,
-            partial(of_dark, normalize=False, **logit),
-        ).differs("black pixels left out", is_theirs(infidelity_without_black_pixels)),
+        Case(dark, decorated, partial(of_dark, **plain)).differs(
+            "black pixels left out", is_theirs(infidelity_without_black_pixels)
+        ),
         Case("sensitivity_max, our noise", captum_sensitivity, partial(sensitivity, gradient_maps)),
         Case("sensitivity_max", their_noise, partial(sensitivity, gradient_maps)).differs(
             "global generator", both(differ(their_noise), is_ours(captum_sensitivity))
@@ -533,20 +527,16 @@ def complexity_cases() -> list[Case]:
     one_pixel = F.one_hot(torch.tensor(7), SIDE**2).reshape(1, 1, SIDE, SIDE).double()
     flat_and_one = torch.cat([FLAT + 1, one_pixel])
 
-    def index(text: str, maps: Tensor) -> Case:
-        return Case(f"Sparseness{text}", partial(located, "Sparseness", maps), partial(metrics.gini, maps))
+    def index(text: str, maps: Tensor, our_maps: Tensor | None = None, label: str = "") -> Case:
+        ours = partial(metrics.gini, maps if our_maps is None else our_maps)
+        return Case(f"Sparseness{text}", partial(located, "Sparseness", maps), ours, label)
 
     def entropy(text: str, maps: Tensor, our_maps: Tensor, argument: str = "", truth: Any = None) -> Case:
         ours, label = lambda: metrics.entropy(our_maps) * log(SIDE**2), f"entropy({argument}) * log(h * w)"
         return Case(f"Complexity{text}", partial(located, "Complexity", maps), ours, label, truth)
 
     return [
-        Case(
-            "Sparseness",
-            partial(located, "Sparseness", SIGNED),
-            partial(metrics.gini, SIGNED.abs()),
-            "gini(maps.abs())",
-        ),
+        index("", SIGNED, SIGNED.abs(), "gini(maps.abs())"),
         index(", signed maps", SIGNED).differs("absolute values", is_theirs(lambda: metrics.gini(SIGNED.abs()))),
         index(", the same kind of map at scales of 1, 1e-6 and 1e-8", faint).wrong(
             "scale of the batch",
@@ -921,30 +911,8 @@ def page(results: dict[str, Any]) -> str:
         for peer, rows in results["peers"].items()
     ]
     verdicts = [row["verdict"] for rows in results["peers"].values() for row in rows]
-    equal, differing, wrong, unexplained = map(verdicts.count, VERDICTS)
-    return f"""# The same scores from other libraries
-
-{origin(results)}
-Every number is in `benchmarks/results/peer_metrics.json`.
-
-Each row scores the same maps with a metric of another library and with ours.
-It shows both values, one per image (the first three).
-Up to 1e-5 (1e-4 where the peer computes in float32) the two are *equal*.
-*differs*: both can be defended.
-*peer is wrong*: it fails, contradicts itself, or gives something else than its paper says.
-These two verdicts need a *proof* of their reason: the peer's formula, written out, gives the peer's value, or the peer
-without the cause gives ours.
-"by hand": the true score, worked out on paper; ours was checked against it. NaN: undefined.
-
-Rows: {equal} equal, {differing} where the two differ, {wrong} where the peer is wrong, {unexplained} unexplained.
-
-Inputs: a small network with random weights (two convolutions, a linear layer, {CLASSES} classes), random images of
-{SIDE} x {SIDE} pixels, the predicted classes and random maps, all seeded; sums of pixels where the score can be worked
-out by hand.
-"Our noise", "our squares": the peer gets the random numbers that ours draws.
-
-{(chr(10) * 2).join(tables)}
-"""
+    counts = {verdict.split()[-1]: verdicts.count(verdict) for verdict in VERDICTS}
+    return written("peer_metrics", results, tables, **counts, side=SIDE, classes=CLASSES)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import pytorch_grad_cam.base_cam as pgc_base
 import torch
 import torchcam.methods as tc
 from captum.attr._utils.lrp_rules import EpsilonRule
-from compare import Case, Proof, compare, distance, files, is_ours, is_theirs, origin, save, table
+from compare import Case, Proof, compare, distance, files, is_ours, is_theirs, save, table, written
 from pytorch_grad_cam.ablation_layer import AblationLayerVit
 from pytorch_grad_cam.guided_backprop import GuidedBackpropReLUModel
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -85,8 +85,7 @@ class Net:
         self.model.eval()
         self.images = torch.randn(2, 3, SIDE, SIDE, dtype=torch.double)
         # DenseNet's default layer follows a ReLU that is a function: it has no name
-        layer = "" if name == "densenet121" else sl.explain(self.model, self.images).layer
-        self.layer = layer.split(" ")[0] or "features"
+        self.layer = "features" if name == "densenet121" else sl.explain(self.model, self.images).layer.name
         self.reshape = patches_first if name == "vit_b_16" else None
         self.reshape_early = channels_first if name == "swin_t" else None
         self.logits = self.model(self.images).detach()
@@ -113,27 +112,27 @@ class Net:
                 vars(module)["inplace"] = False
         return model
 
-    def captured(self, layer: str, reshape: Any, *, clone: bool) -> tuple[Tensor, Tensor]:
+    def captured(self, *, clone: bool, early: bool = False, score: Any = of_target) -> tuple[Tensor, Tensor]:
         """Activation and gradient at the layer; a clone is safe from operations in place behind the layer."""
         seen: list[Tensor] = []
-        model = self.copy()
+        model, (_, layer, reshape) = self.copy(), self.view(early)
         model.get_submodule(layer).register_forward_hook(lambda m, i, o: (seen.append(o), o.clone() if clone else o)[1])
-        (gradient,) = torch.autograd.grad(of_target(model(self.images), self.targets).sum(), seen)
+        (gradient,) = torch.autograd.grad(score(model(self.images), self.targets).sum(), seen)
         values = seen[0].detach(), gradient
         return values if reshape is None else (reshape(values[0]), reshape(values[1]))
 
     @cached_property
     def evidence(self) -> tuple[Tensor, Tensor]:
-        return self.captured(self.layer, self.reshape, clone=True)
+        return self.captured(clone=True)
 
     @cached_property
     def overwritten(self) -> tuple[Tensor, Tensor]:
         """What the layer's tensor holds after the forward, and the gradient there."""
-        return self.captured(self.layer, self.reshape, clone=False)
+        return self.captured(clone=False)
 
     @cached_property
     def early_activations(self) -> Tensor:
-        return self.captured(self.early, self.reshape_early, clone=True)[0][:1]
+        return self.captured(clone=True, early=True)[0][:1]
 
 
 # ---------------------------------------------------------------------------------------------------- peers' maps
@@ -289,15 +288,12 @@ def epsilon_x(epsilon: float, activations: Tensor, gradients: Tensor) -> Tensor:
 
 def finer(net: Net, activations: Tensor, *, clone: bool, epsilon: float = 0) -> Tensor:
     """Grad-CAM of the logit minus the closest other logit, as a mean over one class, weighted by its probability."""
-    seen: list[Tensor] = []
-    model = net.copy()
-    layer = model.get_submodule(net.layer)
-    layer.register_forward_hook(lambda m, i, o: (seen.append(o), o.clone() if clone else o)[1])
-    scores = model(net.images)
-    best, runner_up = scores.topk(2, 1)[0], scores.softmax(1).topk(2, 1)[0][:, 1]
-    objective = (best[:, 0] - best[:, 1]) * runner_up / (runner_up + epsilon)
-    (gradients,) = torch.autograd.grad(objective.sum(), seen)
-    return mean_weights(activations, gradients if net.reshape is None else net.reshape(gradients))
+
+    def lead(scores: Tensor, _: Tensor) -> Tensor:
+        best, runner_up = scores.topk(2, 1)[0], scores.softmax(1).topk(2, 1)[0][:, 1]
+        return (best[:, 0] - best[:, 1]) * runner_up / (runner_up + epsilon)
+
+    return mean_weights(activations, net.captured(clone=clone, score=lead)[1])
 
 
 def centered_component(activations: Tensor, theirs: Tensor) -> Tensor:
@@ -473,6 +469,10 @@ def captum_cases() -> list[Case]:
         row = case(title, partial(captum_occlusion, **sizes), ours)
         return row.differs("clipped", equals(partial(clipped_occlusion, **sizes)))
 
+    def noisy(name: str) -> Case:
+        theirs = partial(captum_noise, kind=name.replace("_", ""))
+        return case(f"{name}, our noise", theirs, partial(getattr(ex, name), samples=SAMPLES))
+
     return [
         case("grad_cam", captum_grad_cam).differs("tokens", equals(tokens_as_channels)),
         case("hires_cam", partial(captum_layer, method="LayerGradientXActivation")),
@@ -483,10 +483,8 @@ def captum_cases() -> list[Case]:
             lambda net: captum_pixels(net, "IntegratedGradients", **legendre),
             partial(ex.integrated_gradients, steps=STEPS),
         ),
-        case(
-            "smooth_grad, our noise", partial(captum_noise, kind="smoothgrad"), partial(ex.smooth_grad, samples=SAMPLES)
-        ),
-        case("var_grad, our noise", partial(captum_noise, kind="vargrad"), partial(ex.var_grad, samples=SAMPLES)),
+        noisy("smooth_grad"),
+        noisy("var_grad"),
         guided(case("guided_backprop", partial(captum_pixels, name="GuidedBackprop"))),
         guided(case("deconvolution", partial(captum_pixels, name="Deconvolution")), deconvolution=True),
         *map(guided_grad_cam, ("bilinear", "nearest")),
@@ -640,47 +638,11 @@ def page(results: dict[str, Any]) -> str:
         for name, net in nets.items()
     )
     verdicts = [cell["verdict"] for net in nets.values() for cells in net["cells"].values() for cell in cells.values()]
-    equal, explained, fails, unexplained = map(verdicts.count, ("equal", "differs", "fails", "unexplained"))
+    counts = {verdict: verdicts.count(verdict) for verdict in ("equal", "differs", "fails", "unexplained")}
     notes = "\n".join(f"{number}. {note.replace('|', '/')}" for note, number in numbers.items())
-    return f"""# The same maps from other libraries
-
-{origin(results)}
-Every number and what each proof leaves is in `benchmarks/results/peers.json`.
-
-A cell is the largest absolute difference between the peer's map and ours, divided by the largest absolute value of
-ours.
-Up to 1e-5 the two are *equal*.
-Larger differences are in bold, with a note that gives the reason.
-The script *proves* each note on that network, mostly by computing the peer's map from the peer's formula, to 1e-5;
-without a proof the cell says "unexplained".
-"fails": the peer raises an error. "we refuse": sightline does. "both refuse": both do. "n/a": left out.
-
-Cells: {equal} equal, {explained} explained, {fails} where the peer fails or both refuse, {unexplained} unexplained.
-
-Networks: torchvision, random weights (seed 0), biases and scales jittered, statistics of batch normalization from one
-batch; {CLASSES} classes, two images of {SIDE} x {SIDE} pixels, float64 (pytorch-grad-cam computes Eigen-, Score- and
-Ablation-CAM partly in float32), the predicted classes.
-All libraries read the layer that sightline picks by default (for DenseNet the one before it, because a ReLU that is a
-function lies between them, which no peer can name).
-Score-CAM and Ablation-CAM run a network once per channel, so they read an early layer with few channels, for the first
-image only.
-Layers: {layers}.
-
-All maps are raw, at the layer's size.
-The resizing and scaling to [0, 1] of pytorch-grad-cam and the scaling of torch-cam are switched off.
-pytorch-grad-cam cuts all maps off at 0, so ours are cut off there too.
-Pixel maps are sums over colors (saliency and SmoothGrad: the largest absolute value).
-captum and zennit get copies of the network without operations in place, as they require; every call of a peer gets a
-new copy.
-Integrated gradients: {STEPS} steps.
-The LRP maps of zennit use its canonizers.
-
-{(chr(10) * 2).join(tables)}
-
-## Notes
-
-{notes}
-"""
+    return written(
+        "peers", results, tables, **counts, notes=notes, layers=layers, side=SIDE, classes=CLASSES, steps=STEPS
+    )
 
 
 if __name__ == "__main__":

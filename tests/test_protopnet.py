@@ -179,7 +179,7 @@ def test_stages_move_what_they_should():
 def test_the_schedule_is_the_authors():
     rates = []
     hook = register_optimizer_step_post_hook(
-        lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
+        lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups if group["lr"]])
     )
     try:
         stages = Stages(warm=2, push_every=4, last=1)

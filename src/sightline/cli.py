@@ -136,7 +136,7 @@ def explain(options: Namespace, overrides: dict[str, Any]) -> None:
             out,
             options.methods,
             options.target,
-            options.layer and options.layer.partition(" (")[0],  # as maps.csv and `explanation.layer` show it
+            options.layer,
             output=options.output,
             classes=classes,
             batch_size=options.batch_size,

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -189,21 +189,16 @@ PARTS = tuple(_SECTIONS)
 """The parts of a recipe that have fields."""
 
 
-def _settings(section: Any, prefix: str) -> dict[str, Setting]:
-    kinds, settings = get_type_hints(section), {}
-    for one in fields(section):
-        if one.metadata:
-            default = f" [{one.default!r}]" if one.default is not MISSING else ""
-            settings[prefix + one.name] = Setting(
-                kinds[one.name], one.metadata["limit"], one.metadata["help"] + default
-            )
-    return settings
+def _setting(section: Any, one: Field[Any]) -> Setting:
+    default = "" if one.default is MISSING else f" [{one.default!r}]"
+    return Setting(get_type_hints(section)[one.name], one.metadata["limit"], one.metadata["help"] + default)
 
 
 SETTINGS = {
-    name: setting
+    f"{part}.{one.name}".lstrip("."): _setting(section, one)
     for part, section in [*_SECTIONS.items(), ("", Recipe)]
-    for name, setting in _settings(section, part and f"{part}.").items()
+    for one in fields(section)
+    if one.metadata
 }
 """Every field of a recipe by its dotted name."""
 

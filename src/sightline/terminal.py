@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from sightline.evaluation import Evaluation, Score
     from sightline.models.costs import Costs
 
@@ -51,9 +49,10 @@ class Bar:
 
 def print_columns(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]], width: int = _COLUMNS) -> None:
     """A table whose first column names the lines, in parts of `width` further columns."""
+    from rich.console import Console
     from rich.table import Table
 
-    lines = list(lines)
+    lines, console = list(lines), Console(width=None if Console().is_terminal else _WIDTH)
     for start in range(1, len(columns), width):
         part = slice(start, start + width)
         table = Table(title=(title or None) if start == 1 else None)
@@ -62,14 +61,7 @@ def print_columns(title: str, columns: Sequence[str], lines: Iterable[Sequence[s
             table.add_column(name, justify="right")
         for line in lines:
             table.add_row(line[0], *line[part])
-        _print(table)
-
-
-def _print(table: "Table") -> None:
-    from rich.console import Console
-
-    console = Console()
-    Console(width=console.width if console.is_terminal else _WIDTH).print(table)
+        console.print(table)
 
 
 def print_scores(evaluation: "Evaluation") -> None:

@@ -21,7 +21,7 @@ def costs_of_rows(result: Bench, out: Path, dataset: str) -> dict[str, Costs]:
     first = {run.row: folder(out, run.row, run.seed, dataset) for run in reversed(result.measured)}
     opened = {row: runs.open_run(path) for row, path in first.items()}
     parameters = {run.row: run.parameters for run in result.measured}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = runs.best_device()
     timed = runs.plain(
         {
             "rows": {

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from sightline.explainers import attention_maps, explain
 from sightline.facts import current_name
 from sightline.inference import forward
 from sightline.metrics import energy_in_mask
+from sightline.metrics.classification import accuracy
 from sightline.metrics.complexity import sparsity
 from sightline.runs import Run
 from sightline.training import initial_network
@@ -112,26 +115,22 @@ def _with_nan(value: Any) -> Any:
 def measure_run(row: str, run: Run, dataset: str = "") -> MeasuredRun:
     """Measure a run on its test images."""
     images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
-    model = runs.load_model(run.folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    correct = area = 0.0
-    counts = torch.zeros(len(run.classes), dtype=torch.int64)
-    model.to(device)
+    device = runs.best_device()
+    model = runs.load_model(run.folder).to(device)
+    logits: list[Tensor] = []
+    areas: list[Tensor] = []
     for batch in data.batches(images, _BATCH):
-        logits = forward(model, data.normalize(batch.images.to(device), run.preprocess), _BATCH)
-        correct += float((logits.argmax(1).cpu() == batch.labels).sum())
-        counts += torch.bincount(batch.labels, minlength=len(run.classes))
-        area += math.nan if batch.masks is None else float(batch.masks.float().mean((1, 2, 3)).sum())
-    seconds = sorted(epoch["seconds"] for epoch in run.history)
+        logits.append(forward(model, data.normalize(batch.images.to(device), run.preprocess), _BATCH).cpu().double())
+        areas += [] if batch.masks is None else [batch.masks.double().mean((1, 2, 3))]
     return MeasuredRun(
         dataset=dataset,
         row=row,
         seed=run.seed,
-        accuracy=correct / len(images),
-        majority=int(counts.max()) / len(images),
-        area=area / len(images),
+        accuracy=accuracy(torch.cat(logits).softmax(1).numpy(), images.labels),
+        majority=int(np.bincount(images.labels).max()) / len(images),
+        area=_mean(areas),
         parameters=sum(p.numel() for p in model.parameters()),
-        seconds=seconds[len(seconds) // 2],
+        seconds=median_high(epoch["seconds"] for epoch in run.history),
         before=_maps(fresh(run).to(device), images),
         after=_maps(model, images),
         quality=_quality(model, images),
@@ -160,11 +159,7 @@ def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
                 with torch.no_grad():
                     pairs = block.similarities(features)
                 cosines.append((pairs.sum((1, 2)) - block.k) / (block.k * (block.k - 1)))
-        try:
-            size = explain(model, inputs, methods=["activation_map"])["activation_map"]
-        except ValueError:  # a transformer has no feature map
-            size = inputs.new_full((len(inputs), 1, 1, 1), math.nan)
-        activation.append(_energy(size, masks))
+        activation += [_energy(size, masks) for size in _maps_by("activation_map", model, inputs).values()]
     return Maps(
         energy={name: _mean(values) for name, values in energies.items()},
         sparsity={name: _mean(values) for name, values in sparsities.items()},
@@ -179,22 +174,24 @@ def _quality(model: nn.Module, images: data.ImageSet) -> dict[str, Quality]:
     inputs = data.normalize(batch.images.to(device), images.preprocess)
     masks = None if batch.masks is None else batch.masks.to(device)
     explanation = explain(model, inputs, methods=["center_map"])
-    maps = explanation.maps
-    for method in ("activation_map", "attention"):
-        try:
-            maps = {method: explain(model, inputs, methods=[method])[method], **maps}
-        except ValueError:  # many networks have no attention, some transformers no feature map
-            continue
+    maps = {**_maps_by("attention", model, inputs), **_maps_by("activation_map", model, inputs), **explanation.maps}
     chosen = {name: metrics.METRICS[name] for name in QUALITY if masks is not None or name != "energy_in_mask"}
     scores = metrics.measure(chosen, maps, model=model, images=inputs, targets=explanation.targets, masks=masks).values
 
     def quality_of(name: str) -> Quality:
-        return Quality(**{metric: _mean([scores[name, metric]] if metric in chosen else []) for metric in QUALITY})
+        keys = {metric: (name, metric) for metric in QUALITY}
+        return Quality(**{metric: _mean([scores[key]] if key in scores else []) for metric, key in keys.items()})
 
-    quality = {name: quality_of(name) for name in maps}
-    activation = quality.get("activation_map", Quality(**dict.fromkeys(QUALITY, math.nan)))
-    own = quality.get("attention", activation)
-    return {"own": own, "activation_map": activation, "center_map": quality["center_map"]}
+    own = "attention" if "attention" in maps else "activation_map"
+    return {"own": quality_of(own)} | {name: quality_of(name) for name in ("activation_map", "center_map")}
+
+
+def _maps_by(method: str, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """None where it does not fit: many networks have no attention, some transformers no feature map."""
+    try:
+        return {method: explain(model, inputs, methods=[method])[method]}
+    except ValueError:
+        return {}
 
 
 def _energy(maps: Tensor, masks: Tensor | None) -> Tensor:

@@ -1,7 +1,6 @@
 """The files of a finished study: bench.json, bench.md and bench.html."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -9,7 +8,7 @@ import yaml
 from sightline import recipe, report, runs
 from sightline.bench.result import CHEAP, Bench
 from sightline.bench.study import Study
-from sightline.report.studies import Cell, Effect, Part, Table
+from sightline.report.studies import Effect, Part, Table
 
 _CELLS = (
     "Mean ± standard deviation over seeds. To control: mean difference in percentage points, paired by seed [Student’s "
@@ -40,13 +39,13 @@ def write_bench(result: Bench, study: Study, out: Path) -> None:
 def _part(result: Bench) -> Part:
     dataset = result.datasets[0]
     costs = result.costs.get(dataset, {})
-    tables = ((_CELLS, result.cells()), (_MAP_CELLS, result.map_cells()))
+    tables = {_CELLS: result.cells(), _MAP_CELLS: result.map_cells()}
     return Part(
         name=dataset,
         sentences=result.sentences(),
         tables=[
-            Table(caption=caption, columns={name: name not in CHEAP for name in lines[0]}, lines=_without_empty(lines))
-            for caption, lines in tables
+            Table(caption=caption, columns={name: name not in CHEAP for name in lines[0]}, lines=lines)
+            for caption, lines in tables.items()
             if lines
         ],
         effects=[
@@ -64,9 +63,3 @@ def _part(result: Bench) -> Part:
         accuracy={row: result.over_seeds(row, lambda run: 100 * run.accuracy).mean for row in costs},
         controls={result.control, *result.controls.values()},
     )
-
-
-def _without_empty(lines: Sequence[dict[str, Cell]]) -> list[dict[str, Cell]]:
-    """Lines without the columns that are empty in every row."""
-    names = [name for name in lines[0] if any(line[name].text != "-" for line in lines)]
-    return [{name: line[name] for name in names} for line in lines]

@@ -235,12 +235,15 @@ class Bench:
                 )
 
     def cells(self) -> list[dict[str, Cell]]:
-        """A line per row with a run, by column: accuracy, difference, cost, and the maps of every block."""
+        """A line per row with a run, by column: accuracy, difference, cost, and the maps of every block.
+
+        Columns that are empty in every row are left out.
+        """
         differences = self.differences()
-        return [self._line(row, differences.get(row)) for row in self.rows if self._runs(row)]
+        return _filled([self._line(row, differences.get(row)) for row in self.rows if self._runs(row)])
 
     def map_cells(self) -> list[dict[str, Cell]]:
-        """A line per row with a run, by column: `MeasuredRun.quality`."""
+        """The same for `MeasuredRun.quality`."""
         lines: list[dict[str, Cell]] = []
         for row in (row for row in self.rows if self._runs(row)):
             line = {"network": Cell(row)}
@@ -249,7 +252,7 @@ class Bench:
                     values = summary(getattr(run.quality[name], measure) for run in self._runs(row) if run.quality)
                     line[f"{_MEASURES[measure]}, {title}"] = _cell(values, 1 if measure == "sparsity" else 3)
             lines.append(line)
-        return lines
+        return _filled(lines)
 
     def _line(self, row: str, difference: Difference | None) -> dict[str, Cell]:
         runs = self._runs(row)
@@ -314,10 +317,7 @@ def summary(values: Iterable[float]) -> Summary:
     Summary(mean=2.0, deviation=1.4142135623730951)
     """
     defined = [value for value in values if not math.isnan(value)]
-    return Summary(
-        mean(defined) if defined else math.nan,
-        stdev(defined) if len(defined) > 1 else math.nan,
-    )
+    return Summary(mean(defined) if defined else math.nan, stdev(defined) if len(defined) > 1 else math.nan)
 
 
 def student_interval(values: Iterable[float]) -> tuple[float, float] | None:
@@ -351,14 +351,11 @@ def paired(
     """
     given = {row: (other, dict(by_seed)) for row, (other, by_seed) in gaps.items() if by_seed}
     tests = {row: _student([*by_seed.values()]) for row, (_, by_seed) in given.items()}
-    adjusted = holm(np.array([math.nan if row in untested else p for row, (_, _, p) in tests.items()]))
-    differences: dict[str, Difference] = {}
-    for (row, (low, high, p)), corrected in zip(tests.items(), adjusted.tolist(), strict=True):
-        other, by_seed = given[row]
-        differences[row] = Difference(
-            other=other, by_seed=by_seed, mean=mean(by_seed.values()), low=low, high=high, p=p, adjusted=corrected
-        )
-    return differences
+    adjusted = holm(np.array([math.nan if row in untested else p for row, (_, _, p) in tests.items()])).tolist()
+    return {
+        row: Difference(other=other, by_seed=by_seed, mean=mean(by_seed.values()), low=low, high=high, p=p, adjusted=q)
+        for (row, (other, by_seed)), (low, high, p), q in zip(given.items(), tests.values(), adjusted, strict=True)
+    }
 
 
 def _by_sign(differences: Mapping[str, Difference]) -> tuple[list[str], list[str], list[str]]:
@@ -376,6 +373,10 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1] if names else ""
 
 
-def _texts(lines: list[dict[str, Cell]]) -> tuple[list[str], list[list[str]]]:
+def _filled(lines: list[dict[str, Cell]]) -> list[dict[str, Cell]]:
     columns = [name for name in (lines[0] if lines else {}) if any(line[name].text != "-" for line in lines)]
-    return columns, [[line[name].text for name in columns] for line in lines]
+    return [{name: line[name] for name in columns} for line in lines]
+
+
+def _texts(lines: list[dict[str, Cell]]) -> tuple[list[str], list[list[str]]]:
+    return [*lines[0]] if lines else [], [[cell.text for cell in line.values()] for line in lines]

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
@@ -31,9 +31,7 @@ _Key = tuple[str, str, int]
 class _Job(NamedTuple):
     """One run to train and measure."""
 
-    dataset: str
-    row: str
-    seed: int
+    key: _Key
     recipe: Recipe
     folder: Path
 
@@ -74,49 +72,44 @@ def bench(
     runs.check_writable(out)
     for dataset in chosen_datasets:
         for row in rows:
-            _check_network(row, study.changed(row, dataset))
+            network = study.changed(row, dataset).model
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    models.create_model(network.name, num_classes=2, **network.options)
+            except ValueError as error:
+                raise ValueError(f"row {row!r}: {error}") from error
     teachers = {study.rows[row].get("optim.teacher") for row in rows} & set(study.rows)
     rows = [row for row in study.rows if row in {*rows, *teachers}]
-    order = [(dataset, row, seed) for dataset in chosen_datasets for row in rows for seed in study.recipe.seeds]
-    results: dict[_Key, MeasuredRun | str] = {}
+    keys = [(dataset, row, seed) for dataset in chosen_datasets for row in rows for seed in study.recipe.seeds]
+    outcomes: dict[_Key, MeasuredRun | str] = {}
     for is_teacher in (True, False):  # students need the runs of their teachers
-        part = [(d, r, s) for d, r, s in order if (r in teachers) == is_teacher]
-        todo = [_Job(d, r, s, study.of(r, s, out, d), folder(out, r, s, d)) for d, r, s in part]
-        for job, outcome in _results(todo, jobs):
-            results[job.dataset, job.row, job.seed] = outcome
+        part = [(d, r, s) for d, r, s in keys if (r in teachers) == is_teacher]
+        todo = [_Job((d, r, s), study.of(r, s, out, d), folder(out, r, s, d)) for d, r, s in part]
+        for key, outcome in _results(todo, jobs):
+            outcomes[key] = outcome
             if progress:
-                progress("training and measuring", len(results), len(order))
-    result = _collected(study, rows, chosen_datasets, {key: results[key] for key in order})
-    if only is None:
-        _add_costs(result, out)
-        if datasets is None:
-            write_bench(result, study, out)
-    return result
-
-
-def _collected(study: Study, rows: list[str], datasets: list[str], outcomes: dict[_Key, MeasuredRun | str]) -> Bench:
-    return Bench(
+                progress("training and measuring", len(outcomes), len(keys))
+    reasons = {key: reason for key in keys if isinstance(reason := outcomes[key], str)}
+    result = Bench(
         control=study.control,
         rows=tuple(rows),
-        measured=tuple(run for run in outcomes.values() if isinstance(run, MeasuredRun)),
-        failed={
-            f"{dataset + ', ' if dataset else ''}{row}, seed {seed}": reason
-            for (dataset, row, seed), reason in outcomes.items()
-            if isinstance(reason, str)
-        },
-        datasets=tuple(datasets),
+        measured=tuple(run for key in keys if isinstance(run := outcomes[key], MeasuredRun)),
+        failed={", ".join(filter(None, (d, r, f"seed {s}"))): reason for (d, r, s), reason in reasons.items()},
+        datasets=tuple(chosen_datasets),
         controls=study.named("control"),
         seeds=study.recipe.seeds,
         as_large_as=study.named("as_large_as"),
     )
-
-
-def _add_costs(result: Bench, out: Path) -> None:
+    if only is not None:
+        return result
     for dataset in result.datasets:
         try:
             result.costs[dataset] = costs_of_rows(result.on(dataset), out, dataset)
         except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
             result.no_costs[dataset] = " ".join(str(error).split())
+    if datasets is None:
+        write_bench(result, study, out)
+    return result
 
 
 def _chosen(kind: str, names: Iterable[str] | None, choices: Iterable[str]) -> list[str]:
@@ -127,18 +120,10 @@ def _chosen(kind: str, names: Iterable[str] | None, choices: Iterable[str]) -> l
     return chosen
 
 
-def _check_network(row: str, recipe: Recipe) -> None:
-    try:
-        with torch.random.fork_rng(devices=[]):
-            models.create_model(recipe.model.name, num_classes=2, **recipe.model.options)
-    except ValueError as error:
-        raise ValueError(f"row {row!r}: {error}") from error
-
-
-def _results(todo: list[_Job], jobs: int) -> Iterator[tuple[_Job, MeasuredRun | str]]:
+def _results(todo: list[_Job], jobs: int) -> Iterator[tuple[_Key, MeasuredRun | str]]:
     """The measurements of each job, or why it failed, as they finish."""
     if jobs == 1:
-        yield from ((job, _train_and_measure(job)) for job in todo)
+        yield from ((job.key, _train_and_measure(job)) for job in todo)
         return
     threads = max((os.cpu_count() or 1) // jobs, 1)
     context = get_context("spawn")
@@ -146,7 +131,7 @@ def _results(todo: list[_Job], jobs: int) -> Iterator[tuple[_Job, MeasuredRun | 
     for device in devices_for(jobs, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")):
         devices.put(device)
     with ProcessPoolExecutor(jobs, context, _prepare, (threads, devices)) as pool:
-        futures: dict[Future[MeasuredRun | str], _Job] = {pool.submit(_train_and_measure, job): job for job in todo}
+        futures = {pool.submit(_train_and_measure, job): job.key for job in todo}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -176,14 +161,15 @@ def _prepare(threads: int, devices: "SimpleQueue[str | None]") -> None:
 
 
 def _train_and_measure(job: _Job) -> MeasuredRun | str:
+    dataset, row, _ = job.key
     try:
         run = fit(job.recipe, job.folder, resume=True, progress=False)
         assert isinstance(run, Run)
         file = job.folder / "measured.json"
         measured = read(file)
         if measured is None:
-            measured = measure_run(job.row, run, job.dataset)
+            measured = measure_run(row, run, dataset)
             runs.write(file, json.dumps(runs.plain(measured), indent=1).encode())
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return " ".join(str(error).split())
-    return replace(measured, row=job.row, dataset=job.dataset)  # the row may have been renamed since
+    return replace(measured, row=row, dataset=dataset)  # the row may have been renamed since

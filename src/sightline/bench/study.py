@@ -1,11 +1,11 @@
 """A study: one recipe, the changes that make its rows, and the data sets on which they are compared."""
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
@@ -142,28 +142,18 @@ def load_study(
         TypeError, ValueError: no rows, or a field that is wrong; the row is named.
     """
     content = recipe.read(Path(path))
-    rows = content.pop("rows", None) if isinstance(content, dict) else None
-    datasets = content.pop("datasets", {"": {}}) if isinstance(content, dict) else None
-    if not _are_changes(rows):
-        raise ValueError(
-            f"{path}: expected a part `rows`, each a name with changes to the recipe such as "
-            "`se: {model.options.attention: se}`; the first is the control"
-        )
-    if not _are_changes(datasets):
-        raise ValueError(
-            f"{path}: expected each of `datasets` to be a name with changes to the recipe such as "
-            "`cifar10: {data.source: cifar10}`"
-        )
-    _check_names(path, "rows", rows)
-    if datasets != {"": {}}:
-        _check_names(path, "datasets", datasets)
-    study = Study(
-        recipe=recipe.load(content, overrides),
-        rows={str(name): row for name, row in rows.items()},
-        datasets={str(name): changes for name, changes in datasets.items()},
-    )
-    _check_overrides(overrides or {}, "data set", study.datasets, datasets_done)
-    _check_overrides(overrides or {}, "row", study.rows, rows_done)
+    parts: dict[str, Any] = {"rows": None, "datasets": {"": {}}}
+    if isinstance(content, dict):
+        parts |= {kind: content.pop(kind) for kind in parts if kind in content}
+    rows, datasets = (_changes(path, kind, part) for kind, part in parts.items())
+    study = Study(recipe=recipe.load(content, overrides), rows=rows, datasets=datasets)
+    for kind, changes, done in (("data set", study.datasets, datasets_done), ("row", study.rows, rows_done)):
+        for name in changes if done is None else [name for name in changes if name in done]:
+            if covered := [override for override in overrides or {} if override in changes[name]]:
+                raise ValueError(
+                    f"--{covered[0]}: expected a field that the study does not set, got one that its {kind} {name!r} "
+                    f"sets itself; change it in the file, or choose by --{kind.replace(' ', '')}"
+                )
     for name, row in study.rows.items():
         for dataset, changes in study.datasets.items():
             place = f"row {name!r}" + (f" on {dataset}" if dataset else "")
@@ -179,32 +169,24 @@ def load_study(
     return study
 
 
-def _check_overrides(
-    overrides: Mapping[str, Any], kind: str, changes: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | None
-) -> None:
-    """Refuse an override that the study's own changes would replace."""
-    for field_name in overrides:
-        setting = [
-            name for name, fields in changes.items() if field_name in fields and (chosen is None or name in chosen)
-        ]
-        if setting:
-            raise ValueError(
-                f"--{field_name}: expected a field that the study does not set, got one that its {kind} "
-                f"{setting[0]!r} sets itself; change it in the file, or choose by --{kind.replace(' ', '')}"
-            )
+_EXPECTED = {
+    "rows": "a part `rows`, each a name with changes to the recipe such as `se: {model.options.attention: se}`; the "
+    "first is the control",
+    "datasets": "each of `datasets` to be a name with changes to the recipe such as `cifar10: {data.source: cifar10}`",
+}
 
 
-def _are_changes(part: Any) -> TypeGuard[dict[Any, dict[str, Any]]]:
-    return isinstance(part, dict) and bool(part) and all(isinstance(changes, dict) for changes in part.values())
-
-
-def _check_names(path: Path | str, kind: str, names: Iterable[Any]) -> None:
-    plain = [_plain(str(name)) for name in names]
-    for name, folder_name in zip(names, plain, strict=True):
-        if not any(letter.isalnum() for letter in folder_name):
+def _changes(path: Path | str, kind: str, part: Any) -> dict[str, dict[str, Any]]:
+    """One part of a study: names that can be folders, and changes to the recipe."""
+    if not isinstance(part, dict) or not part or not all(isinstance(changes, dict) for changes in part.values()):
+        raise ValueError(f"{path}: expected {_EXPECTED[kind]}")
+    folders = [_plain(str(name)) for name in part]
+    for name, plain in zip(part, folders, strict=True):
+        if not any(letter.isalnum() for letter in plain) and (kind, part) != ("datasets", {"": {}}):
             raise ValueError(f"{path}: expected names of {kind} with a letter or a digit, got {name!r}")
-        if plain.count(folder_name) > 1:
+        if folders.count(plain) > 1:
             raise ValueError(f"{path}: expected names of {kind} that differ in letters or digits, got {name!r} twice")
+    return {str(name): changes for name, changes in part.items()}
 
 
 def folder(out: Path, row: str, seed: int, dataset: str = "") -> Path:

@@ -5,7 +5,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ from sightline.training.loop import Training
 from sightline.training.losses import Loss, class_weights
 from sightline.training.profile import StepProfile
 from sightline.training.stages import check_stages
-
-Images = data.ImageSet | data.ImageStream
 
 
 class _Stop(Exception):
@@ -98,20 +96,16 @@ def initial_network(model: Model, num_classes: int, seed: int) -> nn.Module:
     return models.create_model(model.name, num_classes=num_classes, weights=model.weights, **model.options)
 
 
+@dataclass(frozen=True)
 class _Trainer:
     """Trains one run after another on the same images."""
 
-    def __init__(
-        self,
-        train: Images,
-        others: dict[str, data.ImageSet],
-        teacher: nn.Module | None,
-        stop: threading.Event,
-        progress: bool,
-        profile: bool,
-    ) -> None:
-        self.train, self.others, self.teacher = train, others, teacher
-        self.stop, self.progress, self.profile = stop, progress, profile
+    train: data.ImageSet | data.ImageStream
+    others: dict[str, data.ImageSet]
+    teacher: nn.Module | None
+    stop: threading.Event
+    progress: bool
+    profile: bool
 
     def run(self, recipe: Recipe, folder: Path) -> Run:
         """Train, or continue, one run; a finished one is returned as it is."""

@@ -23,7 +23,7 @@ from sightline.training.losses import Loss, Mixed
 from sightline.training.optimizers import average, create_optimizer
 from sightline.training.prototypes import finish_stage, prototype_loss
 from sightline.training.schedule import learning_rate
-from sightline.training.stages import move, staged_optimizer
+from sightline.training.stages import enter_epoch, staged_optimizer
 
 RESIDENT = 0.25
 """Share of a GPU's free memory that the images may take, so that no step waits for them."""
@@ -63,13 +63,9 @@ class Training:
         self.staged = network if isinstance(network, ProtoPNet) else None
         self.settled = False
         called: nn.Module = torch.compile(self.network) if optim.compile else self.network  # pyright: ignore[reportAssignmentType]
-        if optim.sharded and self.world_size > 1:  # the optimizer needs the sharded parameters
-            self.model = self.fabric.setup_module(called)
-            self.optimizer = create_optimizer(self.network, optim)
-            self.fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
-        else:
-            self.optimizer = create_optimizer(self.network, optim) if self.staged is None else staged_optimizer(network)
-            self.model, self.fabric_optimizer = self.fabric.setup(called, self.optimizer)
+        self.model = self.fabric.setup_module(called)  # first: the optimizer needs the sharded parameters
+        self.optimizer = create_optimizer(self.network, optim) if self.staged is None else staged_optimizer(network)
+        self.fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
         self.loss = loss.to(self.fabric.device).to(memory_format=torch.channels_last)  # holds the teacher, if any
         self.batch_size = min(optim.batch_size, len(train))
         self.steps = len(train) // self.batch_size
@@ -109,8 +105,7 @@ class Training:
             start = time.perf_counter() - self.seconds
             batches = self._batches(self.step)
             if self.staged is not None:
-                rates, before = (self.staged.stages.rates(epoch) for epoch in (self.epoch, self.epoch - 1))
-                move(self.optimizer, rates, begins=not self.step and rates.keys() != before.keys())
+                enter_epoch(self.optimizer, self.staged.stages, self.epoch, self.step)
             while True:
                 with record_function("images"):
                     batch = next(batches, None)
@@ -168,9 +163,7 @@ class Training:
 
         Gathered from all processes, so every process must call this.
         """
-        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        if self.averaged is not None:
-            tensors |= {f"averaged.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
+        tensors = self._tensors()
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entries.items()}
         tensors = {name: processes.full_tensor(tensor) for name, tensor in tensors.items()}
@@ -195,18 +188,14 @@ class Training:
                 "restore the images, or train again in a new folder"
             )
 
-        def part(name: str) -> dict[str, Tensor]:
-            return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-
-        for name, module in {"network": self.network, "averaged": self.averaged}.items():
-            for key, tensor in ({} if module is None else module.state_dict()).items():
-                processes.copy_full(tensor, tensors[f"{name}.{key}"])
+        for name, tensor in self._tensors().items():
+            processes.copy_full(tensor, tensors[name])
         groups = self.optimizer.state_dict()["param_groups"]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in part("optimizer").items():
-            index, name = key.split(".")
-            like = parameters[int(index)].detach()
+        for key in (key for key in tensors if key.startswith("optimizer.")):
+            _, index, name = key.split(".")
+            tensor, like = tensors[key], parameters[int(index)].detach()
             if tensor.shape == like.shape:  # keep the parameter's memory layout: another one may round differently
                 moment = torch.empty_like(like)
                 processes.copy_full(moment, tensor)
@@ -220,6 +209,11 @@ class Training:
         for name in facts.keys() - {"scaler"}:
             setattr(self, name, facts[name])
         self.seen *= first
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those of the network, and of its moving average if there is one."""
+        modules = {"network": self.network} | ({} if self.averaged is None else {"averaged": self.averaged})
+        return {f"{kind}.{name}": t for kind, module in modules.items() for name, t in module.state_dict().items()}
 
     def _learning_rate(self, step: int) -> float:
         """Rate of this step of the epoch; the highest one if parts of the network have their own."""
@@ -255,9 +249,7 @@ class Training:
         )
 
     def _step(self, batch: data.Batch) -> None:
-        rank = self.rank
-        entropy = (self.seed, self.epoch, self.step, *((rank,) if rank else ()))
-        seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        seed = np.random.SeedSequence((self.seed, self.epoch, self.step, self.rank)).generate_state(1, np.uint64)[0]
         if self.staged is None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(self.step)

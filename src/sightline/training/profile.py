@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch.profiler import ProfilerActivity, profile, schedule
 
 PARTS = ("images", "forward", "backward", "optimizer")
@@ -54,10 +54,9 @@ class StepProfile:
         rows = [*host.items(), ("other", total - sum(host.values())), ("total", total)]
         device["total"] = sum(device.values())
         on_gpu = self._device == "device"
-        table = Table(title=f"where {_MEASURED} steps spent their time, ms per step")
-        table.add_column("part")
-        for name in ("host", "share of host", *(["device"] if on_gpu else [])):
-            table.add_column(name, justify="right")
+        columns = ("host", "share of host", *(["device"] if on_gpu else []))
+        right = [Column(name, justify="right") for name in columns]
+        table = Table("part", *right, title=f"where {_MEASURED} steps spent their time, ms per step")
         for name, time in rows:
             table.add_row(name, _ms(time), f"{time / total:.0%}", *([_ms(device.get(name, 0))] if on_gpu else []))
         table.add_section()

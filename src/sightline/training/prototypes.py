@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sightline.inference import untouched
 from sightline.models.protopnet import ProtoPNet, Stages
+from sightline.training.stages import enter_epoch, staged_optimizer
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images (b, 3, H, W) and labels (b,)."""
@@ -76,8 +77,7 @@ def push(model: ProtoPNet, batches: Iterable[tuple[Tensor, Tensor]]) -> Pushed:
     Source: Chen et al. 2019, section 2.2, stage 2.
     """
     vectors = model.prototypes.vectors
-    best = torch.full((len(vectors),), torch.inf, dtype=torch.promote_types(vectors.dtype, torch.float32))
-    best = best.to(vectors.device)
+    best = torch.full_like(vectors[:, 0], torch.inf, dtype=torch.promote_types(vectors.dtype, torch.float32))
     image, row, column = torch.zeros(3, len(vectors), dtype=torch.long, device=vectors.device)
     nearest = vectors.clone()
     seen = 0
@@ -165,21 +165,16 @@ def fit_prototypes(
     generator = torch.Generator().manual_seed(seed)
     parts = [*zip(images.split(batch_size), labels.split(batch_size), strict=True)]
     pushed: Pushed | None = None
-    optimizer, children = torch.optim.Adam(model.parameters()), []
+    optimizer = staged_optimizer(model)
     model.train()
     for epoch in range(epochs):
-        rates = stages.rates(epoch)
-        if children != [*rates]:  # each stage starts without moments
-            children = [*rates]
-            optimizer = torch.optim.Adam([{"params": [*model.get_submodule(child).parameters()]} for child in children])
-        for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
-            group["lr"] = rate
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        enter_epoch(optimizer, stages, epoch)
         for rows in torch.randperm(len(images), generator=generator).to(images.device).split(batch_size):
             optimizer.zero_grad()
-            prototype_loss(model, model.distances(images[rows]), labels[rows]).backward(inputs=trained)
+            prototype_loss(model, model.distances(images[rows]), labels[rows]).backward()
             optimizer.step()
         if stages.pushes_after(epoch, epochs):
             pushed = finish_stage(model, stages, parts.__iter__, batch_size, seed + epoch)
+    model.requires_grad_()
     assert pushed is not None  # the last epoch ends with a push
     return pushed

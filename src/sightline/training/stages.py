@@ -5,7 +5,7 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from sightline.models.protopnet import ProtoPNet
+from sightline.models.protopnet import ProtoPNet, Stages
 from sightline.recipe import Optim, Recipe
 from sightline.training import processes
 
@@ -39,14 +39,15 @@ def check_stages(network: nn.Module, recipe: Recipe) -> str:
 
 
 def staged_optimizer(network: nn.Module) -> torch.optim.Optimizer:
-    """Adam, with one group of parameters for each child; `move` sets the rates."""
+    """Adam, with one group of parameters for each child; `enter_epoch` sets the rates."""
     groups = [{"params": [*child.parameters()], "child": name} for name, child in network.named_children()]
     return torch.optim.Adam([group for group in groups if group["params"]])
 
 
-def move(optimizer: torch.optim.Optimizer, rates: dict[str, float], *, begins: bool) -> None:
-    """Set the rates of an epoch and freeze the other children; if a stage begins, Adam's moments are reset."""
-    if begins:
+def enter_epoch(optimizer: torch.optim.Optimizer, stages: Stages, epoch: int, step: int = 0) -> None:
+    """Set the rates of an epoch and freeze the other children; before the first step of a stage, reset the moments."""
+    rates = stages.rates(epoch)
+    if not step and rates.keys() != stages.rates(epoch - 1).keys():
         optimizer.state.clear()
     for group in optimizer.param_groups:
         group["lr"] = rates.get(group["child"], 0.0)
