@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from sightline.attention.channel import Gating, bottleneck, hidden_width, zero
+from sightline.attention.channel import ChannelWeights, Gating, bottleneck, hidden_width, zero
 from sightline.attention.registry import check_choice, register
 
 __all__ = ["BAM", "CBAM", "AttentionGate", "ChannelGate", "SpatialGate"]
@@ -15,23 +15,6 @@ __all__ = ["BAM", "CBAM", "AttentionGate", "ChannelGate", "SpatialGate"]
 Order = Literal["channel_first", "spatial_first", "parallel"]
 Variant = Literal["paper", "official"]
 GateNorm = Literal["sigmoid", "softmax", "mean_flow"]
-
-
-class ChannelWeights(nn.Module):
-    """One weight per channel: the averages and the maxima of the channels pass one shared bottleneck and are summed.
-
-    >>> ChannelWeights(nn.Identity())(torch.zeros(1, 2, 3, 3)).flatten().tolist()
-    [0.5, 0.5]
-    """
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 1 1"]:
-        """Weight of every channel."""
-        scores = self.mlp(features.mean((2, 3))) + self.mlp(features.amax((2, 3)))
-        return scores.sigmoid()[:, :, None, None]
 
 
 @register("channel_gate")
@@ -56,7 +39,7 @@ class ChannelGate(Gating):
 
     def __init__(self, channels: int, *, reduction: int = 16, identity: bool = False) -> None:
         mlp = bottleneck(channels, hidden_width(channels, reduction), zero_init=identity)
-        super().__init__(ChannelWeights(mlp), identity=identity)
+        super().__init__(ChannelWeights(mlp, maxima=True), identity=identity)
 
 
 class SpatialWeights(nn.Module):
@@ -294,7 +277,7 @@ class AttentionGateWeights(nn.Module):
 
 
 @register("attention_gate")
-class AttentionGate(nn.Module):
+class AttentionGate(Gating):
     """Weighs each position by how well it matches a coarser map, the query, which has a larger receptive field.
 
     Args:
@@ -328,7 +311,6 @@ class AttentionGate(nn.Module):
         norm: GateNorm = "sigmoid",
         identity: bool = False,
     ) -> None:
-        super().__init__()
         check_choice("norm", norm, get_args(GateNorm))
         if identity and norm != "sigmoid":
             raise ValueError(f"expected norm 'sigmoid' with identity, got {norm!r}; choose one of the two")
@@ -336,12 +318,5 @@ class AttentionGate(nn.Module):
         hidden = query_channels if hidden is None else hidden
         if hidden < 1:
             raise ValueError(f"expected hidden of 1 or more, got {hidden}; choose another")
-        self.identity = identity
-        self.gate = AttentionGateWeights(channels, query_channels, hidden, norm, zero_init=identity)
-
-    def forward(
-        self, features: Float[Tensor, "b c h w"], query: Float[Tensor, "b q y x"] | None = None
-    ) -> Float[Tensor, "b c h w"]:
-        """Features with their weights applied."""
-        weights = self.gate(features, query)
-        return features * (2 * weights if self.identity else weights)
+        gate = AttentionGateWeights(channels, query_channels, hidden, norm, zero_init=identity)
+        super().__init__(gate, identity=identity)
