@@ -1,8 +1,10 @@
 """Decides whether outputs are probabilities, and of which logits, by the operations behind them or by their values."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +31,13 @@ _FOLLOWED = (
     | ops.DIVISIONS
     | set("add sum mean prod maximum minimum rsub log exp".split())
 )
+_PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[float, float], float]]] = {
+    "maximum": (torch.maximum, max),
+    "minimum": (torch.minimum, max),
+    "add": (torch.logaddexp, operator.add),
+    **dict.fromkeys(ops.MULTIPLICATIONS, (torch.add, operator.mul)),
+}
+"""Operations on two tensors of probabilities: the same on their logarithms, and the upper bound of the result."""
 _LARGEST_MIXTURE = 3  # dimensions, such as (members, images, classes): a gate on a feature map has more
 _ROUNDING = 1e-5
 _READ = "The outputs were read as probabilities, so {}; if they are logits, pass output='logits'"
@@ -37,12 +46,12 @@ _IN_DOUBT = "All outputs are 0 or 1 and were read as logits; if they are probabi
 
 @dataclass(frozen=True, eq=False)
 class _Origin:
-    """The origin of a tensor of probabilities, in one version."""
+    """The origin of a tensor of probabilities."""
 
-    version: int
     name: str
     """`softmax`, `log_softmax` or `sigmoid` of `logits()`."""
     logits: Callable[[], Tensor]
+    """A mixture has none; here are its `logs` then."""
     logs: Callable[[], Tensor]
     """Logarithm of the probabilities, exact even where they round to 0 or 1."""
     is_mixed: bool = False
@@ -51,11 +60,9 @@ class _Origin:
     """Upper bound of the values."""
 
     def mixed(self, logs: Callable[[], Tensor], name: str = "", largest: float | None = None) -> "_Origin":
-        """The origin of a mixture, which has no logits."""
-        name = name or self.name
-        logits = logs if name == "softmax" else lambda: _log_odds(logs())
+        """The origin of a mixture."""
         largest = self.largest if largest is None else largest
-        return _Origin(self.version, name, logits, logs, is_mixed=True, largest=largest)
+        return _Origin(name or self.name, logs, logs, is_mixed=True, largest=largest)
 
 
 class Reading(NamedTuple):
@@ -80,13 +87,12 @@ class Probabilities(Operations):
     def on(self, operation: Operation) -> Any:
         """The result of the operation; if it holds probabilities, their origin is kept."""
         name, given = operation.name, operation.input
+        follow = None
         if name in _ACTIVATIONS and isinstance(given, Tensor):
             before = given.clone() if operation.is_in_place else given
-            output = operation()
-            self.origins[output] = _activated(_ACTIVATIONS[name], before, output, operation.argument(1, "dim"))
-            return output
-        follow = None
-        if name in _FOLLOWED and operation.args and len(self.origins):
+            activated = _activated(_ACTIVATIONS[name], before, operation.argument(1, "dim"))
+            follow = lambda output, _: activated  # noqa: E731
+        elif name in _FOLLOWED and operation.args and len(self.origins):
             follow = self._follow(operation)
         output = operation()
         if follow is not None:
@@ -94,13 +100,15 @@ class Probabilities(Operations):
             for index, part in enumerate(parts):
                 origin = follow(part, index) if isinstance(part, Tensor) else None
                 if origin is not None and (not origin.is_mixed or part.ndim <= _LARGEST_MIXTURE):
-                    self.origins[part] = replace(origin, version=version_of(part))
+                    self.origins[part] = origin, version_of(part)
         return output
 
     def origin_of(self, tensor: Any) -> _Origin | None:
         """The origin of a tensor, unless it was changed in place since."""
-        origin = self.origins.get(tensor) if isinstance(tensor, Tensor) and len(self.origins) else None
-        return origin if origin is not None and origin.version == version_of(tensor) else None
+        if not isinstance(tensor, Tensor) or tensor not in self.origins:
+            return None
+        origin, version = self.origins[tensor]
+        return origin if version == version_of(tensor) else None
 
     def _follow(self, operation: Operation) -> Callable[[Tensor, int], _Origin | None] | None:
         """A function from an output of the operation and its number to its origin; None if it has none."""
@@ -136,11 +144,10 @@ class Probabilities(Operations):
         return None if mixture is None else lambda output, _: mixture
 
 
-def _activated(name: str, before: Tensor, output: Tensor, dim: Any) -> _Origin:
-    if name == "sigmoid":
-        return _Origin(version_of(output), name, lambda: before, lambda: F.logsigmoid(before))
+def _activated(name: str, before: Tensor, dim: Any) -> _Origin:
     axis = dim if isinstance(dim, int) else -1
-    return _Origin(version_of(output), name, lambda: before, lambda: before.log_softmax(axis))
+    logs = partial(F.logsigmoid, before) if name == "sigmoid" else partial(before.log_softmax, axis)
+    return _Origin(name, lambda: before, logs)
 
 
 def _moved(origin: _Origin, name: str, output: Tensor, again: Callable[[Tensor], Tensor]) -> _Origin | None:
@@ -189,17 +196,12 @@ def _mixed(operation: Operation, origin: _Origin, second: _Origin | None, other:
         if origin.name == "sigmoid" and not origin.is_mixed:
             return replace(origin, logits=lambda: -origin.logits(), logs=lambda: F.logsigmoid(-origin.logits()))
         return origin.mixed(lambda: _log_rest(origin.logs()), "sigmoid", 1.0)
-    if name in ("maximum", "minimum"):
-        if second is None or second.name == "log_softmax":
-            return None
-        largest = max(origin.largest, second.largest)
-        logs = lambda: getattr(torch, name)(origin.logs(), second.logs())  # noqa: E731
-        return origin.mixed(logs, _common([origin, second]), largest)
-    if name == "add":
-        if second is None or second.name == "log_softmax" or options:
-            return origin if number == 0 else None
-        logs = lambda: torch.logaddexp(origin.logs(), second.logs())  # noqa: E731
-        return origin.mixed(logs, _common([origin, second]), origin.largest + second.largest)
+    if name in _PAIRS and second is not None and second.name != "log_softmax" and not options:
+        combine, bound = _PAIRS[name]
+        largest = bound(origin.largest, second.largest)
+        return origin.mixed(lambda: combine(origin.logs(), second.logs()), _common([origin, second]), largest)
+    if name == "add" and number == 0:
+        return origin
     if name not in ops.MULTIPLICATIONS | ops.DIVISIONS or options:
         return None
     sign = 1 if name in ops.MULTIPLICATIONS else -1
@@ -210,14 +212,12 @@ def _mixed(operation: Operation, origin: _Origin, second: _Origin | None, other:
         return origin.mixed(lambda: origin.logs() + shift, largest=origin.largest * math.exp(shift))
     if not isinstance(other, Tensor) or other.ndim > _LARGEST_MIXTURE:
         return None
-    if second is not None and second.name != "log_softmax" and sign == 1:
-        logs = lambda: origin.logs() + second.logs()  # noqa: E731
-        return origin.mixed(logs, _common([origin, second]), origin.largest * second.largest)
-    return origin.mixed(lambda: _weighted(origin.logs(), other, sign), largest=math.inf)
 
+    def weighted() -> Tensor:
+        logs = origin.logs()
+        return logs + sign * other.to(logs.dtype).log()
 
-def _weighted(logs: Tensor, weights: Tensor, sign: int) -> Tensor:
-    return logs + sign * weights.to(logs.dtype).log()
+    return origin.mixed(weighted, largest=math.inf)
 
 
 def _common(origins: Sequence[_Origin]) -> str:
