@@ -65,18 +65,14 @@ class Gating(nn.Module):
         self.gate = gate
         self.identity = identity
 
-    def factor(
-        self, features: Float[Tensor, "b c h w"], query: Float[Tensor, "b q y x"] | None = None
-    ) -> Float[Tensor, "b _ _ _"]:
+    def factor(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b _ _ _"]:
         """Factor of the features."""
-        weights = self.gate(features) if query is None else self.gate(features, query)
+        weights = self.gate(features)
         return 2 * weights if self.identity else weights
 
-    def forward(
-        self, features: Float[Tensor, "b c h w"], query: Float[Tensor, "b q y x"] | None = None
-    ) -> Float[Tensor, "b c h w"]:
-        """Features with their weights applied; only some gates read a query."""
-        return features * self.factor(features, query)
+    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Features with their weights applied."""
+        return features * self.factor(features)
 
 
 class ChannelWeights(nn.Module):

@@ -8,6 +8,7 @@ followed from there.
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -234,14 +235,11 @@ class Trace:
 
             return keep
 
-        handles = [layer.register_forward_pre_hook(begin) for layer in self.model.modules()]
-        handles += [layer.register_forward_hook(keeper(name)) for name, layer in self.model.named_modules()]
-        try:
-            with untouched(self.model), torch.no_grad(), flow, axes:
-                result = self.model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, untouched(self.model), torch.no_grad(), flow, axes:
+            for name, layer in self.model.named_modules():
+                hooks.enter_context(layer.register_forward_pre_hook(begin))
+                hooks.enter_context(layer.register_forward_hook(keeper(name)))
+            result = self.model(images)
         self.shapes = shapes_of(result)
         numbers = [flow.number(tensor) for tensor in _tensors(result)]
         self.on_path, self._trunk = flow.ways_to(max((number for number in numbers if number is not None), default=0))
@@ -333,11 +331,9 @@ class Trace:
         return next((call for call in pools if call.name in self._once), None)
 
     def _branch_ends(self) -> list[Call]:
-        features = {call.name: (index, call) for index, call in enumerate(self.calls) if self._is_features(call)}
-        order = {name: index for name, (index, _) in features.items()}
-        ends = (_branch_end(call.name, call.layer, order) for call in self.calls)
-        names = {end for end in ends if end in features}
-        calls = [features[name][1] for name, _ in self.model.named_modules() if name in names]
+        features = {call.name: call for call in self.calls if self._is_features(call)}
+        names = {_branch_end(call.name, call.layer, [*features]) for call in self.calls}
+        calls = [features[name] for name, _ in self.model.named_modules() if name in names and name in features]
         return [call for call in calls if self._flow.is_branch_end(_number(call.given) or 0)]
 
     def _stages(self) -> list[Call]:
@@ -392,12 +388,12 @@ def _has_blocks(layer: nn.Module) -> bool:
     return any(sum(isinstance(part, WEIGHTS) for part in block.modules()) > 1 for block in inner)
 
 
-def _branch_end(name: str, block: nn.Module, order: dict[str, int]) -> str | None:
+def _branch_end(name: str, block: nn.Module, order: list[str]) -> str | None:
     """Last layer of the residual branch in the blocks of torchvision and timm, or None for another module."""
     children = dict(block.named_children())
     if hasattr(block, "downsample") or getattr(block, "has_skip", False):
-        numbered = [f"{name}.{child}" for child in children if re.fullmatch(r"(conv|bn|norm)\d", child)]
-        return max((child for child in numbered if child in order), key=order.__getitem__, default=None)
+        numbered = {f"{name}.{child}" for child in children if re.fullmatch(r"(conv|bn|norm)\d", child)}
+        return next((layer for layer in reversed(order) if layer in numbered), None)
     if getattr(block, "use_res_connect", False):
         return f"{name}.{'conv' if 'conv' in children else 'block'}"
     return f"{name}.f" if "f" in children and hasattr(block, "proj") else None

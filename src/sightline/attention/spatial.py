@@ -176,7 +176,7 @@ class BAMWeights(nn.Module):
 
 
 @register("bam")
-class BAM(nn.Module):
+class BAM(Gating):
     """Adds the features weighed per channel and position to the features; the weights come from two parallel branches.
 
     The child `gate` returns the weights, `gate.spatial` the score of each position. Training needs batches of two
@@ -211,17 +211,16 @@ class BAM(nn.Module):
         variant: Variant = "paper",
         identity: bool = False,
     ) -> None:
-        super().__init__()
         check_choice("variant", variant, get_args(Variant))
         if dilation < 1:
             raise ValueError(f"expected dilation of 1 (dense) or more, got {dilation}; choose another")
-        self.identity = identity
-        self.gate = BAMWeights(channels, reduction, dilation, variant, zero_init=identity)
+        gate = BAMWeights(channels, reduction, dilation, variant, zero_init=identity)
+        super().__init__(gate, identity=identity)
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Features with their weights applied."""
-        weights = self.gate(features)
-        return features * (2 * weights) if self.identity else torch.addcmul(features, features, weights)
+        factor = self.factor(features)
+        return features * factor if self.identity else torch.addcmul(features, features, factor)
 
 
 class AttentionGateWeights(nn.Module):
@@ -277,7 +276,7 @@ class AttentionGateWeights(nn.Module):
 
 
 @register("attention_gate")
-class AttentionGate(Gating):
+class AttentionGate(nn.Module):
     """Weighs each position by how well it matches a coarser map, the query, which has a larger receptive field.
 
     Args:
@@ -311,6 +310,7 @@ class AttentionGate(Gating):
         norm: GateNorm = "sigmoid",
         identity: bool = False,
     ) -> None:
+        super().__init__()
         check_choice("norm", norm, get_args(GateNorm))
         if identity and norm != "sigmoid":
             raise ValueError(f"expected norm 'sigmoid' with identity, got {norm!r}; choose one of the two")
@@ -318,5 +318,12 @@ class AttentionGate(Gating):
         hidden = query_channels if hidden is None else hidden
         if hidden < 1:
             raise ValueError(f"expected hidden of 1 or more, got {hidden}; choose another")
-        gate = AttentionGateWeights(channels, query_channels, hidden, norm, zero_init=identity)
-        super().__init__(gate, identity=identity)
+        self.identity = identity
+        self.gate = AttentionGateWeights(channels, query_channels, hidden, norm, zero_init=identity)
+
+    def forward(
+        self, features: Float[Tensor, "b c h w"], query: Float[Tensor, "b q y x"] | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Features with their weights applied."""
+        weights = self.gate(features, query)
+        return features * (2 * weights if self.identity else weights)

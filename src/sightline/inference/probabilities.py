@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -65,18 +65,6 @@ class _Origin:
         return _Origin(name or self.name, logs, logs, is_mixed=True, largest=largest)
 
 
-class Reading(NamedTuple):
-    """A model's output, and how it was read."""
-
-    logits: Float[Tensor, "b n"]
-    activation: str
-    """The output activation that was undone to get the logits: "softmax", "log_softmax" or "sigmoid"; empty if none."""
-    kind: Kind | None
-    """To read further outputs of the model in the same way."""
-    notice: str
-    """What was decided by the values alone; empty if nothing was."""
-
-
 class Probabilities(Operations):
     """Follows each softmax and sigmoid of a forward through everything that moves, mixes or splits it."""
 
@@ -90,28 +78,26 @@ class Probabilities(Operations):
         follow = None
         if name in _ACTIVATIONS and isinstance(given, Tensor):
             before = given.clone() if operation.is_in_place else given
-            activated = _activated(_ACTIVATIONS[name], before, operation.argument(1, "dim"))
-            follow = lambda output, _: activated  # noqa: E731
+            follow = _activated(_ACTIVATIONS[name], before, operation.argument(1, "dim"))
         elif name in _FOLLOWED and operation.args and len(self.origins):
             follow = self._follow(operation)
         output = operation()
         if follow is not None:
-            parts = output if isinstance(output, tuple | list) else [output]
-            for index, part in enumerate(parts):
-                origin = follow(part, index) if isinstance(part, Tensor) else None
+            for index, part in enumerate(output if isinstance(output, tuple | list) else [output]):
+                origin = follow if isinstance(follow, _Origin) else follow(part, index)
                 if origin is not None and (not origin.is_mixed or part.ndim <= _LARGEST_MIXTURE):
                     self.origins[part] = origin, version_of(part)
         return output
 
     def origin_of(self, tensor: Any) -> _Origin | None:
         """The origin of a tensor, unless it was changed in place since."""
-        if not isinstance(tensor, Tensor) or tensor not in self.origins:
+        if not isinstance(tensor, Tensor):
             return None
-        origin, version = self.origins[tensor]
+        origin, version = self.origins.get(tensor, (None, 0))
         return origin if version == version_of(tensor) else None
 
-    def _follow(self, operation: Operation) -> Callable[[Tensor, int], _Origin | None] | None:
-        """A function from an output of the operation and its number to its origin; None if it has none."""
+    def _follow(self, operation: Operation) -> _Origin | Callable[[Tensor, int], _Origin | None] | None:
+        """The origin of the operation's outputs, or a function from an output and its number to it; None without."""
         name, given, rest, options = operation.name, operation.args[0], operation.args[1:], operation.kwargs
         origin = self.origin_of(given)
         other = operation.argument(1, "other")
@@ -120,7 +106,7 @@ class Probabilities(Operations):
             probabilities = [one for one in origins if one is not None and one.name != "log_softmax"]
             if not probabilities or len(probabilities) < len(origins):
                 return None
-            return lambda output, _: _joined(probabilities, lambda values: operation.func(values, *rest, **options))
+            return _joined(probabilities, lambda values: operation.func(values, *rest, **options))
         if name in ("max", "min") and isinstance(other, Tensor):
             return None
         if name in ops.MULTIPLICATIONS | {"add"} and origin is None and isinstance(other, Tensor):
@@ -128,7 +114,7 @@ class Probabilities(Operations):
         if origin is None:
             return None
         if name in ops.BOUNDS:
-            return lambda output, _: origin
+            return origin
         if name in _MOVES:
 
             def again(values: Tensor, index: int) -> Tensor:
@@ -137,11 +123,10 @@ class Probabilities(Operations):
 
             return lambda output, index: _moved(origin, name, output, lambda values: again(values, index))
         if origin.name == "log_softmax":
-            return (lambda output, _: replace(origin, name="softmax")) if name == "exp" else None
+            return replace(origin, name="softmax") if name == "exp" else None
         if name == "log":
-            return (lambda output, _: replace(origin, name="log_softmax")) if origin.name == "softmax" else None
-        mixture = _mixed(operation, origin, self.origin_of(other), other)
-        return None if mixture is None else lambda output, _: mixture
+            return replace(origin, name="log_softmax") if origin.name == "softmax" else None
+        return _mixed(operation, origin, self.origin_of(other), other)
 
 
 def _activated(name: str, before: Tensor, dim: Any) -> _Origin:
@@ -224,8 +209,14 @@ def _common(origins: Sequence[_Origin]) -> str:
     return origins[0].name if len({origin.name for origin in origins}) == 1 else "sigmoid"
 
 
-def read(values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None) -> Reading:
+def read(
+    values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None
+) -> tuple[Float[Tensor, "b n"], str, Kind, str]:
     """The logits behind the values; for probabilities without logits, their logarithms, whose softmax they are.
+
+    Returns:
+        The logits; the output activation that was undone to get them, "softmax", "log_softmax", "sigmoid" or ""; the
+        kind with which to read further outputs in the same way; a notice of what was decided by the values alone.
 
     Without a `kind`, values are probabilities if they come from a softmax or a sigmoid, or from averages and selections
     of such. Values without a known origin are if all rows lie in [0, 1] and sum to 1, unless all of them are 0 or 1.
@@ -235,24 +226,22 @@ def read(values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None) -
     """
     origin = seen.origin_of(values)
     if kind == "logits":
-        return Reading(values, "", kind, "")
+        return values, "", kind, ""
     if origin is not None and not origin.is_mixed:
-        return Reading(origin.logits(), origin.name, "probabilities", "")
+        return origin.logits(), origin.name, "probabilities", ""
     if origin is not None and not _agrees(origin, values):
         origin = None
-    asked = kind
+    asked, notice = kind, ""
     if kind is None or kind == "probabilities":
         kind, notice = _kind_of(values.detach(), origin, kind)
-    else:
-        notice = ""
     if kind == "logits":
-        return Reading(values, "", kind, notice)
+        return values, "", kind, notice
     if origin is not None:
         logs = origin.logs()
     else:
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         logs = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()
-    return Reading(logs if kind == "softmax" else _log_odds(logs), kind, kind, "" if asked else notice)
+    return logs if kind == "softmax" else _log_odds(logs), kind, kind, "" if asked else notice
 
 
 def _kind_of(values: Tensor, origin: _Origin | None, kind: Kind | None) -> tuple[Kind, str]:
