@@ -268,9 +268,11 @@ class Trace:
         ends = [] if name in STAGES else self._branch_ends()
         places = ends or self._stages()[STAGES.get(name, slice(None))]
         if not places:
+            last = any(call.given is not None and call.given.axes == CHANNELS_LAST for call in self.calls)
             raise ValueError(
                 f"expected a CNN of layers that yield maps (b, c, h, w), got {type(self.model).__name__}, "
-                f"{self._without_maps()}; name the layers with at"
+                f"{'whose maps are (b, h, w, c)' if last else 'which has none that all later layers depend on'}; "
+                "name the layers with at"
             )
         return places
 
@@ -282,10 +284,6 @@ class Trace:
             pool = self._pool_behind(maps[-1]) if maps else None
             return pool if pool is not None and not self._weights_behind(pool) else None
         return self._pool_behind(features) or features
-
-    def _without_maps(self) -> str:
-        last = any(call.given is not None and call.given.axes == CHANNELS_LAST for call in self.calls)
-        return "whose maps are (b, h, w, c)" if last else "which has none that all later layers depend on"
 
     def _is_features(self, call: Call) -> bool:
         """Whether a layer runs once and returns a map (b, c, h, w) computed from the images by convolutions."""
