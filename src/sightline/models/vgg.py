@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sightline.attention.channel import Gating
 from sightline.attention.pooling import Compat, CompatibilityGate, LearnToPayAttention, Norm, Project
 
 Head = Literal["concat", "indep"]
@@ -133,22 +134,6 @@ class IndepHead(nn.Module):
         return logs.logsumexp(0) - math.log(len(vectors))
 
 
-class SpatialMask(nn.Module):
-    """Multiplies a feature map by a mask between 0 and 1, sigmoid(<u, l> + b), which the child `gate` returns.
-
-    >>> SpatialMask(8)(torch.zeros(2, 8, 5, 7)).shape
-    torch.Size([2, 8, 5, 7])
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.gate = CompatibilityGate(channels, compat="none", norm="sigmoid")
-
-    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Masked features."""
-        return features * self.gate(features)
-
-
 class VGG(nn.Module):
     """VGG-16 with BatchNorm: 13 convolutions, 5 pools, no attention; the paper's baseline.
 
@@ -238,9 +223,8 @@ class VGGPan(VGG):
 
     def add_vector(self, channels: int) -> None:
         """Add both levels of attention and FC-1."""
-        self.attention = nn.ModuleDict(
-            {"conv10": SpatialMask(channels), "conv13": LearnToPayAttention(channels, compat="none")}
-        )
+        mask = Gating(CompatibilityGate(channels, compat="none", norm="sigmoid"), identity=False)
+        self.attention = nn.ModuleDict({"conv10": mask, "conv13": LearnToPayAttention(channels, compat="none")})
         self.fc1 = nn.Linear(channels, channels)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
