@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sightline.attention.places import Call, Trace, Value, shapes_of
+from sightline.attention.places import NOTHING, Call, Trace, Value, shapes_of
 from sightline.attention.registry import ATTENTION, check_choice
 from sightline.facts import current_name, did_you_mean
 from sightline.inference import copy_of, untouched
@@ -303,7 +303,7 @@ class _Probe(nn.Module):
 
 def _loops(layer: nn.Module, call: Call) -> bool:
     """Whether a layer loops over its children, and would run one more."""
-    if call.taken is None or not list(layer.children()):
+    if call.taken == NOTHING or not list(layer.children()):
         return False
     with untouched(layer), torch.no_grad():
         layer.add_module("sightline_probe", _Probe())
@@ -326,7 +326,7 @@ def _build(make: Maker, call: Call, channels: int) -> nn.Module:
 def _map_at(call: Call, pooling: bool) -> Value:
     """The map that a block gets: a layer's output or, before a layer that pools, its input."""
     value = call.taken if pooling and call.takes_map and not call.gives_map else call.given
-    if value is None or not value.is_map:
+    if not value.is_map:
         raise ValueError(
             f"expected a layer that yields (b, c, h, w), got {call.kind} from {call.name!r}; name another layer"
         )
