@@ -56,8 +56,8 @@ def write(folder: Path | str, file: Path | str) -> Exported:
     run = runs.open_run(folder)
     model = runs.load_model(folder)
     gated = any(isinstance(getattr(block, "gate", None), nn.Module) for block in model.modules())
-    network = WithMaps(model) if gated else _Alone(model)
-    names = ("logits", *(name or "attention" for name in network.names))
+    network = WithMaps(model) if gated else model
+    names = ("logits", *(name or "attention" for name in getattr(network, "names", ())))
     pixels = _FromPixels(network, run.preprocess).eval()
     facts = {
         "classes": run.classes,
@@ -88,19 +88,6 @@ def write(folder: Path | str, file: Path | str) -> Exported:
 _Call = Callable[[UInt8[Tensor, "b 3 h w"]], Sequence[Tensor]]
 
 
-class _Alone(nn.Module):
-    """A network without attention blocks, with the interface of `WithMaps`."""
-
-    names: Sequence[str] = ()
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return (self.model(images),)
-
-
 class _FromPixels(nn.Module):
     """A network behind `data.normalize`, with mean and deviation as buffers."""
 
@@ -114,7 +101,13 @@ class _FromPixels(nn.Module):
         self.register_buffer("std", torch.tensor(preprocess.std)[:, None, None])
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.network((images / 255 - self.mean) / self.std)
+        return _outputs(self.network, (images / 255 - self.mean) / self.std)
+
+
+def _outputs(network: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """Logits, and the maps of `WithMaps`."""
+    outputs = network(images)
+    return outputs if isinstance(network, WithMaps) else (outputs,)
 
 
 def _pixels(n: int, size: tuple[int, int]) -> UInt8[Tensor, "n 3 h w"]:
@@ -170,7 +163,7 @@ def _difference(call: _Call, network: nn.Module, preprocess: data.Preprocess) ->
     for n in (1, 3):
         images = _pixels(n, preprocess.size)
         with torch.no_grad():
-            expected, exported = network(data.normalize(images, preprocess)), call(images)
+            expected, exported = _outputs(network, data.normalize(images, preprocess)), call(images)
         for ours, theirs in zip(expected, exported, strict=True):
             differences.append((theirs - ours).abs().max() / ours.abs().max().clamp_min(1e-30))
     return float(torch.stack(differences).max())

@@ -9,6 +9,7 @@ Source: Chaudhari et al., "An Attentive Survey of Attention Models" (1904.02874)
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,17 +19,16 @@ from torch.nn import functional as F
 __all__ = ["ALIGNMENT", "Attend", "NadarayaWatson"]
 
 Function = Callable[[Tensor], Tensor]
+Queries = Float[Tensor, "b q dq"]
+Keys = Float[Tensor, "b k dk"]
+Mask = Bool[Tensor, "b q k"]
+Scores = Float[Tensor, "b q k"]
 
 
 class Alignment(nn.Module):
     """Base of the alignment functions: applies the mask. A subclass defines `scores`."""
 
-    def forward(
-        self,
-        queries: Float[Tensor, "b q dq"],
-        keys: Float[Tensor, "b k dk"],
-        mask: Bool[Tensor, "b q k"] | None = None,
-    ) -> Float[Tensor, "b q k"]:
+    def forward(self, queries: Queries, keys: Keys, mask: Mask | None = None) -> Scores:
         """Score of every key for every query, -inf where the mask is False.
 
         Raises:
@@ -41,7 +41,7 @@ class Alignment(nn.Module):
             raise ValueError(f"expected a boolean mask, True = may attend, got {mask.dtype}; take mask > 0")
         return scores.masked_fill(~mask, -torch.inf)
 
-    def scores(self, queries: Float[Tensor, "b q dq"], keys: Float[Tensor, "b k dk"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """Score of every key for every query, before the mask."""
         raise NotImplementedError
 
@@ -58,7 +58,7 @@ class Similarity(Alignment):
     tensor([[[1., 0.]]])
     """
 
-    def scores(self, queries: Float[Tensor, "b q d"], keys: Float[Tensor, "b k e"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
         return _products(F.normalize(queries, dim=2), F.normalize(keys, dim=2))
 
@@ -75,7 +75,7 @@ class DotProduct(Alignment):
     tensor([[[6., 5.]]])
     """
 
-    def scores(self, queries: Float[Tensor, "b q d"], keys: Float[Tensor, "b k e"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
         return _products(queries, keys)
 
@@ -92,7 +92,7 @@ class ScaledDotProduct(Alignment):
     tensor([[[3.]]])
     """
 
-    def scores(self, queries: Float[Tensor, "b q d"], keys: Float[Tensor, "b k e"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
         return _products(queries / math.sqrt(keys.shape[2]), keys)
 
@@ -108,16 +108,18 @@ class General(Alignment):
     torch.Size([2, 5, 7])
     """
 
+    has_bias: ClassVar = False
+
     def __init__(self, query_channels: int, key_channels: int) -> None:
         super().__init__()
-        self.project = nn.Linear(query_channels, key_channels, bias=False)
+        self.project = nn.Linear(query_channels, key_channels, bias=self.has_bias)
 
-    def scores(self, queries: Float[Tensor, "b q dq"], keys: Float[Tensor, "b k dk"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
         return _products(self.project(queries), keys)
 
 
-class BiasedGeneral(Alignment):
+class BiasedGeneral(General):
     """k^T (W q + b).
 
     Source: Sordoni et al. 2016 (1606.02245).
@@ -126,16 +128,10 @@ class BiasedGeneral(Alignment):
     torch.Size([2, 5, 7])
     """
 
-    def __init__(self, query_channels: int, key_channels: int) -> None:
-        super().__init__()
-        self.project = nn.Linear(query_channels, key_channels)
-
-    def scores(self, queries: Float[Tensor, "b q dq"], keys: Float[Tensor, "b k dk"]) -> Float[Tensor, "b q k"]:
-        """See `Alignment.scores`."""
-        return _products(self.project(queries), keys)
+    has_bias = True
 
 
-class ActivatedGeneral(Alignment):
+class ActivatedGeneral(General):
     """act(q^T W k + b), with one number b. `project.weight` is W transposed, as in `General`.
 
     Source: Ma et al. 2017, "Interactive Attention Networks" (1709.00893).
@@ -145,14 +141,13 @@ class ActivatedGeneral(Alignment):
     """
 
     def __init__(self, query_channels: int, key_channels: int, *, activation: Function = torch.tanh) -> None:
-        super().__init__()
-        self.project = nn.Linear(query_channels, key_channels, bias=False)
+        super().__init__(query_channels, key_channels)
         self.bias = nn.Parameter(torch.zeros(1))
         self.activation = activation
 
-    def scores(self, queries: Float[Tensor, "b q dq"], keys: Float[Tensor, "b k dk"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
-        return self.activation(_products(self.project(queries), keys) + self.bias)
+        return self.activation(super().scores(queries, keys) + self.bias)
 
 
 class GeneralizedKernel(Alignment):
@@ -174,7 +169,7 @@ class GeneralizedKernel(Alignment):
         super().__init__()
         self.feature_map = feature_map
 
-    def scores(self, queries: Float[Tensor, "b q dq"], keys: Float[Tensor, "b k dk"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
         return _products(self.feature_map(queries), self.feature_map(keys))
 
@@ -200,7 +195,7 @@ class Concat(Alignment):
         self.w = nn.Linear(hidden, 1, bias=False)
         self.activation = activation
 
-    def scores(self, queries: Float[Tensor, "b q dq"], keys: Float[Tensor, "b k dk"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
         for_queries, for_keys = self.W.weight.split((queries.shape[2], keys.shape[2]), dim=1)
         hidden = _sums(F.linear(queries, for_queries, self.W.bias), F.linear(keys, for_keys))
@@ -227,7 +222,7 @@ class Additive(Alignment):
         self.w = nn.Linear(hidden, 1, bias=False)
         self.activation = activation
 
-    def scores(self, queries: Float[Tensor, "b q dq"], keys: Float[Tensor, "b k dk"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
         return self.w(self.activation(_sums(self.W1(queries), self.W2(keys)))).squeeze(3)
 
@@ -271,7 +266,7 @@ class Deep(Alignment):
         self.w = nn.Linear(hidden, 1)
         self.activation = activation
 
-    def scores(self, queries: Float[Tensor, "b q dq"], keys: Float[Tensor, "b k dk"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
         energy = self.activation(_sums(self.W0(queries), self.W1(keys)))
         for layer in self.inner:
@@ -299,7 +294,7 @@ class LocationBased(Alignment):
         super().__init__()
         self.W = nn.Linear(query_channels, max_keys, bias=False)
 
-    def scores(self, queries: Float[Tensor, "b q dq"], keys: Float[Tensor, "b k dk"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
         if keys.shape[1] > self.W.out_features:
             raise ValueError(
@@ -340,7 +335,7 @@ class FeatureBased(Alignment):
         self.w = nn.Linear(hidden, 1, bias=False)
         self.activation = activation
 
-    def scores(self, queries: Float[Tensor, "b q dq"], keys: Float[Tensor, "b k dk"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
         scores = self.w(self.activation(self.W1(self.phi1(keys)) + self.W2(self.phi2(keys))))
         return scores.transpose(1, 2).expand(-1, queries.shape[1], -1)
@@ -362,7 +357,7 @@ class GaussianKernel(Alignment):
             raise ValueError(f"expected a bandwidth above 0, got {bandwidth}; take about the spacing of the keys")
         self.bandwidth = bandwidth
 
-    def scores(self, queries: Float[Tensor, "b q d"], keys: Float[Tensor, "b k d"]) -> Float[Tensor, "b q k"]:
+    def scores(self, queries: Queries, keys: Keys) -> Scores:
         """See `Alignment.scores`."""
         # by subtraction: ||q||^2 - 2 q^T k + ||k||^2 cancels far from zero; cdist has no half precision
         dtype = torch.promote_types(queries.dtype, torch.float32)
@@ -383,12 +378,7 @@ class AlignmentGate(nn.Module):
         super().__init__()
         self.alignment = alignment
 
-    def forward(
-        self,
-        queries: Float[Tensor, "b q dq"],
-        keys: Float[Tensor, "b k dk"],
-        mask: Bool[Tensor, "b q k"] | None = None,
-    ) -> Float[Tensor, "b q k"]:
+    def forward(self, queries: Queries, keys: Keys, mask: Mask | None = None) -> Scores:
         """Weight of every key for every query."""
         scores = self.alignment(queries, keys, mask)
         if mask is None:
@@ -417,11 +407,7 @@ class Attend(nn.Module):
         self.gate = AlignmentGate(alignment)
 
     def forward(
-        self,
-        queries: Float[Tensor, "b q dq"],
-        keys: Float[Tensor, "b k dk"],
-        values: Float[Tensor, "b k dv"],
-        mask: Bool[Tensor, "b q k"] | None = None,
+        self, queries: Queries, keys: Keys, values: Float[Tensor, "b k dv"], mask: Mask | None = None
     ) -> Float[Tensor, "b q dv"]:
         """What each query reads."""
         return torch.bmm(self.gate(queries, keys, mask), values)

@@ -75,20 +75,24 @@ class Gating(nn.Module):
         return features * self.factor(features)
 
 
-class SqueezeExciteWeights(nn.Module):
-    """One weight per channel, sigmoid(W2 relu(W1 z)), from the channels' averages z.
+class ChannelWeights(nn.Module):
+    """One weight per channel, sigmoid(W2 relu(W1 z)), from the channels' averages z, plus their `maxima` if asked for.
 
-    >>> SqueezeExciteWeights(nn.Identity())(torch.zeros(1, 2, 3, 3)).flatten()
+    >>> ChannelWeights(nn.Identity())(torch.zeros(1, 2, 3, 3)).flatten()
     tensor([0.5000, 0.5000])
     """
 
-    def __init__(self, mlp: nn.Module) -> None:
+    def __init__(self, mlp: nn.Module, *, maxima: bool = False) -> None:
         super().__init__()
         self.mlp = mlp
+        self.maxima = maxima
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 1 1"]:
         """Weight of every channel."""
-        return self.mlp(features.mean((2, 3))).sigmoid()[:, :, None, None]
+        scores = self.mlp(features.mean((2, 3)))
+        if self.maxima:
+            scores = scores + self.mlp(features.amax((2, 3)))
+        return scores.sigmoid()[:, :, None, None]
 
 
 @register("se")
@@ -115,7 +119,7 @@ class SqueezeExcite(Gating):
 
     def __init__(self, channels: int, *, reduction: int = 16, bias: bool = True, identity: bool = False) -> None:
         mlp = bottleneck(channels, hidden_width(channels, reduction), bias=bias, zero_init=identity)
-        super().__init__(SqueezeExciteWeights(mlp), identity=identity)
+        super().__init__(ChannelWeights(mlp), identity=identity)
 
 
 class EfficientChannelWeights(nn.Module):

@@ -8,8 +8,9 @@ last child holds the block.
 """
 
 import inspect
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sightline.attention.places import Call, Trace, shapes_of
+from sightline.attention.places import NOTHING, Call, Trace, Value, shapes_of
 from sightline.attention.registry import ATTENTION, check_choice
 from sightline.facts import current_name, did_you_mean
 from sightline.inference import copy_of, untouched
@@ -81,7 +82,10 @@ def insert(
     model = model if inplace else copy_of(model)
     trace = Trace(model)
     calls, pooling = _calls(trace, name, make, at)
-    places = [*_places(trace, calls, pooling)]
+    places = [_place(trace, call, pooling) for call in calls]
+    holders = [place.holder for place in places]
+    if twice := [holder for holder in holders if holders.count(holder) > 1]:
+        raise ValueError(f"expected one block per layer, got two for {twice[0]!r}; name fewer layers")
     blocks = [_block(make, place, None if pooling else init).train(model.training) for place in places]
     hooks = [_attach(place, attention) for place, attention in zip(places, blocks, strict=True)]
     behind = {call.name for call in trace.calls[trace.calls.index(calls[0]) + 1 :]} if pooling else set[str]()
@@ -241,40 +245,38 @@ def _calls(trace: Trace, name: str, make: Maker, at: str | Sequence[str] | None)
     return [pool], True
 
 
-def _places(trace: Trace, calls: Sequence[Call], pooling: bool) -> Iterator[_Place]:
-    holders: set[str] = set()
-    for call in calls:
-        place = _place(trace, call, pooling)
-        if place.holder in holders:
-            raise ValueError(f"expected one block per layer, got two for {place.holder!r}; name fewer layers")
-        holders.add(place.holder)
-        yield place
-
-
 def _block(make: Maker, place: _Place, init: Init | None) -> nn.Module:
-    """A block for a place; with `init`, checked to be a gating block."""
+    """A block for a place; with `init`, one that keeps the shape and, with "identity", every bit."""
     attention = _build(make, place.call, place.shape[1])
     if init is not None:
-        _check(attention, place, init)
+        features = torch.randn(place.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        features = features.to(place.call.device, place.call.dtype)
+        with untouched(attention), torch.no_grad():
+            gated = attention(features)
+        if gated.shape != features.shape:
+            raise ValueError(
+                f"expected a block that keeps the shape, {tuple(features.shape)} at {place.call.name!r}, "
+                f"got {tuple(gated.shape)}; give it as many output channels as input channels"
+            )
+        if init == "identity" and not torch.equal(gated, features):
+            raise ValueError(
+                f"expected a block that returns its input while it is new, got one that changes it by up to "
+                f"{(gated - features).abs().max().item():.2g}, and so the logits; "
+                "give the block an option `identity`, or insert with init='fresh'"
+            )
     if make.keywords.get("identity", False):
         attention.register_buffer(MARK, torch.tensor(True, device=place.call.device))
     return attention
 
 
 def _place(trace: Trace, call: Call, pooling: bool) -> _Place:
-    name = call.name
-    if not (call.given is not None and call.given.is_map) and not (pooling and call.takes_map):
-        raise ValueError(
-            f"expected a layer that yields (b, c, h, w), got {call.kind} from {name!r}; name another layer"
-        )
-    before = pooling and call.takes_map and not call.gives_map
+    name, value = call.name, _map_at(call, pooling)
+    before = value is call.taken
     while not before and type(call.layer).forward is nn.Sequential.forward:
         last = [other for other in trace.calls if other.layer is list(call.layer.children())[-1]]
         if len(last) != 1 or last[0].given != call.given:
             break
         call = last[0]
-    value = call.taken if before else call.given
-    assert value is not None
     holder, holding = call.name, call.layer
     if _hooks(call.layer):
         raise ValueError(
@@ -301,7 +303,7 @@ class _Probe(nn.Module):
 
 def _loops(layer: nn.Module, call: Call) -> bool:
     """Whether a layer loops over its children, and would run one more."""
-    if call.taken is None or not list(layer.children()):
+    if call.taken == NOTHING or not list(layer.children()):
         return False
     with untouched(layer), torch.no_grad():
         layer.add_module("sightline_probe", _Probe())
@@ -321,42 +323,27 @@ def _build(make: Maker, call: Call, channels: int) -> nn.Module:
         raise ValueError(f"{error} (at {call.name!r})") from error
 
 
-def _pools(make: Maker, call: Call) -> bool:
-    """Whether a block turns a map into one vector per image."""
-    value = call.taken if call.takes_map and not call.gives_map else call.given
-    if value is None or not value.is_map:
+def _map_at(call: Call, pooling: bool) -> Value:
+    """The map that a block gets: a layer's output or, before a layer that pools, its input."""
+    value = call.taken if pooling and call.takes_map and not call.gives_map else call.given
+    if not value.is_map:
         raise ValueError(
             f"expected a layer that yields (b, c, h, w), got {call.kind} from {call.name!r}; name another layer"
         )
+    return value
+
+
+def _pools(make: Maker, call: Call) -> bool:
+    """Whether a block turns a map into one vector per image."""
+    value = _map_at(call, pooling=True)
     devices = [call.device] if call.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         attention = _build(make, call, value.shape[1]).eval()
         return attention(torch.zeros(value.shape, device=call.device, dtype=call.dtype)).ndim == 2
 
 
-def _check(attention: nn.Module, place: _Place, init: Init) -> None:
-    """Refuse a gating block that changes the shape or, with "identity", any bit."""
-    features = torch.randn(place.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    features = features.to(place.call.device, place.call.dtype)
-    with untouched(attention), torch.no_grad():
-        gated = attention(features)
-    if gated.shape != features.shape:
-        raise ValueError(
-            f"expected a block that keeps the shape, {tuple(features.shape)} at {place.call.name!r}, "
-            f"got {tuple(gated.shape)}; give it as many output channels as input channels"
-        )
-    if init == "identity" and not torch.equal(gated, features):
-        raise ValueError(
-            f"expected a block that returns its input while it is new, got one that changes it by up to "
-            f"{(gated - features).abs().max().item():.2g}, and so the logits; "
-            "give the block an option `identity`, or insert with init='fresh'"
-        )
-
-
 class _Misfit(Exception):
-    def __init__(self, name: str, channels: int) -> None:
-        self.name = name
-        self.channels = channels
+    """The name of a layer, and how many channels it was given instead of its own number."""
 
 
 def _fit(
@@ -367,36 +354,10 @@ def _fit(
     Raises:
         ValueError: it cannot run, or its output has another shape.
     """
-    runs: list[nn.Module] = []
-    while True:
-        try:
-            with untouched(model), torch.no_grad(), _watched(model, blocks, behind, runs):
-                result = model(trace.images)
-            break
-        except _Misfit as misfit:
-            layer = model.get_submodule(misfit.name)
-            fresh = _resized(misfit.name, layer, misfit.channels)
-            replaced[misfit.name] = layer
-            _replace(model, misfit.name, fresh)
-        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            raise ValueError(
-                f"expected a network that runs with the block, got {type(model).__name__}, which then raises: "
-                f"{str(error).strip().splitlines()[0]}; name another layer with at"
-            ) from error
-    count = next((runs.count(block) for block in blocks if runs.count(block) != 1), 1)
-    if count != 1:
-        raise ValueError(f"expected a block that the network runs once, got one that it runs {count} times")
-    if shapes_of(result) != trace.shapes:
-        before, after = ([tuple(shape) for shape in shapes] for shapes in (trace.shapes, shapes_of(result)))
-        raise ValueError(
-            f"expected a network that returns {before}, as without the block, got {after}; name another layer with at"
-        )
+    runs: Counter[nn.Module] = Counter()
 
-
-@contextmanager
-def _watched(model: nn.Module, blocks: list[nn.Module], behind: set[str], runs: list[nn.Module]) -> Generator[None]:
     def count(block: nn.Module, inputs: Any, output: Any) -> None:
-        runs.append(block)
+        runs[block] += 1
 
     def check(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         channels = inputs[0].shape[-1 if isinstance(layer, nn.Linear) else 1]
@@ -405,18 +366,34 @@ def _watched(model: nn.Module, blocks: list[nn.Module], behind: set[str], runs: 
         if channels != _width(layer):
             raise _Misfit(name, channels)
 
-    runs.clear()
-    handles = [block.register_forward_hook(count) for block in blocks]
-    handles += [
-        layer.register_forward_pre_hook(partial(check, name))
-        for name, layer in model.named_modules()
-        if name in behind and _width(layer)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    while True:
+        runs.clear()
+        try:
+            with untouched(model), torch.no_grad(), ExitStack() as hooks:
+                for block in blocks:
+                    hooks.enter_context(block.register_forward_hook(count))
+                for name, layer in model.named_modules():
+                    if name in behind and _width(layer):
+                        hooks.enter_context(layer.register_forward_pre_hook(partial(check, name)))
+                result = model(trace.images)
+            break
+        except _Misfit as misfit:
+            name, channels = misfit.args
+            layer = model.get_submodule(name)
+            _replace(model, name, _resized(name, layer, channels))
+            replaced[name] = layer
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"expected a network that runs with the block, got {type(model).__name__}, which then raises: "
+                f"{str(error).strip().splitlines()[0]}; name another layer with at"
+            ) from error
+    if odd := [runs[block] for block in blocks if runs[block] != 1]:
+        raise ValueError(f"expected a block that the network runs once, got one that it runs {odd[0]} times")
+    if shapes_of(result) != trace.shapes:
+        before, after = ([tuple(shape) for shape in shapes] for shapes in (trace.shapes, shapes_of(result)))
+        raise ValueError(
+            f"expected a network that returns {before}, as without the block, got {after}; name another layer with at"
+        )
 
 
 def _width(layer: nn.Module) -> int:
@@ -446,9 +423,8 @@ def _resized(name: str, layer: nn.Module, channels: int) -> nn.Module:
         new = nn.Conv2d(channels, layer.out_channels, *shape, bias="bias" in dict(layer.named_parameters()), **to)
     else:
         new = copy_of(layer)
-        new.__dict__["normalized_shape" if isinstance(layer, nn.LayerNorm) else "num_features"] = (
-            (channels,) if isinstance(layer, nn.LayerNorm) else channels
-        )
+        sizes = {"normalized_shape": (channels,)} if isinstance(layer, nn.LayerNorm) else {"num_features": channels}
+        vars(new).update(sizes)
         for key, old in layer.named_parameters(recurse=False):
             setattr(new, key, nn.Parameter(old.new_full((channels,), float(key == "weight")), old.requires_grad))
         for key, old in layer.named_buffers(recurse=False):

@@ -7,7 +7,8 @@ followed from there.
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,13 +50,17 @@ class Value(NamedTuple):
         return self.is_map and self.shape[2] * self.shape[3] > 1
 
 
+NOTHING = Value(torch.Size((0, 0, 0)), None, None)
+"""Stands for what is no tensor."""
+
+
 class Call(NamedTuple):
-    """One run of a layer: its only argument and its result, if these are tensors."""
+    """One run of a layer: its only argument and its result."""
 
     name: str
     layer: nn.Module
-    taken: Value | None
-    given: Value | None
+    taken: Value
+    given: Value
     kind: str
     device: torch.device
     dtype: torch.dtype
@@ -63,23 +68,23 @@ class Call(NamedTuple):
     @property
     def takes_map(self) -> bool:
         """Whether its argument has several positions."""
-        return self.taken is not None and self.taken.is_wide
+        return self.taken.is_wide
 
     @property
     def gives_map(self) -> bool:
         """Whether its result has several positions."""
-        return self.given is not None and self.given.is_wide
+        return self.given.is_wide
 
     @property
     def takes_one_position(self) -> bool:
         """Whether a linear layer or a convolution reads one vector per image."""
         width = getattr(self.layer, "in_features", None) or getattr(self.layer, "in_channels", None)
-        return self.taken is not None and self.taken.shape[1:].numel() == width
+        return self.taken.shape[1:].numel() == width
 
     @property
     def makes_one_position(self) -> bool:
         """Whether it turns a map into one vector per image."""
-        return self.takes_map and self.given is not None and self.given.shape[2:].numel() == 1
+        return self.takes_map and self.given.shape[2:].numel() == 1
 
     @property
     def pools(self) -> bool:
@@ -215,33 +220,27 @@ class Trace:
         self.images = images
         self.calls: list[Call] = []
         flow, axes = _Flow(images), _Axes(images)
-        begun: list[Value | None] = []
+        begun: list[Value] = []
 
-        def value(tensor: Tensor) -> Value:
-            return Value(tensor.shape, flow.number(tensor), axes.of(tensor))
+        def value(tensor: Any) -> Value:
+            is_tensor = isinstance(tensor, Tensor)
+            return Value(tensor.shape, flow.number(tensor), axes.of(tensor)) if is_tensor else NOTHING
 
         def begin(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            only = inputs[0] if len(inputs) == 1 else None
-            begun.append(value(only) if isinstance(only, Tensor) else None)
+            begun.append(value(inputs[0] if len(inputs) == 1 else None))
 
-        def keeper(name: str) -> Callable[..., None]:
-            def keep(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-                taken, given, kind, like = begun.pop(), None, type(output).__name__, images
-                if isinstance(output, Tensor):
-                    axes.positions.follow_module(layer, inputs, output)
-                    given, kind, like = value(output), str(tuple(output.shape)), output
-                self.calls.append(Call(name, layer, taken, given, kind, like.device, like.dtype))
+        def keep(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            kind, like = type(output).__name__, images
+            if isinstance(output, Tensor):
+                axes.positions.follow_module(layer, inputs, output)
+                kind, like = str(tuple(output.shape)), output
+            self.calls.append(Call(name, layer, begun.pop(), value(output), kind, like.device, like.dtype))
 
-            return keep
-
-        handles = [layer.register_forward_pre_hook(begin) for layer in self.model.modules()]
-        handles += [layer.register_forward_hook(keeper(name)) for name, layer in self.model.named_modules()]
-        try:
-            with untouched(self.model), torch.no_grad(), flow, axes:
-                result = self.model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, untouched(self.model), torch.no_grad(), flow, axes:
+            for name, layer in self.model.named_modules():
+                hooks.enter_context(layer.register_forward_pre_hook(begin))
+                hooks.enter_context(layer.register_forward_hook(partial(keep, name)))
+            result = self.model(images)
         self.shapes = shapes_of(result)
         numbers = [flow.number(tensor) for tensor in _tensors(result)]
         self.on_path, self._trunk = flow.ways_to(max((number for number in numbers if number is not None), default=0))
@@ -270,9 +269,11 @@ class Trace:
         ends = [] if name in STAGES else self._branch_ends()
         places = ends or self._stages()[STAGES.get(name, slice(None))]
         if not places:
+            last = any(call.given.axes == CHANNELS_LAST for call in self.calls)
             raise ValueError(
                 f"expected a CNN of layers that yield maps (b, c, h, w), got {type(self.model).__name__}, "
-                f"{self._without_maps()}; name the layers with at"
+                f"{'whose maps are (b, h, w, c)' if last else 'which has none that all later layers depend on'}; "
+                "name the layers with at"
             )
         return places
 
@@ -285,14 +286,10 @@ class Trace:
             return pool if pool is not None and not self._weights_behind(pool) else None
         return self._pool_behind(features) or features
 
-    def _without_maps(self) -> str:
-        last = any(call.given is not None and call.given.axes == CHANNELS_LAST for call in self.calls)
-        return "whose maps are (b, h, w, c)" if last else "which has none that all later layers depend on"
-
     def _is_features(self, call: Call) -> bool:
         """Whether a layer runs once and returns a map (b, c, h, w) computed from the images by convolutions."""
         value = call.given
-        if value is None or value.number is None or value.axes != CHANNELS_FIRST or not value.is_map:
+        if value.number is None or value.axes != CHANNELS_FIRST or not value.is_map:
             return False
         return call.name in self._once and value.number in self.on_path and self._flow.convolved[value.number]
 
@@ -303,14 +300,14 @@ class Trace:
             for call in self.calls
             if self._is_features(call)
             and call.gives_map
-            and _number(call.given) in self._trunk
+            and call.given.number in self._trunk
             and call.given != call.taken  # an identity
         ]
 
     def _weights_behind(self, call: Call) -> list[Call]:
         """Linear layers and convolutions behind a layer, on the way to the result."""
         behind = self.calls[self.calls.index(call) + 1 :]
-        return [call for call in behind if isinstance(call.layer, WEIGHTS) and _number(call.given) in self.on_path]
+        return [call for call in behind if isinstance(call.layer, WEIGHTS) and call.given.number in self.on_path]
 
     def _features_of_head(self) -> Call | None:
         """The run that returns the last map read by layers with weights.
@@ -325,20 +322,18 @@ class Trace:
         reads = first.takes_one_position or first.makes_one_position
         if getattr(first.layer, "kernel_size", None) == (1, 1) and not others:  # logits of each position, then pooled
             pooled = all(shape[2:].numel() == 1 for shape in self.shapes)
-            reads = reads or (pooled and _number(first.taken) == _number(maps[-1].given))
+            reads = reads or (pooled and first.taken.number == maps[-1].given.number)
         return maps[-1] if reads and all(call.takes_one_position for call in others) else None
 
     def _pool_behind(self, features: Call) -> Call | None:
-        pools = (call for call in reversed(self.calls) if call.pools and _number(call.taken) == _number(features.given))
+        pools = (call for call in reversed(self.calls) if call.pools and call.taken.number == features.given.number)
         return next((call for call in pools if call.name in self._once), None)
 
     def _branch_ends(self) -> list[Call]:
-        features = {call.name: (index, call) for index, call in enumerate(self.calls) if self._is_features(call)}
-        order = {name: index for name, (index, _) in features.items()}
-        ends = (_branch_end(call.name, call.layer, order) for call in self.calls)
-        names = {end for end in ends if end in features}
-        calls = [features[name][1] for name, _ in self.model.named_modules() if name in names]
-        return [call for call in calls if self._flow.is_branch_end(_number(call.given) or 0)]
+        features = {call.name: call for call in self.calls if self._is_features(call)}
+        names = {_branch_end(call.name, call.layer, [*features]) for call in self.calls}
+        calls = [features[name] for name, _ in self.model.named_modules() if name in names and name in features]
+        return [call for call in calls if self._flow.is_branch_end(call.given.number or 0)]
 
     def _stages(self) -> list[Call]:
         """A ResNet's stages; else, for each resolution of the features, the last unit made of blocks, or the last one.
@@ -357,7 +352,7 @@ class Trace:
         names = {call.name for call in units}
         last: dict[tuple[int, ...], Call] = {}
         for call in units:
-            side = () if call.given is None else tuple(call.given.shape[2:])
+            side = tuple(call.given.shape[2:])
             behind_blocks = side in last and last[side].name in deep and call.name not in deep
             starts = side not in last and next(call.layer.parameters(), None) is None
             if not (behind_blocks or starts or any(_is_inside(call.name, unit) for unit in names)):
@@ -370,16 +365,12 @@ class Trace:
         return stages[next((index for index, call in enumerate(stages) if call.name in deep), 0) :]
 
 
-def _number(value: Value | None) -> int | None:
-    return None if value is None else value.number
-
-
 def _shrinks(call: Call) -> bool:
     """Whether a layer made of layers more than halves the resolution."""
-    if call.taken is None or call.given is None or not list(call.layer.children()):
-        return False
     is_last = call.taken.axes == CHANNELS_LAST
-    return (call.takes_map or is_last) and call.taken.shape[1 if is_last else 2] > 2 * call.given.shape[2]
+    if not (call.takes_map or is_last) or not list(call.layer.children()):
+        return False
+    return call.taken.shape[1 if is_last else 2] > 2 * call.given.shape[2]
 
 
 def _is_inside(name: str, other: str) -> bool:
@@ -392,12 +383,12 @@ def _has_blocks(layer: nn.Module) -> bool:
     return any(sum(isinstance(part, WEIGHTS) for part in block.modules()) > 1 for block in inner)
 
 
-def _branch_end(name: str, block: nn.Module, order: dict[str, int]) -> str | None:
+def _branch_end(name: str, block: nn.Module, order: list[str]) -> str | None:
     """Last layer of the residual branch in the blocks of torchvision and timm, or None for another module."""
     children = dict(block.named_children())
     if hasattr(block, "downsample") or getattr(block, "has_skip", False):
-        numbered = [f"{name}.{child}" for child in children if re.fullmatch(r"(conv|bn|norm)\d", child)]
-        return max((child for child in numbered if child in order), key=order.__getitem__, default=None)
+        numbered = {f"{name}.{child}" for child in children if re.fullmatch(r"(conv|bn|norm)\d", child)}
+        return next((layer for layer in reversed(order) if layer in numbered), None)
     if getattr(block, "use_res_connect", False):
         return f"{name}.{'conv' if 'conv' in children else 'block'}"
     return f"{name}.f" if "f" in children and hasattr(block, "proj") else None

@@ -5,6 +5,8 @@ from typing import TypeVar
 
 from torch import nn
 
+__all__ = ["ATTENTION", "register"]
+
 Block = TypeVar("Block", bound=Callable[..., nn.Module])
 
 ATTENTION: dict[str, Callable[..., nn.Module]] = {}

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sightline.attention.channel import hidden_width
+from sightline.attention.channel import hidden_width, zero
 from sightline.attention.registry import check_choice, register
 
 __all__ = ["NonLocal", "SelfAttention"]
@@ -167,8 +167,7 @@ class SelfAttention(nn.Module):
         self.gate = ReceivedAttention()
         self.project = nn.Linear(channels, channels)
         if identity:
-            nn.init.zeros_(self.project.weight)
-            nn.init.zeros_(self.project.bias)
+            zero(self.project)
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Features plus what each position gathered from all."""

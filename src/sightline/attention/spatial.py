@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from sightline.attention.channel import Gating, bottleneck, hidden_width, zero
+from sightline.attention.channel import ChannelWeights, Gating, bottleneck, hidden_width, zero
 from sightline.attention.registry import check_choice, register
 
 __all__ = ["BAM", "CBAM", "AttentionGate", "ChannelGate", "SpatialGate"]
@@ -15,23 +15,6 @@ __all__ = ["BAM", "CBAM", "AttentionGate", "ChannelGate", "SpatialGate"]
 Order = Literal["channel_first", "spatial_first", "parallel"]
 Variant = Literal["paper", "official"]
 GateNorm = Literal["sigmoid", "softmax", "mean_flow"]
-
-
-class ChannelWeights(nn.Module):
-    """One weight per channel: the averages and the maxima of the channels pass one shared bottleneck and are summed.
-
-    >>> ChannelWeights(nn.Identity())(torch.zeros(1, 2, 3, 3)).flatten().tolist()
-    [0.5, 0.5]
-    """
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 1 1"]:
-        """Weight of every channel."""
-        scores = self.mlp(features.mean((2, 3))) + self.mlp(features.amax((2, 3)))
-        return scores.sigmoid()[:, :, None, None]
 
 
 @register("channel_gate")
@@ -56,7 +39,7 @@ class ChannelGate(Gating):
 
     def __init__(self, channels: int, *, reduction: int = 16, identity: bool = False) -> None:
         mlp = bottleneck(channels, hidden_width(channels, reduction), zero_init=identity)
-        super().__init__(ChannelWeights(mlp), identity=identity)
+        super().__init__(ChannelWeights(mlp, maxima=True), identity=identity)
 
 
 class SpatialWeights(nn.Module):
@@ -193,7 +176,7 @@ class BAMWeights(nn.Module):
 
 
 @register("bam")
-class BAM(nn.Module):
+class BAM(Gating):
     """Adds the features weighed per channel and position to the features; the weights come from two parallel branches.
 
     The child `gate` returns the weights, `gate.spatial` the score of each position. Training needs batches of two
@@ -228,17 +211,16 @@ class BAM(nn.Module):
         variant: Variant = "paper",
         identity: bool = False,
     ) -> None:
-        super().__init__()
         check_choice("variant", variant, get_args(Variant))
         if dilation < 1:
             raise ValueError(f"expected dilation of 1 (dense) or more, got {dilation}; choose another")
-        self.identity = identity
-        self.gate = BAMWeights(channels, reduction, dilation, variant, zero_init=identity)
+        gate = BAMWeights(channels, reduction, dilation, variant, zero_init=identity)
+        super().__init__(gate, identity=identity)
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Features with their weights applied."""
-        weights = self.gate(features)
-        return features * (2 * weights) if self.identity else torch.addcmul(features, features, weights)
+        factor = self.factor(features)
+        return features * factor if self.identity else torch.addcmul(features, features, factor)
 
 
 class AttentionGateWeights(nn.Module):

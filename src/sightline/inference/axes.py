@@ -107,17 +107,16 @@ def reshaped(dims: Dims, shape: Sequence[int]) -> Dims | None:
 def sliced(dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
     """A slice of a dimension."""
     size = len(range(start, stop, step))
-    cells = dim.size - dim.before - dim.after
-    if size == dim.size or not dim.atoms:
-        return dim if size == dim.size else other(size)
-    first, last = dim.before, dim.before + cells
-    if step == 1 and (dim.before or dim.after) and start <= first and stop >= last:
-        return Dim(dim.atoms, first - start, stop - last)
-    if dim.before or dim.after or len(dim.atoms) != 1 or not dim.has_axis:
+    if size == dim.size:
+        return dim
+    first, last = dim.before, dim.size - dim.after
+    if dim.before or dim.after:
+        keeps_all = step == 1 and start <= first and stop >= last
+        return Dim(dim.atoms, first - start, stop - last) if keeps_all else other(size)
+    atom = dim.atoms[0] if len(dim.atoms) == 1 and dim.has_axis else None
+    if atom is None or atom.stride * atom.size != atom.length or stop - start < _LARGEST_TRIM * dim.size:
         return other(size)
-    atom = dim.atoms[0]
-    whole = atom.stride * atom.size == atom.length and stop - start >= _LARGEST_TRIM * cells
-    return axis_of(atom, size) if whole else other(size)
+    return axis_of(atom, size)
 
 
 @dataclass(frozen=True)

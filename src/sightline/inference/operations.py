@@ -1,7 +1,7 @@
 """The operations of PyTorch by name, and the mode through which all that follow or replace them see them."""
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -61,14 +61,11 @@ class Operation:
     ['relu', 'getitem', 'T']
     """
 
-    __slots__ = ("_tensors", "args", "func", "kwargs", "name")
-
     def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.func = func
         self.args = args
         self.kwargs = kwargs
         self.name = _name(func)
-        self._tensors: list[Tensor] | None = None
 
     def __call__(self) -> Any:
         """The result."""
@@ -94,17 +91,16 @@ class Operation:
         """An argument by position or by name."""
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments, also in lists."""
-        if self._tensors is None:
-            self._tensors = []
-            for value in (*self.args, *self.kwargs.values()):
-                if isinstance(value, Tensor):
-                    self._tensors.append(value)
-                elif isinstance(value, list | tuple) and not all(type(each) is int for each in value):
-                    self._tensors += tensors_in(value)
-        return self._tensors
+        found: list[Tensor] = []
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif isinstance(value, list | tuple) and not all(type(each) is int for each in value):
+                found += tensors_in(value)
+        return found
 
 
 class Operations(TorchFunctionMode):

@@ -89,9 +89,8 @@ class ForwardCall:
             return model(images, *call.args, **call.kwargs)
         except torch.OutOfMemoryError:
             raise
-        except TypeError as error:
-            if missing := _missing(model, images, call):
-                raise TypeError(missing) from error
+        except TypeError:
+            _check_arguments(model, images, call)
             raise
         except RuntimeError as error:
             shape = " x ".join(map(str, images.shape))
@@ -241,8 +240,7 @@ def _only(output: Any, batch: int | None) -> Any:
     tensors = list({id(leaf): leaf for _, leaf in _leaves(output) if isinstance(leaf, Tensor)}.values())
     for dimensions in (2, 1):
         fitting = [one for one in tensors if one.ndim == dimensions and one.is_floating_point()]
-        if len(fitting) > 1:
-            fitting = [one for one in fitting if batch is None or len(one) == batch] or fitting
+        fitting = [one for one in fitting if batch is None or len(one) == batch] or fitting
         if len(fitting) > 1:
             names = [int(name) if name.isdecimal() else name for name, leaf in _leaves(output) if leaf is fitting[-1]]
             raise ValueError(
@@ -270,18 +268,17 @@ def _leaves(output: Any) -> list[tuple[str, Any]]:
     return [(".".join(str(getattr(k, s)) for k in path for s in steps if hasattr(k, s)), leaf) for path, leaf in leaves]
 
 
-def _missing(model: nn.Module, images: Tensor, call: ForwardCall) -> str:
-    """The error message for arguments that the forward needs and was not given."""
+def _check_arguments(model: nn.Module, images: Tensor, call: ForwardCall) -> None:
+    """Refuse a forward that needs other arguments than it was given."""
     try:
         inspect.signature(model.forward).bind(images, *call.args, **call.kwargs)
     except TypeError as error:
-        return (
+        raise TypeError(
             f"expected a model that takes images and what forward_args= and forward_kwargs= hold, got "
             f"{type(model).__name__}: {error}; pass its other inputs by forward_args= or forward_kwargs="
-        )
+        ) from error
     except ValueError:  # a forward without a signature
         pass
-    return ""
 
 
 def either(logits: Float[Tensor, "b n"]) -> Float[Tensor, "b classes"]:

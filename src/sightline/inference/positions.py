@@ -2,8 +2,9 @@
 
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -32,11 +33,12 @@ _SPATIAL = re.compile(r"(?:conv|pool)\w*?([123])d")
 _SPATIAL_MODULE = re.compile(r"(?:Conv|Pool|BatchNorm|InstanceNorm)\w*?([123])d")
 _RESIZES = {"interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "pixel_shuffle", "pixel_unshuffle"}
 _SHUFFLES = set(
-    "roll sort argsort topk gather take take_along_dim rot90 unfold fold im2col col2im grid_sample as_strided scatter "
+    "roll sort argsort topk gather take take_along_dim rot90 fold im2col col2im grid_sample as_strided scatter "
     "scatter_add index_put index_add index_copy index masked_select masked_scatter nonzero fft fft2 ifft2 rfft2 irfft2 "
     "rfft irfft fftn ifftn view_as_complex view_as_real einops kron cdist embedding conv_tbc".split()
 )
 _FRESH = re.compile(r"(?:new_|empty|zeros|ones|full|rand).*|.*_like")
+_SPLIT_AXES = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 
@@ -92,18 +94,13 @@ class Positions:
             results = [a for a in operation.args[:1] if isinstance(a, Tensor) and not self.knows(a)]
         else:
             results = tensors_in(output)
-        if not results:
-            return
         tensors = operation.tensors
-        if not any(map(self.knows, tensors)):
+        if not results or not any(map(self.knows, tensors)):
             return
-        name = operation.name
-        if output is None or name in _SHUFFLES:
-            dims = self.of(operation.args[0]) if name == "unfold" and operation.args else None
-            tracked = [] if dims is None else [_unfolded(dims, operation.args[1:], operation.kwargs)]
-        elif _FRESH.fullmatch(name):
-            return
-        else:
+        tracked: list[Dims | None] = []
+        if output is not None and operation.name not in _SHUFFLES:
+            if _FRESH.fullmatch(operation.name):
+                return
             tracked = self._results(operation, tensors, results)
         for i, result in enumerate(results):
             self.put(result, tracked[i] if i < len(tracked) else None)
@@ -118,11 +115,10 @@ class Positions:
         dims, kind = self.of(given[0]), getattr(module, "original_name", type(module).__name__)
         spatial = _SPATIAL_MODULE.match(kind)
         if spatial:
-            count = int(spatial[1])
-            moved = None if dims is None else self._spatial(dims, output, count, convolved=kind.startswith("Conv"))
-            self.put(output, self._assumed(output, count) if dims is None else moved)
-        else:
-            self.put(output, dims if dims is not None and output.shape == given[0].shape else None)
+            count, convolved = int(spatial[1]), kind.startswith("Conv")
+            known = dims is not None
+            dims = self._spatial(dims, output, count, convolved=convolved) if known else self._assumed(output, count)
+        self.put(output, dims)
 
     def _results(self, operation: Operation, tensors: list[Tensor], results: list[Tensor]) -> list[Dims | None]:
         name, first = operation.name, operation.input
@@ -143,18 +139,16 @@ class Positions:
             count = sliding or first.ndim - 2
             convolved = name.startswith("conv") or "shuffle" in name
             return [self._spatial(dims, result, count, convolved=convolved) for result in results]
-        if name == "linear":
-            return [(*dims[:-1], other(shape[-1]))]
-        if name in ops.RECURRENT:
+        if name in ("linear", "multi_head_attention_forward") or name in ops.RECURRENT:
             return [(*dims[:-1], other(shape[-1])), *[tuple(map(other, r.shape)) for r in results[1:]]]
-        if name == "multi_head_attention_forward":
-            return [dims, *[tuple(map(other, r.shape)) for r in results[1:]]]
         if name == "scaled_dot_product_attention":
             return [(*dims[:-1], (self.of(operation.argument(2, "value")) or (other(shape[-1]),))[-1])]
         if name in ops.RESHAPES:
             return [reshaped(dims, shape)]
+        if name == "unfold":
+            return [_unfolded(dims, operation.args[1:], operation.kwargs)]
         if name in ops.PICKS:
-            return self._taken(operation, dims, results)
+            return _taken(operation, dims, results)
         if name == "flip":
             flipped = {d % len(dims) for d in tree_leaves(operation.kwargs.get("dims", operation.args[1:]))}
             return [tuple(_mirrored(dim) if i in flipped else dim for i, dim in enumerate(dims))]
@@ -172,12 +166,7 @@ class Positions:
             return operands[0]
         if not operands or any(len(dims) > result.ndim for dims in operands):
             return None
-        broadcast: list[Dim] = []
-        for place in range(-result.ndim, 0):
-            size = result.shape[place]
-            fitting = [dims[place] for dims in operands if len(dims) >= -place and dims[place].size == size]
-            broadcast.append(next((dim for dim in fitting if dim.has_axis), fitting[0] if fitting else other(size)))
-        return tuple(broadcast)
+        return _aligned(operands, result.shape)
 
     def _spatial(self, dims: Dims, result: Tensor, count: int, *, convolved: bool) -> Dims | None:
         """Channels, then the axes, as convolutions, poolings and resizes have them."""
@@ -207,20 +196,14 @@ class Positions:
         return (self.batch, other(result.shape[1]), *(axis_of(Atom(i, 1), n) for i, n in enumerate(result.shape[2:])))
 
     def _joined(self, operation: Operation, shape: Sequence[int]) -> Dims | None:
-        parts = operation.argument(0, "tensors")
         axis = operation.argument(1, "dim", operation.kwargs.get("axis", 0)) % len(shape)
-        tracked = [self.of(part) for part in parts]
-        pieces = [dims for dims in tracked if dims is not None and len(dims) == len(shape)]
-        if not pieces:
+        parts = [part for part in operation.argument(0, "tensors") if part.shape[axis]]
+        if all(self.of(part) is None for part in parts):
             return None
-        rest = self._beside(pieces, shape, axis)
-        along = [
-            dims[axis] if dims is not None else other(part.shape[axis])
-            for part, dims in zip(parts, tracked, strict=True)
-        ]
-        along = [dim for dim, part in zip(along, parts, strict=True) if part.shape[axis]]
+        pieces = [self._certain(part) for part in parts]
+        along = [dims[axis] for dims in pieces]
         with_axis = [i for i, dim in enumerate(along) if dim.has_axis]
-        if axis == 0 and len(set(tracked)) == 1 and not (along[0].before or along[0].after):
+        if axis == 0 and len(set(pieces)) == 1 and not (along[0].before or along[0].after):
             joined = Dim(merged([Atom(PAIR, len(along)), *along[0].atoms]))
         elif len(with_axis) == 1:
             i = with_axis[0]
@@ -228,16 +211,8 @@ class Positions:
             joined = Dim(along[i].atoms, before + along[i].before, along[i].after + after)
         else:
             joined = other(shape[axis])
-        return (*rest[:axis], joined, *rest[axis:])
-
-    def _beside(self, pieces: list[Dims], shape: Sequence[int], axis: int) -> list[Dim]:
-        """All dimensions except one, each taken from the first piece that has positions there."""
-        rest: list[Dim] = []
-        for place in (i for i in range(len(shape)) if i != axis):
-            options = list(dict.fromkeys(d[place] for d in pieces if d[place].size == shape[place]))
-            lying = [dim for dim in options if dim.has_axis] or options
-            rest.append(lying[0] if len(lying) == 1 or not lying[0].has_axis else other(shape[place]))
-        return rest
+        beside = _aligned(pieces, shape)
+        return (*beside[:axis], joined, *beside[axis + 1 :])
 
     def _stacked(self, operation: Operation) -> Dims | None:
         parts = operation.argument(0, "tensors")
@@ -256,46 +231,54 @@ class Positions:
         if not isinstance(equation, str) or "->" not in equation or "." in equation:
             return None
         left, right = equation.replace(" ", "").split("->")
-        letters: dict[str, Dim] = {}
+        letters: dict[str, list[Dim]] = {letter: [] for letter in left}
         for names, operand in zip(left.split(","), operands, strict=True):
-            dims = self.of(operand) or tuple(map(other, operand.shape))
-            for letter, dim in zip(names, dims, strict=True):
-                if letter not in letters or (dim.has_axis and not letters[letter].has_axis):
-                    letters[letter] = dim
-        return tuple(letters[letter] for letter in right)
+            for letter, dim in zip(names, self._certain(operand), strict=True):
+                letters[letter].append(dim)
+        return tuple(_chosen(letters[letter], max(dim.size for dim in letters[letter])) for letter in right)
 
     def _product(self, tensors: list[Tensor], shape: Sequence[int], name: str) -> Dims | None:
         if len(tensors) != 2 or any(tensor.ndim < 2 for tensor in tensors):
             return None
         one, two = reversed(tensors) if name == "rmatmul" else tensors
-        rows, columns = (self.of(t) or tuple(map(other, t.shape)) for t in (one, two))
-        batch: list[Dim] = []
-        for place in range(-len(shape), -2):
-            options = [d[place] for d in (rows, columns) if len(d) >= -place and d[place].size == shape[place]]
-            chosen = next((d for d in options if any(a.axis != OTHER for a in d.atoms)), None)
-            batch.append(chosen or (options[0] if options else other(shape[place])))
-        return (*batch, rows[-2], columns[-1])
+        rows, columns = self._certain(one), self._certain(two)
+        return (*_aligned([rows[:-2], columns[:-2]], shape[:-2]), rows[-2], columns[-1])
 
-    def _taken(self, operation: Operation, dims: Dims, results: list[Tensor]) -> list[Dims | None]:
-        name = operation.name
-        if name == "getitem":
-            return [_indexed(dims, operation.args[1])]
-        if name in ("hsplit", "vsplit", "dsplit"):
-            return [self._broadcast(operation.tensors, result) for result in results]
-        one = name in ("select", "narrow", "index_select", "unbind")
-        axis = operation.argument(1 if one else 2, "dim", 0) % len(dims)
-        before, after = dims[:axis], dims[axis + 1 :]
-        if name in ("select", "unbind"):
-            return [(*before, *after)] * len(results)
-        if name == "index_select":
-            return [(*before, other(results[0].shape[axis]), *after)]
+    def _certain(self, tensor: Tensor) -> Dims:
+        """Dimensions of a tensor, without positions if they are unknown."""
+        return self.of(tensor) or tuple(map(other, tensor.shape))
+
+
+def _aligned(operands: Sequence[Dims], shape: Sequence[int]) -> Dims:
+    """The dimensions of a result whose operands are broadcast."""
+    places = zip(range(-len(shape), 0), shape, strict=True)
+    return tuple(_chosen([dims[i] for dims in operands if len(dims) >= -i], size) for i, size in places)
+
+
+def _chosen(options: Iterable[Dim], size: int) -> Dim:
+    """The one dimension of this size with positions, else one with images; neither if several with positions differ."""
+    fitting = {dim: None for dim in options if dim.size == size}
+    if sum(dim.has_axis for dim in fitting) > 1:
+        return other(size)
+    return max(fitting, key=lambda dim: max((atom.axis for atom in dim.atoms), default=OTHER), default=other(size))
+
+
+def _taken(operation: Operation, dims: Dims, results: list[Tensor]) -> list[Dims | None]:
+    name = operation.name
+    if name == "getitem":
+        return [_indexed(dims, operation.args[1])]
+    place = 1 if name in ("select", "narrow", "index_select", "unbind") else 2
+    axis = _SPLIT_AXES[name] if name in _SPLIT_AXES else operation.argument(place, "dim", 0)
+    axis %= len(dims)
+    if name in ("select", "unbind"):
+        indices: list[Any] = [0] * len(results)
+    elif name == "index_select":
+        indices = [operation.argument(2, "index")]
+    else:
         start = int(operation.argument(2, "start")) if name == "narrow" else 0
-        taken: list[Dims | None] = []
-        for result in results:
-            size = result.shape[axis]
-            taken.append((*before, sliced(dims[axis], start, start + size), *after))
-            start += size
-        return taken
+        ends = accumulate((result.shape[axis] for result in results), initial=start)
+        indices = [slice(*pair) for pair in pairwise(ends)]
+    return [_indexed(dims, (*[slice(None)] * axis, index)) for index in indices]
 
 
 def _mirrored(dim: Dim) -> Dim:
@@ -347,12 +330,9 @@ def _indexed(dims: Dims, index: Any) -> Dims | None:
     items = [*index] if isinstance(index, tuple) else [index]
     if sum(isinstance(item, Tensor | list) for item in items) > 1:
         return None
+    at = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
     taken = sum(item is not None and item is not Ellipsis for item in items)
-    if Ellipsis in [item for item in items if not isinstance(item, Tensor | list)]:
-        at = next(i for i, item in enumerate(items) if item is Ellipsis)
-        items[at : at + 1] = [slice(None)] * (len(dims) - taken)
-    else:
-        items += [slice(None)] * (len(dims) - taken)
+    items[at : at + 1] = [slice(None)] * (len(dims) - taken)
     remaining: list[Dim] = []
     rest = [*dims]
     for item in items:

@@ -160,12 +160,10 @@ class _Again:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.training: list[nn.Module] = []
-        self.random: Random | None = None
+        self.training = [module for module in model.modules() if module.training]
+        self.random = Random()
 
     def begin(self) -> nn.Module:
-        self.random = Random()
-        self.training = [module for module in self.model.modules() if module.training]
         for module in self.training:
             module.training = False
         return self.model
@@ -173,9 +171,7 @@ class _Again:
     def end(self) -> None:
         for module in self.training:
             module.training = True
-        if self.random is not None:
-            self.random.put_back()
-        self.random = None
+        self.random.put_back()
 
 
 class _Exact:

@@ -1,10 +1,12 @@
 """Decides whether outputs are probabilities, and of which logits, by the operations behind them or by their values."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -29,6 +31,13 @@ _FOLLOWED = (
     | ops.DIVISIONS
     | set("add sum mean prod maximum minimum rsub log exp".split())
 )
+_PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[float, float], float]]] = {
+    "maximum": (torch.maximum, max),
+    "minimum": (torch.minimum, max),
+    "add": (torch.logaddexp, operator.add),
+    **dict.fromkeys(ops.MULTIPLICATIONS, (torch.add, operator.mul)),
+}
+"""Operations on two tensors of probabilities: the same on their logarithms, and the upper bound of the result."""
 _LARGEST_MIXTURE = 3  # dimensions, such as (members, images, classes): a gate on a feature map has more
 _ROUNDING = 1e-5
 _READ = "The outputs were read as probabilities, so {}; if they are logits, pass output='logits'"
@@ -37,12 +46,12 @@ _IN_DOUBT = "All outputs are 0 or 1 and were read as logits; if they are probabi
 
 @dataclass(frozen=True, eq=False)
 class _Origin:
-    """The origin of a tensor of probabilities, in one version."""
+    """The origin of a tensor of probabilities."""
 
-    version: int
     name: str
     """`softmax`, `log_softmax` or `sigmoid` of `logits()`."""
     logits: Callable[[], Tensor]
+    """A mixture has none; here are its `logs` then."""
     logs: Callable[[], Tensor]
     """Logarithm of the probabilities, exact even where they round to 0 or 1."""
     is_mixed: bool = False
@@ -51,23 +60,9 @@ class _Origin:
     """Upper bound of the values."""
 
     def mixed(self, logs: Callable[[], Tensor], name: str = "", largest: float | None = None) -> "_Origin":
-        """The origin of a mixture, which has no logits."""
-        name = name or self.name
-        logits = logs if name == "softmax" else lambda: _log_odds(logs())
+        """The origin of a mixture."""
         largest = self.largest if largest is None else largest
-        return _Origin(self.version, name, logits, logs, is_mixed=True, largest=largest)
-
-
-class Reading(NamedTuple):
-    """A model's output, and how it was read."""
-
-    logits: Float[Tensor, "b n"]
-    activation: str
-    """The output activation that was undone to get the logits: "softmax", "log_softmax" or "sigmoid"; empty if none."""
-    kind: Kind | None
-    """To read further outputs of the model in the same way."""
-    notice: str
-    """What was decided by the values alone; empty if nothing was."""
+        return _Origin(name or self.name, logs, logs, is_mixed=True, largest=largest)
 
 
 class Probabilities(Operations):
@@ -80,30 +75,29 @@ class Probabilities(Operations):
     def on(self, operation: Operation) -> Any:
         """The result of the operation; if it holds probabilities, their origin is kept."""
         name, given = operation.name, operation.input
+        follow = None
         if name in _ACTIVATIONS and isinstance(given, Tensor):
             before = given.clone() if operation.is_in_place else given
-            output = operation()
-            self.origins[output] = _activated(_ACTIVATIONS[name], before, output, operation.argument(1, "dim"))
-            return output
-        follow = None
-        if name in _FOLLOWED and operation.args and len(self.origins):
+            follow = _activated(_ACTIVATIONS[name], before, operation.argument(1, "dim"))
+        elif name in _FOLLOWED and operation.args and len(self.origins):
             follow = self._follow(operation)
         output = operation()
         if follow is not None:
-            parts = output if isinstance(output, tuple | list) else [output]
-            for index, part in enumerate(parts):
-                origin = follow(part, index) if isinstance(part, Tensor) else None
+            for index, part in enumerate(output if isinstance(output, tuple | list) else [output]):
+                origin = follow if isinstance(follow, _Origin) else follow(part, index)
                 if origin is not None and (not origin.is_mixed or part.ndim <= _LARGEST_MIXTURE):
-                    self.origins[part] = replace(origin, version=version_of(part))
+                    self.origins[part] = origin, version_of(part)
         return output
 
     def origin_of(self, tensor: Any) -> _Origin | None:
         """The origin of a tensor, unless it was changed in place since."""
-        origin = self.origins.get(tensor) if isinstance(tensor, Tensor) and len(self.origins) else None
-        return origin if origin is not None and origin.version == version_of(tensor) else None
+        if not isinstance(tensor, Tensor):
+            return None
+        origin, version = self.origins.get(tensor, (None, 0))
+        return origin if version == version_of(tensor) else None
 
-    def _follow(self, operation: Operation) -> Callable[[Tensor, int], _Origin | None] | None:
-        """A function from an output of the operation and its number to its origin; None if it has none."""
+    def _follow(self, operation: Operation) -> _Origin | Callable[[Tensor, int], _Origin | None] | None:
+        """The origin of the operation's outputs, or a function from an output and its number to it; None without."""
         name, given, rest, options = operation.name, operation.args[0], operation.args[1:], operation.kwargs
         origin = self.origin_of(given)
         other = operation.argument(1, "other")
@@ -112,7 +106,7 @@ class Probabilities(Operations):
             probabilities = [one for one in origins if one is not None and one.name != "log_softmax"]
             if not probabilities or len(probabilities) < len(origins):
                 return None
-            return lambda output, _: _joined(probabilities, lambda values: operation.func(values, *rest, **options))
+            return _joined(probabilities, lambda values: operation.func(values, *rest, **options))
         if name in ("max", "min") and isinstance(other, Tensor):
             return None
         if name in ops.MULTIPLICATIONS | {"add"} and origin is None and isinstance(other, Tensor):
@@ -120,7 +114,7 @@ class Probabilities(Operations):
         if origin is None:
             return None
         if name in ops.BOUNDS:
-            return lambda output, _: origin
+            return origin
         if name in _MOVES:
 
             def again(values: Tensor, index: int) -> Tensor:
@@ -129,18 +123,16 @@ class Probabilities(Operations):
 
             return lambda output, index: _moved(origin, name, output, lambda values: again(values, index))
         if origin.name == "log_softmax":
-            return (lambda output, _: replace(origin, name="softmax")) if name == "exp" else None
+            return replace(origin, name="softmax") if name == "exp" else None
         if name == "log":
-            return (lambda output, _: replace(origin, name="log_softmax")) if origin.name == "softmax" else None
-        mixture = _mixed(operation, origin, self.origin_of(other), other)
-        return None if mixture is None else lambda output, _: mixture
+            return replace(origin, name="log_softmax") if origin.name == "softmax" else None
+        return _mixed(operation, origin, self.origin_of(other), other)
 
 
-def _activated(name: str, before: Tensor, output: Tensor, dim: Any) -> _Origin:
-    if name == "sigmoid":
-        return _Origin(version_of(output), name, lambda: before, lambda: F.logsigmoid(before))
+def _activated(name: str, before: Tensor, dim: Any) -> _Origin:
     axis = dim if isinstance(dim, int) else -1
-    return _Origin(version_of(output), name, lambda: before, lambda: before.log_softmax(axis))
+    logs = partial(F.logsigmoid, before) if name == "sigmoid" else partial(before.log_softmax, axis)
+    return _Origin(name, lambda: before, logs)
 
 
 def _moved(origin: _Origin, name: str, output: Tensor, again: Callable[[Tensor], Tensor]) -> _Origin | None:
@@ -189,17 +181,12 @@ def _mixed(operation: Operation, origin: _Origin, second: _Origin | None, other:
         if origin.name == "sigmoid" and not origin.is_mixed:
             return replace(origin, logits=lambda: -origin.logits(), logs=lambda: F.logsigmoid(-origin.logits()))
         return origin.mixed(lambda: _log_rest(origin.logs()), "sigmoid", 1.0)
-    if name in ("maximum", "minimum"):
-        if second is None or second.name == "log_softmax":
-            return None
-        largest = max(origin.largest, second.largest)
-        logs = lambda: getattr(torch, name)(origin.logs(), second.logs())  # noqa: E731
-        return origin.mixed(logs, _common([origin, second]), largest)
-    if name == "add":
-        if second is None or second.name == "log_softmax" or options:
-            return origin if number == 0 else None
-        logs = lambda: torch.logaddexp(origin.logs(), second.logs())  # noqa: E731
-        return origin.mixed(logs, _common([origin, second]), origin.largest + second.largest)
+    if name in _PAIRS and second is not None and second.name != "log_softmax" and not options:
+        combine, bound = _PAIRS[name]
+        largest = bound(origin.largest, second.largest)
+        return origin.mixed(lambda: combine(origin.logs(), second.logs()), _common([origin, second]), largest)
+    if name == "add" and number == 0:
+        return origin
     if name not in ops.MULTIPLICATIONS | ops.DIVISIONS or options:
         return None
     sign = 1 if name in ops.MULTIPLICATIONS else -1
@@ -210,22 +197,26 @@ def _mixed(operation: Operation, origin: _Origin, second: _Origin | None, other:
         return origin.mixed(lambda: origin.logs() + shift, largest=origin.largest * math.exp(shift))
     if not isinstance(other, Tensor) or other.ndim > _LARGEST_MIXTURE:
         return None
-    if second is not None and second.name != "log_softmax" and sign == 1:
-        logs = lambda: origin.logs() + second.logs()  # noqa: E731
-        return origin.mixed(logs, _common([origin, second]), origin.largest * second.largest)
-    return origin.mixed(lambda: _weighted(origin.logs(), other, sign), largest=math.inf)
 
+    def weighted() -> Tensor:
+        logs = origin.logs()
+        return logs + sign * other.to(logs.dtype).log()
 
-def _weighted(logs: Tensor, weights: Tensor, sign: int) -> Tensor:
-    return logs + sign * weights.to(logs.dtype).log()
+    return origin.mixed(weighted, largest=math.inf)
 
 
 def _common(origins: Sequence[_Origin]) -> str:
     return origins[0].name if len({origin.name for origin in origins}) == 1 else "sigmoid"
 
 
-def read(values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None) -> Reading:
+def read(
+    values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None
+) -> tuple[Float[Tensor, "b n"], str, Kind, str]:
     """The logits behind the values; for probabilities without logits, their logarithms, whose softmax they are.
+
+    Returns:
+        The logits; the output activation that was undone to get them, "softmax", "log_softmax", "sigmoid" or ""; the
+        kind with which to read further outputs in the same way; a notice of what was decided by the values alone.
 
     Without a `kind`, values are probabilities if they come from a softmax or a sigmoid, or from averages and selections
     of such. Values without a known origin are if all rows lie in [0, 1] and sum to 1, unless all of them are 0 or 1.
@@ -235,24 +226,22 @@ def read(values: Float[Tensor, "b n"], seen: Probabilities, kind: Kind | None) -
     """
     origin = seen.origin_of(values)
     if kind == "logits":
-        return Reading(values, "", kind, "")
+        return values, "", kind, ""
     if origin is not None and not origin.is_mixed:
-        return Reading(origin.logits(), origin.name, "probabilities", "")
+        return origin.logits(), origin.name, "probabilities", ""
     if origin is not None and not _agrees(origin, values):
         origin = None
-    asked = kind
+    asked, notice = kind, ""
     if kind is None or kind == "probabilities":
         kind, notice = _kind_of(values.detach(), origin, kind)
-    else:
-        notice = ""
     if kind == "logits":
-        return Reading(values, "", kind, notice)
+        return values, "", kind, notice
     if origin is not None:
         logs = origin.logs()
     else:
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         logs = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()
-    return Reading(logs if kind == "softmax" else _log_odds(logs), kind, kind, "" if asked else notice)
+    return logs if kind == "softmax" else _log_odds(logs), kind, kind, "" if asked else notice
 
 
 def _kind_of(values: Tensor, origin: _Origin | None, kind: Kind | None) -> tuple[Kind, str]:

@@ -1,8 +1,5 @@
 """Networks by name: plain modules, normalized images in, logits out."""
 
-from sightline.facts import old_names
 from sightline.models.create import MODELS, create_model, input_of, named_model
 
 __all__ = ["MODELS", "create_model", "input_of", "named_model"]
-
-__getattr__ = old_names("sightline.models")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from scipy.stats import binom
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,12 +101,9 @@ def block_costs(
 
 def _median_interval(values: list[float]) -> tuple[float, float, float]:
     """Median, and the two order statistics that enclose it with probability 95 % or more."""
-    n = len(values)
     ordered = [-math.inf, *sorted(values), math.inf]
-    below, place = 0.0, 0  # P(fewer than `place` values lie below the median)
-    while (below := below + math.comb(n, place) / 2**n) <= 0.025:
-        place += 1
-    return median(values), ordered[place], ordered[n + 1 - place]
+    place = int(binom.ppf(0.025, len(values), 0.5))  # this many values or fewer lie below the median
+    return median(values), ordered[place], ordered[-1 - place]
 
 
 def _macs(model: nn.Module, image: Tensor) -> int:

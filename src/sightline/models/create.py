@@ -16,7 +16,7 @@ from sightline.models.protopnet import ProtoPNet
 from sightline.models.resnet import CifarResNet, keep_resolution
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
 from sightline.models.vit import TinyViT
-from sightline.models.weights import load_weights, mismatches, read_weights, with_names_of
+from sightline.models.weights import OtherClasses, load_weights, mismatches, read_weights, with_names_of
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg": VGG,
@@ -107,9 +107,7 @@ def named_model(
     names = [] if classes is None else read_class_names(Path(classes))
     try:
         return create_model(name, num_classes=len(names) or None, weights=weights).eval(), names
-    except ValueError as error:
-        if "num_classes" not in str(error):
-            raise
+    except OtherClasses as error:
         advice = f"{classes} names {len(names)} classes" if names else "name its classes by --classes FILE"
         raise ValueError(f"{error}; {advice}") from error
 

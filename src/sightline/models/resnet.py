@@ -1,5 +1,6 @@
 """ResNets for small images, and ResNets whose last stages keep their resolution."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -132,10 +133,7 @@ def _check_sizes(model: nn.Module, stages: dict[str, nn.Module]) -> None:
 
     like = next(model.parameters())
     channels = next(layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    with untouched(model), torch.no_grad():
-        handles = [stage.register_forward_hook(hook) for stage in stages.values()]
-        try:
-            model(torch.zeros(1, channels, 64, 64, device=like.device, dtype=like.dtype))
-        finally:
-            for handle in handles:
-                handle.remove()
+    with untouched(model), torch.no_grad(), ExitStack() as hooks:
+        for stage in stages.values():
+            hooks.enter_context(stage.register_forward_hook(hook))
+        model(torch.zeros(1, channels, 64, 64, device=like.device, dtype=like.dtype))

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sightline.attention.channel import Gating
 from sightline.attention.pooling import Compat, CompatibilityGate, LearnToPayAttention, Norm, Project
 
 Head = Literal["concat", "indep"]
@@ -133,22 +134,6 @@ class IndepHead(nn.Module):
         return logs.logsumexp(0) - math.log(len(vectors))
 
 
-class SpatialMask(nn.Module):
-    """Multiplies a feature map by a mask between 0 and 1, sigmoid(<u, l> + b), which the child `gate` returns.
-
-    >>> SpatialMask(8)(torch.zeros(2, 8, 5, 7)).shape
-    torch.Size([2, 8, 5, 7])
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.gate = CompatibilityGate(channels, compat="none", norm="sigmoid")
-
-    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Masked features."""
-        return features * self.gate(features)
-
-
 class VGG(nn.Module):
     """VGG-16 with BatchNorm: 13 convolutions, 5 pools, no attention; the paper's baseline.
 
@@ -175,9 +160,13 @@ class VGG(nn.Module):
         super().__init__()
         channels = scaled(CHANNELS[-1], width)
         self.features = trunk(self.convs, self.pools, width, stem_pool, dropout)
-        self.fc1 = global_vector(channels)
+        self.add_vector(channels)
         self.head = ConcatHead([channels], num_classes, official=official_head)
         initialize(self)
+
+    def add_vector(self, channels: int) -> None:
+        """Add the layers between the last feature map and the vector that the head classifies."""
+        self.fc1 = global_vector(channels)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
         """Logits."""
@@ -220,41 +209,23 @@ class VGGGap(nn.Module):
         return self.head(self.pool(self.features(images)))
 
 
-class VGGPan(nn.Module):
+class VGGPan(VGG):
     """Progressive attention: a sigmoid mask at convolution 10, softmax pooling at convolution 13.
 
     Source: Seo et al., "Progressive Attention Networks for Visual Attribute Prediction", BMVC 2018.
 
     Differs: on the trunk of "Learn To Pay Attention", whose authors score both levels against a global vector; here the
-    score is <u, l> + b.
-
-    Args:
-        num_classes: number of logits.
-        width: factor of all channel numbers; 1 is the paper's.
-        stem_pool: side of a max-pool after convolution 2; 1: no such pool.
-        dropout: factor of all Dropout rates between convolutions; 1 is the paper's, narrow networks need a lower one.
-        official_head: BatchNorm, ReLU and Dropout before the last linear layer; False: only that layer.
+    score is <u, l> + b. Options as in `VGG`.
     """
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        *,
-        width: float = 1.0,
-        stem_pool: int = 1,
-        dropout: float = 1.0,
-        official_head: bool = True,
-    ) -> None:
-        super().__init__()
-        channels = scaled(CHANNELS[-1], width)
-        self.features = trunk(13, (7, 10), width, stem_pool, dropout)
-        self.attention = nn.ModuleDict(
-            {"conv10": SpatialMask(channels), "conv13": LearnToPayAttention(channels, compat="none")}
-        )
+    pools = (7, 10)
+    default_layer = "features.conv13"
+
+    def add_vector(self, channels: int) -> None:
+        """Add both levels of attention and FC-1."""
+        mask = Gating(CompatibilityGate(channels, compat="none", norm="sigmoid"), identity=False)
+        self.attention = nn.ModuleDict({"conv10": mask, "conv13": LearnToPayAttention(channels, compat="none")})
         self.fc1 = nn.Linear(channels, channels)
-        self.head = ConcatHead([channels], num_classes, official=official_head)
-        self.default_layer = "features.conv13"
-        initialize(self)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
         """Logits."""

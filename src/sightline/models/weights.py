@@ -12,6 +12,10 @@ from sightline.models.vit import TinyViT
 State = dict[str, Tensor]
 
 
+class OtherClasses(ValueError):
+    """The weights fit, except that they are those of another number of classes."""
+
+
 def read_weights(path: Path) -> State:
     """The tensors of a safetensors file, or of a run folder.
 
@@ -69,27 +73,34 @@ def load_weights(model: nn.Module, name: str, state: State, source: Path) -> Non
 
     Raises:
         ValueError: they do not; the message says which network they belong to, if that can be told.
+        OtherClasses: only the number of classes differs.
     """
     problems = mismatches(model, state)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(
-            f"weights in {source} do not fit {name}: {problems[0]}{more}; {_remedy(model, name, state, source)}"
-        )
+        misfit = f"weights in {source} do not fit {name}: {problems[0]}{more}"
+        if numbers := _classes(model, state):
+            ours, theirs = numbers
+            raise OtherClasses(f"{misfit}; give num_classes={theirs}, they are those of {theirs} classes, not {ours}")
+        raise ValueError(f"{misfit}; {_remedy(model, name, state, source)}")
     model.load_state_dict(state)
+
+
+def _classes(model: nn.Module, state: State) -> tuple[int, int] | None:
+    """Number of classes of the model and of the weights, if nothing else differs."""
+    expected = model.state_dict()
+    if expected.keys() != state.keys():
+        return None
+    shapes = [(value.shape, state[key].shape) for key, value in expected.items() if value.shape != state[key].shape]
+    numbers = {(*ours[:1], *theirs[:1]) for ours, theirs in shapes}
+    only_classes = len(numbers) == 1 and all(ours[1:] == theirs[1:] for ours, theirs in shapes)
+    return next((n for n in numbers if len(n) == 2), None) if only_classes else None
 
 
 def _remedy(model: nn.Module, name: str, state: State, source: Path) -> str:
     """What to do, from what the weights tell about their network."""
     expected = model.state_dict()
     shared = [key for key in expected if key in state]
-    differing = [(expected[key].shape, state[key].shape) for key in shared if expected[key].shape != state[key].shape]
-    if len(shared) == len(expected) == len(state):
-        sizes = {(ours[:1], theirs[:1]) for ours, theirs in differing}
-        rest = all(ours[1:] == theirs[1:] for ours, theirs in differing)
-        (ours, theirs), *others = sizes
-        if rest and not others and ours and theirs:
-            return f"give num_classes={theirs[0]}, they are those of {theirs[0]} classes, not {ours[0]}"
     network = _network_beside(source)
     if network is not None and network[0] != name:
         return f"they are those of {network[0]} with {network[1]} classes; give that name, and its options"
