@@ -24,7 +24,7 @@ from sightline.facts import Progress, Verdict, current_name, did_you_mean
 from sightline.inference import Output
 from sightline.metrics import METRICS, Perturbation, inputs_of, measure
 from sightline.metrics.agreement import ranks
-from sightline.metrics.classification import Quality, quality
+from sightline.metrics.classification import quality
 from sightline.metrics.per_image import Chance
 from sightline.metrics.perturbed import Fill
 
@@ -321,7 +321,6 @@ def _batch_scores(task: Task, batch: Batch, predictions: Predictions, shown: Arr
     )
     table = {key: _array(value) for key, value in values.items()}
     areas = np.zeros(0) if batch.masks is None else _array(batch.masks.double().mean((1, 2, 3)))
-    sums, counts = _mean_maps(task, batch, maps, targets)
     return Scores(
         values=table,
         curves={
@@ -330,8 +329,7 @@ def _batch_scores(task: Task, batch: Batch, predictions: Predictions, shown: Arr
             for kind, field in read.items()
             if kind in ("deletion", "insertion") or (kind == "fractions" and {"deletion", "insertion"} & set(read))
         },
-        sums=sums,
-        counts=counts,
+        sums=_map_sums(task, maps, targets),
         maps=_maps_to_show(task, batch, maps, shown, table),
         similarity=_similarity(maps),
         areas=areas[areas > 0],  # an empty mask is undefined for the score too
@@ -351,16 +349,18 @@ def _batch_maps(task: Task, batch: Batch, predictions: Predictions) -> Scores:
     return Scores(maps=maps, verdicts=_verdicts(task, batch, explanation))
 
 
-def _verdicts(task: Task, batch: Batch, explanation: Explanation) -> dict[str, dict[int, list[Verdict]]]:
+def _verdicts(task: Task, batch: Batch, explanation: Explanation) -> dict[tuple[str, int], list[Verdict]]:
     """The verdicts on each map, without class-independence where the method ignores the class."""
-    rows = batch.rows.tolist()
-    verdicts: dict[str, dict[int, list[Verdict]]] = {}
-    for row in task.rows:
-        images = [[]] * len(rows) if row.explains_runner_up else explanation.verdicts[row.method]
-        if row.explainer.is_blind_to_class:
-            images = [[verdict for verdict in image if verdict.kind != "class-independent"] for image in images]
-        verdicts[row.name] = dict(zip(rows, images, strict=True))
-    return verdicts
+    return {
+        (row.name, number): [
+            verdict
+            for verdict in verdicts
+            if not (row.explainer.is_blind_to_class and verdict.kind == "class-independent")
+        ]
+        for row in task.rows
+        if not row.explains_runner_up
+        for number, verdicts in zip(batch.rows.tolist(), explanation.verdicts[row.method], strict=True)
+    }
 
 
 def _maps_to_show(
@@ -376,11 +376,9 @@ def _maps_to_show(
     return kept
 
 
-def _mean_maps(
-    task: Task, batch: Batch, maps: Mapping[str, Tensor], targets: Tensor
-) -> tuple[dict[tuple[str, str], Array], dict[tuple[str, str], Array]]:
+def _map_sums(task: Task, maps: Mapping[str, Tensor], targets: Tensor) -> dict[tuple[str, str], Array]:
+    """Sum and number of the scaled maps of each class."""
     sums: dict[tuple[str, str], Array] = {}
-    counts: Counter[tuple[str, str]] = Counter()
     for row in task.rows:
         resized = pixels.resize(maps[row.name], (_MEAN_MAP_SIDE, _MEAN_MAP_SIDE))[:, 0]
         scaled = pixels.normalize(resized, signed=row.explainer.is_signed).double()
@@ -388,9 +386,8 @@ def _mean_maps(
         for image, target in zip(_array(scaled * varies[:, None, None]), targets.tolist(), strict=True):
             if np.isfinite(image).all():
                 key = row.name, str(target)
-                sums[key] = sums.get(key, 0) + image
-                counts[key] += 1
-    return sums, {key: np.array(count) for key, count in counts.items()}
+                sums[key] = sums.get(key, 0) + np.stack([image, np.ones_like(image)])
+    return sums
 
 
 def _similarity(maps: Mapping[str, Tensor]) -> Array:
@@ -416,7 +413,6 @@ def _rank(task: Task, source: Source, predictions: Predictions, scores: Scores, 
     }
     chance = {metric: value for metric in table if (value := _chance(metric, scores.areas)) is not None}
     similarity, counted = scores.similarity
-    classifier = _quality(predictions, seed)
     return Evaluation(
         data=source.name,
         split=source.split,
@@ -432,14 +428,12 @@ def _rank(task: Task, source: Source, predictions: Predictions, scores: Scores, 
         metrics=task.metrics,
         higher_is_better=up,
         chance=chance,
-        accuracy=classifier and classifier.accuracy,
-        **_confusion(predictions),
-        quality=classifier,
+        **_classifier(predictions, seed),
         per_image=predictions.columns(draw.chosen, source.unit)
         | {f"{metric}/{name}": column.tolist() for metric in table for name, column in table[metric].items()},
         **_examples(task, predictions, scores, draw),
-        mean_maps=_divided(task, predictions, scores),
-        **_verdict_counts(scores, draw),
+        mean_maps=_means(task, predictions, scores),
+        **_verdict_counts(task, scores, draw),
         **ranking.rank(table, up, task.controls, chance, groups, seed),
         failed=ranking.failing(table, _tested(task, len(predictions.classes)), groups, seed),
         curves=_curves(task, scores, groups, seed),
@@ -476,49 +470,38 @@ def _curves(task: Task, scores: Scores, groups: Array | None, seed: int) -> dict
     return {kind: by_method for kind, by_method in curves.items() if by_method}
 
 
-def _quality(predictions: Predictions, seed: int) -> Quality | None:
-    """The quality of the classifier on the labeled images."""
-    labeled = predictions.labels >= 0
-    groups = None if predictions.groups is None else predictions.groups[labeled]
-    return (
-        quality(predictions.probabilities[labeled], predictions.labels[labeled], groups, seed)
-        if labeled.any()
-        else None
-    )
-
-
-def _confusion(predictions: Predictions) -> dict[str, Any]:
-    """Confusion matrix of the labeled images, and the fraction of the most frequent class."""
+def _classifier(predictions: Predictions, seed: int) -> dict[str, Any]:
+    """How good the classifier is on the labeled images, and as good as always naming their most frequent class is."""
     labeled = predictions.labels >= 0
     if not labeled.any():
-        return {"majority": None, "confusion": None}
-    confusion = np.zeros((len(predictions.classes),) * 2, dtype=np.int64)
-    np.add.at(confusion, (predictions.labels[labeled], predictions.predictions[labeled]), 1)
-    return {"majority": float(confusion.sum(1).max() / labeled.sum()), "confusion": confusion}
+        return {"accuracy": None, "majority": None, "confusion": None}
+    labels, count = predictions.labels[labeled], len(predictions.classes)
+    groups = None if predictions.groups is None else predictions.groups[labeled]
+    found = quality(predictions.probabilities[labeled], labels, groups, seed)
+    pairs = np.bincount(labels * count + predictions.predictions[labeled], minlength=count**2)
+    confusion = pairs.reshape(count, count)
+    majority = float(confusion.sum(1).max() / len(labels))
+    return {"accuracy": found.accuracy, "majority": majority, "confusion": confusion, "quality": found}
 
 
-def _divided(task: Task, predictions: Predictions, scores: Scores) -> dict[str, dict[str, Array]]:
+def _means(task: Task, predictions: Predictions, scores: Scores) -> dict[str, dict[str, Array]]:
     """The mean map of every method and class."""
-    return {
-        name: {
-            label: (scores.sums[name, str(target)] / scores.counts[name, str(target)]).astype(np.float32)
-            for target, label in enumerate(predictions.classes)
-            if (name, str(target)) in scores.sums
-        }
-        for name in task.names
-    }
+    means: dict[str, dict[str, Array]] = {name: {} for name in task.names}
+    for name, by_class in means.items():
+        for target, label in enumerate(predictions.classes):
+            if (name, str(target)) in scores.sums:
+                total, number = scores.sums[name, str(target)]
+                by_class[label] = (total / number).astype(np.float32)
+    return means
 
 
-def _verdict_counts(scores: Scores, draw: _Draw) -> dict[str, Any]:
-    counts: dict[str, dict[str, int]] = {}
-    levels: dict[str, dict[str, dict[str, int]]] = {}
-    for method, images in scores.verdicts.items():
-        pairs = Counter((v.kind, v.level) for row in draw.chosen.tolist() for v in images[row])
-        counts[method] = {}
-        levels[method] = {}
-        for (kind, level), count in pairs.items():
-            counts[method][kind] = counts[method].get(kind, 0) + count
-            levels[method].setdefault(kind, {})[level] = count
+def _verdict_counts(task: Task, scores: Scores, draw: _Draw) -> dict[str, Any]:
+    levels: dict[str, dict[str, dict[str, int]]] = {name: {} for name in task.names}
+    for name, by_kind in levels.items():
+        found = [verdict for row in draw.chosen.tolist() for verdict in scores.verdicts.get((name, row), ())]
+        for (kind, level), count in Counter((verdict.kind, verdict.level) for verdict in found).items():
+            by_kind.setdefault(kind, {})[level] = count
+    counts = {name: {kind: sum(found.values()) for kind, found in kinds.items()} for name, kinds in levels.items()}
     return {"verdicts": counts, "verdict_levels": levels}
 
 
@@ -535,7 +518,7 @@ def _examples(task: Task, predictions: Predictions, scores: Scores, draw: _Draw)
             prediction=predictions.classes[predictions.predictions[row]],
             probability=float(predictions.certainty[row]),
             maps={method: scores.maps[method, str(row)] for method in methods},
-            verdicts={method: scores.verdicts[method][row] for method in methods},
+            verdicts={method: scores.verdicts[method, row] for method in methods},
             mask=scores.pictures[row][1],
         )
 
