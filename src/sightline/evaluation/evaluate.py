@@ -16,7 +16,7 @@ from sightline.data import ImageSet
 from sightline.evaluation import ranking
 from sightline.evaluation.batches import Batch, Predictions, Source, predict
 from sightline.evaluation.findings import findings
-from sightline.evaluation.planning import Plan, Task, plan
+from sightline.evaluation.planning import Plan, Task, plan, unsuited
 from sightline.evaluation.result import Curve, Evaluation, Example
 from sightline.evaluation.scores import PartialResults, Scores, key_of
 from sightline.explainers import EXPLAINERS, Explanation, Method, attention_maps, explain, fitting, named
@@ -126,7 +126,7 @@ def evaluate(
         perturbation=replace(perturbation, output=predictions.output),
         with_runner_up="other_class" in controls,
     )
-    task, unsuited = _with_methods(task, predictions, methods, strict)
+    task, unfit = _with_methods(task, predictions, methods, strict)
     partial_files = PartialResults(None if partial_results is None else Path(partial_results))
     order = np.random.default_rng(seed).permutation(len(predictions.labels))
     planned = _planned(task, predictions, order, limit, budget, partial_files)
@@ -138,7 +138,7 @@ def evaluate(
         result,
         data=name or source.name,
         left_out=planned.left_out,
-        unsuited={method: " ".join(reason.split()) for method, reason in unsuited.items()},
+        unsuited=unfit,
         provenance=result.provenance | (provenance or {}),
     )
     partial_files.clear()
@@ -198,23 +198,16 @@ def _with_methods(
     images, of_model = predictions.first.images, _called(task.perturbation, predictions.first).of_model
     if not methods or isinstance(methods, str):
         everything = [name for name, method in EXPLAINERS.items() if not method.is_control]
-        names, unsuited = fitting(task.model, images, everything if methods == "all" else _CHEAP, **of_model)
+        names, reasons = fitting(task.model, images, everything if methods == "all" else _CHEAP, **of_model)
         call = {name: value for name, value in of_model.items() if name != "output"}
         maps = attention_maps(task.model, images, **call)
         gates = [name for name, gate in maps.items() if gate.shape[2] * gate.shape[3] > 1]
         if len(gates) > 1:
             names = [f"attention@{name}" for name in gates] + names[1:]
         task = replace(task, methods={name: name for name in names} | task.methods)
-        return task, unsuited if methods == "all" else {}
-    names = [n for n, method in task.methods.items() if isinstance(method, str) and "@" not in n]
-    names = [name for name in names if not named(name)[1].is_control]
-    if strict or len(names) < 2:
-        return task, {}
-    try:
-        _, unsuited = fitting(task.model, images, names, **of_model)
-    except ValueError:  # none fits: the error of the first one will tell why
-        return task, {}
-    return replace(task, methods={n: m for n, m in task.methods.items() if n not in unsuited}), unsuited
+        return task, reasons if methods == "all" else {}
+    reasons = unsuited(task.model, images, task.methods.values(), strict, **of_model)
+    return replace(task, methods={n: m for n, m in task.methods.items() if n not in reasons}), reasons
 
 
 def _planned(
