@@ -359,12 +359,10 @@ def _verdicts(task: Task, batch: Batch, explanation: Explanation) -> dict[tuple[
 def _maps_to_show(
     task: Task, batch: Batch, maps: Mapping[str, Tensor], shown: Array, values: Mapping[tuple[str, str], Array]
 ) -> dict[tuple[str, str], Array]:
-    rows, lead = batch.rows.numpy(), next(iter(task.ranking), "")
+    rows = batch.rows.numpy()
     kept: dict[tuple[str, str], Array] = {}
     for method in (name for name in task.names if name not in task.controls):
-        scores = values.get((method, lead))
-        worst = _worst(scores, METRICS[lead].higher_is_better) if scores is not None and scores.ndim == 1 else []
-        places = np.union1d(np.flatnonzero(np.isin(rows, shown)), worst).astype(int)
+        places = np.union1d(np.flatnonzero(np.isin(rows, shown)), _worst(task, values, method))
         kept |= {(method, str(rows[place])): maps[method][place, 0].float().cpu().numpy() for place in places}
     return kept
 
@@ -515,17 +513,11 @@ def _examples(task: Task, predictions: Predictions, scores: Scores, draw: _Draw)
             mask=scores.pictures[row][1],
         )
 
-    worst: dict[str, tuple[Example, ...]] = {}
-    lead = next(iter(task.ranking), "")
-    for method in methods:
-        values = scores.values.get((method, lead))
-        if values is not None and values.ndim == 1:
-            rows = draw.chosen[_worst(values, METRICS[lead].higher_is_better)]
-            worst[method] = tuple(example(row, [method]) for row in rows.tolist())
+    worst = {method: draw.chosen[_worst(task, scores.values, method)].tolist() for method in methods}
     return {
         "examples": tuple(example(row, methods) for row in draw.gallery.tolist()),
         "errors": tuple(example(row, methods) for row in draw.wrong.tolist()),
-        "worst": {method: shown for method, shown in worst.items() if shown},
+        "worst": {method: tuple(example(row, [method]) for row in rows) for method, rows in worst.items() if rows},
     }
 
 
@@ -537,9 +529,13 @@ def _one_column(values: Array, higher_is_better: bool | None) -> Array:
     return values[:, np.nanargmax(means if higher_is_better else -means)] if np.isfinite(means).any() else values[:, 0]
 
 
-def _worst(values: Array, higher_is_better: bool | None) -> Array:
-    """Places of the worst values, worst first, of equal ones the first; undefined values are left out."""
-    badness = np.where(np.isnan(values), -np.inf, -values if higher_is_better else values)
+def _worst(task: Task, table: Mapping[tuple[str, str], Array], method: str) -> Array:
+    """Places of a method's worst defined values in the first metric, worst first, of equal ones the first."""
+    lead = next(iter(task.ranking), "")
+    values = table.get((method, lead))
+    if values is None or values.ndim > 1:
+        return np.zeros(0, dtype=int)
+    badness = np.where(np.isnan(values), -np.inf, -values if METRICS[lead].higher_is_better else values)
     order = np.argsort(-badness, kind="stable")[:_WORST]
     return order[np.isfinite(badness[order])]
 

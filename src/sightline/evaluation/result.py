@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from sightline.facts import Finding, Interval, Verdict
 from sightline.metrics.classification import Quality
+from sightline.metrics.uncertainty import Paired
 from sightline.runs import plain, write
 
 Array = np.ndarray
@@ -42,19 +43,10 @@ class Standing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Two methods under one metric, image by image."""
+class Comparison(Paired):
+    """Two methods, or a method and a control, under one metric, image by image."""
 
     metric: str
-    method: str
-    other: str
-    """A method or a control."""
-    difference: Interval
-    """Difference of the means, `method` minus `other`."""
-    p: float
-    """p-value of a paired sign-flip test, over images or whole groups."""
-    adjusted: float
-    """The same, corrected for all pairs of the metric (Holm)."""
 
 
 @dataclass(frozen=True, kw_only=True)
