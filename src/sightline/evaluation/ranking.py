@@ -1,6 +1,7 @@
 """Which method is best under a metric, and what it reliably beats."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -8,9 +9,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 
-from sightline.evaluation.result import Comparison, Curve, Score, Standing
+from sightline.evaluation.result import Curve, Score, Standing
 from sightline.metrics.agreement import correlation, ranks, reliability
-from sightline.metrics.uncertainty import Paired, mean_interval, mean_intervals, paired_test, paired_tests
+from sightline.metrics.uncertainty import Comparison, mean_interval, mean_intervals, paired_test, paired_tests
 
 Array = np.ndarray
 
@@ -53,7 +54,7 @@ def rank(
         compared = {method: column for method, column in values.items() if _is_compared(column)}
         means.append([mean(column) if method in compared else np.nan for method, column in values.items()])
         paired = paired_tests(compared, **given)
-        pairs += [Comparison(metric=metric, **vars(pair)) for pair in paired]
+        pairs += [replace(pair, metric=metric) for pair in paired]
         bound = chance.get(metric)
         standing = standing_of(values, list(controls), higher_is_better=up, chance=bound, paired=paired, **given)
         if standing is not None:
@@ -99,7 +100,7 @@ def _lies_beyond(values: Array, bound: float, above: bool, groups: Array | None,
     return beyond and paired_test(values - bound, groups, seed) < LEVEL
 
 
-def wins(pairs: Iterable[Paired], higher_is_better: bool) -> set[tuple[str, str]]:
+def wins(pairs: Iterable[Comparison], higher_is_better: bool) -> set[tuple[str, str]]:
     """(winner, loser) of each pair that can be told apart."""
     return {
         (pair.method, pair.other) if (pair.difference.value > 0) == higher_is_better else (pair.other, pair.method)
@@ -116,7 +117,7 @@ def standing_of(
     chance: float | None = None,
     groups: Shaped[Array, " n"] | None = None,
     seed: int = 0,
-    paired: Sequence[Paired] | None = None,
+    paired: Sequence[Comparison] | None = None,
 ) -> Standing | None:
     """Who is best in a metric, from its values per image (NaN where undefined); None if no method can be compared.
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from sightline.facts import Finding, Interval, Verdict
 from sightline.metrics.classification import Quality
-from sightline.metrics.uncertainty import Paired
+from sightline.metrics.uncertainty import Comparison
 from sightline.runs import plain, write
 
 Array = np.ndarray
@@ -40,13 +40,6 @@ class Standing:
     """Methods that cannot be told apart from it."""
     unbeaten: tuple[str, ...]
     """Controls, and `chance`, that it does not beat."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison(Paired):
-    """Two methods, or a method and a control, under one metric, image by image."""
-
-    metric: str
 
 
 @dataclass(frozen=True, kw_only=True)

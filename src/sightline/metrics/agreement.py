@@ -174,7 +174,7 @@ def reliability(values: Mapping[str, Float[Array, " n"]]) -> float:
     return krippendorff_alpha(ranks(table[~np.isnan(table).any(1)]), "ordinal")
 
 
-def check_one_target(what: str, maps: Tensor, others: Tensor) -> None:
+def check_one_target(what: str, verb: str, maps: Tensor, others: Tensor) -> None:
     """Check that maps, and what they are compared with, are one for each of the same images.
 
     Raises:
@@ -183,13 +183,13 @@ def check_one_target(what: str, maps: Tensor, others: Tensor) -> None:
     if not (maps.ndim == others.ndim in (4, 5) and maps.shape[1] == 1 and others.shape[:2] == maps.shape[:2]):
         raise ValueError(
             f"expected {what} of shape (b, 1, h, w), or both (b, 1, d, h, w), got "
-            f"{tuple(maps.shape)} and {tuple(others.shape)}; compare one target at a time"
+            f"{tuple(maps.shape)} and {tuple(others.shape)}; {verb} one target at a time"
         )
 
 
 def _fit(maps: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Both on the larger grid, flattened to (b, n)."""
-    check_one_target("two maps", maps, others)
+    check_one_target("two maps", "compare", maps, others)
     size = tuple(map(max, maps.shape[2:], others.shape[2:]))
     return pixels.resize(maps, size).flatten(1), pixels.resize(others.to(maps.device), size).flatten(1)
 

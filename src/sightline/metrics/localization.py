@@ -267,7 +267,7 @@ MaxBoxAccuracy = mean_of(max_box_accuracy, "MaxBoxAccuracy")
 
 def _fit(maps: Tensor, masks: Tensor) -> tuple[Float[Tensor, "b 1 *grid"], Bool[Tensor, "b 1 *grid"]]:
     """Maps of at least 32 bits, resized to the masks, and masks as bool."""
-    check_one_target("maps and masks", maps, masks)
+    check_one_target("maps and masks", "score", maps, masks)
     if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
         raise ValueError(
             f"expected masks that are bool or 0 and 1, got values up to {masks.max()}; compare them with 0"

@@ -19,17 +19,19 @@ _EXACT = 13
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paired:
-    """Two methods on the same images."""
+class Comparison:
+    """Two methods under one metric, image by image."""
 
+    metric: str = ""
     method: str
     other: str
+    """A method or a control."""
     difference: Interval
     """Difference of the means over common images, `method` minus `other`; NaN where there is none."""
     p: float
-    """p-value of the sign-flip test, see `paired_test`."""
+    """p-value of a paired sign-flip test, over images or whole groups; see `paired_test`."""
     adjusted: float
-    """The same after Holm's correction for all pairs."""
+    """The same, corrected for all pairs of the metric (Holm)."""
 
 
 def mean_interval(values: Float[Array, " n"], groups: Shaped[Array, " n"] | None = None, seed: int = 0) -> Interval:
@@ -112,7 +114,7 @@ def paired_test(differences: Float[Array, " n"], groups: Shaped[Array, " n"] | N
 
 def paired_tests(
     values: Mapping[str, Float[Array, " n"]], groups: Shaped[Array, " n"] | None = None, seed: int = 0
-) -> list[Paired]:
+) -> list[Comparison]:
     """Compare every pair of methods on their common images, with the same resamples and sign flips.
 
     Intervals as in `mean_interval` and p-values as in `paired_test`, exact if there are at most 13 units in all. Pairs
@@ -131,7 +133,7 @@ def paired_tests(
     p = np.where(counts.any(0), _sign_flips(sums, seed), np.nan)
     columns = np.stack([difference, *_mean_limits(sums, counts, seed), p, holm(p)], 1).tolist()
     return [
-        Paired(
+        Comparison(
             method=method,
             other=other,
             difference=Interval(value=value, low=low, high=high, n=len(sums)),

@@ -335,7 +335,7 @@ class DotPlot:
 
     def at(self, value: float) -> float:
         """Where a value lies across."""
-        return round(float(_place(np.array([value]), self.ticks, WIDTH)[0]), 1)
+        return round(float(_place(np.array([value], float), self.ticks, WIDTH)[0]), 1)
 
 
 def dot_plot(effects: Sequence[Effect]) -> DotPlot | None:
