@@ -154,12 +154,12 @@ def test_a_verdict_is_text_with_a_level():
 
 def test_levels_survive_an_interrupted_evaluation(tmp_path):
     gap = Verdict("conservation gap", "note", details="2%")
-    verdicts = {"cam": {4: [Verdict("flat", "do not read")], 5: [], 9: [gap]}}
+    verdicts = {("cam", 4): [Verdict("flat", "do not read")], ("cam", 5): [], ("cam", 9): [gap]}
     Scores(verdicts=verdicts, positions={"cam": [5, 4]}).save(tmp_path / "a.npz")
     back = Scores.load(tmp_path / "a.npz")
     assert back is not None and back.verdicts == verdicts and back.positions == {"cam": [5, 4]}
-    assert [worst(image) for image in back.verdicts["cam"].values()] == ["do not read", None, "note"]
+    assert [worst(image) for image in back.verdicts.values()] == ["do not read", None, "note"]
     with np.load(tmp_path / "a.npz") as stored:
-        arrays = dict(stored) | {"facts": np.array('{"verdicts": {"cam": [["flat"]]}, "layers": {}}')}
+        arrays = dict(stored) | {"facts": np.array('{"verdicts": [["cam", [["flat"]]]], "layers": {}}')}
     np.savez(tmp_path / "b.npz", **arrays)  # of another version: made again
     assert Scores.load(tmp_path / "b.npz") is None

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal, get_args
 
 Level = Literal["note", "doubt", "do not read"]
@@ -116,9 +117,6 @@ class Layer(str):
         layer.name, layer.shape = name, shape
         return layer
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Layer, (self.name, self.shape)
-
 
 class Verdict(str):
     """A reason to distrust a map: its kind, how severe it is, and what was measured.
@@ -143,9 +141,6 @@ class Verdict(str):
         verdict = super().__new__(cls, f"{kind}: {details}" if details else kind)
         verdict.kind, verdict.level, verdict.amount, verdict.details = kind, level, amount, details
         return verdict
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Verdict, (self.kind, self.level, self.amount, self.details)
 
     def __eq__(self, other: object) -> bool:
         return str.__eq__(self, other) is True or (other == self.kind and not isinstance(other, Verdict))
@@ -175,11 +170,7 @@ class Finding(str):
         return finding
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _finding, (self.kind, str(self), self.values)
-
-
-def _finding(kind: str, text: str, values: dict[str, Any]) -> Finding:
-    return Finding(kind, text, **values)
+        return partial(Finding, self.kind, str(self), **self.values), ()
 
 
 def worst(verdicts: Iterable[Verdict]) -> Level | None:

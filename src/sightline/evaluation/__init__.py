@@ -2,6 +2,7 @@
 
 from sightline.evaluation.evaluate import evaluate
 from sightline.evaluation.ranking import standing_of
-from sightline.evaluation.result import Comparison, Curve, Evaluation, Example, Score, Standing
+from sightline.evaluation.result import Curve, Evaluation, Example, Score, Standing
+from sightline.metrics.uncertainty import Comparison
 
 __all__ = ["Comparison", "Curve", "Evaluation", "Example", "Score", "Standing", "evaluate", "standing_of"]

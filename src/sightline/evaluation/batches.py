@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -53,20 +54,15 @@ class Batch:
             return self
         if not keep.any():
             return None
-        at = keep.nonzero()[:, 0]
-        on_device = at.to(self.images.device)
-        call = forward_call(self.images, None, self.forward_args, self.forward_kwargs).at(on_device)
-        return Batch(
-            images=self.images[on_device],
-            labels=self.labels[at],
-            masks=None if self.masks is None else self.masks[on_device],
-            names=[self.names[i] for i in at.tolist()],
-            groups=None if self.groups is None else [self.groups[i] for i in at.tolist()],
-            rows=self.rows[at],
-            pictures=self.pictures[at],
-            forward_args=call.args,
-            forward_kwargs=call.kwargs,
-        )
+        call = forward_call(self.images, None, self.forward_args, self.forward_kwargs)
+        call = call.at(keep.nonzero()[:, 0].to(self.images.device))
+        kept: dict[str, Any] = {"forward_args": call.args, "forward_kwargs": call.kwargs}
+        for name in ("images", "labels", "masks", "rows", "pictures"):
+            values: Tensor | None = getattr(self, name)
+            kept[name] = None if values is None else values[keep.to(values.device)]
+        for name in ("names", "groups"):
+            kept[name] = getattr(self, name) and list(compress(getattr(self, name), keep.tolist()))
+        return Batch(**kept)
 
 
 class Source:

@@ -16,7 +16,7 @@ from sightline.data import ImageSet
 from sightline.evaluation import ranking
 from sightline.evaluation.batches import Batch, Predictions, Source, predict
 from sightline.evaluation.findings import findings
-from sightline.evaluation.planning import Plan, Task, plan
+from sightline.evaluation.planning import Plan, Task, plan, unsuited
 from sightline.evaluation.result import Curve, Evaluation, Example
 from sightline.evaluation.scores import PartialResults, Scores, key_of
 from sightline.explainers import EXPLAINERS, Explanation, Method, attention_maps, explain, fitting, named
@@ -24,7 +24,7 @@ from sightline.facts import Progress, Verdict, current_name, did_you_mean
 from sightline.inference import Output
 from sightline.metrics import METRICS, Perturbation, inputs_of, measure
 from sightline.metrics.agreement import ranks
-from sightline.metrics.classification import Quality, quality
+from sightline.metrics.classification import quality
 from sightline.metrics.per_image import Chance
 from sightline.metrics.perturbed import Fill
 
@@ -126,7 +126,7 @@ def evaluate(
         perturbation=replace(perturbation, output=predictions.output),
         with_runner_up="other_class" in controls,
     )
-    task, unsuited = _with_methods(task, predictions, methods, strict)
+    task, unfit = _with_methods(task, predictions, methods, strict)
     partial_files = PartialResults(None if partial_results is None else Path(partial_results))
     order = np.random.default_rng(seed).permutation(len(predictions.labels))
     planned = _planned(task, predictions, order, limit, budget, partial_files)
@@ -138,7 +138,7 @@ def evaluate(
         result,
         data=name or source.name,
         left_out=planned.left_out,
-        unsuited={method: " ".join(reason.split()) for method, reason in unsuited.items()},
+        unsuited=unfit,
         provenance=result.provenance | (provenance or {}),
     )
     partial_files.clear()
@@ -198,23 +198,16 @@ def _with_methods(
     images, of_model = predictions.first.images, _called(task.perturbation, predictions.first).of_model
     if not methods or isinstance(methods, str):
         everything = [name for name, method in EXPLAINERS.items() if not method.is_control]
-        names, unsuited = fitting(task.model, images, everything if methods == "all" else _CHEAP, **of_model)
+        names, reasons = fitting(task.model, images, everything if methods == "all" else _CHEAP, **of_model)
         call = {name: value for name, value in of_model.items() if name != "output"}
         maps = attention_maps(task.model, images, **call)
         gates = [name for name, gate in maps.items() if gate.shape[2] * gate.shape[3] > 1]
         if len(gates) > 1:
             names = [f"attention@{name}" for name in gates] + names[1:]
         task = replace(task, methods={name: name for name in names} | task.methods)
-        return task, unsuited if methods == "all" else {}
-    names = [n for n, method in task.methods.items() if isinstance(method, str) and "@" not in n]
-    names = [name for name in names if not named(name)[1].is_control]
-    if strict or len(names) < 2:
-        return task, {}
-    try:
-        _, unsuited = fitting(task.model, images, names, **of_model)
-    except ValueError:  # none fits: the error of the first one will tell why
-        return task, {}
-    return replace(task, methods={n: m for n, m in task.methods.items() if n not in unsuited}), unsuited
+        return task, reasons if methods == "all" else {}
+    reasons = unsuited(task.model, images, task.methods.values(), strict, **of_model)
+    return replace(task, methods={n: m for n, m in task.methods.items() if n not in reasons}), reasons
 
 
 def _planned(
@@ -321,7 +314,6 @@ def _batch_scores(task: Task, batch: Batch, predictions: Predictions, shown: Arr
     )
     table = {key: _array(value) for key, value in values.items()}
     areas = np.zeros(0) if batch.masks is None else _array(batch.masks.double().mean((1, 2, 3)))
-    sums, counts = _mean_maps(task, batch, maps, targets)
     return Scores(
         values=table,
         curves={
@@ -330,8 +322,7 @@ def _batch_scores(task: Task, batch: Batch, predictions: Predictions, shown: Arr
             for kind, field in read.items()
             if kind in ("deletion", "insertion") or (kind == "fractions" and {"deletion", "insertion"} & set(read))
         },
-        sums=sums,
-        counts=counts,
+        sums=_map_sums(task, maps, targets),
         maps=_maps_to_show(task, batch, maps, shown, table),
         similarity=_similarity(maps),
         areas=areas[areas > 0],  # an empty mask is undefined for the score too
@@ -351,36 +342,34 @@ def _batch_maps(task: Task, batch: Batch, predictions: Predictions) -> Scores:
     return Scores(maps=maps, verdicts=_verdicts(task, batch, explanation))
 
 
-def _verdicts(task: Task, batch: Batch, explanation: Explanation) -> dict[str, dict[int, list[Verdict]]]:
+def _verdicts(task: Task, batch: Batch, explanation: Explanation) -> dict[tuple[str, int], list[Verdict]]:
     """The verdicts on each map, without class-independence where the method ignores the class."""
-    rows = batch.rows.tolist()
-    verdicts: dict[str, dict[int, list[Verdict]]] = {}
-    for row in task.rows:
-        images = [[]] * len(rows) if row.explains_runner_up else explanation.verdicts[row.method]
-        if row.explainer.is_blind_to_class:
-            images = [[verdict for verdict in image if verdict.kind != "class-independent"] for image in images]
-        verdicts[row.name] = dict(zip(rows, images, strict=True))
-    return verdicts
+    return {
+        (row.name, number): [
+            verdict
+            for verdict in verdicts
+            if not (row.explainer.is_blind_to_class and verdict.kind == "class-independent")
+        ]
+        for row in task.rows
+        if not row.explains_runner_up
+        for number, verdicts in zip(batch.rows.tolist(), explanation.verdicts[row.method], strict=True)
+    }
 
 
 def _maps_to_show(
     task: Task, batch: Batch, maps: Mapping[str, Tensor], shown: Array, values: Mapping[tuple[str, str], Array]
 ) -> dict[tuple[str, str], Array]:
-    rows, lead = batch.rows.numpy(), next(iter(task.ranking), "")
+    rows = batch.rows.numpy()
     kept: dict[tuple[str, str], Array] = {}
     for method in (name for name in task.names if name not in task.controls):
-        scores = values.get((method, lead))
-        worst = _worst(scores, METRICS[lead].higher_is_better) if scores is not None and scores.ndim == 1 else []
-        places = np.union1d(np.flatnonzero(np.isin(rows, shown)), worst).astype(int)
+        places = np.union1d(np.flatnonzero(np.isin(rows, shown)), _worst(task, values, method))
         kept |= {(method, str(rows[place])): maps[method][place, 0].float().cpu().numpy() for place in places}
     return kept
 
 
-def _mean_maps(
-    task: Task, batch: Batch, maps: Mapping[str, Tensor], targets: Tensor
-) -> tuple[dict[tuple[str, str], Array], dict[tuple[str, str], Array]]:
+def _map_sums(task: Task, maps: Mapping[str, Tensor], targets: Tensor) -> dict[tuple[str, str], Array]:
+    """Sum and number of the scaled maps of each class."""
     sums: dict[tuple[str, str], Array] = {}
-    counts: Counter[tuple[str, str]] = Counter()
     for row in task.rows:
         resized = pixels.resize(maps[row.name], (_MEAN_MAP_SIDE, _MEAN_MAP_SIDE))[:, 0]
         scaled = pixels.normalize(resized, signed=row.explainer.is_signed).double()
@@ -388,9 +377,8 @@ def _mean_maps(
         for image, target in zip(_array(scaled * varies[:, None, None]), targets.tolist(), strict=True):
             if np.isfinite(image).all():
                 key = row.name, str(target)
-                sums[key] = sums.get(key, 0) + image
-                counts[key] += 1
-    return sums, {key: np.array(count) for key, count in counts.items()}
+                sums[key] = sums.get(key, 0) + np.stack([image, np.ones_like(image)])
+    return sums
 
 
 def _similarity(maps: Mapping[str, Tensor]) -> Array:
@@ -416,7 +404,6 @@ def _rank(task: Task, source: Source, predictions: Predictions, scores: Scores, 
     }
     chance = {metric: value for metric in table if (value := _chance(metric, scores.areas)) is not None}
     similarity, counted = scores.similarity
-    classifier = _quality(predictions, seed)
     return Evaluation(
         data=source.name,
         split=source.split,
@@ -432,14 +419,12 @@ def _rank(task: Task, source: Source, predictions: Predictions, scores: Scores, 
         metrics=task.metrics,
         higher_is_better=up,
         chance=chance,
-        accuracy=classifier and classifier.accuracy,
-        **_confusion(predictions),
-        quality=classifier,
+        **_classifier(predictions, seed),
         per_image=predictions.columns(draw.chosen, source.unit)
         | {f"{metric}/{name}": column.tolist() for metric in table for name, column in table[metric].items()},
         **_examples(task, predictions, scores, draw),
-        mean_maps=_divided(task, predictions, scores),
-        **_verdict_counts(scores, draw),
+        mean_maps=_means(task, predictions, scores),
+        **_verdict_counts(task, scores, draw),
         **ranking.rank(table, up, task.controls, chance, groups, seed),
         failed=ranking.failing(table, _tested(task, len(predictions.classes)), groups, seed),
         curves=_curves(task, scores, groups, seed),
@@ -476,49 +461,38 @@ def _curves(task: Task, scores: Scores, groups: Array | None, seed: int) -> dict
     return {kind: by_method for kind, by_method in curves.items() if by_method}
 
 
-def _quality(predictions: Predictions, seed: int) -> Quality | None:
-    """The quality of the classifier on the labeled images."""
-    labeled = predictions.labels >= 0
-    groups = None if predictions.groups is None else predictions.groups[labeled]
-    return (
-        quality(predictions.probabilities[labeled], predictions.labels[labeled], groups, seed)
-        if labeled.any()
-        else None
-    )
-
-
-def _confusion(predictions: Predictions) -> dict[str, Any]:
-    """Confusion matrix of the labeled images, and the fraction of the most frequent class."""
+def _classifier(predictions: Predictions, seed: int) -> dict[str, Any]:
+    """How good the classifier is on the labeled images, and as good as always naming their most frequent class is."""
     labeled = predictions.labels >= 0
     if not labeled.any():
-        return {"majority": None, "confusion": None}
-    confusion = np.zeros((len(predictions.classes),) * 2, dtype=np.int64)
-    np.add.at(confusion, (predictions.labels[labeled], predictions.predictions[labeled]), 1)
-    return {"majority": float(confusion.sum(1).max() / labeled.sum()), "confusion": confusion}
+        return {"accuracy": None, "majority": None, "confusion": None}
+    labels, count = predictions.labels[labeled], len(predictions.classes)
+    groups = None if predictions.groups is None else predictions.groups[labeled]
+    found = quality(predictions.probabilities[labeled], labels, groups, seed)
+    pairs = np.bincount(labels * count + predictions.predictions[labeled], minlength=count**2)
+    confusion = pairs.reshape(count, count)
+    majority = float(confusion.sum(1).max() / len(labels))
+    return {"accuracy": found.accuracy, "majority": majority, "confusion": confusion, "quality": found}
 
 
-def _divided(task: Task, predictions: Predictions, scores: Scores) -> dict[str, dict[str, Array]]:
+def _means(task: Task, predictions: Predictions, scores: Scores) -> dict[str, dict[str, Array]]:
     """The mean map of every method and class."""
-    return {
-        name: {
-            label: (scores.sums[name, str(target)] / scores.counts[name, str(target)]).astype(np.float32)
-            for target, label in enumerate(predictions.classes)
-            if (name, str(target)) in scores.sums
-        }
-        for name in task.names
-    }
+    means: dict[str, dict[str, Array]] = {name: {} for name in task.names}
+    for name, by_class in means.items():
+        for target, label in enumerate(predictions.classes):
+            if (name, str(target)) in scores.sums:
+                total, number = scores.sums[name, str(target)]
+                by_class[label] = (total / number).astype(np.float32)
+    return means
 
 
-def _verdict_counts(scores: Scores, draw: _Draw) -> dict[str, Any]:
-    counts: dict[str, dict[str, int]] = {}
-    levels: dict[str, dict[str, dict[str, int]]] = {}
-    for method, images in scores.verdicts.items():
-        pairs = Counter((v.kind, v.level) for row in draw.chosen.tolist() for v in images[row])
-        counts[method] = {}
-        levels[method] = {}
-        for (kind, level), count in pairs.items():
-            counts[method][kind] = counts[method].get(kind, 0) + count
-            levels[method].setdefault(kind, {})[level] = count
+def _verdict_counts(task: Task, scores: Scores, draw: _Draw) -> dict[str, Any]:
+    levels: dict[str, dict[str, dict[str, int]]] = {name: {} for name in task.names}
+    for name, by_kind in levels.items():
+        found = [verdict for row in draw.chosen.tolist() for verdict in scores.verdicts.get((name, row), ())]
+        for (kind, level), count in Counter((verdict.kind, verdict.level) for verdict in found).items():
+            by_kind.setdefault(kind, {})[level] = count
+    counts = {name: {kind: sum(found.values()) for kind, found in kinds.items()} for name, kinds in levels.items()}
     return {"verdicts": counts, "verdict_levels": levels}
 
 
@@ -535,21 +509,15 @@ def _examples(task: Task, predictions: Predictions, scores: Scores, draw: _Draw)
             prediction=predictions.classes[predictions.predictions[row]],
             probability=float(predictions.certainty[row]),
             maps={method: scores.maps[method, str(row)] for method in methods},
-            verdicts={method: scores.verdicts[method][row] for method in methods},
+            verdicts={method: scores.verdicts[method, row] for method in methods},
             mask=scores.pictures[row][1],
         )
 
-    worst: dict[str, tuple[Example, ...]] = {}
-    lead = next(iter(task.ranking), "")
-    for method in methods:
-        values = scores.values.get((method, lead))
-        if values is not None and values.ndim == 1:
-            rows = draw.chosen[_worst(values, METRICS[lead].higher_is_better)]
-            worst[method] = tuple(example(row, [method]) for row in rows.tolist())
+    worst = {method: draw.chosen[_worst(task, scores.values, method)].tolist() for method in methods}
     return {
         "examples": tuple(example(row, methods) for row in draw.gallery.tolist()),
         "errors": tuple(example(row, methods) for row in draw.wrong.tolist()),
-        "worst": {method: shown for method, shown in worst.items() if shown},
+        "worst": {method: tuple(example(row, [method]) for row in rows) for method, rows in worst.items() if rows},
     }
 
 
@@ -561,9 +529,13 @@ def _one_column(values: Array, higher_is_better: bool | None) -> Array:
     return values[:, np.nanargmax(means if higher_is_better else -means)] if np.isfinite(means).any() else values[:, 0]
 
 
-def _worst(values: Array, higher_is_better: bool | None) -> Array:
-    """Places of the worst values, worst first, of equal ones the first; undefined values are left out."""
-    badness = np.where(np.isnan(values), -np.inf, -values if higher_is_better else values)
+def _worst(task: Task, table: Mapping[tuple[str, str], Array], method: str) -> Array:
+    """Places of a method's worst defined values in the first metric, worst first, of equal ones the first."""
+    lead = next(iter(task.ranking), "")
+    values = table.get((method, lead))
+    if values is None or values.ndim > 1:
+        return np.zeros(0, dtype=int)
+    badness = np.where(np.isnan(values), -np.inf, -values if METRICS[lead].higher_is_better else values)
     order = np.argsort(-badness, kind="stable")[:_WORST]
     return order[np.isfinite(badness[order])]
 

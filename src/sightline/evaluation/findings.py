@@ -7,9 +7,9 @@ from itertools import combinations
 import numpy as np
 
 from sightline.evaluation.batches import Predictions
-from sightline.evaluation.ranking import LEVEL, UNDEFINED_FRACTION
+from sightline.evaluation.ranking import LEVEL, UNDEFINED_FRACTION, wins
 from sightline.evaluation.result import Evaluation
-from sightline.facts import LEVELS, Finding, Interval, percent
+from sightline.facts import LEVELS, Finding, percent
 from sightline.maps import COARSE, NEARLY_FLAT
 from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import paired_test
@@ -82,11 +82,12 @@ def _accuracy(result: Evaluation, predictions: Predictions) -> Iterator[Finding]
     if predictions.groups is not None:
         lead = (predictions.labels == predictions.predictions)[has_label] - result.majority
         is_better = is_better and paired_test(lead, predictions.groups[has_label]) < LEVEL
+    interval = f"[{100 * result.accuracy.low:.1f}, {100 * result.accuracy.high:.1f}]"
     better = "better than" if is_better else "not reliably better than"
     yield Finding(
         "accuracy" if is_better else "no better than majority",
-        f"The model names the right class in {_percent(result.accuracy)} of {labeled:,} images, {better} "
-        f"always naming the most frequent class ({percent(result.majority)}).",
+        f"The model names the right class in {percent(result.accuracy.value)} {interval} of {labeled:,} images, "
+        f"{better} always naming the most frequent class ({percent(result.majority)}).",
         accuracy=result.accuracy.value,
         majority=result.majority,
     )
@@ -130,7 +131,8 @@ def _best(result: Evaluation, metric: str) -> Iterator[Finding]:
         yield Finding("best without controls", text, metric=metric, method=best)
         return
     if standing.unbeaten:
-        ahead = [control for control in standing.unbeaten if _beats(result, metric, control, best)]
+        won = _won(result, metric)
+        ahead = [control for control in standing.unbeaten if (control, best) in won]
         behind = f"; {', '.join(ahead)} reliably {'beats' if len(ahead) == 1 else 'beat'} it" if ahead else ""
         text = f"{best}, the best in {metric} with {interval}, does not reliably beat "
         text += f"{', '.join(standing.unbeaten)}{behind}."
@@ -153,10 +155,10 @@ def _no_better(result: Evaluation, methods: Sequence[str]) -> Iterator[Finding]:
     standing = result.standings.get(metric)
     if standing is None or standing.unbeaten:
         return
-    compared = _compared(result, metric)
+    compared, won = _compared(result, metric), _won(result, metric)
     alike = defaultdict[tuple[str, ...], list[str]](list)
     for method in methods:
-        controls = [c for c in result.controls if {c, method} <= compared and not _beats(result, metric, method, c)]
+        controls = [c for c in result.controls if {c, method} <= compared and (method, c) not in won]
         if controls:
             alike[tuple(controls)].append(method)
     for controls, names in alike.items():
@@ -215,15 +217,7 @@ def _compared(result: Evaluation, metric: str) -> set[str]:
     return {name for pair in result.comparisons if pair.metric == metric for name in (pair.method, pair.other)}
 
 
-def _beats(result: Evaluation, metric: str, method: str, other: str) -> bool:
-    """Whether the corrected paired test says so."""
-    up = result.higher_is_better[metric]
-    for pair in result.comparisons:
-        if pair.metric == metric and {pair.method, pair.other} == {method, other}:
-            ahead = (pair.difference.value > 0) == (up == (pair.method == method))
-            return ahead and pair.adjusted < LEVEL
-    return False
-
-
-def _percent(interval: Interval) -> str:
-    return f"{percent(interval.value)} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+def _won(result: Evaluation, metric: str) -> set[tuple[str, str]]:
+    """(winner, loser) by the corrected paired test."""
+    pairs = [pair for pair in result.comparisons if pair.metric == metric]
+    return wins(pairs, result.higher_is_better[metric] is True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sightline.explainers import Explainer, Method, explain, named
+from sightline.explainers import Explainer, Method, explain, fitting, named
 from sightline.inference import ForwardCall, forward
 from sightline.metrics import METRICS, Perturbation, inpaint, perturbed_counts
 from sightline.metrics.perturbed import ROAD_FRACTIONS, read_by
@@ -100,6 +100,23 @@ class Plan:
             return cls(**stored)
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+
+def unsuited(
+    model: nn.Module, images: Tensor, methods: Collection[Method], strict: bool, **options: Any
+) -> dict[str, str]:
+    """Those of the named methods that do not fit the model, and why; none if `strict`, or if all would be left out.
+
+    Nor is a control among them, a method with a layer or options of its own, or the only other one: `explain` says what
+    is wrong with it. The further options are those of `fitting`.
+    """
+    tried = [one for one in methods if isinstance(one, str) and "@" not in one and not named(one)[1].is_control]
+    if strict or len(tried) < 2:
+        return {}
+    try:
+        return fitting(model, images, tried, **options)[1]
+    except ValueError:
+        return {}
 
 
 def plan(task: Task, images: Tensor, targets: Tensor, limit: int, budget: float) -> Plan:

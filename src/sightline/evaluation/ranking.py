@@ -1,17 +1,17 @@
 """Which method is best under a metric, and what it reliably beats."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import combinations, product
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 
-from sightline.evaluation.result import Comparison, Curve, Score, Standing
-from sightline.facts import Interval
+from sightline.evaluation.result import Curve, Score, Standing
 from sightline.metrics.agreement import correlation, ranks, reliability
-from sightline.metrics.uncertainty import Paired, mean_interval, mean_intervals, paired_test, paired_tests
+from sightline.metrics.uncertainty import Comparison, mean_interval, mean_intervals, paired_test, paired_tests
 
 Array = np.ndarray
 
@@ -37,41 +37,35 @@ def rank(
     """The fields of `Evaluation` that follow from the values per image, `table[metric]`."""
     scores: list[Score] = []
     standings: dict[str, Standing] = {}
+    agreed: dict[str, float] = {}
     pairs: list[Comparison] = []
-    ranking = {metric: up for metric in table if (up := higher_is_better[metric]) is not None}
+    means: list[list[float]] = []
+    ups: list[bool] = []
+    given: dict[str, Any] = {"groups": groups, "seed": seed}
     for metric, values in table.items():
-        intervals = mean_intervals(np.stack(list(values.values()), 1), groups, seed)
+        intervals = mean_intervals(np.stack(list(values.values()), 1), **given)
         for (method, column), interval in zip(values.items(), intervals, strict=True):
             undefined = int(np.isnan(column).sum())
             scores.append(Score(method=method, metric=metric, interval=interval, undefined=undefined))
-        if metric not in ranking:
+        up = higher_is_better[metric]
+        if up is None:
             continue
-        given: dict[str, Any] = {"groups": groups, "seed": seed}
-        paired = compare(values, **given)
-        units = len(next(iter(values.values()))) if groups is None else len(np.unique(groups))
-        pairs += [] if paired is None else comparisons(metric, paired, units)
-        given |= {"higher_is_better": ranking[metric], "chance": chance.get(metric), "paired": paired}
-        standing = standing_of(values, list(controls), **given)
+        ups.append(up)
+        compared = {method: column for method, column in values.items() if _is_compared(column)}
+        means.append([mean(column) if method in compared else np.nan for method, column in values.items()])
+        paired = paired_tests(compared, **given)
+        pairs += [replace(pair, metric=metric) for pair in paired]
+        bound = chance.get(metric)
+        standing = standing_of(values, list(controls), higher_is_better=up, chance=bound, paired=paired, **given)
         if standing is not None:
             standings[metric] = standing
-    compared = {
-        metric: {
-            method: column if _is_compared(column) else np.full_like(column, np.nan) for method, column in v.items()
-        }
-        for metric, v in table.items()
-    }
-    means = np.array([[mean(column) for column in compared[metric].values()] for metric in ranking]).T
+            agreed[metric] = reliability({m: column for m, column in compared.items() if m not in controls})
     return {
         "scores": tuple(scores),
         "standings": standings,
         "comparisons": tuple(pairs),
-        "reliability": {
-            metric: reliability(
-                {method: compared[metric][method] for method in compared[metric] if method not in controls}
-            )
-            for metric in standings
-        },
-        "metric_agreement": metric_agreement(means, list(ranking.values())) if len(ranking) > 1 else None,
+        "reliability": agreed,
+        "metric_agreement": metric_agreement(np.array(means).T, ups) if len(ups) > 1 else None,
     }
 
 
@@ -106,26 +100,13 @@ def _lies_beyond(values: Array, bound: float, above: bool, groups: Array | None,
     return beyond and paired_test(values - bound, groups, seed) < LEVEL
 
 
-def compare(values: Values, *, groups: Shaped[Array, " n"] | None = None, seed: int = 0) -> Paired | None:
-    """Paired tests between all methods; None if fewer than two can be compared."""
-    compared = {method: column for method, column in values.items() if _is_compared(column)}
-    return paired_tests(compared, groups, seed) if len(compared) > 1 else None
-
-
-def comparisons(metric: str, paired: Paired, n: int) -> Iterator[Comparison]:
-    """Each pair of methods once."""
-    for i, j in combinations(range(len(paired.names)), 2):
-        difference, low, high, p, adjusted = (
-            float(table[i, j]) for table in (paired.difference, paired.low, paired.high, paired.p, paired.adjusted)
-        )
-        yield Comparison(
-            metric=metric,
-            method=paired.names[i],
-            other=paired.names[j],
-            difference=Interval(value=difference, low=low, high=high, n=n),
-            p=p,
-            adjusted=adjusted,
-        )
+def wins(pairs: Iterable[Comparison], higher_is_better: bool) -> set[tuple[str, str]]:
+    """(winner, loser) of each pair that can be told apart."""
+    return {
+        (pair.method, pair.other) if (pair.difference.value > 0) == higher_is_better else (pair.other, pair.method)
+        for pair in pairs
+        if pair.adjusted < LEVEL
+    }
 
 
 def standing_of(
@@ -136,13 +117,13 @@ def standing_of(
     chance: float | None = None,
     groups: Shaped[Array, " n"] | None = None,
     seed: int = 0,
-    paired: Paired | None = None,
+    paired: Sequence[Comparison] | None = None,
 ) -> Standing | None:
     """Who is best in a metric, from its values per image (NaN where undefined); None if no method can be compared.
 
     Methods and controls that are undefined for more than a tenth of the images are not compared. The best has the
     highest mean of those that no other beats image by image. It beats `chance` if its interval lies beyond and the
-    sign-flip test agrees. `paired`: the result of `compare`, if it exists already.
+    sign-flip test agrees. `paired`: the tests of all that can be compared, if they exist already.
 
     >>> hard = np.random.default_rng(0).normal(size=50)  # images differ more than methods do
     >>> noise = np.tile([0.3, -0.3], 25)
@@ -150,28 +131,19 @@ def standing_of(
     Standing(best='a', tied=('c',), unbeaten=())
     """
     sign = 1 if higher_is_better else -1
-    means = {
-        method: sign * float(np.nanmean(column))
-        for method, column in values.items()
-        if method not in controls and _is_compared(column)
-    }
+    compared = {method: column for method, column in values.items() if _is_compared(column)}
+    means = {method: sign * mean(column) for method, column in compared.items() if method not in controls}
     if not means:
         return None
-    paired = paired or compare(values, groups=groups, seed=seed)
-
-    def beats(one: str, other: str) -> bool:
-        if paired is None:
-            return False
-        at = paired.names.index(one), paired.names.index(other)
-        return bool(sign * paired.difference[at] > 0 and paired.adjusted[at] < LEVEL)
-
-    unbeaten = [method for method in means if not any(beats(other, method) for other in means if other != method)]
+    pairs = paired_tests(compared, groups, seed) if paired is None else paired
+    won = wins(pairs, higher_is_better)
+    unbeaten = [method for method in means if not any((other, method) in won for other in means)]
     best = max(unbeaten or means, key=lambda method: means[method])
     beats_chance = chance is not None and _lies_beyond(values[best], chance, higher_is_better, groups, seed)
-    equal = [control for control in controls if _is_compared(values[control]) and not beats(best, control)]
+    equal = [control for control in controls if control in compared and (best, control) not in won]
     return Standing(
         best=best,
-        tied=tuple(method for method in means if method != best and not beats(best, method)),
+        tied=tuple(method for method in means if method != best and (best, method) not in won),
         unbeaten=(*equal, *(["chance"] if chance is not None and not beats_chance else [])),
     )
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from sightline.facts import Finding, Interval, Verdict
 from sightline.metrics.classification import Quality
+from sightline.metrics.uncertainty import Comparison
 from sightline.runs import plain, write
 
 Array = np.ndarray
@@ -39,22 +40,6 @@ class Standing:
     """Methods that cannot be told apart from it."""
     unbeaten: tuple[str, ...]
     """Controls, and `chance`, that it does not beat."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Two methods under one metric, image by image."""
-
-    metric: str
-    method: str
-    other: str
-    """A method or a control."""
-    difference: Interval
-    """Difference of the means, `method` minus `other`."""
-    p: float
-    """p-value of a paired sign-flip test, over images or whole groups."""
-    adjusted: float
-    """The same, corrected for all pairs of the metric (Holm)."""
 
 
 @dataclass(frozen=True, kw_only=True)

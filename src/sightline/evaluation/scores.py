@@ -21,9 +21,7 @@ from sightline.version import __version__
 
 Array = np.ndarray
 Table = dict[tuple[str, str], Array]
-_JOINED = ("values", "curves")
-_ADDED = ("sums", "counts")
-_TABLES = (*_JOINED, *_ADDED, "maps")
+_TABLES = ("values", "curves", "sums", "maps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +33,7 @@ class Scores:
     curves: Table = field(default_factory=dict)
     """(method, kind) -> one curve per image."""
     sums: Table = field(default_factory=dict)
-    """(method, class index) -> sum of the scaled maps."""
-    counts: Table = field(default_factory=dict)
-    """How many maps are in each sum."""
+    """(method, class index) -> sum of the scaled maps, and how many they are, (2, h, w)."""
     maps: Table = field(default_factory=dict)
     """(method, row) -> raw map of an image that may be shown."""
     pictures: dict[int, tuple[Array, Array | None]] = field(default_factory=dict)
@@ -46,35 +42,26 @@ class Scores:
     """Sum over images of the rank correlations between the maps of methods, and the number of images, (2, k, k)."""
     areas: Array = field(default_factory=lambda: np.zeros(0))
     """Fraction of each image that its mask covers; none where it is empty."""
-    verdicts: dict[str, dict[int, list[Verdict]]] = field(default_factory=dict)
-    """method -> row -> what to distrust."""
+    verdicts: dict[tuple[str, int], list[Verdict]] = field(default_factory=dict)
+    """(method, row) -> what to distrust."""
     layers: dict[str, str] = field(default_factory=dict)
     positions: dict[str, list[int]] = field(default_factory=dict)
     """Height and width of each method's maps."""
     notices: list[str] = field(default_factory=list)
 
     def __add__(self, other: "Scores") -> "Scores":
-        tables: dict[str, Table] = {}
-        for name in _TABLES:
-            mine, yours = getattr(self, name), getattr(other, name)
-            tables[name] = mine | yours
-            for key in mine.keys() & yours.keys():
-                if name in _JOINED:
-                    tables[name][key] = np.concatenate([mine[key], yours[key]])
-                elif name in _ADDED:
-                    tables[name][key] = np.asarray(mine[key] + yours[key])
         return Scores(
-            **tables,
+            values=_joined(self.values, other.values, np.concatenate),
+            curves=_joined(self.curves, other.curves, np.concatenate),
+            sums=_joined(self.sums, other.sums, sum),
+            maps=self.maps | other.maps,
             pictures=self.pictures | other.pictures,
             similarity=np.asarray(self.similarity + other.similarity),
             areas=np.concatenate([self.areas, other.areas]),
-            verdicts={
-                method: self.verdicts.get(method, {}) | other.verdicts.get(method, {})
-                for method in self.verdicts | other.verdicts
-            },
+            verdicts=self.verdicts | other.verdicts,
             layers=self.layers | other.layers,
             positions=self.positions | other.positions,
-            notices=list(dict.fromkeys([*self.notices, *other.notices])),
+            notices=self.notices + other.notices,
         )
 
     def save(self, path: Path) -> None:
@@ -83,13 +70,10 @@ class Scores:
         for name in _TABLES:
             arrays |= {"\t".join((name, *key)): value for key, value in getattr(self, name).items()}
         facts: dict[str, Any] = {name: getattr(self, name) for name in ("layers", "positions", "notices")}
-        facts["verdicts"] = {
-            method: {
-                row: [(verdict.kind, verdict.level, verdict.amount, verdict.details) for verdict in verdicts]
-                for row, verdicts in images.items()
-            }
-            for method, images in self.verdicts.items()
-        }
+        facts["verdicts"] = [
+            (*key, [(verdict.kind, verdict.level, verdict.amount, verdict.details) for verdict in verdicts])
+            for key, verdicts in self.verdicts.items()
+        ]
         file = io.BytesIO()
         np.savez(file, allow_pickle=False, facts=np.array(json.dumps(facts)), **arrays)
         try:
@@ -108,8 +92,8 @@ class Scores:
                 arrays: dict[str, Array] = dict(stored)
             facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
             facts["verdicts"] = {
-                method: {int(row): [Verdict(*verdict) for verdict in verdicts] for row, verdicts in images.items()}
-                for method, images in facts["verdicts"].items()
+                (method, row): [Verdict(*verdict) for verdict in verdicts]
+                for method, row, verdicts in facts["verdicts"]
             }
             tables: dict[str, Table] = {name: {} for name in _TABLES}
             for name in [name for name in arrays if "\t" in name]:
@@ -118,6 +102,10 @@ class Scores:
             return cls(**tables, **arrays, **facts)
         except Exception:  # what a damaged archive raises depends on the bit: RuntimeError, TokenError, KeyError, ...
             return None
+
+
+def _joined(one: Table, other: Table, join: Callable[[Any], Any]) -> Table:
+    return one | other | {key: join([one[key], other[key]]) for key in one.keys() & other.keys()}
 
 
 @dataclass

@@ -148,7 +148,7 @@ def fitting(
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError) as error:
-            reasons[method] = str(error)
+            reasons[method] = " ".join(str(error).split())
         else:
             fitted.append(method)
     if not fitted:

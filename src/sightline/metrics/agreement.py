@@ -174,13 +174,22 @@ def reliability(values: Mapping[str, Float[Array, " n"]]) -> float:
     return krippendorff_alpha(ranks(table[~np.isnan(table).any(1)]), "ordinal")
 
 
+def check_one_target(what: str, verb: str, maps: Tensor, others: Tensor) -> None:
+    """Check that maps, and what they are compared with, are one for each of the same images.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if not (maps.ndim == others.ndim in (4, 5) and maps.shape[1] == 1 and others.shape[:2] == maps.shape[:2]):
+        raise ValueError(
+            f"expected {what} of shape (b, 1, h, w), or both (b, 1, d, h, w), got "
+            f"{tuple(maps.shape)} and {tuple(others.shape)}; {verb} one target at a time"
+        )
+
+
 def _fit(maps: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Both on the larger grid, flattened to (b, n)."""
-    if maps.ndim not in (4, 5) or maps.shape[1] != 1 or (others.ndim, others.shape[:2]) != (maps.ndim, maps.shape[:2]):
-        raise ValueError(
-            "expected two maps of shape (b, 1, h, w), or both (b, 1, d, h, w), got "
-            f"{tuple(maps.shape)} and {tuple(others.shape)}; compare one target at a time"
-        )
+    check_one_target("two maps", "compare", maps, others)
     size = tuple(map(max, maps.shape[2:], others.shape[2:]))
     return pixels.resize(maps, size).flatten(1), pixels.resize(others.to(maps.device), size).flatten(1)
 

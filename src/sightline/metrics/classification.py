@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,14 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from sightline.inference import run, untouched
-from sightline.metrics.uncertainty import (
-    Interval,
-    interval_of,
-    limits,
-    mean_interval,
-    resamples,
-    wilson_interval,
-)
+from sightline.metrics.uncertainty import Interval, interval_of, limits, mean_interval, resamples, wilson_interval
 
 Array = np.ndarray
 Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
@@ -70,7 +63,7 @@ def quality(
     """
     _check(probabilities, labels)
     answers = probabilities.argmax(1)
-    correct = answers == labels
+    correct = right_answers(probabilities, labels)
     which = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
     units = int(which.max()) + 1
     once = np.ones((1, len(labels)))
@@ -103,6 +96,19 @@ def quality(
     )
 
 
+def right_answers(
+    scores: Float[Tensor, "n classes"] | Float[Array, "n classes"], labels: Int[Tensor, " n"] | Int[Array, " n"]
+) -> Any:
+    """Whether the class with the highest score is right, for each image; of equally high ones the first counts.
+
+    Scores may be probabilities or logits; arrays, or tensors on any device.
+
+    >>> right_answers(torch.tensor([[2.0, -1.0], [0.5, 0.5]]), torch.tensor([0, 1]))
+    tensor([ True, False])
+    """
+    return scores.argmax(1) == labels
+
+
 def accuracy(probabilities: Float[Array, "n classes"], labels: Int[Array, " n"]) -> float:
     """Share of images whose most probable class is right; of equally probable classes the first counts.
 
@@ -115,7 +121,7 @@ def accuracy(probabilities: Float[Array, "n classes"], labels: Int[Array, " n"])
     0.5
     """
     _check(probabilities, labels)
-    return float((probabilities.argmax(1) == labels).mean())
+    return float(right_answers(probabilities, labels).mean())
 
 
 def macro_f1(probabilities: Float[Array, "n classes"], labels: Int[Array, " n"]) -> float:
@@ -222,7 +228,7 @@ def _ratio(top: int, bottom: int) -> float:
 def _macro_f1(probabilities: Array, labels: Array, weights: Float[Array, "r n"]) -> Float[Array, " r"]:
     """For each row of weights of the images."""
     answers, classes = probabilities.argmax(1), probabilities.shape[1]
-    hits = _totals(labels, weights * (answers == labels), classes)
+    hits = _totals(labels, weights * right_answers(probabilities, labels), classes)
     occurs = _totals(labels, weights, classes) + _totals(answers, weights, classes)
     return (2 * hits / np.maximum(occurs, 1)).sum(1) / (occurs > 0).sum(1)
 
@@ -230,7 +236,7 @@ def _macro_f1(probabilities: Array, labels: Array, weights: Float[Array, "r n"])
 def _calibration_error(probabilities: Array, labels: Array, weights: Float[Array, "r n"]) -> Float[Array, " r"]:
     confidence = probabilities.max(1).astype(float)
     bins = np.digitize(confidence, np.arange(1, _BINS) / _BINS, right=True)
-    gaps = (probabilities.argmax(1) == labels) - confidence
+    gaps = right_answers(probabilities, labels) - confidence
     return np.abs(_totals(bins, weights * gaps, _BINS)).sum(1) / weights.sum(1)
 
 
@@ -240,13 +246,10 @@ def _totals(kinds: Int[Array, " n"], weights: Float[Array, "r n"], count: int) -
     return np.bincount(places.ravel(), weights.ravel(), len(weights) * count).reshape(-1, count)
 
 
-def _is_pair(data: Batches) -> bool:
-    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
-
-
 def _features(model: nn.Module, data: Batches, batch_size: int) -> tuple[Float[Array, "n d"], Int[Array, " n"]]:
     """Features in float64, and labels."""
-    batches = cast("Iterable[tuple[Tensor, Tensor]]", [data] if _is_pair(data) else data)
+    is_pair = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
+    batches = cast("Iterable[tuple[Tensor, Tensor]]", [data] if is_pair else data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     calls: list[tuple[Tensor, Tensor]] = []
     features: list[Tensor] = []

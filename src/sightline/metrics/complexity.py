@@ -59,7 +59,7 @@ def gini(maps: Float[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     ascending = _fractions(maps).sort(dim=1).values
     n = ascending.shape[1]
     places = torch.arange(1, n + 1, dtype=torch.float64, device=maps.device)
-    return _as(maps, 1 - 2 * (ascending * (n - places + 0.5)).sum(1) / n)
+    return (1 - 2 * (ascending * (n - places + 0.5)).sum(1) / n).to(wide(maps))
 
 
 Gini = mean_of(gini, "Gini")
@@ -80,7 +80,7 @@ def entropy(maps: Float[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """
     fractions = _fractions(maps)
     n = fractions.shape[1]
-    return _as(maps, 1 - torch.xlogy(fractions, n * fractions).sum(1) / (math.log(n) or 1))
+    return (1 - torch.xlogy(fractions, n * fractions).sum(1) / (math.log(n) or 1)).to(wide(maps))
 
 
 Entropy = mean_of(entropy, "Entropy")
@@ -90,7 +90,3 @@ def _fractions(maps: Tensor) -> Float[Tensor, "b n"]:
     """Positive values in float64 over their sum; a row of NaN where there is none, or a value is not finite."""
     positive = maps.flatten(1).double().clamp(min=0)
     return (positive / positive.sum(1, keepdim=True)).where(maps.isfinite().flatten(1).all(1, keepdim=True), torch.nan)
-
-
-def _as(maps: Tensor, scores: Tensor) -> Tensor:
-    return scores.to(wide(maps))

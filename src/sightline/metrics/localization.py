@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import box_iou
 
 from sightline import maps as pixels
 from sightline.checks import check_planes, check_whole
 from sightline.inference import wide
-from sightline.metrics.agreement import correlation, ranks
+from sightline.metrics.agreement import check_one_target, correlation, ranks
 from sightline.metrics.per_image import mean_of, metric
 
 __all__ = [
@@ -258,10 +259,7 @@ def max_box_accuracy(
     scaled = pixels.normalize(maps).masked_fill(flat, 1.0)
     boxes = torch.cat([pixels.boxes(scaled, threshold) for threshold in thresholds], 1)
     truth = pixels.box_around(masks)
-    corners = torch.maximum(boxes[..., :2], truth[..., :2]), torch.minimum(boxes[..., 2:], truth[..., 2:])
-    intersection = _areas(*corners)
-    union = _areas(boxes[..., :2], boxes[..., 2:]) + _areas(truth[..., :2], truth[..., 2:]) - intersection
-    return _where_defined((intersection >= iou * union).double(), maps, masks)
+    return _where_defined((box_iou(boxes, truth)[..., 0] >= iou).double(), maps, masks)
 
 
 MaxBoxAccuracy = mean_of(max_box_accuracy, "MaxBoxAccuracy")
@@ -269,11 +267,7 @@ MaxBoxAccuracy = mean_of(max_box_accuracy, "MaxBoxAccuracy")
 
 def _fit(maps: Tensor, masks: Tensor) -> tuple[Float[Tensor, "b 1 *grid"], Bool[Tensor, "b 1 *grid"]]:
     """Maps of at least 32 bits, resized to the masks, and masks as bool."""
-    if not (maps.ndim == masks.ndim in (4, 5) and maps.shape[1] == 1 and masks.shape[:2] == maps.shape[:2]):
-        raise ValueError(
-            "expected maps and masks of shape (b, 1, h, w), or both (b, 1, d, h, w), got "
-            f"{tuple(maps.shape)} and {tuple(masks.shape)}; score one target at a time"
-        )
+    check_one_target("maps and masks", "score", maps, masks)
     if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
         raise ValueError(
             f"expected masks that are bool or 0 and 1, got values up to {masks.max()}; compare them with 0"
@@ -286,7 +280,3 @@ def _where_defined(scores: Tensor, maps: Tensor, masks: Tensor) -> Tensor:
     """NaN for an empty mask and for a map with a value that is not finite."""
     defined = maps.isfinite().flatten(1).all(1) & masks.flatten(1).any(1)
     return scores.to(maps.dtype).where(defined.view(-1, *[1] * (scores.ndim - 1)), torch.nan)
-
-
-def _areas(low: Tensor, high: Tensor) -> Tensor:
-    return (high - low).clamp(min=0).prod(-1)

@@ -80,23 +80,21 @@ class PerImageMean(Metric):
         self.options = options
         self.wanted = frozenset(wanted)
         # MetricCollection merges metrics whose states are equal after the first batch, so no two may share a name
-        self.sum_name, self.count_name, self.undefined_name = (
-            f"{type(self).__name__}_{state}" for state in ("sum", "count", "undefined")
-        )
-        for name in (self.sum_name, self.count_name, self.undefined_name):
+        self.states = [f"{type(self).__name__}_{state}" for state in ("sum", "count", "undefined")]
+        for name in self.states:
             self.add_state(name, default=torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, *inputs: Any, **named: Any) -> None:
         """Add the images of one batch."""
         values = self.function(*inputs, **{k: v for k, v in named.items() if k in self.wanted}, **self.options).double()
         defined = ~values.isnan()
-        setattr(self, self.sum_name, getattr(self, self.sum_name) + values.nansum(0))
-        setattr(self, self.count_name, getattr(self, self.count_name) + defined.sum(0))
-        setattr(self, self.undefined_name, getattr(self, self.undefined_name) + (~defined).sum(0))
+        for name, more in zip(self.states, (values.nansum(0), defined.sum(0), (~defined).sum(0)), strict=True):
+            setattr(self, name, getattr(self, name) + more)
 
     def compute(self) -> Tensor:
         """Mean of the defined values; NaN if there is none."""
-        means = getattr(self, self.sum_name) / getattr(self, self.count_name)
+        total, count, _ = (getattr(self, name) for name in self.states)
+        means = total / count
         return means.amin() if self.higher_is_better is False else means.amax()
 
 

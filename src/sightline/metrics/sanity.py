@@ -200,24 +200,17 @@ def _top_down(
         parameters.setdefault(parameter.rpartition(".")[0], []).append(parameter)
     if not parameters:
         raise ValueError(f"expected a model with parameters, got none in {type(model).__name__}; drop this metric")
-    reached: dict[str, int] = {}
+    reached: list[str] = []
     probe = copy_of(model)
-
-    def mark(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            reached.setdefault(name, len(reached))
-
-        return hook
-
     for name, module in probe.named_modules():
-        module.register_forward_pre_hook(mark(name))
+        module.register_forward_pre_hook(lambda *_, name=name: reached.append(name))
     with untouched(probe) as net, torch.no_grad():
         call.raw(net, image)
 
     def place(name: str) -> int:  # weights may be read without a call, like the projection in nn's attention
         while name not in reached:
             name = name.rpartition(".")[0]
-        return reached[name]
+        return reached.index(name)
 
     modules = sorted(parameters, key=place)[::-1]
     count = min(stages, len(modules))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from math import sqrt
 
 import numpy as np
@@ -18,19 +19,19 @@ _EXACT = 13
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paired:
-    """All pairs of methods on the same images: row i, column j is method i minus method j."""
+class Comparison:
+    """Two methods under one metric, image by image."""
 
-    names: tuple[str, ...]
-    difference: Float[Array, "k k"]
-    """Difference of the means over common images; NaN where there is none."""
-    low: Float[Array, "k k"]
-    high: Float[Array, "k k"]
-    """Ends of the 95 % bootstrap interval of the difference."""
-    p: Float[Array, "k k"]
-    """p-values of the sign-flip test, see `paired_test`."""
-    adjusted: Float[Array, "k k"]
-    """The same after Holm's correction for all pairs."""
+    metric: str = ""
+    method: str
+    other: str
+    """A method or a control."""
+    difference: Interval
+    """Difference of the means over common images, `method` minus `other`; NaN where there is none."""
+    p: float
+    """p-value of a paired sign-flip test, over images or whole groups; see `paired_test`."""
+    adjusted: float
+    """The same, corrected for all pairs of the metric (Holm)."""
 
 
 def mean_interval(values: Float[Array, " n"], groups: Shaped[Array, " n"] | None = None, seed: int = 0) -> Interval:
@@ -113,38 +114,34 @@ def paired_test(differences: Float[Array, " n"], groups: Shaped[Array, " n"] | N
 
 def paired_tests(
     values: Mapping[str, Float[Array, " n"]], groups: Shaped[Array, " n"] | None = None, seed: int = 0
-) -> Paired:
+) -> list[Comparison]:
     """Compare every pair of methods on their common images, with the same resamples and sign flips.
 
     Intervals as in `mean_interval` and p-values as in `paired_test`, exact if there are at most 13 units in all. Pairs
     without a common image are NaN and do not count for the correction.
 
-    >>> paired = paired_tests({"a": np.array([3.0, 4.0, 6.0]), "b": np.array([1.0, 1.0, 1.0])})
-    >>> paired.difference[0, 1].round(4), paired.p[0, 1]
-    (np.float64(3.3333), np.float64(0.25))
+    >>> (pair,) = paired_tests({"a": np.array([3.0, 4.0, 6.0]), "b": np.array([1.0, 1.0, 1.0])})
+    >>> pair.method, pair.other, round(pair.difference.value, 4), pair.p
+    ('a', 'b', 3.3333, 0.25)
     """
-    table = np.stack(list(values.values()), 1)
-    first, second = np.triu_indices(table.shape[1], 1)
-    sums, counts = _by_unit(table[:, first] - table[:, second], groups)
-    low, high = _mean_limits(sums, counts, seed)
+    if len(values) < 2:
+        return []
+    pairs = list(combinations(values, 2))
+    sums, counts = _by_unit(np.stack([values[a] - values[b] for a, b in pairs], 1), groups)
     with np.errstate(invalid="ignore"):
         difference = sums.sum(0) / counts.sum(0)
     p = np.where(counts.any(0), _sign_flips(sums, seed), np.nan)
-
-    def square(upper: Array, lower: Array, middle: float) -> Array:
-        table = np.full((len(values),) * 2, middle)
-        table[first, second], table[second, first] = upper, lower
-        return table
-
-    adjusted = holm(p)
-    return Paired(
-        names=tuple(values),
-        difference=square(difference, -difference, 0.0),
-        low=square(low, -high, 0.0),
-        high=square(high, -low, 0.0),
-        p=square(p, p, 1.0),
-        adjusted=square(adjusted, adjusted, 1.0),
-    )
+    columns = np.stack([difference, *_mean_limits(sums, counts, seed), p, holm(p)], 1).tolist()
+    return [
+        Comparison(
+            method=method,
+            other=other,
+            difference=Interval(value=value, low=low, high=high, n=len(sums)),
+            p=p,
+            adjusted=adjusted,
+        )
+        for (method, other), (value, low, high, p, adjusted) in zip(pairs, columns, strict=True)
+    ]
 
 
 def holm(p_values: Float[Array, " m"]) -> Float[Array, " m"]:

@@ -95,14 +95,8 @@ def _template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        percent=_unbroken_percent, number=number, p_value=p_value, hundredths=hundredths, words=words
-    )
+    environment.filters.update(percent=percent, number=number, p_value=p_value, hundredths=hundredths, words=words)
     return environment.get_template(name)
-
-
-def _unbroken_percent(fraction: float) -> str:
-    return percent(fraction).replace(" ", "\u202f")
 
 
 def _first_line(thing: object) -> str:

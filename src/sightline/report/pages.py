@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from sightline import data, maps, models, runs
 from sightline.data import ImageSet, Preprocess
 from sightline.data.files import Picture, decode_pictures, image_files
 from sightline.data.images import MAX_PIXELS
+from sightline.evaluation.planning import unsuited
 from sightline.explainers import EXPLAINERS, Explanation, explain, fitting, named
-from sightline.facts import LEVELS, Layer, Progress, Verdict, did_you_mean, worst
+from sightline.facts import LEVELS, Progress, Verdict, did_you_mean, worst
 from sightline.inference import Output, forward_call
 
 _PER_ROW = 6  # maps beside an image
@@ -130,23 +131,33 @@ def pages(
         preprocess = Preprocess(size=size, mean=mean, std=std)
     index = _class_index(target, classes)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    count = min(_AT_ONCE, batch_size)
+    takes_all = list(methods) == ["all"]
     if isinstance(images, ImageSet | Tensor):
-        source = _Source(len(images), _in_memory(images, count), [], ())
+        source = _Source(len(images), partial(_in_memory, images), [], ())
     else:
-        side = _SIDE if len(EXPLAINERS if list(methods) == ["all"] else methods) < _PER_ROW else _SIDE // 2
+        side = _SIDE if len(EXPLAINERS if takes_all else methods) < _PER_ROW else _SIDE // 2
         decode = partial(decode_pictures, size=preprocess.size, longest=side, max_pixels=max_pixels)
-        source = _files(images, out, decode, count, strict)
+        source = _files(images, out, decode, strict)
     writer = _Writer(out, classes, is_run, overlays)
     left_out: dict[str, str] = {}
     notices, unchecked = dict.fromkeys(source.notices), dict[str, None]()
-    for chunk in source.chunks:
+    count = min(_AT_ONCE, batch_size)
+    for start in range(0, source.total, count):
+        rows = range(start, min(start + count, source.total))
+        chunk = source.read(rows)
+        if chunk is None:
+            continue
         inputs = data.normalize(chunk.images.to(device), preprocess)
         if not writer.rows:
             call, notice = forward_call(inputs, output).settled(model, inputs)
             output = call.output
             notices |= dict.fromkeys([notice] if notice else [])
-            methods, left_out = chosen_methods(model, inputs, methods, index, layer, output=output, strict=strict)
+            given: dict[str, Any] = {"targets": index, "layer": layer, "output": output}
+            if takes_all:
+                methods, left_out = fitting(model, inputs, list(EXPLAINERS), **given)
+            else:
+                left_out = unsuited(model, inputs, methods, strict, **given)
+                methods = [method for method in methods if method not in left_out]
         explanation = explain(
             model, inputs, index, methods, layer, output=output, batch_size=batch_size, progress=progress
         )
@@ -155,7 +166,7 @@ def pages(
         for place, (name, picture) in enumerate(zip(chunk.names, chunk.pictures, strict=True)):
             writer.write(name, picture, explanation, place)
         if progress is not None:
-            progress("explaining", chunk.done, source.total)
+            progress("explaining", rows.stop, source.total)
     if not writer.rows:
         first = "".join(f"; the first, {name}: {reason}" for name, reason in source.skipped[:1])
         raise ValueError(f"expected at least one readable image, got none{first}")
@@ -173,96 +184,55 @@ def pages(
     )
 
 
-def chosen_methods(
-    model: nn.Module,
-    images: Float[Tensor, "b 3 h w"],
-    methods: Sequence[str],
-    target: int | None = None,
-    layer: str | None = None,
-    *,
-    output: Output = None,
-    strict: bool = False,
-) -> tuple[list[str], dict[str, str]]:
-    """The methods that fit the model, out of those named or, for `["all"]`, out of all; and why the others do not.
-
-    A method that was named alone, or with a layer of its own, or `strict`, stays: `explain` says what is wrong with it.
-
-    Raises:
-        ValueError: there is no such method, or none of all fits.
-    """
-    takes_all = list(methods) == ["all"]
-    names = list(EXPLAINERS if takes_all else methods)
-    if not takes_all and (strict or len(names) == 1):
-        return names, {}
-    for name in names:
-        named(name)  # a misspelled name is not a method that does not fit
-    try:
-        fit, reasons = fitting(model, images, names, target, layer, output=output)
-    except ValueError:
-        if takes_all:
-            raise
-        return names, {}
-    if any("@" in name for name in reasons):
-        return names, {}
-    return fit, {name: " ".join(reason.split()) for name, reason in reasons.items()}
-
-
 class _Chunk(NamedTuple):
     names: list[str]
     images: UInt8[Tensor, "b 3 h w"]
     pictures: Sequence[UInt8[Tensor, "3 _ _"]]
     """The images as they are shown."""
-    done: int
-    """Images so far, unreadable ones included."""
 
 
 class _Source(NamedTuple):
     total: int
-    chunks: Iterator[_Chunk]
+    read: Callable[[range], _Chunk | None]
+    """The readable images among those at these places, if there are any."""
     skipped: list[tuple[str, str]]
     """Name and reason of each image that could not be read so far."""
     notices: tuple[str, ...]
 
 
-def _in_memory(images: ImageSet | UInt8[Tensor, "b 3 h w"], count: int) -> Iterator[_Chunk]:
-    for start in range(0, len(images), count):
-        end = min(start + count, len(images))
-        if isinstance(images, ImageSet):
-            batch = images.batch(range(start, end))
-            names, pixels = batch.names, batch.images
-        else:
-            names, pixels = [f"image-{i}" for i in range(start, end)], images[start:end]
-        yield _Chunk(names, pixels, list(pixels.cpu()), end)
+def _in_memory(images: ImageSet | UInt8[Tensor, "b 3 h w"], rows: range) -> _Chunk:
+    if isinstance(images, ImageSet):
+        batch = images.batch(rows)
+        return _Chunk(batch.names, batch.images, list(batch.images.cpu()))
+    pixels = images[rows.start : rows.stop]
+    return _Chunk([f"image-{i}" for i in rows], pixels, list(pixels.cpu()))
 
 
 def _files(
-    paths: Sequence[str | Path],
-    out: Path,
-    decode: Callable[[Sequence[Path]], list[Picture | str]],
-    count: int,
-    strict: bool,
+    paths: Sequence[str | Path], out: Path, decode: Callable[[Sequence[Path]], list[Picture | str]], strict: bool
 ) -> _Source:
     if any(Path(path).is_dir() and out.resolve() == Path(path).resolve() for path in paths):
         raise ValueError(f"expected an output folder other than that of the images, got {out}; choose a new one")
     files, skipped, notices = image_files(paths, strict)
 
-    def chunks() -> Iterator[_Chunk]:
-        for start in range(0, len(files), count):
-            part = files[start : start + count]
-            readable: list[tuple[str, Picture]] = []
-            for file, picture in zip(part, decode(part), strict=True):
-                if not isinstance(picture, str):
-                    readable.append((str(file), picture))
-                elif strict:
-                    raise ValueError(f"{file}: {picture}")
-                else:
-                    skipped.append((str(file), picture))
-            if readable:
-                images = torch.stack([torch.from_numpy(picture.image) for _, picture in readable]).movedim(-1, 1)
-                shown = [torch.from_numpy(picture.shown).movedim(-1, 0) for _, picture in readable]
-                yield _Chunk([name for name, _ in readable], images, shown, start + len(part))
+    def read(rows: range) -> _Chunk | None:
+        names: list[str] = []
+        readable: list[Picture] = []
+        part = files[rows.start : rows.stop]
+        for name, picture in zip(map(str, part), decode(part), strict=True):
+            if not isinstance(picture, str):
+                names.append(name)
+                readable.append(picture)
+            elif strict:
+                raise ValueError(f"{name}: {picture}")
+            else:
+                skipped.append((name, picture))
+        if not names:
+            return None
+        images = torch.stack([torch.from_numpy(picture.image) for picture in readable]).movedim(-1, 1)
+        return _Chunk(names, images, [torch.from_numpy(picture.shown).movedim(-1, 0) for picture in readable])
 
-    return _Source(len(files), chunks(), skipped, notices)
+    return _Source(len(files), read, skipped, notices)
 
 
 @dataclass
@@ -286,20 +256,38 @@ class _Writer:
         packed = io.BytesIO()
         np.savez_compressed(packed, allow_pickle=False, **raw)
         self._save(f"{stem}.npz", packed.getvalue())
+        probabilities = explanation.probabilities[place].tolist()
         explained, predicted = int(explanation.targets[place, 0]), int(explanation.probabilities[place].argmax())
-        answers = [
-            (self.classes[i] if i < len(self.classes) else str(i), float(explanation.probabilities[place, i]))
-            for i in (explained, predicted)
-        ]
+        of_class, prediction = (self.classes[i] if i < len(self.classes) else str(i) for i in (explained, predicted))
+        answers = {
+            "class": of_class,
+            "probability": f"{probabilities[explained]:.4f}",
+            "prediction": prediction,
+            "prediction_probability": f"{probabilities[predicted]:.4f}",
+        }
         columns: dict[str, Tensor] = {}
         captions: dict[str, str] = {}
         signed: list[str] = []
         for method, values in raw.items():
-            verdicts = explanation.verdicts[method][place]
+            verdicts, layer = explanation.verdicts[method][place], explanation.layers[method]
             self.verdicts.setdefault(method, []).append(verdicts)
-            explainer, layer = named(method)[1], explanation.layers[method]
+            explainer = named(method)[1]
             self.positions[method] = positions(values.shape, bool(layer), self.is_run and not explainer.is_control)
-            self.rows.append({"image": name, "maps": stem, **_row(answers, method, layer, values, verdicts)})
+            self.rows.append(
+                {
+                    "image": name,
+                    "maps": stem,
+                    **answers,
+                    "method": method,
+                    "layer": layer.name,
+                    "shape": " x ".join(map(str, layer.shape)),
+                    "positions": " x ".join(map(str, values.shape)),
+                    "lowest": float(values.min()),
+                    "highest": float(values.max()),
+                    "level": worst(verdicts) or "",
+                    "verdicts": "; ".join(verdicts),
+                }
+            )
             title = titled(method, verdicts)
             columns[title] = torch.from_numpy(values)[None, None]
             captions[title] = self.positions[method]
@@ -307,10 +295,9 @@ class _Writer:
             if self.overlays:
                 overlay = maps.overlay(picture[None], columns[title], signed=explainer.is_signed)[0, 0]
                 self._save(f"{stem}--{_file_name(method)}.png", maps.png(overlay))
-        (name, probability), (prediction, certainty) = answers
-        title = f"explained: {name} ({probability:.0%})"
+        title = f"explained: {of_class} ({probabilities[explained]:.0%})"
         if explained != predicted:
-            title += f"; predicted: {prediction} ({certainty:.0%})"
+            title += f"; predicted: {prediction} ({probabilities[predicted]:.0%})"
         page = maps.side_by_side(
             picture[None], columns, signed=signed, scales=True, captions=captions, per_row=_PER_ROW, title=title
         )
@@ -327,30 +314,6 @@ class _Writer:
     def _save(self, file: str, content: bytes) -> None:
         runs.write(self.folder / file, content)
         self.written.add(self.folder / file)
-
-
-def _row(
-    answers: Sequence[tuple[str, float]],
-    method: str,
-    layer: Layer,
-    values: Float[np.ndarray, "h w"],
-    verdicts: Sequence[Verdict],
-) -> dict[str, Any]:
-    (name, probability), (prediction, certainty) = answers
-    return {
-        "class": name,
-        "probability": f"{probability:.4f}",
-        "prediction": prediction,
-        "prediction_probability": f"{certainty:.4f}",
-        "method": method,
-        "layer": layer.name,
-        "shape": " x ".join(map(str, layer.shape)),
-        "positions": " x ".join(map(str, values.shape)),
-        "lowest": float(values.min()),
-        "highest": float(values.max()),
-        "level": worst(verdicts) or "",
-        "verdicts": "; ".join(verdicts),
-    }
 
 
 def titled(method: str, verdicts: Sequence[Verdict]) -> str:

@@ -110,12 +110,10 @@ def curve(x: Float[Array, " n"], y: Float[Array, " n"]) -> str:
     >>> curve(np.array([0.0, 1.0, 2.0]), np.array([5.0, np.nan, 4.0]))
     'M0.0 5.0h0M2.0 4.0h0'
     """
-    path, drawing = "", False
-    for at, value in zip(x, y, strict=True):
-        finite = bool(np.isfinite(at + value))
-        if finite:
-            path += f"{'L' if drawing else 'M'}{at:.1f} {value:.1f}" + ("" if drawing else "h0")
-        drawing = finite
+    path = ""
+    for _, start, length in _runs(np.isfinite(x + y)[None]):
+        first, *rest = _points(x, y, slice(start, start + length))
+        path += f"M{first}h0" + "".join(f"L{point}" for point in rest)
     return path
 
 
@@ -217,14 +215,18 @@ def _chart(
     x_ticks: dict[str, float],
 ) -> Chart:
     """Lines by name, (x, values), and for some of them the ends of a band."""
+
+    def down(values: Array) -> Array:
+        return _place(values, ticks, HEIGHT, up=False)
+
     ticks = _ticks(*(values for _, values in lines.values()), *(end for ends in bands.values() for end in ends))
     return Chart(
         quantity=quantity,
         text=text,
-        lines={name: curve(x, _height(values, ticks)) for name, (x, values) in lines.items()},
-        bands={name: _band(lines[name][0], *(_height(end, ticks) for end in ends)) for name, ends in bands.items()},
+        lines={name: curve(x, down(values)) for name, (x, values) in lines.items()},
+        bands={name: _band(lines[name][0], *map(down, ends)) for name, ends in bands.items()},
         x_ticks=x_ticks,
-        y_ticks=_labeled(ticks, _height(ticks, ticks)),
+        y_ticks=_labeled(ticks, down(ticks)),
     )
 
 
@@ -259,10 +261,12 @@ def _band(x: Float[Array, " n"], low: Float[Array, " n"], high: Float[Array, " n
     path = ""
     for _, start, length in _runs(np.isfinite(x + low + high)[None]):
         part = slice(start, start + length)
-        there = zip(x[part], low[part], strict=True)
-        back = zip(x[part][::-1], high[part][::-1], strict=True)
-        path += "M" + "L".join(f"{at:.1f} {value:.1f}" for at, value in (*there, *back)) + "z"
+        path += "M" + "L".join([*_points(x, low, part), *_points(x, high, part)[::-1]]) + "z"
     return path
+
+
+def _points(x: Float[Array, " n"], y: Float[Array, " n"], part: slice) -> list[str]:
+    return [f"{at:.1f} {value:.1f}" for at, value in zip(x[part], y[part], strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,8 +302,8 @@ def scatter(
         return None
     values = [np.array([axis[method] for method in methods]) for axis in (x, y)]
     x_ticks, y_ticks = (_ticks(column) for column in values)
-    across = _place(values[0], x_ticks, higher_is_better[0])
-    down = SIDE - _place(values[1], y_ticks, higher_is_better[1])
+    rightward, downward = higher_is_better[0], not higher_is_better[1]
+    across, down = _place(values[0], x_ticks, SIDE, rightward), _place(values[1], y_ticks, SIDE, downward)
     labels: dict[int, tuple[float, float]] = {}
     written = [i for i, method in enumerate(methods) if method in named]
     for is_left in (True, False) if len(written) <= 8 else ():
@@ -311,8 +315,8 @@ def scatter(
             Dot(method=method, x=round(float(across[i]), 1), y=round(float(down[i]), 1), label=labels.get(i))
             for i, method in enumerate(methods)
         ),
-        x_ticks=_labeled(x_ticks, _place(x_ticks, x_ticks, higher_is_better[0])),
-        y_ticks=_labeled(y_ticks, SIDE - _place(y_ticks, y_ticks, higher_is_better[1])),
+        x_ticks=_labeled(x_ticks, _place(x_ticks, x_ticks, SIDE, rightward)),
+        y_ticks=_labeled(y_ticks, _place(y_ticks, y_ticks, SIDE, downward)),
     )
 
 
@@ -322,9 +326,7 @@ class DotPlot:
 
     effects: tuple[Effect, ...]
     x_ticks: dict[str, float]
-    low: float
-    high: float
-    """Values at the left and the right end."""
+    ticks: Float[Array, " ticks"]
 
     @property
     def height(self) -> float:
@@ -333,7 +335,7 @@ class DotPlot:
 
     def at(self, value: float) -> float:
         """Where a value lies across."""
-        return round(WIDTH * (value - self.low) / (self.high - self.low), 1)
+        return round(float(_place(np.array([value], float), self.ticks, WIDTH)[0]), 1)
 
 
 def dot_plot(effects: Sequence[Effect]) -> DotPlot | None:
@@ -347,18 +349,15 @@ def dot_plot(effects: Sequence[Effect]) -> DotPlot | None:
         return None
     ends = np.array([[0.0, one.mean, one.low, one.high] for one in effects])
     ticks = _ticks(ends, *(np.array(one.values) for one in effects))
-    low, high = float(ticks[0]), float(ticks[-1])
-    return DotPlot(
-        effects=tuple(sorted(effects, key=lambda one: -one.mean)),
-        x_ticks=_labeled(ticks, WIDTH * (ticks - low) / (high - low)),
-        low=low,
-        high=high,
-    )
+    drawn = tuple(sorted(effects, key=lambda one: -one.mean))
+    return DotPlot(effects=drawn, x_ticks=_labeled(ticks, _place(ticks, ticks, WIDTH)), ticks=ticks)
 
 
-def _place(values: Float[Array, " n"], ticks: Float[Array, " ticks"], up: bool) -> Float[Array, " n"]:
-    fraction = (values - ticks[0]) / (ticks[-1] - ticks[0])
-    return SIDE * (fraction if up else 1 - fraction)
+def _place(
+    values: Float[Array, " n"], ticks: Float[Array, " ticks"], size: float, up: bool = True
+) -> Float[Array, " n"]:
+    """Where values lie on an axis of this size that ends at the last tick; at the first one if it does not go up."""
+    return size * np.abs(values - ticks[0 if up else -1]) / (ticks[-1] - ticks[0])
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
@@ -384,10 +383,6 @@ def _ticks(*values: Float[Array, "..."]) -> Float[Array, " ticks"]:
 
 def _labeled(ticks: Float[Array, " n"], places: Float[Array, " n"]) -> dict[str, float]:
     return {f"{tick + 0:.4g}".replace("-", "−"): round(float(at), 1) for tick, at in zip(ticks, places, strict=True)}
-
-
-def _height(values: Float[Array, " n"], ticks: Float[Array, " ticks"]) -> Float[Array, " n"]:
-    return HEIGHT * (ticks[-1] - values) / (ticks[-1] - ticks[0])
 
 
 def _png(image: UInt8[torch.Tensor, "3 h w"]) -> bytes:
