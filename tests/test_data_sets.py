@@ -165,8 +165,8 @@ def test_a_resident_set_is_the_same_set_otherwise():
 def test_the_bytes_of_a_resident_set():
     assert some_images().resident_bytes == 20 * (4 * 64 + 8)
     assert RESIDENT["images"].resident_bytes == 20 * (3 * 64 + 8)
-    store = RESIDENT["images"].to("cpu").store
-    assert store.images.nbytes + store.labels.nbytes == 20 * (3 * 64 + 8)
+    held = RESIDENT["images"].to("cpu")
+    assert held.store.images.nbytes + held.batch(range(20)).labels.nbytes == 20 * (3 * 64 + 8)
 
 
 def test_a_resident_set_makes_its_batches_on_the_device():

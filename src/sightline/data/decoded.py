@@ -20,6 +20,7 @@ from filelock import FileLock
 from jaxtyping import Bool, Float32, Int64, UInt8
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from sightline.data.duplicates import IMPRINT, imprint
 from sightline.data.images import MAX_PIXELS, UnreadableImage, open_image, open_mask, quiet
@@ -47,9 +48,9 @@ class Sample(NamedTuple):
 class Pixels(NamedTuple):
     """Some images of a store, at the model's size."""
 
-    images: UInt8[Array, "b 3 h w"]
-    masks: Bool[Array, "b h w"] | None
-    boxes: list[Float32[Array, "_ 4"]] | None
+    images: UInt8[Array | Tensor, "b 3 h w"]
+    masks: Bool[Array | Tensor, "b h w"] | None
+    boxes: Sequence[Float32[Array | Tensor, "_ 4"]] | None
 
 
 @runtime_checkable
