@@ -84,10 +84,8 @@ class Decoder:
         mask, boxes = None, None
         if self.has_masks:
             mask = np.zeros(self.size, dtype=bool)
-            parts = record.mask if isinstance(record.mask, tuple) else (record.mask,)
-            for part in parts:
-                if part is not None:
-                    mask |= open_mask(part, self.size, (height, width), self.marks.mask_values, self.max_pixels)
+            for part in record.masks:
+                mask |= open_mask(part, self.size, (height, width), self.marks.mask_values, self.max_pixels)
         if self.has_boxes:
             boxes = pixel_boxes(record.boxes, self.marks.boxes, (height, width))
             scale = np.array([self.size[1] / width, self.size[0] / height], dtype=np.float32)
@@ -222,8 +220,6 @@ def decode_all(source: OnTheFly, what: str, key: str | None) -> tuple[Stored | O
     keep = small and needed <= MEMORY
     facts = _decode_into(images if keep else None, masks, imprints, source, what)
     facts = facts._replace(imprints=np.frombuffer(imprints.getbuffer(), IMPRINT))
-    if not keep:
-        return replace(source, rows=source.rows[facts.kept]), facts
     return _stored(np.frombuffer(images.getbuffer(), np.uint8), np.frombuffer(masks.getbuffer(), bool), source, facts)
 
 
@@ -278,8 +274,6 @@ def _write(source: OnTheFly, folder: Path, needed: int, what: str) -> None:
 def _open(source: OnTheFly, folder: Path) -> tuple[Stored | OnTheFly, Facts]:
     imprints = _mapped(folder / "imprints", IMPRINT)
     facts = Facts(**json.loads((folder / "facts.json").read_text()), imprints=imprints)
-    if max(source.decoder.size) > LARGEST:
-        return replace(source, rows=source.rows[facts.kept]), facts
     return _stored(_mapped(folder / "images", np.uint8), _mapped(folder / "masks", np.bool_), source, facts)
 
 
@@ -290,7 +284,9 @@ def _mapped(file: Path, dtype: Any) -> Array:
 
 def _stored(
     images: UInt8[Array, " _"], masks: Bool[Array, " _"], source: OnTheFly, facts: Facts
-) -> tuple[Stored, Facts]:
+) -> tuple[Stored | OnTheFly, Facts]:
+    if not len(images):
+        return replace(source, rows=source.rows[facts.kept]), facts
     boxes = None if facts.boxes is None else [np.array(b, dtype=np.float32).reshape(-1, 4) for b in facts.boxes]
     size = source.decoder.size
     marked = masks.reshape(-1, *size) if source.decoder.has_masks else None

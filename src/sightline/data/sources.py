@@ -93,8 +93,7 @@ def from_folder(data: Data, folder: Path) -> Table:
     files = [file for file in files if file in place]
     labels = [place[file][1] for file in files]
     classes = tuple(sorted(set(labels)))
-    masks_of = [masks.get(file, ()) for file in files]
-    reader = Records([Record(f, m[0] if len(m) == 1 else m or None) for f, m in zip(files, masks_of, strict=True)])
+    reader = Records([Record(file, masks.get(file)) for file in files])
     return Table(
         name=folder.resolve().name,
         classes=classes,
@@ -126,6 +125,18 @@ def check_columns(data: Data, names: Iterable[str], where: object, *, same_case:
         if name is not None and (name if same_case else name.casefold()) not in existing:
             hint = did_you_mean(name, existing.values(), f"columns: {', '.join(existing.values())}")
             raise ValueError(f"no column {name!r} (data.{option}) in {where}{hint}")
+
+
+def unclear_column(what: str, option: str, where: object, names: Iterable[str]) -> ValueError:
+    """The refusal of a table of which no column is known to hold `what`."""
+    return ValueError(
+        f"cannot tell which column of {where} holds the {what}; name one by data.{option}: {', '.join(names)}"
+    )
+
+
+def wrong_column(expected: str, option: str, name: str, got: object) -> ValueError:
+    """The refusal of a column that holds something else than expected."""
+    return ValueError(f"expected {expected} in column {name!r}, got {got}; name another by data.{option}")
 
 
 def group_names(values: Sequence[str], column: str) -> Shaped[Array, " n"]:

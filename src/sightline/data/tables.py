@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from sightline.data import sources
 from sightline.data.folders import PARTS, image_files
 from sightline.data.images import formats
 from sightline.data.marks import BoxForm, Record
-from sightline.data.sources import Records, Table, check_columns, fingerprint, group_names, usual_size
 from sightline.facts import did_you_mean
 from sightline.recipe import Data
 
@@ -149,7 +149,7 @@ def lists_images(file: Path, data: Data) -> bool:
     return line is not None and _usual(line.cells, (data.image,) if data.image else _IMAGE) is not None
 
 
-def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
+def from_tables(data: Data, source: Path, files: Sequence[Path]) -> sources.Table:
     """The images that tables list, with their labels, groups, masks, boxes and splits.
 
     Paths are relative to the folder of their table. Without a label column, the class is the image's folder.
@@ -171,18 +171,19 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
     paths = [image.image for image in images]
     labels, groups, parts, masks = zip(*(image.facts for image in images), strict=True)
     classes, numbers = _labels(labels, columns.label)
-    reader = Records([Record(image.image, mask, image.boxes) for image, mask in zip(images, masks, strict=True)])
+    records = [Record(image.image, mask, image.boxes) for image, mask in zip(images, masks, strict=True)]
+    reader = sources.Records(records)
     used = [*paths, *(mask for mask in masks if mask is not None), *files]
-    return Table(
+    return sources.Table(
         name=source.resolve().name,
         classes=classes,
         labels=numbers,
         names=[_name(path, root) for path in paths],
         parts=np.array(parts),
         reader=reader,
-        key=f"{fingerprint(used)} {columns}",
-        size=usual_size(reader, len(images)),
-        groups=None if columns.group is None else group_names(groups, columns.group),
+        key=f"{sources.fingerprint(used)} {columns}",
+        size=sources.usual_size(reader, len(images)),
+        groups=None if columns.group is None else sources.group_names(groups, columns.group),
         group_name=columns.group,
         has_masks=columns.mask is not None,
         has_boxes=bool(columns.boxes),
@@ -248,12 +249,10 @@ def _usual(names: Sequence[str] | dict[str, Any], wanted: Sequence[str]) -> str 
 
 def _choose(data: Data, names: dict[str, None], file: Path) -> Columns:
     """The columns that the recipe names, or those with the usual names."""
-    check_columns(data, names, file, same_case=False)
+    sources.check_columns(data, names, file, same_case=False)
     image = _usual(names, (data.image,) if data.image else _IMAGE)
     if image is None:
-        raise ValueError(
-            f"cannot tell which column of {file} holds the image files; name one by data.image: {', '.join(names)}"
-        )
+        raise sources.unclear_column("image files", "image", file, names)
     chosen = {
         option: _usual(names, (wanted,) if (wanted := getattr(data, option, None)) else usual)
         for option, usual in _USUAL.items()
@@ -362,10 +361,7 @@ def _listed(line: Line, image: Path | None, mask: Path | None, columns: Columns,
     if columns.label is None:
         kind = folders[has_split:]
         if not kind:
-            raise ValueError(
-                f"cannot tell which column of {line.file} holds the class; name one by data.label: "
-                f"{', '.join(line.cells)}"
-            )
+            raise sources.unclear_column("class", "label", line.file, line.cells)
         label = _composed(kind[0])
     return Listed(
         line=line,
@@ -444,9 +440,7 @@ def _labels(labels: Sequence[str], column: str | None) -> tuple[tuple[str, ...],
         ordered = sorted({label for label in labels if label} - {"-1"}, key=int)
     elif column is not None and all(_DECIMAL.fullmatch(name) for name in names):
         wrong = min(name for name in names if not _WHOLE.fullmatch(name))
-        raise ValueError(
-            f"expected class names or whole numbers in column {column!r}, got {wrong}; name another by data.label"
-        )
+        raise sources.wrong_column("class names or whole numbers", "label", column, wrong)
     else:
         ordered = sorted(names)
     place = {name: i for i, name in enumerate(ordered)}
