@@ -162,11 +162,16 @@ def test_a_resident_set_is_the_same_set_otherwise():
     assert equal(held[3], images[3]) and equal(held.to("cpu")[3], images[3])
 
 
+def test_a_resident_set_counts_the_classes_anew():
+    held = some_images().to("cpu").with_classes(("b", "c", "a"))
+    assert held.batch(range(4)).labels.tolist() == held.labels[:4].tolist() == [2, 0, 2, 0]
+
+
 def test_the_bytes_of_a_resident_set():
     assert some_images().resident_bytes == 20 * (4 * 64 + 8)
     assert RESIDENT["images"].resident_bytes == 20 * (3 * 64 + 8)
-    store = RESIDENT["images"].to("cpu").store
-    assert store.images.nbytes + store.labels.nbytes == 20 * (3 * 64 + 8)
+    held = RESIDENT["images"].to("cpu")
+    assert held.store.images.nbytes + held.batch(range(20)).labels.nbytes == 20 * (3 * 64 + 8)
 
 
 def test_a_resident_set_makes_its_batches_on_the_device():
@@ -345,6 +350,17 @@ def test_normalize_uses_mean_and_std_of_each_channel():
     found = normalize(pixels, preprocess)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.tensor([[[[0.0, 1.0]], [[-1.0, 1.0]], [[-4.0, 0.0]]]]))
+
+
+def test_normalize_remembers_no_other_default_type(unchecked):
+    preprocess = Preprocess(size=(1, 1), mean=(0.1, 0.2, 0.3), std=(0.7, 0.8, 0.9))
+    pixels = torch.full((1, 3, 1, 1), 77, dtype=torch.uint8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        normalize(pixels, preprocess)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert normalize(pixels, preprocess).dtype == torch.float32
 
 
 def test_normalized_training_images_have_mean_zero_and_std_one():

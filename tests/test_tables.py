@@ -357,7 +357,7 @@ def test_what_is_left_out_is_said(tmp_path):
     (tmp_path / "more.png").unlink()
     lines = [f"{name},{'ab'[i % 2]},p{i}" for i, name in enumerate(NAMES)]
     table(tmp_path / "metadata.csv", "file_name,label,gruop", lines)
-    assert check(tmp_path).notices == ("column 'gruop' is not read; if it is meant as 'group', rename it",)
+    assert check(tmp_path).notices == ("column 'gruop' is not read; did you mean 'group'?",)
 
 
 def test_class_folders_beside_metadata_of_something_else(tmp_path):

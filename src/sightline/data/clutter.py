@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 
 from sightline.data.decoded import Pixels
 from sightline.data.sets import ImageSet, sampled, statistics
+from sightline.data.sources import COLUMNS
 from sightline.data.splits import held_out
 from sightline.recipe import Data
 
@@ -39,13 +40,9 @@ PARTS: dict[str, tuple[tuple[int, ...], ...]] = {
 """The digits that the images of each class show, one or two."""
 Uniform = Callable[..., Float[Array, "b ..."]]
 Below = Callable[[Any], Int64[Array, " b"]]
-PATCH_COLORS = np.array(
-    [
-        list(bytes.fromhex(color))
-        for color in "e6192d 32be3c 1446ff ffe614 fa8214 8214be 3cf0f0 fa3cdc ffffff 000000".split()
-    ],
-    dtype=np.uint8,
-)
+PATCH_COLORS = np.frombuffer(
+    bytes.fromhex("e6192d 32be3c 1446ff ffe614 fa8214 8214be 3cf0f0 fa3cdc ffffff 000000"), dtype=np.uint8
+).reshape(-1, 3)
 
 
 @cache
@@ -165,7 +162,9 @@ def compose(
     def uniform(*shape: int) -> Float[Array, "b ..."]:
         return np.stack([g.random(shape, dtype=np.float32) for g in generators])
 
-    below = partial(_below, uniform)
+    def below(n: int | Array) -> Int64[Array, " b"]:
+        return (uniform() * n).astype(np.int64)
+
     ink, classes = digits(split)
     label, unit = indices % len(parts), size / 40
     shown = np.array(parts)[label].T
@@ -177,7 +176,15 @@ def compose(
         return (low + (high - low) * uniform()) * unit
 
     canvas = np.pad(_background(uniform, size), ((0, 0), (0, largest), (0, largest), (0, 0)))
-    _paste_fragments(canvas, ink, scans[0], size, round(high / 4 * unit), side, uniform)
+    piece = round(high / 4 * unit)
+    for k in range(FRAGMENTS):  # of scans other than the first
+        other = (scans[0] + 1 + below(len(ink) - 1)) % len(ink)
+        width = side()
+        inner = width * (1 - 2 / CELLS) - piece
+        alpha = _glyphs(ink[other], width, width / CELLS + uniform() * inner, width / CELLS + uniform() * inner, piece)
+        visible = uniform() < (1 if k < FEWEST else 0.5)
+        where = _square(below(size - piece + 1), below(size - piece + 1), piece)
+        _paste(canvas, where, alpha * visible[:, None, None], _ink_color(uniform))
 
     sides = [side() for _ in shown]
     corners = np.array([(below(size - side + 1), below(size - side + 1)) for side in sides])
@@ -212,11 +219,6 @@ def _paste_patch(images: UInt8[Array, "b s s 3"], colors: UInt8[Array, "b 3"], b
     return patch
 
 
-def _below(uniform: Uniform, n: int | Array) -> Int64[Array, " b"]:
-    """Random whole numbers from 0 to n - 1."""
-    return (uniform() * n).astype(np.int64)
-
-
 def _scans(shown: Int64[Array, "k b"], count: Int64[Array, " 10"], below: Below) -> Int64[Array, "k b"]:
     """A random scan of each digit shown; two digits of one class get different scans."""
     chosen = [below(count[shown[0]])]
@@ -226,41 +228,11 @@ def _scans(shown: Int64[Array, "k b"], count: Int64[Array, " 10"], below: Below)
     return (np.cumsum(count) - count)[shown] + chosen
 
 
-def _paste_fragments(
-    canvas: Float[Array, "b h w 3"],
-    ink: Float[Array, "n 10 10"],
-    scan: Int64[Array, " b"],
-    size: int,
-    piece: int,
-    side: Callable[[], Float[Array, " b"]],
-    uniform: Uniform,
-) -> None:
-    """Square pieces of scans other than `scan`."""
-    below = partial(_below, uniform)
-    for k in range(FRAGMENTS):
-        other = (scan + 1 + below(len(ink) - 1)) % len(ink)
-        width = side()
-        inner = width * (1 - 2 / CELLS) - piece
-        alpha = _glyphs(ink[other], width, width / CELLS + uniform() * inner, width / CELLS + uniform() * inner, piece)
-        visible = uniform() < (1 if k < FEWEST else 0.5)
-        where = _square(below(size - piece + 1), below(size - piece + 1), piece)
-        _paste(canvas, where, alpha * visible[:, None, None], _ink_color(uniform))
-
-
 class Composed:
     """Composes each image when it is first asked for, and keeps it."""
 
-    def __init__(
-        self,
-        seed: int,
-        split: str,
-        n: int,
-        size: int,
-        mask: str,
-        shortcut: float | None,
-        parts: Sequence[tuple[int, ...]],
-    ):
-        self.seed, self.split, self.mask, self.shortcut, self.parts = seed, split, mask, shortcut, parts
+    def __init__(self, compose: Callable[[Int64[Array, " b"]], Sequence[Array]], n: int, size: int, mask: str):
+        self.compose, self.mask = compose, mask
         self.images = np.zeros((n, 3, size, size), dtype=np.uint8)
         self.masks = np.zeros((n, size, size), dtype=bool)
         self.done = np.zeros(n, dtype=bool)
@@ -269,9 +241,7 @@ class Composed:
         """The images of these rows with the mask asked for."""
         missing = np.unique(rows[~self.done[rows]])
         for part in np.array_split(missing, -(-len(missing) // CHUNK)) if len(missing) else []:
-            self.images[part], digit, patch = compose(
-                self.seed, self.split, part, self.images.shape[-1], self.shortcut, self.parts
-            )
+            self.images[part], digit, patch = self.compose(part)
             self.masks[part] = digit if self.mask == "digit" else patch
             self.done[part] = True
         return Pixels(self.images[rows], self.masks[rows], None)
@@ -283,12 +253,10 @@ def load(data: Data) -> dict[str, ImageSet]:
     Raises:
         ValueError: a column or mask that the source does not have, or a canvas too small for its parts.
     """
-    for option in ("image", "label", "box", "group"):
+    for option in ("image", "label", "box", "group", "boxes", "mask_values"):
         if getattr(data, option) is not None:
-            raise ValueError(f"data.{option} names a column, but {data.source} is composed and has none; leave it out")
-    for option in ("boxes", "mask_values"):
-        if getattr(data, option) is not None:
-            raise ValueError(f"data.{option} is for files, but {data.source} is composed; leave it out")
+            kind = "names a column" if option in COLUMNS else "is for files"
+            raise ValueError(f"data.{option} {kind}, but {data.source} is composed; leave it out")
     parts, patched = PARTS[data.source], data.source == "clutter-shortcut"
     kinds = ("digit", "patch") if patched else ("digit",)
     mask = data.mask or kinds[-1]
@@ -300,8 +268,11 @@ def load(data: Data) -> dict[str, ImageSet]:
             f"expected data.size of at least 24 for {data.source}, got {size}; a digit needs that many pixels"
         )
     sizes = SIZES | {k: n for k, n in (("train", data.train_size), ("test", data.test_size)) if n is not None}
-    giveaway = {"train": data.shortcut, "val": data.shortcut, "test": 0.0}
-    stores = {s: Composed(data.seed, s, sizes[s], size, mask, giveaway[s] if patched else None, parts) for s in SPLITS}
+    stores: dict[str, Composed] = {}
+    for split in SPLITS:
+        shortcut = (0.0 if split == "test" else data.shortcut) if patched else None
+        composed = partial(compose, data.seed, split, size=size, shortcut=shortcut, parts=parts)
+        stores[split] = Composed(composed, sizes[split], size, mask)
     preprocess = statistics(sampled(stores["train"], sizes["train"], 2000))
     return {
         split: ImageSet(

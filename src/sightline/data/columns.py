@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from sightline.data import sources
 from sightline.data.decoded import Record
 from sightline.data.hugging_face import HubSet, import_datasets, silent
-from sightline.data.sources import Table, check_columns, fingerprint, group_names, usual_size
 from sightline.recipe import Data
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True)
-class Columns:
+class Columns(NamedTuple):
     """The columns of a row by role."""
 
     image: str
@@ -38,51 +37,40 @@ def choose_columns(data: Data, source: HubSet) -> Columns:
     """
     parts, alias = source.parts, source.alias
     features: dict[str, Any] = (parts["train"] if "train" in parts else next(iter(parts.values()))).features
-    check_columns(data, features, alias.hub)
+    sources.check_columns(data, features, alias.hub)
     mask = data.mask or ("mask" if "mask" in features else None)
     box = data.box or ("bbox" if "bbox" in features else None)
     images = [c for c, f in features.items() if c != mask and _is_image(f)]
     usual = [c for c in ("image", "img") if c in features]
     image = data.image or (usual[0] if usual else images[0] if len(images) == 1 else None)
     if image is None:
-        raise ValueError(
-            f"cannot tell which column of {alias.hub} holds the image; "
-            f"name one by data.image: {', '.join(images or features)}"
-        )
+        raise sources.unclear_column("image", "image", alias.hub, images or features)
     kinds = [c for c, f in features.items() if type(f).__name__ == "ClassLabel"]
     label = data.label or alias.label or ("label" if "label" in features else kinds[0] if len(kinds) == 1 else None)
     if label is None:
-        raise ValueError(
-            f"cannot tell which column of {alias.hub} holds the class; "
-            f"name one by data.label: {', '.join(kinds or features)}"
-        )
-    _check_kinds(features, {"image": image, "label": label, "mask": mask, "group": data.group})
+        raise sources.unclear_column("class", "label", alias.hub, kinds or features)
+    columns = Columns(image=image, label=label, mask=mask, box=box, group=data.group)
+    _check_kinds(features, columns)
     for part, rows in parts.items():
-        for column in (image, label, mask, box, data.group):
-            if column is not None and column not in rows.features:
+        for column in filter(None, columns):
+            if column not in rows.features:
                 raise ValueError(f"the {part} images of {alias.hub} have no column {column!r}, the others do; add it")
-    return Columns(image=image, label=label, mask=mask, box=box, group=data.group)
+    return columns
 
 
-def _check_kinds(features: Mapping[str, Any], chosen: Mapping[str, str | None]) -> None:
+def _check_kinds(features: Mapping[str, Any], columns: Columns) -> None:
     """Refuse a column of classes or groups that holds images or lists, and a column of images that holds numbers."""
-    for option, name in chosen.items():
-        if name is None:
+    for option, name in columns._asdict().items():
+        if name is None or option == "box":
             continue
         feature = features[name]
         kind = getattr(feature, "dtype", "") if type(feature).__name__ == "Value" else ""
         text_or_number = type(feature).__name__ == "ClassLabel" or kind
         if option in ("label", "group"):
             if not text_or_number:
-                raise ValueError(
-                    f"expected text or whole numbers in column {name!r}, got {_words(feature)}; "
-                    f"name another by data.{option}"
-                )
+                raise sources.wrong_column("text or whole numbers", option, name, _words(feature))
         elif text_or_number and not any(word in kind for word in ("string", "binary")):
-            raise ValueError(
-                f"expected images, or their paths, in column {name!r}, got {_words(feature)}; "
-                f"name another by data.{option}"
-            )
+            raise sources.wrong_column("images, or their paths,", option, name, _words(feature))
 
 
 def _words(feature: Any) -> str:
@@ -124,15 +112,14 @@ def _content(cell: Any) -> Any:
 def undecoded(rows: Any, columns: Columns) -> Any:
     """A dataset or stream with only our columns and undecoded images."""
     datasets = import_datasets()
-    used = [c for c in (columns.image, columns.label, columns.mask, columns.box, columns.group) if c is not None]
-    rows = rows.select_columns(list(dict.fromkeys(used)))
+    rows = rows.select_columns(list(dict.fromkeys(filter(None, columns))))
     for column in (columns.image, columns.mask):
         if column is not None and type(rows.features[column]).__name__ == "Image":
             rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
 
 
-def table(data: Data, source: HubSet) -> Table:
+def table(data: Data, source: HubSet) -> sources.Table:
     """The images that the columns describe.
 
     Raises:
@@ -150,17 +137,17 @@ def table(data: Data, source: HubSet) -> Table:
     classes, labels = encode_labels(whole[columns.label][:], whole.features[columns.label], columns.label)
     groups = None
     if columns.group is not None:
-        groups = group_names(["" if v is None else str(v) for v in whole[columns.group][:]], columns.group)
+        groups = sources.group_names(["" if v is None else str(v) for v in whole[columns.group][:]], columns.group)
     reader = RowReader(whole, columns)
-    return Table(
+    return sources.Table(
         name=Path(data.source).resolve().name if source.files and Path(data.source).exists() else data.source,
         classes=alias.classes or classes,
         labels=labels,
         names=_names(parts, whole, columns.image),
         parts=part,
         reader=reader,
-        key=f"{fingerprint(source.files)} {columns}" if source.files else None,
-        size=alias.size or usual_size(reader, len(whole)),
+        key=f"{sources.fingerprint(source.files)} {columns}" if source.files else None,
+        size=alias.size or sources.usual_size(reader, len(whole)),
         groups=groups,
         group_name=columns.group,
         has_masks=columns.mask is not None,
@@ -179,9 +166,7 @@ def encode_labels(values: Sequence[Any], feature: Any, column: str) -> tuple[tup
         return tuple(feature.names), np.array([-1 if v is None else v for v in values], dtype=np.int64)
     names = {v for v in values if v is not None}
     if not all(isinstance(v, str | int) for v in names):
-        raise ValueError(
-            f"expected class names or whole numbers in column {column!r}, got {feature}; name another by data.label"
-        )
+        raise sources.wrong_column("class names or whole numbers", "label", column, feature)
     ordered = sorted(names - {-1})
     number = {v: i for i, v in enumerate(ordered)}
     return tuple(str(v) for v in ordered), np.array([number.get(v, -1) for v in values], dtype=np.int64)

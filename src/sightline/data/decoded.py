@@ -20,6 +20,7 @@ from filelock import FileLock
 from jaxtyping import Bool, Float32, Int64, UInt8
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from sightline.data.duplicates import IMPRINT, imprint
 from sightline.data.images import MAX_PIXELS, UnreadableImage, open_image, open_mask, quiet
@@ -47,9 +48,9 @@ class Sample(NamedTuple):
 class Pixels(NamedTuple):
     """Some images of a store, at the model's size."""
 
-    images: UInt8[Array, "b 3 h w"]
-    masks: Bool[Array, "b h w"] | None
-    boxes: list[Float32[Array, "_ 4"]] | None
+    images: UInt8[Array | Tensor, "b 3 h w"]
+    masks: Bool[Array | Tensor, "b h w"] | None
+    boxes: Sequence[Float32[Array | Tensor, "_ 4"]] | None
 
 
 @runtime_checkable
@@ -83,10 +84,8 @@ class Decoder:
         mask, boxes = None, None
         if self.has_masks:
             mask = np.zeros(self.size, dtype=bool)
-            parts = record.mask if isinstance(record.mask, tuple) else (record.mask,)
-            for part in parts:
-                if part is not None:
-                    mask |= open_mask(part, self.size, (height, width), self.marks.mask_values, self.max_pixels)
+            for part in record.masks:
+                mask |= open_mask(part, self.size, (height, width), self.marks.mask_values, self.max_pixels)
         if self.has_boxes:
             boxes = pixel_boxes(record.boxes, self.marks.boxes, (height, width))
             scale = np.array([self.size[1] / width, self.size[0] / height], dtype=np.float32)
@@ -221,8 +220,6 @@ def decode_all(source: OnTheFly, what: str, key: str | None) -> tuple[Stored | O
     keep = small and needed <= MEMORY
     facts = _decode_into(images if keep else None, masks, imprints, source, what)
     facts = facts._replace(imprints=np.frombuffer(imprints.getbuffer(), IMPRINT))
-    if not keep:
-        return replace(source, rows=source.rows[facts.kept]), facts
     return _stored(np.frombuffer(images.getbuffer(), np.uint8), np.frombuffer(masks.getbuffer(), bool), source, facts)
 
 
@@ -277,8 +274,6 @@ def _write(source: OnTheFly, folder: Path, needed: int, what: str) -> None:
 def _open(source: OnTheFly, folder: Path) -> tuple[Stored | OnTheFly, Facts]:
     imprints = _mapped(folder / "imprints", IMPRINT)
     facts = Facts(**json.loads((folder / "facts.json").read_text()), imprints=imprints)
-    if max(source.decoder.size) > LARGEST:
-        return replace(source, rows=source.rows[facts.kept]), facts
     return _stored(_mapped(folder / "images", np.uint8), _mapped(folder / "masks", np.bool_), source, facts)
 
 
@@ -289,7 +284,9 @@ def _mapped(file: Path, dtype: Any) -> Array:
 
 def _stored(
     images: UInt8[Array, " _"], masks: Bool[Array, " _"], source: OnTheFly, facts: Facts
-) -> tuple[Stored, Facts]:
+) -> tuple[Stored | OnTheFly, Facts]:
+    if not len(images):
+        return replace(source, rows=source.rows[facts.kept]), facts
     boxes = None if facts.boxes is None else [np.array(b, dtype=np.float32).reshape(-1, 4) for b in facts.boxes]
     size = source.decoder.size
     marked = masks.reshape(-1, *size) if source.decoder.has_masks else None

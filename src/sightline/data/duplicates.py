@@ -1,7 +1,7 @@
 """Finds images that occur twice, in two splits or with two labels, by their bytes and by their looks."""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,9 +109,7 @@ def sentences(
         names: Name of each image.
         dropped: The images left out as copies; None if that was not requested.
     """
-    total = defaultdict[str, int](int)
-    for split in splits:
-        total[split] += 1
+    total = Counter(splits)
     way = "were left out" if dropped is not None else "--drop-duplicates leaves them out"
     for split in total:
         for places, exact in ((repeats.earlier, True), (repeats.alike, False)):

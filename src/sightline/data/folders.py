@@ -12,25 +12,14 @@ from sightline.data.images import HEIF, UnreadableImage, few_values, formats, is
 from sightline.data.marks import evenly_spaced
 
 PARTS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 # folders that systems and tools leave behind; names that begin with a dot are hidden as well
 SYSTEM = {
-    "__macosx",
-    "__pycache__",
-    "@eadir",
-    "#recycle",
-    "@recycle",
-    "$recycle.bin",
-    "lost+found",
-    "system volume information",
+    *("__macosx", "__pycache__", "lost+found", "system volume information"),
+    *("@eadir", "@recycle", "#recycle", "$recycle.bin"),
 }
 IMAGE_WORDS = ("images", "image", "imgs", "img")
 MASK_WORDS = (

@@ -5,6 +5,7 @@ import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -65,14 +66,11 @@ def parquet_files(source: str) -> list[Path]:
     """The parquet files that a path, a folder or a pattern with * names, sorted."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return sorted(f for f in path.rglob("*.parquet") if not _is_hidden(f.relative_to(path)))
+        inner = path.rglob("*.parquet")
+        return sorted(f for f in inner if not any(is_hidden(Path(part)) for part in f.relative_to(path).parts))
     if path.suffix != ".parquet":
         return []
     return [path] if path.is_file() else sorted(Path(f) for f in glob.glob(str(path), recursive=True))
-
-
-def _is_hidden(file: Path) -> bool:
-    return any(is_hidden(Path(part)) for part in file.parts)
 
 
 def part_of(file: Path) -> str:
@@ -168,16 +166,15 @@ def _from_parquet(files: list[Path], streaming: bool) -> HubSet:
 
 def _open_parquet(files: list[str], streaming: bool) -> "datasets.Dataset | datasets.IterableDataset":
     datasets = import_datasets()
-    if not streaming:
-        try:
-            return datasets.load_dataset(
-                "parquet", data_files=files, split="train", cache_dir=str(cache_folder() / "arrow")
-            )
-        # no permission or space for the memory-mapped copy: keep the rows in memory
-        except (OSError, datasets.exceptions.DatasetGenerationError):
-            rows = _open_parquet(files, streaming=True)
-            return datasets.Dataset.from_list(list(rows), features=rows.features)
-    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    opened = partial(datasets.load_dataset, "parquet", data_files=files, split="train")
+    if streaming:
+        return opened(streaming=True)
+    try:
+        return opened(cache_dir=str(cache_folder() / "arrow"))
+    # no permission or space for the memory-mapped copy: keep the rows in memory
+    except (OSError, datasets.exceptions.DatasetGenerationError):
+        rows = opened(streaming=True)
+        return datasets.Dataset.from_list(list(rows), features=rows.features)
 
 
 def _from_hub(alias: Alias, streaming: bool) -> HubSet:

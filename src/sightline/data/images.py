@@ -4,7 +4,7 @@ import io
 import threading
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -68,31 +68,21 @@ class quiet:
 
 @cache
 def formats() -> dict[str, str]:
-    """Suffix -> format, of all that Pillow decodes, and HEIC if pillow-heif is installed."""
-    try:
+    """Suffix -> format, of all that Pillow decodes, and HEIC if pillow-heif is installed; in the order Pillow tries."""
+    with suppress(ModuleNotFoundError):
         from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
 
         register_heif_opener()
-    except ModuleNotFoundError:
-        pass
-    suffixes = Image.registered_extensions()
-    return {s: name for s, name in sorted(suffixes.items()) if name in Image.OPEN and name not in _NOT_READ}
-
-
-@cache
-def _in_order() -> tuple[str, ...]:
-    """The formats as Pillow tries them."""
-    names = {*formats().values()}
-    return tuple(name for name in Image.ID if name in names)
+    suffixes = Image.registered_extensions().items()
+    order = {name: i for i, name in enumerate(Image.ID) if name not in _NOT_READ}
+    return dict(sorted((pair for pair in suffixes if pair[1] in order), key=lambda pair: order[pair[1]]))
 
 
 def is_image(file: Path) -> bool:
     """Whether a file begins like an image of a known format, whatever its name."""
-    try:
-        with _opened(file):
-            return True
-    except UnreadableImage:
-        return False
+    with suppress(UnreadableImage):
+        return bool(stored_size(file))
+    return False
 
 
 def open_image(
@@ -279,8 +269,9 @@ def stored_size(file: Path | bytes) -> tuple[int, int]:
 
 @contextmanager
 def _opened(file: Path | bytes) -> Generator[Image.Image]:
+    kinds = tuple(dict.fromkeys(formats().values()))
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_in_order()) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=kinds) as image:
             yield image
     except UnreadableImage:
         raise
@@ -380,15 +371,10 @@ def _most(image: Image.Image, pixels: int) -> tuple[int, str]:
     kind, colors = image.format or "", len(image.getbands())
     if any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ())):
         return _MOST_IN_PYTHON, f"since the {kind} decoder is slow"
-    each = 4
-    if kind == "WEBP":
-        each = 16
-    elif kind == "AVIF":
-        each = 4 * colors - 2
-    elif image.info.get("progressive"):
+    # of JPEG 2000, three times as many pixels are counted, see `_draft`
+    each = {"WEBP": 16, "AVIF": 4 * colors - 2, "JPEG2000": 2.5 * colors}.get(kind, 4)
+    if image.info.get("progressive"):
         each = 2 * colors + 4 * image.width * image.height / pixels  # all of it before the draft is made
-    elif kind == "JPEG2000":
-        each = 2.5 * colors  # of three times as many pixels, see `_draft`
     elif isinstance(image, TiffImagePlugin.TiffImageFile):
         is_tiled, rows = 322 in image.tag_v2, image.tag_v2.get(278, image.height)
         if image.tag_v2.get(ORIENTATION, 1) != 1 or not (is_tiled or rows <= image.height // 2):

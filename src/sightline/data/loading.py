@@ -1,7 +1,7 @@
 """`load`: finds the images that a recipe names, splits them and decodes them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from sightline.data.files import image_files
 from sightline.data.images import MAX_PIXELS
 from sightline.data.marks import Record, evenly_spaced, settle
 from sightline.data.sets import ImageSet, ImageStream, Preprocess, batches, sampled, statistics
-from sightline.data.sources import Records, Table, from_folder
+from sightline.data.sources import Listing, Records, Table, from_folder
 from sightline.data.splits import assign, check_labeled, draw
 from sightline.data.streams import stream
 from sightline.data.tables import from_tables, lists_images, table_files
@@ -245,27 +245,13 @@ def _decoder(table: Table, preprocess: Preprocess, data: Data) -> Decoder:
 
 
 def _decoded(table: Table, split: str, rows: Int64[np.ndarray, " n"], preprocess: Preprocess, data: Data) -> _Examined:
-    source = OnTheFly(reader=table.reader, rows=rows, decoder=_decoder(table, preprocess, data))
-    store, facts = decode_all(source, f"{table.name} ({split})", table.key)
+    everything = np.arange(len(table.names))
+    whole = OnTheFly(reader=table.reader, rows=everything, decoder=_decoder(table, preprocess, data))
+    store, facts = decode_all(whole.picked(rows), f"{table.name} ({split})", table.key)
     skipped = tuple((table.names[rows[i]], reason) for i, reason in facts.skipped)
     if skipped and (data.strict or not facts.kept):
         count = "" if facts.kept else f"none of the {len(rows)} {split} images can be read; the first, "
         raise ValueError(count + ": ".join(skipped[0]))
-    kept = rows[facts.kept]
-    images = ImageSet(
-        name=table.name,
-        split=split,
-        classes=table.classes,
-        preprocess=preprocess,
-        labels=table.labels[kept],
-        names=[table.names[i] for i in kept],
-        store=store,
-        groups=None if table.groups is None else table.groups[kept],
-        group_name=table.group_name,
-        skipped=skipped,
-        notices=table.notices,
-        has_masks=table.has_masks,
-        has_boxes=table.has_boxes,
-        flip_ok=table.flip_ok,
-    )
-    return images, facts.imprints
+    known = {field.name: getattr(table, field.name) for field in fields(Listing)}
+    images = ImageSet(split=split, preprocess=preprocess, store=whole, **known).picked(rows[facts.kept])
+    return replace(images, store=store, skipped=skipped), facts.imprints

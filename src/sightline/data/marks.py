@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 
 from sightline.data.images import MaskPixels, UnreadableImage, open_image, quiet, read_mask
 from sightline.recipe import Data
 
 Array = np.ndarray
 BoxForm = Literal["xyxy", "xywh", "relative", "relative_xywh", "cxcywh"]
+_CORNERS = np.ix_([0, -1], [0, -1])
 _GRID = 128  # side of the grid on which the area of boxes is counted
 
 
@@ -35,6 +36,12 @@ class Record(NamedTuple):
     mask: Any = None
     """A file, its bytes, rows of numbers, or a tuple of files that mark one part each."""
     boxes: Any = None
+
+    @property
+    def masks(self) -> tuple[Any, ...]:
+        """Its masks, each of which marks a part."""
+        several = self.mask if isinstance(self.mask, tuple) else (self.mask,)
+        return tuple(mask for mask in several if mask is not None)
 
 
 def pixel_boxes(cell: Any, form: BoxForm, size: tuple[int, int]) -> Float32[Array, "_ 4"]:
@@ -164,12 +171,10 @@ def _misfits(boxes: Sequence[tuple[Float32[Array, "_ 4"], tuple[int, int]]], for
     """Boxes that are reversed, empty, or reach beyond their image by more than a rounding error."""
     count = 0
     for numbers, size in boxes:
-        corners = _corners(numbers, form, size)
-        low, high = corners[:, :2], corners[:, 2:]
+        low, high = np.split(_corners(numbers, form, size), 2, axis=1)
         limit = np.array(size[::-1])
         slack = 1 + 0.02 * limit
-        wrong = (low >= high) | (low < -slack) | (high > limit + slack)
-        count += int(wrong.any(1).sum())
+        count += int(((low >= high) | (low < -slack) | (high > limit + slack)).any(1).sum())
     return count
 
 
@@ -184,8 +189,7 @@ def _area(corners: Float32[Array, "_ 4"], size: tuple[int, int]) -> float:
 
 def _masks_of(records: Sequence[Record]) -> list[MaskPixels]:
     masks: list[MaskPixels] = []
-    each = (record.mask if isinstance(record.mask, tuple) else (record.mask,) for record in records)
-    for mask in (mask for several in each for mask in several if mask is not None):
+    for mask in (mask for record in records for mask in record.masks):
         try:
             if (pixels := read_mask(mask)).values.ndim == 2:
                 masks.append(pixels)
@@ -238,16 +242,12 @@ def _look_at_masks(masks: Sequence[MaskPixels], name: str, chosen: tuple[int, ..
             f"masks of {name} hold {words}; all but 0 is the object, which covers {areas.mean():.1%} of an "
             f"image on average ({len(masks)} masks looked at); to change that, {option}{half}"
         )
-    if areas.mean() > 0.5 and np.mean([_holds_corners(part) for part in inside]) >= 0.8:
+    if areas.mean() > 0.5 and np.mean([part[_CORNERS].all() for part in inside]) >= 0.8:
         notices.append(
             f"masks of {name} look inverted: {covers} and lies in all four corners; "
             "if 0 is the object, set data.mask_values to 0"
         )
     return notices
-
-
-def _holds_corners(inside: Bool[Array, "h w"]) -> bool:
-    return bool(inside[[0, 0, -1, -1], [0, -1, 0, -1]].all())
 
 
 def _listed(values: Array) -> str:

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sightline.data.decoded import LARGEST, Decoder, OnTheFly, Pixels, Record, Sample, Store, Stored
 from sightline.data.marks import evenly_spaced
+from sightline.data.sources import Listing
 from sightline.data.transforms import DRAWS, draws
 from sightline.data.transforms import augment as augmented
 from sightline.recipe import Augment
@@ -81,57 +82,30 @@ class Batch:
 
 
 class Resident(NamedTuple):
-    """Decoded images and labels as tensors on one device."""
+    """Decoded images as tensors on one device."""
 
     images: UInt8[Tensor, "n 3 h w"]
-    labels: Int64[Tensor, " n"]
-    masks: Bool[Tensor, "n 1 h w"] | None
+    masks: Bool[Tensor, "n h w"] | None
     boxes: list[Float32[Tensor, "_ 4"]] | None
 
-    def read(self, rows: Int64[Array, " b"]) -> Pixels:
-        """The images at these rows, copied to the CPU."""
-        batch = self.take(rows, torch.from_numpy(rows).to(self.images.device), []).to("cpu")
-        return Pixels(
-            batch.images.numpy(),
-            None if batch.masks is None else batch.masks[:, 0].numpy(),
-            None if batch.boxes is None else [boxes.numpy() for boxes in batch.boxes],
-        )
-
-    def take(self, rows: Int64[Array, " b"], places: Int64[Tensor, " b"], names: list[str]) -> Batch:
+    def read(self, rows: Int64[Array, " b"], places: Int64[Tensor, " b"] | None = None) -> Pixels:
         """The images at these rows; `places` are the same rows on the device."""
-        return Batch(
-            images=self.images.index_select(0, places),
-            labels=self.labels.index_select(0, places),
-            masks=None if self.masks is None else self.masks.index_select(0, places),
-            boxes=None if self.boxes is None else [self.boxes[i].clone() for i in rows.tolist()],
-            indices=places,
-            names=names,
+        if places is None:
+            places = torch.from_numpy(rows).to(self.images.device)
+        return Pixels(
+            self.images.index_select(0, places),
+            None if self.masks is None else self.masks.index_select(0, places),
+            None if self.boxes is None else [self.boxes[i].clone() for i in rows.tolist()],
         )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ImageSet(Dataset[Batch]):
+class ImageSet(Listing, Dataset[Batch]):
     """The images of one split."""
 
-    name: str
     split: str
-    classes: tuple[str, ...]
     preprocess: Preprocess
-    labels: Int64[Array, " n"]
-    """-1 where there is no label."""
-    names: list[str]
     store: Store
-    groups: Shaped[Array, " n"] | None = None
-    """Patient, slide or bird of each image, as strings."""
-    group_name: str | None = None
-    skipped: tuple[tuple[str, str], ...] = ()
-    """Name and reason of each image that cannot be read; they are not counted among the others."""
-    notices: tuple[str, ...] = ()
-    """Decisions about the source that you may want to change; one sentence each."""
-    has_masks: bool = False
-    has_boxes: bool = False
-    flip_ok: bool = True
-    """False for digits: a mirrored digit is another sign."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -157,15 +131,15 @@ class ImageSet(Dataset[Batch]):
 
         Augmentation runs on `device`; None: where the images are.
         """
-        places = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows]))
-        if isinstance(self.store, Resident):
-            places = places.to(self.store.images.device, non_blocking=True)
-        for here, there in zip(rows, places.split([len(r) for r in rows]), strict=True):
-            names = [self.names[i] for i in here.tolist()]
-            if isinstance(self.store, Resident):
-                batch = self.store.take(here, there, names)
-            else:
-                batch = _tensors(self.store.read(here), self.labels[here], there, names, device)
+        whole = np.concatenate([np.empty(0, np.int64), *rows])
+        places, labels = torch.from_numpy(whole), torch.from_numpy(self.labels[whole])
+        held = self.store if isinstance(self.store, Resident) else None
+        if held is not None:
+            places, labels = (x.to(held.images.device, non_blocking=True) for x in (places, labels))
+        counts = [len(r) for r in rows]
+        for here, there, those in zip(rows, places.split(counts), labels.split(counts), strict=True):
+            pixels = self.store.read(here) if held is None else held.read(here, there)
+            batch = _tensors(pixels, those, there, [self.names[i] for i in here.tolist()], device)
             yield _changed(batch, augment, self)
 
     def picked(self, places: Int64[Array, " k"]) -> "ImageSet":
@@ -227,17 +201,15 @@ class ImageSet(Dataset[Batch]):
                 f"on the fly; set data.size to at most {LARGEST}"
             )
         images = torch.empty(n, 3, height, width, dtype=torch.uint8, device=device)
-        masks = torch.empty(n, 1, height, width, dtype=torch.bool, device=device) if self.has_masks else None
-        boxes: list[Tensor] | None = [] if self.has_boxes else None
+        masks = torch.empty(n, height, width, dtype=torch.bool, device=device) if self.has_masks else None
+        boxes: list[Tensor] = []
         for start in range(0, n, CHUNK):
             part = self.batch(range(start, min(start + CHUNK, n)))
-            place = slice(start, start + len(part.labels))
-            images[place] = part.images
+            images[start : start + CHUNK] = part.images
             if masks is not None and part.masks is not None:
-                masks[place] = part.masks
-            if boxes is not None and part.boxes is not None:
-                boxes += [b.to(device) for b in part.boxes]
-        return replace(self, store=Resident(images, torch.tensor(self.labels, device=device), masks, boxes))
+                masks[start : start + CHUNK] = part.masks[:, 0]
+            boxes += [b.to(device) for b in part.boxes or []]
+        return replace(self, store=Resident(images, masks, boxes if self.has_boxes else None))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -290,35 +262,32 @@ class ImageStream:
             batch = list(islice(records, batch_size))
             batch = [batch[i] for i in _share(np.arange(len(batch)), part)]
             samples = self.decoder.attempt_all([record for _, record, _ in batch])
-            numbers, labels, names, readable = list[int](), list[int](), list[str](), list[Sample]()
+            readable: list[tuple[int, int, str, Sample]] = []
             for (number, _, label), sample in zip(batch, samples, strict=True):
                 name = f"train/{number:06d}"
                 if isinstance(sample, Sample):
-                    numbers.append(number)
-                    labels.append(label)
-                    names.append(name)
-                    readable.append(sample)
+                    readable.append((number, label, name, sample))
                 elif self.strict:
                     raise ValueError(f"{name}: {sample}")
                 elif (name, sample) not in self.skipped:
                     self.skipped.append((name, sample))
-            places = torch.tensor(numbers, dtype=torch.int64)
-            pixels = self.decoder.stack(readable)
-            yield _changed(_tensors(pixels, np.array(labels, dtype=np.int64), places, names, device), augment, self)
+            places, labels = torch.tensor([row[:2] for row in readable], dtype=torch.int64).reshape(-1, 2).unbind(1)
+            pixels = self.decoder.stack([sample for *_, sample in readable])
+            yield _changed(_tensors(pixels, labels, places, [row[2] for row in readable], device), augment, self)
 
 
 def _tensors(
     pixels: Pixels,
-    labels: Int64[Array, " b"],
+    labels: Int64[Tensor, " b"],
     places: Int64[Tensor, " b"],
     names: list[str],
     device: torch.device | None,
 ) -> Batch:
     batch = Batch(
-        images=torch.from_numpy(pixels.images),
-        labels=torch.from_numpy(labels),
-        masks=None if pixels.masks is None else torch.from_numpy(pixels.masks)[:, None],
-        boxes=None if pixels.boxes is None else [torch.from_numpy(b) for b in pixels.boxes],
+        images=torch.as_tensor(pixels.images),
+        labels=labels,
+        masks=None if pixels.masks is None else torch.as_tensor(pixels.masks)[:, None],
+        boxes=None if pixels.boxes is None else [torch.as_tensor(b) for b in pixels.boxes],
         indices=places,
         names=names,
     )
@@ -404,15 +373,15 @@ def normalize(images: UInt8[Tensor, "b 3 h w"], preprocess: Preprocess) -> Float
     >>> normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), gray).flatten().tolist()
     [1.0, 1.0, 1.0]
     """
-    mean, std = _statistics_on(preprocess, images.device)
+    mean, std = _statistics_on(preprocess, images.device, torch.get_default_dtype())
     return (images / 255 - mean) / std
 
 
 @lru_cache(maxsize=16)
-def _statistics_on(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+def _statistics_on(preprocess: Preprocess, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and deviation on a device; copied once, so that no step waits for it."""
     with torch.inference_mode(False):
-        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (preprocess.mean, preprocess.std))
+        mean, std = torch.tensor([preprocess.mean, preprocess.std], dtype=dtype, device=device)[:, :, None, None]
     return mean, std
 
 
@@ -420,7 +389,7 @@ def sampled(store: Store, n: int, size: int) -> Iterator[UInt8[Array, "_ 3 h w"]
     """Up to `size` of the `n` images of a store, evenly spaced, a hundred at a time."""
     rows = np.array(evenly_spaced(n, size), dtype=np.int64)
     for start in range(0, len(rows), 100):
-        yield store.read(rows[start : start + 100]).images
+        yield np.asarray(store.read(rows[start : start + 100]).images)
 
 
 def statistics(images: Iterable[UInt8[Array, "_ 3 h w"]]) -> Preprocess:

@@ -21,13 +21,31 @@ Array = np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Table:
-    """Images of a source before one is decoded."""
+class Listing:
+    """What is known of images besides their pixels."""
 
     name: str
     classes: tuple[str, ...]
     labels: Int64[Array, " n"]
+    """-1 where there is no label."""
     names: list[str]
+    groups: Shaped[Array, " n"] | None = None
+    """Patient, slide or bird of each image, as strings."""
+    group_name: str | None = None
+    skipped: tuple[tuple[str, str], ...] = ()
+    """Name and reason of each image that cannot be read; they are not counted among the others."""
+    notices: tuple[str, ...] = ()
+    """Decisions about the source that you may want to change; one sentence each."""
+    has_masks: bool = False
+    has_boxes: bool = False
+    flip_ok: bool = True
+    """False for digits: a mirrored digit is another sign."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Table(Listing):
+    """Images of a source before one is decoded."""
+
     parts: Shaped[Array, " n"]
     """train, val or test as the source has it; empty if it does not say."""
     reader: Reader
@@ -35,18 +53,9 @@ class Table:
     """Changes when the source does. None: nothing is cached."""
     size: int
     """Default side of the images, in pixels."""
-    groups: Shaped[Array, " n"] | None = None
-    group_name: str | None = None
-    has_masks: bool = False
-    has_boxes: bool = False
     box_form: BoxForm | None = None
     """How boxes are written, if the source says so."""
     marks: Marks = USUAL
-    flip_ok: bool = True
-    skipped: tuple[tuple[str, str], ...] = ()
-    """Name and reason of files that belong to no class or do not exist."""
-    notices: tuple[str, ...] = ()
-    """Decisions about this source that you may want to change; one sentence each."""
 
 
 def from_folder(data: Data, folder: Path) -> Table:
@@ -84,8 +93,7 @@ def from_folder(data: Data, folder: Path) -> Table:
     files = [file for file in files if file in place]
     labels = [place[file][1] for file in files]
     classes = tuple(sorted(set(labels)))
-    masks_of = [masks.get(file, ()) for file in files]
-    reader = Records([Record(f, m[0] if len(m) == 1 else m or None) for f, m in zip(files, masks_of, strict=True)])
+    reader = Records([Record(file, masks.get(file)) for file in files])
     return Table(
         name=folder.resolve().name,
         classes=classes,
@@ -117,6 +125,18 @@ def check_columns(data: Data, names: Iterable[str], where: object, *, same_case:
         if name is not None and (name if same_case else name.casefold()) not in existing:
             hint = did_you_mean(name, existing.values(), f"columns: {', '.join(existing.values())}")
             raise ValueError(f"no column {name!r} (data.{option}) in {where}{hint}")
+
+
+def unclear_column(what: str, option: str, where: object, names: Iterable[str]) -> ValueError:
+    """The refusal of a table of which no column is known to hold `what`."""
+    return ValueError(
+        f"cannot tell which column of {where} holds the {what}; name one by data.{option}: {', '.join(names)}"
+    )
+
+
+def wrong_column(expected: str, option: str, name: str, got: object) -> ValueError:
+    """The refusal of a column that holds something else than expected."""
+    return ValueError(f"expected {expected} in column {name!r}, got {got}; name another by data.{option}")
 
 
 def group_names(values: Sequence[str], column: str) -> Shaped[Array, " n"]:

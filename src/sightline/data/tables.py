@@ -7,9 +7,9 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,27 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from sightline.data import sources
 from sightline.data.folders import PARTS, image_files
 from sightline.data.images import formats
 from sightline.data.marks import BoxForm, Record
-from sightline.data.sources import Records, Table, check_columns, fingerprint, group_names, usual_size
+from sightline.facts import did_you_mean
 from sightline.recipe import Data
 
 Array = np.ndarray
+_Names = dict[str, list[str]]
 TABLES = (".csv", ".tsv", ".jsonl")
 _IMAGE = ("image", "file_name", "filename", "path", "file")
-_USUAL = {"label": ("label",), "group": ("group",), "mask": ("mask", "mask_file_name"), "box": ("bbox",)}
-_SIDES: dict[tuple[str, ...], BoxForm] = {
+_USUAL = {"label": ("label",), "group": ("group",), "mask": ("mask", "mask_file_name"), "split": ("split",)}
+_BOXES: dict[tuple[str, ...], BoxForm | None] = {
+    ("bbox",): None,
     ("x0", "y0", "x1", "y1"): "xyxy",
     ("x1", "y1", "x2", "y2"): "xyxy",
     ("xmin", "ymin", "xmax", "ymax"): "xyxy",
     ("x", "y", "w", "h"): "xywh",
     ("x", "y", "width", "height"): "xywh",
 }
-"""Four columns that hold a box together, and its form."""
+"""A column of boxes, or four columns that hold a box together, and its form."""
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.0*)?")  # 001 is a name
 _DECIMAL = re.compile(r"-?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?")
 
@@ -47,8 +50,8 @@ class Columns:
     label: str | None
     group: str | None
     mask: str | None
-    box: str | None
-    sides: tuple[str, ...]
+    boxes: tuple[str, ...]
+    """One column of boxes, or four that hold one box together."""
     box_form: BoxForm | None
     split: str | None
 
@@ -74,17 +77,10 @@ class Listed:
 
     line: Line
     image: Path
-    mask: Path | None
-    label: str
-    group: str
-    part: str
+    facts: tuple[str, str, str, Path | None]
+    """Label, group, split and mask, in which all lines of one image must agree."""
     boxes: list[Any]
     """Four numbers per box, one after the other."""
-
-    @property
-    def facts(self) -> tuple[Any, ...]:
-        """The cells in which all lines of one image must agree."""
-        return self.label, self.group, self.part, self.mask
 
 
 def read_text(file: Path) -> str:
@@ -153,7 +149,7 @@ def lists_images(file: Path, data: Data) -> bool:
     return line is not None and _usual(line.cells, (data.image,) if data.image else _IMAGE) is not None
 
 
-def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
+def from_tables(data: Data, source: Path, files: Sequence[Path]) -> sources.Table:
     """The images that tables list, with their labels, groups, masks, boxes and splits.
 
     Paths are relative to the folder of their table. Without a label column, the class is the image's folder.
@@ -169,29 +165,30 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> Table:
     names = dict.fromkeys(name for line in lines for name in line.cells)
     columns = _choose(data, names, files[0])
     line_images, loose = _files(lines, columns.image, "images", root)
-    masks, loose_masks = _files(lines, columns.mask, "masks", root)
-    listed = [_listed(*facts, columns, root) for facts in zip(lines, line_images, masks, strict=True)]
+    line_masks, loose_masks = _files(lines, columns.mask, "masks", root)
+    listed = (_listed(*facts, columns, root) for facts in zip(lines, line_images, line_masks, strict=True))
     images = _merged(listed, columns)
-    classes, labels = _labels([image.label for image in images], columns.label)
-    groups = None if columns.group is None else group_names([image.group for image in images], columns.group)
-    reader = Records([Record(image.image, image.mask, image.boxes) for image in images])
     paths = [image.image for image in images]
-    used = [*paths, *(image.mask for image in images if image.mask is not None), *files]
-    return Table(
+    labels, groups, parts, masks = zip(*(image.facts for image in images), strict=True)
+    classes, numbers = _labels(labels, columns.label)
+    records = [Record(image.image, mask, image.boxes) for image, mask in zip(images, masks, strict=True)]
+    reader = sources.Records(records)
+    used = [*paths, *(mask for mask in masks if mask is not None), *files]
+    return sources.Table(
         name=source.resolve().name,
         classes=classes,
-        labels=labels,
+        labels=numbers,
         names=[_name(path, root) for path in paths],
-        parts=np.array([image.part for image in images]),
+        parts=np.array(parts),
         reader=reader,
-        key=f"{fingerprint(used)} {columns}",
-        size=usual_size(reader, len(images)),
-        groups=groups,
+        key=f"{sources.fingerprint(used)} {columns}",
+        size=sources.usual_size(reader, len(images)),
+        groups=None if columns.group is None else sources.group_names(groups, columns.group),
         group_name=columns.group,
         has_masks=columns.mask is not None,
-        has_boxes=columns.box is not None or bool(columns.sides),
+        has_boxes=bool(columns.boxes),
         box_form=columns.box_form,
-        notices=(*_notices(data, names, columns), *loose, *loose_masks, *_unlisted(source, line_images, masks)),
+        notices=(*_notices(data, names, columns), *loose, *loose_masks, *_unlisted(source, line_images, line_masks)),
     )
 
 
@@ -204,23 +201,20 @@ def _lines(file: Path) -> Iterator[Line]:
         return
     separator = _separator(text)
     rows = csv.reader(io.StringIO(text, newline=None), delimiter=separator, strict=True)
-    header: list[str] = []
+    filled = (row for row in rows if any(cell.strip() for cell in row))
     try:
-        for row in rows:
-            if not any(cell.strip() for cell in row) or (not header and row[0].lower().startswith("sep=")):
-                continue
-            if not header:
-                header = [name.strip() for name in row]
-                if doubled := [name for i, name in enumerate(header) if name and name in header[:i]]:
-                    raise ValueError(f"{file}: expected different column names, got {doubled[0]!r} twice; rename one")
-            elif len(row) != len(header):
+        first = next((row for row in filled if not row[0].lower().startswith("sep=")), ())
+        header = [name.strip() for name in first]
+        if doubled := [name for i, name in enumerate(header) if name and name in header[:i]]:
+            raise ValueError(f"{file}: expected different column names, got {doubled[0]!r} twice; rename one")
+        for row in filled:
+            if len(row) != len(header):
                 raise ValueError(
                     f"{file}, line {rows.line_num}: expected {len(header)} cells as in the header, got {len(row)}; "
                     f'put names that contain "{separator}" into quotes'
                 )
-            else:
-                cells = {name: cell.strip() for name, cell in zip(header, row, strict=True) if name}
-                yield Line(file=file, number=rows.line_num, cells=cells)
+            cells = {name: cell.strip() for name, cell in zip(header, row, strict=True) if name}
+            yield Line(file=file, number=rows.line_num, cells=cells)
     except csv.Error as error:
         raise ValueError(f"{file}, line {rows.line_num}: not a table of comma-separated values: {error}") from error
 
@@ -255,25 +249,22 @@ def _usual(names: Sequence[str] | dict[str, Any], wanted: Sequence[str]) -> str 
 
 def _choose(data: Data, names: dict[str, None], file: Path) -> Columns:
     """The columns that the recipe names, or those with the usual names."""
-    check_columns(data, names, file, same_case=False)
+    sources.check_columns(data, names, file, same_case=False)
     image = _usual(names, (data.image,) if data.image else _IMAGE)
     if image is None:
-        raise ValueError(
-            f"cannot tell which column of {file} holds the image files; name one by data.image: {', '.join(names)}"
-        )
+        raise sources.unclear_column("image files", "image", file, names)
     chosen = {
-        option: _usual(names, (getattr(data, option),) if getattr(data, option) else usual)
+        option: _usual(names, (wanted,) if (wanted := getattr(data, option, None)) else usual)
         for option, usual in _USUAL.items()
     }
-    sides: tuple[str, ...] = ()
+    boxes: tuple[str, ...] = ()
     form: BoxForm | None = None
-    if chosen["box"] is None:
-        for wanted, its_form in _SIDES.items():
-            side_names = [_usual(names, (name,)) for name in wanted]
-            if None not in side_names:
-                sides, form = tuple(filter(None, side_names)), its_form
-                break
-    return Columns(image=image, split=_usual(names, ("split",)), sides=sides, box_form=form, **chosen)
+    for wanted, its_form in ({(data.box,): None} if data.box else _BOXES).items():
+        found = [_usual(names, (name,)) for name in wanted]
+        if None not in found:
+            boxes, form = tuple(filter(None, found)), its_form
+            break
+    return Columns(image=image, boxes=boxes, box_form=form, **chosen)
 
 
 def _files(
@@ -282,13 +273,13 @@ def _files(
     """The files that a column names, and notices about them."""
     if column is None:
         return [None] * len(lines), ()
-    lookup = _Lookup()
+    listed = cache(_names)
     files: list[Path | None] = []
     missing: list[Line] = []
     loose: list[str] = []
     for line in lines:
         text = "" if line.cells.get(column) is None else str(line.cells[column]).strip()
-        file = lookup(line.file.parent, text) if text else None
+        file = _found(line.file.parent, text, listed) if text else None
         files.append(file)
         if file is None and (text or what == "images"):
             missing.append(line)
@@ -315,40 +306,31 @@ def _elsewhere(name: str, root: Path) -> str:
     return "correct the names or leave out their lines"
 
 
-class _Lookup:
-    """Finds files by names that may differ in case, Unicode form or the kind of slash, or lack the suffix."""
+def _found(folder: Path, text: str, listed: Callable[[Path], tuple[_Names, _Names]]) -> Path | None:
+    """The file of a name that may differ in case, Unicode form or the kind of slash, or lack the suffix."""
+    if os.path.isfile(here := folder / text):
+        return here
+    here = folder
+    for part in re.split(r"[/\\]", text):
+        if part in ("", ".", "..") or os.path.exists(here / part):
+            here = here / (part or "/" if here is folder else part)
+        else:
+            names, stems = listed(here)
+            same = names.get(_folded(part)) or stems.get(_folded(part), [])
+            if len(same) != 1:
+                return None
+            here = here / same[0]
+    return here if os.path.isfile(here) else None
 
-    def __init__(self) -> None:
-        self._names = cache(self._list)
 
-    def __call__(self, folder: Path, text: str) -> Path | None:
-        for name in (text, text.replace("\\", "/")):
-            if os.path.isfile(file := folder / name):
-                return file
-        here = folder
-        *above, last = re.split(r"[/\\]", text)
-        for part in above:
-            if part in ("", ".", "..") or os.path.isdir(here / part):
-                here = here / (part or "/" if here is folder else part)
-            else:
-                same = self._names(here)[0].get(_folded(part), [])
-                if len(same) != 1:
-                    return None
-                here = here / same[0]
-        names, stems = self._names(here)
-        same = names.get(_folded(last), []) or stems.get(_folded(last), [])
-        return here / same[0] if len(same) == 1 and os.path.isfile(here / same[0]) else None
-
-    @staticmethod
-    def _list(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """The names in a folder, and the stems of its images, as they are compared."""
-        names: dict[str, list[str]] = {}
-        stems: dict[str, list[str]] = {}
-        for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-            names.setdefault(_folded(name), []).append(name)
-            if Path(name).suffix.lower() in formats():
-                stems.setdefault(_folded(Path(name).stem), []).append(name)
-        return names, stems
+def _names(folder: Path) -> tuple[_Names, _Names]:
+    """The names in a folder, and the stems of its images, as they are compared."""
+    names, stems = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        names[_folded(name)].append(name)
+        if Path(name).suffix.lower() in formats():
+            stems[_folded(Path(name).stem)].append(name)
+    return names, stems
 
 
 def _composed(text: str) -> str:
@@ -379,21 +361,21 @@ def _listed(line: Line, image: Path | None, mask: Path | None, columns: Columns,
     if columns.label is None:
         kind = folders[has_split:]
         if not kind:
-            raise ValueError(
-                f"cannot tell which column of {line.file} holds the class; name one by data.label: "
-                f"{', '.join(line.cells)}"
-            )
+            raise sources.unclear_column("class", "label", line.file, line.cells)
         label = _composed(kind[0])
-    boxes = _numbers(line.cells.get(columns.box)) if columns.box else [_number(line.text(s)) for s in columns.sides]
     return Listed(
         line=line,
         image=image,
-        mask=mask,
-        label=label,
-        group=line.text(columns.group),
-        part=part,
-        boxes=[] if columns.sides and not any(line.text(side) for side in columns.sides) else boxes,
+        facts=(label, line.text(columns.group), part, mask),
+        boxes=_boxes(line, columns.boxes),
     )
+
+
+def _boxes(line: Line, columns: tuple[str, ...]) -> list[Any]:
+    if len(columns) == 1:
+        return _numbers(line.cells.get(columns[0]))
+    sides = [line.text(side) for side in columns]
+    return [_number(side) for side in sides] if any(sides) else []
 
 
 def _numbers(cell: Any) -> list[Any]:
@@ -421,20 +403,21 @@ def _number(text: str) -> float | str:
         return text  # decoding refuses the image and shows it
 
 
-def _merged(listed: Sequence[Listed], columns: Columns) -> list[Listed]:
+def _merged(listed: Iterable[Listed], columns: Columns) -> list[Listed]:
     """One entry per image; if an image has several lines, as in tables of boxes, their boxes are combined."""
-    images: dict[Path, Listed] = {}
+    images: dict[str, Listed] = {}
     doubled: list[tuple[Listed, Listed]] = []
     for image in listed:
-        path = Path(os.path.abspath(image.image))
+        path = os.path.abspath(image.image)
         first = images.setdefault(path, image)
         if first is not image:
-            if first.facts != image.facts or not (columns.box or columns.sides):
+            if first.facts != image.facts or not columns.boxes:
                 doubled.append((first, image))
             images[path] = replace(first, boxes=first.boxes + image.boxes)
     if doubled:
         first, second = doubled[0]
-        labels = "" if first.label == second.label else f" as {first.label!r} and {second.label!r}"
+        one, other = first.facts[0], second.facts[0]
+        labels = "" if one == other else f" as {one!r} and {other!r}"
         raise ValueError(
             f"expected one line per image, got {len(doubled)} more; "
             f"the first, {first.line.text(columns.image)!r}, is in "
@@ -457,9 +440,7 @@ def _labels(labels: Sequence[str], column: str | None) -> tuple[tuple[str, ...],
         ordered = sorted({label for label in labels if label} - {"-1"}, key=int)
     elif column is not None and all(_DECIMAL.fullmatch(name) for name in names):
         wrong = min(name for name in names if not _WHOLE.fullmatch(name))
-        raise ValueError(
-            f"expected class names or whole numbers in column {column!r}, got {wrong}; name another by data.label"
-        )
+        raise sources.wrong_column("class names or whole numbers", "label", column, wrong)
     else:
         ordered = sorted(names)
     place = {name: i for i, name in enumerate(ordered)}
@@ -469,12 +450,11 @@ def _labels(labels: Sequence[str], column: str | None) -> tuple[tuple[str, ...],
 def _notices(data: Data, names: dict[str, None], columns: Columns) -> Iterator[str]:
     if data.group is None and columns.group is not None:
         yield f"the splits keep the groups of column {columns.group!r} together, since the table has such a column"
-    used = {columns.image, columns.label, columns.group, columns.mask, columns.box, columns.split, *columns.sides}
+    used = {columns.image, columns.label, columns.group, columns.mask, columns.split, *columns.boxes}
     absent = [name for name in ("label", "group", "mask", "bbox", "split") if _usual(names, (name,)) is None]
     for name in names:
-        near = get_close_matches(name.casefold(), absent, 1, 0.75)
-        if name not in used and near:
-            yield f"column {name!r} is not read; if it is meant as {near[0]!r}, rename it"
+        if name not in used and (hint := did_you_mean(name.casefold(), absent, cutoff=0.75)):
+            yield f"column {name!r} is not read{hint}"
 
 
 def _unlisted(source: Path, images: Sequence[Path | None], masks: Sequence[Path | None]) -> Iterator[str]:

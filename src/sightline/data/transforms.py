@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from sightline.recipe import Augment
 
@@ -56,42 +57,26 @@ def augment(
     Pixels outside the image are black, a cutout becomes `fill`. Boxes that leave the image are dropped. Nothing is
     changed in place, and, without boxes, the host never waits for the device.
     """
-    marks = None if boxes is None else _Marks.joined(boxes, images.device)
+    # as many for each image as the fullest has, the rest without area; (x, y) of first and last corner
+    corners = pad_sequence(boxes, batch_first=True).unflatten(2, (2, 2)) if boxes else None
     if what.scale < 1:
         window = _Window.drawn(what, uniform, *images.shape[-2:])
         images = window.enlarged(images)
         masks = None if masks is None else window.nearest(masks)
-        marks = None if marks is None else window.around(marks)
+        corners = None if corners is None else window.around(corners)
     if what.crop or what.flip or what.rotate:
         move = _Move.drawn(what, uniform, *images.shape[-2:])
         images = move.pixels(images)
         masks = None if masks is None else move.pixels(masks)
-        marks = None if marks is None else move.corners(marks)
+        corners = None if corners is None else move.corners(corners)
     if what.color:
         images = _colored(images, 1 + what.color * (2 * uniform[:, 9:12] - 1))
     if what.cutout:
         images = _cut_out(images, what.cutout, uniform[:, 12:14], fill)
-    return images, masks, None if marks is None else marks.kept(len(images))
-
-
-class _Marks(NamedTuple):
-    """The boxes of all images."""
-
-    corners: Float32[Tensor, "k 2 2"]
-    """First and last corner of each, as (x, y)."""
-    image: Int64[Tensor, " k"]
-
-    @classmethod
-    def joined(cls, boxes: Boxes, device: torch.device) -> "_Marks":
-        counts = torch.tensor([len(b) for b in boxes], dtype=torch.int64, device=device)
-        corners = torch.cat([torch.zeros(0, 4, device=device), *boxes]).reshape(-1, 2, 2)
-        return cls(corners, torch.arange(len(boxes), device=device).repeat_interleave(counts))
-
-    def kept(self, n: int) -> Boxes:
-        """The boxes that are not empty, by image."""
-        full = (self.corners[:, 1] > self.corners[:, 0]).all(1)
-        counts = torch.bincount(self.image[full], minlength=n)
-        return list(self.corners[full].reshape(-1, 4).split(counts.tolist()))
+    if corners is not None:
+        full = (corners[:, :, 1] > corners[:, :, 0]).all(2)
+        boxes = list(corners[full].flatten(1).split(full.sum(1).tolist()))
+    return images, masks, boxes
 
 
 class _Window(NamedTuple):
@@ -134,11 +119,10 @@ class _Window(NamedTuple):
         )
         return _columns(_rows(masks, rows), columns)
 
-    def around(self, marks: _Marks) -> _Marks:
-        start, size = self.start[marks.image, None], self.size[marks.image, None]
+    def around(self, corners: Float32[Tensor, "b k 2 2"]) -> Float32[Tensor, "b k 2 2"]:
+        start, size = self.start[:, None, None], self.size[:, None, None]
         whole = torch.tensor(self.whole, device=start.device)
-        corners = (marks.corners - start).clamp(min=0).minimum(size.float()) * (whole / size)
-        return marks._replace(corners=corners)
+        return (corners - start).clamp(min=0).minimum(size.float()) * (whole / size)
 
 
 class _Move(NamedTuple):
@@ -179,13 +163,13 @@ class _Move(NamedTuple):
         places = torch.where(self.mirrored[:, axis, None], steps.flip(0), steps) + self.shift[:, axis, None]
         return torch.where((places >= 0) & (places < n), places, n)
 
-    def corners(self, marks: _Marks) -> _Marks:
+    def corners(self, corners: Float32[Tensor, "b k 2 2"]) -> Float32[Tensor, "b k 2 2"]:
         whole = torch.tensor(self.whole, device=self.shift.device)
-        corners = (marks.corners - self.shift[marks.image, None]).clamp(min=0).minimum(whole.float())
-        corners = torch.where(self.mirrored[marks.image, None], whole - corners.flip(1), corners)
+        corners = (corners - self.shift[:, None, None]).clamp(min=0).minimum(whole.float())
+        corners = torch.where(self.mirrored[:, None, None], whole - corners.flip(2), corners)
         if self.turned is not None:
-            corners = torch.where(self.turned[marks.image, None, None], corners.flip(2), corners)
-        return marks._replace(corners=corners)
+            corners = torch.where(self.turned[:, None, None, None], corners.flip(3), corners)
+        return corners
 
 
 def _rows(x: Shaped[Tensor, "b c h w"], rows: Int64[Tensor, "b n"]) -> Shaped[Tensor, "b c n w"]:
