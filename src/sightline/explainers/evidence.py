@@ -1,9 +1,10 @@
 """What one forward of a model and a few backwards through it show."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -244,7 +245,7 @@ class Gathered:
         return rows_of(_as_float(place.head, self.scorer), classes, divisor=math.prod(place.at.layout.grid))
 
     def _evidence(
-        self, place: _Place, targets: Tensor, gradients: Tensor | None, of_image: dict[str, Tensor]
+        self, place: _Place, targets: Tensor, gradients: Tensor | None, of_image: Mapping[str, Any]
     ) -> Evidence:
         name = "" if place.captured is None else place.captured.name
         if "gate" in place.needs:
