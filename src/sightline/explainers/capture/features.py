@@ -306,9 +306,13 @@ class LastFeatures(Watch):
             feeding = [(leaf, gradient) for leaf, gradient in zip(leaves, back, strict=True) if gradient is not None]
             used = [leaf for leaf, gradient in feeding if gradient.any()] or [leaf for leaf, _ in feeding] or leaves
         features = [leaf for leaf in used if "gate" not in leaf.name.split(".")] or used
-        if name:
-            features = self._named(name, features)
-        leaf = features[-1]
+        named = [leaf for leaf in features if not name or leaf.name == name]
+        if not named:
+            names = " and ".join(repr(leaf.name) for leaf in features)
+            raise ValueError(
+                f"expected the name of a layer, got {name!r}; the feature map behind the logits is {names}"
+            )
+        leaf = named[-1]
         if self.leaves.index(leaf) in self.outputs:
             raise ValueError(
                 "expected layer= for a model that returns feature maps, got none; name one before its output "
@@ -335,17 +339,8 @@ class LastFeatures(Watch):
                 f"expected a feature map close to the logits, got {leaf.name!r}, {behind} weight layers away; "
                 "pass layer="
             )
-        self._notice(leaf, features, behind, notices)
+        self._notice(leaf, named, behind, notices)
         return Captured(leaf.name, leaf.tensor, leaf.layout, leaf.call), len(used) == 1
-
-    def _named(self, name: str, features: list[_Leaf]) -> list[_Leaf]:
-        of_name = [leaf for leaf in features if leaf.name == name]
-        if not of_name:
-            names = " and ".join(repr(leaf.name) for leaf in features)
-            raise ValueError(
-                f"expected the name of a layer, got {name!r}; the feature map behind the logits is {names}"
-            )
-        return of_name
 
     def _notice(self, leaf: _Leaf, features: list[_Leaf], behind: int, notices: dict[str, None]) -> None:
         """Add notices about decisions that the owner of the model may want to change."""
