@@ -318,7 +318,8 @@ def _panel(
     width = cells[0].shape[3]
     grid = F.pad(torch.stack(list(cells), 1), (0, _GAP, 0, _GAP), value=255)
     grid = grid.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    panel = torch.cat([_titles(titles, width).to(grid.device), grid[:, :-_GAP, :-_GAP]], 1)
+    heads = _texts([title.replace("_", " ") for title in titles], width, max(12, width // 14), "md")
+    panel = torch.cat([heads.to(grid.device), grid[:, :-_GAP, :-_GAP]], 1)
     if not captions.keys() & set(titles[1:]):
         return panel
     foot = _texts(["", *(captions.get(name, "") for name in titles[1:])], width, _letters(width), "ma")
@@ -363,10 +364,6 @@ def _scale(
 def _letters(width: int) -> int:
     """Size of the letters below a map of this width."""
     return max(10, width // 22)
-
-
-def _titles(titles: Sequence[str], width: int) -> UInt8[Tensor, "3 h w"]:
-    return _texts([title.replace("_", " ") for title in titles], width, max(12, width // 14), "md")
 
 
 def _texts(texts: Sequence[str], width: int, letters: int, anchor: Literal["ma", "md"]) -> UInt8[Tensor, "3 h w"]:

@@ -46,8 +46,8 @@ def patch_map(weights: Float[Tensor, "b heads n n"], grid: Grid, *, from_first: 
 
 
 @contextmanager
-def patch_maps(model: nn.Module, keep: Callable[[str], Callable[..., None]]) -> Generator[None]:
-    """When this context ends, pass the maps of each attention block to the hook `keep(its name)`.
+def patch_maps(model: nn.Module, keep: Callable[[str, Tensor], None]) -> Generator[None]:
+    """When this context ends, `keep` gets the name of each attention block and its maps.
 
     A block is a module that attends between all its tokens, once (see `AttentionWeights`). Blocks with a child `gate`
     are skipped, since that yields their map. A map is that of the first token's query if the head reads that token,
@@ -64,7 +64,7 @@ def patch_maps(model: nn.Module, keep: Callable[[str], Callable[..., None]]) -> 
     for name, maps in seen.weights:
         gate = getattr(modules[name], "gate", None)
         if times[name] == 1 and (not isinstance(gate, nn.Module) or isinstance(gate, nn.Linear)):
-            keep(name)(modules[name], (), maps[int(seen.from_first)])
+            keep(name, maps[int(seen.from_first)])
 
 
 class _Attention(NamedTuple):

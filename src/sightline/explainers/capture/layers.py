@@ -2,9 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class Capture:
         self.watch = LastFeatures(self.images, cut=cut and not self.calls) if search else Watch(self.images, cut=cut)
         with ExitStack() as contexts:
             for name in self.calls:
-                contexts.enter_context(hook_on(self.modules[name], self._keep(name)))
+                contexts.enter_context(hook_on(self.modules[name], partial(self._keep, name)))
             for name, module in self.modules.items():
                 if not is_read or self._compiled_around(name):
                     continue
@@ -130,9 +131,9 @@ class Capture:
                 if self.calls and isinstance(module, nn.Conv2d | nn.Conv3d):
                     contexts.enter_context(module.register_forward_hook(self._see_grid))
                 if self.read_gates and isinstance(gate := getattr(module, "gate", None), nn.Module):
-                    contexts.enter_context(gate.register_forward_hook(self._keep_gate(name)))
+                    contexts.enter_context(gate.register_forward_hook(partial(self._keep_gate, name)))
             if self.read_gates:
-                contexts.enter_context(patch_maps(self.model, self._keep_patches))
+                contexts.enter_context(patch_maps(self.model, self._keep_map))
             if is_read:
                 contexts.enter_context(self.watch)
             yield
@@ -159,33 +160,30 @@ class Capture:
         if self.call is not None and self.call not in range(len(calls)):
             raise ValueError(f"expected call= of {name!r} in 0..{len(calls) - 1}, got {self.call}; {shapes}")
 
-    def _keep(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            tensor = first = first_tensor(output)
-            if tensor is not None and tensor.is_quantized:
-                raise ValueError(quantized_in(self.model))
-            if tensor is None or tensor.ndim < 3 or not tensor.is_floating_point():
-                got = f"shape {tuple(tensor.shape)}" if tensor is not None else type(output).__name__
-                raise ValueError(
-                    f"expected a layer that yields (b, c, h, w) with h*w > 1, got {got} from {name!r}; choose another"
-                )
-            calls = self.calls[name]
-            self.watch.passed(module, inputs, tensor)
-            layout = self._layout_of(name, tensor)
-            before = len(calls)
-            calls += [tuple(tensor.shape[1:])] * layout.fold  # the images of a pair, one batch behind the other
-            call = self.call or 0
-            if not before <= call < len(calls):
-                return None
-            layout = replace(layout, part=call - before)
-            torch.set_grad_enabled(True)  # from here to the logits; the caller's no_grad ends it
-            if not tensor.requires_grad:
-                tensor = tensor.detach().clone().requires_grad_()
-            self.read[name] = Captured(name, tensor, layout, call)
-            handed = tensor.clone()  # an in-place activation behind the layer must not rewrite what was captured
-            return tree_map(lambda value: handed if value is first else value, output)
-
-        return hook
+    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
+        tensor = first = first_tensor(output)
+        if tensor is not None and tensor.is_quantized:
+            raise ValueError(quantized_in(self.model))
+        if tensor is None or tensor.ndim < 3 or not tensor.is_floating_point():
+            got = f"shape {tuple(tensor.shape)}" if tensor is not None else type(output).__name__
+            raise ValueError(
+                f"expected a layer that yields (b, c, h, w) with h*w > 1, got {got} from {name!r}; choose another"
+            )
+        calls = self.calls[name]
+        self.watch.passed(module, inputs, tensor)
+        layout = self._layout_of(name, tensor)
+        before = len(calls)
+        calls += [tuple(tensor.shape[1:])] * layout.fold  # the images of a pair, one batch behind the other
+        call = self.call or 0
+        if not before <= call < len(calls):
+            return None
+        layout = replace(layout, part=call - before)
+        torch.set_grad_enabled(True)  # from here to the logits; the caller's no_grad ends it
+        if not tensor.requires_grad:
+            tensor = tensor.detach().clone().requires_grad_()
+        self.read[name] = Captured(name, tensor, layout, call)
+        handed = tensor.clone()  # an in-place activation behind the layer must not rewrite what was captured
+        return tree_map(lambda value: handed if value is first else value, output)
 
     def _layout_of(self, name: str, tensor: Tensor) -> Layout:
         """Where the positions are in a layer's tensor: as tracked, else by the shapes of images and convolutions.
@@ -213,30 +211,22 @@ class Capture:
     def _see_grid(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self.grids.append(tuple(output.shape[2:]))
 
-    def _keep_gate(self, name: str) -> Callable[..., None]:
-        keep = self._keep_patches(name)
+    def _keep_gate(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            return
+        dims = self.watch.positions.of(output)
+        axes = self.images.ndim - 2
+        if dims is not None and output.ndim == 3 and axes == 2:  # (b, queries, keys): what the keys receive
+            if dims[1].has_axis:
+                output, dims = output.mean(1, keepdim=True), (dims[0], other(1), dims[2])
+        layout = None if dims is None else layout_in(dims, axes)
+        self._keep_map(name, output if layout is None else layout.maps(output))
 
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                return
-            dims = self.watch.positions.of(output)
-            axes = self.images.ndim - 2
-            if dims is not None and output.ndim == 3 and axes == 2:  # (b, queries, keys): what the keys receive
-                if dims[1].has_axis:
-                    output, dims = output.mean(1, keepdim=True), (dims[0], other(1), dims[2])
-            layout = None if dims is None else layout_in(dims, axes)
-            keep(module, inputs, output if layout is None else layout.maps(output))
-
-        return hook
-
-    def _keep_patches(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == self.images.ndim:
-                if name in self.gates:
-                    raise ValueError(f"expected an attention block that runs once, got {name!r}, which runs twice")
-                self.gates[name] = output.clone() if self.scorer.differentiable else output.detach().clone()
-
-        return hook
+    def _keep_map(self, name: str, maps: Tensor) -> None:
+        if maps.ndim == self.images.ndim:
+            if name in self.gates:
+                raise ValueError(f"expected an attention block that runs once, got {name!r}, which runs twice")
+            self.gates[name] = maps.clone() if self.scorer.differentiable else maps.detach().clone()
 
 
 def _guess(tensor: Tensor, images: Tensor, grids: Sequence[tuple[int, ...]]) -> Layout | None:
