@@ -17,7 +17,7 @@ from sightline.explainers.rectifiers import Rectifiers, Rule
 from sightline.explainers.scorer import Scorer, Targets, gradients_of, rows_of
 from sightline.explainers.tokens import SmoothAttention
 from sightline.facts import Progress
-from sightline.inference import ForwardCall, check_images, untouched
+from sightline.inference import ForwardCall, untouched
 from sightline.inference.axes import Layout
 
 _OF_LAYER = {"activations", "gradients", "mean_gradients", "runner_up_gradients", "head"}
@@ -287,10 +287,9 @@ def gather(
     attention block; None is the last block with h*w > 1.
 
     Raises:
-        ValueError: bad images, targets or layer, no rectifier for guided gradients.
+        ValueError: bad targets or layer, no rectifier for guided gradients.
         TypeError: targets that are no class indices, a model that is none.
     """
-    check_images(images)
     settings = settings or Settings()
     needs = frozenset[str]().union(*(needs for _, needs in requests))
     reads_images = bool(needs & _OF_IMAGE.keys())

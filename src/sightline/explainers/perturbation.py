@@ -57,13 +57,10 @@ def occlusion(
 
     def occluded(items: Tensor) -> tuple[Tensor, Tensor]:
         rows = items // patches
-        holes = torch.ones_like(items, dtype=torch.bool)
-        places, left = [], items % patches
-        for count in reversed(positions):  # torch.unravel_index would wait for a GPU
-            places.insert(0, left % count)
-            left = left // count
-        for axis, at in enumerate(places):
-            holes = holes[..., None] & covered[axis][at].view(len(items), *[1] * axis, -1)
+        holes, left = torch.ones_like(items, dtype=torch.bool), items % patches
+        for table in reversed(covered):  # torch.unravel_index would wait for a GPU
+            holes = table[left % len(table)].view(len(items), -1, *[1] * (holes.ndim - 1)) & holes[:, None]
+            left = left // len(table)
         return torch.where(holes[:, None], fill, images[rows]), rows
 
     scores = score.collect("occlusion", len(images) * patches, occluded, score).unflatten(0, (len(images), -1))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from sightline import maps as pixels
 from sightline.facts import Level, Verdict
@@ -103,5 +104,4 @@ def verdicts_of(
 def _same(one: Float[Tensor, "b t n"], other: Float[Tensor, "b t n"]) -> Tensor:
     """Whether two maps are the same except for scale and offset."""
     one, other = one - one.mean(2, keepdim=True), other - other.mean(2, keepdim=True)
-    lengths = one.square().sum(2).sqrt() * other.square().sum(2).sqrt()
-    return (one * other).sum(2) >= _SAME * lengths.where(lengths > 0, torch.inf)
+    return F.cosine_similarity(one, other, 2, eps=0) >= _SAME  # not a number, so not the same, where one is constant
