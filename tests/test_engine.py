@@ -246,7 +246,7 @@ def test_memory_is_bounded_by_all_layers_together(images, monkeypatch):
     model, every = seeded(Net).eval(), torch.arange(4).expand(3, -1)
     requests = [("conv1", frozenset({"gradients"})), ("conv2", frozenset({"gradients"}))]
     gathered = engine.gather(model, images, requests, every)
-    monkeypatch.setattr(engine, "_LARGEST_BLOCK", 3 * sum(a.numel() for a in gathered.activations))
+    monkeypatch.setattr(engine, "_LARGEST_BLOCK", 3 * sum(place.activations.numel() for place in gathered.places))
     assert [block[0].gradients.shape[1] for block in gathered.blocks()] == [3, 1]
 
 

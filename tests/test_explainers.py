@@ -427,7 +427,7 @@ def test_bad_requests_say_what_to_do(arguments, message, images, unchecked):
 
 def test_bad_models_and_images_say_what_to_do(images, unchecked):
     with pytest.raises(ValueError, match=r"for one image pass images\[None\]"):
-        gather(seeded(Net), images.long(), [(None, frozenset())])
+        explain(seeded(Net), images.long())
     with pytest.raises(ValueError, match="expected a model in which a"):
         explain(
             nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)).requires_grad_(False)[1:],

@@ -398,21 +398,16 @@ def test_registers_of_hugging_face_and_rows_that_sum_to_one():
 def test_patch_maps_are_rows_of_the_weights():
     model, x, found = drawn(build_torchvision), images(), {}
 
-    def keep(name):
-        return lambda module, inputs, maps: found.setdefault(name, (module, maps))
-
-    with patch_maps(model, keep):
+    with patch_maps(model, found.setdefault):
         model(x)
     with AttentionWeights(model) as seen:
         model(x)
     assert list(found) == [name for name, _ in seen.weights]
     for name, weights in seen.weights:
-        module, maps = found[name]
-        assert module is model.get_submodule(name)
-        torch.testing.assert_close(maps, weights[:, :, 0, 1:].unflatten(2, (2, 2)), rtol=0, atol=1e-12)
-    with patch_maps(tiny := drawn(build_tiny), keep):  # its gates yield their maps themselves
+        torch.testing.assert_close(found[name], weights[:, :, 0, 1:].unflatten(2, (2, 2)), rtol=0, atol=1e-12)
+    with patch_maps(tiny := drawn(build_tiny), found.setdefault):  # its gates yield their maps themselves
         tiny(x)
-    with patch_maps(shared := Evens(*[Even()] * 2), keep):
+    with patch_maps(shared := Evens(*[Even()] * 2), found.setdefault):
         shared(x[:, :1])
     assert len(found) == 2
 

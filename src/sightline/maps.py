@@ -318,7 +318,8 @@ def _panel(
     width = cells[0].shape[3]
     grid = F.pad(torch.stack(list(cells), 1), (0, _GAP, 0, _GAP), value=255)
     grid = grid.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    panel = torch.cat([_titles(titles, width).to(grid.device), grid[:, :-_GAP, :-_GAP]], 1)
+    heads = _texts([title.replace("_", " ") for title in titles], width, max(12, width // 14), "md")
+    panel = torch.cat([heads.to(grid.device), grid[:, :-_GAP, :-_GAP]], 1)
     if not captions.keys() & set(titles[1:]):
         return panel
     foot = _texts(["", *(captions.get(name, "") for name in titles[1:])], width, _letters(width), "ma")
@@ -363,10 +364,6 @@ def _scale(
 def _letters(width: int) -> int:
     """Size of the letters below a map of this width."""
     return max(10, width // 22)
-
-
-def _titles(titles: Sequence[str], width: int) -> UInt8[Tensor, "3 h w"]:
-    return _texts([title.replace("_", " ") for title in titles], width, max(12, width // 14), "md")
 
 
 def _texts(texts: Sequence[str], width: int, letters: int, anchor: Literal["ma", "md"]) -> UInt8[Tensor, "3 h w"]:
@@ -430,19 +427,26 @@ def boxes(maps: Float[Tensor, "b t h w"], threshold: float = 0.2) -> Int[Tensor,
     if not 0 <= threshold <= 1:
         raise ValueError(f"expected a threshold from 0 to 1, got {threshold}; it is a share of the map's maximum")
     _check_tensor("maps", maps, "(b, t, h, w)", 4)
-    height, width = maps.shape[2:]
-    values = maps.flatten(0, 1).flatten(1).clamp(min=0)
-    highest = values.amax(1, keepdim=True)
-    has_box = (highest > 0) & maps.isfinite().flatten(0, 1).flatten(1).all(1, keepdim=True)
-    inside = values / highest >= threshold
-    labels = _components(inside.unflatten(1, (height, width)))
-    sizes = torch.zeros_like(labels).scatter_add(1, labels, inside.long())
-    peaks = torch.zeros_like(values).scatter_reduce(1, labels, values.where(inside, 0.0), "amax")
-    largest = sizes == sizes.amax(1, keepdim=True)
-    best = largest & (peaks == peaks.where(largest, -1.0).amax(1, keepdim=True))
-    chosen = best.int().argmax(1, keepdim=True)
-    component = inside & has_box & (labels == chosen)
-    return box_around(component.unflatten(1, (height, width))).unflatten(0, maps.shape[:2])
+    values = maps.detach().flatten(0, 1).clamp(min=0)
+    highest = values.amax((1, 2), keepdim=True)
+    is_finite = maps.isfinite().flatten(0, 1).flatten(1).all(1)[:, None, None]
+    inside = (values / highest >= threshold) & (highest > 0) & is_finite
+    chosen = inside.cpu()
+    for cells, peaks in zip(chosen.numpy(), values.double().cpu().numpy(), strict=True):
+        _keep_largest(cells, peaks)
+    return box_around(chosen.to(maps.device)).unflatten(0, maps.shape[:2])
+
+
+def _keep_largest(inside: Bool[np.ndarray, "h w"], values: Float[np.ndarray, "h w"]) -> None:
+    """Clear all cells except the largest connected component's."""
+    from scipy import ndimage
+
+    labels = np.empty(inside.shape, dtype=np.int32)
+    ndimage.label(inside, np.ones((3, 3)), labels)
+    sizes = np.bincount(labels.ravel())
+    peaks = ndimage.maximum(values, labels, range(len(sizes)))
+    best = max(range(1, len(sizes)), key=lambda label: (sizes[label], peaks[label]), default=0)
+    inside &= labels == best
 
 
 def box_around(inside: Bool[Tensor, "*b h w"]) -> Int[Tensor, "*b 4"]:
@@ -455,26 +459,6 @@ def box_around(inside: Bool[Tensor, "*b h w"]) -> Int[Tensor, "*b 4"]:
     columns, rows = inside.any(-2).int(), inside.any(-1).int()
     box = [columns.argmax(-1), rows.argmax(-1), width - columns.flip(-1).argmax(-1), height - rows.flip(-1).argmax(-1)]
     return torch.stack(box, -1) * inside.any((-2, -1)).unsqueeze(-1)
-
-
-def _components(inside: Bool[Tensor, "n h w"]) -> Int[Tensor, "n cells"]:
-    """Label each cell inside by the lowest index of a cell in its component; any other cell by its own index.
-
-    In every round a label takes over the lowest label beside its cells and is then replaced by its own label: labels
-    travel in doubling steps, so that a spiral needs about as many rounds as its length has binary digits.
-    """
-    cells = inside.flatten(1)
-    n = cells.shape[1]
-    labels = torch.arange(n, device=inside.device).expand(cells.shape)
-    while True:
-        around = F.pad(labels.where(cells, n).view(inside.shape), (1, 1, 1, 1), value=n)
-        around = torch.minimum(torch.minimum(around[:, :-2], around[:, 1:-1]), around[:, 2:])
-        around = torch.minimum(torch.minimum(around[..., :-2], around[..., 1:-1]), around[..., 2:])
-        joined = labels.scatter_reduce(1, labels, around.flatten(1).where(cells, labels), "amin")
-        joined = joined.gather(1, joined)
-        if torch.equal(joined, labels):
-            return labels
-        labels = joined
 
 
 def _check_tensor(name: str, value: object, shape: str, axes: int | None = None) -> None:

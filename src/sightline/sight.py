@@ -47,22 +47,20 @@ class Sight:
     def markdown(self) -> str:
         """Two tables: methods by truth, metrics by how well they predict it."""
         results, names = self.evaluations, list(self.evaluations)
-        controls = {method for result in results.values() for method in result.controls}
-        truth = {
-            method: {n: r.score(method, TRUTH).interval for n, r in results.items() if method in r.methods}
-            for method in dict.fromkeys(method for result in results.values() for method in result.methods)
-        }
-        forecasts = {
-            metric: {name: by_metric[metric] for name, by_metric in self.predicts.items() if metric in by_metric}
-            for metric in dict.fromkeys(metric for by_metric in self.predicts.values() for metric in by_metric)
-        }
-        labels = {method: f"{method} (control)" for method in controls}
+        truth: dict[str, dict[str, Interval]] = {}
+        forecasts: dict[str, dict[str, Interval]] = {}
+        for name, result in results.items():
+            for method in result.methods:
+                label = f"{method} (control)" if method in result.controls else method
+                truth.setdefault(label, {})[name] = result.score(method, TRUTH).interval
+            for metric, interval in self.predicts[name].items():
+                forecasts.setdefault(metric, {})[name] = interval
         chance = ["chance", *(f"{result.chance[TRUTH]:.3f}" for result in results.values())]
         counts = ", ".join(f"{result.provenance['images with maps']} ({name})" for name, result in results.items())
         first = f"`{TRUTH}` of each map, mean over the images: {counts}. 1 is the truth."
         then = "How well each metric forecasts that order of the maps: rank correlation, 1 always, 0 as a draw would."
-        methods = _table(["method", *names], truth, labels) + _line(chance)
-        return f"{first}\n\n{methods}\n{then}\n\n{_table(['metric', *names], forecasts, {})}"
+        methods = _table(["method", *names], truth) + _line(chance)
+        return f"{first}\n\n{methods}\n{then}\n\n{_table(['metric', *names], forecasts)}"
 
 
 def sight_test(
@@ -108,7 +106,10 @@ def sight_test(
     chosen |= {"limit": limit, "budget": budget, "progress": progress, "provenance": runs.surroundings()}
     evaluations: dict[str, Evaluation] = {}
     for name in sets:
-        model, images, seed = _known(name, limit) if known else _trained(name, out, start, overrides or {})
+        if known:
+            model, images, seed = PLANTED[name](), [planted(name, limit)], 0
+        else:
+            model, images, seed = _trained(name, out, start, overrides or {})
         partial_results = out / name / ".evaluation"
         result = evaluate(model, images, **chosen, seed=seed, name=name, partial_results=partial_results)
         result.to_json(out / name / "evaluation.json")
@@ -124,10 +125,6 @@ def sight_test(
 def _without_masks() -> list[str]:
     """Metrics that rank methods without any mask."""
     return [n for n, m in METRICS.items() if "masks" not in inputs_of(m) and m.higher_is_better is not None]
-
-
-def _known(kind: str, n: int) -> tuple[nn.Module, Any, int]:
-    return PLANTED[kind](), [planted(kind, n)], 0
 
 
 def _trained(
@@ -175,7 +172,7 @@ def _means(table: Float[Array, "n methods"], weights: Float[Array, "r n"]) -> Fl
     return (weights @ np.where(defined, table, 0)) / np.where(counts > 0, counts, np.nan)
 
 
-def _table(heads: Sequence[str], rows: Mapping[str, Mapping[str, Interval]], labels: Mapping[str, str]) -> str:
+def _table(heads: Sequence[str], rows: Mapping[str, Mapping[str, Interval]]) -> str:
     """A row for each method or metric, a column for each set; the highest mean first, of the defined values."""
 
     def mean(row: str) -> float:
@@ -184,7 +181,7 @@ def _table(heads: Sequence[str], rows: Mapping[str, Mapping[str, Interval]], lab
 
     lines = _line(heads) + _line(["---"] * len(heads))
     for row in sorted(rows, key=mean, reverse=True):
-        lines += _line([labels.get(row, row), *(_figures(rows[row].get(name)) for name in heads[1:])])
+        lines += _line([row, *(_figures(rows[row].get(name)) for name in heads[1:])])
     return lines
 
 

@@ -30,13 +30,11 @@ def cam(
 
     Source: Zhou et al. 2016 (1512.04150), eq. 2.
     """
-    if head is None and (targets < 0).any():
-        raise ValueError(
-            "expected class indices as targets for cam, which reads their weights, got a function; use hires_cam"
-        )
     if head is None:
         raise ValueError(
-            f"expected global average pooling and one linear layer behind {layer!r} for cam, got another head; "
+            "expected class indices as targets for cam, which reads their weights, got a function; use hires_cam"
+            if (targets < 0).any()
+            else f"expected global average pooling and one linear layer behind {layer!r} for cam, got another head; "
             "use grad_cam"
         )
     return _weighted(rows_of(head, targets), activations)

@@ -1,7 +1,7 @@
 """A forward compiled once, for maps of many batches of the same model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sightline.explainers.capture import Capture, Captured, head_of
 from sightline.explainers.scorer import Scorer
 from sightline.inference import ForwardCall, copy_of, logits_of, run, version_of
-from sightline.inference.axes import Layout
 
 
 class _Both(nn.Module):
@@ -30,17 +29,10 @@ class _Both(nn.Module):
         return logits_of(self.model(images)), self.kept
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    key: tuple[Any, ...]
-    call: Callable[[Tensor], tuple[Tensor, Tensor]]
-    name: str
-    layout: Layout
-    head: Tensor
-
-
 _PLAIN = (int, float, str, tuple, type(None))
-_COMPILED: WeakKeyDictionary[nn.Module, _Compiled] = WeakKeyDictionary()
+_Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+_COMPILED: WeakKeyDictionary[nn.Module, tuple[Any, _Forward, Captured]] = WeakKeyDictionary()
+"""By model: what it depends on, the forward to logits and layer, and what was captured by the first forward."""
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
@@ -73,17 +65,17 @@ class CompiledCapture:
             images.dtype,
             images.device,
         )
-        if model not in _COMPILED or _COMPILED[model].key != key:
-            _COMPILED[model] = self._compile(key, layer, images)
-        compiled = _COMPILED[model]
+        if model not in _COMPILED or _COMPILED[model][0] != key:
+            _COMPILED[model] = key, *self._compile(layer, images)
+        _, call, captured = _COMPILED[model]
         with torch.no_grad():
-            logits, features = compiled.call(images.contiguous(memory_format=torch.channels_last))
-        self.scores = scorer.take(logits.clone())
-        self.captured = [Captured(compiled.name, features, compiled.layout, 0, compiled.head)] * places
+            logits, features = call(images.contiguous(memory_format=torch.channels_last))
+        scorer.take(logits.clone())
+        self.captured = [replace(captured, tensor=features)] * places
 
-    def _compile(self, key: tuple[Any, ...], layer: Any, images: Tensor) -> _Compiled:
-        capture = Capture(self.model, Scorer(self.model, None), [layer], call=None, gates=False, whole=False)
-        capture.run(images)
+    def _compile(self, layer: Any, images: Tensor) -> tuple[_Forward, Captured]:
+        capture = Capture(self.model, Scorer(self.model, None), [layer], images, call=None, gates=False, whole=False)
+        capture.run()
         (captured,) = capture.captured
         head = head_of(capture.scorer.direct, captured)
         output = logits_of(ForwardCall().raw(self.model, images))
@@ -94,4 +86,4 @@ class CompiledCapture:
             )
         copied = _Both(copy_of(self.model).to(memory_format=torch.channels_last), captured.name)
         call = torch.compile(copied, options={"freezing": True})
-        return _Compiled(key, call, captured.name, captured.layout, head.detach().clone())
+        return call, replace(captured, tensor=images.new_empty(0), head=head.detach().clone())

@@ -1,9 +1,10 @@
 """What one forward of a model and a few backwards through it show."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,8 @@ from sightline.explainers.rectifiers import Rectifiers, Rule
 from sightline.explainers.scorer import Scorer, Targets, gradients_of, rows_of
 from sightline.explainers.tokens import SmoothAttention
 from sightline.facts import Progress
-from sightline.inference import ForwardCall, check_images, probabilities_of, untouched
+from sightline.inference import ForwardCall, untouched
+from sightline.inference.axes import Layout
 
 _OF_LAYER = {"activations", "gradients", "mean_gradients", "runner_up_gradients", "head"}
 _OF_IMAGE: dict[str, Rule] = {
@@ -24,6 +26,7 @@ _OF_IMAGE: dict[str, Rule] = {
     "guided_gradients": "guided",
     "deconvolved_gradients": "deconvolution",
 }
+GUIDED = {"guided_gradients", "deconvolved_gradients"}
 _GRADIENTS = {"gradients", "mean_gradients", "runner_up_gradients"}
 _OF_TARGET = {*_OF_IMAGE, "runner_up_gradients", "score"}  # not gathered for the runner-up
 _LARGEST_BLOCK = 2**26  # numbers of a gradient that are held at once: 256 MiB
@@ -67,24 +70,24 @@ class Evidence:
     """Gradient of each target's score with respect to the activations."""
     mean_gradients: Float[Tensor, "b s k"] | None
     """Their mean over the positions."""
-    runner_up_gradients: Float[Tensor, "b s k *cells"] | None
+    runner_up_gradients: Float[Tensor, "b s k *cells"] | None = None
     """Gradient of the highest logit except the target's."""
     head: Float[Tensor, "n k"] | None
     """Weights of the head per class, if it is one linear layer on the mean of the activations."""
-    input_gradients: Float[Tensor, "b s c *grid"] | None
+    input_gradients: Float[Tensor, "b s c *grid"] | None = None
     """Gradient of each target's score with respect to the images."""
-    guided_gradients: Float[Tensor, "b s c *grid"] | None
+    guided_gradients: Float[Tensor, "b s c *grid"] | None = None
     """The same with only positive gradients passed back through each rectifier."""
-    deconvolved_gradients: Float[Tensor, "b s c *grid"] | None
+    deconvolved_gradients: Float[Tensor, "b s c *grid"] | None = None
     """The same with positive gradients passed back wherever a rectifier was, on or off."""
     gate: Float[Tensor, "b _ *cells"] | None
     """Learned weights of the attention block."""
     gates: dict[str, Float[Tensor, "b _ ..."]]
     """Learned weights of all blocks: the 4-D outputs of every child module called `gate`, by the name of its block, and
     the attention of vision transformers, by the name of its module."""
-    rectifiers: Rectifiers | None
+    rectifiers: Rectifiers
     """What was intercepted for guided gradients."""
-    runner_up: "Evidence | None"
+    runner_up: "Evidence | None" = None
     """The same for the highest class except the target, where it cost next to nothing."""
 
 
@@ -128,21 +131,15 @@ class Gathered:
         capture: Capture | CompiledCapture,
         requests: Sequence[Request],
         images: Tensor,
-        rectifiers: Rectifiers | None = None,
+        rectifiers: Rectifiers,
     ) -> None:
         self.model = capture.model
         self.scorer = capture.scorer
-        self.scores = capture.scores
         self.images = images
         self.rectifiers = rectifiers
         self.gates = {name: _as_float(gate, self.scorer) for name, gate in capture.gates.items()}
         layers = iter(capture.captured)
         self.places = [_Place(r, next(layers) if r[1] & _OF_LAYER else None, self.scorer) for r in requests]
-
-    @property
-    def activations(self) -> list[Float[Tensor, "b k *cells"] | None]:
-        """Outputs of the layers that were asked for."""
-        return [place.activations for place in self.places]
 
     @property
     def logits(self) -> Float[Tensor, "b n"]:
@@ -152,8 +149,7 @@ class Gathered:
     @property
     def probabilities(self) -> Float[Tensor, "b n"]:
         """Probabilities of the images' classes; where a function makes the scores, the scores."""
-        direct = _as_float(self.scorer.direct, self.scorer)
-        return direct if callable(self.scorer.asked) else probabilities_of(direct, self.scorer.activation)
+        return self.scorer.probable(_as_float(self.scorer.direct, self.scorer), self.scorer.activation)
 
     def blocks(self) -> Iterator[list[Evidence | None]]:
         """Evidence of every request, for some targets at a time; one that asks the scorer comes once, with all targets.
@@ -167,10 +163,7 @@ class Gathered:
             # A checkpointed part of the model runs once more in the backward: in eval mode, as the first time.
             with untouched(self.model), torch.inference_mode(False), torch.enable_grad():
                 block = self._block(slice(start, start + size), is_last=start == starts[-1])
-            yield [
-                None if start and "score" in place.needs else evidence
-                for place, evidence in zip(self.places, block, strict=True)
-            ]
+            yield [None if start and "score" in p.needs else e for p, e in zip(self.places, block, strict=True)]
 
     def _block_size(self) -> int:
         """Targets whose gradients, at all layers and on the way back to the images, are held at once."""
@@ -184,17 +177,13 @@ class Gathered:
 
     def _passes(self) -> dict[str, list[_Place]]:
         """The backwards that are needed, and the places at which each of them ends besides the images."""
-        at_layers = [place for place in self.places if place.reads_gradients]
+        of_image = [field for field in _OF_IMAGE if any(field in place.needs for place in self.places)]
+        plain = "input_gradients" if "input_gradients" in of_image else "layers"
+        passes = {plain: [place for place in self.places if place.reads_gradients]}
+        passes |= {field: [] for field in of_image if field != plain}
         against = [place for place in self.places if "runner_up_gradients" in place.needs]
         if self.scorer.targets.shape[1] == 1 < self.scorer.logits.shape[1]:
             against += [place for place in self.places if place.has_cheap_runner_up]
-        passes: dict[str, list[_Place]] = {
-            field: [] for field in _OF_IMAGE if any(field in place.needs for place in self.places)
-        }
-        if "input_gradients" in passes:
-            passes["input_gradients"] = at_layers
-        elif at_layers:
-            passes = {"layers": at_layers, **passes}
         return passes | ({"runner_up": against} if against else {})
 
     def _block(self, columns: slice, *, is_last: bool) -> list[Evidence]:
@@ -202,24 +191,20 @@ class Gathered:
         passes = self._passes()
         targets = self.scorer.targets[:, columns]
         runners_up = self.scorer.runners_up()[:, columns] if "runner_up" in passes else targets
-        at_layers: dict[_Place, Tensor] = {}
-        of_runner_up: dict[_Place, Tensor] = {}
+        at_layers: dict[str, dict[_Place, Tensor]] = {}
         of_image: dict[str, Tensor] = {}
         for name, places in passes.items():
-            self._obey(_OF_IMAGE.get(name, "plain"))
+            self.rectifiers.rule = _OF_IMAGE.get(name, "plain")
+            classes = runners_up if name == "runner_up" else targets
             keep = not is_last or name != [*passes][-1]
-            if name == "runner_up":
-                of_runner_up, _ = self._gradients(self.scorer.of(runners_up), runners_up, places, None, keep)
-                continue
-            leaf = self.images if name in _OF_IMAGE else None
-            gradients, gradient = self._gradients(self.scores[:, columns], targets, places, leaf, keep)
-            at_layers |= gradients
-            if gradient is not None:
-                of_image[name] = gradient
-        self._obey("plain")  # a loss on the maps goes back through the same graph
+            at_layers[name], at_images = self._gradients(classes, places, name in _OF_IMAGE, keep)
+            if at_images:
+                (of_image[name],) = at_images
+        self.rectifiers.rule = "plain"  # a loss on the maps goes back through the same graph
+        of_target, of_runner_up = at_layers[next(iter(passes))], at_layers.get("runner_up", {})
         block: list[Evidence] = []
         for place in self.places:
-            evidence = self._evidence(place, targets, at_layers.get(place), of_image)
+            evidence = self._evidence(place, targets, of_target.get(place), of_image)
             if "runner_up_gradients" in place.needs:
                 evidence = replace(evidence, runner_up_gradients=of_runner_up[place])
             elif place in of_runner_up:
@@ -227,35 +212,30 @@ class Gathered:
             block.append(evidence)
         return block
 
-    def _obey(self, rule: Rule) -> None:
-        if self.rectifiers is not None:
-            self.rectifiers.rule = rule
-
     def _gradients(
-        self, scores: Tensor, classes: Tensor, places: Sequence[_Place], leaf: Tensor | None, keep: bool
-    ) -> tuple[dict[_Place, Tensor], Tensor | None]:
+        self, classes: Tensor, places: Sequence[_Place], of_image: bool, keep: bool
+    ) -> tuple[dict[_Place, Tensor], list[Tensor]]:
         """Gradients of the scores at the layers, (b, t, k, *grid), and at the images; in closed form where possible."""
         through = [place for place in places if place.head is None]
-        tensors = [place.at.tensor for place in through] + ([] if leaf is None else [leaf])
-        names = [place.at.name for place in through] + ["the images"]
-        back: list[Tensor | None] = [None for _ in tensors]
-        differentiable = self.scorer.differentiable
-        if tensors and scores.requires_grad:
-            back = gradients_of(scores, tensors, create_graph=differentiable, retain_graph=keep)
+        read = [place.at for place in through]
+        if of_image:
+            read.append(Captured("the images", self.images, Layout(tuple(self.images.shape[2:])), 0))
+        tensors, graph = [captured.tensor for captured in read], self.scorer.differentiable
+        back = gradients_of(self.scorer.of(classes), tensors, create_graph=graph, retain_graph=keep)
         gradients: list[Tensor] = []
-        for name, gradient in zip(names, back, strict=False):
+        for captured, gradient in zip(read, back, strict=True):
             if gradient is None:
                 raise ValueError(
                     quantized_in(self.model)
-                    or f"expected a layer that the logits depend on, got {name!r}; choose another, and make sure "
-                    "the forward does not switch gradients off"
+                    or f"expected a layer that the logits depend on, got {captured.name!r}; choose another, and make "
+                    "sure the forward does not switch gradients off"
                 )
-            gradients.append(_as_float(gradient, self.scorer))
-        at_layers = {p: p.at.layout.maps(gradient, lead=2) for p, gradient in zip(through, gradients, strict=False)}
+            gradients.append(captured.layout.maps(_as_float(gradient, self.scorer), lead=2))
+        at_layers = dict(zip(through, gradients, strict=False))
         for place in {*places} - {*through}:
             weights, grid = self._mean(place, classes, None), place.at.layout.grid
             at_layers[place] = weights.reshape(*weights.shape, *[1] * len(grid)).expand(*weights.shape, *grid)
-        return at_layers, None if leaf is None else gradients[-1]
+        return at_layers, gradients[len(through) :]
 
     def _mean(self, place: _Place, classes: Tensor, gradients: Tensor | None) -> Tensor:
         """Gradient at a layer, averaged over its positions."""
@@ -265,7 +245,7 @@ class Gathered:
         return rows_of(_as_float(place.head, self.scorer), classes, divisor=math.prod(place.at.layout.grid))
 
     def _evidence(
-        self, place: _Place, targets: Tensor, gradients: Tensor | None, of_image: dict[str, Tensor]
+        self, place: _Place, targets: Tensor, gradients: Tensor | None, of_image: Mapping[str, Any]
     ) -> Evidence:
         name = "" if place.captured is None else place.captured.name
         if "gate" in place.needs:
@@ -282,15 +262,11 @@ class Gathered:
             activations=place.activations,
             gradients=gradients,
             mean_gradients=self._mean(place, targets, gradients) if "mean_gradients" in place.needs else None,
-            runner_up_gradients=None,
             head=None if place.head is None else _as_float(place.head, self.scorer),
-            input_gradients=of_image.get("input_gradients"),
-            guided_gradients=of_image.get("guided_gradients"),
-            deconvolved_gradients=of_image.get("deconvolved_gradients"),
             gate=self.gates[name] if "gate" in place.needs else None,
             gates=self.gates,
             rectifiers=self.rectifiers,
-            runner_up=None,
+            **of_image,
         )
 
 
@@ -311,10 +287,9 @@ def gather(
     attention block; None is the last block with h*w > 1.
 
     Raises:
-        ValueError: bad images, targets or layer, no rectifier for guided gradients.
+        ValueError: bad targets or layer, no rectifier for guided gradients.
         TypeError: targets that are no class indices, a model that is none.
     """
-    check_images(images)
     settings = settings or Settings()
     needs = frozenset[str]().union(*(needs for _, needs in requests))
     reads_images = bool(needs & _OF_IMAGE.keys())
@@ -337,13 +312,14 @@ def gather(
         layers = [default if layer is None else layer for layer, fields in requests if fields & _OF_LAYER]
         if settings.compile:
             _check_compiled(layers, needs, scorer, settings)
-            return Gathered(CompiledCapture(net, scorer, layers[0], images, len(layers)), requests, images)
+            capture = CompiledCapture(net, scorer, layers[0], images, len(layers))
+            return Gathered(capture, requests, images, Rectifiers())
         gates = bool(needs & {"gate", "gates"})
-        capture = Capture(net, scorer, layers, call=settings.call, gates=gates, whole=whole)
-        rectifiers = Rectifiers() if needs & {"guided_gradients", "deconvolved_gradients"} else None
-        with SmoothAttention() if settings.differentiable else nullcontext(), rectifiers or nullcontext():
-            capture.run(images)
-        if rectifiers is not None:
+        capture = Capture(net, scorer, layers, images, call=settings.call, gates=gates, whole=whole)
+        rectifiers, guided = Rectifiers(), needs & GUIDED
+        with SmoothAttention() if settings.differentiable else nullcontext(), rectifiers if guided else nullcontext():
+            capture.run()
+        if guided:
             rectifiers.check()
         return Gathered(capture, requests, images, rectifiers)
 
@@ -356,22 +332,21 @@ def _as_float(value: Tensor, scorer: Scorer) -> Tensor:
 
 def _check_compiled(layers: Sequence[LayerLike], needs: frozenset[str], scorer: Scorer, settings: Settings) -> None:
     call = scorer.forward_call
-    if missing := needs - _OF_LAYER - {"images", "targets", "logits", "layer"}:
-        wrong = f"a method that reads {min(missing)}"
-    elif len(set(layers)) != 1:
-        wrong = f"{len(set(layers))} layers"
-    elif callable(scorer.asked):
-        wrong = "a function as targets"
-    elif settings.differentiable or settings.call is not None:
-        wrong = "differentiable=True" if settings.differentiable else "call="
-    elif call.output is not None or call.args or call.kwargs:
-        wrong = "output= or other inputs than images"
-    else:
-        return
-    raise ValueError(
-        f"expected class activation maps at one layer, without a graph, for compile=True, got {wrong}; "
-        "leave compile out"
-    )
+    missing = needs - _OF_LAYER - {"images", "targets", "logits", "layer"}
+    refused = {
+        f"a method that reads {min(missing, default='')}": missing,
+        f"{len({*layers})} layers": len({*layers}) != 1,
+        "a function as targets": callable(scorer.asked),
+        "differentiable=True": settings.differentiable,
+        "call=": settings.call is not None,
+        "output= or other inputs than images": call.output is not None or call.args or call.kwargs,
+    }
+    for what, is_asked in refused.items():
+        if is_asked:
+            raise ValueError(
+                f"expected class activation maps at one layer, without a graph, for compile=True, got {what}; "
+                "leave compile out"
+            )
 
 
 def _find_block(model: nn.Module, gates: dict[str, Tensor], layer: LayerLike) -> str:

@@ -201,8 +201,8 @@ def named(method: Method) -> tuple[str, Explainer, dict[str, Any], LayerLike]:
 def _requests(methods: Sequence[Method], layer: LayerLike | Sequence[str | nn.Module]) -> list[Request]:
     if isinstance(methods, str) or not methods:
         raise ValueError(f"expected a list of methods, got {methods!r}; write methods=['grad_cam']")
-    layers: list[LayerLike] = [*layer] if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]
-    several = isinstance(layer, Sequence) and not isinstance(layer, str)
+    layers: Sequence[LayerLike] = layer if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]
+    several = layers is layer
     if not layers:
         raise ValueError("expected at least one layer, got an empty list; leave it out for the model's own")
     requests: list[Request] = []

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from sightline import arguments, maps
 from sightline.explainers.capture import LayerLike
-from sightline.explainers.evidence import Evidence, Gathered, Settings, gather
+from sightline.explainers.evidence import GUIDED, Evidence, Settings, gather
 from sightline.explainers.scorer import Targets
 from sightline.explainers.tokens import SmoothAttention
-from sightline.explainers.verdicts import Checked, Map, verdicts_of
+from sightline.explainers.verdicts import Map, signs_of, verdicts_of
 from sightline.facts import Layer, Progress, Verdict, current_name
 from sightline.inference import ForwardCall, Output, check_images, forward_call, preserving, untouched, version_of
 
@@ -150,19 +150,15 @@ class Explainer:
                 f"expected a formula that leaves its evidence alone, got {self.name}, which changes {changed[0]!r} in "
                 "place; change a clone"
             )
-        values: Any = result.values if isinstance(result, Map) else result
+        made = result if isinstance(result, Map) else Map(values=result)
+        values: Any = made.values
         shape, dimensions = tuple(evidence.targets.shape), evidence.images.ndim
-        is_map = isinstance(values, Tensor) and values.is_floating_point() and values.ndim == dimensions
-        if not is_map or values.shape[:2] != shape:
-            got = (
-                f"{values.dtype} of shape {tuple(values.shape)}"
-                if isinstance(values, Tensor)
-                else type(values).__name__
-            )
+        is_tensor = isinstance(values, Tensor)
+        if not is_tensor or not values.is_floating_point() or values.ndim != dimensions or values.shape[:2] != shape:
+            got = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__
             sides = ", ".join("dhw"[5 - dimensions :])
             raise ValueError(f"expected float maps ({shape[0]}, {shape[1]}, {sides}) from {self.name}, got {got}")
-        values = values if values.dtype == evidence.logits.dtype == torch.float64 else values.float()
-        return replace(result, values=values) if isinstance(result, Map) else Map(values=values)
+        return made if values.dtype == evidence.logits.dtype == torch.float64 else replace(made, values=values.float())
 
 
 class Request(NamedTuple):
@@ -173,14 +169,6 @@ class Request(NamedTuple):
     explainer: Explainer
     options: dict[str, Any]
     layer: LayerLike
-
-
-class _Part(NamedTuple):
-    """The maps of a request for some of the targets."""
-
-    map: Map
-    runner_up: Tensor | None
-    evidence: Evidence
 
 
 @preserving
@@ -199,64 +187,50 @@ def explanation_of(
     """
     fields = [(request.layer, request.explainer.needs) for request in requests]
     gathered = gather(model, images, fields, targets, forward, settings)
-    parts: list[list[_Part]] = [[] for _ in requests]
+    first: Sequence[Evidence | None] = ()
+    parts: list[list[Map]] = [[] for _ in requests]
     for block in gathered.blocks():
+        first = first or block
         for pieces, request, evidence in zip(parts, requests, block, strict=True):
             if evidence is not None:
-                pieces.append(_part(request, evidence))
+                pieces.append(request.explainer.map_of(evidence, **request.options))
+    scorer = gathered.scorer
+    score = scorer.of(scorer.targets)
     values: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}
     signs: list[Tensor] = []
-    for pieces, request in zip(parts, requests, strict=True):
-        evidence = pieces[0].evidence
-        name = f"{request.explainer.name}@{evidence.layer}" if request.name is None else request.name
+    remarks: list[tuple[Verdict, ...]] = []
+    for pieces, request, evidence in zip(parts, requests, first, strict=True):
+        assert evidence is not None
+        explainer, other = request.explainer, evidence.runner_up
+        name = f"{explainer.name}@{evidence.layer}" if request.name is None else request.name
         if name in values:
             raise ValueError(f"expected every map to have its own name, got {name!r} twice; ask for it once")
-        values[name] = torch.cat([part.map.values for part in pieces], 1)
+        values[name] = torch.cat([piece.values for piece in pieces], 1)
         source = evidence.gate if evidence.gate is not None else evidence.activations
         layers[name] = Layer() if source is None else Layer(evidence.layer, source.shape[1:])
-        signs.append(_checked(request.explainer, values[name], pieces[0], gathered).signs())
-    rows = dict(zip(values, torch.stack(signs).tolist(), strict=True))
+        total = score if pieces[0].total is None else pieces[0].total
+        sign = signs_of(
+            values[name],
+            scorer.targets,
+            runner_up=None if other is None else explainer.map_of(other, **request.options).values,
+            score=None if explainer.is_control else score,
+            total=total if explainer.sums_to_score else None,
+            is_blind_to_class=explainer.is_blind_to_class,
+        )
+        signs.append(sign)
+        remarks.append(pieces[0].remarks + ((evidence.rectifiers.verdict(),) if explainer.needs & GUIDED else ()))
+    rows: list[list[list[float]]] = torch.stack(signs).tolist()
     return Explanation(
         maps=values,
-        targets=gathered.scorer.classes_of(gathered.scorer.targets),
+        targets=scorer.classes_of(scorer.targets),
         logits=gathered.logits,
         probabilities=gathered.probabilities,
         layers=layers,
         verdicts={
-            name: verdicts_of(
-                rows[name],
-                is_blind_to_class=request.explainer.is_blind_to_class,
-                remarks=_remarks(request.explainer, pieces[0]),
-            )
-            for name, request, pieces in zip(values, requests, parts, strict=True)
+            name: verdicts_of(row, is_blind_to_class=request.explainer.is_blind_to_class, remarks=remark)
+            for name, row, request, remark in zip(values, rows, requests, remarks, strict=True)
         },
-        unchecked=tuple(name for name, signs in rows.items() if not all(row[-1] for row in signs)),
-        notices=tuple(gathered.scorer.notices),
+        unchecked=tuple(name for name, row in zip(values, rows, strict=True) if not all(each[-1] for each in row)),
+        notices=tuple(scorer.notices),
     )
-
-
-def _part(request: Request, evidence: Evidence) -> _Part:
-    other = evidence.runner_up
-    runner_up = None if other is None else request.explainer.map_of(other, **request.options).values
-    return _Part(request.explainer.map_of(evidence, **request.options), runner_up, evidence)
-
-
-def _checked(explainer: Explainer, values: Tensor, first: _Part, gathered: Gathered) -> Checked:
-    score = gathered.scorer.of(gathered.scorer.targets)
-    total = score if first.map.total is None else first.map.total
-    return Checked(
-        maps=values,
-        targets=gathered.scorer.targets,
-        runner_up=first.runner_up,
-        score=None if explainer.is_control else score,
-        total=total if explainer.sums_to_score else None,
-        is_blind_to_class=explainer.is_blind_to_class,
-    )
-
-
-def _remarks(explainer: Explainer, first: _Part) -> tuple[Verdict, ...]:
-    rectifiers = first.evidence.rectifiers
-    if rectifiers is None or not explainer.needs & {"guided_gradients", "deconvolved_gradients"}:
-        return first.map.remarks
-    return (*first.map.remarks, rectifiers.verdict())

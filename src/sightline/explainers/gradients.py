@@ -256,12 +256,9 @@ def _moments(
     mean = _zeros(images, score)
     squares = torch.zeros_like(mean)
     for items, streamed in score.stream(name, batch * samples, noisy, score.gradients):
-        numbers: list[int] = items.tolist()
-        first, after = numbers[0], numbers[-1] + 1
-        for copy in range(first // batch, (after - 1) // batch + 1):
-            start, end = max(copy * batch, first), min((copy + 1) * batch, after)
-            rows = slice(start - copy * batch, end - copy * batch)
-            gradients = streamed[start - first : end - first].to(mean)
+        copies = items // batch
+        for copy in copies.unique().tolist():
+            rows, gradients = items[copies == copy] % batch, streamed[copies == copy].to(mean)
             step = gradients - mean[rows]
             mean[rows] += step / (copy + 1)
             squares[rows] += step * (gradients - mean[rows])

@@ -1,7 +1,5 @@
 """Maps from the scores of perturbed images: patches covered, pixels masked, or channels of a layer set to 0."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from sightline import maps
 from sightline.checks import check_whole
@@ -58,13 +57,10 @@ def occlusion(
 
     def occluded(items: Tensor) -> tuple[Tensor, Tensor]:
         rows = items // patches
-        holes = torch.ones_like(items, dtype=torch.bool)
-        places, left = [], items % patches
-        for count in reversed(positions):  # torch.unravel_index would wait for a GPU
-            places.insert(0, left % count)
-            left = left // count
-        for axis, at in enumerate(places):
-            holes = holes[..., None] & covered[axis][at].view(len(items), *[1] * axis, -1)
+        holes, left = torch.ones_like(items, dtype=torch.bool), items % patches
+        for table in reversed(covered):  # torch.unravel_index would wait for a GPU
+            holes = table[left % len(table)].view(len(items), -1, *[1] * (holes.ndim - 1)) & holes[:, None]
+            left = left // len(table)
         return torch.where(holes[:, None], fill, images[rows]), rows
 
     scores = score.collect("occlusion", len(images) * patches, occluded, score).unflatten(0, (len(images), -1))
@@ -257,8 +253,9 @@ def _ablated_scores(
         nonlocal copies
         inputs = images[rows[:1]].expand(len(items), *images.shape[1:])
         if not copies:
+            first_only = net.register_forward_pre_hook(lambda module, inputs: (inputs[0][:1], *inputs[1:]))
             try:
-                with _ablating(module, call, items % group, activations), _first_only(net):
+                with _ablating(module, call, items % group, activations), first_only:
                     return score(inputs, rows)
             except torch.OutOfMemoryError:
                 raise
@@ -273,20 +270,9 @@ def _ablated_scores(
     return scores.unflatten(0, (len(images), group))
 
 
-@contextmanager
-def _first_only(model: nn.Module) -> Generator[None]:
-    """The model sees the first image of its batch only."""
-    handle = model.register_forward_pre_hook(lambda module, inputs: (inputs[0][:1], *inputs[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def _ablating(
     module: nn.Module, call: int, channels: Int[Tensor, " n"], activations: Float[Tensor, "b k *small"]
-) -> Generator[None]:
+) -> RemovableHandle:
     """In that run of the module the n-th row of its output lacks the n-th of these channels."""
     count, grid = activations.shape[1], activations.shape[2:]
     keep = torch.arange(count, device=channels.device) != channels[:, None]
@@ -309,8 +295,4 @@ def _ablating(
             "output; choose another"
         )
 
-    handle = module.register_forward_hook(ablate)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_hook(ablate)

@@ -75,7 +75,7 @@ def gradient_rollout(
         with AttentionWeights(score.model) as seen:
             scores = score(images if score.differentiable else images.detach())
         weights = [w for _, w in seen.weights]
-        gradients = gradients_of(scores, weights, create_graph=score.differentiable) if weights else []
+        gradients = gradients_of(scores, weights, create_graph=score.differentiable)
     factors: list[Tensor] = []
     with torch.set_grad_enabled(score.differentiable):
         for attention, gradient in zip(weights, gradients, strict=True):

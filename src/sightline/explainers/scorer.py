@@ -1,6 +1,7 @@
 """The score that a map explains, as a function of images."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from sightline.checks import check_whole
 from sightline.facts import Progress
 from sightline.inference import ForwardCall, either, probabilities_of, resolve_targets, untouched, wide
+from sightline.inference.outputs import Answer
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor] | None
 """None = the predicted class; an int = that class for every image; class indices per image; or a function from whatever
@@ -68,10 +70,7 @@ class Scorer:
         Raises:
             ValueError, TypeError: bad targets, or images that the model cannot take.
         """
-        if callable(self.asked):
-            return self.take(self._scores(self.asked, images, None))
-        with untouched(self.model) as net:
-            answer = self.forward_call(net, images)
+        answer = self._answer(images, None)
         self.forward_call = answer.call  # the images to come are read as these are
         self.activation = answer.activation
         if answer.notice:
@@ -117,16 +116,19 @@ class Scorer:
         self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n t"]:
         """Scores of other images, in the caller's grad mode; each has the targets of the original image at `rows`."""
-        logits, scale = self._of_classes(self._answer(images, rows)[0])
+        logits, scale = self._of_classes(self._answer(images, rows).logits)
         return logits.gather(1, self._targets_of(rows)) * scale
 
     def probabilities(
         self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n t"]:
         """Probability of each target (see `probabilities_of`); if a function makes the scores, the scores."""
-        logits, activation = self._answer(images, rows)
-        probabilities = logits if callable(self.asked) else probabilities_of(logits, activation)
-        return probabilities.gather(1, self._targets_of(rows))
+        answer = self._answer(images, rows)
+        return self.probable(answer.logits, answer.activation).gather(1, self._targets_of(rows))
+
+    def probable(self, logits: Float[Tensor, "n _"], activation: str) -> Float[Tensor, "n classes"]:
+        """Probabilities from logits as the model returns them; a function's scores as they are."""
+        return logits if callable(self.asked) else probabilities_of(logits, activation)
 
     def gradients(
         self, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
@@ -138,10 +140,7 @@ class Scorer:
         """
         with torch.enable_grad():
             leaf = images if self.differentiable and images.requires_grad else images.detach().requires_grad_()
-            scores = self(leaf, rows)
-            gradient = None
-            if scores.requires_grad:
-                (gradient,) = gradients_of(scores, [leaf], create_graph=self.differentiable)
+            (gradient,) = gradients_of(self(leaf, rows), [leaf], create_graph=self.differentiable)
         if gradient is None:
             raise ValueError(
                 "expected scores with a gradient at the images, got none; make sure the forward does not switch it off"
@@ -180,22 +179,17 @@ class Scorer:
         """Logits of at least two classes, or a function's scores, and the factor from them to the score."""
         return (logits, 1) if callable(self.asked) or logits.shape[1] > 1 else (either(logits), 2)
 
-    def _answer(self, images: Tensor, rows: Tensor | None) -> tuple[Tensor, str]:
-        if callable(self.asked):
-            return self._scores(self.asked, images, rows), ""
+    def _answer(self, images: Tensor, rows: Tensor | None) -> Answer:
         with untouched(self.model) as net:
-            answer = self.forward_call(net, images, rows)
-        return answer.logits, answer.activation
-
-    def _scores(self, function: Callable[[Any], Tensor], images: Tensor, rows: Tensor | None) -> Tensor:
-        with untouched(self.model) as net:
-            scores = function(self.forward_call.raw(net, images, rows))
+            if not callable(self.asked):
+                return self.forward_call(net, images, rows)
+            scores = self.asked(self.forward_call.raw(net, images, rows))
         if not isinstance(scores, Tensor) or scores.ndim not in (1, 2) or len(scores) != len(images):  # pyright: ignore[reportUnnecessaryIsInstance]
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(
                 f"expected the function in targets= to return one score per image, ({len(images)},), got {got}; fix it"
             )
-        return scores.reshape(len(images), -1)
+        return Answer(scores.reshape(len(images), -1), "", self.forward_call, "")
 
 
 def rows_of(weights: Float[Tensor, "n k"], classes: Int[Tensor, "b t"], divisor: int = 1) -> Float[Tensor, "b t k"]:
@@ -212,20 +206,13 @@ def gradients_of(
 
     One backward for all columns. Each image's score must depend on that image alone, as it does in eval mode.
     """
+    if not tensors or not scores.requires_grad:
+        return [None for _ in tensors]
     keep = retain_graph or create_graph
+    back = partial(torch.autograd.grad, inputs=tensors, allow_unused=True, create_graph=create_graph, retain_graph=keep)
     if scores.shape[1] == 1:
-        single = torch.autograd.grad(
-            scores.sum(), tensors, allow_unused=True, create_graph=create_graph, retain_graph=keep
-        )
+        single = back(scores, grad_outputs=torch.ones_like(scores))
         return [g if g is None else g[:, None] for g in single]  # pyright: ignore[reportUnnecessaryComparison]
     columns = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)[:, None].expand(-1, len(scores), -1)
-    gradients = torch.autograd.grad(
-        scores,
-        tensors,
-        columns,
-        is_grads_batched=True,
-        allow_unused=True,
-        create_graph=create_graph,
-        retain_graph=keep,
-    )
+    gradients = back(scores, grad_outputs=columns, is_grads_batched=True)
     return [g if g is None else g.transpose(0, 1) for g in gradients]  # pyright: ignore[reportUnnecessaryComparison]

@@ -10,7 +10,6 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,32 +29,20 @@ MANY_REGISTERS = 16  # of tokens before the patches there may be as many, or as 
 _CALL = nn.Module._call_impl.__code__  # pyright: ignore[reportPrivateUsage]
 
 
-def patch_map(weights: Float[Tensor, "b heads n n"], grid: Grid, *, from_first: bool) -> Float[Tensor, "b heads *grid"]:
-    """Attention that each patch receives from the first token, or from all patches on average; `grid` (h, w).
-
-    The patches are the last h * w tokens. The attention that other tokens receive is left out, so a map may sum to less
-    than 1.
-
-    >>> import torch
-    >>> patch_map(torch.tensor([[[[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]]), (1, 2), from_first=True)
-    tensor([[[[0.2500, 0.2500]]]])
-    """
-    patches = prod(grid)
-    received = weights[:, :, 0] if from_first else weights[:, :, -patches:].mean(2)
-    return received[:, :, -patches:].unflatten(2, grid)
-
-
 @contextmanager
-def patch_maps(model: nn.Module, keep: Callable[[str], Callable[..., None]]) -> Generator[None]:
-    """When this context ends, pass the maps of each attention block to the hook `keep(its name)`.
+def patch_maps(model: nn.Module, keep: Callable[[str, Tensor], None]) -> Generator[None]:
+    """When this context ends, `keep` gets the name of each attention block and its maps.
 
     A block is a module that attends between all its tokens, once (see `AttentionWeights`). Blocks with a child `gate`
-    are skipped, since that yields their map. A map is that of the first token's query if the head reads that token,
-    else the mean over the patches' queries.
+    are skipped, since that yields their map. A map (b, heads, h, w) is that of the first token's query if the head
+    reads that token, else the mean over the patches' queries. The attention that other tokens receive is left out, so
+    a map may sum to less than 1.
     """
 
     def both(weights: Tensor, grid: Grid) -> Tensor:  # the reader is known only at the end, and n x n is too much
-        return torch.stack([patch_map(weights, grid, from_first=first) for first in (False, True)])
+        patches = prod(grid)
+        received = torch.stack([weights[:, :, -patches:].mean(2), weights[:, :, 0]])
+        return received[..., -patches:].unflatten(3, grid)
 
     with AttentionWeights(model, both) as seen:
         yield
@@ -64,7 +51,7 @@ def patch_maps(model: nn.Module, keep: Callable[[str], Callable[..., None]]) -> 
     for name, maps in seen.weights:
         gate = getattr(modules[name], "gate", None)
         if times[name] == 1 and (not isinstance(gate, nn.Module) or isinstance(gate, nn.Linear)):
-            keep(name)(modules[name], (), maps[int(seen.from_first)])
+            keep(name, maps[int(seen.from_first)])
 
 
 class _Attention(NamedTuple):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from sightline import maps as pixels
 from sightline.facts import Level, Verdict
@@ -27,46 +28,50 @@ class Map:
     """What to distrust in all of them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """Maps of one method, with what they are checked against."""
+def signs_of(
+    maps: Float[Tensor, "b t *grid"],
+    targets: Int[Tensor, "b t"],
+    *,
+    runner_up: Float[Tensor, "b t *grid"] | None,
+    score: Float[Tensor, "b t"] | None,
+    total: Float[Tensor, "b t"] | None,
+    is_blind_to_class: bool,
+) -> Float[Tensor, "b 7"]:
+    """The input of `verdicts_of`, per image: which verdicts hold, variation, gap, whether classes were compared.
 
-    maps: Float[Tensor, "b t *grid"]
-    targets: Int[Tensor, "b t"]
-    runner_up: Float[Tensor, "b t *grid"] | None
-    """Maps of another class."""
-    score: Float[Tensor, "b t"] | None
-    """The explained score; None for a control, which explains none."""
-    total: Float[Tensor, "b t"] | None
-    """What the maps should sum to, if anything."""
-    is_blind_to_class: bool
-    """Whether they are the same for all classes by construction."""
+    A tensor, so that the device is asked once for all methods.
 
-    def signs(self) -> Float[Tensor, "b 7"]:
-        """The input of `verdicts_of`, per image: which verdicts hold, variation, gap, whether classes were compared.
-
-        A tensor, so that the device is asked once for all methods.
-        """
-        values = self.maps.detach().flatten(2)
-        low, high, absolute = values.amin(2), values.amax(2), values.abs().sum(2)
-        finite = values.isfinite().flatten(1).all(1)
-        if self.score is not None:
-            finite &= self.score.detach().isfinite().all(1)
-        variation = pixels.variation(self.maps.detach()).amin(1)
-        flat = finite & (variation <= pixels.ROUNDING)
-        compared = torch.ones_like(flat)
-        if self.is_blind_to_class:
-            same = torch.full_like(flat, self.score is not None)
-        elif self.runner_up is not None:
-            same = _same(values, self.runner_up.detach().flatten(2)).all(1)
-        else:
-            same, compared = _same_among(values, self.targets)
-        gaps = torch.zeros_like(absolute[:, 0])
-        if self.total is not None:
-            gaps = ((values.sum(2) - self.total.detach()).abs() / absolute).amax(1)
-        negative = finite & ((high <= 0) & (low < 0)).any(1)
-        signs = [~finite, flat, variation, negative, finite & ~flat & same, gaps, compared]
-        return torch.stack([sign.float() for sign in signs], 1)
+    Args:
+        maps: maps of one method.
+        targets: the classes that they explain.
+        runner_up: maps of another class.
+        score: the explained score; None for a control, which explains none.
+        total: what the maps should sum to, if anything.
+        is_blind_to_class: whether they are the same for all classes by construction.
+    """
+    maps = maps.detach()
+    values = maps.flatten(2)
+    low, high, absolute = values.amin(2), values.amax(2), values.abs().sum(2)
+    finite = values.isfinite().flatten(1).all(1)
+    if score is not None:
+        finite &= score.detach().isfinite().all(1)
+    variation = pixels.variation(maps).amin(1)
+    flat = finite & (variation <= pixels.ROUNDING)
+    compared = torch.ones_like(flat)
+    if is_blind_to_class:
+        same = torch.full_like(flat, score is not None)
+    elif runner_up is not None:
+        same = _same(values, runner_up.detach().flatten(2)).all(1)
+    else:  # each with the next target's
+        differ = targets != targets.roll(-1, 1)
+        compared = differ.any(1)
+        same = (_same(values, values.roll(-1, 1)) | ~differ).all(1) & compared
+    gaps = torch.zeros_like(absolute[:, 0])
+    if total is not None:
+        gaps = ((values.sum(2) - total.detach()).abs() / absolute).amax(1)
+    negative = finite & ((high <= 0) & (low < 0)).any(1)
+    signs = [~finite, flat, variation, negative, finite & ~flat & same, gaps, compared]
+    return torch.stack([sign.float() for sign in signs], 1)
 
 
 def verdicts_of(
@@ -99,14 +104,4 @@ def verdicts_of(
 def _same(one: Float[Tensor, "b t n"], other: Float[Tensor, "b t n"]) -> Tensor:
     """Whether two maps are the same except for scale and offset."""
     one, other = one - one.mean(2, keepdim=True), other - other.mean(2, keepdim=True)
-    lengths = one.square().sum(2).sqrt() * other.square().sum(2).sqrt()
-    return (one * other).sum(2) >= _SAME * lengths.where(lengths > 0, torch.inf)
-
-
-def _same_among(maps: Float[Tensor, "b t n"], targets: Int[Tensor, "b t"]) -> tuple[Tensor, Tensor]:
-    """Whether an image's maps for different classes, each compared with the next target's, are the same.
-
-    Also whether there are two classes to compare.
-    """
-    differ = targets != targets.roll(-1, 1)
-    return (_same(maps, maps.roll(-1, 1)) | ~differ).all(1) & differ.any(1), differ.any(1)
+    return F.cosine_similarity(one, other, 2, eps=0) >= _SAME  # not a number, so not the same, where one is constant

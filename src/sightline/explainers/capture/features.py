@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from sightline.explainers.scorer import gradients_of
 from sightline.explainers.tokens import MANY_REGISTERS
 from sightline.inference import version_of
 from sightline.inference.axes import BATCH, Dims, Layout, guessed, layout_in, tokens_of
@@ -81,6 +82,10 @@ class Watch(Operations):
                     return operation()
         return operation()
 
+    def hook(self, name: str) -> Callable[..., None]:
+        """The forward hook of the module of that name."""
+        return self.passed
+
     def passed(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Forward hook of every module, since the operations inside some are hidden."""
         tensor = first_tensor(output)
@@ -139,30 +144,25 @@ class LastFeatures(Watch):
         self.outputs: set[int] = set()
         """Leaves made after the model has returned, by a function of its output."""
 
-    def produced(self, name: str) -> Callable[..., None]:
-        """Forward hook of the module of that name."""
+    def hook(self, name: str) -> Callable[..., None]:
+        """The forward hook of the module of that name; the model itself has none."""
+        return partial(self._produced, name) if name else self._end
 
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.passed(module, inputs, output)
-            tensor = first_tensor(output)
-            call = self.calls[name]
-            self.calls[name] += 1
-            if tensor is None or (isinstance(module, nn.Identity) and self._producer(tensor)[0]):
-                return
-            self.producers[id(tensor)] = weakref.ref(tensor), version_of(tensor), name, call
-            sources = self.sources_of(tensor)
-            if sources and tensor.ndim == 3 and not isinstance(module, nn.Linear):
-                dims = self.positions.of(tensor)
-                layout = None if dims is None else layout_in(dims, self.positions.axes)
-                if layout is not None or (dims is None and len(tensor) == len(self.images)):
-                    self.tokens.append(
-                        _Tokens(tensor, name, call, layout, version_of(tensor), sources, self.layers_behind)
-                    )
+    def _produced(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.passed(module, inputs, output)
+        tensor = first_tensor(output)
+        call = self.calls[name]
+        self.calls[name] += 1
+        if tensor is None or (isinstance(module, nn.Identity) and self._producer(tensor)[0]):
+            return
+        self.producers[id(tensor)] = weakref.ref(tensor), version_of(tensor), name, call
+        sources = self.sources_of(tensor)
+        if sources and tensor.ndim == 3 and not isinstance(module, nn.Linear):
+            layout, is_tracked = self.positions.layout(tensor), self.positions.of(tensor) is not None
+            if layout is not None or (not is_tracked and len(tensor) == len(self.images)):
+                self.tokens.append(_Tokens(tensor, name, call, layout, version_of(tensor), sources, self.layers_behind))
 
-        return hook
-
-    def end(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Forward hook of the model itself."""
+    def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.ended = True
 
     def _producer(self, tensor: Tensor) -> tuple[str, int]:
@@ -299,16 +299,20 @@ class LastFeatures(Watch):
                 "pass layer= (see model.named_modules())"
             )
         with torch.enable_grad():
-            best = logits.amax(1).sum()
+            best = logits.amax(1, keepdim=True)
         used = leaves
         if len(leaves) > 1:  # a single one is the answer, with or without a gradient
-            back = gradients(best, [leaf.tensor for leaf in leaves])
+            back = gradients_of(best, [leaf.tensor for leaf in leaves], retain_graph=True)
             feeding = [(leaf, gradient) for leaf, gradient in zip(leaves, back, strict=True) if gradient is not None]
             used = [leaf for leaf, gradient in feeding if gradient.any()] or [leaf for leaf, _ in feeding] or leaves
         features = [leaf for leaf in used if "gate" not in leaf.name.split(".")] or used
-        if name:
-            features = self._named(name, features)
-        leaf = features[-1]
+        named = [leaf for leaf in features if not name or leaf.name == name]
+        if not named:
+            names = " and ".join(repr(leaf.name) for leaf in features)
+            raise ValueError(
+                f"expected the name of a layer, got {name!r}; the feature map behind the logits is {names}"
+            )
+        leaf = named[-1]
         if self.leaves.index(leaf) in self.outputs:
             raise ValueError(
                 "expected layer= for a model that returns feature maps, got none; name one before its output "
@@ -335,17 +339,8 @@ class LastFeatures(Watch):
                 f"expected a feature map close to the logits, got {leaf.name!r}, {behind} weight layers away; "
                 "pass layer="
             )
-        self._notice(leaf, features, behind, notices)
+        self._notice(leaf, named, behind, notices)
         return Captured(leaf.name, leaf.tensor, leaf.layout, leaf.call), len(used) == 1
-
-    def _named(self, name: str, features: list[_Leaf]) -> list[_Leaf]:
-        of_name = [leaf for leaf in features if leaf.name == name]
-        if not of_name:
-            names = " and ".join(repr(leaf.name) for leaf in features)
-            raise ValueError(
-                f"expected the name of a layer, got {name!r}; the feature map behind the logits is {names}"
-            )
-        return of_name
 
     def _notice(self, leaf: _Leaf, features: list[_Leaf], behind: int, notices: dict[str, None]) -> None:
         """Add notices about decisions that the owner of the model may want to change."""
@@ -388,9 +383,9 @@ class LastFeatures(Watch):
                 layout = tokens_of(tokens.tensor.shape[1], patches.grid)
             if layout is not None and leaves <= tokens.sources and version_of(tokens.tensor) == tokens.version:
                 fitting.append((tokens, layout))
-        back = gradients(best, [tokens.tensor for tokens, _ in fitting])
+        back = gradients_of(best, [tokens.tensor for tokens, _ in fitting], retain_graph=True)
         read = [(one, gradient) for one, gradient in zip(fitting, back, strict=True) if gradient is not None]
-        live = [one for one, gradient in read if one[1].maps(gradient).any()]
+        live = [one for one, gradient in read if one[1].maps(gradient[:, 0]).any()]
         for tokens, layout in live or [one for one, _ in read]:
             widths = Counter(other.tensor.shape[layout.channels] for other, same in fitting if same.grid == layout.grid)
             if tokens.tensor.shape[layout.channels] != max(widths, key=lambda width: widths[width]):
@@ -413,9 +408,3 @@ def guess_of(name: str, tensor: Tensor, layout: Layout) -> str:
         f"where the positions lie in {name!r} ({shape}) was guessed from its shape: channels {order}; "
         "what made it could not be followed"
     )
-
-
-def gradients(score: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients from one backward; None where none flows."""
-    back = torch.autograd.grad(score, tensors, allow_unused=True, retain_graph=True) if tensors else []
-    return [*back]

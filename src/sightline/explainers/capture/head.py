@@ -14,16 +14,9 @@ from sightline.explainers.capture.features import Captured
 
 _LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}  # node -> place of its input
 _POOLED = ("MeanBackward1", "AvgPool2DBackward0")  # adaptive pooling to one position is a mean, too
-_RESHAPED = (
-    "CloneBackward0",
-    "ReshapeAliasBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "SqueezeBackward2",
-    "ToCopyBackward0",
-    "UnsafeViewBackward0",
-    "UnsqueezeBackward0",
-    "ViewBackward0",
+_RESHAPED = set(
+    "CloneBackward0 ReshapeAliasBackward0 SqueezeBackward0 SqueezeBackward1 SqueezeBackward2 ToCopyBackward0 "
+    "UnsafeViewBackward0 UnsqueezeBackward0 ViewBackward0".split()
 )
 
 

@@ -2,15 +2,15 @@
 
 import math
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle
 
 from sightline.explainers.capture.features import Captured, LastFeatures, Watch, guess_of, hook_on, quantized_in
 from sightline.explainers.scorer import Scorer
@@ -59,7 +59,6 @@ class Capture:
     Unless `whole`, everything before the first layer runs without gradient, and the graph begins at that layer.
     """
 
-    scores: Tensor
     captured: list[Captured]
     """One per layer."""
 
@@ -68,6 +67,7 @@ class Capture:
         model: nn.Module,
         scorer: Scorer,
         layers: Sequence[LayerLike],
+        images: Tensor,
         *,
         call: int | None,
         gates: bool,
@@ -75,6 +75,7 @@ class Capture:
     ) -> None:
         self.model = model
         self.scorer = scorer
+        self.images = images
         self.modules = dict(model.named_modules())
         self.scripted = [name for name, module in self.modules.items() if isinstance(module, torch.jit.ScriptModule)]
         self.names = ["" if layer is None else find_layer(model, layer)[0] for layer in layers]
@@ -82,90 +83,73 @@ class Capture:
         self.read_gates = gates
         self.whole = whole
 
-    def run(self, images: Tensor) -> None:
-        """Fill `scores`, `captured`, `gates` and the tensors that the scorer keeps."""
+    def run(self) -> None:
+        """Fill `captured`, `gates` and the tensors that the scorer keeps."""
         searched = [name for name in dict.fromkeys(self.names) if name not in self.modules or not name]
-        with self._watched(images, search=bool(searched)) as watch:
-            self.scores = self.scorer.begin(images)
-        self._check_images()
+        with self._watched(search=bool(searched)):
+            scores = self.scorer.begin(self.images)
+        if self.watch.positions.obstacle:
+            raise ValueError(self.watch.positions.obstacle)
         for name, calls in self.calls.items():
             self._check_calls(name, calls)
         for name in searched:
-            assert isinstance(watch, LastFeatures)
-            if not watch.sources_of(self.scores) and (quantized := quantized_in(self.model)):
+            assert isinstance(self.watch, LastFeatures)
+            if not self.watch.sources_of(scores) and (quantized := quantized_in(self.model)):
                 raise ValueError(quantized)
-            automatic, alone = watch.find(self.scores, self.scorer.logits, self.scorer.notices, name)
+            automatic, alone = self.watch.find(scores, self.scorer.logits, self.scorer.notices, name)
             if not alone and automatic.name in self.modules:
                 # Attention weights feed the logits too and are made from it; a named layer gets their gradient as well.
                 self.names = [automatic.name if name == "" else name for name in self.names]
-                return self.run(images)
+                return self.run()
             self.read[name] = automatic
         self.captured = [self.read[name] for name in self.names]
 
-    def _check_images(self) -> None:
-        if self.watch is not None and self.watch.positions.obstacle:
-            raise ValueError(self.watch.positions.obstacle)
-
     @contextmanager
-    def _watched(self, images: Tensor, *, search: bool) -> Generator[Watch | None]:
+    def _watched(self, *, search: bool) -> Generator[None]:
         """Hooks and modes around one forward."""
-        self.images = images
         self.gates: dict[str, Tensor] = {}
         self.read: dict[str, Captured] = {}
         self.calls: dict[str, list[tuple[int, ...]]] = {
             name: [] for name in self.names if name in self.modules and name
         }
         self.grids: list[tuple[int, ...]] = []
-        if isinstance(self.model, torch.jit.ScriptModule) and (search or self.calls or self.read_gates):
+        is_read = search or self.calls or self.read_gates
+        if isinstance(self.model, torch.jit.ScriptModule) and is_read:
             raise ValueError(
                 f"expected a model of Python modules, whose layers can be read, got {type(self.model).__name__} of "
                 "TorchScript; explain the model it was made from, or take saliency, occlusion or rise"
             )
-        handles: list[RemovableHandle] = []
         cut = not self.whole
-        watch: Watch | None = None
-        if search:
-            watch = LastFeatures(images, cut=cut and not self.calls)
-        elif self.calls or self.read_gates:
-            watch = Watch(images, cut=cut)
-        self.watch = watch
-        try:
-            with ExitStack() as modes:
-                for name in self.calls:
-                    handles.append(hook_on(self.modules[name], self._keep(name)))
-                for name, module in self.modules.items():
-                    if watch is None or self._compiled_around(name):
-                        continue
-                    if isinstance(watch, LastFeatures):
-                        handles.append(hook_on(module, watch.produced(name) if name else watch.end))
-                    elif name:
-                        handles.append(hook_on(module, watch.passed))
-                    if self.calls and isinstance(module, nn.Conv2d | nn.Conv3d):
-                        handles.append(module.register_forward_hook(self._see_grid))
-                    if self.read_gates and isinstance(gate := getattr(module, "gate", None), nn.Module):
-                        handles.append(gate.register_forward_hook(self._keep_gate(name)))
-                if self.read_gates:
-                    modes.enter_context(patch_maps(self.model, self._keep_patches))
-                if watch is not None:
-                    modes.enter_context(watch)
-                yield watch
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.watch = LastFeatures(self.images, cut=cut and not self.calls) if search else Watch(self.images, cut=cut)
+        with ExitStack() as contexts:
+            for name in self.calls:
+                contexts.enter_context(hook_on(self.modules[name], partial(self._keep, name)))
+            for name, module in self.modules.items():
+                if not is_read or self._compiled_around(name):
+                    continue
+                contexts.enter_context(hook_on(module, self.watch.hook(name)))
+                if self.calls and isinstance(module, nn.Conv2d | nn.Conv3d):
+                    contexts.enter_context(module.register_forward_hook(self._see_grid))
+                if self.read_gates and isinstance(gate := getattr(module, "gate", None), nn.Module):
+                    contexts.enter_context(gate.register_forward_hook(partial(self._keep_gate, name)))
+            if self.read_gates:
+                contexts.enter_context(patch_maps(self.model, self._keep_map))
+            if is_read:
+                contexts.enter_context(self.watch)
+            yield
 
     def _compiled_around(self, name: str) -> str:
         """Name of the part that TorchScript has compiled, if the module lies inside one."""
         return next((part for part in self.scripted if name.startswith(f"{part}.")), "")
 
     def _check_calls(self, name: str, calls: list[tuple[int, ...]]) -> None:
-        if not calls and (part := self._compiled_around(name)):
+        if not calls:
+            part = self._compiled_around(name)
             raise ValueError(
                 f"expected a layer of Python, got {name!r} inside {part!r}, which TorchScript has compiled; "
                 f"name {part!r} itself"
-            )
-        if not calls:
-            raise ValueError(
-                f"expected a layer that the forward runs, got {name!r}, which it never called; choose another"
+                if part
+                else f"expected a layer that the forward runs, got {name!r}, which it never called; choose another"
             )
         shapes = ", ".join(f"call={i} yields {' x '.join(map(str, shape))}" for i, shape in enumerate(calls))
         if self.call is None and len(calls) > 1:
@@ -176,34 +160,30 @@ class Capture:
         if self.call is not None and self.call not in range(len(calls)):
             raise ValueError(f"expected call= of {name!r} in 0..{len(calls) - 1}, got {self.call}; {shapes}")
 
-    def _keep(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            tensor = first = first_tensor(output)
-            if tensor is not None and tensor.is_quantized:
-                raise ValueError(quantized_in(self.model))
-            if tensor is None or tensor.ndim < 3 or not tensor.is_floating_point():
-                got = f"shape {tuple(tensor.shape)}" if tensor is not None else type(output).__name__
-                raise ValueError(
-                    f"expected a layer that yields (b, c, h, w) with h*w > 1, got {got} from {name!r}; choose another"
-                )
-            calls = self.calls[name]
-            if self.watch is not None:
-                self.watch.passed(module, inputs, tensor)
-            layout = self._layout_of(name, tensor)
-            before = len(calls)
-            calls += [tuple(tensor.shape[1:])] * layout.fold  # the images of a pair, one batch behind the other
-            call = self.call or 0
-            if not before <= call < len(calls):
-                return None
-            layout = replace(layout, part=call - before)
-            torch.set_grad_enabled(True)  # from here to the logits; the caller's no_grad ends it
-            if not tensor.requires_grad:
-                tensor = tensor.detach().clone().requires_grad_()
-            self.read[name] = Captured(name, tensor, layout, call)
-            handed = tensor.clone()  # an in-place activation behind the layer must not rewrite what was captured
-            return tree_map(lambda value: handed if value is first else value, output)
-
-        return hook
+    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
+        tensor = first = first_tensor(output)
+        if tensor is not None and tensor.is_quantized:
+            raise ValueError(quantized_in(self.model))
+        if tensor is None or tensor.ndim < 3 or not tensor.is_floating_point():
+            got = f"shape {tuple(tensor.shape)}" if tensor is not None else type(output).__name__
+            raise ValueError(
+                f"expected a layer that yields (b, c, h, w) with h*w > 1, got {got} from {name!r}; choose another"
+            )
+        calls = self.calls[name]
+        self.watch.passed(module, inputs, tensor)
+        layout = self._layout_of(name, tensor)
+        before = len(calls)
+        calls += [tuple(tensor.shape[1:])] * layout.fold  # the images of a pair, one batch behind the other
+        call = self.call or 0
+        if not before <= call < len(calls):
+            return None
+        layout = replace(layout, part=call - before)
+        torch.set_grad_enabled(True)  # from here to the logits; the caller's no_grad ends it
+        if not tensor.requires_grad:
+            tensor = tensor.detach().clone().requires_grad_()
+        self.read[name] = Captured(name, tensor, layout, call)
+        handed = tensor.clone()  # an in-place activation behind the layer must not rewrite what was captured
+        return tree_map(lambda value: handed if value is first else value, output)
 
     def _layout_of(self, name: str, tensor: Tensor) -> Layout:
         """Where the positions are in a layer's tensor: as tracked, else by the shapes of images and convolutions.
@@ -211,16 +191,15 @@ class Capture:
         Raises:
             ValueError: the tensor has no positions, or not one row for each image.
         """
-        dims = None if self.watch is None else self.watch.positions.of(tensor)
-        shape = tuple(tensor.shape)
-        if dims is not None and (layout := layout_in(dims, self.images.ndim - 2)) is not None:
+        positions, shape = self.watch.positions, tuple(tensor.shape)
+        if (layout := positions.layout(tensor)) is not None:
             return layout
         if shape[0] != len(self.images):
             raise ValueError(
                 f"expected a layer that yields one row for each of {len(self.images)} images, got {shape[0]} rows, "
                 f"shape {shape}, from {name!r}; choose another"
             )
-        layout = _guess(tensor, self.images, self.grids) if dims is None else None
+        layout = _guess(tensor, self.images, self.grids) if positions.of(tensor) is None else None
         if layout is None:
             raise ValueError(
                 f"expected a layer that yields (b, c, h, w) with h*w > 1, or one token per patch, got shape {shape} "
@@ -232,30 +211,22 @@ class Capture:
     def _see_grid(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self.grids.append(tuple(output.shape[2:]))
 
-    def _keep_gate(self, name: str) -> Callable[..., None]:
-        keep = self._keep_patches(name)
+    def _keep_gate(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            return
+        dims = self.watch.positions.of(output)
+        axes = self.images.ndim - 2
+        if dims is not None and output.ndim == 3 and axes == 2:  # (b, queries, keys): what the keys receive
+            if dims[1].has_axis:
+                output, dims = output.mean(1, keepdim=True), (dims[0], other(1), dims[2])
+        layout = None if dims is None else layout_in(dims, axes)
+        self._keep_map(name, output if layout is None else layout.maps(output))
 
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                return
-            dims = None if self.watch is None else self.watch.positions.of(output)
-            axes = self.images.ndim - 2
-            if dims is not None and output.ndim == 3 and axes == 2:  # (b, queries, keys): what the keys receive
-                if dims[1].has_axis:
-                    output, dims = output.mean(1, keepdim=True), (dims[0], other(1), dims[2])
-            layout = None if dims is None else layout_in(dims, axes)
-            keep(module, inputs, output if layout is None else layout.maps(output))
-
-        return hook
-
-    def _keep_patches(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == self.images.ndim:
-                if name in self.gates:
-                    raise ValueError(f"expected an attention block that runs once, got {name!r}, which runs twice")
-                self.gates[name] = output.clone() if self.scorer.differentiable else output.detach().clone()
-
-        return hook
+    def _keep_map(self, name: str, maps: Tensor) -> None:
+        if maps.ndim == self.images.ndim:
+            if name in self.gates:
+                raise ValueError(f"expected an attention block that runs once, got {name!r}, which runs twice")
+            self.gates[name] = maps.clone() if self.scorer.differentiable else maps.detach().clone()
 
 
 def _guess(tensor: Tensor, images: Tensor, grids: Sequence[tuple[int, ...]]) -> Layout | None:

@@ -60,7 +60,7 @@ def lrp(images: Float[Tensor, "b c *grid"], score: Scorer, composite: Composite 
     unruled = propagation.unruled
     details = ", ".join(f"{count} {name}" for name, count in unruled.most_common())
     remarks = (Verdict("plain gradient", amount=unruled.total(), details=details),) if unruled else ()
-    return Map(values=relevance if relevance.dtype == torch.float64 else relevance.float(), remarks=remarks)
+    return Map(values=relevance, remarks=remarks)
 
 
 @partial(Explainer, is_signed=True, sums_to_score=True)

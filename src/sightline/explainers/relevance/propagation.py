@@ -38,13 +38,7 @@ _POINTWISE = (
 _MOVES = ops.MOVES | set("roll pad unfold interpolate pixel_shuffle pixel_unshuffle channel_shuffle".split())
 _PRODUCTS = ops.MULTIPLICATIONS | {"matmul", "rmatmul", "bmm", "einsum"}
 _SHIFTS = ops.DIVISIONS | ops.MULTIPLICATIONS | ops.ADDITIONS | ops.SUBTRACTIONS | {"batch_norm"}
-_AFFINE = {
-    *(torch.add, torch.sub, torch.subtract, torch.rsub, torch.mul, torch.multiply),
-    *(torch.div, torch.divide, torch.true_divide),
-    *(getattr(Tensor, name) for name in "add sub subtract mul multiply div divide true_divide".split()),
-    *(getattr(Tensor, f"__{name}__") for name in "add radd sub rsub mul rmul truediv".split()),
-}
-"""None of them in place."""
+_AFFINE = _SHIFTS - {"batch_norm", "iadd", "isub", "imul", "itruediv"}
 _CONSTANTS: dict[str, tuple[str, ...]] = {
     "scaled_dot_product_attention": ("query", "key"),
     "multi_head_attention_forward": ("query", "key"),
@@ -284,7 +278,7 @@ class Propagation(Operations):
         The shift is folded into the layer with the scales before it, as batch normalization is, which it may be.
         """
         weighted, name, args = self._layer_of(input), operation.name, operation.args
-        is_plain = operation.func in _AFFINE and any(value is input for value in args)
+        is_plain = name in _AFFINE and not operation.is_in_place and any(value is input for value in args)
         if weighted is None or not is_plain or "out" in operation.kwargs:
             return None
         if name in ops.DIVISIONS and (args[0] is not input or "rounding_mode" in operation.kwargs):

@@ -13,6 +13,8 @@ __all__ = ["AlphaBeta", "Composite", "Epsilon", "Flat", "Gamma", "Rule", "ZBox",
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """A convolution or a linear layer as a function of input, weight and bias."""
+Part = tuple[float | Tensor, Tensor, Tensor, Tensor | None]
+"""Fraction of the relevance, and weights of positive inputs, of negative inputs and bias that divide it."""
 _STABILIZER = 1e-6
 
 
@@ -89,27 +91,23 @@ class Epsilon(Rule):
 class _Signed(Rule):
     """Rules that weight positive and negative contributions differently; inputs may have either sign."""
 
-    def parts(
-        self, weight: Tensor, bias: Tensor | None, y: Tensor
-    ) -> list[tuple[float | Tensor, Tensor, Tensor, Tensor | None]]:
-        """Fraction of the relevance, and weights of positive inputs, of negative inputs and bias that divide it."""
+    def parts(self, weight: Tensor, bias: Tensor | None, y: Tensor) -> list[Part]:
+        """The parts that share the relevance."""
         raise NotImplementedError
 
     def back(self, layer: Linear, x: Tensor, weight: Tensor, bias: Tensor | None, c: Tensor) -> Tensor:
         """Each part's relevance in proportion to its contributions."""
         y = layer(x, weight, bias)
-        relevance = torch.zeros_like(x)
-        for fraction, above, below, offset in self.parts(weight, bias, y):
 
-            def contributions(
-                high: Tensor, low: Tensor, above: Tensor = above, below: Tensor = below, offset: Tensor | None = offset
-            ) -> Tensor:
+        def relevance(fraction: float | Tensor, above: Tensor, below: Tensor, offset: Tensor | None) -> Tensor:
+            def contributions(high: Tensor, low: Tensor) -> Tensor:
                 return layer(high, above, offset) + layer(low, below, None)
 
             z, transposed = _adjoint(contributions, x.clamp(min=0), x.clamp(max=0))
             high, low = transposed(fraction * y / _stabilized(z) * c)
-            relevance = relevance + (x > 0) * high + (x < 0) * low
-        return relevance
+            return (x > 0) * high + (x < 0) * low
+
+        return sum((relevance(*part) for part in self.parts(weight, bias, y)), torch.zeros_like(x))
 
 
 @dataclass(frozen=True)
@@ -136,9 +134,7 @@ class Gamma(_Signed):
         if not self.gamma >= 0:
             raise ValueError(f"expected a gamma of 0 or more, got {self.gamma}; 0.25 is usual")
 
-    def parts(
-        self, weight: Tensor, bias: Tensor | None, y: Tensor
-    ) -> list[tuple[float | Tensor, Tensor, Tensor, Tensor | None]]:
+    def parts(self, weight: Tensor, bias: Tensor | None, y: Tensor) -> list[Part]:
         """One part for positive outputs, one for negative outputs."""
         more, less = weight + self.gamma * weight.clamp(min=0), weight + self.gamma * weight.clamp(max=0)
         high = None if bias is None else bias + self.gamma * bias.clamp(min=0)
@@ -174,9 +170,7 @@ class AlphaBeta(_Signed):
                 f"expected alpha - beta = 1, none negative, got {self.alpha} and {self.beta}; 2 and 1 are usual"
             )
 
-    def parts(
-        self, weight: Tensor, bias: Tensor | None, y: Tensor
-    ) -> list[tuple[float | Tensor, Tensor, Tensor, Tensor | None]]:
+    def parts(self, weight: Tensor, bias: Tensor | None, y: Tensor) -> list[Part]:
         """One part for positive contributions, one for negative ones."""
         more, less = weight.clamp(min=0), weight.clamp(max=0)
         high, low = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
