@@ -372,12 +372,9 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _sorted(importance: Float[Tensor, "b n"]) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
-    """Pixels in the order of decreasing importance, and the place of each in it; ties in a fixed scattered order.
-
-    Values that are equal in float32 are ties: what differs below is rounding, which depends on the CPU.
-    """
+    """Pixels in the order of decreasing importance, and the place of each in it; ties in a fixed scattered order."""
     scatter = torch.randperm(importance.shape[1], generator=torch.Generator().manual_seed(0)).to(importance.device)
-    order = scatter[importance[:, scatter].float().argsort(dim=1, descending=True, stable=True)]
+    order = scatter[importance[:, scatter].argsort(dim=1, descending=True, stable=True)]
     places = torch.arange(importance.shape[1], device=importance.device).expand_as(order)
     return order, torch.empty_like(order).scatter_(1, order, places)
 
