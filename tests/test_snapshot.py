@@ -13,6 +13,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import jaxtyping
 import numpy as np
@@ -22,7 +23,7 @@ import yaml
 from PIL import Image
 
 import sightline as sl
-from sightline import cli, data, explainers, runs
+from sightline import cli, data, explainers, maps, runs
 
 SNAPSHOT = Path(__file__).parent / "snapshot"
 RUN = Path(__file__).parent / "old_files" / "vgg_att2"  # trained once: another CPU would train other weights
@@ -106,19 +107,32 @@ def sightline(*arguments: object) -> None:
     cli.main([str(argument) for argument in arguments])
 
 
+def resize_in_steps(values: torch.Tensor, size: tuple[int, ...], mode: maps.Mode = "bilinear") -> torch.Tensor:
+    """Resized maps in steps of 1/3030 of their maximum, whose half is no boundary between two steps."""
+    resized = RESIZE(values, size, mode)
+    if mode == "nearest":
+        return resized
+    step = 3.3e-4 * resized.abs().amax((2, 3), keepdim=True) + 1e-300
+    return (resized / step).round() * step
+
+
+RESIZE = maps.resize
+
+
 def write_files(out: Path) -> None:
     """What the trained run gives.
 
-    In float64 and one thread, since pixels that a rounding parts change places in a ranking. Where an enlarged map has
-    true ties, a CPU with other vector instructions still orders them otherwise (areas under curves differ by up to
-    3e-5): renew the files there before you change anything. In a process of its own, since the package may keep
-    tensors of the default type.
+    In float64, in one thread, and with `resize_in_steps`: rounding, which depends on the CPU's vector instructions,
+    would decide the order of pixels that are nearly equal. No `random_map`, since its seed is the pixels to the last
+    bit. In a process of its own, since the package may keep tensors of the default type.
     """
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     metrics = "insertion_auc,deletion_auc,pointing_game,energy_in_mask,parameter_randomization"
-    methods = ["--methods", "attention,grad_cam,guided_backprop,lrp", "--controls", "random_map,other_class"]
-    sightline("evaluate", RUN, *methods, "--metrics", metrics, "--limit", 8, "--steps", 5, "--out", out / "evaluated")
+    methods = ["--methods", "attention,grad_cam,guided_backprop,lrp", "--controls", "center_map,other_class"]
+    with patch.object(maps, "resize", resize_in_steps):
+        evaluated = ["--limit", 8, "--steps", 5, "--out", out / "evaluated"]
+        sightline("evaluate", RUN, *methods, "--metrics", metrics, *evaluated)
 
     run = runs.open_run(RUN)  # the other way in: a model and an iterable of tensors, and a method with options
     batch = data.load(run.recipe.data)["test"].batch(range(3))
@@ -126,7 +140,8 @@ def write_files(out: Path) -> None:
     batches = [(images[rows], batch.labels[rows], batch.masks[rows]) for rows in (slice(0, 2), slice(2, 3))]
     methods = [partial(explainers.rise, masks=32), "integrated_gradients", "attention@attention.conv10"]
     options = {"controls": ["center_map"], "steps": 4, "name": "three images"}
-    sl.evaluate(sl.load(RUN), batches, methods, "all", **options).to_json(out / "evaluation_of_batches.json")
+    with patch.object(maps, "resize", resize_in_steps):
+        sl.evaluate(sl.load(RUN), batches, methods, "all", **options).to_json(out / "evaluation_of_batches.json")
 
     images = [out / f"{name}.png" for name in ("square", "wide", "tall")]
     for file, (height, width) in zip(images, ((40, 40), (50, 70), (90, 30)), strict=True):
