@@ -40,8 +40,8 @@ PARTS: dict[str, tuple[tuple[int, ...], ...]] = {
 """The digits that the images of each class show, one or two."""
 Uniform = Callable[..., Float[Array, "b ..."]]
 Below = Callable[[Any], Int64[Array, " b"]]
-PATCH_COLORS = np.frombuffer(
-    bytes.fromhex("e6192d 32be3c 1446ff ffe614 fa8214 8214be 3cf0f0 fa3cdc ffffff 000000"), dtype=np.uint8
+PATCH_COLORS = np.array(
+    list(bytes.fromhex("e6192d 32be3c 1446ff ffe614 fa8214 8214be 3cf0f0 fa3cdc ffffff 000000")), dtype=np.uint8
 ).reshape(-1, 3)
 
 
