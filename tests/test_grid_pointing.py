@@ -239,7 +239,9 @@ def test_a_faithful_map_is_exactly_zero_outside_its_cell(net, whole, method):
         assert maps[:, cell, y : y + 8, x : x + 8].abs().sum() > 0
         outside[:, cell, y : y + 8, x : x + 8] = 0
     assert maps.shape == (2, 4, 16, 16) and (outside == 0).all()
-    assert (disconnected_pointing_game(maps.flatten(0, 1)[:, None], cells) == 1).all()
+    has_positive = (maps > 0).any((2, 3)).flatten()  # a logit below 0 may have none
+    scores = disconnected_pointing_game(maps.flatten(0, 1)[:, None], cells)
+    assert has_positive.sum() >= 7 and torch.equal(scores == 1, has_positive)
     joined = explain(net, whole, TARGETS, [method])[method]  # here the network itself may look at the next cell
     if method in ("saliency", "input_x_gradient"):
         assert (grid_pointing_game(joined.flatten(0, 1)[:, None], cells) < 0.9).all()
@@ -278,6 +280,14 @@ def test_every_ending_is_read_as_in_the_model_itself(whole):
 # all of it on a model
 
 
+def noise(net, n=60):
+    """Images that the network, whose last biases are changed for it, spreads over its classes."""
+    images = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        net.head.bias -= net(images).mean(0)
+    return images
+
+
 def colors(per_class=3, classes=6, size=4, strength=9.0):
     """Images of one channel each, which `PooledModel` names; later ones of a class less surely."""
     images = torch.zeros(per_class * classes, classes, size, size)
@@ -306,7 +316,7 @@ def test_a_model_whose_maps_are_right_scores_one(tmp_path):
     assert "activation_map of another class" not in result.methods  # it is the same for all classes
     assert any(sentence.kind in ("best", "not better than a control") for sentence in result.summary)
     table = result.to_csv(tmp_path / "scores.csv")
-    rows = list(csv.DictReader(table.open()))
+    rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == 16 and len({row["mosaic"] for row in rows}) == 4
     assert all(row["label"] == row["prediction"] for row in rows)
     stored = json.loads(result.to_json(tmp_path / "scores.json").read_text())
@@ -339,8 +349,8 @@ def test_images_that_the_model_names_wrongly_are_left_out():
 
 
 def test_a_network_of_one_size_gets_shrunk_mosaics_and_says_so():
-    net, generator = Net(size=8).eval(), torch.Generator().manual_seed(2)
-    images = torch.randn(40, 3, 8, 8, generator=generator)
+    net = Net(size=8).eval()
+    images = noise(net)
     result = evaluate_mosaics(net, [(images,)], ["input_x_gradient"], grid=(1, 2), confidence=0.0, controls=[], limit=4)
     assert any("takes no mosaic of 8 x 16 pixels, so mosaics are shrunk to 8 x 8" in one for one in result.notices)
     assert result.positions["input_x_gradient"] == (8, 8)
@@ -348,7 +358,7 @@ def test_a_network_of_one_size_gets_shrunk_mosaics_and_says_so():
 
 
 def test_a_method_that_cannot_read_cells_alone_is_undefined_there(net):
-    images = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    images = noise(net)
     methods = ["saliency", "grad_cam@features.1"]
     result = evaluate_mosaics(net, [(images,)], methods, grid=(1, 2), confidence=0.0, controls=["other_class"], limit=4)
     assert result.score("grad_cam@features.1", "disconnected_pointing_game").undefined == 8
@@ -358,7 +368,7 @@ def test_a_method_that_cannot_read_cells_alone_is_undefined_there(net):
 
 
 def test_batches_and_resuming_change_nothing(net, tmp_path, monkeypatch):
-    images = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    images = noise(net)
     ask = partial(evaluate_mosaics, net, [(images,)], ["saliency", "hires_cam"], confidence=0.0, limit=5)
     first, again = ask(), ask(batch_size=4)
     for name, values in first.per_image.items():
@@ -387,7 +397,7 @@ def test_batches_and_resuming_change_nothing(net, tmp_path, monkeypatch):
 
 
 def test_methods_are_found_and_a_budget_leaves_some_out(net):
-    images = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    images = noise(net)
     result = evaluate_mosaics(net, [(images,)], confidence=0.0, limit=2, controls=[])
     assert {"cam", "grad_cam", "saliency", "lrp"} <= set(result.methods)
     assert not {"rise", "occlusion", "random_map"} & set(result.methods)

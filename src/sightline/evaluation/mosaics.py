@@ -100,12 +100,13 @@ def evaluate_mosaics(
     predictions = predict(model, source, report, output)
     game = _game(model, source, predictions, grid, confidence, limit, seed)
     listed, reasons = _listed(game, methods, controls, strict)
+    with_other = "other_class" in controls
     files = PartialResults(None if partial_results is None else Path(partial_results))
     options = {name: named(method)[2] for name, method in listed.items()}
-    key = files.folder and key_of(model, grid, controls, options, predictions.output, game.targets, game.images)
+    key = files.folder and key_of(model, grid, with_other, examples, options, game.output, game.targets, game.images)
     planned = _planned(game, listed, budget, files, f"{key}-plan.json")
     game, chosen = game.first(planned.limit), {method: listed[method] for method in planned.methods}
-    with_other, scores = "other_class" in controls, Scores()
+    scores = Scores()
     for number, (label, method) in enumerate(chosen.items()):
         make = partial(_scores, game, label, method, with_other, examples)
         scores = scores + files.scores(lambda at=label: f"{key}-{len(game.rows)}-{digest_of(also=at)}.npz", make)
