@@ -212,7 +212,8 @@ class Disconnected(nn.Module):
     def forward(self, images: Float[Tensor, "m c H W"]) -> Float[Tensor, "m outputs"]:
         """Logits of all cells."""
         rows, columns = self.grid
-        cells = _cut(images, self.grid)
+        # rolled by nothing: the positions of the mosaic are not those of the cells, and need not be followed into them
+        cells = _cut(images, self.grid).roll(0, 0)
 
         def together(module: nn.Module, inputs: object, features: Tensor) -> Tensor:
             return _cut(self.tiled(_tiled(features, self.grid)), self.grid)
