@@ -5,7 +5,8 @@ EfficientNet-Lite0 (timm's `tf_efficientnet_lite0`, 224 px) with the weights of 
 
 - `mosaics`: the grid pointing game with photos of `imagenet_sample`.
 - `photos`: insertion, deletion, ROAD and both randomization tests on the same photos, each of the predicted class.
-- `boxes`: boxes of `tiny_imagenet50`, on images that the network names correctly.
+- `boxes`: boxes of `tiny_imagenet50`, on the images that the network names correctly and most surely, since small
+  images enlarged to 224 px are hard for it.
 
     python benchmarks/real_network.py --weights FILE.pth --data FOLDER --out FOLDER
 
@@ -61,13 +62,15 @@ def images_of(folder: Path, name: str, preprocess: Preprocess) -> ImageSet:
     return replace(data.load_whole(Data(source=source, size=preprocess.size[0]))["test"], preprocess=preprocess)
 
 
-def named_correctly(model: nn.Module, images: ImageSet) -> ImageSet:
-    """Those whose label is the prediction."""
-    right: list[int] = []
+def named_correctly(model: nn.Module, images: ImageSet, most: int) -> ImageSet:
+    """Those whose label is the prediction, the most confident `most` of them."""
+    confidence: list[float] = []
     for batch in data.batches(images, 32):
-        logits = inference.forward(model, data.normalize(batch.images, images.preprocess), 32)
-        right += batch.indices[logits.argmax(1).cpu() == batch.labels].tolist()
-    return images.picked(np.array(right))
+        _, probabilities = inference.answers(model, data.normalize(batch.images, images.preprocess), 32)
+        highest, predicted = probabilities.max(1)
+        confidence += highest.where(predicted == batch.labels, 0.0).tolist()
+    order = np.argsort(-np.array(confidence), kind="stable")[: min(most, np.count_nonzero(confidence))]
+    return images.picked(np.sort(order))
 
 
 def score(part: str, model: nn.Module, images: ImageSet, method: str, count: int) -> Evaluation:
@@ -167,11 +170,14 @@ def main() -> None:
     size, mean, std = input_of(model)
     preprocess = Preprocess(size=size, mean=mean, std=std)
     photos = images_of(asked.data, "imagenet_sample", preprocess)
-    sets = {"mosaics": photos, "photos": photos}
+    sets = {"photos": photos.picked(np.arange(min(asked.count, len(photos))))}
+    if "mosaics" in asked.parts:
+        sets["mosaics"] = named_correctly(model, photos, 4 * asked.count)
     if "boxes" in asked.parts:
         boxed = images_of(asked.data, "tiny_imagenet50", preprocess)
         boxed = replace(boxed, classes=tuple(name.replace("_", " ") for name in boxed.classes))
-        sets["boxes"] = named_correctly(model, boxed.with_classes(photos.classes))
+        boxed = boxed.with_classes(photos.classes).picked(np.arange(min(20 * asked.count, len(boxed))))
+        sets["boxes"] = named_correctly(model, boxed, asked.count)
     methods = asked.methods
     if methods is None:
         one = data.normalize(photos.batch([0]).images, preprocess)
@@ -200,7 +206,7 @@ def main() -> None:
                   f"{', '.join(row['unbeaten'])}")  # fmt: skip
     shown = [method for method in SHOWN if method in methods]
     if shown and "mosaics" in asked.parts:
-        picture = evaluate_mosaics(model, photos, shown, controls=[], limit=1, batch_size=16, examples=1)
+        picture = evaluate_mosaics(model, sets["mosaics"], shown, controls=[], limit=1, batch_size=16, examples=1)
         (asked.out / "mosaic.png").write_bytes(maps.png(sight.mosaic_picture(picture)))
     if asked.methods is None and tuple(asked.parts) == PARTS:
         print(save("real_network", rows))
