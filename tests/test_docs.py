@@ -159,10 +159,17 @@ def test_every_entry_of_a_registry_has_its_row() -> None:
     from sightline.attention import ATTENTION
     from sightline.data import DATASETS
     from sightline.explainers import EXPLAINERS
-    from sightline.metrics import METRICS
+    from sightline.metrics import METRICS, MOSAIC_METRICS
     from sightline.models import MODELS
 
-    registries = {"maps": EXPLAINERS, "measures": METRICS, "attention": ATTENTION, "training": MODELS, "data": DATASETS}
+    measures = METRICS | MOSAIC_METRICS
+    registries = {
+        "maps": EXPLAINERS,
+        "measures": measures,
+        "attention": ATTENTION,
+        "training": MODELS,
+        "data": DATASETS,
+    }
     for page, registry in registries.items():
         lines = (ROOT / f"docs/{page}.md").read_text().splitlines()
         rows = [line for line in lines if line.startswith("|")]

@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from sightline import cli
+from sightline import cli, models, runs
+from sightline.data import Preprocess
 from sightline.evaluation import evaluate
-from sightline.recipe import Recipe
-from sightline.sight import SETS, TRUTH, predicted, sight_test
-from sightline.testing import PLANTED, planted
+from sightline.recipe import Data, Model, Recipe
+from sightline.sight import SETS, TRUTH, photos, predicted, sight_test
+from sightline.testing import PLANTED, PooledModel, planted
 
 METHODS = ["grad_cam", "saliency", "lrp", "activation_map"]
 
@@ -84,3 +87,105 @@ def test_bad_requests_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"expected sets out of clutter, clutter-twice, .*, got 'cluter'"):
         sight_test(tmp_path, Recipe(), sets=["cluter"])
     assert set(SETS) == {"clutter", "clutter-twice", "clutter-pair", "clutter-shortcut"}
+
+
+# mosaics of photos
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Red, green and blue photos, and a network that names them whatever weights it is given."""
+    rng = np.random.default_rng(0)
+    for number in range(18):
+        folder = tmp_path / "photos" / ("blue", "green", "red")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 60, (40, 40, 3), np.uint8)
+        pixels[..., 2 - number % 3] += 180
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SIGHTLINE_CACHE", str(tmp_path / "cache"))
+    model = PooledModel(8 * torch.eye(3).flip(0))  # blue is class 0
+    monkeypatch.setattr(models, "named_model", lambda name, weights, classes=None: (model, []))
+    monkeypatch.setattr(models, "input_of", lambda model: ((32, 32), (0.5,) * 3, (0.5,) * 3))
+    monkeypatch.setattr(runs, "load_model", lambda folder: model)
+    return tmp_path
+
+
+GAME = ["sight", "--grid", "1x2", "--methods", "grad_cam,saliency", "--limit", "5"]
+
+
+def test_a_network_by_name_plays_the_grid_pointing_game(place, capsys):
+    cli.main([*GAME, "--model", "resnet18", "--weights", "w.safetensors", "--data", "photos", "--out", "own"])
+    printed = capsys.readouterr().out
+    text = (place / "own" / "sight.md").read_text()
+    assert text in printed and "5 mosaics of 10 images" in text
+    assert "| grad_cam | 1.00 [" in text and "| saliency | 0.50 [0.50, 0.50] | 1.00 [" in text
+    assert "| center_map (control) | 0.50 [" in text and "| grad_cam of another class (control) | 0.00 [" in text
+    assert "| chance | 0.500 | 0.500 |" in text
+    page = (place / "own" / "report.html").read_text()
+    assert "Where resnet18 looks on mosaics of photos" in page and "grid pointing game" in page
+    assert json.loads((place / "own" / "evaluation.json").read_text())["unit"] == "mosaic"
+    picture = np.asarray(Image.open(place / "own" / "mosaic.png"))
+    assert picture.shape[0] > 100 and (picture == 255).all(-1).any()
+    assert (place / "own" / "per_image.csv").read_text().count("\n") == 11
+    assert not (place / "own" / ".evaluation").exists()
+
+
+def test_a_run_plays_it_on_its_test_images(place, capsys):
+    preprocess = Preprocess(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+    recipe = Recipe(data=Data(source="photos", size=32, test=0.5), model=Model(name="vgg_gap"))
+    run = runs.Run(
+        folder=place / "run",
+        recipe=recipe,
+        seed=0,
+        classes=("blue", "green", "red"),
+        preprocess=preprocess,
+        info={},
+        history=[],
+        skipped=[],
+    )
+    runs.save(run, {})
+    cli.main([*GAME, "--run", "run", "--out", "own"])
+    assert "4 mosaics of 8 images" in capsys.readouterr().out
+    cli.main([*GAME, "--run", "run", "--data", "photos", "--out", "whole"])
+    assert "5 mosaics of 10 images" in capsys.readouterr().out
+    assert "Where vgg_gap looks" in (place / "own" / "report.html").read_text()
+
+
+def test_labels_count_where_they_fit_the_model(place):
+    preprocess = Preprocess(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+    model = models.named_model("", "")[0]
+    labeled = photos(Data(source="photos"), preprocess, model)
+    assert labeled.classes == ("blue", "green", "red") and len(labeled) == 18 and (labeled.labels >= 0).all()
+    assert labeled.preprocess == preprocess
+    other = photos(Data(source="photos"), preprocess, PooledModel(torch.ones(5, 3)))
+    assert (other.labels == -1).all() and "has 3 classes and the model 5, so the class that the" in other.notices[-1]
+    named = photos(Data(source="photos"), preprocess, PooledModel(torch.ones(4, 3)), ["red", "blue", "pink", "green"])
+    assert sorted(set(named.labels.tolist())) == [0, 1, 3]
+    loose = photos(Data(source="photos/red"), preprocess, model)
+    assert len(loose) == 6 and (loose.labels == -1).all()
+    with pytest.raises(FileNotFoundError):
+        photos(Data(source="nowhere"), preprocess, model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--weights w --data photos", "got no --model NAME; add it"),
+        ("--weights w --model resnet18", "got no --data PATH; add it"),
+        ("--data photos", "--data: expected --run RUN, or --model NAME with --weights FILE"),
+        ("--methods grad_cam", "--methods: expected --run RUN, or --model NAME"),
+        ("--run run --weights w", "expected either --run RUN, or --model NAME"),
+        ("--weights w --model resnet18 --data photos --known", "expected either --run RUN"),
+        ("--weights w --model resnet18 --data photos --optim.lr 1", "--optim.lr: expected only data fields"),
+        ("--weights w --model resnet18 --data photos --grid 2", "expected rows and columns of cells such as 2x2"),
+        ("--weights w --model resnet18 --data photos --confidence 2", "expected a probability from 0 to 1"),
+        ("--weights w --model resnet18 --data photos", "got 18 such images of 3 classes; give more images, or choose"),
+        ("--run nowhere", "nowhere"),
+    ],
+)
+def test_a_game_that_cannot_be_played_is_one_line(place, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sight", *arguments.split(), "--out", "own"])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and message in line and line.count("\n") == 1

@@ -205,8 +205,19 @@ def _end_of(result: "Bench", is_whole: bool, out: str) -> None:
 
 def sight(options: Namespace, overrides: dict[str, Any]) -> None:
     """Which explainer finds evidence that is known, and which metric would have shown it without knowing."""
+    if options.run or options.weights:
+        _sight_mosaics(options, overrides)
+        return
     from sightline.sight import sight_test
 
+    only = [name for name in ("classes", "methods") if getattr(options, name)]
+    if "data.source" in overrides:
+        only.append("data")
+    if only:
+        raise ValueError(
+            f"--{only[0]}: expected --run RUN, or --model NAME with --weights FILE, for the grid pointing game, got "
+            "neither; add one, or leave it out to train on planted images"
+        )
     if options.known and overrides:
         raise ValueError(
             f"--{min(overrides)}: expected no recipe field with --known, which trains nothing; leave it out"
@@ -218,12 +229,62 @@ def sight(options: Namespace, overrides: dict[str, Any]) -> None:
             overrides,
             sets=options.sets,
             known=options.known,
-            limit=options.limit,
+            limit=options.limit or 100,
             budget=options.budget,
             progress=bar.update,
         )
     print(result.markdown(), end="")
     print(f"tables: {Path(options.out) / 'sight.md'}")
+
+
+def _sight_mosaics(options: Namespace, overrides: dict[str, Any]) -> None:
+    from sightline import models, runs
+    from sightline.data import Preprocess
+    from sightline.report.run_evaluation import images_of
+    from sightline.sight import mosaic_table, photos, sight_mosaics
+
+    name: str = overrides.get("model.name", "")
+    if options.known or options.sets or (options.run and (options.weights or options.classes or name)):
+        raise ValueError(
+            "expected either --run RUN, or --model NAME with --weights FILE, and neither --sets nor --known, which are "
+            "about planted images; leave the others out"
+        )
+    if wrong := [field for field in overrides if not field.startswith("data.") and field != "model.name"]:
+        raise ValueError(f"--{wrong[0]}: expected only data fields, as nothing is trained; leave it out")
+    if options.weights and not (name and "data.source" in overrides):
+        missing = "--data PATH" if name else "--model NAME"
+        raise ValueError(f"expected --weights FILE with --model NAME and --data PATH, got no {missing}; add it")
+    runs.check_writable(Path(options.out))
+    if options.run:
+        run = runs.open_run(options.run)
+        name, model = run.recipe.model.name, runs.load_model(run.folder)
+        images, strict = images_of(run, "test", overrides)
+    else:
+        model, classes = models.named_model(name, options.weights, options.classes)
+        size, mean, std = models.input_of(model)
+        wanted = recipe.load(recipe.Recipe(), overrides).data
+        images = photos(wanted, Preprocess(size=size, mean=mean, std=std), model, classes)
+        strict = wanted.strict
+    with terminal.Bar() as bar:
+        result = sight_mosaics(
+            Path(options.out),
+            model.to(runs.best_device()),
+            images,
+            "all" if options.methods == ["all"] else options.methods,
+            name=name,
+            grid=options.grid,
+            confidence=options.confidence,
+            limit=options.limit or 50,
+            budget=options.budget,
+            strict=strict,
+            progress=bar.update,
+        )
+    terminal.tell_skipped(result.skipped)
+    terminal.tell("left out:", (result.unsuited | result.left_out).items())
+    terminal.tell_notices(result.notices)
+    print(mosaic_table(result), end="")
+    terminal.print_sentences(result.summary)
+    print(f"tables: {Path(options.out) / 'sight.md'}\nreport: {Path(options.out) / 'report.html'}")
 
 
 def push(options: Namespace, _: dict[str, Any]) -> None:
@@ -267,7 +328,7 @@ def show(options: Namespace, _: dict[str, Any]) -> None:
         "models": models.MODELS,
         "attention": attention.ATTENTION,
         "explainers": explainers.EXPLAINERS,
-        "metrics": {name: metric.function for name, metric in metrics.METRICS.items()},
+        "metrics": {n: metric.function for n, metric in (metrics.METRICS | metrics.MOSAIC_METRICS).items()},
     }
     for kind in [options.kind] if options.kind else KINDS:
         print(f"{kind}:")

@@ -1,6 +1,7 @@
 """The options of each verb of the command line, as argparse reads them. Imports no torch."""
 
 import argparse
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -207,12 +208,23 @@ def _evaluate(add: _Add) -> None:
 
 
 def _sight(add: _Add) -> None:
-    _out(add, "folder of all networks; finished ones are kept", required=True)
+    _out(add, "folder of all networks, or of the tables; finished parts are kept", required=True)
     add("--sets", type=_names, metavar="A,B,...", help="planted sets (all four)")
     text = "train nothing: models that are built to use the planted pixels"
     add("--known", action="store_true", help=text)
+    add("--run", metavar="RUN", help="play the grid pointing game with a trained run, on its test images or --data")
+    add("--weights", metavar="FILE", help="play it with --model NAME and these weights, on --data")
+    _short(add, "--model", "network, see sightline list models", "NAME")
+    _short(add, "--data", "folder of photos, table, parquet or a name", "PATH_OR_NAME")
+    add("--classes", metavar="FILE", help="text file with one class name per line")
+    methods = "of the game; all = every one that fits (those that fit and take a few passes)"
+    add("--methods", type=_names, metavar="A,B,...", help=methods)
+    add("--grid", type=_grid, default=(2, 2), metavar="ROWSxCOLUMNS", help="cells of a mosaic (2x2)")
+    text = "use images that the network names correctly with this probability or more (0.5)"
+    add("--confidence", type=_probability, default=0.5, metavar="P", help=text)
+    _images(add)
     _budget(add)
-    _limit(add)
+    add("--limit", type=_count, metavar="N", help="images to make maps of (100), or mosaics (50)")
 
 
 def _push(add: _Add) -> None:
@@ -281,6 +293,19 @@ def _seconds(text: str) -> float:
     if scale is None or not number.replace(".", "", 1).isdigit() or not float(number):
         raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10min or 2h, got {text!r}")
     return scale * float(number)
+
+
+def _probability(text: str) -> float:
+    if not re.fullmatch(r"[01]|[01]?\.\d+", text) or float(text) > 1:
+        raise argparse.ArgumentTypeError(f"expected a probability from 0 to 1, got {text!r}")
+    return float(text)
+
+
+def _grid(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdigit() and columns.isdigit()) or int(rows) * int(columns) < 2:
+        raise argparse.ArgumentTypeError(f"expected rows and columns of cells such as 2x2 or 3x3, got {text!r}")
+    return int(rows), int(columns)
 
 
 def _which(text: str) -> "Output":

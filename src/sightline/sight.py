@@ -1,4 +1,7 @@
-"""The sight test: which explainer finds known evidence, and which metric would have told without knowing it."""
+"""The sight test: which explainer finds known evidence, and which metric would have told without knowing it.
+
+On planted images, and in mosaics of any images for any model.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,18 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import nn
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
 
-from sightline import data, runs
-from sightline.evaluation import Evaluation, evaluate
+from sightline import data, inference, maps, report, runs
+from sightline.data import ImageSet, Preprocess
+from sightline.evaluation import Evaluation, evaluate, evaluate_mosaics
 from sightline.evaluation.ranking import UNDEFINED_FRACTION
 from sightline.explainers import Method
 from sightline.facts import Interval, Progress
 from sightline.metrics import METRICS, inputs_of
 from sightline.metrics.agreement import correlation, ranks
 from sightline.planted import PLANTED, planted
-from sightline.recipe import Recipe
+from sightline.recipe import Data, Recipe
 from sightline.training import fit
 
 Array = np.ndarray
@@ -34,6 +38,7 @@ SETS: Mapping[str, Mapping[str, object]] = {
 }
 """Data set -> changes to the recipe."""
 _RESAMPLES = 2000
+_PER_ROW = 6  # maps beside a mosaic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +125,149 @@ def sight_test(
     runs.write(out / "sight.json", json.dumps(runs.plain(predicts), indent=1).encode())
     runs.write(out / "sight.md", sight.markdown().encode())
     return sight
+
+
+def sight_mosaics(
+    out: Path | str,
+    model: nn.Module,
+    images: ImageSet,
+    methods: Sequence[Method] | str | None = None,
+    *,
+    name: str = "",
+    grid: tuple[int, int] = (2, 2),
+    confidence: float = 0.5,
+    limit: int = 50,
+    budget: float | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Rank explainers on any model by the grid pointing game, see `evaluate_mosaics`; nothing is trained.
+
+    Writes into `out`: sight.md (the table), mosaic.png (one mosaic with the maps of its classes), report.html,
+    evaluation.json and per_image.csv. A call with the same arguments resumes an interrupted one.
+
+    Args:
+        out: folder.
+        model: any classifier.
+        images: of its classes, or without labels; see `photos`.
+        methods: as for `evaluate_mosaics`.
+        name: of the model.
+        grid: rows and columns of a mosaic.
+        confidence: probability from which on images are used.
+        limit: number of mosaics.
+        budget: seconds for all maps.
+        strict: whether a named method that does not fit the model is an error.
+        progress: called with (what, done, total).
+
+    Raises:
+        ValueError: not enough images of different classes that the model names correctly.
+        OSError: `out` cannot be written.
+    """
+    out = Path(out)
+    runs.check_writable(out)
+    result = evaluate_mosaics(
+        model,
+        images,
+        methods,
+        grid=grid,
+        confidence=confidence,
+        limit=limit,
+        budget=budget,
+        strict=strict,
+        name=f"mosaics of {images.name}",
+        provenance=runs.surroundings(),
+        progress=progress,
+        partial_results=out / ".evaluation",
+    )
+    result = replace(result, model=name or result.model)
+    result.to_json(out / "evaluation.json")
+    result.to_csv(out / "per_image.csv")
+    report.write(result, out)
+    runs.write(out / "mosaic.png", maps.png(mosaic_picture(result)))
+    runs.write(out / "sight.md", mosaic_table(result).encode())
+    return result
+
+
+def mosaic_table(result: Evaluation) -> str:
+    """The scores of `evaluate_mosaics` as a table, the best first."""
+    rows = {
+        f"{method} (control)" if method in result.controls else method: {
+            metric: result.score(method, metric).interval for metric in result.metrics
+        }
+        for method in result.methods
+    }
+    first = (
+        f"Share of each map's positive values in the cell of its class: {result.provenance['mosaics']} mosaics of "
+        f"{len(result.per_image['name'])} images. 1 is the truth where cells cannot see each other "
+        f"(`{result.metrics[-1]}`); in the other column the model itself may use other cells."
+    )
+    chance = ["chance", *(f"{result.chance[metric]:.3f}" for metric in result.metrics)]
+    notices = "".join(f"\n{notice}.\n" for notice in result.notices)
+    return f"{first}\n\n{_table(['method', *result.metrics], rows)}{_line(chance)}{notices}"
+
+
+def mosaic_picture(result: Evaluation) -> UInt8[Tensor, "3 H W"]:
+    """The first mosaic once for each of its classes, with every map of that class."""
+    shown = [example for example in result.examples if (example.image == result.examples[0].image).all()]
+    pictures = torch.stack([torch.from_numpy(example.image).movedim(-1, 0) for example in shown])
+    columns = {
+        method: torch.stack([torch.from_numpy(example.maps[method]) for example in shown])[:, None]
+        for method in shown[0].maps
+    }
+    framed = torch.stack([_framed(p, torch.from_numpy(e.mask)) for p, e in zip(pictures, shown, strict=True)])
+    return maps.side_by_side(
+        framed,
+        columns,
+        signed=[method for method in columns if method in result.signed],
+        per_row=_PER_ROW,
+        title="explained: the class of the framed image",
+    )
+
+
+def photos(wanted: Data, preprocess: Preprocess, model: nn.Module, classes: Sequence[str] = ()) -> ImageSet:
+    """Images for `sight_mosaics`: a labeled source, its test part if it has one, or a folder of images without classes.
+
+    Labels are used if the source has as many classes as the model, which must be in the order of its outputs, or if
+    `classes` names those of the model. Otherwise the class that the model names counts as right, and a notice says so.
+
+    Raises:
+        OSError: there is nothing of that name.
+        ValueError: what is there is no set of images, or one of its classes is none of `classes`.
+    """
+    images = replace(_read(replace(wanted, size=preprocess.size[0]), preprocess), preprocess=preprocess)
+    if classes and images.classes:
+        return images.with_classes(classes)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    one = data.normalize(images.batch([0]).images.to(device), preprocess)
+    count = inference.answers(model, one)[1].shape[1]
+    if len(images.classes) == count:
+        return images
+    unlabeled = replace(images, labels=np.full(len(images), -1), classes=tuple(classes))
+    if not images.classes:
+        return unlabeled
+    notice = (
+        f"{images.name} has {len(images.classes)} classes and the model {count}, so the class that the model names "
+        "counts as right; name the model's classes by --classes FILE to use the labels"
+    )
+    return replace(unlabeled, notices=(*images.notices, notice))
+
+
+def _read(wanted: Data, preprocess: Preprocess) -> ImageSet:
+    try:
+        splits = data.load_whole(wanted)
+    except ValueError:
+        if not Path(wanted.source).is_dir():
+            raise
+        return data.read_images([wanted.source], preprocess, wanted.strict, wanted.max_pixels)
+    return splits.get("test") or next(iter(splits.values()))
+
+
+def _framed(picture: UInt8[Tensor, "3 h w"], mask: Bool[Tensor, "h w"]) -> UInt8[Tensor, "3 h w"]:
+    """A white frame inside the mask."""
+    width = max(1, mask.shape[0] // 100)
+    padded = torch.nn.functional.pad(mask[None].float(), [width] * 4)
+    inner = -torch.nn.functional.max_pool2d(-padded, 2 * width + 1, 1)[0]
+    return picture.masked_fill(mask & (inner == 0), 255)
 
 
 def _without_masks() -> list[str]:

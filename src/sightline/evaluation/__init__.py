@@ -1,8 +1,19 @@
 """Methods x metrics over a data set, with intervals and controls."""
 
 from sightline.evaluation.evaluate import evaluate
+from sightline.evaluation.mosaics import evaluate_mosaics
 from sightline.evaluation.ranking import standing_of
 from sightline.evaluation.result import Curve, Evaluation, Example, Score, Standing
 from sightline.metrics.uncertainty import Comparison
 
-__all__ = ["Comparison", "Curve", "Evaluation", "Example", "Score", "Standing", "evaluate", "standing_of"]
+__all__ = [
+    "Comparison",
+    "Curve",
+    "Evaluation",
+    "Example",
+    "Score",
+    "Standing",
+    "evaluate",
+    "evaluate_mosaics",
+    "standing_of",
+]

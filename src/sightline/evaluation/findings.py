@@ -11,7 +11,7 @@ from sightline.evaluation.ranking import LEVEL, UNDEFINED_FRACTION, wins
 from sightline.evaluation.result import Evaluation
 from sightline.facts import LEVELS, Finding, percent
 from sightline.maps import COARSE, NEARLY_FLAT
-from sightline.metrics import METRICS
+from sightline.metrics import METRICS, MOSAIC_METRICS
 from sightline.metrics.uncertainty import paired_test
 
 _FEW_GROUPS = 20
@@ -138,7 +138,7 @@ def _best(result: Evaluation, metric: str) -> Iterator[Finding]:
         text += f"{', '.join(standing.unbeaten)}{behind}."
         yield Finding("not better than a control", text, metric=metric, method=best, unbeaten=standing.unbeaten)
         return
-    text = METRICS[metric].sentence.format(method=best, score=interval)
+    text = (METRICS | MOSAIC_METRICS)[metric].sentence.format(method=best, score=interval)
     if chance := result.chance.get(metric):
         text += f", {interval.value / chance:.1f} times what a map without knowledge reaches ({chance:.3f})"
     beaten = [control for control in result.controls if control in compared]

@@ -1,7 +1,7 @@
 """Scores of maps: a function with one value per image, and beside it the torchmetrics class that averages it."""
 
 from sightline.facts import old_names
-from sightline.metrics import complexity, conservation, faithfulness, localization, robustness, sanity
+from sightline.metrics import complexity, conservation, faithfulness, grid_pointing, localization, robustness, sanity
 from sightline.metrics.agreement import krippendorff_alpha, rank_correlation, reliability, top_overlap, win_rate
 from sightline.metrics.classification import (
     Quality,
@@ -14,6 +14,7 @@ from sightline.metrics.classification import (
 from sightline.metrics.complexity import *
 from sightline.metrics.conservation import *
 from sightline.metrics.faithfulness import *
+from sightline.metrics.grid_pointing import *
 from sightline.metrics.inpainting import inpaint
 from sightline.metrics.localization import *
 from sightline.metrics.per_image import PerImageMean, mean_of, metric, metrics_in
@@ -50,6 +51,7 @@ __all__ = [
 __all__ += complexity.__all__
 __all__ += conservation.__all__
 __all__ += faithfulness.__all__
+__all__ += grid_pointing.__all__
 __all__ += localization.__all__
 __all__ += robustness.__all__
 __all__ += sanity.__all__

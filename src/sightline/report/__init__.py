@@ -9,7 +9,7 @@ import jinja2
 from sightline import facts, recipe, runs
 from sightline.evaluation import Evaluation
 from sightline.maps import COARSE
-from sightline.metrics import METRICS
+from sightline.metrics import METRICS, MOSAIC_METRICS
 from sightline.report import pictures, tables
 from sightline.report.pages import Pages, pages
 from sightline.report.studies import Part
@@ -31,6 +31,7 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     methods = [method for method in evaluation.methods if method not in evaluation.controls]
+    described = METRICS | MOSAIC_METRICS
     foremost = tables.foremost(evaluation)
     worst = {method: evaluation.worst[method] for method in methods if evaluation.worst.get(method)}
     cards = {f"gallery-{i}": example for i, example in enumerate(evaluation.examples, 1)}
@@ -44,7 +45,9 @@ def write(evaluation: Evaluation, folder: str | Path, run: runs.Run | None = Non
         columns={metric: tables.column(evaluation, metric) for metric in evaluation.metrics},
         doubts=tables.doubts(evaluation),
         coarse=COARSE,
-        meanings={metric: _first_line(METRICS[metric].function) for metric in evaluation.metrics if metric in METRICS},
+        meanings={
+            metric: _first_line(described[metric].function) for metric in evaluation.metrics if metric in described
+        },
         groups=tables.grouped(evaluation.summary[1:]),
         charts=pictures.courses(evaluation.curves, foremost, evaluation.controls),
         foremost=foremost,

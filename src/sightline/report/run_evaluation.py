@@ -56,7 +56,7 @@ def evaluate_run(
     out = run.folder if out is None else Path(out)
     runs.check_writable(out)
     start = time.perf_counter()
-    images, strict = _images(run, split, overrides or {})
+    images, strict = images_of(run, split, overrides or {})
     model = runs.load_model(run.folder).to(runs.best_device())
     evaluation = evaluate(
         model,
@@ -81,8 +81,13 @@ def evaluate_run(
     return EvaluatedRun(evaluation, {**evaluation.unsuited, **evaluation.left_out}, write(evaluation, out, run))
 
 
-def _images(run: runs.Run, split: str, overrides: dict[str, Any]) -> tuple[ImageSet, bool]:
-    """The images to evaluate on, labeled as the run counts classes, and whether the data is read strictly."""
+def images_of(run: runs.Run, split: str, overrides: dict[str, Any]) -> tuple[ImageSet, bool]:
+    """The images to evaluate a run on, labeled as the run counts classes, and whether the data is read strictly.
+
+    Raises:
+        OSError: the data is missing.
+        ValueError: the data has no such split, other classes or another size.
+    """
     side = run.preprocess.size[0]
     has_other_source = "data.source" in overrides
     fields = recipe.Data() if has_other_source else run.recipe.data
