@@ -83,7 +83,7 @@ class Source:
         self.device, self.dtype = weights.device, weights.dtype
         self.data = data
         self.batch_size = batch_size
-        self.of_batches = memory
+        self.memory_limit = memory
         self.has_masks = False
         images = data if isinstance(data, ImageSet) else None
         if images is None and isinstance(data, Iterator):
@@ -270,9 +270,8 @@ def predict(model: nn.Module, source: Source, progress: Progress, output: Output
             first = batch.only(torch.arange(len(batch.names)) < PROBED)
             call, notice = call.settled(model, batch.images)
             output = call.output
-        probabilities.append(
-            inference.answers(model, batch.images, source.batch_size, call, source.of_batches)[1].cpu()
-        )
+        _, answers = inference.answers(model, batch.images, source.batch_size, call, source.memory_limit)
+        probabilities.append(answers.cpu())
         labels += batch.labels.tolist()
         names += batch.names
         groups += batch.groups or []

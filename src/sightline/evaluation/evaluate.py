@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,10 @@ def evaluate(
     explained.
 
     Methods are given as in `explain`; None takes the attention of each block, and activation map, CAM and Grad-CAM as
-    far as the model allows, `"all"` every method that fits, `"fast"` those that take a few passes per image. Metrics: None takes insertion, deletion and the
-    randomization test, and where there are masks the pointing game and the energy in the mask; `"all"` every one that
-    the data allows. A method that does not look at the model is always a control; the control `"other_class"` is the
-    map of the runner-up class, for every method that explains a class.
+    far as the model allows, `"all"` every method that fits, `"fast"` those of them that take a few passes per image.
+    Metrics: None takes insertion, deletion and the randomization test, and where there are masks the pointing game and
+    the energy in the mask; `"all"` every one that the data allows. A method that does not look at the model is always a
+    control; the control `"other_class"` is the map of the runner-up class, for every method that explains a class.
 
     Intervals are 95 % percentile bootstrap (2,000 resamples, seeded, widened for few units) over images, or over whole
     groups where there are groups. The interval of an accuracy without groups is Wilson's. Pairs of methods are compared
@@ -286,8 +287,8 @@ def _score(
     scores, done = Scores(), 0
     chosen = torch.from_numpy(draw.chosen)
     size = _at_once(task, predictions)
-    batches = source.batches(np.union1d(draw.chosen, draw.wrong))
-    for number, batch in enumerate(piece for batch in batches for piece in batch.pieces(size)):
+    pieces = (batch.pieces(size) for batch in source.batches(np.union1d(draw.chosen, draw.wrong)))
+    for number, batch in enumerate(chain.from_iterable(pieces)):
         is_chosen = torch.isin(batch.rows, chosen)
         parts: list[Scores] = []
         if (scored := batch.only(is_chosen)) is not None:

@@ -102,7 +102,7 @@ class Plan:
 
     def sentence(self) -> str:
         """What to expect."""
-        size = f"{self.limit} images x {len(self.methods)} maps x {len(self.metrics)} metrics"
+        size = f"{self.limit} images (maps: {len(self.methods)}, metrics: {len(self.metrics)})"
         name = max(self.most, key=lambda name: self.most[name], default="")
         most = f", of which {name}: {duration(self.most[name])}" if name and len(self.most) > 1 else ""
         return f"expected time: {duration(self.seconds)} for {size}{most}"
@@ -189,7 +189,7 @@ def plan(task: Task, images: Tensor, targets: Tensor, limit: int, budget: float 
             left_out[name] = f"{seconds}, of {budget:,.0f} s for everything"
         methods, metrics = _without(methods, most), _without(metrics, most)
     per_image = cost(methods, metrics, steps)
-    count = max(int(min(limit, budget / per_image)), 1)
+    count = limit if per_image * limit <= budget else max(int(budget / per_image), 1)
     return Plan(
         methods=methods,
         metrics=metrics,

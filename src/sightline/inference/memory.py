@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -72,12 +73,13 @@ class Held(TorchDispatchMode):
         for key, _ in _storages((args, kwargs)) if made else ():
             made.pop(key, None)  # a view of something older
         for key, storage in made.items():
-            self.bytes += storage.nbytes()
-            self._storages[key] = weakref.ref(storage, lambda _, key=key, n=storage.nbytes(): self._free(key, n))
+            size = storage.nbytes()
+            self.bytes += size
+            self._storages[key] = weakref.ref(storage, partial(self._free, key, size))
         self.peak = max(self.peak, self.bytes)
         return result
 
-    def _free(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int, _: Any) -> None:
         self._storages.pop(key, None)
         self.bytes -= size
 

@@ -165,8 +165,8 @@ def perturbed_scores(
 ) -> dict[str, Fields]:
     """What `PerturbationMetric`s read, for the maps of several methods; no image is scored twice.
 
-    As many perturbed images exist at a time as `batch_size` and `memory` allow. The model runs in eval mode without gradient and is left
-    unchanged.
+    As many perturbed images exist at a time as `batch_size` and `memory` allow. The model runs in eval mode without
+    gradient and is left unchanged.
 
     Raises:
         ValueError: shapes that do not fit, a class that the model does not have, an unknown `fill`.
