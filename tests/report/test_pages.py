@@ -84,9 +84,7 @@ def test_pages_appear_one_by_one_where_a_method_is_slow_and_the_table_is_whole_a
     slow = ["cam", "occlusion"]
     pages(files, tmp_path / "out", methods=slow, progress=progress)
     names = [f"{i}--page.png" for i in range(3)]
-    assert [told for told in there if told[0] == "explaining"] == [
-        ("explaining", i, 3, names[:i]) for i in range(1, 4)
-    ]
+    assert [told for told in there if told[0] == "explaining"] == [("explaining", i, 3, names[:i]) for i in range(1, 4)]
     assert [told[3] for told in there if told[0] == "occlusion"] == [names[:i] for i in range(3)]
     with pytest.raises(KeyboardInterrupt):
         pages(files, tmp_path / "stopped", methods=slow, progress=stopping_after(2))

@@ -99,7 +99,7 @@ def evaluate(
             `unsuited` tells why.
         batch_size: most images per forward.
         memory: bytes that a forward, with its backward, may take, or a size such as "2GB"; it decides the number of
-            images up to `batch_size`. None: 1 GB on a CPU, half of the free memory on a GPU.
+            images up to `batch_size`. None: 500 MB on a CPU, half of the free memory on a GPU.
         examples: images to keep for the report.
         seed: for the draw and the intervals.
         name: of the data.

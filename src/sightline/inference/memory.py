@@ -16,19 +16,19 @@ T = TypeVar("T")
 Memory = int | str | None
 """Bytes, or a size such as "2GB"; None: see `allowance`."""
 
-_ON_CPU = 10**9
+_ON_CPU = 500_000_000
 _ON_GPU = 0.5  # of what is free
 _ASSUMED = 500  # bytes held for each byte of an image, where nothing was measured
 
 
 def allowance(memory: Memory, device: torch.device) -> int:
-    """Bytes that a batch may take: those asked for, or 1 GB on a CPU and half of the free memory on a GPU.
+    """Bytes that a batch may take: those asked for, or 500 MB on a CPU and half of the free memory on a GPU.
 
     Raises:
         ValueError: no such size.
 
     >>> allowance("2GB", torch.device("cpu")), allowance(None, torch.device("cpu"))
-    (2000000000, 1000000000)
+    (2000000000, 500000000)
     """
     if memory is not None:
         return bytes_of(memory)
@@ -128,6 +128,7 @@ def in_batches(
         else:
             result, held = held_by(lambda items=items: call(items))
             yield items, result
+            del result
             fits = size if held is None else fitting_size(size * allowed, item_bytes, batch_size, held)
             is_settled, size = fits == size, fits
         start = items.stop
