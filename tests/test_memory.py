@@ -178,9 +178,9 @@ def test_less_memory_makes_smaller_batches_that_hold_less(net, images):
         return max(seen), held
 
     sizes, held = zip(*(largest(memory) for memory in ("50KB", "400KB", "10MB")), strict=True)
-    # of 10 MB the first batch takes 6 images, 500 times their bytes, and the second all others
+    # Of 10 MB the first batch takes 6 images, 500 times their bytes, and the second all others. Gradients stay, too.
     assert 1 <= sizes[0] < sizes[1] < sizes[2] == 54
-    assert held[0] < held[1] < held[2] and held[1] < 400_000 + 3 * sizes[1] * images[:1].nbytes  # and the last gradients
+    assert held[0] < held[1] < held[2] and held[1] < 400_000 + 3 * sizes[1] * images[:1].nbytes
 
 
 @pytest.mark.parametrize("name", [n for n, m in METRICS.items() if isinstance(m.function, PerturbationMetric)])
