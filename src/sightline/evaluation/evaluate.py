@@ -244,6 +244,7 @@ def _planned(
         return stored
     first = predictions.first
     assert first is not None
+    first = next(first.pieces(1)) if budget is None else first  # an estimate alone may be rougher
     timed = replace(task, perturbation=_called(task.perturbation, first))
     planned = plan(timed, first.images, predictions.targets(first), min(limit, len(order)), budget or math.inf)
     if tell is not None and planned.seconds > TOLD:

@@ -26,7 +26,7 @@ TOLD = 10.0
 _FEWEST = 50, 20
 """Images below which curves get fewer steps, and below which methods or metrics are left out."""
 _FEWEST_STEPS = 8
-_TIMED = 4  # changed images in a batch that is timed
+_TIMED = 8  # images in a batch that is timed on a CPU, where larger ones are no faster
 _LONG = 1.0  # seconds after which no second timing is needed
 _PAINTED = frozenset({"morf", "lerf"})
 
@@ -216,8 +216,7 @@ def prices(
 
     Their first batches are timed, small ones on a CPU; the options are those of `explain`.
     """
-    if not images.is_cuda:
-        options["batch_size"] = min(options.get("batch_size", _TIMED), _TIMED)
+    options["batch_size"] = _timed_size(images, options.get("batch_size", 64))
     slow = {name: method for method in methods for name, explainer, *_ in [named(method)] if explainer.many_passes}
     return {name: _seconds(model, images, targets, method, **options) for name, method in slow.items()}
 
@@ -232,7 +231,7 @@ def _cost_per_image(
     """Seconds to explain an image by all of the methods and score it by all of the metrics, with so many steps."""
     model, perturbation = task.model, task.perturbation
     rows = torch.arange(len(images), device=images.device)
-    rows = rows.repeat(max(perturbation.batch_size // len(images), 1))
+    rows = rows.repeat(max(_timed_size(images, perturbation.batch_size) // len(images), 1))
     per_forward = _forward_seconds(model, images[rows], perturbation.call(images).at(rows), perturbation.memory)
     per_painting = _painted_seconds(images[rows]) if _needs(task.metrics) & _PAINTED else 0.0
     options = perturbation.of_explain
@@ -258,6 +257,10 @@ def _sharing(metrics: Sequence[str]) -> list[tuple[str, ...]]:
 
 def _needs(metrics: Collection[str]) -> frozenset[str]:
     return read_by(METRICS[metric].function for metric in metrics)
+
+
+def _timed_size(images: Tensor, batch_size: int) -> int:
+    return batch_size if images.is_cuda else min(batch_size, _TIMED)
 
 
 def _forward_seconds(model: nn.Module, images: Tensor, call: ForwardCall, memory: Memory) -> float:
