@@ -655,7 +655,7 @@ def test_a_budget_lowers_images_then_steps_then_images_again_before_it_leaves_an
     task = task_of(PooledModel(torch.eye(3)), ("cam", "grad_cam", "random_map"), metrics)
 
     def planned(budget, limit=100):
-        plan = planning.plan(task, images, targets, limit, budget)
+        plan = planning.plan(task, images, targets, limit, float(budget))
         return plan.limit, plan.steps, plan.seconds, [*plan.left_out]
 
     assert planned(math.inf) == (100, 32, 18_800, [])
@@ -668,7 +668,7 @@ def test_a_budget_lowers_images_then_steps_then_images_again_before_it_leaves_an
     assert planned(879) == (100, 32, 0, ["insertion_auc", "deletion_auc"])
     assert planned(440, limit=10) == (10, 8, 440, [])
     without = replace(task, metrics=("energy_in_mask", "increase_in_confidence"))
-    assert planning.plan(without, images, targets, 100, 100).steps == 32  # no curve to shorten
+    assert planning.plan(without, images, targets, 100, 100.0).steps == 32  # no curve to shorten
 
 
 def test_what_to_expect_is_told_before_the_maps_if_it_is_long(monkeypatch):
