@@ -247,6 +247,40 @@ def test_explain_reports_progress_within_the_batch_size(run, tmp_path, monkeypat
     assert told == [*(("occlusion", done, 361) for done in (100, 200, 300, 361)), ("explaining", 1, 1)]
 
 
+def test_progress_without_a_terminal_is_a_line_every_half_minute_with_the_time_left(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    with terminal.Bar() as bar:
+        for at, done in ((10, 100), (20, 200), (35, 300), (50, 400), (70, 800)):
+            clock[0] = float(at)
+            bar.update("rise", done, 2000)
+        clock[0] = 105.0
+        bar.update("rise", 100, 2000)  # the next image
+        clock[0] = 140.0
+        bar.update("rise", 2000, 2000)
+        bar.tell("expected time: 2 min")
+    assert capsys.readouterr().err.splitlines() == [
+        "rise: 300 of 2,000, 3 min 32 s left",  # 200 in 25 s
+        "rise: 800 of 2,000, 1 min 43 s left",  # 700 in 60 s
+        "rise: 100 of 2,000",
+        "rise: 2,000 of 2,000",
+        "expected time: 2 min",
+    ]
+
+
+def test_explain_takes_memory_and_fast(run, tmp_path, capsys):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    sightline("explain", run, tmp_path / "red.png", "--methods", "fast", "--memory", "50MB", "--out", tmp_path / "maps")
+    with (tmp_path / "maps" / "maps.csv").open() as file:
+        methods = {row["method"] for row in csv.DictReader(file)}
+    assert {"attention", "grad_cam"} <= methods and "rise" not in methods
+    said = refused(capsys, "explain", run, tmp_path / "red.png", "--memory", "lots", "--out", tmp_path / "no")
+    assert "expected memory in bytes or as 500MB, 2GB or 1GiB, got 'lots'" in said
+    chosen = ["--methods", "fast", "--metrics", "sparsity", "--limit", 2, "--memory", "1GiB"]
+    sightline("evaluate", run, *chosen, "--out", tmp_path / "fast")
+    assert "saliency" in capsys.readouterr().out
+
+
 def pages_of(verdicts):
     rest = {"folder": Path("maps"), "rows": [], "positions": {}, "written": frozenset(), "left_out": {}}
     return Pages(verdicts=verdicts, **rest, skipped=(), unchecked=(), notices=())

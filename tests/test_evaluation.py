@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -591,7 +593,7 @@ def test_everything_that_the_model_and_the_data_allow():
     assert {"grad_cam", "rise", "lrp", "occlusion", "guided_backprop"} < set(found.methods)
     assert "attention" not in found.methods and "attention_rollout" not in found.methods
     assert set(found.metrics) == set(METRICS)
-    with pytest.raises(ValueError, match="expected a list of methods or 'all', got 'cam'"):
+    with pytest.raises(ValueError, match="expected a list of methods or 'all' or 'fast', got 'cam'"):
         evaluate(model, planted(6), "cam")
 
 
@@ -608,8 +610,8 @@ def task_of(model, methods, metrics):
 def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
     model = PooledModel(torch.eye(3))
     costs = {"cam": 0.001, "grad_cam": 0.001, "rise": 10.0, "random_map": 0.0}
-    monkeypatch.setattr(planning, "_seconds", lambda model, images, targets, method, hiding: costs[method])
-    monkeypatch.setattr(planning, "_forward_seconds", lambda model, images, call: 0.001)
+    monkeypatch.setattr(planning, "_seconds", lambda model, images, targets, method, **options: costs[method])
+    monkeypatch.setattr(planning, "_forward_seconds", lambda model, images, call, memory: 0.001)
     images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
 
     def planned(budget, metrics=("energy_in_mask", "deletion_auc", "max_sensitivity"), limit=500):
@@ -618,7 +620,7 @@ def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
     everything = planned(1e6)
     assert everything.limit == 500 and everything.left_out == {} and len(everything.methods) == 4
     fewer = planned(11 * 10.5 * 60)
-    assert 50 < fewer.limit < 500 and fewer.left_out == {}
+    assert 50 < fewer.limit < 500 and fewer.left_out == {} and fewer.steps == 32
     assert fewer.seconds <= 11 * 10.5 * 60
     cheap = planned(30.0)
     assert cheap.methods == ("cam", "grad_cam", "random_map") and list(cheap.left_out) == ["rise"]
@@ -638,7 +640,65 @@ def test_metrics_that_share_images_are_given_up_together(monkeypatch):
     images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
     planned = planning.plan(task_of(model, methods, metrics), images, targets, 100, 5.0)
     assert planned.methods == methods and planned.metrics == ("energy_in_mask",)
-    assert planned.left_out["road"] == "180 s together with road_lerf for 50 images, of 5 s for everything"
+    assert planned.left_out["road"] == "72 s together with road_lerf for 20 images, of 5 s for everything"
+
+
+def test_a_budget_lowers_images_then_steps_then_images_again_before_it_leaves_anything_out(monkeypatch):
+    """A forward takes 1 s, a map nothing: an image costs 2 + 2 n forwards a method with n = steps - 1 points between.
+
+    256 pixels in 32 steps: 2 + 3 x 62 = 188 s; in 16: 92 s; in 8: 44 s.
+    """
+    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 0.0)
+    monkeypatch.setattr(planning, "_forward_seconds", lambda *given: 1.0)
+    images, targets = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+    metrics = ("energy_in_mask", "insertion_auc", "deletion_auc")
+    task = task_of(PooledModel(torch.eye(3)), ("cam", "grad_cam", "random_map"), metrics)
+
+    def planned(budget, limit=100):
+        plan = planning.plan(task, images, targets, limit, float(budget))
+        return plan.limit, plan.steps, plan.seconds, [*plan.left_out]
+
+    assert planned(math.inf) == (100, 32, 18_800, [])
+    assert planned(9_400) == (50, 32, 9_400, [])
+    assert planned(9_399) == (100, 16, 9_200, [])
+    assert planned(4_600) == (50, 16, 4_600, [])
+    assert planned(4_599) == (100, 8, 4_400, [])
+    assert planned(2_199) == (49, 8, 49 * 44, [])
+    assert planned(880) == (20, 8, 880, [])
+    assert planned(879) == (100, 32, 0, ["insertion_auc", "deletion_auc"])
+    assert planned(440, limit=10) == (10, 8, 440, [])
+    without = replace(task, metrics=("energy_in_mask", "increase_in_confidence"))
+    assert planning.plan(without, images, targets, 100, 100.0).steps == 32  # no curve to shorten
+
+
+def test_what_to_expect_is_told_before_the_maps_if_it_is_long(monkeypatch):
+    told, model = [], PooledModel(torch.eye(3))
+    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 0.1)
+    monkeypatch.setattr(planning, "_forward_seconds", lambda *given: 0.0)
+    asked = {"metrics": ["energy_in_mask"], "controls": ["center_map"], "limit": 30, "tell": told.append}
+    evaluate(model, planted(), ["cam"], **asked)
+    assert told == []
+    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 3.0)
+    evaluate(model, planted(), ["cam"], **asked)
+    assert told == ["expected time: 3 min for 30 images (maps: 2, metrics: 1)"]
+    evaluate(model, planted(), ["cam", "grad_cam"], **asked)
+    assert told[1] == "expected time: 4 min 30 s for 30 images (maps: 3, metrics: 1), of which cam: 1 min 30 s"
+
+
+def test_fewer_steps_are_a_notice(monkeypatch):
+    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 0.0)
+    monkeypatch.setattr(planning, "_forward_seconds", lambda *given: 1.0)
+    result = evaluate(PooledModel(torch.eye(3)), planted(), ["cam"], ["deletion_auc"], limit=20, budget=1000.0)
+    assert result.notices[-1] == "8 steps of deletion and insertion instead of 32, to keep to the budget"
+    assert result.curves["deletion"]["cam"] and len(result.per_image["deletion_auc/cam"]) == 20
+
+
+def test_fast_takes_the_methods_of_few_passes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    result = evaluate(model, planted(6), "fast", ["sparsity"], controls=["center_map"], limit=2)
+    assert {"cam", "grad_cam", "saliency"} <= set(result.methods)
+    assert not {"rise", "score_cam", "integrated_gradients"} & {*result.methods, *result.unsuited}
 
 
 def test_a_budget_is_kept_and_said():

@@ -153,7 +153,7 @@ def test_metrics_are_at_odds_over_the_methods_that_both_have():
         ({"budget": float("nan")}, "expected a budget above 0 seconds, got nan"),
         ({"metrics": "gini"}, r"expected a list of metrics or 'all', got 'gini'; write metrics=\['gini'\]"),
         ({"controls": "edge_map"}, r"expected a list of controls, got 'edge_map'; write controls=\['edge_map'\]"),
-        ({"methods": "cam"}, r"expected a list of methods or 'all', got 'cam'; write methods=\['cam'\]"),
+        ({"methods": "cam"}, r"expected a list of methods or 'all' or 'fast', got 'cam'; write methods=\['cam'\]"),
     ],
 )
 def test_bad_numbers_and_names_are_refused_before_the_work(asked, message):

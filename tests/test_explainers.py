@@ -473,7 +473,7 @@ def test_an_explainer_shows_its_options_in_its_signature():
     from inspect import signature
 
     asked = ["model", "images", "targets", "layer", "output", "forward_args", "forward_kwargs"]
-    asked += ["call", "batch_size", "progress"]
+    asked += ["call", "batch_size", "memory", "progress"]
     assert list(signature(explainers.activation_map).parameters) == [*asked, "norm"]
     assert list(signature(explainers.cam).parameters) == asked
 

@@ -1,7 +1,10 @@
 """Checks of arguments that many functions share."""
 
+import re
 from collections.abc import Sequence
 from numbers import Integral
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def check_whole(**options: object) -> None:
@@ -32,3 +35,19 @@ def check_planes(what: str, shape: Sequence[int]) -> None:
     """
     if len(shape) == 5:
         raise ValueError(f"expected (b, c, h, w) for {what}, got a volume {tuple(shape)}; score its slices one by one")
+
+
+def bytes_of(memory: int | str) -> int:
+    """A size of memory in bytes.
+
+    Raises:
+        ValueError: neither a number of bytes, at least 1, nor a size such as "2GB" (10^9 bytes) or "1GiB" (2^30).
+
+    >>> bytes_of("1.5GB"), bytes_of("512MiB"), bytes_of(1000)
+    (1500000000, 536870912, 1000)
+    """
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?i?)b?", str(memory).strip().lower())
+    size = int(float(parts[1]) * _UNITS.get(parts[2], 0)) if parts else 0
+    if isinstance(memory, bool) or size < 1:
+        raise ValueError(f"expected memory in bytes or as 500MB, 2GB or 1GiB, got {memory!r}")
+    return size

@@ -94,7 +94,7 @@ def _evaluate(run: Any, **options: Any) -> Any:
     from sightline.report.run_evaluation import evaluate_run
 
     with terminal.Bar() as bar:
-        evaluated = evaluate_run(run, progress=bar.update, **options)
+        evaluated = evaluate_run(run, progress=bar.update, tell=bar.tell, **options)
     terminal.print_scores(evaluated.evaluation)
     terminal.tell("left out:", evaluated.left_out.items())
     terminal.print_sentences(evaluated.evaluation.summary)
@@ -106,7 +106,7 @@ def evaluate(options: Namespace, overrides: dict[str, Any]) -> None:
     """Score a trained run's maps by every metric, with intervals and controls, and write the report."""
     from sightline.runs import open_run
 
-    names = ("split", "methods", "metrics", "controls", "steps", "fill", "budget", "output", "limit", "out")
+    names = ("split", "methods", "metrics", "controls", "steps", "fill", "budget", "memory", "output", "limit", "out")
     chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
     if chosen.get("metrics") == ["all"]:
         chosen["metrics"] = "all"
@@ -140,9 +140,11 @@ def explain(options: Namespace, overrides: dict[str, Any]) -> None:
             output=options.output,
             classes=classes,
             batch_size=options.batch_size,
+            memory=options.memory,
             overlays=options.overlays,
             strict=overrides.get("data.strict", False),
             progress=bar.update,
+            tell=bar.tell,
             **limits,
         )
     terminal.tell_skipped(pages.skipped)
@@ -232,6 +234,7 @@ def sight(options: Namespace, overrides: dict[str, Any]) -> None:
             limit=options.limit or 100,
             budget=options.budget,
             progress=bar.update,
+            tell=bar.tell,
         )
     print(result.markdown(), end="")
     print(f"tables: {Path(options.out) / 'sight.md'}")

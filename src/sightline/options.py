@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sightline import recipe
+from sightline.checks import bytes_of
 from sightline.facts import did_you_mean
 from sightline.version import __version__
 
@@ -117,6 +118,11 @@ def _budget(add: _Add) -> None:
     add("--budget", type=_seconds, metavar="TIME", help="such as 90s, 10min, 2h: do what fits, list what does not")
 
 
+def _memory(add: _Add) -> None:
+    text = "memory per forward, such as 200MB or 2GB (500MB; on a GPU half of what is free)"
+    add("--memory", type=_bytes, metavar="SIZE", help=text)
+
+
 def _images(add: _Add) -> None:
     _short(add, "--strict", "stop at the first unreadable image, or named method that does not fit, not skip it")
     _short(add, "--max-pixels", "skip larger images, 89478485", "N", type=_count)
@@ -150,13 +156,13 @@ def _train(add: _Add) -> None:
 def _explain(add: _Add) -> None:
     add("run", metavar="RUN_OR_MODEL", help="run folder, or a timm / torchvision: model with --weights")
     add("images", nargs="+", metavar="IMAGE", help="files or folders")
-    methods = "see sightline list explainers; all = every one that fits (grad_cam)"
+    methods = "see sightline list explainers; all = every one that fits, fast = without the slow ones (grad_cam)"
     add("--methods", type=_names, default=["grad_cam"], metavar="A,B,...", help=methods)
     add("--layer", type=_nonempty, metavar="NAME", help="layer or attention block (the last that feeds the logits)")
     add("--target", metavar="CLASS", help="class to explain, by name or index (the predicted one)")
     _output(add)
-    text = "images per forward; fewer take less memory (64)"
-    add("--batch-size", type=_count, default=64, metavar="N", help=text)
+    add("--batch-size", type=_count, default=64, metavar="N", help="most images per forward (64)")
+    _memory(add)
     add("--weights", metavar="FILE", help="safetensors weights of a timm / torchvision: model")
     add("--classes", metavar="FILE", help="text file with one class name per line")
     add("--overlays", action="store_true", help="also write a picture of each map alone")
@@ -190,13 +196,14 @@ def _evaluate(add: _Add) -> None:
     add("run", metavar="RUN", help="run folder")
     _short(add, "--data", "other data than the run's own", "PATH_OR_NAME")
     add("--split", default="test", metavar="SPLIT", help="train, val or test (test)")
-    methods = "see sightline list explainers; name@layer; all = every one that fits"
+    methods = "see sightline list explainers; name@layer; all = every one that fits, fast = without the slow ones"
     add("--methods", type=_names, metavar="A,B,...", help=methods)
     metrics = "see sightline list metrics; all = all that the data allows"
     add("--metrics", type=_names, metavar="A,B,...", help=metrics)
     controls = "maps that ignore the model; other_class = the runner-up's (the first four)"
     add("--controls", type=_names, metavar="A,B,...", help=controls)
     _budget(add)
+    _memory(add)
     _output(add)
     add("--steps", type=_count, metavar="N", help="points of the deletion and insertion curves (32)")
     fill = "what replaces a pixel: zero, mean, blur, inpaint, black, a number (zero)"
@@ -306,6 +313,13 @@ def _grid(text: str) -> tuple[int, int]:
     if not (rows.isdigit() and columns.isdigit()) or int(rows) * int(columns) < 2:
         raise argparse.ArgumentTypeError(f"expected rows and columns of cells such as 2x2 or 3x3, got {text!r}")
     return int(rows), int(columns)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _which(text: str) -> "Output":

@@ -4,7 +4,7 @@ On planted images, and in mosaics of any images for any model.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ def sight_test(
     limit: int = 200,
     budget: float | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Sight:
     """Rank all explainers by known evidence, and all metrics by how well they forecast that ranking.
 
@@ -96,6 +97,7 @@ def sight_test(
         limit: number of images to make maps of.
         budget: seconds for the maps and scores of one set.
         progress: called with (what, done, total).
+        tell: as for `evaluate`.
 
     Raises:
         ValueError: an unknown set.
@@ -108,7 +110,7 @@ def sight_test(
     out = Path(out)
     runs.check_writable(out)
     chosen: dict[str, Any] = {"methods": methods, "metrics": [TRUTH, "energy_in_mask", *_without_masks()]}
-    chosen |= {"limit": limit, "budget": budget, "progress": progress, "provenance": runs.surroundings()}
+    chosen |= {"limit": limit, "budget": budget, "progress": progress, "tell": tell, "provenance": runs.surroundings()}
     evaluations: dict[str, Evaluation] = {}
     for name in sets:
         if known:

@@ -2,13 +2,17 @@
 
 import sys
 import textwrap
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from sightline.facts import duration
 
 if TYPE_CHECKING:
     from sightline.evaluation import Evaluation, Score
     from sightline.models.costs import Costs
 
+_EVERY = 30.0  # seconds between lines of progress
 _LONG = 600  # letters of an error that are shown, at its start and at its end
 _LISTED = 20  # unreadable images that are named; the report names all
 _COLUMNS = 6  # columns of a study side by side
@@ -18,11 +22,11 @@ _ARROWS = {True: "↑", False: "↓", None: "(no rank)"}
 
 
 class Bar:
-    """A progress bar on stderr, if that is a terminal."""
+    """Progress on stderr: bars on a terminal; elsewhere, in a log say, a line every half minute."""
 
     def __init__(self, lines: bool = False) -> None:
-        """`lines`: print a line for each step where there is no terminal."""
-        self.lines = lines
+        """`lines`: where there is no terminal, print a line for each step."""
+        self.every = 0.0 if lines else _EVERY
 
     def __enter__(self) -> "Bar":
         from rich.console import Console
@@ -33,15 +37,28 @@ class Bar:
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.progress.start()
         self.tasks: dict[str, Any] = {}
+        self.first: dict[str, tuple[float, int]] = {}
+        self.printed = time.monotonic()
         return self
 
     def update(self, what: str, done: int, total: int) -> None:
-        """Show how many of `total` are done."""
+        """Show how many of `total` are done, and how long the others will take."""
+        now = time.monotonic()
         if what not in self.tasks:
             self.tasks[what] = self.progress.add_task(what, total=total)
-        self.progress.update(self.tasks[what], completed=done, total=total)
-        if self.lines and not sys.stderr.isatty():
-            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+        self.progress.update(self.tasks[what], completed=done, total=total, visible=done < total)
+        start, before = self.first.get(what, (now, done))
+        if done <= before:  # it begins, or begins anew
+            start, before = self.first[what] = now, done
+        if not sys.stderr.isatty() and now - self.printed >= self.every:
+            left = (now - start) / max(done - before, 1) * (total - done)
+            time_left = f", {duration(left)} left" if self.every and before < done < total else ""
+            print(f"{what}: {done:,} of {total:,}{time_left}", file=sys.stderr, flush=True)
+            self.printed = now
+
+    def tell(self, sentence: str) -> None:
+        """Print a sentence above the bars."""
+        print(sentence, file=sys.stderr, flush=True)
 
     def __exit__(self, *error: Any) -> None:
         self.progress.stop()

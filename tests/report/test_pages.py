@@ -12,6 +12,7 @@ import sightline as sl
 from sightline.data import Preprocess, read_images
 from sightline.data import images as image_files
 from sightline.data.images import open_image, open_picture, quiet
+from sightline.evaluation import planning
 from sightline.testing import PooledModel
 
 PREPROCESS = Preprocess(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -62,6 +63,74 @@ def test_methods_that_do_not_fit_and_files_that_cannot_be_read_are_left_out(file
         pages(files[1:2], tmp_path / "none")
     with pytest.raises(ValueError, match="expected an output folder other than that of the images"):
         pages([tmp_path], tmp_path)
+
+
+def stopping_after(images):
+    """Ctrl-C once so many images are explained."""
+
+    def progress(what, done, total):
+        if what == "explaining" and done == images:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_pages_appear_one_by_one_where_a_method_is_slow_and_the_table_is_whole_after_an_interrupt(files, tmp_path):
+    there = []
+
+    def progress(what, done, total):
+        there.append((what, done, total, sorted(path.name for path in (tmp_path / "out").glob("*.png"))))
+
+    slow = ["cam", "occlusion"]
+    pages(files, tmp_path / "out", methods=slow, progress=progress)
+    names = [f"{i}--page.png" for i in range(3)]
+    assert [told for told in there if told[0] == "explaining"] == [("explaining", i, 3, names[:i]) for i in range(1, 4)]
+    assert [told[3] for told in there if told[0] == "occlusion"] == [names[:i] for i in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        pages(files, tmp_path / "stopped", methods=slow, progress=stopping_after(2))
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {
+        *(f"{i}{end}" for i in range(2) for end in (".npz", "--page.png")),
+        "maps.csv",
+    }
+    lines = (tmp_path / "stopped" / "maps.csv").read_text().splitlines()
+    assert lines == (tmp_path / "out" / "maps.csv").read_text().splitlines()[:5]
+
+
+def test_the_table_lists_what_was_written_even_if_the_process_is_killed(files, tmp_path, monkeypatch):
+    """Without the end of the call, which a killed process does not reach."""
+    lines = []
+
+    def progress(what, done, total):
+        if what == "explaining":
+            lines.append(len((tmp_path / "out" / "maps.csv").read_text().splitlines()))
+
+    pages(files, tmp_path / "out", methods=["occlusion"], progress=progress)
+    assert lines == [2, 3, 4]
+
+
+def test_images_are_cut_by_memory(files, tmp_path):
+    plain, cut = (pages(files, tmp_path / str(memory), memory=memory) for memory in (None, "1kB"))
+    assert plain.rows == cut.rows
+    done = []
+    pages(files, tmp_path / "told", memory=1, progress=lambda *told: done.append(told))
+    assert done == [("explaining", i, 3) for i in range(1, 4)]
+    with pytest.raises(ValueError, match="expected memory in bytes or as 500MB, 2GB or 1GiB, got 'x'"):
+        pages(files, tmp_path / "wrong", memory="x")
+
+
+def test_fast_and_the_price_of_the_others(files, tmp_path, monkeypatch):
+    result = pages(files[:1], tmp_path / "fast", methods=["fast"], tell=pytest.fail)
+    assert "grad_cam" in result.verdicts and "center_map" in result.verdicts
+    assert not {"rise", "occlusion"} & {*result.verdicts, *result.left_out}
+    told = []
+    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: {"rise": 100.0, "occlusion": 20.0}[given[3]])
+    pages(files, tmp_path / "a", methods=["cam", "occlusion"], tell=told.append)
+    assert told == ["expected time: 20 s per image, 1 min for 3 images; occlusion 20 s"]
+    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 2.0)
+    pages(files[:1], tmp_path / "b", methods=["cam", "occlusion"], tell=pytest.fail)
+    pages(files[:1], tmp_path / "c", methods=["all"], tell=told.append)
+    assert told[1].startswith("expected time: 14 s per image; occlusion 2 s, ") or "2 s, " in told[1]
+    assert told[1].endswith("; without these: --methods fast")
 
 
 def test_an_image_is_decoded_once_and_the_output_is_decided_once(files, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from sightline.checks import check_planes
 from sightline.data import ImageSet, normalize
 from sightline.evaluation.scores import digest_of, exact_text
 from sightline.facts import Progress
-from sightline.inference import Output, check_images, forward_call
+from sightline.inference import Memory, Output, check_images, forward_call
 
 Array = np.ndarray
 
@@ -48,6 +48,14 @@ class Batch:
         """The same for equal inputs of maps and scores, and for no others."""
         return digest_of(self.images, self.masks, also=exact_text((self.forward_args, self.forward_kwargs)))
 
+    def pieces(self, size: int) -> "Iterator[Batch]":
+        """The same images, at most so many at a time."""
+        places = torch.arange(len(self.names))
+        for start in range(0, len(places), size):
+            piece = self.only((places >= start) & (places < start + size))
+            assert piece is not None
+            yield piece
+
     def only(self, keep: Tensor) -> "Batch | None":
         """Those images alone; None where there is none."""
         if keep.all():
@@ -68,11 +76,14 @@ class Batch:
 class Source:
     """The data to evaluate, and what the first pass tells about it."""
 
-    def __init__(self, model: nn.Module, data: Any, batch_size: int, classes: Sequence[str] | None) -> None:
+    def __init__(
+        self, model: nn.Module, data: Any, batch_size: int, memory: Memory, classes: Sequence[str] | None
+    ) -> None:
         weights = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
         self.device, self.dtype = weights.device, weights.dtype
         self.data = data
         self.batch_size = batch_size
+        self.memory_limit = memory
         self.has_masks = False
         images = data if isinstance(data, ImageSet) else None
         if images is None and isinstance(data, Iterator):
@@ -259,7 +270,8 @@ def predict(model: nn.Module, source: Source, progress: Progress, output: Output
             first = batch.only(torch.arange(len(batch.names)) < PROBED)
             call, notice = call.settled(model, batch.images)
             output = call.output
-        probabilities.append(inference.answers(model, batch.images, source.batch_size, call)[1].cpu())
+        _, answers = inference.answers(model, batch.images, source.batch_size, call, source.memory_limit)
+        probabilities.append(answers.cpu())
         labels += batch.labels.tolist()
         names += batch.names
         groups += batch.groups or []

@@ -1,9 +1,11 @@
 """Reads the data, predicts, plans, scores, ranks, and says what was found."""
 
+import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,12 @@ from sightline.data import ImageSet
 from sightline.evaluation import ranking
 from sightline.evaluation.batches import Batch, Predictions, Source, predict
 from sightline.evaluation.findings import findings
-from sightline.evaluation.planning import Plan, Task, plan, unsuited
+from sightline.evaluation.planning import TOLD, Plan, Task, at_once, plan, unsuited
 from sightline.evaluation.result import Curve, Evaluation, Example
 from sightline.evaluation.scores import PartialResults, Scores, key_of
-from sightline.explainers import EXPLAINERS, Explanation, Method, attention_maps, explain, fitting, named
+from sightline.explainers import EXPLAINERS, FAST, Explanation, Method, attention_maps, explain, fitting, named
 from sightline.facts import Progress, Verdict, current_name, did_you_mean
-from sightline.inference import Output
+from sightline.inference import Memory, Output
 from sightline.metrics import METRICS, Perturbation, inputs_of, measure
 from sightline.metrics.agreement import ranks
 from sightline.metrics.classification import quality
@@ -52,12 +54,14 @@ def evaluate(
     output: Output = None,
     strict: bool = True,
     batch_size: int = 64,
+    memory: Memory = None,
     examples: int = 24,
     seed: int = 0,
     name: str | None = None,
     classes: Sequence[str] | None = None,
     provenance: dict[str, str] | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
     partial_results: Path | str | None = None,
 ) -> Evaluation:
     """Score every method by every metric on the same images, next to controls.
@@ -69,10 +73,10 @@ def evaluate(
     explained.
 
     Methods are given as in `explain`; None takes the attention of each block, and activation map, CAM and Grad-CAM as
-    far as the model allows, `"all"` every method that fits. Metrics: None takes insertion, deletion and the
-    randomization test, and where there are masks the pointing game and the energy in the mask; `"all"` every one that
-    the data allows. A method that does not look at the model is always a control; the control `"other_class"` is the
-    map of the runner-up class, for every method that explains a class.
+    far as the model allows, `"all"` every method that fits, `"fast"` those of them that take a few passes per image.
+    Metrics: None takes insertion, deletion and the randomization test, and where there are masks the pointing game and
+    the energy in the mask; `"all"` every one that the data allows. A method that does not look at the model is always a
+    control; the control `"other_class"` is the map of the runner-up class, for every method that explains a class.
 
     Intervals are 95 % percentile bootstrap (2,000 resamples, seeded, widened for few units) over images, or over whole
     groups where there are groups. The interval of an accuracy without groups is Wilson's. Pairs of methods are compared
@@ -85,20 +89,24 @@ def evaluate(
         metrics: see above.
         controls: see above.
         limit: number of images to make maps of.
-        budget: seconds for all maps and scores. First the number of images is reduced; below 50 images the most
-            expensive method or metric is left out, until the rest fits.
+        budget: seconds for all maps and scores. First the number of images is reduced, to 50; then the steps of
+            deletion and insertion, to 8; then the images, to 20; then the most expensive method or metric is left out,
+            until the rest fits.
         steps, fill, cells: see `Perturbation`.
         output: which tensor of the model's output counts, and what it holds, as for `explain`. None: decided once, by
             the first batch; `notices` tell how.
         strict: whether a named method that does not fit the model is an error; otherwise it is left out, and
             `unsuited` tells why.
-        batch_size: images per forward.
+        batch_size: most images per forward.
+        memory: bytes that a forward, with its backward, may take, or a size such as "2GB"; it decides the number of
+            images up to `batch_size`. None: 500 MB on a CPU, half of the free memory on a GPU.
         examples: images to keep for the report.
         seed: for the draw and the intervals.
         name: of the data.
         classes: their names.
         provenance: what to save with the numbers.
         progress: called with (what, done, total).
+        tell: called with a sentence about the expected time before the first map; a few images are timed for it.
         partial_results: folder for intermediate results; an evaluation with the same arguments resumes from there.
 
     Raises:
@@ -114,10 +122,9 @@ def evaluate(
     _check_numbers(limit, examples, budget)
     listed = _listed(methods, metrics, controls)
     report = progress or (lambda what, done, total: None)
-    source = Source(model, data, batch_size, classes)
-    perturbation = Perturbation(
-        steps=steps, fill=fill, cells=cells, batch_size=batch_size, mean=source.mean, std=source.std
-    )
+    source = Source(model, data, batch_size, memory, classes)
+    sizes: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
+    perturbation = Perturbation(steps=steps, fill=fill, cells=cells, mean=source.mean, std=source.std, **sizes)
     predictions = predict(model, source, report, output)
     task = Task(
         model=model,
@@ -129,14 +136,21 @@ def evaluate(
     task, unfit = _with_methods(task, predictions, methods, strict)
     partial_files = PartialResults(None if partial_results is None else Path(partial_results))
     order = np.random.default_rng(seed).permutation(len(predictions.labels))
-    planned = _planned(task, predictions, order, limit, budget, partial_files)
-    task = replace(task, methods={n: task.methods[n] for n in planned.methods}, metrics=planned.metrics)
+    planned = _planned(task, predictions, order, limit, budget, partial_files, tell)
+    task = replace(
+        task,
+        methods={name: task.methods[name] for name in planned.methods},
+        metrics=planned.metrics,
+        perturbation=replace(task.perturbation, steps=planned.steps),
+    )
     draw = _draw(predictions, order, planned.limit, examples)
     scores = _score(task, source, predictions, draw, partial_files, report)
     result = _rank(task, source, predictions, scores, draw, seed)
+    fewer = f"{planned.steps} steps of deletion and insertion instead of {steps}, to keep to the budget"
     result = replace(
         result,
         data=name or source.name,
+        notices=(*result.notices, *([fewer] if planned.steps < steps else ())),
         left_out=planned.left_out,
         unsuited=unfit,
         provenance=result.provenance | (provenance or {}),
@@ -158,9 +172,10 @@ def _listed(
     methods: Sequence[Method] | str | None, metrics: Sequence[str] | str | None, controls: Sequence[Method] | str
 ) -> dict[str, Method]:
     """Methods and controls by name, after checking the names of the metrics too."""
-    for what, names in (("methods or 'all'", methods), ("metrics or 'all'", metrics), ("controls", controls)):
-        if isinstance(names, str) and (names != "all" or what == "controls"):
-            keyword = what.partition(" ")[0]
+    choices = {"methods": ("all", "fast"), "metrics": ("all",), "controls": ()}
+    for (keyword, words), names in zip(choices.items(), (methods, metrics, controls), strict=True):
+        if isinstance(names, str) and names not in words:
+            what = " or ".join([keyword, *map(repr, words)])
             raise ValueError(f"expected a list of {what}, got {names!r}; write {keyword}=[{names!r}]")
     for metric in () if metrics is None or metrics == "all" else metrics:
         if current_name(metric) not in METRICS:
@@ -197,32 +212,43 @@ def _with_methods(
     assert predictions.first is not None
     images, of_model = predictions.first.images, _called(task.perturbation, predictions.first).of_model
     if not methods or isinstance(methods, str):
-        everything = [name for name, method in EXPLAINERS.items() if not method.is_control]
-        names, reasons = fitting(task.model, images, everything if methods == "all" else _CHEAP, **of_model)
+        choices = {"all": tuple(EXPLAINERS), "fast": FAST}.get(str(methods), _CHEAP)
+        tried = [name for name in choices if not EXPLAINERS[name].is_control]
+        names, reasons = fitting(task.model, images, tried, **of_model)
         call = {name: value for name, value in of_model.items() if name != "output"}
         maps = attention_maps(task.model, images, **call)
         gates = [name for name, gate in maps.items() if gate.shape[2] * gate.shape[3] > 1]
         if len(gates) > 1:
             names = [f"attention@{name}" for name in gates] + names[1:]
         task = replace(task, methods={name: name for name in names} | task.methods)
-        return task, reasons if methods == "all" else {}
+        return task, reasons if methods else {}
     reasons = unsuited(task.model, images, task.methods.values(), strict, **of_model)
     return replace(task, methods={n: m for n, m in task.methods.items() if n not in reasons}), reasons
 
 
 def _planned(
-    task: Task, predictions: Predictions, order: Array, limit: int, budget: float | None, files: PartialResults
+    task: Task,
+    predictions: Predictions,
+    order: Array,
+    limit: int,
+    budget: float | None,
+    files: PartialResults,
+    tell: Callable[[str], None] | None,
 ) -> Plan:
     """All of it, or what fits into the budget; the plan of an earlier try is kept, as new timings make another one."""
-    if budget is None:
-        return Plan(methods=tuple(task.methods), metrics=task.metrics, limit=limit, seconds=0.0)
-    path = files.file(lambda: f"{_key(task, predictions, limit, budget, order)}-plan.json")
+    if budget is None and tell is None:
+        steps = task.perturbation.steps
+        return Plan(methods=tuple(task.methods), metrics=task.metrics, limit=limit, steps=steps, seconds=0.0)
+    path = None if budget is None else files.file(lambda: f"{_key(task, predictions, limit, budget, order)}-plan.json")
     if path is not None and (stored := Plan.load(path)) is not None:
         return stored
     first = predictions.first
     assert first is not None
+    first = next(first.pieces(1)) if budget is None else first  # an estimate alone may be rougher
     timed = replace(task, perturbation=_called(task.perturbation, first))
-    planned = plan(timed, first.images, predictions.targets(first), min(limit, len(order)), budget)
+    planned = plan(timed, first.images, predictions.targets(first), min(limit, len(order)), budget or math.inf)
+    if tell is not None and planned.seconds > TOLD:
+        tell(planned.sentence())
     if path is not None:
         planned.save(path)
     return planned
@@ -261,11 +287,13 @@ def _score(
     key = files.folder and _key(task, predictions, draw.chosen, draw.gallery, draw.wrong)
     scores, done = Scores(), 0
     chosen = torch.from_numpy(draw.chosen)
-    for number, batch in enumerate(source.batches(np.union1d(draw.chosen, draw.wrong))):
+    size = _at_once(task, predictions)
+    pieces = (batch.pieces(size) for batch in source.batches(np.union1d(draw.chosen, draw.wrong)))
+    for number, batch in enumerate(chain.from_iterable(pieces)):
         is_chosen = torch.isin(batch.rows, chosen)
         parts: list[Scores] = []
         if (scored := batch.only(is_chosen)) is not None:
-            part = partial(_batch_scores, task, scored, predictions, draw.shown)
+            part = partial(_batch_scores, task, scored, predictions, draw.shown, report)
             parts.append(files.scores(lambda at=number, on=scored: f"{key}-{at}-{on.digest}.npz", part))
             done += len(scored.names)
             report("explaining and scoring", done, len(draw.chosen))
@@ -285,22 +313,28 @@ def _pictures(batch: Batch, rows: Collection[int]) -> dict[int, tuple[Array, Arr
     }
 
 
-def _batch_scores(task: Task, batch: Batch, predictions: Predictions, shown: Array) -> Scores:
+def _at_once(task: Task, predictions: Predictions) -> int:
+    assert predictions.first is not None
+    one = next(predictions.first.pieces(1))
+    return at_once(replace(task, perturbation=_called(task.perturbation, one)), one.images, predictions.targets(one))
+
+
+def _batch_scores(task: Task, batch: Batch, predictions: Predictions, shown: Array, report: Progress) -> Scores:
     """All of a batch; the maps of rows in `shown` are kept, and those that score worst."""
     images, targets = batch.images, predictions.targets(batch)
     perturbation = _called(task.perturbation, batch)
     methods = list(task.methods.values())
-    explanation = explain(task.model, images, targets, methods, **perturbation.of_model)
+    explanation = explain(task.model, images, targets, methods, progress=report, **perturbation.of_explain)
     maps = dict(explanation.maps)
     others = [row for row in task.rows if row.explains_runner_up]
     if others:
         runner_up = explanation.logits.scatter(1, targets[:, None], -torch.inf).argmax(1)
         again = [task.methods[row.method] for row in others]
-        other_maps = explain(task.model, images, runner_up, again, **perturbation.of_model).maps
+        other_maps = explain(task.model, images, runner_up, again, **perturbation.of_explain).maps
         maps |= {row.name: other_maps[row.method] for row in others}
 
     def explain_again(model: nn.Module, images: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
-        return explain(model, images, targets, methods, **perturbation.of_model).maps
+        return explain(model, images, targets, methods, **perturbation.of_explain).maps
 
     values, fields = measure(
         {name: METRICS[name] for name in task.metrics},
@@ -311,6 +345,7 @@ def _batch_scores(task: Task, batch: Batch, predictions: Predictions, shown: Arr
         masks=batch.masks,
         explain=explain_again,
         perturbation=perturbation,
+        progress=report,
     )
     table = {key: _array(value) for key, value in values.items()}
     areas = np.zeros(0) if batch.masks is None else _array(batch.masks.double().mean((1, 2, 3)))
@@ -335,9 +370,9 @@ def _batch_scores(task: Task, batch: Batch, predictions: Predictions, shown: Arr
 
 def _batch_maps(task: Task, batch: Batch, predictions: Predictions) -> Scores:
     """Maps and verdicts of a batch that is only shown."""
-    of_model = _called(task.perturbation, batch).of_model
+    options = _called(task.perturbation, batch).of_explain
     methods = list(task.methods.values())
-    explanation = explain(task.model, batch.images, predictions.targets(batch), methods, **of_model)
+    explanation = explain(task.model, batch.images, predictions.targets(batch), methods, **options)
     maps = _maps_to_show(task, batch, explanation.maps, batch.rows.numpy(), {})
     return Scores(maps=maps, verdicts=_verdicts(task, batch, explanation))
 

@@ -1,8 +1,10 @@
 """Methods and metrics of an evaluation, and how many of them fit into a time budget."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from sightline.explainers import Explainer, Method, explain, fitting, named
-from sightline.inference import ForwardCall, forward
+from sightline.explainers.scorer import Targets
+from sightline.facts import duration
+from sightline.inference import ForwardCall, Memory, allowance, fitting_size, forward, held_by
 from sightline.metrics import METRICS, Perturbation, inpaint, perturbed_counts
-from sightline.metrics.perturbed import ROAD_FRACTIONS, read_by
+from sightline.metrics.perturbed import RANKED_BYTES, ROAD_FRACTIONS, read_by
 from sightline.runs import write
 
-_FEWEST = 50
-"""Images below which methods or metrics are left out rather than more images."""
+TOLD = 10.0
+"""Expected seconds from which on they are told."""
+_FEWEST = 50, 20
+"""Images below which curves get fewer steps, and below which methods or metrics are left out."""
+_FEWEST_STEPS = 8
+_TIMED = 8  # images in a batch that is timed on a CPU, where larger ones are no faster
+_LONG = 1.0  # seconds after which no second timing is needed
 _PAINTED = frozenset({"morf", "lerf"})
 
 
@@ -82,10 +91,21 @@ class Plan:
     methods: tuple[str, ...]
     metrics: tuple[str, ...]
     limit: int
+    steps: int
+    """Of the curves of deletion and insertion."""
     seconds: float
     """Expected duration."""
+    most: dict[str, float] = field(default_factory=dict)
+    """Method or metrics -> how many of these seconds they take."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Method or metric -> why."""
+
+    def sentence(self) -> str:
+        """What to expect."""
+        size = f"{self.limit} images (maps: {len(self.methods)}, metrics: {len(self.metrics)})"
+        name = max(self.most, key=lambda name: self.most[name], default="")
+        most = f", of which {name}: {duration(self.most[name])}" if name and len(self.most) > 1 else ""
+        return f"expected time: {duration(self.seconds)} for {size}{most}"
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -119,53 +139,108 @@ def unsuited(
         return {}
 
 
-def plan(task: Task, images: Tensor, targets: Tensor, limit: int, budget: float) -> Plan:
-    """As many images as fit into `budget` seconds; below 50, the most expensive method or metric is left out first.
+def at_once(task: Task, images: Tensor, targets: Tensor) -> int:
+    """How many images are explained and scored together, so that their maps fit into memory; one is measured."""
+    perturbation = task.perturbation
+    allowed = allowance(perturbation.memory, images.device)
+    sizes = allowed, images[:1].nbytes, perturbation.batch_size
+    if fitting_size(*sizes) == perturbation.batch_size:
+        return perturbation.batch_size
+    fast = [method for method in task.methods.values() if not named(method)[1].many_passes] or ["center_map"]
+    _, held = held_by(lambda: explain(task.model, images, targets, fast, **perturbation.of_explain))
+    ranked = RANKED_BYTES * len(task.rows) * images[0, 0].numel() if _needs(task.metrics) else 0
+    return fitting_size(*sizes, held=None if held is None else held + ranked)
 
-    The forward and every method are timed on a few images; of a method that perturbs images only the first batch is.
+
+def plan(task: Task, images: Tensor, targets: Tensor, limit: int, budget: float = math.inf) -> Plan:
+    """As many images as fit into `budget` seconds.
+
+    Below 50 images, the curves of deletion and insertion get fewer steps, down to 8. Below 20 images with these, the
+    most expensive method or metric is left out, and so on until the rest fits. The forward and every method are timed
+    on a few images; of a method with many passes only the first batches are.
     """
     cost = _cost_per_image(task, images, targets)
     methods, metrics = tuple(task.methods), task.metrics
     left_out: dict[str, str] = {}
-    fewest = min(limit, _FEWEST)
-    while cost(methods, metrics) * fewest > budget:
-        saved: dict[tuple[str, ...], float] = {}
+
+    def saved(steps: int) -> dict[tuple[str, ...], float]:
+        """Seconds per image without a method, a metric, or those that only together save something."""
         explainers = [name for name in methods if name not in task.controls]
+        seconds: dict[tuple[str, ...], float] = {}
         for names in [*((name,) for name in explainers if len(explainers) > 1), *_sharing(metrics)]:
             rest = _without(methods, names), _without(metrics, names)
-            seconds = cost(methods, metrics) - cost(*rest)
-            if rest[1] and seconds > 0:
-                saved[names] = seconds
-        if not saved:
+            less = cost(methods, metrics, steps) - cost(*rest, steps)
+            if rest[1] and less > 0:
+                seconds[names] = less
+        return seconds
+
+    while True:
+        levels = _levels(metrics, task.perturbation.steps, limit)
+        fitting = (steps for steps, fewest in levels if cost(methods, metrics, steps) * fewest <= budget)
+        steps, fewest = levels[-1]
+        steps = next(fitting, None) or steps
+        choices = saved(steps)
+        if cost(methods, metrics, steps) * fewest <= budget or not choices:
             break
-        most = max(saved, key=lambda names: (saved[names], -len(names)))
+        most = max(choices, key=lambda names: (choices[names], -len(names)))
         for name in most:
             shared = f" together with {', '.join(n for n in most if n != name)}" if len(most) > 1 else ""
-            seconds = f"{saved[most] * fewest:,.0f} s{shared} for {fewest} images"
+            seconds = f"{choices[most] * fewest:,.0f} s{shared} for {fewest} images"
             left_out[name] = f"{seconds}, of {budget:,.0f} s for everything"
         methods, metrics = _without(methods, most), _without(metrics, most)
-    per_image = cost(methods, metrics)
-    count = max(int(min(limit, budget / per_image)), 1)
-    return Plan(methods=methods, metrics=metrics, limit=count, seconds=per_image * count, left_out=left_out)
+    per_image = cost(methods, metrics, steps)
+    count = limit if per_image * limit <= budget else max(int(budget / per_image), 1)
+    return Plan(
+        methods=methods,
+        metrics=metrics,
+        limit=count,
+        steps=steps,
+        seconds=per_image * count,
+        most={", ".join(names): seconds * count for names, seconds in choices.items()},
+        left_out=left_out,
+    )
+
+
+def _levels(metrics: Collection[str], steps: int, limit: int) -> list[tuple[int, int]]:
+    """Steps, and the fewest images with so many, from the best to what is accepted before something is left out."""
+    has_curves = bool(_needs(metrics) & {"deletion", "insertion"})
+    halved = [steps >> times for times in range(steps.bit_length()) if steps >> times >= _FEWEST_STEPS]
+    all_steps = halved if has_curves and halved else [steps]
+    return [*((few, min(limit, _FEWEST[0])) for few in all_steps), (all_steps[-1], min(limit, _FEWEST[1]))]
+
+
+def prices(
+    model: nn.Module, images: Tensor, targets: Targets, methods: Collection[Method], **options: Any
+) -> dict[str, float]:
+    """Expected seconds per image of those methods that run the model on many changed images.
+
+    Their first batches are timed, small ones on a CPU; the options are those of `explain`.
+    """
+    options["batch_size"] = _timed_size(images, options.get("batch_size", 64))
+    slow = {name: method for method in methods for name, explainer, *_ in [named(method)] if explainer.many_passes}
+    return {name: _seconds(model, images, targets, method, **options) for name, method in slow.items()}
 
 
 def _without(names: tuple[str, ...], others: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in others)
 
 
-def _cost_per_image(task: Task, images: Tensor, targets: Tensor) -> Callable[[Collection[str], Collection[str]], float]:
-    """Seconds to explain an image by all of the methods and score it by all of the metrics."""
+def _cost_per_image(
+    task: Task, images: Tensor, targets: Tensor
+) -> Callable[[Collection[str], Collection[str], int], float]:
+    """Seconds to explain an image by all of the methods and score it by all of the metrics, with so many steps."""
     model, perturbation = task.model, task.perturbation
     rows = torch.arange(len(images), device=images.device)
-    rows = rows.repeat(max(perturbation.batch_size // len(images), 1))
-    per_forward = _forward_seconds(model, images[rows], perturbation.call(images).at(rows))
+    rows = rows.repeat(max(_timed_size(images, perturbation.batch_size) // len(images), 1))
+    per_forward = _forward_seconds(model, images[rows], perturbation.call(images).at(rows), perturbation.memory)
     per_painting = _painted_seconds(images[rows]) if _needs(task.metrics) & _PAINTED else 0.0
-    explaining = {name: _seconds(model, images, targets, method, perturbation) for name, method in task.methods.items()}
+    options = perturbation.of_explain
+    explaining = {name: _seconds(model, images, targets, method, **options) for name, method in task.methods.items()}
 
-    def cost(methods: Collection[str], metrics: Collection[str]) -> float:
+    def cost(methods: Collection[str], metrics: Collection[str], steps: int) -> float:
         rows = [row for row in task.rows if row.method in methods]
         needs = _needs(metrics)
-        shared, each = perturbed_counts(needs, perturbation, images.shape[2:])
+        shared, each = perturbed_counts(needs, replace(perturbation, steps=steps), images.shape[2:])
         paintings = len(_PAINTED & needs) * len(ROAD_FRACTIONS) * len(rows)
         again = sum(METRICS[metric].explanations for metric in metrics)
         explanations = sum(explaining[row.method] * (1 if row.explains_runner_up else 1 + again) for row in rows)
@@ -184,11 +259,15 @@ def _needs(metrics: Collection[str]) -> frozenset[str]:
     return read_by(METRICS[metric].function for metric in metrics)
 
 
-def _forward_seconds(model: nn.Module, images: Tensor, call: ForwardCall) -> float:
+def _timed_size(images: Tensor, batch_size: int) -> int:
+    return batch_size if images.is_cuda else min(batch_size, _TIMED)
+
+
+def _forward_seconds(model: nn.Module, images: Tensor, call: ForwardCall, memory: Memory) -> float:
     """For one image of a batch."""
-    forward(model, images, call=call).cpu()  # the first is slower
+    forward(model, images, call=call, memory=memory).cpu()  # the first is slower
     start = time.perf_counter()
-    forward(model, images, call=call).cpu()  # waits for the device
+    forward(model, images, call=call, memory=memory).cpu()  # waits for the device
     return (time.perf_counter() - start) / len(images)
 
 
@@ -201,26 +280,30 @@ def _painted_seconds(images: Tensor) -> float:
     return (time.perf_counter() - start) / len(images)
 
 
-def _seconds(model: nn.Module, images: Tensor, targets: Tensor, method: Method, perturbation: Perturbation) -> float:
+def _seconds(model: nn.Module, images: Tensor, targets: Targets, method: Method, **options: Any) -> float:
     """For the map of one image."""
 
-    class Started(Exception):
+    class Enough(Exception):
         pass
 
     expected = 0.0
+    marks: list[tuple[float, int]] = []
 
     def extrapolate(what: str, done: int, total: int) -> None:
         nonlocal expected
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
-        expected = (time.perf_counter() - start) * total / done
-        raise Started
+        now, (before, already) = time.perf_counter(), marks[-1]
+        expected = (now - before) * total / (done - already)
+        marks.append((now, done))
+        if len(marks) > 2 or done == total:
+            raise Enough
 
     for _ in range(2):  # the first is slower
-        start = time.perf_counter()
-        try:
-            explain(model, images, targets, [method], progress=extrapolate, **perturbation.of_model)
-        except Started:
+        marks[:] = [(time.perf_counter(), 0)]
+        with suppress(Enough):
+            explain(model, images, targets, [method], progress=extrapolate, **options)
+            expected = time.perf_counter() - marks[0][0]
+        if time.perf_counter() - marks[0][0] > _LONG:
             break
-        expected = time.perf_counter() - start
     return expected / len(images)

@@ -3,7 +3,7 @@
 from sightline.explainers import cams, controls, gradients, intrinsic, perturbation, relevance, rollout
 from sightline.explainers.cams import *
 from sightline.explainers.controls import *
-from sightline.explainers.explain import EXPLAINERS, Method, explain, find_explainer, fitting, named
+from sightline.explainers.explain import EXPLAINERS, FAST, Method, explain, find_explainer, fitting, named
 from sightline.explainers.explainer import Explainer, Explanation
 from sightline.explainers.gradients import *
 from sightline.explainers.intrinsic import *
@@ -17,6 +17,7 @@ __all__ = [
     "EXPLAINERS",
     "Explainer",
     "Explanation",
+    "FAST",
     "Map",
     "Method",
     "Progress",

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sightline.checks import check_whole
+from sightline.checks import bytes_of, check_whole
 from sightline.explainers.capture import Capture, Captured, LayerLike, find_layer, head_of, quantized_in
 from sightline.explainers.compiled import CompiledCapture
 from sightline.explainers.rectifiers import Rectifiers, Rule
 from sightline.explainers.scorer import Scorer, Targets, gradients_of, rows_of
 from sightline.explainers.tokens import SmoothAttention
 from sightline.facts import Progress
-from sightline.inference import ForwardCall, untouched
+from sightline.inference import ForwardCall, Memory, untouched
 from sightline.inference.axes import Layout
 
 _OF_LAYER = {"activations", "gradients", "mean_gradients", "runner_up_gradients", "head"}
@@ -42,12 +42,15 @@ class Settings:
 
     call: int | None = None
     batch_size: int = 64
+    memory: Memory = None
     progress: Progress | None = None
     differentiable: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
         check_whole(call=self.call)
+        if self.memory is not None:
+            bytes_of(self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +305,7 @@ def gather(
             targets,
             forward_call=forward_call,
             batch_size=settings.batch_size,
+            memory=settings.memory,
             progress=settings.progress,
             differentiable=settings.differentiable,
         )

@@ -15,7 +15,7 @@ from sightline.explainers.evidence import Settings
 from sightline.explainers.explainer import Explainer, Explanation, Request, explanation_of
 from sightline.explainers.scorer import Targets
 from sightline.facts import Progress, current_name, did_you_mean
-from sightline.inference import Output, check_images, forward_call, preserving
+from sightline.inference import Memory, Output, check_images, forward_call, preserving
 
 EXPLAINERS: dict[str, Explainer] = {
     name: explainer
@@ -23,6 +23,9 @@ EXPLAINERS: dict[str, Explainer] = {
     for name in module.__all__
     if isinstance(explainer := getattr(module, name), Explainer)
 }
+
+FAST = tuple(name for name, explainer in EXPLAINERS.items() if not explainer.many_passes)
+"""Names of those that cost a few passes per image."""
 
 Method = str | Explainer | partial[Any]
 
@@ -40,6 +43,7 @@ def explain(
     forward_kwargs: Mapping[str, Any] | None = None,
     call: int | None = None,
     batch_size: int = 64,
+    memory: Memory = None,
     progress: Progress | None = None,
     differentiable: bool = False,
     compile: bool = False,
@@ -78,7 +82,10 @@ def explain(
             it is.
         forward_kwargs: the same by name.
         call: which run of a layer that the forward calls several times, from 0.
-        batch_size: images per forward of the methods that look at many changed images; bounds their memory.
+        batch_size: most images per forward of the methods that look at many changed images.
+        memory: bytes that one of these forwards, with its backward, may take, or a size such as "2GB"; it decides the
+            number of images up to `batch_size`. None: 500 MB on a CPU, half of the free memory on a GPU. The images
+            themselves run through the model together.
         progress: called by these with (what, images done, images in all).
         differentiable: keep the graph, so that maps and logits can stand in a loss. The model is in eval mode.
         compile: use a compiled copy of the model, for class activation maps of a model that ends in pooling and one
@@ -98,7 +105,12 @@ def explain(
     check_images(images)
     forward = forward_call(images, output, forward_args, forward_kwargs)
     settings = Settings(
-        call=call, batch_size=batch_size, progress=progress, differentiable=differentiable, compile=compile
+        call=call,
+        batch_size=batch_size,
+        memory=memory,
+        progress=progress,
+        differentiable=differentiable,
+        compile=compile,
     )
     return explanation_of(model, images, targets, _requests(methods, layer), forward, settings)
 

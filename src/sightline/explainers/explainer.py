@@ -17,7 +17,16 @@ from sightline.explainers.scorer import Targets
 from sightline.explainers.tokens import SmoothAttention
 from sightline.explainers.verdicts import Map, signs_of, verdicts_of
 from sightline.facts import Layer, Progress, Verdict, current_name
-from sightline.inference import ForwardCall, Output, check_images, forward_call, preserving, untouched, version_of
+from sightline.inference import (
+    ForwardCall,
+    Memory,
+    Output,
+    check_images,
+    forward_call,
+    preserving,
+    untouched,
+    version_of,
+)
 
 _FIELDS = [field.name for field in fields(Evidence)]
 _SAME_FOR_ALL_CLASSES = {"images", "targets", "activations", "gate", "layer"}
@@ -74,8 +83,9 @@ class Explainer:
 
     The formula's parameters without default name the fields of `Evidence` that it reads; the others are its options.
     It returns the maps, or a `Map`. `@partial(Explainer, is_signed=True)` says that negative values of the map speak
-    against the target, `sums_to_score=True` that it should add up to the explained score, and `ignores_class=True` that
-    it is the same for all classes though it reads something that does not show this.
+    against the target, `sums_to_score=True` that it should add up to the explained score, `ignores_class=True` that it
+    is the same for all classes though it reads something that does not show this, and `many_passes=True` that it runs
+    the model on many changed images.
     """
 
     def __init__(
@@ -85,6 +95,7 @@ class Explainer:
         is_signed: bool = False,
         sums_to_score: bool = False,
         ignores_class: bool = False,
+        many_passes: bool = False,
     ) -> None:
         update_wrapper(self, formula)
         self.name = formula.__name__
@@ -93,6 +104,8 @@ class Explainer:
         """Whether 0 is the middle of the map: above it speaks for the target, below against it."""
         self.sums_to_score = sums_to_score
         """Whether the map distributes the score (less that of its baseline) over the pixels; a gap is a verdict."""
+        self.many_passes = many_passes
+        """Whether it runs the model on many changed images for a map, in batches; all others take a few passes."""
         arguments.check_needs(formula, _FIELDS, "fields of Evidence")
         self.needs = frozenset(map(current_name, arguments.needs(formula)))
         self.options = arguments.options(formula)
@@ -120,6 +133,7 @@ class Explainer:
         forward_kwargs: Mapping[str, Any] | None = None,
         call: int | None = None,
         batch_size: int = 64,
+        memory: Memory = None,
         progress: Progress | None = None,
         **options: Any,
     ) -> Float[Tensor, "b t *cells"]:
@@ -127,7 +141,7 @@ class Explainer:
         check_images(images)
         request = Request(self.name, self, arguments.checked_options(self.formula, options, self.name), layer)
         forward = forward_call(images, output, forward_args, forward_kwargs)
-        settings = Settings(call=call, batch_size=batch_size, progress=progress)
+        settings = Settings(call=call, batch_size=batch_size, memory=memory, progress=progress)
         return explanation_of(model, images, targets, [request], forward, settings)[self.name]
 
     def map_of(self, evidence: Evidence, **options: Any) -> Map:

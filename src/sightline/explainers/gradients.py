@@ -57,7 +57,7 @@ def input_x_gradient(
     return (images[:, None] * input_gradients).sum(2)
 
 
-@partial(Explainer, is_signed=True, sums_to_score=True)
+@partial(Explainer, is_signed=True, sums_to_score=True, many_passes=True)
 def integrated_gradients(
     images: Float[Tensor, "b c *grid"], score: Scorer, steps: int = 32, baseline: float | Tensor = 0.0
 ) -> Map:
@@ -103,7 +103,7 @@ def integrated_gradients(
     return Map(values=((images - start)[:, None] * mean).sum(2), total=total)
 
 
-@Explainer
+@partial(Explainer, many_passes=True)
 def smooth_grad(
     images: Float[Tensor, "b c *grid"], score: Scorer, samples: int = 25, noise: float = 0.15, seed: int = 0
 ) -> Float[Tensor, "b t *grid"]:
@@ -125,7 +125,7 @@ def smooth_grad(
     return _moments("smooth_grad", images, score, samples, noise, seed)[0].abs().amax(2)
 
 
-@Explainer
+@partial(Explainer, many_passes=True)
 def var_grad(
     images: Float[Tensor, "b c *grid"], score: Scorer, samples: int = 25, noise: float = 0.15, seed: int = 0
 ) -> Float[Tensor, "b t *grid"]:

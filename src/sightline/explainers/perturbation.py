@@ -19,7 +19,7 @@ from sightline.inference import untouched, wide
 __all__ = ["occlusion", "rise", "score_cam", "ablation_cam"]
 
 
-@partial(Explainer, is_signed=True)
+@partial(Explainer, is_signed=True, many_passes=True)
 def occlusion(
     images: Float[Tensor, "b c *grid"],
     score: Scorer,
@@ -70,7 +70,7 @@ def occlusion(
     return drops
 
 
-@Explainer
+@partial(Explainer, many_passes=True)
 def rise(
     images: Float[Tensor, "b c *grid"],
     score: Scorer,
@@ -131,7 +131,7 @@ def rise(
     return sum(parts, weights.new_zeros(())) / (masks * keep)
 
 
-@Explainer
+@partial(Explainer, many_passes=True)
 def score_cam(
     images: Float[Tensor, "b c *grid"],
     activations: Float[Tensor, "b k *small"],
@@ -181,7 +181,7 @@ def score_cam(
     return torch.einsum("bkt,bk...->bt...", weights, activations).relu()
 
 
-@Explainer
+@partial(Explainer, many_passes=True)
 def ablation_cam(
     images: Float[Tensor, "b c *grid"],
     activations: Float[Tensor, "b k *small"],

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from sightline.checks import check_whole
 from sightline.facts import Progress
-from sightline.inference import ForwardCall, either, probabilities_of, resolve_targets, untouched, wide
+from sightline.inference import (
+    ForwardCall,
+    Memory,
+    either,
+    in_batches,
+    probabilities_of,
+    resolve_targets,
+    untouched,
+    wide,
+)
 from sightline.inference.outputs import Answer
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor] | None
@@ -50,6 +59,7 @@ class Scorer:
         *,
         forward_call: ForwardCall | None = None,
         batch_size: int = 64,
+        memory: Memory = None,
         progress: Progress | None = None,
         differentiable: bool = False,
     ) -> None:
@@ -60,6 +70,8 @@ class Scorer:
         self.asked = targets
         self.forward_call = forward_call or ForwardCall()
         self.batch_size = batch_size
+        self.memory = memory
+        self.image_bytes = 0
         self.progress = progress or (lambda what, done, total: None)
         self.differentiable = differentiable
         self.notices = {}
@@ -70,6 +82,7 @@ class Scorer:
         Raises:
             ValueError, TypeError: bad targets, or images that the model cannot take.
         """
+        self.image_bytes = images[:1].nbytes
         answer = self._answer(images, None)
         self.forward_call = answer.call  # the images to come are read as these are
         self.activation = answer.activation
@@ -150,20 +163,21 @@ class Scorer:
     def stream(
         self, what: str, total: int, make: Make, read: Read, *, group: int | None = None
     ) -> Iterator[tuple[Int[Tensor, " n"], Tensor]]:
-        """Items 0 to total - 1, at most `batch_size` at a time, each with what `read`, a method of this scorer, says.
+        """Items 0 to total - 1, in batches (see `in_batches`), each with what `read`, a method of this scorer, says.
 
         `make(items)` returns their images and rows. One batch is in memory at a time; progress is reported after each.
         Every `group` consecutive items form a group, and no batch mixes two groups.
         """
-        group = group or max(total, 1)
-        groups = (range(first, min(first + group, total), self.batch_size) for first in range(0, total, group))
-        for start in (start for batches in groups for start in batches):
-            stop = min(start + self.batch_size, start - start % group + group, total)
-            items = torch.arange(start, stop, device=self.targets.device)
+
+        def answer(numbers: range) -> tuple[Tensor, Tensor]:
+            items = torch.arange(numbers.start, numbers.stop, device=self.targets.device)
             with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable):
-                answer = read(*make(items))
-            yield items, answer
-            self.progress(what, stop, total)
+                return items, read(*make(items))
+
+        sizes: dict[str, Any] = {"batch_size": self.batch_size, "memory": self.memory, "group": group}
+        for numbers, answers in in_batches(answer, total, self.image_bytes, self.targets.device, **sizes):
+            yield answers
+            self.progress(what, numbers.stop, total)
 
     def collect(
         self, what: str, total: int, make: Make, read: Read, *, group: int | None = None

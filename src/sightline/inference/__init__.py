@@ -1,6 +1,7 @@
 """Calls any model, reads its output, and leaves it unchanged."""
 
 from sightline.inference.copies import copy_of
+from sightline.inference.memory import Memory, allowance, fitting_size, held_by, in_batches
 from sightline.inference.outputs import (
     ForwardCall,
     Output,
@@ -22,15 +23,20 @@ from sightline.inference.probabilities import version_of
 
 __all__ = [
     "ForwardCall",
+    "Memory",
     "Output",
+    "allowance",
     "answers",
     "check_classes",
     "check_images",
     "copy_of",
     "either",
     "exact",
+    "fitting_size",
     "forward",
     "forward_call",
+    "held_by",
+    "in_batches",
     "logits_of",
     "one_target_each",
     "preserving",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import SUPPORTED_NODES, tree_flatten_with_path, tree_map
 
 from sightline.checks import check_whole
+from sightline.inference.memory import Memory, in_batches
 from sightline.inference.preserve import untouched
 from sightline.inference.probabilities import Kind, Probabilities, read
 
@@ -311,18 +312,26 @@ def probabilities_of(logits: Float[Tensor, "b n"], activation: str = "") -> Floa
 
 
 def forward(
-    model: nn.Module, images: Float[Tensor, "b c *grid"], batch_size: int = 64, call: ForwardCall | None = None
+    model: nn.Module,
+    images: Float[Tensor, "b c *grid"],
+    batch_size: int = 64,
+    call: ForwardCall | None = None,
+    memory: Memory = None,
 ) -> Float[Tensor, "b n"]:
-    """Logits of all images in float32, in eval mode, without gradient, at most `batch_size` images at a time.
+    """Logits of all images in float32, in eval mode, without gradient, in batches as `in_batches` cuts them.
 
     >>> forward(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.zeros(3, 3, 2, 2), batch_size=2).shape
     torch.Size([3, 2])
     """
-    return answers(model, images, batch_size, call)[0]
+    return answers(model, images, batch_size, call, memory)[0]
 
 
 def answers(
-    model: nn.Module, images: Float[Tensor, "b c *grid"], batch_size: int = 64, call: ForwardCall | None = None
+    model: nn.Module,
+    images: Float[Tensor, "b c *grid"],
+    batch_size: int = 64,
+    call: ForwardCall | None = None,
+    memory: Memory = None,
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b classes"]]:
     """The same logits, and the probability of each class.
 
@@ -332,13 +341,19 @@ def answers(
     """
     check_whole(batch_size=batch_size)
     call = call or ForwardCall()
-    parts: list[tuple[Tensor, Tensor]] = []
+    kind = call.kind
     with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
-        for rows in torch.arange(len(images), device=images.device).split(batch_size):
-            answer = call(net, images[rows], rows)
-            call = replace(call, kind=answer.call.kind)
+
+        def answered(items: range) -> tuple[Tensor, Tensor]:
+            nonlocal kind
+            rows = torch.arange(items.start, items.stop, device=images.device)
+            answer = replace(call, kind=kind)(net, images[rows], rows)
+            kind = answer.call.kind
             logits = answer.logits.float()
-            parts.append((logits, probabilities_of(logits, answer.activation)))
+            return logits, probabilities_of(logits, answer.activation)
+
+        sizes: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
+        parts = [part for _, part in in_batches(answered, len(images), images[:1].nbytes, images.device, **sizes)]
     logits, probabilities = zip(*parts, strict=True)
     return torch.cat(logits), torch.cat(probabilities)
 

@@ -1,8 +1,9 @@
 """Scores of perturbed images: made once, in bounded memory, for every metric that asks for them."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import update_wrapper
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import Any
 
@@ -13,13 +14,15 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from sightline import maps as pixels
 from sightline.arguments import check_needs, checked_options, named_in, needs, signature_with_options
-from sightline.checks import check_planes, check_whole
+from sightline.checks import bytes_of, check_planes, check_whole
 from sightline.facts import Progress
 from sightline.inference import (
     ForwardCall,
+    Memory,
     Output,
     check_classes,
     forward_call,
+    in_batches,
     one_target_each,
     probabilities_of,
     untouched,
@@ -42,6 +45,8 @@ _SHARED = {
 }
 """Versions of an image that are the same for every method, and the fields computed from them."""
 _PER_MAP = ("deletion", "insertion", "preserved", "removed", "morf", "lerf")
+RANKED_BYTES = 16
+"""Bytes that are held for each pixel of the image while a map is scored: its place, its value, its scaled value."""
 FIELDS = (*_PER_MAP, "original", "drops", "fractions", "map_means", "map_sums")
 """What a `PerturbationMetric` can read."""
 
@@ -61,6 +66,9 @@ class Perturbation:
     cells: bool = False
     """Whether each cell of the map is replaced as a whole, rather than single pixels of the resized map."""
     batch_size: int = 64
+    """Most perturbed images per forward; `memory` decides how many there are up to that."""
+    memory: Memory = None
+    """Bytes that a forward may take, or a size such as "2GB"; None: 500 MB on a CPU, half of what is free on a GPU."""
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     output: Output = None
@@ -74,6 +82,11 @@ class Perturbation:
         """How the model is called and read, as `explain` and other metrics take it."""
         return {name: getattr(self, name) for name in ("output", "forward_args", "forward_kwargs")}
 
+    @property
+    def of_explain(self) -> dict[str, Any]:
+        """The same and the size of batches, as `explain` takes them."""
+        return self.of_model | {"batch_size": self.batch_size, "memory": self.memory}
+
     def call(self, images: Tensor) -> ForwardCall:
         """The same for images that each have a row in the arguments."""
         return forward_call(images, self.output, self.forward_args, self.forward_kwargs)
@@ -82,6 +95,8 @@ class Perturbation:
         check_whole(steps=self.steps, batch_size=self.batch_size)
         if self.steps < 1:
             raise ValueError(f"expected at least 1 step, got {self.steps}")
+        if self.memory is not None:
+            bytes_of(self.memory)
         if self.batch_size < 1:
             raise ValueError(f"expected at least 1 image per batch, got {self.batch_size}")
         if isinstance(self.score, str) and self.score not in ("probability", "logit"):
@@ -150,8 +165,8 @@ def perturbed_scores(
 ) -> dict[str, Fields]:
     """What `PerturbationMetric`s read, for the maps of several methods; no image is scored twice.
 
-    At most `batch_size` perturbed images exist at a time. The model runs in eval mode without gradient and is left
-    unchanged.
+    As many perturbed images exist at a time as `batch_size` and `memory` allow. The model runs in eval mode without
+    gradient and is left unchanged.
 
     Raises:
         ValueError: shapes that do not fit, a class that the model does not have, an unknown `fill`.
@@ -328,47 +343,38 @@ def _run(
     progress: Progress | None,
 ) -> dict[_Key, Float[Tensor, "b n"]]:
     """Scores of all versions, with batches that span several kinds."""
-    perturbation = filler.perturbation
-    call = perturbation.call(filler.images)
+    perturbation, images = filler.perturbation, filler.images
+    call = perturbation.call(images)
     counts = [version.count * len(targets) for version in versions.values()]
-    total, done, scores = sum(counts), 0, list[Tensor]()
+    spans = [*zip(versions.values(), pairwise(accumulate(counts, initial=0)), strict=True)]
+    scores: list[Tensor] = []
+
+    def scored(items: range) -> Tensor:
+        nonlocal call
+        parts: list[tuple[Tensor, Tensor]] = []
+        for version, (first, last) in spans:
+            within = range(max(items.start, first) - first, min(items.stop, last) - first)
+            if within:
+                numbers = torch.arange(within.start, within.stop, device=images.device)
+                rows = numbers // version.count
+                parts.append((version.make(rows, numbers % version.count), rows))
+        perturbed, rows = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        del parts
+        answer = call(net, perturbed, rows)
+        call = replace(call, kind=answer.call.kind)  # the following batches are read as the first one
+        logits = answer.logits.to(wide(answer.logits))
+        if not scores and not callable(perturbation.score):
+            check_classes(targets, max(2, logits.shape[1]))
+        return _score(logits, answer.activation, targets[rows], perturbation.score).double()
+
+    sizes: dict[str, Any] = {"batch_size": perturbation.batch_size, "memory": perturbation.memory}
     with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
-        for images, rows in _batches(versions.values(), len(targets), filler):
-            answer = call(net, images, rows)
-            call = replace(call, kind=answer.call.kind)  # the following batches are read as the first one
-            logits = answer.logits.to(wide(answer.logits))
-            if not scores and not callable(perturbation.score):
-                check_classes(targets, max(2, logits.shape[1]))
-            scores.append(_score(logits, answer.activation, targets[rows], perturbation.score).double())
-            done += len(rows)
+        for items, part in in_batches(scored, sum(counts), images[:1].nbytes, images.device, **sizes):
+            scores.append(part)
             if progress is not None:
-                progress("scoring masked images", done, total)
+                progress("scoring masked images", items.stop, sum(counts))
     parts = torch.cat(scores).split(counts) if scores else ()
     return {key: part.reshape(len(targets), -1) for key, part in zip(versions, parts, strict=True)}
-
-
-def _batches(versions: Collection[_Versions], count: int, filler: _Filler) -> Iterator[tuple[Tensor, Tensor]]:
-    ready: list[tuple[Tensor, Tensor]] = []
-    free = size = filler.perturbation.batch_size
-    for version in versions:
-        items = torch.arange(version.count * count, device=filler.images.device)
-        while len(items):
-            part, items = items[:free], items[free:]
-            rows = part // version.count
-            ready.append((version.make(rows, part % version.count), rows))
-            free -= len(part)
-            if not free:
-                yield _joined(ready)
-                ready, free = [], size
-    if ready:
-        yield _joined(ready)
-
-
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(parts) == 1:
-        return parts[0]
-    images, rows = zip(*parts, strict=True)
-    return torch.cat(images), torch.cat(rows)
 
 
 def _sorted(importance: Float[Tensor, "b n"]) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:

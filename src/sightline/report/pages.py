@@ -18,10 +18,10 @@ from sightline import data, maps, models, runs
 from sightline.data import ImageSet, Preprocess
 from sightline.data.files import Picture, decode_pictures, image_files
 from sightline.data.images import MAX_PIXELS
-from sightline.evaluation.planning import unsuited
-from sightline.explainers import EXPLAINERS, Explanation, explain, fitting, named
-from sightline.facts import LEVELS, Progress, Verdict, did_you_mean, worst
-from sightline.inference import Output, forward_call
+from sightline.evaluation.planning import TOLD, prices, unsuited
+from sightline.explainers import EXPLAINERS, FAST, Explanation, explain, fitting, named
+from sightline.facts import LEVELS, Progress, Verdict, did_you_mean, duration, worst
+from sightline.inference import Memory, Output, forward_call, in_batches
 
 _PER_ROW = 6  # maps beside an image
 _SIDE = 512  # longest side of an image on a page, in pixels; half of it where the maps take several rows
@@ -92,29 +92,36 @@ def pages(
     preprocess: Preprocess | None = None,
     classes: Sequence[str] = (),
     batch_size: int = 64,
+    memory: Memory = None,
     overlays: bool = False,
     strict: bool = False,
     max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Pages:
     """Write maps of images into a folder: `NAME--page.png` and `NAME.npz` (raw maps) per image, and maps.csv.
+
+    Each page is written as soon as its maps are there: one image after the other if a method takes many passes. After
+    an interrupt, maps.csv lists all pages that were written.
 
     Args:
         model: a run folder, or a classifier.
         images: files and folders, an image set, or uint8 images at the size that the model takes.
         out: folder to write to; made if missing.
-        methods: names of explainers, `name@layer` too; `["all"]` takes every one that fits the model. Of several,
-            those that do not fit are left out.
+        methods: names of explainers, `name@layer` too; `["all"]` takes every one that fits the model, `["fast"]` those
+            that take a few passes per image. Of several, those that do not fit are left out.
         target: class to explain, by name or index. None: the predicted one.
         layer: see `sightline.explain`.
         output: see `sightline.explain`; decided once, by the first images.
         preprocess: size and statistics of the model's input. None: the run's, or those that timm knows of the model.
         classes: class names of a model that is no run.
-        batch_size: images per forward; bounds the memory.
+        batch_size: most images per forward.
+        memory: see `sightline.explain`; the images themselves are cut by it, too.
         overlays: write each map over its image as a picture of its own, too.
         strict: raise instead of leaving out an unreadable image or a named method that does not fit.
         max_pixels: larger image files are skipped.
         progress: called with (what, done, total).
+        tell: called with a sentence about the expected time, before the maps, if it is long.
 
     Raises:
         OSError: `out` cannot be written, or images or the run are missing.
@@ -131,46 +138,61 @@ def pages(
         preprocess = Preprocess(size=size, mean=mean, std=std)
     index = _class_index(target, classes)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    takes_all = list(methods) == ["all"]
+    every = {"all": tuple(EXPLAINERS), "fast": FAST}.get(methods[0] if len(methods) == 1 else "")
+    has_slow = any(named(method)[1].many_passes for method in every or methods)
     if isinstance(images, ImageSet | Tensor):
         source = _Source(len(images), partial(_in_memory, images), [], ())
     else:
-        side = _SIDE if len(EXPLAINERS if takes_all else methods) < _PER_ROW else _SIDE // 2
+        side = _SIDE if len(every or methods) < _PER_ROW else _SIDE // 2
         decode = partial(decode_pictures, size=preprocess.size, longest=side, max_pixels=max_pixels)
         source = _files(images, out, decode, strict)
     writer = _Writer(out, classes, is_run, overlays)
     left_out: dict[str, str] = {}
     notices, unchecked = dict.fromkeys(source.notices), dict[str, None]()
-    count = min(_AT_ONCE, batch_size)
-    for start in range(0, source.total, count):
-        rows = range(start, min(start + count, source.total))
+
+    def explained(rows: range) -> tuple[_Chunk, Explanation] | None:
+        nonlocal methods, left_out, output
         chunk = source.read(rows)
         if chunk is None:
-            continue
+            return None
         inputs = data.normalize(chunk.images.to(device), preprocess)
+        sizes: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
         if not writer.rows:
             call, notice = forward_call(inputs, output).settled(model, inputs)
             output = call.output
-            notices |= dict.fromkeys([notice] if notice else [])
+            notices.update(dict.fromkeys([notice] if notice else []))
             given: dict[str, Any] = {"targets": index, "layer": layer, "output": output}
-            if takes_all:
-                methods, left_out = fitting(model, inputs, list(EXPLAINERS), **given)
+            if every:
+                methods, left_out = fitting(model, inputs, every, **given)
             else:
                 left_out = unsuited(model, inputs, methods, strict, **given)
                 methods = [method for method in methods if method not in left_out]
-        explanation = explain(
-            model, inputs, index, methods, layer, output=output, batch_size=batch_size, progress=progress
-        )
-        unchecked |= dict.fromkeys(explanation.unchecked)
-        notices |= dict.fromkeys(explanation.notices)
-        for place, (name, picture) in enumerate(zip(chunk.names, chunk.pictures, strict=True)):
-            writer.write(name, picture, explanation, place)
-        if progress is not None:
-            progress("explaining", rows.stop, source.total)
+            if tell is not None and has_slow:
+                seconds = prices(model, inputs[:1], methods=methods, **given, **sizes)
+                if sum(seconds.values()) * source.total > TOLD:
+                    tell(_expected(seconds, source.total) + "; without these: --methods fast" * (every is not None))
+        explanation = explain(model, inputs, index, methods, layer, output=output, progress=progress, **sizes)
+        return chunk, explanation
+
+    sizes: dict[str, Any] = {"batch_size": 1 if has_slow else min(_AT_ONCE, batch_size), "memory": memory}
+    image_bytes = 3 * preprocess.size[0] * preprocess.size[1] * torch.float32.itemsize
+    try:
+        for rows, result in in_batches(explained, source.total, image_bytes, device, **sizes):
+            if result is not None:
+                chunk, explanation = result
+                unchecked |= dict.fromkeys(explanation.unchecked)
+                notices |= dict.fromkeys(explanation.notices)
+                for place, (name, picture) in enumerate(zip(chunk.names, chunk.pictures, strict=True)):
+                    writer.write(name, picture, explanation, place)
+                writer.keep_table()
+            if progress is not None:
+                progress("explaining", rows.stop, source.total)
+    finally:
+        if writer.rows:
+            writer.write_table()
     if not writer.rows:
         first = "".join(f"; the first, {name}: {reason}" for name, reason in source.skipped[:1])
         raise ValueError(f"expected at least one readable image, got none{first}")
-    writer.write_table()
     return Pages(
         folder=out,
         verdicts=writer.verdicts,
@@ -248,6 +270,7 @@ class _Writer:
     positions: dict[str, str] = field(default_factory=lambda: {})
     written: set[Path] = field(default_factory=lambda: set())
     stems: set[str] = field(default_factory=lambda: set())
+    kept: int = 0
 
     def write(self, name: str, picture: UInt8[Tensor, "3 h w"], explanation: Explanation, place: int) -> None:
         """The page and the raw maps of the image at this place of the explanation."""
@@ -268,12 +291,13 @@ class _Writer:
         columns: dict[str, Tensor] = {}
         captions: dict[str, str] = {}
         signed: list[str] = []
+        rows: list[dict[str, Any]] = []
         for method, values in raw.items():
             verdicts, layer = explanation.verdicts[method][place], explanation.layers[method]
             self.verdicts.setdefault(method, []).append(verdicts)
             explainer = named(method)[1]
             self.positions[method] = positions(values.shape, bool(layer), self.is_run and not explainer.is_control)
-            self.rows.append(
+            rows.append(
                 {
                     "image": name,
                     "maps": stem,
@@ -302,9 +326,16 @@ class _Writer:
             picture[None], columns, signed=signed, scales=True, captions=captions, per_row=_PER_ROW, title=title
         )
         self._save(f"{stem}--page.png", maps.png(page))
+        self.rows += rows
+
+    def keep_table(self) -> None:
+        """Write maps.csv if it has grown by a twentieth since, so that little is missing even if the process dies."""
+        if len(self.rows) >= 1.05 * self.kept:
+            self.write_table()
 
     def write_table(self) -> None:
         """maps.csv."""
+        self.kept = len(self.rows)
         table = io.StringIO()
         writer = csv.DictWriter(table, list(self.rows[0]))
         writer.writeheader()
@@ -314,6 +345,14 @@ class _Writer:
     def _save(self, file: str, content: bytes) -> None:
         runs.write(self.folder / file, content)
         self.written.add(self.folder / file)
+
+
+def _expected(seconds: Mapping[str, float], images: int) -> str:
+    """What to expect of methods with many passes, the most expensive first."""
+    each = ", ".join(f"{name} {duration(seconds[name])}" for name in sorted(seconds, key=lambda name: -seconds[name]))
+    total = sum(seconds.values())
+    whole = f", {duration(total * images)} for {images} images" if images > 1 else ""
+    return f"expected time: {duration(total)} per image{whole}; {each}"
 
 
 def titled(method: str, verdicts: Sequence[Verdict]) -> str:

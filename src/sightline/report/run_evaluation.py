@@ -45,7 +45,8 @@ def evaluate_run(
         split: split of the data.
         overrides: fields of the recipe's data that differ, by dotted name; with `data.source` all data fields are those
             of the new source.
-        methods: as for `sightline.evaluate`; also `["all"]`. Of several, those that do not fit the model are left out.
+        methods: as for `sightline.evaluate`; also `["all"]` and `["fast"]`. Of several, those that do not fit the model
+            are left out.
         progress: called with (what, done, total).
         options: further ones of `sightline.evaluate`.
 
@@ -61,7 +62,7 @@ def evaluate_run(
     evaluation = evaluate(
         model,
         images,
-        "all" if methods is not None and list(methods) == ["all"] else methods,
+        methods[0] if methods is not None and list(methods) in (["all"], ["fast"]) else methods,
         strict=strict,
         seed=run.seed,
         progress=progress,
