@@ -99,6 +99,18 @@ def percent(fraction: float) -> str:
     return ">99.9 %" if 0.9995 <= fraction < 1 else f"{100 * fraction:.1f} %"
 
 
+def duration(seconds: float) -> str:
+    """A time in words.
+
+    >>> duration(0.2), duration(59.6), duration(200.0), duration(8000.0)
+    ('1 s', '1 min', '3 min 20 s', '2 h 13 min')
+    """
+    whole = max(round(seconds), 1)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    parts = ((hours, "h"), (minutes, "min"), (rest if not hours else 0, "s"))
+    return " ".join(f"{number} {unit}" for number, unit in parts if number)
+
+
 class Layer(str):
     """A place in a model and the shape of what was read there, without the batch; empty for maps that read no layer.
 

@@ -25,19 +25,21 @@ _READS = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_over
 """Options that make timm read or write the files a recipe names, which might be pickles."""
 
 
-def load(source: Path | str) -> nn.Module:
+def load(source: Path | str, model: runs.Own | None = None) -> nn.Module:
     """The trained model of a run folder or a hub repository, a plain module in eval mode on the CPU.
 
     Args:
         source: a run folder, or "hub:OWNER/NAME", or "hub:OWNER/NAME@REVISION" with a branch, tag or commit.
+        model: for a run of a network of your own, the module or what builds it (see `sightline.runs.build`). A run
+            holds data and no code, so nothing else can build it; the module itself is not changed.
 
     Raises:
         OSError: the folder or repository is missing or is no run, or its weights are missing or damaged.
         ValueError: the weights are those of another model, or a file is damaged.
     """
     if isinstance(source, str) and source.startswith(PREFIX):
-        return runs.load_model(fetch(source))
-    return runs.load_model(source)
+        return runs.load_model(fetch(source), model)
+    return runs.load_model(source, model)
 
 
 def push(folder: Path | str, name: str, private: bool = False) -> str:

@@ -116,6 +116,13 @@ def _budget(add: _Add) -> None:
     add("--budget", type=_seconds, metavar="TIME", help="such as 90s, 10min, 2h: do what fits, list what does not")
 
 
+def _scores(add: _Add) -> None:
+    methods = "see sightline list explainers; name@layer; all = every one that fits"
+    add("--methods", type=_names, metavar="A,B,...", help=methods)
+    _budget(add)
+    add("--steps", type=_count, metavar="N", help="points of the deletion and insertion curves (32)")
+
+
 def _images(add: _Add) -> None:
     _short(add, "--strict", "stop at the first unreadable image, or named method that does not fit, not skip it")
     _short(add, "--max-pixels", "skip larger images, 89478485", "N", type=_count)
@@ -143,6 +150,7 @@ def _train(add: _Add) -> None:
     _short(add, "--drop-duplicates", "leave out copies in other splits or with two labels")
     add("--print-recipe", action="store_true", help="print the resolved recipe and stop")
     add("--profile", action="store_true", help="show where the time of ten steps goes")
+    _scores(add)
     _limit(add)
 
 
@@ -189,15 +197,12 @@ def _evaluate(add: _Add) -> None:
     add("run", metavar="RUN", help="run folder")
     _short(add, "--data", "other data than the run's own", "PATH_OR_NAME")
     add("--split", default="test", metavar="SPLIT", help="train, val or test (test)")
-    methods = "see sightline list explainers; name@layer; all = every one that fits"
-    add("--methods", type=_names, metavar="A,B,...", help=methods)
+    _scores(add)
     metrics = "see sightline list metrics; all = all that the data allows"
     add("--metrics", type=_names, metavar="A,B,...", help=metrics)
     controls = "maps that ignore the model; other_class = the runner-up's (the first four)"
     add("--controls", type=_names, metavar="A,B,...", help=controls)
-    _budget(add)
     _output(add)
-    add("--steps", type=_count, metavar="N", help="points of the deletion and insertion curves (32)")
     fill = "what replaces a pixel: zero, mean, blur, inpaint, black, a number (zero)"
     add("--fill", type=_fill, default="zero", help=fill)
     _out(add, "folder to write (the run's own)")
