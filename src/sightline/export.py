@@ -4,7 +4,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ def write(folder: Path | str, file: Path | str) -> Exported:
     pixels = _FromPixels(network, run.preprocess).eval()
     facts = {
         "classes": run.classes,
-        "preprocess": asdict(run.preprocess),
-        "input": "uint8 red, green, blue; the whole image resized to preprocess.size (antialiased, bilinear)",
+        "preprocess": run.preprocess.facts(),
+        "input": f"uint8 red, green, blue; {run.preprocess} (antialiased)",
         "outputs": names,
     }
     try:

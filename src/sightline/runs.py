@@ -69,7 +69,10 @@ def open_run(folder: Path | str) -> Run:
             recipe=recipe.load(folder / "recipe.yaml"),
             seed=facts["seed"],
             classes=tuple(facts["classes"]),
-            preprocess=data.Preprocess(**{name: tuple(numbers[name]) for name in _PREPROCESS}),
+            preprocess=data.Preprocess(
+                **{name: tuple(numbers[name]) for name in _PREPROCESS},
+                **{name: numbers[name] for name in ("crop", "interpolation") if name in numbers},
+            ),
             info=facts["info"],
             history=_read_history(folder / "metrics.csv"),
             skipped=[(name, reason) for name, reason in facts["skipped"]],
@@ -94,7 +97,9 @@ def load_model(folder: Path | str) -> nn.Module:
         )
     network = run.recipe.model
     with torch.random.fork_rng(devices=[]):
-        model = models.create_model(network.name, num_classes=len(run.classes), weights=weights, **network.options)
+        model = models.create_model(
+            network.name, num_classes=len(run.classes), weights=weights, new_head=False, **network.options
+        )
     return model.eval()
 
 
@@ -118,6 +123,7 @@ def save(run: Run, weights: dict[str, Tensor] | None = None) -> None:
     writer.writeheader()
     writer.writerows(run.history)
     facts = {key: value for key, value in asdict(run).items() if key not in ("folder", "recipe", "history")}
+    facts["preprocess"] = run.preprocess.facts()
     write(run.folder / "metrics.csv", table.getvalue().encode())
     write(run.folder / "recipe.yaml", recipe.dump(run.recipe).encode())
     write(run.folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False).encode())
