@@ -98,15 +98,21 @@ def window(size: tuple[int, int], crop: float | None, whole: tuple[int, int]) ->
     >>> window((224, 224), 0.875, (256, 512))
     (144.0, 16.0, 368.0, 240.0)
     """
-    height, width = whole
-    if crop is None:
-        return 0.0, 0.0, float(width), float(height)
-    covered = [math.floor(side / crop + 1e-6) for side in size]
-    scale = max(covered[0] / height, covered[1] / width)
-    scaled = [max(int(side * scale + 1e-6), least) for side, least in zip(whole, covered, strict=True)]
-    top, left = (round((side - cut) / 2) for side, cut in zip(scaled, size, strict=True))
-    across, down = width / scaled[1], height / scaled[0]
+    (high, wide), (top, left) = _scaling(size, crop, whole)
+    across, down = whole[1] / wide, whole[0] / high
     return left * across, top * down, (left + size[1]) * across, (top + size[0]) * down
+
+
+def _scaling(
+    size: tuple[int, int], crop: float | None, whole: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width that the whole image is scaled to, and top and left of what is then cut out."""
+    if crop is None:
+        return size, (0, 0)
+    covered = [math.floor(side / crop + 1e-6) for side in size]
+    scale = max(covered[0] / whole[0], covered[1] / whole[1])
+    high, wide = (max(int(side * scale + 1e-6), least) for side, least in zip(whole, covered, strict=True))
+    return (high, wide), (round((high - size[0]) / 2), round((wide - size[1]) / 2))
 
 
 def open_image(
@@ -133,8 +139,9 @@ def open_image(
     """
     with ExitStack() as room:  # is left when the decoded image is gone
         upright, whole = _decoded(file, _scaled(size, crop), max_pixels, room)
-        part = window((1, 1) if isinstance(size, int) else size, crop, whole)
-        return _resized(upright, size, whole, part, interpolation), whole
+        if isinstance(size, int):
+            return _shown(upright, size, whole), whole
+        return _resized(upright, size, whole, crop, interpolation), whole
 
 
 def open_picture(
@@ -155,10 +162,9 @@ def open_picture(
     side = _scaled(size, crop)
     with ExitStack() as room:
         upright, whole = _decoded(file, longest, max_pixels, room)
-        part = window(size, crop, whole)
-        shown = _resized(upright, longest, whole, part)
+        shown = _shown(upright, longest, whole, window(size, crop, whole))
         if _reduced(file, side) == _reduced(file, longest):
-            return _resized(upright, size, whole, part, interpolation), shown
+            return _resized(upright, size, whole, crop, interpolation), shown
     return open_image(file, size, max_pixels, crop, interpolation)[0], shown
 
 
@@ -177,20 +183,39 @@ def _scaled(size: tuple[int, int] | int, crop: float | None) -> int:
 
 def _resized(
     upright: Image.Image,
-    size: tuple[int, int] | int,
+    size: tuple[int, int],
     whole: tuple[int, int],
-    part: Box,
+    crop: float | None,
     interpolation: Interpolation = "bilinear",
+) -> UInt8[Array, "h w *colors"]:
+    """The window of the decoded image, which may be smaller than the `whole` one."""
+    resampling = Image.Resampling[interpolation.upper()]
+    (high, wide), (top, left) = _scaling(size, crop, whole)
+    if high * wide > LARGE:  # a very long image
+        return _part(upright, size, whole, window(size, crop, whole), resampling)
+    scaled = upright.resize((wide, high), resampling)
+    return np.array(scaled if crop is None else scaled.crop((left, top, left + size[1], top + size[0])))
+
+
+def _shown(
+    upright: Image.Image, longest: int, whole: tuple[int, int], part: Box | None = None
 ) -> UInt8[Array, "h w 3"]:
-    """A part, in pixels of the `whole` image, of the decoded image, which may be smaller."""
+    """A part of the decoded image, or all of it, in its own shape, no side above `longest`."""
+    left, top, right, bottom = part or (0.0, 0.0, float(whole[1]), float(whole[0]))
+    tall, wide = bottom - top, right - left
+    scale = min(1.0, longest / max(tall, wide))
+    size = (max(1, round(scale * tall)), max(1, round(scale * wide)))
+    return _part(upright, size, whole, (left, top, right, bottom), Image.Resampling.BILINEAR)
+
+
+def _part(
+    upright: Image.Image, size: tuple[int, int], whole: tuple[int, int], part: Box, resampling: Image.Resampling
+) -> UInt8[Array, "h w *colors"]:
     left, top, right, bottom = part
-    if isinstance(size, int):
-        scale = min(1.0, size / max(bottom - top, right - left))
-        size = (max(1, round(scale * (bottom - top))), max(1, round(scale * (right - left))))
     across, down = upright.width, upright.height
     box = (left * across / whole[1], top * down / whole[0], right * across / whole[1], bottom * down / whole[0])
     box = (*box[:2], min(box[2], across), min(box[3], down))  # what rounding put beyond the edge
-    return np.array(upright.resize((size[1], size[0]), Image.Resampling[interpolation.upper()], box))
+    return np.array(upright.resize((size[1], size[0]), resampling, box))
 
 
 def _decoded(file: Path | bytes, side: int, max_pixels: int, room: ExitStack) -> tuple[Image.Image, tuple[int, int]]:
@@ -291,7 +316,7 @@ def open_mask(
             "make the two the same size"
         )
     area = Image.fromarray(np.where(inside, np.uint8(255), np.uint8(0)))
-    return _resized(area, size, image_size, window(size, crop, image_size), "box") >= 128
+    return _resized(area, size, image_size, crop, "box") >= 128
 
 
 def few_values(file: Path) -> bool:
