@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb; bad input ends with one line on stderr and exit code 2, Ctrl-C with 130."""
     try:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments, VERBS)
-        VERBS[options.verb](options, overrides)
+        with terminal.notices_shown():
+            VERBS[options.verb](options, overrides)
     except KeyboardInterrupt as stop:
         print(f"sightline: {stop or 'stopped; no half-written file was left behind'}", file=sys.stderr)
         sys.exit(130)
@@ -149,6 +150,7 @@ def explain(options: Namespace, overrides: dict[str, Any]) -> None:
             options.layer,
             output=options.output,
             classes=classes,
+            whole=options.whole,
             batch_size=options.batch_size,
             overlays=options.overlays,
             strict=overrides.get("data.strict", False),

@@ -4,7 +4,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,8 @@ def export(
     pixels = _FromPixels(network, preprocess).eval()
     facts = {
         "classes": classes,
-        "preprocess": asdict(preprocess),
-        "input": "uint8 red, green, blue; the whole image resized to preprocess.size (antialiased, bilinear)",
+        "preprocess": preprocess.facts(),
+        "input": f"uint8 red, green, blue; {preprocess} (antialiased)",
         "outputs": names,
     }
     try:
@@ -109,8 +109,7 @@ def _input_of(model: nn.Module) -> data.Preprocess:
             f"expected `preprocess` for {type(model).__name__}, got none; give the size, mean and standard "
             "deviation of its images as sl.data.Preprocess"
         )
-    size, mean, std = models.input_of(model)
-    return data.Preprocess(size=size, mean=mean, std=std)
+    return models.preprocess_of(model)
 
 
 _Call = Callable[[UInt8[Tensor, "b 3 h w"]], Sequence[Tensor]]

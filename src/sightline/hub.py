@@ -147,7 +147,6 @@ def card(run: runs.Run, name: str, evaluation: dict[str, Any] | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     network, source, title = run.recipe.model.name, run.recipe.data.source, name.partition("/")[2]
-    size = "{} x {}".format(*run.preprocess.size)
     parameters = f", {run.info['parameters']} parameters" if "parameters" in run.info else ""
     more = f" and {len(run.classes) - _LISTED} more, see run.json" if len(run.classes) > _LISTED else ""
     accuracy = _accuracy(run, evaluation)
@@ -181,9 +180,8 @@ def card(run: runs.Run, name: str, evaluation: dict[str, Any] | None) -> str:
         "## Load it",
         f'```python\nimport sightline as sl\n\nmodel = sl.load("{PREFIX}{name}")  # normalized images to logits\n```',
         f"```bash\nsightline pull {name} --out run\nsightline explain run photo.jpg --methods grad_cam --out maps\n```",
-        f"The input is the whole image in red, green and blue, resized to {size} pixels (height x width), divided by "
-        f"255, minus {[*run.preprocess.mean]}, divided by {[*run.preprocess.std]}. The logits are in the order of the "
-        "classes.",
+        f"The input is the image in red, green and blue, {run.preprocess}, divided by 255, minus "
+        f"{[*run.preprocess.mean]}, divided by {[*run.preprocess.std]}. The logits are in the order of the classes.",
         "## How good it is",
         "Its accuracy was not measured." if accuracy is None else accuracy[3],
         "\n".join(f"- {sentence}" for sentence in (evaluation or {}).get("summary", ())),

@@ -164,8 +164,11 @@ def _explain(add: _Add) -> None:
     _output(add)
     text = "images per forward; fewer take less memory (64)"
     add("--batch-size", type=_count, default=64, metavar="N", help=text)
-    add("--weights", metavar="FILE", help="safetensors weights of a timm / torchvision: model")
-    add("--classes", metavar="FILE", help="text file with one class name per line")
+    text = "weights of a timm / torchvision: model, safetensors or .pth; pretrained = timm's, downloaded"
+    add("--weights", metavar="FILE", help=text)
+    add("--classes", metavar="FILE", help="text file with one class name per line (ImageNet's for 1,000 classes)")
+    text = "squeeze all of an image into the input (a model by name: cut out the middle, as in its training)"
+    add("--whole", action="store_true", help=text)
     add("--overlays", action="store_true", help="also write a picture of each map alone")
     _out(add, "folder to write", required=True)
     _images(add)

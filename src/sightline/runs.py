@@ -11,7 +11,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -81,7 +81,10 @@ def open_run(folder: Path | str) -> Run:
             recipe=recipe.of_run(folder / "recipe.yaml"),
             seed=facts["seed"],
             classes=tuple(facts["classes"]),
-            preprocess=data.Preprocess(**{name: tuple(numbers[name]) for name in _PREPROCESS}),
+            preprocess=data.Preprocess(
+                **{name: tuple(numbers[name]) for name in _PREPROCESS},
+                **{name: numbers[name] for name in ("crop", "interpolation") if name in numbers},
+            ),
             info=facts["info"],
             history=_read_history(folder / "metrics.csv"),
             skipped=[(name, reason) for name, reason in facts["skipped"]],
@@ -120,7 +123,9 @@ def load_model(folder: Path | str, model: Own | None = None) -> nn.Module:
         )
     with torch.random.fork_rng(devices=[]):
         if model is None:
-            loaded = models.create_model(network.name, num_classes=len(run.classes), weights=weights, **network.options)
+            loaded = models.create_model(
+                network.name, num_classes=len(run.classes), weights=weights, new_head=False, **network.options
+            )
             return loaded.eval()
         loaded = build(model, len(run.classes))
     try:
@@ -209,9 +214,9 @@ def _described(model: recipe.Model) -> tuple[data.Preprocess, bool]:
 def _described_by(name: str, options: str) -> tuple[data.Preprocess, bool]:
     with torch.random.fork_rng(devices=[]):
         network = models.create_model(name, **json.loads(options))
-    size, mean, std = models.input_of(network)
-    side = json.loads(options).get("img_size")
-    preprocess = data.Preprocess(size=(side, side) if isinstance(side, int) else size, mean=mean, std=std)
+    preprocess, side = models.preprocess_of(network), json.loads(options).get("img_size")
+    if isinstance(side, int):
+        preprocess = replace(preprocess, size=(side, side))
     kinds = {type(part).__name__ for part in network.modules()}
     attends = any("Attention" in kind for kind in kinds)
     return preprocess, attends and hasattr(network, "group_matcher") and not any("BatchNorm" in kind for kind in kinds)
@@ -237,6 +242,7 @@ def save(run: Run, weights: dict[str, Tensor] | None = None) -> None:
     writer.writeheader()
     writer.writerows(run.history)
     facts = {key: value for key, value in asdict(run).items() if key not in ("folder", "recipe", "history")}
+    facts["preprocess"] = run.preprocess.facts()
     write(run.folder / "metrics.csv", table.getvalue().encode())
     write(run.folder / "recipe.yaml", recipe.dump(run.recipe).encode())
     write(run.folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False).encode())
