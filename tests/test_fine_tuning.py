@@ -288,11 +288,13 @@ def test_the_header_says_what_is_trained(tmp_path: Path, capsys: pytest.CaptureF
     fit(start, tmp_path / "run")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "data: photos, 2 classes; images (train + test): 32 + 7; a 20 + 4, b 12 + 3"
-    assert lines[1].startswith("size: 200 px, scaled to 24 x 24 px; mean 0.4") and "of the training images" in lines[1]
-    parameters = sum(p.numel() for p in runs.load_model(tmp_path / "run").parameters())
-    assert lines[2].startswith(
-        f"network: cifar_resnet; {parameters:,} parameters, {parameters:,} of them trained, in the"
-    )
+    assert lines[1].startswith("size: 200 px, scaled to 24 x 24 px; mean 0.4")
+    assert lines[1].endswith(" of the training images")
+    network = runs.load_model(tmp_path / "run")
+    parameters = sum(p.numel() for p in network.parameters())
+    last = next(layer for layer in reversed([*network.modules()]) if isinstance(layer, nn.Linear))
+    trained = f"network: cifar_resnet; {parameters:,} parameters, {parameters:,} of them trained"
+    assert lines[2] == f"{trained}, in the first epoch {sum(p.numel() for p in last.parameters()):,}"
     assert lines[3] == "training: 2 epochs of 4 steps, adamw, lr 0.003"
     assert re.fullmatch(r"device: (cpu, \d+ threads|.*)", lines[4])
     expected = [line for line in lines if line.startswith("expected time")]
@@ -317,13 +319,15 @@ def test_the_command_line_writes_a_report_at_once_and_scores_by_the_options(
 
     monkeypatch.setattr(run_evaluation, "evaluate_run", evaluate_run)
     command = ["train", "--data", "clutter", "--model", "cifar_resnet", "--model.options", "{depth: 8, stem_stride: 2}"]
-    command += ["--model.weights", str(weights), "--data.train_size", "48", "--data.test_size", "20"]
+    command += ["--weights", str(weights), "--attention", "se", "--data.train_size", "48", "--data.test_size", "20"]
     command += ["--optim.epochs", "1", "--optim.batch_size", "16", "--limit", "4", "--out", str(tmp_path / "run")]
     cli.main([*command, "--methods", "grad_cam", "--steps", "2", "--budget", "10min"])
     shown = capsys.readouterr().out
     assert "report.html (accuracy, gallery and errors; the scores follow)" in shown.splitlines()[0]
     assert "open this page again later" in first[0] and "No metric was asked for" in first[0]
     last = (tmp_path / "run/report.html").read_text()
+    written = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["model"]
+    assert written["weights"] == str(weights) and written["options"]["attention"] == "se"
     assert "open this page again later" not in last
     assert "Linear probe before fine-tuning" in last and "Linear probe before fine-tuning" in first[0]
 

@@ -24,6 +24,8 @@ RECIPE_PARTS = {
 SHORT = {
     "--data": "data.source",
     "--model": "model.name",
+    "--weights": "model.weights",
+    "--attention": "model.options.attention",
     "--seeds": "seeds",
     "--strict": "data.strict",
     "--max-pixels": "data.max_pixels",
@@ -142,6 +144,8 @@ def _demo(add: _Add) -> None:
 def _train(add: _Add) -> None:
     _short(add, "--data", "folder, table, parquet, hub:OWNER/NAME or a name", "PATH_OR_NAME")
     _short(add, "--model", "network, see sightline list models", "NAME")
+    _short(add, "--weights", "fine-tune these: file, run folder or `pretrained`", "FILE")
+    _short(add, "--attention", "block to insert, see sightline list attention", "NAME")
     _out(add, "run folder to write")
     add("--recipe", metavar="FILE", help="YAML file to start from")
     _short(add, "--seeds", "one run per seed", "A,B,...")

@@ -121,7 +121,9 @@ class Model:
         metadata={"help": "Keyword arguments of the model, for example `{width: 0.25, stem_pool: 2}`.", "limit": None},
     )
     weights: str | None = _field(
-        None, "A safetensors file or run folder to start from, or `pretrained` (timm's, downloaded). None: fresh."
+        None,
+        "Weights to start from: a safetensors or .pth file, a run folder, or `pretrained` (timm's, downloaded). Those of "
+        "another number of classes keep a fresh head. None: fresh.",
     )
     normalization: Literal["data", "network"] | None = _field(
         None,
