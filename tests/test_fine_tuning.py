@@ -275,19 +275,19 @@ def test_the_linear_probe_of_the_pretrained_features_is_in_the_run(
 
 def test_the_header_says_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rng = np.random.default_rng(0)
-    for name, count in {"train/a": 20, "train/b": 12, "test/a": 4, "test/b": 3}.items():
+    for name, count in {"train/a": 20, "train/b": 12, "val/a": 2, "val/b": 1, "test/a": 4, "test/b": 3}.items():
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(count):
             pixels = rng.integers(0, 255, (200, 150, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
     start = Recipe(
-        data=Data(source=str(tmp_path / "photos"), size=24, val=0.0),
+        data=Data(source=str(tmp_path / "photos"), size=24),
         model=Model(name="cifar_resnet", options={"depth": 8, "stem_stride": 2}),
         optim=Optim(epochs=2, batch_size=8, freeze=1),
     )
     fit(start, tmp_path / "run")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "data: photos, 2 classes; images (train + test): 32 + 7; a 20 + 4, b 12 + 3"
+    assert lines[0] == "data: photos, 2 classes; images (train + val + test): 32 + 3 + 7; a 20 + 2 + 4, b 12 + 1 + 3"
     assert lines[1].startswith("size: 200 px, scaled to 24 x 24 px; mean 0.4")
     assert lines[1].endswith(" of the training images")
     network = runs.load_model(tmp_path / "run")

@@ -122,8 +122,8 @@ class Model:
     )
     weights: str | None = _field(
         None,
-        "Weights to start from: a safetensors or .pth file, a run folder, or `pretrained` (timm's, downloaded). Those of "
-        "another number of classes keep a fresh head. None: fresh.",
+        "Weights to start from: a safetensors or .pth file, a run folder, or `pretrained` (timm's, downloaded). The head "
+        "starts fresh if theirs has another number of classes. None: fresh.",
     )
     normalization: Literal["data", "network"] | None = _field(
         None,
@@ -272,12 +272,12 @@ def load(source: Path | str | Recipe | Mapping[str, Any], overrides: Mapping[str
     if isinstance(source, Recipe):
         source = asdict(source)
     values = _flat(source if isinstance(source, Mapping) else read(Path(source)))
-    for name, value in (overrides or {}).items():
-        if name.startswith("model.options."):
-            option = {name.removeprefix("model.options."): yaml.safe_load(value) if isinstance(value, str) else value}
-            values["model.options"] = {**(values.get("model.options") or {}), **option}
-        else:
-            values[name] = None if value == "null" else value
+    changes = dict(overrides or {})
+    singly = {name: changes.pop(name) for name in [*changes] if name.startswith("model.options.")}
+    values |= {name: None if value == "null" else value for name, value in changes.items()}
+    for name, value in singly.items():
+        option = {name.removeprefix("model.options."): yaml.safe_load(value) if isinstance(value, str) else value}
+        values["model.options"] = {**(_check("model.options", values.get("model.options") or {})), **option}
     checked = {name: _check(name, value) for name, value in values.items()}
 
     parts = {
