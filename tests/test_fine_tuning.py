@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sightline import cli, data, models, recipe, runs
+from sightline.facts import Notice
 from sightline.metrics import linear_probe
 from sightline.recipe import Data, Model, Optim, Recipe
 from sightline.training import fit, initial_network
-from sightline.training.freezing import Freezing
+from sightline.training.freezing import Freezing, zero_fresh_head
 from sightline.training.log import Log
 
 pytestmark = pytest.mark.usefixtures("few_validation_images")
@@ -40,7 +41,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(weights: Path, options: dict[str, Any] | None = None, **optim: Any) -> Recipe:
-    given: dict[str, Any] = {"epochs": 1, "batch_size": 16, "backbone_lr": 1.0, "lr": 0.01, **optim}
+    given: dict[str, Any] = {
+        "epochs": 1,
+        "batch_size": 16,
+        "backbone_lr": 1.0,
+        "lr": 0.01,
+        "fixed_statistics": False,
+        **optim,
+    }
     return Recipe(
         data=Data(train_size=48, test_size=20, size=24),
         model=Model(
@@ -71,6 +79,12 @@ def test_frozen_epochs_change_the_head_alone_statistics_included(weights: Path, 
     assert changed(weights, trained(recipe_of(weights, freeze=1), tmp_path / "a")) == head(weights)
     state = trained(recipe_of(weights, freeze=1, epochs=2), tmp_path / "b")
     assert changed(weights, state) == set(state)
+
+
+def test_statistics_can_stay_while_all_weights_are_trained(weights: Path, tmp_path: Path):
+    state = trained(recipe_of(weights, freeze=0, fixed_statistics=True), tmp_path / "run")
+    statistics = {name for name in state if "running" in name or "num_batches" in name}
+    assert changed(weights, state) == set(state) - statistics and statistics
 
 
 def test_modules_are_frozen_by_name(weights: Path, tmp_path: Path):
@@ -109,6 +123,19 @@ def test_attention_starts_at_bit_equal_logits_and_is_trained_from_the_first_epoc
     first = with_blocks.state_dict()
     blocks = {name for name, _ in with_blocks.named_parameters() if ".attention." in name}
     assert {name for name in blocks if not torch.equal(first[name], state[name])}
+
+
+def test_a_head_of_another_width_starts_at_zero_and_one_of_the_weights_stays(weights: Path):
+    state = runs.unpack(weights)[0]
+    with torch.random.fork_rng():
+        same = initial_network(recipe_of(weights).model, 10, seed=0)
+        with pytest.warns(Notice, match="start fresh"):
+            other = initial_network(recipe_of(weights).model, 3, seed=0)
+    for network in (same, other):
+        zero_fresh_head(network, str(weights), (24, 24))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in same.state_dict().items())
+    assert {n for n, p in other.named_parameters() if not p.any()} >= head(weights)
+    assert all(torch.equal(t, state[n]) for n, t in other.state_dict().items() if n not in head(weights))
 
 
 @pytest.mark.parametrize("pooling", ["brnpa"])
@@ -181,14 +208,14 @@ def test_with_weights_the_defaults_are_those_of_fine_tuning_and_of_the_network()
     start = Recipe(model=Model(name="tf_efficientnet_lite0", weights="file.safetensors"))
     filled = runs.filled(start)
     assert (filled.optim.epochs, filled.optim.lr, filled.optim.freeze) == (10, 0.001, 1)
-    assert (filled.optim.backbone_lr, filled.optim.layer_decay) == (0.1, 1.0)
+    assert (filled.optim.backbone_lr, filled.optim.layer_decay, filled.optim.fixed_statistics) == (0.1, 1.0, True)
     assert filled.data.size == 224 and filled.model.normalization == "network"
     own = runs.pretrained_input(start.model)
     assert own is not None and own.mean == own.std == (0.5, 0.5, 0.5)
     given = Recipe(
         data=Data(size=64),
         model=replace(start.model, normalization="data"),
-        optim=Optim(epochs=3, lr=0.1, freeze=0, backbone_lr=1.0, layer_decay=1.0),
+        optim=Optim(epochs=3, lr=0.1, freeze=0, backbone_lr=1.0, fixed_statistics=False, layer_decay=1.0),
     )
     assert runs.filled(given) == given
 
@@ -220,15 +247,18 @@ def test_what_was_used_is_in_the_recipe_of_the_run(weights: Path, tmp_path: Path
     start = replace(recipe_of(weights), optim=Optim(batch_size=16, epochs=1))
     fit(start, tmp_path / "run", progress=False)
     written = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
-    fields = ("epochs", "lr", "freeze", "backbone_lr", "layer_decay")
-    assert [written["optim"][field] for field in fields] == [1, 0.001, 1, 0.1, 1.0]
+    fields = ("epochs", "lr", "freeze", "backbone_lr", "layer_decay", "fixed_statistics")
+    assert [written["optim"][field] for field in fields] == [1, 0.001, 1, 0.1, 1.0, True]
     assert written["model"]["normalization"] == "data"
     assert recipe.of_run(tmp_path / "run/recipe.yaml") == runs.filled(start)
 
 
 def test_an_old_run_with_weights_was_trained_without_freezing(tmp_path: Path):
     whole = yaml.safe_load(recipe.dump(runs.filled(Recipe(model=Model(weights="x.safetensors", normalization="data")))))
-    for part, name in (("model", "normalization"), *(("optim", n) for n in ("freeze", "backbone_lr", "layer_decay"))):
+    for part, name in (
+        ("model", "normalization"),
+        *(("optim", n) for n in ("freeze", "backbone_lr", "layer_decay", "fixed_statistics")),
+    ):
         del whole[part][name]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(whole))
     old = recipe.of_run(tmp_path / "recipe.yaml")

@@ -122,8 +122,8 @@ class Model:
     )
     weights: str | None = _field(
         None,
-        "Weights to start from: a safetensors or .pth file, a run folder, or `pretrained` (timm's, downloaded). The head "
-        "starts fresh if theirs has another number of classes. None: fresh.",
+        "Weights to start from: a safetensors or .pth file, a run folder, or `pretrained` (timm's, downloaded). For "
+        "another number of classes than theirs, the head starts at zero. None: fresh.",
     )
     normalization: Literal["data", "network"] | None = _field(
         None,
@@ -150,6 +150,11 @@ class Optim:
         None,
         "Factor on the learning rate of all but the head and inserted attention. None: 0.1 with model.weights, else 1.",
         POSITIVE,
+    )
+    fixed_statistics: bool | None = _field(
+        None,
+        "Keep the BatchNorm statistics of all but the head and inserted attention as they are, so that few steps train "
+        "the network that is evaluated. None: true with model.weights, else false.",
     )
     layer_decay: float | None = _field(
         None,
@@ -208,6 +213,7 @@ FROM_SCRATCH: dict[str, Any] = {
     "optim.lr": 0.003,
     "optim.freeze": 0,
     "optim.backbone_lr": 1.0,
+    "optim.fixed_statistics": False,
     "optim.layer_decay": 1.0,
 }
 """Values of the fields that depend on `model.weights`, without such weights."""
@@ -217,6 +223,7 @@ FINE_TUNING = FROM_SCRATCH | {
     "optim.lr": 0.001,
     "optim.freeze": 1,
     "optim.backbone_lr": 0.1,
+    "optim.fixed_statistics": True,
 }
 """The same, with such weights."""
 

@@ -21,6 +21,7 @@ from sightline.runs import Run
 from sightline.training import checks, processes
 from sightline.training.checkpoints import Checkpoints, RunFiles
 from sightline.training.environment import many_graphs, stop_requests, tf32
+from sightline.training.freezing import zero_fresh_head
 from sightline.training.log import Log, header
 from sightline.training.loop import Training
 from sightline.training.losses import Loss, class_weights
@@ -244,6 +245,8 @@ class _Trainer:
     def _training(self, recipe: Recipe) -> tuple[Training, str]:
         network = initial_network(recipe.model, len(self.train.classes), recipe.seeds[0], self.own)
         ignored = check_stages(network, recipe)
+        if recipe.model.weights is not None and recipe.model.name != "protopnet":
+            zero_fresh_head(network, recipe.model.weights, self.train.preprocess.size)
         if ignored and self.progress:
             print(f"notice: {ignored}", file=sys.stderr)
         checks.check_forward(network, recipe, self.train.preprocess.size, len(self.train.classes))

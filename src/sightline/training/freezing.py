@@ -1,6 +1,7 @@
 """Fine-tuning: which modules are frozen in which epoch, and which parameters learn more slowly."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignor
 
 from sightline.attention.insertion import inserted, layers_named
 from sightline.inference import untouched
+from sightline.models.weights import read_weights
 from sightline.recipe import Optim
 
 
@@ -36,8 +38,11 @@ class Freezing:
         self._network = network
         self.epochs = optim.freeze if isinstance(optim.freeze, int) else 0
         names = layers_named(network, optim.freeze) if isinstance(optim.freeze, tuple) else []
-        is_needed = optim.freeze or (optim.backbone_lr or 1) != 1 or (optim.layer_decay or 1) != 1
-        new = [part for module in _new(network, size) for part in module.modules()] if is_needed else []
+        self._keeps_statistics = bool(optim.fixed_statistics)
+        factors = (optim.backbone_lr or 1, optim.layer_decay or 1)
+        is_needed = optim.freeze or optim.fixed_statistics or factors != (1, 1)
+        head = last_layer(network, size) if is_needed else None
+        new = [part for module in (head, *inserted(network)) if module is not None for part in module.modules()]
         self._new = dict.fromkeys(new)
         self._backbone = [part for part in network.modules() if part not in self._new] if is_needed else []
         throughout = dict.fromkeys(part for name in names for part in network.get_submodule(name).modules())
@@ -49,7 +54,7 @@ class Freezing:
             if not p.requires_grad
         }
         self._set(self._throughout, frozen=True)
-        if not any(p.requires_grad for p in network.parameters()) or (self.epochs and not new):
+        if not any(p.requires_grad for p in network.parameters()) or (self.epochs and head is None):
             raise ValueError(f"optim.freeze: expected parameters left to train, got none with {optim.freeze!r}")
 
     def enter(self, epoch: int) -> None:
@@ -94,14 +99,32 @@ class Freezing:
             for name, parameter in part.named_parameters(recurse=False):
                 parameter.requires_grad_(not frozen and (part, name) not in self._fixed)
             if isinstance(part, BatchNorm):
-                part.train(not frozen)
+                part.train(not frozen and not self._keeps_statistics)
 
 
-def _new(network: nn.Module, size: tuple[int, int]) -> list[nn.Module]:
-    """The head, inserted attention, and layers that were rebuilt for it."""
-    called: list[nn.Module] = []
+def zero_fresh_head(network: nn.Module, weights: str, size: tuple[int, int]) -> None:
+    """Set the head to zero unless it is that of the weights (see `recipe.Model`): random logits would spoil features.
 
-    def remember(layer: nn.Module, inputs: Any, output: Any) -> None:
+    timm initializes heads so that logits of few classes are large.
+    """
+    head = last_layer(network, size)
+    if head is None:
+        return
+    if weights == "pretrained":
+        is_loaded = getattr(network, "pretrained_cfg", {}).get("num_classes") == len(head.weight)
+    else:
+        state = read_weights(Path(weights)).state
+        is_loaded = any(torch.equal(head.weight, one) for one in state.values() if one.shape == head.weight.shape)
+    if not is_loaded:
+        for parameter in head.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+
+
+def last_layer(network: nn.Module, size: tuple[int, int]) -> nn.Linear | nn.Conv2d | None:
+    """The last linear layer or convolution that a network calls."""
+    called: list[nn.Linear | nn.Conv2d] = []
+
+    def remember(layer: nn.Linear | nn.Conv2d, inputs: Any, output: Any) -> None:
         called.append(layer)
 
     with untouched(network) as net, torch.no_grad():
@@ -112,4 +135,4 @@ def _new(network: nn.Module, size: tuple[int, int]) -> list[nn.Module]:
         finally:
             for hook in hooks:
                 hook.remove()
-    return [*called[-1:], *inserted(network)]
+    return called[-1] if called else None

@@ -13,8 +13,8 @@ _REPLACED = (
     "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "warmup", "step_epochs", "step_factor",
 )  # fmt: skip
 _IMPOSSIBLE = (
-    "freeze", "backbone_lr", "layer_decay", "label_smoothing", "class_weights", "ema", "patience", "teacher", "compile",
-    "sharded",
+    "freeze", "backbone_lr", "fixed_statistics", "layer_decay", "label_smoothing", "class_weights", "ema", "patience",
+    "teacher", "compile", "sharded",
 )  # fmt: skip
 
 
