@@ -241,7 +241,8 @@ def save(run: Run, weights: dict[str, Tensor] | None = None) -> None:
     writer = csv.DictWriter(table, list(run.history[0]) if run.history else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(run.history)
-    facts = {key: value for key, value in asdict(run).items() if key not in ("folder", "recipe", "history")}
+    aside = ("folder", "recipe", "history", *(["probe"] if run.probe is None else []))
+    facts = {key: value for key, value in asdict(run).items() if key not in aside}
     facts["preprocess"] = run.preprocess.facts()
     write(run.folder / "metrics.csv", table.getvalue().encode())
     write(run.folder / "recipe.yaml", recipe.dump(run.recipe).encode())
