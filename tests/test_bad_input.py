@@ -202,7 +202,9 @@ def test_bad_files_beside_a_model(tmp_path, capsys):
     picture().save(tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("x")
     given = ["explain", "resnet10t", tmp_path / "a.png", "--out", tmp_path / "out", "--weights"]
-    assert "expected a safetensors file, cannot read" in refused(capsys, *given, tmp_path / "notes.txt")
+    assert "expected weights as safetensors or as torch.save writes them, cannot read" in refused(
+        capsys, *given, tmp_path / "notes.txt"
+    )
     classes = ["--classes", tmp_path / "a.png"]
     said = refused(capsys, *given, tmp_path / "notes.txt", *classes)
     assert "a.png: expected a text file with one class name per line" in said

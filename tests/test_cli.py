@@ -416,7 +416,7 @@ def test_help(verb, capsys):
         (["train", "--data", "cluter", "--out", "{}"], "did you mean 'clutter'"),
         (["train", "--model", "vgg_att22", "--out", "{}"], "did you mean 'vgg_att2'"),
         (["train", "--optim.epoch", "3", "--out", "{}"], "did you mean 'optim.epochs'?"),
-        (["train", "--optim.epochs", "three", "--out", "{}"], "expected a whole number, got 'three'"),
+        (["train", "--optim.epochs", "three", "--out", "{}"], "expected a whole number or null, got 'three'"),
         (["train", "--optim.epochs", "--out", "{}"], "--optim.epochs: expected a value, got none"),
         (["train", "--model.options.widht", "1", "--out", "{}"], "vgg_att2 has no option 'widht'"),
         (["train"], "expected --out FOLDER for the run, got none"),

@@ -6,9 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 
-from sightline.data.images import UnreadableImage, open_image, open_mask, quiet
+from sightline.data import Preprocess
+from sightline.data.decoded import Decoder
+from sightline.data.images import UnreadableImage, open_image, open_mask, open_picture, quiet, window
+from sightline.data.marks import Record
+
+PHOTOS = Path(__file__).parent.parent / "examples" / "photos"
 
 RED = (200, 30, 10)
 
@@ -178,3 +184,69 @@ def test_masks_in_color_and_with_alpha():
 def test_a_mask_of_another_size_is_refused():
     with pytest.raises(UnreadableImage, match="expected a mask as large as its image, 8 x 6 pixels, got 4 x 4"):
         open_mask(encoded(Image.new("L", (4, 4))), (3, 3), (6, 8))
+
+
+@pytest.mark.parametrize("shape", [(300, 451), (512, 200), (224, 224), (50, 40), (257, 1023)])
+@pytest.mark.parametrize(
+    ("size", "crop", "interpolation"),
+    [(224, 0.875, "bicubic"), (224, 224 / 232, "bilinear"), (288, 0.9, "bicubic"), (64, 1.0, "bicubic")],
+)
+def test_the_middle_is_cut_out_as_timm_does(shape, size, crop, interpolation):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8))
+    pixels, whole = open_image(encoded(photo), (size, size), crop=crop, interpolation=interpolation)
+    transform = timm.data.create_transform(
+        (3, size, size), interpolation=interpolation, crop_pct=crop, use_prefetcher=True
+    )
+    assert whole == shape and np.array_equal(pixels, np.asarray(transform(photo)).transpose(1, 2, 0))
+
+
+def test_the_middle_of_a_very_long_image_takes_no_more_memory_than_the_image():
+    stripe = np.zeros((2, 200_000, 3), np.uint8)
+    stripe[:, 99_999:100_001] = 255
+    assert open_image(encoded(Image.fromarray(stripe)), (8, 8), crop=1.0)[0].shape == (8, 8, 3)
+    assert window((8, 8), 1.0, (2, 200_000)) == (99_999.0, 0.0, 100_001.0, 2.0)
+
+
+@pytest.mark.parametrize(("size", "reduced"), [((1600, 2400), (400, 600)), ((6000, 3000), (750, 375))])
+def test_of_a_large_image_the_same_middle_is_cut_out(size, reduced):
+    photo = Image.open(PHOTOS / "cat.jpg").resize((size[1], size[0]))
+    large, small = encoded(photo, "JPEG", quality=95), encoded(photo.resize((reduced[1], reduced[0])))
+    pixels = [open_image(file, (96, 96), crop=0.8)[0].astype(float) for file in (large, small)]
+    shown = [open_picture(file, (96, 96), 96, crop=0.8)[1].astype(float) for file in (large, small)]
+    for one, other in (pixels, shown):
+        assert np.abs(one - other).mean() < 2
+
+
+def test_masks_and_boxes_follow_the_middle():
+    image = np.zeros((80, 120, 3), np.uint8)
+    image[30:50, 50:90], image[0:10, 0:10] = 255, 255  # the second is cut away
+    record = Record(
+        encoded(Image.fromarray(image)), encoded(Image.fromarray(image[..., 0])), [[50, 30, 90, 50], [0, 0, 10, 10]]
+    )
+    sample = Decoder(size=(40, 40), has_masks=True, has_boxes=True, crop=0.5).decode(record)
+    assert window((40, 40), 0.5, (80, 120)) == (40.0, 20.0, 80.0, 60.0)
+    assert sample.boxes.tolist() == [[10.0, 10.0, 40.0, 30.0]]
+    expected = np.zeros((40, 40), bool)
+    expected[10:30, 10:] = True
+    assert np.array_equal(sample.mask, expected) and np.array_equal(sample.image[0] > 127, expected)
+
+
+def test_the_camera_turned_an_image_whose_middle_is_cut_out():
+    upright = Image.open(PHOTOS / "cat.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(upright.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    one, other = (open_image(file, (32, 32), crop=0.8)[0] for file in (turned, encoded(upright)))
+    assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"crop": 0.0}, "expected crop as a fraction above 0 and up to 1, or None, got 0.0"),
+        ({"crop": 1.5}, "expected crop as a fraction above 0 and up to 1, or None, got 1.5"),
+    ],
+)
+def test_a_preprocessing_that_is_none(option, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocess(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **option)

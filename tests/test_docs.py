@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sightline import bench, cli, recipe
@@ -60,7 +61,7 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a reader of the docs: `photos` with three classes, `new-photos`, and no network."""
+    """The folder of a reader of the docs: `photos` of three classes, `new-photos`, weights, and no network."""
     rng = np.random.default_rng(0)
     for number in range(36):
         folder = tmp_path / "photos" / ("cat", "dog", "newt")[number % 3]
@@ -75,6 +76,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import timm
 
     create: Callable[..., Any] = timm.create_model
+    torch.save(create("tf_efficientnet_lite0").state_dict(), tmp_path / "lite0.pth")
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
     monkeypatch.setenv("SIGHTLINE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

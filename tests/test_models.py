@@ -4,13 +4,15 @@ import math
 from itertools import product
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from sightline.attention import LearnToPayAttention
 from sightline.explainers import explain
-from sightline.models import MODELS, create_model
+from sightline.facts import Notice
+from sightline.models import MODELS, create_model, preprocess_of
 from sightline.models.vgg import with_gradient
 
 VGGS = [name for name in MODELS if name.startswith("vgg")]
@@ -319,11 +321,11 @@ def test_weights_that_do_not_fit(tmp_path):
     save_file(state, file)
     with pytest.raises(
         ValueError,
-        match=r"do not fit vgg_att2: head.linear.weight has shape \(3, 64\) instead of \(10, 64\) \(and 1 more\); give",
+        match=r"do not fit vgg_att2: head.linear.weight has shape \(3, 64\) instead of \(10, 64\), head.linear.bias",
     ):
         small("vgg_att2", weights=file)
     with pytest.raises(
-        ValueError, match=r"do not fit vgg_att3: attention.conv7.project_query.0.weight is missing \(and \d+ more\)"
+        ValueError, match=r"do not fit vgg_att3: attention.conv7.project_query.0.weight is missing, .* \(and \d+ more\)"
     ):
         small("vgg_att3", num_classes=3, weights=tmp_path)
     with pytest.raises(ValueError, match=r"do not fit vgg_att: attention.conv10.gate.u.bias is unknown to the model"):
@@ -337,7 +339,7 @@ def test_weights_that_do_not_fit(tmp_path):
         small("vgg_att2", weights=tmp_path / "empty")
     for content in (b"", b"not weights", file.read_bytes()[:-100]):
         file.write_bytes(content)
-        with pytest.raises(OSError, match=r"expected a safetensors file, cannot read .*; is it complete\?"):
+        with pytest.raises(OSError, match=r"expected weights as safetensors or .* cannot read .*; is it complete\?"):
             small("vgg_att2", num_classes=3, weights=file)
     with pytest.raises(ValueError, match="'vgg_att2' has no pretrained weights, only timm models have"):
         small("vgg_att2", weights="pretrained")
@@ -404,6 +406,34 @@ def test_backbones_of_timm_and_torchvision():
     assert create_model("torchvision:resnet18", num_classes=5).eval()(batch).shape == (2, 5)
     with pytest.raises(ValueError, match="'torchvision:resnet18' has no pretrained weights, only timm models have"):
         create_model("torchvision:resnet18", weights="pretrained")
+
+
+def test_the_input_is_that_of_the_weights():
+    preprocess = {
+        name: str(preprocess_of(create_model(name)))
+        for name in ("torchvision:resnet18", "torchvision:inception_v3", "resnet18.tv_in1k", "vgg_att2")
+    }
+    assert "shorter side is 256 px, and the middle 224 x 224" in preprocess["torchvision:resnet18"]
+    assert "shorter side is 342 px, and the middle 299 x 299" in preprocess["torchvision:inception_v3"]
+    assert preprocess["resnet18.tv_in1k"] == preprocess["torchvision:resnet18"]
+    assert preprocess["vgg_att2"] == "resized to 224 x 224 px, all of the image (bilinear)"
+
+
+@pytest.mark.parametrize(("file", "side"), [("mobilenet_v2-b0353104.pth", 256), ("a.pth", 232)])
+def test_of_several_weights_of_torchvision_the_file_tells_the_input(file, side, tmp_path):
+    model = create_model("torchvision:mobilenet_v2")
+    torch.save(model.state_dict(), tmp_path / file)
+    preprocess = preprocess_of(create_model("torchvision:mobilenet_v2", weights=tmp_path / file))
+    assert f"shorter side is {side} px" in str(preprocess) and preprocess.mean == (0.485, 0.456, 0.406)
+
+
+def test_a_downloaded_head_of_another_width(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr("timm.create_model", lambda name, pretrained, **options: create(name, **options))
+    with pytest.warns(Notice, match="the head starts fresh: the downloaded one is of 1000 classes, not 3"):
+        create_model("resnet18", num_classes=3, weights="pretrained")
+    with pytest.raises(ValueError, match="the downloaded weights of resnet18 are those of 1000 classes, not 3"):
+        create_model("resnet18", num_classes=3, weights="pretrained", new_head=False)
 
 
 def test_weights_that_cannot_be_downloaded(monkeypatch):

@@ -46,6 +46,19 @@ def test_a_run_comes_back_as_it_was(run: runs.Run, model: nn.Module):
     assert files == ["metrics.csv", "model.safetensors", "recipe.yaml", "run.json"]
 
 
+def test_a_cropping_run_and_one_of_an_older_version(run: runs.Run):
+    runs.save(run)
+    facts = json.loads((run.folder / "run.json").read_text())
+    assert facts["preprocess"].keys() == {"size", "mean", "std"}
+    cropping = replace(run, preprocess=replace(run.preprocess, crop=0.875, interpolation="bicubic"))
+    runs.save(cropping)
+    assert runs.open_run(run.folder) == cropping
+    for damage in ({"crop": "much"}, {"crop": 2}, {"interpolation": "code"}):
+        (run.folder / "run.json").write_text(json.dumps(facts | {"preprocess": facts["preprocess"] | damage}))
+        with pytest.raises(ValueError, match="is damaged or of another version: "):
+            runs.open_run(run.folder)
+
+
 def test_a_loaded_model_gives_the_same_logits(run: runs.Run, model: nn.Module):
     runs.save(run, model.to(memory_format=torch.channels_last).state_dict())
     before = torch.get_rng_state()

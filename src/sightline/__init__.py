@@ -11,7 +11,6 @@ if TYPE_CHECKING:
         bench,
         data,
         explainers,
-        export,
         hub,
         maps,
         metrics,
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from sightline.attention import insert
     from sightline.evaluation import evaluate
     from sightline.explainers import attention_maps, explain
+    from sightline.exporting import export
     from sightline.hub import load
     from sightline.models import create_model
     from sightline.training import fit
@@ -56,6 +56,7 @@ _HOMES = {
     "create_model": "models",
     "evaluate": "evaluation",
     "explain": "explainers",
+    "export": "exporting",
     "fit": "training",
     "insert": "attention",
     "load": "hub",

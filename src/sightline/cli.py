@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb; bad input ends with one line on stderr and exit code 2, Ctrl-C with 130."""
     try:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments, VERBS)
-        VERBS[options.verb](options, overrides)
+        with terminal.notices_shown():
+            VERBS[options.verb](options, overrides)
     except KeyboardInterrupt as stop:
         print(f"sightline: {stop or 'stopped; no half-written file was left behind'}", file=sys.stderr)
         sys.exit(130)
@@ -52,7 +53,9 @@ def train(options: Namespace, overrides: dict[str, Any]) -> None:
     """Train a classifier on a set of images, then evaluate it and write the report."""
     start = _small(overrides.get("model.name")) if options.recipe is None else recipe.load(options.recipe)
     if options.print_recipe:
-        print(recipe.dump(recipe.load(start, overrides)), end="")
+        from sightline.runs import filled
+
+        print(recipe.dump(filled(recipe.load(start, overrides))), end="")
         return
     if options.out is None:
         raise ValueError("expected --out FOLDER for the run, got none; choose a new folder")
@@ -69,16 +72,24 @@ def _small(name: str | None) -> recipe.Recipe:
 
 
 def _train(start: recipe.Recipe, options: Namespace, overrides: dict[str, Any], profile: bool = False) -> None:
-    from sightline.report.run_evaluation import check_size
+    from sightline.explainers import named
+    from sightline.report.run_evaluation import check_size, first_report
     from sightline.training import fit, processes
 
+    names = ("limit", "methods", "steps", "budget")
+    chosen = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    for name in chosen.get("methods", ()):
+        if name not in ("all", "fast"):
+            named(name)  # a wrong name is refused before the training
     check_size(recipe.load(start, overrides))
     trained = fit(start, options.out, overrides, resume=options.resume, profile=profile)
     if not processes.first():
         return
     runs = trained if isinstance(trained, list) else [trained]
     terminal.tell_skipped(runs[0].skipped)
-    evaluations = [_evaluate(run, limit=options.limit) for run in runs]
+    for run in runs:
+        print(f"report: {first_report(run)} (accuracy, gallery and errors; the scores follow)", flush=True)
+    evaluations = [_evaluate(run, **chosen) for run in runs]
     told = runs[0].notices
     terminal.tell_notices(notice for one in evaluations for notice in one.notices if notice not in told)
     if len(runs) > 1:
@@ -139,6 +150,7 @@ def explain(options: Namespace, overrides: dict[str, Any]) -> None:
             options.layer,
             output=options.output,
             classes=classes,
+            whole=options.whole,
             batch_size=options.batch_size,
             memory=options.memory,
             overlays=options.overlays,
@@ -306,7 +318,7 @@ def pull(options: Namespace, _: dict[str, Any]) -> None:
 
 def export(options: Namespace, _: dict[str, Any]) -> None:
     """Write the network of a run as ONNX or as PyTorch's exported program: pixels in, logits and maps out."""
-    from sightline.export import write
+    from sightline.exporting import export as write
 
     exported = write(options.run, options.out)
     height, width = exported.size

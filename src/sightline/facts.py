@@ -2,6 +2,7 @@
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,6 +14,16 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
+
+
+class Notice(UserWarning):
+    """A decision that its user may want to change, where the result has no place to tell it; see `notice`."""
+
+
+def notice(text: str) -> None:
+    """Warn of a decision; the command line prints it as a line that starts with `notice:`."""
+    warnings.warn(text, Notice, stacklevel=2)
+
 
 OLD_NAMES = {
     "COLOURS": "COLORS",

@@ -25,19 +25,21 @@ _READS = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_over
 """Options that make timm read or write the files a recipe names, which might be pickles."""
 
 
-def load(source: Path | str) -> nn.Module:
+def load(source: Path | str, model: runs.Own | None = None) -> nn.Module:
     """The trained model of a run folder or a hub repository, a plain module in eval mode on the CPU.
 
     Args:
         source: a run folder, or "hub:OWNER/NAME", or "hub:OWNER/NAME@REVISION" with a branch, tag or commit.
+        model: for a run of a network of your own, the module or what builds it (see `sightline.runs.build`). A run
+            holds data and no code, so nothing else can build it; the module itself is not changed.
 
     Raises:
         OSError: the folder or repository is missing or is no run, or its weights are missing or damaged.
         ValueError: the weights are those of another model, or a file is damaged.
     """
     if isinstance(source, str) and source.startswith(PREFIX):
-        return runs.load_model(fetch(source))
-    return runs.load_model(source)
+        return runs.load_model(fetch(source), model)
+    return runs.load_model(source, model)
 
 
 def push(folder: Path | str, name: str, private: bool = False) -> str:
@@ -145,7 +147,6 @@ def card(run: runs.Run, name: str, evaluation: dict[str, Any] | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     network, source, title = run.recipe.model.name, run.recipe.data.source, name.partition("/")[2]
-    size = "{} x {}".format(*run.preprocess.size)
     parameters = f", {run.info['parameters']} parameters" if "parameters" in run.info else ""
     more = f" and {len(run.classes) - _LISTED} more, see run.json" if len(run.classes) > _LISTED else ""
     accuracy = _accuracy(run, evaluation)
@@ -179,9 +180,8 @@ def card(run: runs.Run, name: str, evaluation: dict[str, Any] | None) -> str:
         "## Load it",
         f'```python\nimport sightline as sl\n\nmodel = sl.load("{PREFIX}{name}")  # normalized images to logits\n```',
         f"```bash\nsightline pull {name} --out run\nsightline explain run photo.jpg --methods grad_cam --out maps\n```",
-        f"The input is the whole image in red, green and blue, resized to {size} pixels (height x width), divided by "
-        f"255, minus {[*run.preprocess.mean]}, divided by {[*run.preprocess.std]}. The logits are in the order of the "
-        "classes.",
+        f"The input is the image in red, green and blue, {run.preprocess}, divided by 255, minus "
+        f"{[*run.preprocess.mean]}, divided by {[*run.preprocess.std]}. The logits are in the order of the classes.",
         "## How good it is",
         "Its accuracy was not measured." if accuracy is None else accuracy[3],
         "\n".join(f"- {sentence}" for sentence in (evaluation or {}).get("summary", ())),

@@ -26,6 +26,8 @@ RECIPE_PARTS = {
 SHORT = {
     "--data": "data.source",
     "--model": "model.name",
+    "--weights": "model.weights",
+    "--attention": "model.options.attention",
     "--seeds": "seeds",
     "--strict": "data.strict",
     "--max-pixels": "data.max_pixels",
@@ -123,6 +125,13 @@ def _memory(add: _Add) -> None:
     add("--memory", type=_bytes, metavar="SIZE", help=text)
 
 
+def _scores(add: _Add) -> None:
+    methods = "see sightline list explainers; name@layer; all = every one that fits, fast = without the slow ones"
+    add("--methods", type=_names, metavar="A,B,...", help=methods)
+    _budget(add)
+    add("--steps", type=_count, metavar="N", help="points of the deletion and insertion curves (32)")
+
+
 def _images(add: _Add) -> None:
     _short(add, "--strict", "stop at the first unreadable image, or named method that does not fit, not skip it")
     _short(add, "--max-pixels", "skip larger images, 89478485", "N", type=_count)
@@ -142,6 +151,8 @@ def _demo(add: _Add) -> None:
 def _train(add: _Add) -> None:
     _short(add, "--data", "folder, table, parquet, hub:OWNER/NAME or a name", "PATH_OR_NAME")
     _short(add, "--model", "network, see sightline list models", "NAME")
+    _short(add, "--weights", "fine-tune these: file, run folder or `pretrained`", "FILE")
+    _short(add, "--attention", "block to insert, see sightline list attention", "NAME")
     _out(add, "run folder to write")
     add("--recipe", metavar="FILE", help="YAML file to start from")
     _short(add, "--seeds", "one run per seed", "A,B,...")
@@ -150,6 +161,7 @@ def _train(add: _Add) -> None:
     _short(add, "--drop-duplicates", "leave out copies in other splits or with two labels")
     add("--print-recipe", action="store_true", help="print the resolved recipe and stop")
     add("--profile", action="store_true", help="show where the time of ten steps goes")
+    _scores(add)
     _limit(add)
 
 
@@ -163,8 +175,11 @@ def _explain(add: _Add) -> None:
     _output(add)
     add("--batch-size", type=_count, default=64, metavar="N", help="most images per forward (64)")
     _memory(add)
-    add("--weights", metavar="FILE", help="safetensors weights of a timm / torchvision: model")
-    add("--classes", metavar="FILE", help="text file with one class name per line")
+    text = "weights of a timm / torchvision: model, safetensors or .pth; pretrained = timm's, downloaded"
+    add("--weights", metavar="FILE", help=text)
+    add("--classes", metavar="FILE", help="text file with one class name per line (ImageNet's for 1,000 classes)")
+    text = "squeeze all of an image into the input (a model by name: cut out the middle, as in its training)"
+    add("--whole", action="store_true", help=text)
     add("--overlays", action="store_true", help="also write a picture of each map alone")
     _out(add, "folder to write", required=True)
     _images(add)
@@ -196,16 +211,13 @@ def _evaluate(add: _Add) -> None:
     add("run", metavar="RUN", help="run folder")
     _short(add, "--data", "other data than the run's own", "PATH_OR_NAME")
     add("--split", default="test", metavar="SPLIT", help="train, val or test (test)")
-    methods = "see sightline list explainers; name@layer; all = every one that fits, fast = without the slow ones"
-    add("--methods", type=_names, metavar="A,B,...", help=methods)
+    _scores(add)
     metrics = "see sightline list metrics; all = all that the data allows"
     add("--metrics", type=_names, metavar="A,B,...", help=metrics)
     controls = "maps that ignore the model; other_class = the runner-up's (the first four)"
     add("--controls", type=_names, metavar="A,B,...", help=controls)
-    _budget(add)
     _memory(add)
     _output(add)
-    add("--steps", type=_count, metavar="N", help="points of the deletion and insertion curves (32)")
     fill = "what replaces a pixel: zero, mean, blur, inpaint, black, a number (zero)"
     add("--fill", type=_fill, default="zero", help=fill)
     _out(add, "folder to write (the run's own)")

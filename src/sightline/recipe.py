@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from sightline.facts import did_you_mean
+
+_Value = TypeVar("_Value")
 
 
 class Limit(NamedTuple):
@@ -28,6 +30,7 @@ SEED = Limit("a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
 UP_TO_ONE = Limit("above 0 and at most 1", lambda x: 0 < x <= 1)
 PIXELS = Limit("1 to 178,956,970", lambda x: 1 <= x <= 178_956_970)
 MASK_VALUES = Limit("one whole number of 0 or more, or several", lambda x: len(x) > 0 and min(x) >= 0)
+FREEZE = Limit("0 or more epochs, or names of modules", lambda x: x >= 0 if isinstance(x, int) else len(x) > 0)
 SEEDS = Limit(
     "different whole numbers from 0 to 2**32 - 1",
     lambda x: len(x) > 0 and len(set(x)) == len(x) and min(x) >= 0 and max(x) < 2**32,
@@ -68,7 +71,8 @@ class Data:
     )
     size: int | None = _field(
         None,
-        "Side of the model's square input in pixels. None: the source's (clutter 40, cifar 32, folder 128).",
+        "Side of the model's square input in pixels. None: with model.weights the network's own, else the source's "
+        "(clutter 40, cifar 32, folder 128).",
         COUNT,
     )
     resplit: bool = _field(False, "Merge the source's splits and split again (by group if a group column is named).")
@@ -117,7 +121,14 @@ class Model:
         metadata={"help": "Keyword arguments of the model, for example `{width: 0.25, stem_pool: 2}`.", "limit": None},
     )
     weights: str | None = _field(
-        None, "A safetensors file or run folder to start from, or `pretrained` (timm's, downloaded). None: fresh."
+        None,
+        "Weights to start from: a safetensors or .pth file, a run folder, or `pretrained` (timm's, downloaded). For "
+        "another number of classes than theirs, the head starts at zero. None: fresh.",
+    )
+    normalization: Literal["data", "network"] | None = _field(
+        None,
+        "Mean and standard deviation of the input: those of the training images, or those that the network was "
+        "pretrained with. None: `network` with model.weights, else `data`.",
     )
 
 
@@ -125,10 +136,32 @@ class Model:
 class Optim:
     """How the weights are optimized."""
 
-    epochs: int = _field(20, "Passes over the training images.", COUNT)
+    epochs: int | None = _field(None, "Passes over the training images. None: 10 with model.weights, else 20.", COUNT)
     batch_size: int = _field(32, "Images per step, over all processes; an incomplete last batch is dropped.", COUNT)
     optimizer: Literal["sgd", "adamw"] = _field("adamw", "SGD with momentum, or AdamW.")
-    lr: float = _field(0.003, "Highest learning rate.", POSITIVE)
+    lr: float | None = _field(None, "Highest learning rate. None: 0.001 with model.weights, else 0.003.", POSITIVE)
+    freeze: int | tuple[str, ...] | None = _field(
+        None,
+        "First epochs in which only the head and inserted attention are trained, or names of modules to freeze "
+        "throughout, such as `conv_stem,blocks.[0-3]`. None: 1 with model.weights, else 0.",
+        FREEZE,
+    )
+    backbone_lr: float | None = _field(
+        None,
+        "Factor on the learning rate of all but the head and inserted attention. None: 0.1 with model.weights, else 1.",
+        POSITIVE,
+    )
+    fixed_statistics: bool | None = _field(
+        None,
+        "Keep the BatchNorm statistics of all but the head and inserted attention as they are, so that few steps train "
+        "the network that is evaluated. None: true with model.weights, else false.",
+    )
+    layer_decay: float | None = _field(
+        None,
+        "Further factor on the learning rate from each block to the one before it, for timm networks. None: 0.75 for "
+        "transformers with model.weights, else 1.",
+        UP_TO_ONE,
+    )
     momentum: float = _field(0.9, "Momentum of SGD.", BELOW_ONE)
     nesterov: bool = _field(True, "Nesterov's form of the momentum.")
     weight_decay: float = _field(0.05, "Weight decay; not applied to biases and normalization layers.", NOT_NEGATIVE)
@@ -172,6 +205,27 @@ class Recipe:
     seeds: tuple[int, ...] = _field(
         (0,), "Seeds of weights, order and augmentation; several seeds give one run each.", SEEDS
     )
+
+
+FROM_SCRATCH: dict[str, Any] = {
+    "model.normalization": "data",
+    "optim.epochs": 20,
+    "optim.lr": 0.003,
+    "optim.freeze": 0,
+    "optim.backbone_lr": 1.0,
+    "optim.fixed_statistics": False,
+    "optim.layer_decay": 1.0,
+}
+"""Values of the fields that depend on `model.weights`, without such weights."""
+FINE_TUNING = FROM_SCRATCH | {
+    "model.normalization": "network",
+    "optim.epochs": 10,
+    "optim.lr": 0.001,
+    "optim.freeze": 1,
+    "optim.backbone_lr": 0.1,
+    "optim.fixed_statistics": True,
+}
+"""The same, with such weights."""
 
 
 class Setting(NamedTuple):
@@ -225,12 +279,12 @@ def load(source: Path | str | Recipe | Mapping[str, Any], overrides: Mapping[str
     if isinstance(source, Recipe):
         source = asdict(source)
     values = _flat(source if isinstance(source, Mapping) else read(Path(source)))
-    for name, value in (overrides or {}).items():
-        if name.startswith("model.options."):
-            option = {name.removeprefix("model.options."): yaml.safe_load(value) if isinstance(value, str) else value}
-            values["model.options"] = {**(values.get("model.options") or {}), **option}
-        else:
-            values[name] = None if value == "null" else value
+    changes = dict(overrides or {})
+    singly = {name: changes.pop(name) for name in [*changes] if name.startswith("model.options.")}
+    values |= {name: None if value == "null" else value for name, value in changes.items()}
+    for name, value in singly.items():
+        option = {name.removeprefix("model.options."): yaml.safe_load(value) if isinstance(value, str) else value}
+        values["model.options"] = {**(_check("model.options", values.get("model.options") or {})), **option}
     checked = {name: _check(name, value) for name, value in values.items()}
 
     parts = {
@@ -240,6 +294,40 @@ def load(source: Path | str | Recipe | Mapping[str, Any], overrides: Mapping[str
         for part, section in _SECTIONS.items()
     }
     return Recipe(**parts, seeds=checked.get("seeds", Recipe.seeds))
+
+
+def filled(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with `values` (dotted field -> value) in the fields that are None.
+
+    >>> filled(Recipe(optim=Optim(lr=0.1)), FROM_SCRATCH).optim.lr, filled(Recipe(), FROM_SCRATCH).optim.epochs
+    (0.1, 20)
+    """
+    for name, value in values.items():
+        part, _, field_name = name.partition(".")
+        section = getattr(recipe, part)
+        if getattr(section, field_name) is None:
+            recipe = replace(recipe, **{part: replace(section, **{field_name: value})})
+    return recipe
+
+
+def resolved(value: _Value | None) -> _Value:
+    """A field that depends on others, of a recipe in which `filled` has filled it.
+
+    Raises:
+        ValueError: it is still None.
+    """
+    if value is None:
+        raise ValueError("expected a recipe whose fields are filled, got one with None; pass it to `recipe.filled`")
+    return value
+
+
+def of_run(path: Path) -> Recipe:
+    """The recipe of a run; fields that an older version did not write have the values that it trained with.
+
+    Raises:
+        OSError, TypeError, ValueError: see `load`.
+    """
+    return load({**FROM_SCRATCH, **_flat(read(path))})
 
 
 def dump(recipe: Recipe) -> str:
@@ -308,11 +396,23 @@ def _convert(value: Any, kind: Any) -> Any:
     """The value as the type `kind`; an error where that would be a guess."""
     origin = get_origin(kind)
     if origin in (Union, UnionType):
-        return None if value is None else _convert(value, get_args(kind)[0])
+        if value is None:
+            return None
+        first, *others = (one for one in get_args(kind) if one is not NoneType)
+        try:
+            return _convert(value, first)
+        except (TypeError, ValueError, yaml.YAMLError):
+            if not others:
+                raise
+            return _convert(value, Union[tuple(others)])  # noqa: UP007
     if isinstance(value, str) and origin is tuple:
         value = value.strip("[] ").split(",")
     if isinstance(value, str) and (kind in (int, bool) or origin is dict):
         value = yaml.safe_load(value)
+    if kind == tuple[str, ...] and isinstance(value, list | tuple):
+        if not all(isinstance(item, str) for item in value):
+            raise TypeError(kind)
+        return tuple(name for item in value if (name := item.strip()))
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(number for item in value for number in _numbers(item))
     if origin is dict and isinstance(value, dict):
@@ -344,7 +444,8 @@ def _words(kind: Any) -> tuple[str, ...]:
     """What a field expects, in plain words, then the choices where there are some."""
     if get_origin(kind) in (Union, UnionType):
         words, *choices = _words(get_args(kind)[0])
-        return (f"{words} or null", *choices)
+        names = ", names of modules" if tuple[str, ...] in get_args(kind) else ""
+        return (f"{words}{names} or null", *choices)
     if get_origin(kind) is Literal:
         return (f"one of {', '.join(get_args(kind))}", *get_args(kind))
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -1,6 +1,7 @@
 """A run folder: recipe.yaml, model.safetensors, run.json, metrics.csv."""
 
 import csv
+import inspect
 import io
 import json
 import math
@@ -10,8 +11,9 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from sightline import data, models, recipe
-from sightline.facts import old_names
+from sightline.facts import Interval, old_names
+from sightline.inference import copy_of
 from sightline.version import __version__
+
+Own = nn.Module | Callable[..., nn.Module]
+"""A network of your own: a module, or a function or class that builds one (see `build`)."""
+OWN = "own:"
+"""Start of the name of such a network in a recipe; what follows only tells its reader which one it was."""
+_TRANSFORMER_DECAY = 0.75
+_BLOCK_OPTIONS = ("attention", "attention_options", "high_resolution")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +55,8 @@ class Run:
     """Images that could not be read, with the reason."""
     notices: list[str] = field(default_factory=lambda: [])
     """Decisions about the images that their owner may want to change."""
+    probe: Interval | None = None
+    """Accuracy on the test images of a linear classifier of the features of `model.weights`, before training."""
 
 
 def open_run(folder: Path | str) -> Run:
@@ -66,25 +78,34 @@ def open_run(folder: Path | str) -> Run:
         numbers = _checked(facts["preprocess"], _PREPROCESS, "preprocess")
         return Run(
             folder=folder,
-            recipe=recipe.load(folder / "recipe.yaml"),
+            recipe=recipe.of_run(folder / "recipe.yaml"),
             seed=facts["seed"],
             classes=tuple(facts["classes"]),
-            preprocess=data.Preprocess(**{name: tuple(numbers[name]) for name in _PREPROCESS}),
+            preprocess=data.Preprocess(
+                **{name: tuple(numbers[name]) for name in _PREPROCESS},
+                **{name: numbers[name] for name in ("crop", "interpolation") if name in numbers},
+            ),
             info=facts["info"],
             history=_read_history(folder / "metrics.csv"),
             skipped=[(name, reason) for name, reason in facts["skipped"]],
             notices=[*facts.get("notices", [])],
+            probe=Interval(**facts["probe"]) if facts.get("probe") else None,
         )
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"run {folder} is damaged or of another version: {error}") from error
 
 
-def load_model(folder: Path | str) -> nn.Module:
+def load_model(folder: Path | str, model: Own | None = None) -> nn.Module:
     """The trained model of a run, a plain module in eval mode on the CPU.
+
+    Args:
+        folder: the run.
+        model: the module that was trained, or what builds it, for a run of a network of your own: a run folder holds
+            data, no code. The module itself is not changed.
 
     Raises:
         OSError: the folder is no run, has no weights yet, or they are damaged.
-        ValueError: the weights are those of another model.
+        ValueError: the weights are those of another model, or `model` is missing or not needed.
     """
     run = open_run(folder)
     weights = run.folder / "model.safetensors"
@@ -93,9 +114,112 @@ def load_model(folder: Path | str) -> nn.Module:
             f"run {folder} has no model.safetensors yet; train it to the end of an epoch with --resume"
         )
     network = run.recipe.model
+    if (model is not None) != network.name.startswith(OWN):
+        raise ValueError(
+            f"run {folder} holds {network.name}, which sightline builds itself; leave `model` out"
+            if model is not None
+            else f"run {folder} holds a network of your own, {network.name.removeprefix(OWN)}, and no code to build "
+            f"it; in Python, pass the module or what builds it: sl.load({str(folder)!r}, model=...)"
+        )
     with torch.random.fork_rng(devices=[]):
-        model = models.create_model(network.name, num_classes=len(run.classes), weights=weights, **network.options)
-    return model.eval()
+        if model is None:
+            loaded = models.create_model(
+                network.name, num_classes=len(run.classes), weights=weights, new_head=False, **network.options
+            )
+            return loaded.eval()
+        loaded = build(model, len(run.classes))
+    try:
+        loaded.load_state_dict(unpack(weights)[0])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"weights of run {folder} do not fit the model: {reason}; pass what was trained") from error
+    return loaded.eval()
+
+
+def build(model: Own, num_classes: int) -> nn.Module:
+    """A network of your own: a copy of a module, or what a function or class returns.
+
+    It is called with `num_classes=` if it takes that keyword, with the number alone if it needs exactly one argument,
+    and otherwise without arguments.
+
+    Raises:
+        TypeError: it returns no module.
+
+    >>> build(lambda classes: nn.Linear(2, classes), 3)
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    if isinstance(model, nn.Module):
+        return copy_of(model)
+    parameters = inspect.signature(model).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters):
+        network = model(num_classes=num_classes)
+    else:
+        network = model(num_classes) if len(needed) == 1 else model()
+    if not isinstance(network, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"expected a function that returns a torch.nn.Module, got {type(network).__name__} from it")
+    return network
+
+
+def own_name(model: Own) -> str:
+    """The name of a network of your own in a recipe.
+
+    >>> own_name(nn.Flatten()), own_name(nn.Flatten)
+    ('own:Flatten', 'own:Flatten')
+    """
+    named = type(model) if isinstance(model, nn.Module) else getattr(model, "func", model)  # of a partial
+    return f"{OWN}{getattr(named, '__qualname__', type(named).__name__)}"
+
+
+def filled(start: recipe.Recipe) -> recipe.Recipe:
+    """A recipe in which every field that depends on `model.weights` has its value.
+
+    With weights, also the size and the normalization are those of the network, and layers of transformers learn the
+    more slowly the earlier they are.
+
+    Raises:
+        OSError: the weights are those of a run folder that is none.
+        ValueError: no such network.
+    """
+    if start.model.weights is None or start.model.name == "protopnet":
+        return recipe.filled(start, recipe.FROM_SCRATCH)
+    values = dict(recipe.FINE_TUNING)
+    if None in (start.data.size, start.model.normalization, start.optim.layer_decay):
+        own = pretrained_input(start.model)
+        values |= {"model.normalization": "data"} if own is None else {"data.size": max(own.size)}
+        if start.model.name not in models.MODELS and _described(start.model)[1]:
+            values["optim.layer_decay"] = _TRANSFORMER_DECAY
+    return recipe.filled(start, values)
+
+
+def pretrained_input(model: recipe.Model) -> data.Preprocess | None:
+    """Size, mean and standard deviation that a network was pretrained with; None if nothing tells them.
+
+    Raises:
+        OSError: the weights are those of a run folder that is none.
+        ValueError: no such network.
+    """
+    if model.weights is not None and Path(model.weights).is_dir():
+        return open_run(model.weights).preprocess
+    return None if model.name in models.MODELS or model.name.startswith(OWN) else _described(model)[0]
+
+
+def _described(model: recipe.Model) -> tuple[data.Preprocess, bool]:
+    """The input of a network of timm or torchvision, and whether it is a transformer."""
+    options = {name: value for name, value in model.options.items() if name not in _BLOCK_OPTIONS}
+    return _described_by(model.name, json.dumps(options))
+
+
+@cache
+def _described_by(name: str, options: str) -> tuple[data.Preprocess, bool]:
+    with torch.random.fork_rng(devices=[]):
+        network = models.create_model(name, **json.loads(options))
+    preprocess, side = models.preprocess_of(network), json.loads(options).get("img_size")
+    if isinstance(side, int):
+        preprocess = replace(preprocess, size=(side, side))
+    kinds = {type(part).__name__ for part in network.modules()}
+    attends = any("Attention" in kind for kind in kinds)
+    return preprocess, attends and hasattr(network, "group_matcher") and not any("BatchNorm" in kind for kind in kinds)
 
 
 def best_device() -> str:
@@ -117,7 +241,9 @@ def save(run: Run, weights: dict[str, Tensor] | None = None) -> None:
     writer = csv.DictWriter(table, list(run.history[0]) if run.history else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(run.history)
-    facts = {key: value for key, value in asdict(run).items() if key not in ("folder", "recipe", "history")}
+    aside = ("folder", "recipe", "history", *(["probe"] if run.probe is None else []))
+    facts = {key: value for key, value in asdict(run).items() if key not in aside}
+    facts["preprocess"] = run.preprocess.facts()
     write(run.folder / "metrics.csv", table.getvalue().encode())
     write(run.folder / "recipe.yaml", recipe.dump(run.recipe).encode())
     write(run.folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False).encode())

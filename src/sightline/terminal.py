@@ -3,10 +3,12 @@
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sightline.facts import duration
+from sightline.facts import Notice, duration
 
 if TYPE_CHECKING:
     from sightline.evaluation import Evaluation, Score
@@ -19,6 +21,23 @@ _COLUMNS = 6  # columns of a study side by side
 _METRICS = 4  # metrics side by side
 _WIDTH = 140  # columns of a table where there is no terminal
 _ARROWS = {True: "↑", False: "↓", None: "(no rank)"}
+
+
+@contextmanager
+def notices_shown() -> Generator[None]:
+    """Print each `sightline.facts.Notice` as a line on stderr."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, Notice):
+            tell_notices([str(message)])
+        else:
+            usual(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", Notice)
+        warnings.showwarning = show
+        yield
 
 
 class Bar:

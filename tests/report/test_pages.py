@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sightline.data.images import open_image, open_picture, quiet
 from sightline.evaluation import planning
 from sightline.testing import PooledModel
 
+PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 PREPROCESS = Preprocess(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
@@ -159,6 +161,44 @@ def test_a_picture_has_the_pixels_of_two_decodings(size, suffix, tmp_path):
     small, shown = open_picture(tmp_path / f"a.{suffix}", (32, 32), 512)
     assert np.array_equal(small, open_image(tmp_path / f"a.{suffix}", (32, 32))[0])
     assert np.array_equal(shown, open_image(tmp_path / f"a.{suffix}", 512)[0])
+
+
+@pytest.mark.parametrize("size", [(40, 60), (900, 1300)])
+def test_a_page_shows_what_the_model_saw(size, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    small, shown = open_picture(tmp_path / "a.png", (32, 32), 512, crop=0.8, interpolation="bicubic")
+    assert np.array_equal(small, open_image(tmp_path / "a.png", (32, 32), crop=0.8, interpolation="bicubic")[0])
+    side = min(512, round(0.8 * min(size)))
+    assert shown.shape == (side, side, 3)
+    if side < 512:
+        assert np.array_equal(shown, pixels[4:36, 14:46])
+
+
+def test_a_network_of_timm_gets_the_middle_and_all_of_an_image_on_demand(files, tmp_path):
+    model = sl.create_model("test_resnet", num_classes=3)
+    cut = sl.report.pages(model, files, tmp_path / "cut")
+    (notice,) = cut.notices
+    assert notice.startswith("images are scaled until the shorter side is 168 px, and the middle 160 x 160 px are cut")
+    assert notice.endswith("whole=True (--whole) takes all of each image")
+    whole = sl.report.pages(model, files, tmp_path / "whole", whole=True)
+    assert whole.notices == ("images are resized to 160 x 160 px, all of the image (bicubic)",)
+    pages = [Image.open(folder / "0--page.png").size for folder in (tmp_path / "cut", tmp_path / "whole")]
+    assert pages[0] != pages[1]
+    assert sl.report.pages(model, read_images(files, PREPROCESS), tmp_path / "set").notices == ()
+    given = sl.report.pages(model, files, tmp_path / "given", preprocess=sl.models.preprocess_of(model))
+    assert given.notices == () and given.rows == cut.rows
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16", "P", "1"])
+def test_photos_of_other_modes_are_cropped_too(mode, tmp_path):
+    photo = Image.open(PHOTOS / "cat.jpg")
+    gray = np.asarray(photo.convert("L"))
+    photo = Image.fromarray(gray.astype(np.uint16) * 257) if mode == "I;16" else photo.convert(mode)
+    photo.save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+    model = sl.create_model("test_resnet", num_classes=3)
+    result = sl.report.pages(model, [tmp_path], tmp_path / "maps")
+    assert len(result.rows) == 1 and not result.skipped
 
 
 def test_threads_leave_the_filters_of_warnings_as_they_were():

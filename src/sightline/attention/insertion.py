@@ -24,7 +24,7 @@ from sightline.attention.registry import ATTENTION, check_choice
 from sightline.facts import current_name, did_you_mean
 from sightline.inference import copy_of, untouched
 
-__all__ = ["WithMaps", "insert", "remove"]
+__all__ = ["WithMaps", "insert", "inserted", "layers_named", "remove"]
 
 Block = str | Callable[..., nn.Module]
 Maker = partial[nn.Module]
@@ -115,6 +115,20 @@ def remove(model: nn.Module, inplace: bool = False) -> nn.Module:
     for layer, hooks, key in inserted:
         _detach(model, layer, hooks, key)
     return model
+
+
+def inserted(model: nn.Module) -> list[nn.Module]:
+    """The blocks that `insert` inserted, and the layers that it rebuilt for another number of channels.
+
+    >>> [type(block).__name__ for block in inserted(insert(nn.Sequential(nn.Conv2d(3, 8, 3)), "se", at="0"))]
+    ['SqueezeExcite']
+    """
+    modules: list[nn.Module] = []
+    for layer in model.modules():
+        for hooks, key in _hooks(layer):
+            modules.append(layer.get_submodule(f"{hooks[key].holder}.attention".lstrip(".")))
+            modules += [model.get_submodule(name) for name in hooks[key].replaced]
+    return modules
 
 
 class WithMaps(nn.Module):
@@ -231,7 +245,7 @@ def _maker(block: Block, options: dict[str, Any], init: Init) -> tuple[str, Make
 def _calls(trace: Trace, name: str, make: Maker, at: str | Sequence[str] | None) -> tuple[list[Call], bool]:
     """Calls of the layers to insert at, and whether the block is a pooling."""
     if at is not None:
-        calls = [trace.only_call(layer) for layer in _matches(trace.model, [at] if isinstance(at, str) else at)]
+        calls = [trace.only_call(layer) for layer in layers_named(trace.model, [at] if isinstance(at, str) else at)]
         return calls, _pools(make, calls[0])
     pool = trace.pool()
     places = trace.places(name) if pool is None else [pool]
@@ -437,7 +451,15 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 
-def _matches(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+def layers_named(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Dotted names of the layers that match a name or pattern, part by part: "layer3", "layer*.[0-9].bn2".
+
+    Raises:
+        ValueError: a pattern matches no layer.
+
+    >>> layers_named(nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU())), ["*.0"])
+    ['1.0']
+    """
     names = [name for name, _ in model.named_modules() if name]
     matches: dict[str, None] = {}
     for pattern in patterns:

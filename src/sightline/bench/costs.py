@@ -1,6 +1,7 @@
 """Costs of the networks of a study, timed side by side in one process."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ _TIMED = 32
 """Largest batch of a timed forward pass, so that it needs no more memory than a training step."""
 
 
-def costs_of_rows(result: Bench, out: Path, dataset: str) -> dict[str, Costs]:
+def costs_of_rows(result: Bench, out: Path, dataset: str, own: Mapping[str, runs.Own]) -> dict[str, Costs]:
     """Costs of all rows on a data set, per image; costs.json keeps them for the same networks, device and torch."""
     first = {run.row: folder(out, run.row, run.seed, dataset) for run in reversed(result.measured)}
     opened = {row: runs.open_run(path) for row, path in first.items()}
@@ -42,7 +43,7 @@ def costs_of_rows(result: Bench, out: Path, dataset: str) -> dict[str, Costs]:
         largest = min(run.recipe.optim.batch_size for run in rows.values())
         batch = images.batch(range(min(_TIMED, largest, len(images))))
         inputs = data.normalize(batch.images.to(device), images.preprocess)
-        networks = {row: runs.load_model(run.folder).to(device) for row, run in rows.items()}
+        networks = {row: runs.load_model(run.folder, own.get(row)).to(device) for row, run in rows.items()}
         for row, cost in costs(networks, inputs).items():
             by_row[row] = replace(cost, seconds=cost.seconds / len(inputs), saved=cost.saved // len(inputs))
     by_row = {row: by_row[row] for row in first}

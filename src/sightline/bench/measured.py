@@ -86,10 +86,10 @@ class MeasuredRun:
     `activation_map`; and `center_map`, a blob that ignores the image."""
 
 
-def fresh(run: Run) -> nn.Module:
-    """The network of a run with its initial weights."""
+def fresh(run: Run, own: runs.Own | None = None) -> nn.Module:
+    """The network of a run with its initial weights; `own`: of a run of a network of your own."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        return initial_network(run.recipe.model, len(run.classes), run.seed).eval()
+        return initial_network(run.recipe.model, len(run.classes), run.seed, own).eval()
 
 
 def read(file: Path) -> MeasuredRun | None:
@@ -112,11 +112,11 @@ def _with_nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def measure_run(row: str, run: Run, dataset: str = "") -> MeasuredRun:
-    """Measure a run on its test images."""
+def measure_run(row: str, run: Run, dataset: str = "", own: runs.Own | None = None) -> MeasuredRun:
+    """Measure a run on its test images; `own`: see `runs.load_model`."""
     images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
     device = runs.best_device()
-    model = runs.load_model(run.folder).to(device)
+    model = runs.load_model(run.folder, own).to(device)
     logits: list[Tensor] = []
     areas: list[Tensor] = []
     for batch in data.batches(images, _BATCH):
@@ -131,7 +131,7 @@ def measure_run(row: str, run: Run, dataset: str = "") -> MeasuredRun:
         area=_mean(areas),
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=median_high(epoch["seconds"] for epoch in run.history),
-        before=_maps(fresh(run).to(device), images),
+        before=_maps(fresh(run, own).to(device), images),
         after=_maps(model, images),
         quality=_quality(model, images),
     )

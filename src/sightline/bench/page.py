@@ -31,7 +31,9 @@ def write_bench(result: Bench, study: Study, out: Path) -> None:
     facts = runs.plain(result) | {"differences": runs.plain(differences)}
     runs.write(out / "bench.json", json.dumps(facts, indent=1).encode())
     runs.write(out / "bench.md", result.markdown().encode())
-    plan = recipe.dump(study.recipe) + yaml.safe_dump({"datasets": study.datasets, "rows": study.rows}, sort_keys=False)
+    plan = recipe.dump(study.recipe) + yaml.safe_dump(
+        {"datasets": study.datasets, "rows": study.plain()}, sort_keys=False
+    )
     parts = [_part(result.on(dataset)) for dataset in result.datasets]
     report.write_study(parts, out, result.failed, plan)
 

@@ -34,6 +34,7 @@ class _Job(NamedTuple):
     key: _Key
     recipe: Recipe
     folder: Path
+    own: runs.Own | None
 
 
 def bench(
@@ -51,7 +52,8 @@ def bench(
         out: folder; each run is `out`/row/seed-0, ..., or `out`/dataset/row/seed-0 if the study names data sets.
         only: rows to do. None: all, timed side by side.
         jobs: runs at a time, each in its own process with its share of the cores, and of the GPUs if there are
-            several. With more than one, a script needs the guard `if __name__ == "__main__"`.
+            several. With more than one, a script needs the guard `if __name__ == "__main__"`, and networks of your own
+            must be classes or functions of a module.
         progress: called after each run.
         datasets: data sets to do. None: all; then, if all rows are done too, bench.json, bench.md and bench.html are
             written.
@@ -73,6 +75,8 @@ def bench(
     for dataset in chosen_datasets:
         for row in rows:
             network = study.changed(row, dataset).model
+            if row in study.own:
+                continue
             try:
                 with torch.random.fork_rng(devices=[]):
                     models.create_model(network.name, num_classes=2, **network.options)
@@ -84,7 +88,7 @@ def bench(
     outcomes: dict[_Key, MeasuredRun | str] = {}
     for is_teacher in (True, False):  # students need the runs of their teachers
         part = [(d, r, s) for d, r, s in keys if (r in teachers) == is_teacher]
-        todo = [_Job((d, r, s), study.of(r, s, out, d), folder(out, r, s, d)) for d, r, s in part]
+        todo = [_Job((d, r, s), study.of(r, s, out, d), folder(out, r, s, d), study.own.get(r)) for d, r, s in part]
         for key, outcome in _results(todo, jobs):
             outcomes[key] = outcome
             if progress:
@@ -104,7 +108,7 @@ def bench(
         return result
     for dataset in result.datasets:
         try:
-            result.costs[dataset] = costs_of_rows(result.on(dataset), out, dataset)
+            result.costs[dataset] = costs_of_rows(result.on(dataset), out, dataset, study.own)
         except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
             result.no_costs[dataset] = " ".join(str(error).split())
     if datasets is None:
@@ -163,12 +167,15 @@ def _prepare(threads: int, devices: "SimpleQueue[str | None]") -> None:
 def _train_and_measure(job: _Job) -> MeasuredRun | str:
     dataset, row, _ = job.key
     try:
-        run = fit(job.recipe, job.folder, resume=True, progress=False)
+        if job.own is None:
+            run = fit(job.recipe, job.folder, resume=True, progress=False)
+        else:
+            run = fit(job.own, job.recipe, job.folder, resume=True, progress=False)
         assert isinstance(run, Run)
         file = job.folder / "measured.json"
         measured = read(file)
         if measured is None:
-            measured = measure_run(row, run, dataset)
+            measured = measure_run(row, run, dataset, job.own)
             runs.write(file, json.dumps(runs.plain(measured), indent=1).encode())
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return " ".join(str(error).split())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sightline import data, models, recipe
+from sightline import data, models, recipe, runs
 from sightline.recipe import Data, Model, Recipe
 
 _STEPS = 1024
@@ -28,7 +28,8 @@ class Study:
     rows: dict[str, dict[str, Any]]
     """name -> dotted field -> value. An `optim.teacher` that is the name of a row means its run of the same seed.
     `control: ROW` names another control than the first row. `as_large_as: ROW` chooses the network's width so that its
-    number of parameters is as near that row's as its channels allow."""
+    number of parameters is as near that row's as its channels allow. In Python, `model` is a network of your own: a
+    module, or what builds it (see `sightline.runs.build`)."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     """name -> dotted field -> value. The empty name: the data of the recipe."""
 
@@ -45,6 +46,8 @@ class Study:
                 )
             if "as_large_as" in row and "model.options.width" in row:
                 raise ValueError(f"row {name!r}: expected no model.options.width beside `as_large_as`, which sets it")
+            if {name, row.get("as_large_as", name)} & self.own.keys() and "as_large_as" in row:
+                raise ValueError(f"row {name!r}: expected networks that recipes name with `as_large_as`, got your own")
 
     @property
     def control(self) -> str:
@@ -55,9 +58,27 @@ class Study:
         """Row -> the row that it names as its `control` or `as_large_as`."""
         return {name: row[key] for name, row in self.rows.items() if key in row}
 
+    @property
+    def own(self) -> dict[str, runs.Own]:
+        """Row -> its network of your own."""
+        return {name: row["model"] for name, row in self.rows.items() if callable(row.get("model"))}
+
+    def plain(self) -> dict[str, dict[str, Any]]:
+        """The rows with the names of networks of your own in their place, as YAML can hold them."""
+        own = self.own
+        return {
+            name: {key: value for key, value in row.items() if key != "model"}
+            | {"model.name": runs.own_name(own[name])}
+            if name in own
+            else row
+            for name, row in self.rows.items()
+        }
+
     def changed(self, row: str, dataset: str = "") -> Recipe:
         """The recipe of a row, before its width is chosen and its teacher is a folder."""
-        changes = {name: value for name, value in self.rows[row].items() if name not in ("control", "as_large_as")}
+        changes = {name: value for name, value in self.plain()[row].items() if name not in ("control", "as_large_as")}
+        if row in self.own:
+            changes |= {"model.options": {}, "model.weights": None}
         return recipe.load(self.recipe, {**self.datasets[dataset], **changes})
 
     def of(self, row: str, seed: int, out: Path, dataset: str = "") -> Recipe:

@@ -139,6 +139,7 @@ def table(data: Data, source: HubSet) -> sources.Table:
     if columns.group is not None:
         groups = sources.group_names(["" if v is None else str(v) for v in whole[columns.group][:]], columns.group)
     reader = RowReader(whole, columns)
+    side = alias.size or sources.usual_side(reader, len(whole))
     return sources.Table(
         name=Path(data.source).resolve().name if source.files and Path(data.source).exists() else data.source,
         classes=alias.classes or classes,
@@ -147,7 +148,8 @@ def table(data: Data, source: HubSet) -> sources.Table:
         parts=part,
         reader=reader,
         key=f"{sources.fingerprint(source.files)} {columns}" if source.files else None,
-        size=alias.size or sources.usual_size(reader, len(whole)),
+        size=alias.size or min(side or sources.LARGEST_SIDE, sources.LARGEST_SIDE),
+        source_side=side,
         groups=groups,
         group_name=columns.group,
         has_masks=columns.mask is not None,

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import Tensor
 
 from sightline.data.duplicates import IMPRINT, imprint
-from sightline.data.images import MAX_PIXELS, UnreadableImage, open_image, open_mask, quiet
+from sightline.data.images import MAX_PIXELS, Interpolation, UnreadableImage, open_image, open_mask, quiet, window
 from sightline.data.marks import USUAL, Marks, Record, pixel_boxes
 
 Array = np.ndarray
@@ -73,23 +73,28 @@ class Decoder:
     marks: Marks = USUAL
     max_pixels: int = MAX_PIXELS
     """Most pixels that one image may take to decode."""
+    crop: float | None = field(default=None, repr=False)
+    """See `images.window`."""
+    interpolation: Interpolation = field(default="bilinear", repr=False)
 
     def decode(self, record: Record) -> Sample:
-        """One image with its mask and boxes; an image without mask or box has nothing marked.
+        """The window of one image with its mask and boxes; an image without mask or box has nothing marked.
 
         Raises:
             UnreadableImage: one of them cannot be used.
         """
-        pixels, (height, width) = open_image(record.image, self.size, self.max_pixels)
+        pixels, whole = open_image(record.image, self.size, self.max_pixels, self.crop, self.interpolation)
         mask, boxes = None, None
         if self.has_masks:
             mask = np.zeros(self.size, dtype=bool)
             for part in record.masks:
-                mask |= open_mask(part, self.size, (height, width), self.marks.mask_values, self.max_pixels)
+                mask |= open_mask(part, self.size, whole, self.marks.mask_values, self.max_pixels, self.crop)
         if self.has_boxes:
-            boxes = pixel_boxes(record.boxes, self.marks.boxes, (height, width))
-            scale = np.array([self.size[1] / width, self.size[0] / height], dtype=np.float32)
-            boxes = boxes * np.tile(scale, 2)
+            boxes = pixel_boxes(record.boxes, self.marks.boxes, whole)
+            left, top, right, bottom = window(self.size, self.crop, whole)
+            scale = np.array([self.size[1] / (right - left), self.size[0] / (bottom - top)], dtype=np.float32)
+            boxes = (boxes - np.array([left, top] * 2, dtype=np.float32)) * np.tile(scale, 2)
+            boxes = boxes if self.crop is None else _inside(boxes, self.size)
         return Sample(np.ascontiguousarray(pixels.transpose(2, 0, 1)), mask, boxes)
 
     def attempt_all(self, records: Sequence[Record], with_imprint: bool = False) -> list[Sample | str]:
@@ -110,6 +115,12 @@ class Decoder:
         images = np.array([s.image for s in samples], dtype=np.uint8).reshape(-1, 3, *self.size)
         masks = np.array([s.mask for s in samples], dtype=bool).reshape(-1, *self.size) if self.has_masks else None
         return Pixels(images, masks, [s.boxes for s in samples if s.boxes is not None] if self.has_boxes else None)
+
+
+def _inside(boxes: Float32[Array, "n 4"], size: tuple[int, int]) -> Float32[Array, "_ 4"]:
+    """What lies in an image of this size of each box, if anything does."""
+    cut = np.clip(boxes, 0, np.array([size[1], size[0]] * 2, dtype=np.float32))
+    return cut[(cut[:, 2] > cut[:, 0]) & (cut[:, 3] > cut[:, 1])]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,7 +211,9 @@ def decode_all(source: OnTheFly, what: str, key: str | None) -> tuple[Stored | O
     small = max(height, width) <= LARGEST
     needed = len(source.rows) * height * width * (4 if source.decoder.has_masks else 3) if small else 0
     if key is not None:
+        seen = (source.decoder.crop, source.decoder.interpolation)
         parts = (key, source.decoder, source.rows.tolist(), PIL.__version__)
+        parts += () if seen == (None, "bilinear") else seen  # caches of older versions are kept
         folder = cache_folder() / "decoded" / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
         try:
             if not folder.exists():

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sightline.data.folders import contents, marked, of_others
-from sightline.data.images import UnreadableImage, open_picture, quiet
+from sightline.data.images import Interpolation, UnreadableImage, open_picture, quiet
 
 Array = np.ndarray
 
@@ -21,7 +21,7 @@ class Picture(NamedTuple):
     image: UInt8[Array, "h w 3"]
     """At the model's size."""
     shown: UInt8[Array, "shown_h shown_w 3"]
-    """At its own size, or smaller."""
+    """The same part of it at its own size, or smaller."""
 
 
 def image_files(
@@ -57,12 +57,19 @@ def image_files(
     return files, skipped, tuple(notices)
 
 
-def decode_pictures(files: Sequence[Path], size: tuple[int, int], longest: int, max_pixels: int) -> list[Picture | str]:
+def decode_pictures(
+    files: Sequence[Path],
+    size: tuple[int, int],
+    longest: int,
+    max_pixels: int,
+    crop: float | None = None,
+    interpolation: Interpolation = "bilinear",
+) -> list[Picture | str]:
     """Each file at the model's `size` and with a `longest` side to be shown, or why it cannot be read; on all cores."""
 
     def decode(file: Path) -> Picture | str:
         try:
-            return Picture(*open_picture(file, size, longest, max_pixels))
+            return Picture(*open_picture(file, size, longest, max_pixels, crop, interpolation))
         except UnreadableImage as error:
             return str(error)
 

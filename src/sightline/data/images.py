@@ -1,6 +1,7 @@
 """Opens one image file of any kind safely, as 8-bit RGB at the model's size."""
 
 import io
+import math
 import threading
 import warnings
 from collections.abc import Generator, Sequence
@@ -34,6 +35,9 @@ _TURNS = {
 _NOT_READ = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "WMF"}
 _one_at_a_time = threading.Lock()
 _LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, in pixels."""
 
 
 class UnreadableImage(ValueError):
@@ -85,13 +89,43 @@ def is_image(file: Path) -> bool:
     return False
 
 
-def open_image(
-    file: Path | bytes, size: tuple[int, int] | int, max_pixels: int = MAX_PIXELS
-) -> tuple[UInt8[Array, "h w 3"], tuple[int, int]]:
-    """Decode an image and resize it, whole, to `size` (height, width), antialiased and bilinear.
+def window(size: tuple[int, int], crop: float | None, whole: tuple[int, int]) -> Box:
+    """The part of an image of `whole` (height, width) that becomes the model's input of `size`, in pixels of the image.
 
-    A number as `size` is the longest side that it may have: a smaller image stays as it is, a larger one keeps its
-    shape.
+    None as `crop`: all of it. A fraction: the image is scaled, in its own shape, to cover `size` / `crop`, and the
+    middle of `size` is cut out, as timm and torchvision do for ImageNet.
+
+    >>> window((224, 224), 0.875, (256, 512))
+    (144.0, 16.0, 368.0, 240.0)
+    """
+    (high, wide), (top, left) = _scaling(size, crop, whole)
+    across, down = whole[1] / wide, whole[0] / high
+    return left * across, top * down, (left + size[1]) * across, (top + size[0]) * down
+
+
+def _scaling(
+    size: tuple[int, int], crop: float | None, whole: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width that the whole image is scaled to, and top and left of what is then cut out."""
+    if crop is None:
+        return size, (0, 0)
+    covered = [math.floor(side / crop + 1e-6) for side in size]
+    scale = max(covered[0] / whole[0], covered[1] / whole[1])
+    high, wide = (max(int(side * scale + 1e-6), least) for side, least in zip(whole, covered, strict=True))
+    return (high, wide), (round((high - size[0]) / 2), round((wide - size[1]) / 2))
+
+
+def open_image(
+    file: Path | bytes,
+    size: tuple[int, int] | int,
+    max_pixels: int = MAX_PIXELS,
+    crop: float | None = None,
+    interpolation: Interpolation = "bilinear",
+) -> tuple[UInt8[Array, "h w 3"], tuple[int, int]]:
+    """Decode an image and resize its `window` to `size` (height, width), antialiased.
+
+    A number as `size` is the longest side that the whole image may have: a smaller one stays as it is, a larger one
+    keeps its shape.
 
     The camera's orientation is applied; of an animation the first frame is taken; what is transparent lies on white;
     white of a 16-bit image is 65,535, of a floating-point image 1. `max_pixels` bounds what is decoded: large JPEG,
@@ -104,53 +138,91 @@ def open_image(
         UnreadableImage: not an image, cut off, or of more pixels than allowed.
     """
     with ExitStack() as room:  # is left when the decoded image is gone
-        upright, (height, width) = _decoded(file, size, max_pixels, room)
-        return _resized(upright, size, (height, width)), (height, width)
+        upright, whole = _decoded(file, _scaled(size, crop), max_pixels, room)
+        if isinstance(size, int):
+            return _shown(upright, size, whole), whole
+        return _resized(upright, size, whole, crop, interpolation), whole
 
 
 def open_picture(
-    file: Path | bytes, size: tuple[int, int], longest: int, max_pixels: int = MAX_PIXELS
+    file: Path | bytes,
+    size: tuple[int, int],
+    longest: int,
+    max_pixels: int = MAX_PIXELS,
+    crop: float | None = None,
+    interpolation: Interpolation = "bilinear",
 ) -> tuple[UInt8[Array, "h w 3"], UInt8[Array, "shown_h shown_w 3"]]:
-    """What `open_image` gives for `size` and for `longest`, from one decoding.
+    """What `open_image` gives, and the same part of the image to be shown, in its own shape, no side above `longest`.
 
-    Only where a large image is decoded at another fraction of its size for each of the two is it decoded twice.
+    Both come from one decoding, unless a large image is decoded at another fraction of its size for each.
 
     Raises:
         UnreadableImage: not an image, cut off, or of more pixels than allowed.
     """
-    if _reduced(file, size) != _reduced(file, longest):
-        return open_image(file, size, max_pixels)[0], open_image(file, longest, max_pixels)[0]
+    side = _scaled(size, crop)
     with ExitStack() as room:
         upright, whole = _decoded(file, longest, max_pixels, room)
-        return _resized(upright, size, whole), _resized(upright, longest, whole)
+        shown = _shown(upright, longest, whole, window(size, crop, whole))
+        if _reduced(file, side) == _reduced(file, longest):
+            return _resized(upright, size, whole, crop, interpolation), shown
+    return open_image(file, size, max_pixels, crop, interpolation)[0], shown
 
 
-def _reduced(file: Path | bytes, size: tuple[int, int] | int) -> tuple[int, ...]:
+def _reduced(file: Path | bytes, side: int) -> tuple[int, ...]:
     """The size at which an image is decoded, and for the largest also the side that it is averaged to."""
     with _opened(file) as image:
-        side = _side(image, size)
+        side = min(side, max(image.size))
         _draft(image, side)
         return image.size if image.width * image.height <= LARGE else (*image.size, side)
 
 
-def _side(image: Image.Image, size: tuple[int, int] | int) -> int:
-    return min(size, max(image.size)) if isinstance(size, int) else max(size)
+def _scaled(size: tuple[int, int] | int, crop: float | None) -> int:
+    """Side of an image whose window becomes `size`."""
+    return math.ceil((size if isinstance(size, int) else max(size)) / (crop or 1))
 
 
-def _resized(upright: Image.Image, size: tuple[int, int] | int, whole: tuple[int, int]) -> UInt8[Array, "h w 3"]:
-    if isinstance(size, int):
-        scale = min(1.0, size / max(whole))
-        size = (max(1, round(scale * whole[0])), max(1, round(scale * whole[1])))
-    return np.array(upright.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+def _resized(
+    upright: Image.Image,
+    size: tuple[int, int],
+    whole: tuple[int, int],
+    crop: float | None,
+    interpolation: Interpolation = "bilinear",
+) -> UInt8[Array, "h w *colors"]:
+    """The window of the decoded image, which may be smaller than the `whole` one."""
+    resampling = Image.Resampling[interpolation.upper()]
+    (high, wide), (top, left) = _scaling(size, crop, whole)
+    if high * wide > LARGE:  # a very long image
+        return _part(upright, size, whole, window(size, crop, whole), resampling)
+    scaled = upright.resize((wide, high), resampling)
+    return np.array(scaled if crop is None else scaled.crop((left, top, left + size[1], top + size[0])))
 
 
-def _decoded(
-    file: Path | bytes, size: tuple[int, int] | int, max_pixels: int, room: ExitStack
-) -> tuple[Image.Image, tuple[int, int]]:
+def _shown(
+    upright: Image.Image, longest: int, whole: tuple[int, int], part: Box | None = None
+) -> UInt8[Array, "h w 3"]:
+    """A part of the decoded image, or all of it, in its own shape, no side above `longest`."""
+    left, top, right, bottom = part or (0.0, 0.0, float(whole[1]), float(whole[0]))
+    tall, wide = bottom - top, right - left
+    scale = min(1.0, longest / max(tall, wide))
+    size = (max(1, round(scale * tall)), max(1, round(scale * wide)))
+    return _part(upright, size, whole, (left, top, right, bottom), Image.Resampling.BILINEAR)
+
+
+def _part(
+    upright: Image.Image, size: tuple[int, int], whole: tuple[int, int], part: Box, resampling: Image.Resampling
+) -> UInt8[Array, "h w *colors"]:
+    left, top, right, bottom = part
+    across, down = upright.width, upright.height
+    box = (left * across / whole[1], top * down / whole[0], right * across / whole[1], bottom * down / whole[0])
+    box = (*box[:2], min(box[2], across), min(box[3], down))  # what rounding put beyond the edge
+    return np.array(upright.resize((size[1], size[0]), resampling, box))
+
+
+def _decoded(file: Path | bytes, side: int, max_pixels: int, room: ExitStack) -> tuple[Image.Image, tuple[int, int]]:
     """An upright RGB image, large ones reduced, and its own height and width."""
     with _opened(file) as image:
         width, height = image.size
-        side = _side(image, size)
+        side = min(side, max(image.size))
         pixels = _draft(image, side)
         room.enter_context(_room(pixels, max_pixels, image))
         drafted = image.size
@@ -221,8 +293,9 @@ def open_mask(
     image_size: tuple[int, int],
     chosen: Sequence[int] | None = None,
     max_pixels: int = MAX_PIXELS,
+    crop: float | None = None,
 ) -> Bool[Array, "h w"]:
-    """Decode a mask and resize it: a pixel belongs to it if at least half of its area is the object.
+    """Decode a mask and resize its `window`: a pixel belongs to it if at least half of its area is the object.
 
     Args:
         file: the mask, see `read_mask`.
@@ -230,6 +303,7 @@ def open_mask(
         image_size: height and width of the image that it belongs to.
         chosen: values that count as the object. None: anything but 0, or from half on where the values are shades.
         max_pixels: most pixels that it may take to decode.
+        crop: see `window`.
 
     Raises:
         UnreadableImage: it cannot be decoded, or its size is not that of its image.
@@ -242,7 +316,7 @@ def open_mask(
             "make the two the same size"
         )
     area = Image.fromarray(np.where(inside, np.uint8(255), np.uint8(0)))
-    return np.asarray(area.resize((size[1], size[0]), Image.Resampling.BOX)) >= 128
+    return _resized(area, size, image_size, crop, "box") >= 128
 
 
 def few_values(file: Path) -> bool:

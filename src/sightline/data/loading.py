@@ -237,6 +237,8 @@ def _without_copies(sets: dict[str, _Examined], data: Data) -> dict[str, ImageSe
 def _decoder(table: Table, preprocess: Preprocess, data: Data) -> Decoder:
     return Decoder(
         size=preprocess.size,
+        crop=preprocess.crop,
+        interpolation=preprocess.interpolation,
         has_masks=table.has_masks,
         has_boxes=table.has_boxes,
         marks=table.marks,

@@ -1,13 +1,14 @@
 """The form of every source: an `ImageSet`, which returns `Batch`es."""
 
+import math
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sightline.data.decoded import LARGEST, Decoder, OnTheFly, Pixels, Record, Sample, Store, Stored
+from sightline.data.images import Interpolation
 from sightline.data.marks import evenly_spaced
 from sightline.data.sources import Listing
 from sightline.data.transforms import DRAWS, draws
@@ -30,7 +32,13 @@ CHUNK = 1024  # images that are brought to a device at once
 class Preprocess:
     """How an image becomes the model's input; travels with a run.
 
-    The whole image is resized (antialiased, bilinear), nothing is cut away, so that a map covers all of it.
+    By default the whole image is resized, nothing is cut away, so that a map covers all of it.
+
+    Raises:
+        ValueError: `crop` or `interpolation` is not one of those below.
+
+    >>> print(Preprocess(size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3, crop=0.875, interpolation="bicubic"))
+    scaled until the shorter side is 256 px, and the middle 224 x 224 px are cut out (crop 0.875, bicubic)
     """
 
     size: tuple[int, int]
@@ -39,6 +47,35 @@ class Preprocess:
     """Mean of red, green and blue in [0, 1] over the training images."""
     std: tuple[float, float, float]
     """Standard deviation of red, green and blue over the pixels of the training images."""
+    crop: float | None = None
+    """None: the whole image is resized to `size`, whatever its shape. A fraction, 0 to 1: the image is scaled, in its
+    own shape, to cover `size` / `crop`, and the middle is cut out, as timm and torchvision do for ImageNet."""
+    interpolation: Interpolation = "bilinear"
+    """How images are resized; always antialiased."""
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise ValueError(f"expected crop as a fraction above 0 and up to 1, or None, got {self.crop!r}")
+        if self.interpolation not in get_args(Interpolation):
+            raise ValueError(
+                f"expected interpolation as one of {', '.join(get_args(Interpolation))}, got {self.interpolation!r}"
+            )
+
+    def __str__(self) -> str:
+        height, width = self.size
+        if self.crop is None:
+            return f"resized to {width} x {height} px, all of the image ({self.interpolation})"
+        covered = dict.fromkeys(str(math.floor(side / self.crop + 1e-6)) for side in (width, height))
+        until = "until the shorter side is" if len(covered) == 1 else "to cover"
+        return (
+            f"scaled {until} {' x '.join(covered)} px, and the middle {width} x {height} px are cut out "
+            f"(crop {self.crop:.4g}, {self.interpolation})"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """The fields; `crop` and `interpolation` only where they are not the default, as in files of older versions."""
+        usual = {"crop": None, "interpolation": "bilinear"}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
 
 @dataclass(frozen=True)
@@ -397,7 +434,7 @@ def statistics(images: Iterable[UInt8[Array, "_ 3 h w"]]) -> Preprocess:
 
     >>> half = np.array([0, 255], dtype=np.uint8).reshape(1, 1, 1, 2).repeat(3, axis=1)
     >>> statistics([half])
-    Preprocess(size=(1, 2), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    Preprocess(size=(1, 2), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop=None, interpolation='bilinear')
     """
     sums, pixels, size = np.zeros((2, 3)), 0, (0, 0)
     for part in images:

@@ -20,6 +20,10 @@ from sightline.recipe import Data
 Array = np.ndarray
 
 
+LARGEST_SIDE = 128
+"""Default side of larger images, in pixels."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Listing:
     """What is known of images besides their pixels."""
@@ -40,6 +44,8 @@ class Listing:
     has_boxes: bool = False
     flip_ok: bool = True
     """False for digits: a mirrored digit is another sign."""
+    source_side: int | None = None
+    """Longer side of a typical image as it is stored, in pixels. None: composed, or not looked up."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,6 +100,7 @@ def from_folder(data: Data, folder: Path) -> Table:
     labels = [place[file][1] for file in files]
     classes = tuple(sorted(set(labels)))
     reader = Records([Record(file, masks.get(file)) for file in files])
+    side = usual_side(reader, len(files))
     return Table(
         name=folder.resolve().name,
         classes=classes,
@@ -102,7 +109,8 @@ def from_folder(data: Data, folder: Path) -> Table:
         parts=np.array([place[file][0] for file in files]),
         reader=reader,
         key=fingerprint([*files, *(mask for several in masks.values() for mask in several)]),
-        size=usual_size(reader, len(files)),
+        size=min(side or LARGEST_SIDE, LARGEST_SIDE),
+        source_side=side,
         has_masks=bool(masks),
         skipped=tuple((f.relative_to(folder).as_posix(), reason) for f, reason in skipped),
         notices=(*notices, *of_masks, *of_others(others)),
@@ -156,8 +164,8 @@ def fingerprint(files: Sequence[Path]) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def usual_size(reader: Reader, n: int) -> int:
-    """Longer side of a typical image in pixels, 128 at most."""
+def usual_side(reader: Reader, n: int) -> int | None:
+    """Longer side of a typical image in pixels; None if none can be read."""
     sides: list[int] = []
     with quiet():
         for record in reader(evenly_spaced(n, 32)):
@@ -165,7 +173,7 @@ def usual_size(reader: Reader, n: int) -> int:
                 sides.append(max(stored_size(record.image)))
             except UnreadableImage:
                 continue
-    return min(128, int(np.median(sides))) if sides else 128
+    return int(np.median(sides)) if sides else None
 
 
 @dataclass(frozen=True)

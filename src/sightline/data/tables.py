@@ -174,6 +174,7 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> sources.Tabl
     records = [Record(image.image, mask, image.boxes) for image, mask in zip(images, masks, strict=True)]
     reader = sources.Records(records)
     used = [*paths, *(mask for mask in masks if mask is not None), *files]
+    side = sources.usual_side(reader, len(images))
     return sources.Table(
         name=source.resolve().name,
         classes=classes,
@@ -182,7 +183,8 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> sources.Tabl
         parts=np.array(parts),
         reader=reader,
         key=f"{sources.fingerprint(used)} {columns}",
-        size=sources.usual_size(reader, len(images)),
+        size=min(side or sources.LARGEST_SIDE, sources.LARGEST_SIDE),
+        source_side=side,
         groups=None if columns.group is None else sources.group_names(groups, columns.group),
         group_name=columns.group,
         has_masks=columns.mask is not None,

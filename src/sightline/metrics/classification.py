@@ -157,13 +157,20 @@ def expected_calibration_error(probabilities: Float[Array, "n classes"], labels:
 
 
 def linear_probe(
-    model: nn.Module, train: Batches, test: Batches, *, penalty: float = 1.0, batch_size: int = 64
+    model: nn.Module,
+    train: Batches,
+    test: Batches,
+    *,
+    penalty: float = 1.0,
+    batch_size: int = 64,
+    groups: Shaped[Array, " n"] | None = None,
 ) -> Interval:
-    """Accuracy on `test` of a linear classifier of the model's features, fitted on `train`, with Wilson's interval.
+    """Accuracy on `test` of a linear classifier of the model's features, fitted on `train`, with its interval.
 
     The features are the input of the `nn.Linear` that makes the logits. Each is scaled by its mean and standard
     deviation over `train`. `train` and `test`: (images, labels), or batches of them, of any data set whose images the
-    model can take. `penalty`: see the source. Nothing is random, and the model stays unchanged.
+    model can take. `penalty`: see the source. The interval is Wilson's, or resamples whole `groups` of the
+    test images. Nothing else is random, and the model stays unchanged.
 
     Raises:
         ValueError: no image, a negative label, or logits that do not come straight out of an `nn.Linear`.
@@ -192,10 +199,10 @@ def linear_probe(
     scale = np.where(deviation > 1e-12 * np.abs(features).max(0), deviation, np.inf)  # a constant feature becomes 0
     scaled = [(one - mean) / scale for one in (features, tested)]
     if len(np.unique(labels)) == 1:
-        return wilson_interval(int((truth == labels[0]).sum()), len(truth))
+        return _share(truth == labels[0], groups, 0)
     probe = LogisticRegression(C=1 / penalty if penalty else np.inf, max_iter=10_000, tol=1e-9)
     answers = probe.fit(scaled[0], labels).predict(scaled[1])
-    return wilson_interval(int((answers == truth).sum()), len(truth))
+    return _share(answers == truth, groups, 0)
 
 
 def _check(probabilities: Array, labels: Array) -> None:

@@ -10,13 +10,15 @@ from typing import Any, Literal, get_args, get_origin
 from torch import nn
 
 from sightline.attention.insertion import MARK, Block, insert
+from sightline.data import Preprocess
 from sightline.data.tables import read_class_names
-from sightline.facts import current_name, did_you_mean
+from sightline.facts import current_name, did_you_mean, notice
+from sightline.models.pretrained import OtherClasses, load_weights, mismatches, named_as, other_classes
 from sightline.models.protopnet import ProtoPNet
 from sightline.models.resnet import CifarResNet, keep_resolution
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
 from sightline.models.vit import TinyViT
-from sightline.models.weights import OtherClasses, load_weights, mismatches, read_weights, with_names_of
+from sightline.models.weights import read_weights
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg": VGG,
@@ -37,6 +39,7 @@ def create_model(
     *,
     num_classes: int | None = None,
     weights: str | Path | None = None,
+    new_head: bool = True,
     attention: Block | None = None,
     attention_options: dict[str, Any] | None = None,
     high_resolution: int = 0,
@@ -51,7 +54,12 @@ def create_model(
     Args:
         name: a key of `MODELS`, a timm model, or "torchvision:" and a torchvision classifier.
         num_classes: number of logits. None: 10 for a key of `MODELS`, the model's default (mostly 1000) otherwise.
-        weights: a safetensors file, a run folder, or "pretrained" for timm's own weights, which are downloaded.
+        weights: a file in safetensors or as torch.save writes it (a state dict, or a checkpoint that holds one), a run
+            folder, or "pretrained" for timm's own weights, which are downloaded. No code in a file is run. Prefixes of
+            wrappers are taken off, and weights with other names are matched by their order where that is safe; each
+            such decision is told as a warning, a `sightline.facts.Notice`.
+        new_head: what to do with weights of another number of classes than `num_classes`: keep the model's fresh head
+            and tell so, or refuse them.
         attention: a key of `sightline.attention.ATTENTION`, or a callable that makes a block for a number of channels.
         attention_options: keyword arguments of the block; with `at`, the layers to insert at.
         high_resolution: number of last stages of a ResNet whose stride becomes 1; 2 at 448 px: 56 x 56 positions
@@ -75,26 +83,36 @@ def create_model(
     model = _built(name, weights, options)
     if high_resolution:
         keep_resolution(model, high_resolution)
+    new_classes = num_classes if new_head else None
     file = None if weights is None or weights == "pretrained" else Path(weights)
-    state = None if file is None else with_names_of(model, read_weights(file))
+    read = None if file is None else named_as(model, read_weights(file))
+    state = {} if read is None else read.state
+    notices = _head_of_download(name, model, num_classes, new_head) if weights == "pretrained" else ()
     # weights without blocks are loaded first; blocks that start as the identity then keep their logits
-    blocks_last = weights == "pretrained" or (state is not None and not mismatches(model, state))
+    counts = other_classes(model.state_dict(), state)
+    is_plain = not mismatches(model, state) or (counts is not None and counts[0] == new_classes)
+    blocks_last = weights == "pretrained" or (read is not None and is_plain)
 
     def add_blocks(init: Literal["identity", "fresh"]) -> nn.Module:
         return model if attention is None else insert(model, attention, init=init, inplace=True, **block_options)
 
     block_options = attention_options or {}
     if not blocks_last:
-        model = add_blocks("identity" if any(key.endswith(f".{MARK}") for key in state or ()) else "fresh")
-    if state is not None and file is not None:
-        load_weights(model, name, state, file)
-    return add_blocks("identity") if blocks_last else model
+        model = add_blocks("identity" if any(key.endswith(f".{MARK}") for key in state) else "fresh")
+    if read is not None and file is not None:
+        notices = load_weights(model, name, read, file, new_classes)
+    model = add_blocks("identity") if blocks_last else model
+    for text in notices:
+        notice(text)
+    return model
 
 
 def named_model(
     name: str, weights: str | Path | None, classes: str | Path | None = None
 ) -> tuple[nn.Module, list[str]]:
     """A network by name with the weights of a file, and its class names from a text file with one per line.
+
+    Without such a file, the 1,000 classes of a timm or torchvision network get ImageNet's names.
 
     Raises:
         OSError: there is no such file, or no such run folder if `name` is a path.
@@ -106,24 +124,70 @@ def named_model(
         raise ValueError(f"expected --weights FILE for model {name!r}, got none; untrained maps mean nothing")
     names = [] if classes is None else read_class_names(Path(classes))
     try:
-        return create_model(name, num_classes=len(names) or None, weights=weights).eval(), names
+        model = create_model(name, num_classes=len(names) or None, weights=weights, new_head=False).eval()
     except OtherClasses as error:
         advice = f"{classes} names {len(names)} classes" if names else "name its classes by --classes FILE"
         raise ValueError(f"{error}; {advice}") from error
+    if not names and name not in MODELS and getattr(model, "num_classes", 1000) == 1000:
+        names = imagenet_classes()
+        notice("1,000 classes without names are taken for those of ImageNet; name yours by --classes FILE")
+    return model, names
+
+
+def imagenet_classes() -> list[str]:
+    """The 1,000 classes of ImageNet (ILSVRC 2012) in their usual order; a number is added where two share a name.
+
+    >>> names = imagenet_classes()
+    >>> names[281], names[134], names[517]
+    ('tabby', 'crane (134)', 'crane (517)')
+    """
+    from timm.data.imagenet_info import ImageNetInfo
+
+    names = [text.partition(",")[0] for text in ImageNetInfo().label_descriptions()]
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def input_of(
     model: nn.Module,
 ) -> tuple[tuple[int, int], tuple[float, float, float], tuple[float, float, float]]:
-    """Size (height, width), mean and std of the images that a timm model was trained on; 224 px ImageNet for others.
+    """Size (height, width), mean and std of the images that a model was trained on, see `preprocess_of`.
 
     >>> input_of(nn.Identity())[0]
     (224, 224)
     """
+    preprocess = preprocess_of(model)
+    return preprocess.size, preprocess.mean, preprocess.std
+
+
+def preprocess_of(model: nn.Module) -> Preprocess:
+    """How images become the input of a timm model, or of one that `create_model` made: as where it was trained.
+
+    A model without such a configuration gets all of each image at 224 px, with the mean and deviation of ImageNet.
+
+    For all of each image instead of the middle: `dataclasses.replace(preprocess_of(model), crop=None)`.
+
+    >>> print(preprocess_of(create_model("tf_efficientnet_lite0")))
+    scaled until the shorter side is 256 px, and the middle 224 x 224 px are cut out (crop 0.875, bicubic)
+    >>> print(preprocess_of(nn.Identity()))
+    resized to 224 x 224 px, all of the image (bilinear)
+    """
     from timm.data.config import resolve_model_data_config
 
     config = resolve_model_data_config(model)
-    return config["input_size"][1:], config["mean"], config["std"]
+    size, mean, std = config["input_size"][1:], config["mean"], config["std"]
+    if not getattr(model, "pretrained_cfg", None):
+        return Preprocess(size=size, mean=mean, std=std)
+    crop = None if config["crop_mode"] == "squash" else config["crop_pct"]
+    return Preprocess(size=size, mean=mean, std=std, crop=crop, interpolation=config["interpolation"])
+
+
+def _head_of_download(name: str, model: nn.Module, num_classes: int | None, new_head: bool) -> tuple[str, ...]:
+    theirs = getattr(model, "pretrained_cfg", {}).get("num_classes")
+    if num_classes in (None, theirs):
+        return ()
+    if not new_head:
+        raise OtherClasses(f"the downloaded weights of {name} are those of {theirs} classes, not {num_classes}")
+    return (f"weights: the head starts fresh: the downloaded one is of {theirs} classes, not {num_classes}",)
 
 
 def _built(name: str, weights: str | Path | None, options: dict[str, Any]) -> nn.Module:
@@ -132,10 +196,10 @@ def _built(name: str, weights: str | Path | None, options: dict[str, Any]) -> nn
         return _timm(name, pretrained, options)
     if pretrained:
         raise ValueError(
-            f"{name!r} has no pretrained weights, only timm models have; give a safetensors file or run folder"
+            f"{name!r} has no pretrained weights, only timm models have; give a file of weights or a run folder"
         )
     if name not in MODELS:
-        return _torchvision(name, options)
+        return _torchvision(name, options, weights)
     options = _checked(name, options)
     if weights is not None and "pretrained" in options:
         options["pretrained"] = False  # the file's weights replace the download
@@ -174,15 +238,31 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         raise OSError(f"cannot download the weights of {name!r}; check the connection or give a file") from error
 
 
-def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+def _torchvision(name: str, options: dict[str, Any], weights: str | Path | None) -> nn.Module:
+    """A network with the configuration of its weights, in timm's form; of several, of those with this file's name."""
     import torchvision
 
     names = [f"torchvision:{model}" for model in torchvision.models.list_models(torchvision.models)]
     if name not in names:
         hint = did_you_mean(name, names, n=3)
         raise ValueError(f"unknown model {name!r}{hint}; see `torchvision.models.list_models()`")
-    build = partial(torchvision.models.get_model, name.removeprefix("torchvision:"))
-    return _call(f"torchvision cannot build {name!r}", build, {"weights": None, **options})
+    bare = name.removeprefix("torchvision:")
+    build = partial(torchvision.models.get_model, bare)
+    model = _call(f"torchvision cannot build {name!r}", build, {"weights": None, **options})
+    known = torchvision.models.get_model_weights(bare)
+    chosen = next((one for one in known if Path(one.url).name == Path(weights or "").name), known["DEFAULT"])
+    transform = chosen.transforms()
+    side = transform.crop_size[0]
+    config: Any = {
+        "input_size": (3, side, side),
+        "mean": tuple(transform.mean),
+        "std": tuple(transform.std),
+        "interpolation": transform.interpolation.value,
+        "crop_pct": side / transform.resize_size[0],
+        "num_classes": len(chosen.meta["categories"]),
+    }
+    model.pretrained_cfg = config
+    return model
 
 
 def _call(failure: str, build: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:

@@ -4,7 +4,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +90,7 @@ def pages(
     *,
     output: Output = None,
     preprocess: Preprocess | None = None,
+    whole: bool = False,
     classes: Sequence[str] = (),
     batch_size: int = 64,
     memory: Memory = None,
@@ -113,7 +114,8 @@ def pages(
         target: class to explain, by name or index. None: the predicted one.
         layer: see `sightline.explain`.
         output: see `sightline.explain`; decided once, by the first images.
-        preprocess: size and statistics of the model's input. None: the run's, or those that timm knows of the model.
+        preprocess: how image files become the model's input. None: as in the run, or see `models.preprocess_of`.
+        whole: resize all of each image, whatever its shape, also for a model that was trained on the middle of it.
         classes: class names of a model that is no run.
         batch_size: most images per forward.
         memory: see `sightline.explain`; the images themselves are cut by it, too.
@@ -133,9 +135,14 @@ def pages(
     if is_run:
         run = runs.open_run(model)
         model, preprocess, classes = runs.load_model(model).to(runs.best_device()), run.preprocess, run.classes
-    if preprocess is None:
-        size, mean, std = models.input_of(model)
-        preprocess = Preprocess(size=size, mean=mean, std=std)
+    is_of_model = preprocess is None
+    preprocess = preprocess or models.preprocess_of(model)
+    if whole:
+        preprocess = replace(preprocess, crop=None)
+    notices = dict[str, None]()
+    if is_of_model and not isinstance(images, ImageSet | Tensor):
+        other = "; whole=True (--whole) takes all of each image" if preprocess.crop else ""
+        notices[f"images are {preprocess}{other}"] = None
     index = _class_index(target, classes)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     every = {"all": tuple(EXPLAINERS), "fast": FAST}.get(methods[0] if len(methods) == 1 else "")
@@ -144,11 +151,19 @@ def pages(
         source = _Source(len(images), partial(_in_memory, images), [], ())
     else:
         side = _SIDE if len(every or methods) < _PER_ROW else _SIDE // 2
-        decode = partial(decode_pictures, size=preprocess.size, longest=side, max_pixels=max_pixels)
+        decode = partial(
+            decode_pictures,
+            size=preprocess.size,
+            longest=side,
+            max_pixels=max_pixels,
+            crop=preprocess.crop,
+            interpolation=preprocess.interpolation,
+        )
         source = _files(images, out, decode, strict)
     writer = _Writer(out, classes, is_run, overlays)
     left_out: dict[str, str] = {}
-    notices, unchecked = dict.fromkeys(source.notices), dict[str, None]()
+    notices |= dict.fromkeys(source.notices)
+    unchecked = dict[str, None]()
 
     def explained(rows: range) -> tuple[_Chunk, Explanation] | None:
         nonlocal methods, left_out, output

@@ -15,6 +15,7 @@ from sightline.explainers import fitting
 from sightline.facts import Progress
 from sightline.report import write
 
+_SHOWN = 24  # images of the first report
 _SMALL_SIDE = 32  # pixels; some networks have no map of smaller images
 
 
@@ -35,6 +36,7 @@ def evaluate_run(
     overrides: dict[str, Any] | None = None,
     methods: Sequence[str] | None = None,
     progress: Progress | None = None,
+    model: runs.Own | None = None,
     **options: Any,
 ) -> EvaluatedRun:
     """Evaluate a run and write evaluation.json, per_image.csv and report.html.
@@ -48,6 +50,7 @@ def evaluate_run(
         methods: as for `sightline.evaluate`; also `["all"]` and `["fast"]`. Of several, those that do not fit the model
             are left out.
         progress: called with (what, done, total).
+        model: the network of a run of a network of your own, see `sightline.load`.
         options: further ones of `sightline.evaluate`.
 
     Raises:
@@ -58,9 +61,9 @@ def evaluate_run(
     runs.check_writable(out)
     start = time.perf_counter()
     images, strict = images_of(run, split, overrides or {})
-    model = runs.load_model(run.folder).to(runs.best_device())
+    network = runs.load_model(run.folder, model).to(runs.best_device())
     evaluation = evaluate(
-        model,
+        network,
         images,
         methods[0] if methods is not None and list(methods) in (["all"], ["fast"]) else methods,
         strict=strict,
@@ -74,12 +77,29 @@ def evaluate_run(
     seconds = f"{time.perf_counter() - start:.0f} s"
     evaluation = replace(
         evaluation,
-        model=run.recipe.model.name,
+        model=run.recipe.model.name.removeprefix(runs.OWN),
         provenance={**evaluation.provenance, **why_left_out, "evaluation time": seconds},
     )
     evaluation.to_json(out / "evaluation.json")
     evaluation.to_csv(out / "per_image.csv")
     return EvaluatedRun(evaluation, {**evaluation.unsuited, **evaluation.left_out}, write(evaluation, out, run))
+
+
+def first_report(run: runs.Run, model: runs.Own | None = None) -> Path:
+    """Write the report of a run that was just trained, without scores: accuracy, gallery, errors, training.
+
+    `model`: see `runs.load_model`.
+
+    Raises:
+        OSError: the data or the weights are missing, or the folder cannot be written.
+    """
+    images, _ = images_of(run, "test", {})
+    network = runs.load_model(run.folder, model).to(runs.best_device())
+    evaluation = evaluate(network, images, metrics=[], controls=[], limit=_SHOWN, examples=_SHOWN, seed=run.seed)
+    notices = (*evaluation.notices, "The scores of the maps are being computed: open this page again later.")
+    return write(
+        replace(evaluation, model=run.recipe.model.name.removeprefix(runs.OWN), notices=notices), run.folder, run
+    )
 
 
 def images_of(run: runs.Run, split: str, overrides: dict[str, Any]) -> tuple[ImageSet, bool]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sightline import data, runs
-from sightline.inference import copy_of
+from sightline.inference import copy_of, logits_of
 from sightline.recipe import Recipe
 from sightline.runs import Run
 from sightline.training import processes
@@ -51,17 +51,22 @@ def check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, othe
         raise ValueError("optim.precision: 16-mixed needs a GPU, there is none; use bf16-mixed or 32-true")
 
 
-def check_forward(network: nn.Module, recipe: Recipe, size: tuple[int, int]) -> None:
+def check_forward(network: nn.Module, recipe: Recipe, size: tuple[int, int], classes: int) -> None:
     """A network that runs on batches of this size, tried on a copy before anything is written."""
     batch = min(recipe.optim.batch_size, 2)
     try:
         with torch.no_grad():
-            copy_of(network).train()(torch.zeros(batch, 3, *size))
+            logits = logits_of(copy_of(network).train()(torch.zeros(batch, 3, *size)))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"{recipe.model.name} cannot be trained on batches of {recipe.optim.batch_size} images of {size[1]} x "
             f"{size[0]} pixels: {' '.join(str(error).split())}; change data.size or optim.batch_size"
         ) from error
+    if recipe.model.name.startswith(runs.OWN) and logits.shape != (batch, classes):
+        raise ValueError(
+            f"{recipe.model.name}: expected a logit for each of {classes} classes, ({batch}, {classes}), got "
+            f"{tuple(logits.shape)} for {batch} images; change its last layer"
+        )
 
 
 def check_same(recipe: Recipe, run: Run, classes: tuple[str, ...]) -> None:

@@ -2,26 +2,30 @@
 
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
 from sightline import data, models, runs
-from sightline.recipe import Model, Recipe
+from sightline.facts import Interval, percent
+from sightline.recipe import Data, Model, Recipe
 from sightline.recipe import load as load_recipe
 from sightline.runs import Run
 from sightline.training import checks, processes
 from sightline.training.checkpoints import Checkpoints, RunFiles
 from sightline.training.environment import many_graphs, stop_requests, tf32
-from sightline.training.log import Log
+from sightline.training.freezing import zero_fresh_head
+from sightline.training.log import Log, header
 from sightline.training.loop import Training
 from sightline.training.losses import Loss, class_weights
+from sightline.training.probe import probe
 from sightline.training.profile import StepProfile
 from sightline.training.stages import check_stages
 
@@ -30,6 +34,11 @@ class _Stop(Exception):
     """A stop was requested, and the training state is consistent."""
 
 
+_Train = data.ImageSet | data.ImageStream
+"""Images to train on."""
+
+
+@overload
 def fit(
     recipe: Recipe | Path | str,
     out: Path | str,
@@ -37,8 +46,26 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     profile: bool = False,
-) -> Run | list[Run]:
-    """Train what a recipe describes into a run folder; with several seeds, one run each in `out`/seed-0, ...
+) -> Run | list[Run]: ...
+
+
+@overload
+def fit(
+    model: runs.Own,
+    data: Recipe | Data | Path | str,
+    out: Path | str,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    profile: bool = False,
+) -> Run | list[Run]: ...
+
+
+def fit(*args: Any, **kwargs: Any) -> Run | list[Run]:
+    """Train what a recipe describes, or a network of your own, into a run folder.
+
+    `fit(recipe, out)` trains the network that a recipe names; `fit(model, data, out)` trains your own `nn.Module`.
+    With several seeds there is one run each, in `out`/seed-0, ...
 
     From the first epoch on, the folder holds weights that `sightline.load` reads. After Ctrl-C, a crash or a power cut,
     `resume` continues from the last checkpoint and reaches the same weights, bit for bit, as an uninterrupted training
@@ -51,10 +78,15 @@ def fit(
 
     Args:
         recipe: a Recipe or its YAML file.
+        model: your own network, from normalized images to logits: a module, of which a copy is trained, or a function
+            or class that builds one for a number of classes (see `sightline.runs.build`). The run folder holds its
+            weights, not its code: load it by `sightline.load(run, model=...)`.
+        data: of your own network: a source as in `data.source`, a `recipe.Data`, or a Recipe or its YAML file, whose
+            part `model` is then ignored.
         out: folder to write, new or empty.
         overrides: dotted field -> value, as in `{"optim.epochs": 3}`.
         resume: continue in `out`: finished runs stay, missing ones are started.
-        progress: show a bar, and a line per epoch, on stderr.
+        progress: show what is trained, a bar, and a line per epoch, on stderr.
         profile: show where the time of ten steps goes, on stderr.
 
     Returns:
@@ -62,18 +94,48 @@ def fit(
 
     Raises:
         ValueError: the recipe is wrong, or differs from that of the run to resume, or is too short for a profile, or
-            the loss is not finite.
+            the loss is not finite, or the network does not return a logit for each class.
         OSError: `out` cannot be written or holds something else, or the disk is too small.
         MemoryError: a step does not fit into memory.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
     """
-    recipe, out = load_recipe(recipe, overrides), Path(out)
+    first = args[0] if args else kwargs.get("recipe", kwargs.get("model"))
+    own = first is not None and not isinstance(first, Recipe | Path | str)
+    return _fit_own(*args, **kwargs) if own else _fit(*args, **kwargs)
+
+
+def _fit_own(model: runs.Own, data: Recipe | Data | Path | str, *args: Any, **kwargs: Any) -> Run | list[Run]:
+    if isinstance(data, Data):
+        start = Recipe(data=data)
+    elif isinstance(data, Recipe) or Path(data).suffix in (".yaml", ".yml"):
+        start = load_recipe(data)
+    else:
+        start = Recipe(data=Data(source=str(data)))
+    if start.model.weights is not None:
+        raise ValueError("expected no model.weights with a module of your own; load them into it before you pass it")
+    return _fit(
+        replace(start, model=replace(start.model, name=runs.own_name(model), options={})), *args, **kwargs, own=model
+    )
+
+
+def _fit(
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    profile: bool = False,
+    own: runs.Own | None = None,
+) -> Run | list[Run]:
+    recipe, out = runs.filled(load_recipe(recipe, overrides)), Path(out)
     checks.check_folder(out, resume)
     if recipe.data.streaming:
         train, others = data.load_stream(recipe.data)
     else:
         others = data.load(recipe.data)
         train = others.pop("train")
+    if recipe.model.normalization == "network":
+        train, others = _normalized_for(recipe.model, own, train, others)
     checks.check_possible(recipe, train, others)
     progress, profile = progress and processes.first(), profile and processes.first()
     if progress:
@@ -83,16 +145,34 @@ def fit(
     folders = {seed: out / f"seed-{seed}" if len(recipe.seeds) > 1 else out for seed in recipe.seeds}
     with stop_requests() as stop, tf32(), many_graphs() if recipe.optim.compile else nullcontext():
         try:
-            trainer = _Trainer(train, others, teacher, stop, progress, profile)
+            trainer = _Trainer(train, others, teacher, own, stop, progress, profile)
             trained = [trainer.run(replace(recipe, seeds=(seed,)), folder) for seed, folder in folders.items()]
         finally:
             processes.leave()
     return trained if len(trained) > 1 else trained[0]
 
 
-def initial_network(model: Model, num_classes: int, seed: int) -> nn.Module:
+def _normalized_for(
+    model: Model, own: runs.Own | None, train: _Train, others: dict[str, data.ImageSet]
+) -> tuple[_Train, dict[str, data.ImageSet]]:
+    """The images with the mean and standard deviation that the network was pretrained with."""
+    numbers = None if own is not None else runs.pretrained_input(model)
+    if numbers is None:
+        raise ValueError(
+            f"model.normalization: expected a network of timm or torchvision, or weights from a run, got {model.name}; "
+            "set it to data"
+        )
+    preprocess = replace(train.preprocess, mean=numbers.mean, std=numbers.std)
+    return replace(train, preprocess=preprocess), {
+        split: replace(images, preprocess=preprocess) for split, images in others.items()
+    }
+
+
+def initial_network(model: Model, num_classes: int, seed: int, own: runs.Own | None = None) -> nn.Module:
     """The network that training starts from; sets the global random state to `seed`."""
     torch.manual_seed(seed)
+    if own is not None:
+        return runs.build(own, num_classes)
     return models.create_model(model.name, num_classes=num_classes, weights=model.weights, **model.options)
 
 
@@ -100,12 +180,15 @@ def initial_network(model: Model, num_classes: int, seed: int) -> nn.Module:
 class _Trainer:
     """Trains one run after another on the same images."""
 
-    train: data.ImageSet | data.ImageStream
+    train: _Train
     others: dict[str, data.ImageSet]
     teacher: nn.Module | None
+    own: runs.Own | None
     stop: threading.Event
     progress: bool
     profile: bool
+    probes: list[Interval | None] = field(default_factory=lambda: [])
+    """The probe of the pretrained features, once it is made: the same for every seed."""
 
     def run(self, recipe: Recipe, folder: Path) -> Run:
         """Train, or continue, one run; a finished one is returned as it is."""
@@ -119,11 +202,13 @@ class _Trainer:
         with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
             training, ignored = self._training(recipe)
+            if self.progress:
+                print(*header(recipe, training, self.train, self.others), sep="\n", file=sys.stderr)
             if earlier is not None:
                 training.restore(*checkpoints.read())
             profiler = None
             if self.profile:
-                steps = training.steps * (recipe.optim.epochs - training.epoch) - training.step
+                steps = training.steps * (training.last_epoch - training.epoch) - training.step
                 profiler = StepProfile(training.fabric.device, steps, training.seen)
             info = runs.surroundings() | {"parameters": f"{sum(p.numel() for p in training.network.parameters()):,}"}
             run = Run(
@@ -136,15 +221,35 @@ class _Trainer:
                 history=[*training.history],
                 skipped=self._skipped(),
                 notices=[*self.train.notices],
+                probe=self._probe(recipe, training) if earlier is None else earlier.probe,
             )
             return self._train(training, run, RunFiles(folder, checkpoints, training), profiler)
 
+    def _probe(self, recipe: Recipe, training: Training) -> Interval | None:
+        """The linear probe of pretrained weights, on the test images."""
+        test = self.others.get("test")
+        if not recipe.model.weights or not isinstance(self.train, data.ImageSet) or not test or not processes.first():
+            return None
+        if not self.probes:
+            start, accuracy = time.perf_counter(), None
+            try:
+                accuracy = probe(training.network, self.train, test)
+                text = f"{percent(accuracy.value)} of {len(test)} test images, {time.perf_counter() - start:.1f} s"
+            except ValueError as error:
+                text = f"none, {error}"
+            if self.progress:
+                print(f"linear probe of the pretrained features: {text}", file=sys.stderr)
+            self.probes.append(accuracy)
+        return self.probes[0]
+
     def _training(self, recipe: Recipe) -> tuple[Training, str]:
-        network = initial_network(recipe.model, len(self.train.classes), recipe.seeds[0])
+        network = initial_network(recipe.model, len(self.train.classes), recipe.seeds[0], self.own)
         ignored = check_stages(network, recipe)
+        if recipe.model.weights is not None and recipe.model.name != "protopnet":
+            zero_fresh_head(network, recipe.model.weights, self.train.preprocess.size)
         if ignored and self.progress:
             print(f"notice: {ignored}", file=sys.stderr)
-        checks.check_forward(network, recipe, self.train.preprocess.size)
+        checks.check_forward(network, recipe, self.train.preprocess.size, len(self.train.classes))
         weights = None
         if recipe.optim.class_weights and isinstance(self.train, data.ImageSet):
             weights = class_weights(self.train.labels, len(self.train.classes))
@@ -154,7 +259,7 @@ class _Trainer:
     def _train(self, training: Training, run: Run, files: RunFiles, profiler: StepProfile | None) -> Run:
         files.write_checkpoint()
         files.write_run(run)
-        with Log(run.folder, run.recipe.optim.epochs, training.steps, self.progress) as log:
+        with Log(run.folder, training.last_epoch, training.steps, self.progress, training.freezing.epochs) as log:
 
             def tick() -> None:
                 log.step(training.epoch * training.steps + training.step)

@@ -17,8 +17,9 @@ from torch.profiler import record_function
 from sightline import data
 from sightline.inference import copy_of, logits_of, untouched
 from sightline.models.protopnet import ProtoPNet
-from sightline.recipe import Recipe
+from sightline.recipe import Recipe, resolved
 from sightline.training import processes
+from sightline.training.freezing import Freezing
 from sightline.training.losses import Loss, Mixed
 from sightline.training.optimizers import average, create_optimizer
 from sightline.training.prototypes import finish_stage, prototype_loss
@@ -46,6 +47,7 @@ class Training:
         loss: Loss,
     ) -> None:
         optim = self.optim = recipe.optim
+        self.last_epoch = resolved(optim.epochs)
         self.augment, self.seed = recipe.augment, recipe.seeds[0]
         self.fabric = processes.join(optim, network, train.preprocess.size)
         self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
@@ -62,9 +64,13 @@ class Training:
             processes.shard_alike(self.fabric, self.averaged)
         self.staged = network if isinstance(network, ProtoPNet) else None
         self.settled = False
+        self.freezing = Freezing(self.network, optim, train.preprocess.size)
+        scales = self.freezing.scales(optim)  # by name: sharding replaces the parameters
         called: nn.Module = torch.compile(self.network) if optim.compile else self.network  # pyright: ignore[reportAssignmentType]
         self.model = self.fabric.setup_module(called)  # first: the optimizer needs the sharded parameters
-        self.optimizer = create_optimizer(self.network, optim) if self.staged is None else staged_optimizer(network)
+        self.optimizer = (
+            create_optimizer(self.network, optim, scales) if self.staged is None else staged_optimizer(network)
+        )
         self.fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
         self.loss = loss.to(self.fabric.device).to(memory_format=torch.channels_last)  # holds the teacher, if any
         self.batch_size = min(optim.batch_size, len(train))
@@ -90,7 +96,7 @@ class Training:
     def finished(self) -> bool:
         """Whether all epochs are done, or `patience` has run out."""
         patience = math.inf if self.optim.patience is None else self.optim.patience
-        return self.epoch >= self.optim.epochs or self.epoch - 1 - self.best_epoch >= patience
+        return self.epoch >= self.last_epoch or self.epoch - 1 - self.best_epoch >= patience
 
     def epochs(self, tick: Callable[[], None]) -> Generator[dict[str, float]]:
         """Train to the end; yields one row of figures after each epoch.
@@ -106,6 +112,8 @@ class Training:
             batches = self._batches(self.step)
             if self.staged is not None:
                 enter_epoch(self.optimizer, self.staged.stages, self.epoch, self.step)
+            else:
+                self.freezing.enter(self.epoch)
             while True:
                 with record_function("images"):
                     batch = next(batches, None)
@@ -118,7 +126,7 @@ class Training:
                 self.seconds = time.perf_counter() - start
                 tick()
             self.check_finite()
-            if self.staged is not None and self.staged.stages.pushes_after(self.epoch, self.optim.epochs):
+            if self.staged is not None and self.staged.stages.pushes_after(self.epoch, self.last_epoch):
                 self._settle(self.staged)
             accuracy, loss = (math.nan, math.nan) if self.val is None else self._validate(self.val, tick)
             row = {
@@ -216,7 +224,7 @@ class Training:
         return {f"{kind}.{name}": t for kind, module in modules.items() for name, t in module.state_dict().items()}
 
     def _learning_rate(self, step: int) -> float:
-        """Rate of this step of the epoch; the highest one if parts of the network have their own."""
+        """Rate of this step of the epoch; the highest one of a network with stages."""
         if self.staged is not None:
             return max(self.staged.stages.rates(self.epoch).values())
         return learning_rate(self.optim, self.epoch * self.steps + step, self.steps)
@@ -252,7 +260,7 @@ class Training:
         seed = np.random.SeedSequence((self.seed, self.epoch, self.step, self.rank)).generate_state(1, np.uint64)[0]
         if self.staged is None:
             for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate(self.step)
+                group["lr"] = group["scale"] * self._learning_rate(self.step)
         images, labels = self._inputs(batch)
         mixed = None
         if self.augment.mixup:

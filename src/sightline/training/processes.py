@@ -48,7 +48,8 @@ def join(optim: Optim, network: nn.Module, size: tuple[int, int]) -> Fabric:
     if nodes * per_node > 1 and optim.sharded:
         strategy = ModelParallelStrategy(_shard, data_parallel_size=nodes * per_node, tensor_parallel_size=1)
     elif nodes * per_node > 1:
-        strategy = DDPStrategy(find_unused_parameters=_has_unused(network, size))
+        freezes = isinstance(optim.freeze, int) and optim.freeze > 0
+        strategy = DDPStrategy(find_unused_parameters=freezes or _has_unused(network, size))
     with _quiet():
         fabric = Fabric(
             accelerator="auto", devices=per_node, num_nodes=nodes, strategy=strategy, precision=optim.precision

@@ -2,7 +2,7 @@
 
 import math
 
-from sightline.recipe import Optim
+from sightline.recipe import Optim, resolved
 
 
 def learning_rate(optim: Optim, step: int, steps_per_epoch: int) -> float:
@@ -19,20 +19,20 @@ def learning_rate(optim: Optim, step: int, steps_per_epoch: int) -> float:
     >>> [round(learning_rate(optim, step, 4), 3) for step in range(8)]
     [0.5, 1.0, 1.0, 0.933, 0.75, 0.5, 0.25, 0.067]
     """
-    total = optim.epochs * steps_per_epoch
+    total, highest = resolved(optim.epochs) * steps_per_epoch, resolved(optim.lr)
     if optim.schedule == "one_cycle":
         peak = 0.3 * total - 1
         if step <= peak:
-            return _half_cosine(optim.lr / 25, optim.lr, step / peak)
-        return _half_cosine(optim.lr, optim.lr / 25e4, (step - peak) / (total - 1 - peak))
+            return _half_cosine(highest / 25, highest, step / peak)
+        return _half_cosine(highest, highest / 25e4, (step - peak) / (total - 1 - peak))
     warmup = round(optim.warmup * steps_per_epoch)
     if step < warmup:
-        return optim.lr * (step + 1) / warmup
+        return highest * (step + 1) / warmup
     if optim.schedule == "cosine":
-        return _half_cosine(optim.lr, 0.0, (step - warmup) / (total - warmup))
+        return _half_cosine(highest, 0.0, (step - warmup) / (total - warmup))
     if optim.schedule == "step":
-        return optim.lr * optim.step_factor ** (step // (optim.step_epochs * steps_per_epoch))
-    return optim.lr
+        return highest * optim.step_factor ** (step // (optim.step_epochs * steps_per_epoch))
+    return highest
 
 
 def _half_cosine(start: float, end: float, share: float) -> float:

@@ -6,13 +6,16 @@ import torch
 from torch import nn
 
 from sightline.models.protopnet import ProtoPNet, Stages
-from sightline.recipe import Optim, Recipe
+from sightline.recipe import FROM_SCRATCH, Optim, Recipe
 from sightline.training import processes
 
 _REPLACED = (
     "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "warmup", "step_epochs", "step_factor",
 )  # fmt: skip
-_IMPOSSIBLE = ("label_smoothing", "class_weights", "ema", "patience", "teacher", "compile", "sharded")
+_IMPOSSIBLE = (
+    "freeze", "backbone_lr", "fixed_statistics", "layer_decay", "label_smoothing", "class_weights", "ema", "patience",
+    "teacher", "compile", "sharded",
+)  # fmt: skip
 
 
 def check_stages(network: nn.Module, recipe: Recipe) -> str:
@@ -24,8 +27,9 @@ def check_stages(network: nn.Module, recipe: Recipe) -> str:
     if not isinstance(network, ProtoPNet):
         return ""
     name = recipe.model.name
-    settings = {field.name: (getattr(recipe.optim, field.name), field.default) for field in fields(Optim)}
-    changed = {field: value for field, (value, default) in settings.items() if value != default}
+    defaults = {f"optim.{field.name}": field.default for field in fields(Optim)} | FROM_SCRATCH
+    settings = {field.name: getattr(recipe.optim, field.name) for field in fields(Optim)}
+    changed = {field: value for field, value in settings.items() if value not in (defaults[f"optim.{field}"], None)}
     wrong = [f"optim.{field} {value}" for field, value in changed.items() if field in _IMPOSSIBLE]
     wrong += [f"augment.mixup {recipe.augment.mixup}"] if recipe.augment.mixup else []
     wrong += ["data.streaming true"] if recipe.data.streaming else []

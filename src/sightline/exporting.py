@@ -4,7 +4,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from sightline import data, runs
+from sightline import data, models, runs
 from sightline.attention.insertion import WithMaps
+from sightline.inference import copy_of
 
 _TOLERANCE = 1e-4  # of the largest value of an output; runtimes add up in other orders
 
@@ -31,19 +32,28 @@ class Exported:
     """Largest difference from the model, as a share of the output's largest value; None without onnxruntime."""
 
 
-def write(folder: Path | str, file: Path | str) -> Exported:
-    """Export the network of a run, with its attention maps as further outputs, and check the file against the network.
+def export(
+    model: nn.Module | Path | str,
+    file: Path | str,
+    preprocess: data.Preprocess | None = None,
+    classes: Sequence[str] = (),
+) -> Exported:
+    """Export a network, with its attention maps as further outputs, and check the file against the network.
 
-    Input: `images`, uint8 (b, 3, height, width), red, green, blue, resized to the run's size; any b. Normalization is
-    part of the file. Outputs: `logits` (b, classes), then the weights of each attention block, (b, k, h, w). Class
-    names and preprocessing are in the metadata of ONNX, and in the extra file `sightline.json` of a .pt2.
+    Input: `images`, uint8 (b, 3, height, width), red, green, blue, resized to the size of `preprocess`; any b.
+    Normalization is part of the file. Outputs: `logits` (b, classes), then the weights of each attention block,
+    (b, k, h, w). Class names and preprocessing are in the metadata of ONNX, and in the extra file `sightline.json` of a
+    .pt2.
 
     Args:
-        folder: a run.
+        model: a run folder, or any module from normalized images to logits, which stays unchanged.
         file: FILE.onnx, or FILE.pt2, which `torch.export.load` reads.
+        preprocess: size, mean and standard deviation of a module's images. None: those of a run; of a module of timm,
+            those that it was pretrained with.
+        classes: names of a module's classes.
 
     Raises:
-        ValueError: another ending, or a network that cannot be exported.
+        ValueError: another ending, a network that cannot be exported, or no `preprocess` for a module that needs it.
         OSError: the folder is no run, or the file cannot be written.
         ModuleNotFoundError: a package for ONNX is missing.
         RuntimeError: the exported network computes something else. Then nothing is written.
@@ -53,36 +63,53 @@ def write(folder: Path | str, file: Path | str) -> Exported:
     if path.suffix not in formats:
         raise ValueError(f"expected a file name that ends in {' or '.join(formats)}, got {path}; choose one of them")
     runs.check_writable(path.parent)
-    run = runs.open_run(folder)
-    model = runs.load_model(folder)
+    if isinstance(model, nn.Module):
+        name, preprocess = type(model).__name__, preprocess or _input_of(model)
+        model = copy_of(model).eval().cpu()
+    else:
+        run = runs.open_run(model)
+        name, preprocess, classes = run.recipe.model.name, preprocess or run.preprocess, classes or run.classes
+        model = runs.load_model(model)
     gated = any(isinstance(getattr(block, "gate", None), nn.Module) for block in model.modules())
     network = WithMaps(model) if gated else model
     names = ("logits", *(name or "attention" for name in getattr(network, "names", ())))
-    pixels = _FromPixels(network, run.preprocess).eval()
+    pixels = _FromPixels(network, preprocess).eval()
     facts = {
-        "classes": run.classes,
-        "preprocess": asdict(run.preprocess),
-        "input": "uint8 red, green, blue; the whole image resized to preprocess.size (antialiased, bilinear)",
+        "classes": classes,
+        "preprocess": preprocess.facts(),
+        "input": f"uint8 red, green, blue; {preprocess} (antialiased)",
         "outputs": names,
     }
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content, call = formats[path.suffix](pixels, run.preprocess.size, names, facts)
+            content, call = formats[path.suffix](pixels, preprocess.size, names, facts)
     except ModuleNotFoundError:
         raise
     # tracing raises dozens of types of errors
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"cannot export {run.recipe.model.name} for any number of images: {reason}") from error
-    difference = None if call is None else _difference(call, network, run.preprocess)
+        raise ValueError(f"cannot export {name} for any number of images: {reason}") from error
+    difference = None if call is None else _difference(call, network, preprocess)
     if difference is not None and not difference <= _TOLERANCE:
         raise RuntimeError(
-            f"expected the exported network to differ from {run.recipe.model.name} by at most {_TOLERANCE:g} of the "
+            f"expected the exported network to differ from {name} by at most {_TOLERANCE:g} of the "
             f"largest value, got {difference:.2g}; nothing was written"
         )
     runs.write(path, content)
-    return Exported(path=path, size=run.preprocess.size, outputs=names, difference=difference)
+    return Exported(path=path, size=preprocess.size, outputs=names, difference=difference)
+
+
+export.write = export  # pyright: ignore[reportFunctionMemberAccess]  # its name in version 0.1
+
+
+def _input_of(model: nn.Module) -> data.Preprocess:
+    if not hasattr(model, "pretrained_cfg"):  # of timm
+        raise ValueError(
+            f"expected `preprocess` for {type(model).__name__}, got none; give the size, mean and standard "
+            "deviation of its images as sl.data.Preprocess"
+        )
+    return models.preprocess_of(model)
 
 
 _Call = Callable[[UInt8[Tensor, "b 3 h w"]], Sequence[Tensor]]
