@@ -113,11 +113,15 @@ def test_a_network_of_timm_gets_the_middle_and_all_of_an_image_on_demand(files, 
     assert notice.endswith("whole=True (--whole) takes all of each image")
     whole = sl.report.pages(model, files, tmp_path / "whole", whole=True)
     assert whole.notices == ("images are resized to 160 x 160 px, all of the image (bilinear)",)
-    pages = [Image.open(folder / "0--page.png").size for folder in (tmp_path / "cut", tmp_path / "whole")]
-    assert pages[0] != pages[1]
-    assert sl.report.pages(model, read_images(files, PREPROCESS), tmp_path / "set").notices == ()
-    given = sl.report.pages(model, files, tmp_path / "given", preprocess=sl.models.preprocess_of(model))
-    assert given.notices == () and given.rows == cut.rows
+    sizes = []
+    for result in (cut, whole):
+        with Image.open(result.folder / "0--page.png") as page:
+            sizes.append(page.size)
+    assert sizes[0] != sizes[1]
+    preprocess = sl.models.preprocess_of(model)
+    given = sl.report.pages(model, files, tmp_path / "given", preprocess=preprocess)
+    held = sl.report.pages(model, read_images(files, preprocess), tmp_path / "set", preprocess=preprocess)
+    assert given.notices == held.notices == () and given.rows == held.rows == cut.rows
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16", "P", "1"])
