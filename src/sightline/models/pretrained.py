@@ -47,8 +47,8 @@ def by_order(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dic
 
     `state_dict` lists modules in the order in which they were made. So the two must have equally many entries, and one
     by one the same kind (`weight`, `running_mean`, ...), the same shape and the same division into modules; a name that
-    both have must be at the same place. Only the number of classes of one module may differ. A file that sorts its
-    names, such as safetensors, has lost that order.
+    both have must be at the same place. Only the number of classes of one module may differ, in all of its entries. A
+    file that sorts its names, such as safetensors, has lost that order.
     """
     if len(expected) != len(state) or _is_sorted(state):
         return None
@@ -60,8 +60,10 @@ def by_order(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dic
         if is_moved or kind != their_kind or modules.setdefault(module, their_module) != their_module:
             return None
     renamed = {ours: state[theirs] for ours, theirs in pairs.items()}
-    other = {ours.rpartition(".")[0] for ours, value in renamed.items() if value.shape != expected[ours].shape}
-    fits = not other or (len(other) == 1 and other_classes(expected, renamed) is not None)
+    other = [ours for ours, value in renamed.items() if value.shape != expected[ours].shape]
+    heads = {ours.rpartition(".")[0] for ours in other}
+    head = [ours for ours in expected if ours.rpartition(".")[0] in heads]
+    fits = not other or (len(heads) == 1 and head == other and other_classes(expected, renamed) is not None)
     return pairs if fits and len(set(modules.values())) == len(modules) else None
 
 

@@ -131,7 +131,7 @@ def _archive_advice(file: Path) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # a damaged archive may raise anything
         names = []
     if any("/code/" in name for name in names):
         return "it is a TorchScript archive; save the state_dict of the network it was made from instead"
