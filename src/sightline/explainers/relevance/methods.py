@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sightline.explainers.explainer import Explainer
 from sightline.explainers.relevance.propagation import Propagation
-from sightline.explainers.relevance.rules import AlphaBeta, Composite, Flat, Gamma, ZBox, ZPlus
+from sightline.explainers.relevance.rules import AlphaBeta, Bias, Composite, Flat, Gamma, ZBox, ZPlus
 from sightline.explainers.scorer import Scorer, gradients_of
 from sightline.explainers.verdicts import Map
 from sightline.facts import Verdict
@@ -64,12 +64,12 @@ def lrp(images: Float[Tensor, "b c *grid"], score: Scorer, composite: Composite 
 
 
 @partial(Explainer, is_signed=True, sums_to_score=True)
-def lrp_epsilon_plus_flat(images: Float[Tensor, "b c *grid"], score: Scorer) -> Map:
+def lrp_epsilon_plus_flat(images: Float[Tensor, "b c *grid"], score: Scorer, bias: Bias = "none") -> Map:
     """LRP: flat for the first layer, z+ for convolutions, epsilon for linear layers. See `lrp`.
 
     Source: Montavon et al. 2019; Kohlbrenner et al. 2020 (1910.09840).
     """
-    return lrp.formula(images, score, Composite(first=Flat(), convolution=ZPlus()))
+    return lrp.formula(images, score, Composite(first=Flat(), convolution=ZPlus(), bias=bias))
 
 
 @partial(Explainer, is_signed=True, sums_to_score=True)
@@ -78,18 +78,19 @@ def lrp_epsilon_gamma_box(
     score: Scorer,
     low: float | tuple[float, ...] | None = None,
     high: float | tuple[float, ...] | None = None,
+    bias: Bias = "none",
 ) -> Map:
     """LRP: z-box for the first layer, gamma for convolutions, epsilon for linear layers. See `lrp` and `ZBox`.
 
     Source: Montavon et al. 2019.
     """
-    return lrp.formula(images, score, Composite(first=ZBox(low, high), convolution=Gamma()))
+    return lrp.formula(images, score, Composite(first=ZBox(low, high), convolution=Gamma(), bias=bias))
 
 
 @partial(Explainer, is_signed=True, sums_to_score=True)
-def lrp_epsilon_alpha2_beta1(images: Float[Tensor, "b c *grid"], score: Scorer) -> Map:
+def lrp_epsilon_alpha2_beta1(images: Float[Tensor, "b c *grid"], score: Scorer, bias: Bias = "none") -> Map:
     """LRP: alpha = 2, beta = 1 for convolutions, epsilon for linear layers. See `lrp` and `AlphaBeta`.
 
     Source: Bach et al. 2015; Kohlbrenner et al. 2020 (1910.09840).
     """
-    return lrp.formula(images, score, Composite(convolution=AlphaBeta()))
+    return lrp.formula(images, score, Composite(convolution=AlphaBeta(), bias=bias))

@@ -1,8 +1,8 @@
 """Rules by which a layer hands the relevance of its outputs to its inputs, and which layer takes which."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,8 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """A convolution or a linear layer as a function of input, weight and bias."""
 Part = tuple[float | Tensor, Tensor, Tensor, Tensor | None]
 """Fraction of the relevance, and weights of positive inputs, of negative inputs and bias that divide it."""
+Bias = Literal["none", "share"]
+"""Whether a layer's bias takes the share of its contribution, or none: then all relevance goes to the inputs."""
 _STABILIZER = 1e-6
 
 
@@ -34,6 +36,8 @@ class Rule:
 
     for_pixels = False
     """Whether `back` yields the relevance, which an input of 0 may have too, and not relevance / input."""
+    bias: Bias = "none"
+    """What the bias takes."""
 
     def back(
         self,
@@ -48,7 +52,22 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Zero(Rule):
+class _Shared(Rule):
+    """Rules under which a bias can be one of the contributions."""
+
+    bias: Bias = field(default="share", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.bias not in get_args(Bias):
+            raise ValueError(f"expected bias='none' or bias='share' in {type(self).__name__}, got {self.bias!r}")
+
+    def contributing(self, bias: Tensor | None) -> Tensor | None:
+        """The bias if it is one of the contributions."""
+        return bias if self.bias == "share" else None
+
+
+@dataclass(frozen=True)
+class Zero(_Shared):
     r"""LRP-0, $R_j = \sum_k x_j w_{jk} R_k / y_k$ with $y_k = \sum_j x_j w_{jk} + b_k$: gradient times input.
 
     Source: Bach et al. 2015 (PLoS ONE 10(7): e0130140), eq. 56; Montavon et al. 2019, table 10.1.
@@ -58,12 +77,16 @@ class Zero(Rule):
     """
 
     def back(self, layer: Linear, x: Tensor, weight: Tensor, bias: Tensor | None, c: Tensor) -> Tensor:
-        """The ordinary gradient."""
-        return _adjoint(lambda v: layer(v, weight, bias), x)[1](c)[0]
+        """The ordinary gradient, times y / (y - b) where the bias takes nothing."""
+        share = self.contributing(bias)
+        z, transposed = _adjoint(lambda v: layer(v, weight, share), x)
+        if share is not bias:
+            c = c * torch.where(z == 0, 0, layer(x, weight, bias) / z)
+        return transposed(c)[0]
 
 
 @dataclass(frozen=True)
-class Epsilon(Rule):
+class Epsilon(_Shared):
     r"""LRP-epsilon, $R_j = \sum_k x_j w_{jk} R_k / (y_k + \epsilon\,\mathrm{sign}\,y_k)$: weak outputs lose relevance.
 
     Raises:
@@ -79,16 +102,19 @@ class Epsilon(Rule):
     epsilon: float = _STABILIZER
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.epsilon > 0:
             raise ValueError(f"expected a positive epsilon, got {self.epsilon}; without it the rule is Zero()")
 
     def back(self, layer: Linear, x: Tensor, weight: Tensor, bias: Tensor | None, c: Tensor) -> Tensor:
         """The gradient of the stabilized outputs."""
-        y, transposed = _adjoint(lambda v: layer(v, weight, bias), x)
-        return transposed(y / _stabilized(y, self.epsilon) * c)[0]
+        share = self.contributing(bias)
+        z, transposed = _adjoint(lambda v: layer(v, weight, share), x)
+        y = z if share is bias else layer(x, weight, bias)
+        return transposed(y / _stabilized(z, self.epsilon) * c)[0]
 
 
-class _Signed(Rule):
+class _Signed(_Shared):
     """Rules that weight positive and negative contributions differently; inputs may have either sign."""
 
     def parts(self, weight: Tensor, bias: Tensor | None, y: Tensor) -> list[Part]:
@@ -107,7 +133,8 @@ class _Signed(Rule):
             high, low = transposed(fraction * y / _stabilized(z) * c)
             return (x > 0) * high + (x < 0) * low
 
-        return sum((relevance(*part) for part in self.parts(weight, bias, y)), torch.zeros_like(x))
+        parts = self.parts(weight, self.contributing(bias), y)
+        return sum((relevance(*part) for part in parts), torch.zeros_like(x))
 
 
 @dataclass(frozen=True)
@@ -131,6 +158,7 @@ class Gamma(_Signed):
     gamma: float = 0.25
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.gamma >= 0:
             raise ValueError(f"expected a gamma of 0 or more, got {self.gamma}; 0.25 is usual")
 
@@ -165,6 +193,7 @@ class AlphaBeta(_Signed):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-6:
             raise ValueError(
                 f"expected alpha - beta = 1, none negative, got {self.alpha} and {self.beta}; 2 and 1 are usual"
@@ -263,6 +292,7 @@ class Composite:
         first: convolutions and linear layers that read the image itself; None = like all others.
         convolution: all other convolutions.
         linear: all other linear layers.
+        bias: what biases take under every rule that has the choice; None: what each rule says.
 
     Raises:
         ValueError: a rule for pixels after the first layer.
@@ -271,8 +301,12 @@ class Composite:
     first: Rule | None = None
     convolution: Rule = Epsilon()
     linear: Rule = Epsilon()
+    bias: Bias | None = None
 
     def __post_init__(self) -> None:
+        for name, rule in vars(self).copy().items():
+            if self.bias is not None and isinstance(rule, _Shared):
+                object.__setattr__(self, name, replace(rule, bias=self.bias))
         for rule in (self.convolution, self.linear):
             if rule.for_pixels:
                 raise ValueError(f"expected a rule for any layer, got {rule}, which is for pixels; pass it as first=")
