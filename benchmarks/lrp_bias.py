@@ -37,6 +37,7 @@ COMPOSITES = {
     "lrp_epsilon_alpha2_beta1": partial(Composite, convolution=AlphaBeta()),
 }
 CONFIDENT = 0.9
+CELL = 160  # pixels of a photo in a mosaic
 CANDIDATES = 200  # images among which confident ones are looked for
 
 
@@ -56,7 +57,7 @@ def inputs(batch: Batch, preprocess: Preprocess) -> Tensor:
 
 
 def mosaics(model: nn.Module, batch: Batch, preprocess: Preprocess, count: int) -> tuple[Tensor, Tensor]:
-    """The first images that are classified correctly with confidence, four different classes in each mosaic."""
+    """Of the first images that are classified correctly with confidence, four different classes in each mosaic."""
     images = inputs(batch, preprocess)
     probabilities = torch.cat([forward(model, part).softmax(1) for part in images.split(16)])
     confident = probabilities.gather(1, batch.labels[:, None])[:, 0] >= CONFIDENT
@@ -72,8 +73,9 @@ def mosaics(model: nn.Module, batch: Batch, preprocess: Preprocess, count: int) 
         waiting = [place for place in waiting if place not in chosen[-1]]
     if not chosen:
         raise SystemExit(f"expected four classes with an image classified with {CONFIDENT} of the probability, got fewer")
-    four = images[torch.tensor(chosen)]
-    return torch.cat([torch.cat([*four[:, row : row + 2].unbind(1)], 3) for row in (0, 2)], 2), batch.labels[chosen]
+    places = torch.tensor(chosen)
+    upper, lower = (torch.cat([*images[places[:, row : row + 2]].unbind(1)], 3) for row in (0, 2))
+    return torch.cat([upper, lower], 2), batch.labels[places]
 
 
 def lite0(weights: Path, photos: str, boxes: str, count: int, mosaic_count: int) -> Network:
@@ -82,9 +84,9 @@ def lite0(weights: Path, photos: str, boxes: str, count: int, mosaic_count: int)
     state = torch.load(weights, weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
     preprocess = Preprocess(size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
-    marked = data.load_whole(Data(source=boxes, size=224))["test"].batch(range(count))
+    marked = data.load_whole(Data(source=boxes, size=224, test_size=CANDIDATES))["test"].batch(range(count))
     assert marked.regions is not None
-    photo = data.load_whole(Data(source=photos, size=224))["test"].batch(range(4 * mosaic_count * 2))
+    photo = data.load_whole(Data(source=photos, size=CELL, test_size=CANDIDATES))["test"].batch(range(8 * mosaic_count))
     pictures, classes = mosaics(model, photo, preprocess, mosaic_count)
     return Network("tf_efficientnet_lite0", model, inputs(marked, preprocess), marked.regions, pictures, classes)
 
@@ -118,6 +120,8 @@ def measured(network: Network, method: Any) -> dict[str, Any]:
         sums.append(relevance.sum().item() / logit)
         sizes.append(relevance.abs().sum().item() / abs(logit))
         in_regions.append(energy_in_mask(relevance, region).item())
+    if not np.isfinite(sums).all():
+        return {"images": len(sums), "not finite": int((~np.isfinite(sums)).sum())}
     for mosaic, classes in zip(network.mosaics.split(1), network.classes, strict=True):
         explanation = explain(network.model, mosaic, classes[None], [method])
         positive = next(iter(explanation.maps.values()))[0].double().clamp(min=0)

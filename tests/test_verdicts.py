@@ -185,7 +185,7 @@ def test_levels_of_the_others(images):
 
 def test_a_verdict_is_text_with_a_level():
     flat, gap = Verdict("flat", "do not read"), Verdict("conservation gap", details="88 % of the logit reaches the pixels")
-    assert flat == "flat" and hash(flat) == hash("flat") and f"{gap}" == "conservation gap: 12%"
+    assert flat == "flat" and hash(flat) == hash("flat") and f"{gap}" == "conservation gap: 88 % of the logit reaches the pixels"
     for other in (copy.deepcopy(flat), pickle.loads(pickle.dumps(flat))):
         assert other == "flat" and other.level == "do not read" and type(other) is Verdict
     assert LEVELS == ("note", "doubt", "do not read")
@@ -193,7 +193,7 @@ def test_a_verdict_is_text_with_a_level():
 
 
 def test_levels_survive_an_interrupted_evaluation(tmp_path):
-    gap = Verdict("conservation gap", "note", details="2%")
+    gap = Verdict("conservation gap", "note", details="98 % of the logit reaches the pixels")
     verdicts = {("cam", 4): [Verdict("flat", "do not read")], ("cam", 5): [], ("cam", 9): [gap]}
     Scores(verdicts=verdicts, positions={"cam": [5, 4]}).save(tmp_path / "a.npz")
     back = Scores.load(tmp_path / "a.npz")

@@ -31,13 +31,12 @@ def epsilon(matrix, offset, x, relevance, epsilon=1e-6, bias="share"):
 
 
 def gamma(matrix, offset, x, relevance, gamma=0.25, bias="share"):
-    """Montavon et al. 2019: contributions of the sign of the output count 1 + gamma times."""
+    """Montavon et al. 2019: contributions of the sign of their sum count 1 + gamma times."""
     found = torch.zeros_like(x)
     for k, row in enumerate(matrix):
         parts = contributions(row, x, offset[k], bias)
-        y = (row * x).sum() + offset[k]
-        if y != 0:
-            parts = parts + gamma * parts * (parts * y > 0)
+        if parts.sum() != 0:
+            parts = parts + gamma * parts * (parts * parts.sum() > 0)
             found += parts[:-1] * relevance[k] / away(parts.sum(), 1e-6)
     return found
 

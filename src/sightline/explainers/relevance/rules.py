@@ -32,7 +32,11 @@ def _stabilized(value: Tensor, epsilon: float = _STABILIZER) -> Tensor:
 
 
 class Rule:
-    """How a layer hands the relevance of its outputs to its inputs."""
+    """How a layer hands the relevance of its outputs to its inputs.
+
+    A bias that is one of the contributions (`bias="share"`) keeps its part of the relevance. With `bias="none"` the
+    bias is left out of the contributions, and all relevance of an output goes to its inputs, if any has a contribution.
+    """
 
     for_pixels = False
     """Whether `back` yields the relevance, which an input of 0 may have too, and not relevance / input."""
@@ -52,7 +56,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class _Shared(Rule):
+class _WithBias(Rule):
     """Rules under which a bias can be one of the contributions."""
 
     bias: Bias = field(default="share", kw_only=True)
@@ -67,8 +71,10 @@ class _Shared(Rule):
 
 
 @dataclass(frozen=True)
-class Zero(_Shared):
+class Zero(_WithBias):
     r"""LRP-0, $R_j = \sum_k x_j w_{jk} R_k / y_k$ with $y_k = \sum_j x_j w_{jk} + b_k$: gradient times input.
+
+    With `bias="none"` the divisor is $y_k - b_k$, which may be near 0 where $y_k$ is not: deep networks overflow.
 
     Source: Bach et al. 2015 (PLoS ONE 10(7): e0130140), eq. 56; Montavon et al. 2019, table 10.1.
 
@@ -86,8 +92,11 @@ class Zero(_Shared):
 
 
 @dataclass(frozen=True)
-class Epsilon(_Shared):
+class Epsilon(_WithBias):
     r"""LRP-epsilon, $R_j = \sum_k x_j w_{jk} R_k / (y_k + \epsilon\,\mathrm{sign}\,y_k)$: weak outputs lose relevance.
+
+    With `bias="none"` the divisor is made of $y_k - b_k$, which may be near 0 where $y_k$ is not: deep networks overflow
+    unless epsilon is large.
 
     Raises:
         ValueError: an epsilon that is not positive.
@@ -114,11 +123,14 @@ class Epsilon(_Shared):
         return transposed(y / _stabilized(z, self.epsilon) * c)[0]
 
 
-class _Signed(_Shared):
+@dataclass(frozen=True)
+class _Signed(_WithBias):
     """Rules that weight positive and negative contributions differently; inputs may have either sign."""
 
-    def parts(self, weight: Tensor, bias: Tensor | None, y: Tensor) -> list[Part]:
-        """The parts that share the relevance."""
+    bias: Bias = field(default="none", kw_only=True)
+
+    def parts(self, weight: Tensor, bias: Tensor | None, z: Callable[[], Tensor]) -> list[Part]:
+        """The parts that share the relevance; `z()` is the sum of all contributions."""
         raise NotImplementedError
 
     def back(self, layer: Linear, x: Tensor, weight: Tensor, bias: Tensor | None, c: Tensor) -> Tensor:
@@ -133,22 +145,26 @@ class _Signed(_Shared):
             high, low = transposed(fraction * y / _stabilized(z) * c)
             return (x > 0) * high + (x < 0) * low
 
-        parts = self.parts(weight, self.contributing(bias), y)
+        share = self.contributing(bias)
+        parts = self.parts(weight, share, lambda: y if share is bias else layer(x, weight, share))
         return sum((relevance(*part) for part in parts), torch.zeros_like(x))
 
 
 @dataclass(frozen=True)
 class Gamma(_Signed):
-    r"""LRP-gamma: contributions of the output's own sign count 1 + gamma times.
+    r"""LRP-gamma: contributions of the sign of their sum count 1 + gamma times.
 
-    $R_j = \sum_k (z_{jk} + \gamma z_{jk}^\pm) R_k / \sum_j (z_{jk} + \gamma z_{jk}^\pm)$ with $z_{jk} = x_j w_{jk}$,
-    the bias among the contributions, and + where $y_k > 0$, - where $y_k < 0$.
+    $R_j = \sum_k (z_{jk} + \gamma z_{jk}^\pm) R_k / \sum_j (z_{jk} + \gamma z_{jk}^\pm)$ with $z_{jk} = x_j w_{jk}$ and
+    + where $z_k = \sum_j z_{jk} > 0$, - where $z_k < 0$. The bias is one of the $z_{jk}$ only with `bias="share"`; then
+    $z_k$ is the output.
 
     Raises:
         ValueError: a negative gamma.
 
     Source: Montavon et al. 2019, table 10.1, for positive inputs, where this is w + gamma w+; Andéol et al. 2021
     (2106.04923) for inputs and outputs of either sign.
+    Differs: by default the bias takes nothing, and does not decide the sign. If the sign were the output's, as in
+    zennit with `zero_params`, the divisor could be 0, and deep networks would overflow.
 
     >>> linear, x, weight = torch.nn.functional.linear, torch.ones(1, 2), torch.tensor([[2.0, -1.0]])
     >>> Gamma(1.0).back(linear, x, weight, None, torch.ones(1, 1)).round(decimals=4)  # 4 and -1 of 3
@@ -162,12 +178,13 @@ class Gamma(_Signed):
         if not self.gamma >= 0:
             raise ValueError(f"expected a gamma of 0 or more, got {self.gamma}; 0.25 is usual")
 
-    def parts(self, weight: Tensor, bias: Tensor | None, y: Tensor) -> list[Part]:
-        """One part for positive outputs, one for negative outputs."""
+    def parts(self, weight: Tensor, bias: Tensor | None, z: Callable[[], Tensor]) -> list[Part]:
+        """One part for positive sums, one for negative sums."""
+        total = z()
         more, less = weight + self.gamma * weight.clamp(min=0), weight + self.gamma * weight.clamp(max=0)
         high = None if bias is None else bias + self.gamma * bias.clamp(min=0)
         low = None if bias is None else bias + self.gamma * bias.clamp(max=0)
-        return [((y > 0).to(y), more, less, high), ((y < 0).to(y), less, more, low)]
+        return [((total > 0).to(total), more, less, high), ((total < 0).to(total), less, more, low)]
 
 
 @dataclass(frozen=True)
@@ -175,14 +192,14 @@ class AlphaBeta(_Signed):
     r"""LRP-alpha-beta: alpha times the relevance to the positive contributions, -beta times to the negative ones.
 
     $R_j = \sum_k (\alpha z_{jk}^+ / \sum_j z_{jk}^+ - \beta z_{jk}^- / \sum_j z_{jk}^-) R_k$ with
-    $z_{jk} = x_j w_{jk}$; the bias is one of the contributions and keeps its relevance.
+    $z_{jk} = x_j w_{jk}$. The bias is one of the contributions, as in the paper, only with `bias="share"`.
 
     Raises:
         ValueError: alpha - beta is not 1, or one of them is negative.
 
     Source: Bach et al. 2015, eq. 60.
-    Differs: an output without negative (positive) contributions keeps only the alpha (beta) term, so relevance is
-    conserved only where both kinds exist. The paper leaves this case open.
+    Differs: by default the bias takes nothing. An output without negative (positive) contributions keeps only the alpha
+    (beta) term, so relevance is conserved only where both kinds exist. The paper leaves this case open.
 
     >>> linear, x, weight = torch.nn.functional.linear, torch.ones(1, 3), torch.tensor([[3.0, 1.0, -2.0]])
     >>> AlphaBeta().back(linear, x, weight, None, torch.ones(1, 1)).round(decimals=4)  # 2 * 2 * (3/4, 1/4), -1 * 2
@@ -199,7 +216,7 @@ class AlphaBeta(_Signed):
                 f"expected alpha - beta = 1, none negative, got {self.alpha} and {self.beta}; 2 and 1 are usual"
             )
 
-    def parts(self, weight: Tensor, bias: Tensor | None, y: Tensor) -> list[Part]:
+    def parts(self, weight: Tensor, bias: Tensor | None, z: Callable[[], Tensor]) -> list[Part]:
         """One part for positive contributions, one for negative ones."""
         more, less = weight.clamp(min=0), weight.clamp(max=0)
         high, low = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
@@ -213,11 +230,17 @@ class ZPlus(AlphaBeta):
 
     Source: Montavon et al. 2017 (1512.02479), z+ rule, for positive inputs; alpha = 1, beta = 0 of Bach et al. 2015
     otherwise.
-    Differs: the positive part of the bias is one of the contributions; the first paper has no positive bias.
+    Differs: by default the bias takes nothing, and an output without positive contributions loses its relevance. With
+    `bias="share"` the positive part of the bias is one of the contributions; the first paper has no positive bias.
 
     >>> linear, x, weight = torch.nn.functional.linear, torch.ones(1, 3), torch.tensor([[3.0, 1.0, -2.0]])
     >>> ZPlus().back(linear, x, weight, None, torch.ones(1, 1)).round(decimals=4)
     tensor([[1.5000, 0.5000, 0.0000]])
+    >>> for bias in ("none", "share"):  # y = 6: all of it, or 4 / 8 of it
+    ...     rule, b = ZPlus(bias=bias), torch.tensor([4.0])
+    ...     rule.back(linear, x, weight, b, torch.ones(1, 1)).round(decimals=4)
+    tensor([[4.5000, 1.5000, 0.0000]])
+    tensor([[2.2500, 0.7500, 0.0000]])
     """
 
     alpha: float = 1.0
@@ -292,7 +315,8 @@ class Composite:
         first: convolutions and linear layers that read the image itself; None = like all others.
         convolution: all other convolutions.
         linear: all other linear layers.
-        bias: what biases take under every rule that has the choice; None: what each rule says.
+        bias: what biases take under every rule that has the choice; None: what each rule says, that is a share under
+            `Zero` and `Epsilon`, nothing under the others.
 
     Raises:
         ValueError: a rule for pixels after the first layer.
@@ -305,7 +329,7 @@ class Composite:
 
     def __post_init__(self) -> None:
         for name, rule in vars(self).copy().items():
-            if self.bias is not None and isinstance(rule, _Shared):
+            if self.bias is not None and isinstance(rule, _WithBias):
                 object.__setattr__(self, name, replace(rule, bias=self.bias))
         for rule in (self.convolution, self.linear):
             if rule.for_pixels:
