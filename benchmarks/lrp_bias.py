@@ -36,7 +36,6 @@ COMPOSITES = {
     "lrp_epsilon_gamma_box": partial(Composite, first=ZBox(), convolution=Gamma()),
     "lrp_epsilon_alpha2_beta1": partial(Composite, convolution=AlphaBeta()),
 }
-CONFIDENT = 0.9
 CELL = 160  # pixels of a photo in a mosaic
 CANDIDATES = 200  # images among which confident ones are looked for
 
@@ -56,12 +55,13 @@ def inputs(batch: Batch, preprocess: Preprocess) -> Tensor:
     return data.normalize(batch.images, preprocess)
 
 
-def mosaics(model: nn.Module, batch: Batch, preprocess: Preprocess, count: int) -> tuple[Tensor, Tensor]:
+def mosaics(
+    model: nn.Module, batch: Batch, preprocess: Preprocess, count: int, confident: float
+) -> tuple[Tensor, Tensor]:
     """Of the first images that are classified correctly with confidence, four different classes in each mosaic."""
     images = inputs(batch, preprocess)
     probabilities = torch.cat([forward(model, part).softmax(1) for part in images.split(16)])
-    confident = probabilities.gather(1, batch.labels[:, None])[:, 0] >= CONFIDENT
-    waiting = confident.nonzero()[:, 0].tolist()
+    waiting = (probabilities.gather(1, batch.labels[:, None])[:, 0] >= confident).nonzero()[:, 0].tolist()
     chosen: list[list[int]] = []
     while len(chosen) < count:
         first: dict[int, int] = {}
@@ -72,42 +72,44 @@ def mosaics(model: nn.Module, batch: Batch, preprocess: Preprocess, count: int) 
         chosen.append(list(first.values())[:4])
         waiting = [place for place in waiting if place not in chosen[-1]]
     if not chosen:
-        raise SystemExit(f"expected four classes with an image classified with {CONFIDENT} of the probability, got fewer")
+        raise SystemExit(f"expected four classes with an image whose probability is {confident} or more, got fewer")
     places = torch.tensor(chosen)
     upper, lower = (torch.cat([*images[places[:, row : row + 2]].unbind(1)], 3) for row in (0, 2))
     return torch.cat([upper, lower], 2), batch.labels[places]
 
 
-def lite0(weights: Path, photos: str, boxes: str, count: int, mosaic_count: int) -> Network:
+def lite0(arguments: argparse.Namespace) -> Network:
     """Its weights are published for a network of the same order of entries, with other names."""
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    state = torch.load(weights, weights_only=True)
+    state = torch.load(arguments.weights, weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
     preprocess = Preprocess(size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
-    marked = data.load_whole(Data(source=boxes, size=224, test_size=CANDIDATES))["test"].batch(range(count))
+    boxes = data.load_whole(Data(source=arguments.boxes, size=224, test_size=CANDIDATES))["test"]
+    marked = boxes.batch(range(arguments.images))
     assert marked.regions is not None
-    photo = data.load_whole(Data(source=photos, size=CELL, test_size=CANDIDATES))["test"].batch(range(8 * mosaic_count))
-    pictures, classes = mosaics(model, photo, preprocess, mosaic_count)
+    photos = data.load_whole(Data(source=arguments.photos, size=CELL, test_size=CANDIDATES))["test"]
+    candidates = photos.batch(range(8 * arguments.mosaics))
+    pictures, classes = mosaics(model, candidates, preprocess, arguments.mosaics, arguments.confident)
     return Network("tf_efficientnet_lite0", model, inputs(marked, preprocess), marked.regions, pictures, classes)
 
 
-def trained(folder: str, count: int, mosaic_count: int) -> Network:
+def trained(folder: str, arguments: argparse.Namespace) -> Network:
     run = runs.open_run(folder)
     model = runs.load_model(folder)
     images = data.load(run.recipe.data)["test"]
-    marked = images.batch(range(count))
+    marked = images.batch(range(arguments.images))
     assert marked.regions is not None
     batch = images.batch(range(min(len(images), CANDIDATES)))
-    pictures, classes = mosaics(model, batch, run.preprocess, mosaic_count)
+    pictures, classes = mosaics(model, batch, run.preprocess, arguments.mosaics, arguments.confident)
     name = f"{run.recipe.model.name}, {Path(str(run.recipe.data.source)).name}"
     return Network(name, model, inputs(marked, run.preprocess), marked.regions, pictures, classes)
 
 
 def networks(arguments: argparse.Namespace) -> Iterator[Network]:
     if arguments.weights:
-        yield lite0(arguments.weights, arguments.photos, arguments.boxes, arguments.images, arguments.mosaics)
+        yield lite0(arguments)
     for folder in arguments.runs:
-        yield trained(folder, arguments.images, arguments.mosaics)
+        yield trained(folder, arguments)
 
 
 def measured(network: Network, method: Any) -> dict[str, Any]:
@@ -148,6 +150,7 @@ def main() -> None:
     parser.add_argument("--boxes", help="images with boxes, of any classes")
     parser.add_argument("--images", type=int, default=20, help="images with a region (20)")
     parser.add_argument("--mosaics", type=int, default=10, help="mosaics (10)")
+    parser.add_argument("--confident", type=float, default=0.9, help="least probability of an image in a mosaic (0.9)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     arguments = parser.parse_args()
     file = RESULTS / "lrp_bias.json"

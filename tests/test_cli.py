@@ -268,7 +268,10 @@ def test_verdicts_are_counted_by_level_and_keep_a_figure_that_is_always_the_same
     ]
     assert pages_of(verdicts).levels() == "9 maps with a verdict (1 do not read, 4 doubt, 4 note)"
     assert pages_of({"cam": [[]]}).levels() == "0 maps with a verdict"
-    assert titled("lrp", [flat, gaps[1]]) == "lrp (do not read): flat; conservation gap: 30 % of the logit reaches the pixels"
+    assert (
+        titled("lrp", [flat, gaps[1]])
+        == "lrp (do not read): flat; conservation gap: 30 % of the logit reaches the pixels"
+    )
     assert titled("guided", [note]) == "guided: rectifiers intercepted: 49"
 
 

@@ -217,7 +217,8 @@ def test_box_from_the_jacobian(low, high):
 def test_composites_from_the_jacobian(bias):
     net, images = seeded(Net), noise(1, 3, 6, 6)
     gamma, z_plus, alpha_beta, epsilon = (
-        partial(rule, bias=bias) for rule in (reference.gamma, reference.z_plus, reference.alpha_beta, reference.epsilon)
+        partial(rule, bias=bias)
+        for rule in (reference.gamma, reference.z_plus, reference.alpha_beta, reference.epsilon)
     )
     expected = reference.lrp(net.stages(reference.flat, z_plus, epsilon), images[0], 2)
     assert close(lrp_epsilon_plus_flat(net, images, 2, bias=bias)[0, 0], expected)
@@ -656,7 +657,10 @@ class Watched(Rule):
         came, gone = c * layer(x, weight, bias), result if self.for_pixels else result * x
         more, less = weight.clamp(min=0), weight.clamp(max=0)
         high, low = x.clamp(min=0), x.clamp(max=0)
-        positive, negative = layer(high, more, None) + layer(low, less, None), layer(high, less, None) + layer(low, more, None)
+        positive, negative = (
+            layer(high, more, None) + layer(low, less, None),
+            layer(high, less, None) + layer(low, more, None),
+        )
         alone = {
             Zero: (layer(x, weight, None) == 0, 0),
             Gamma: ((positive == 0) & (negative == 0), 0),
@@ -760,7 +764,7 @@ OURS = {
 
 
 class GammaOfOutput(Gamma):
-    """As in zennit: the output, of which the bias is always a part, decides the sign, also if the bias takes nothing."""
+    """As in zennit: the output, with its bias, decides the sign, also if the bias takes nothing."""
 
     def back(self, layer, x, weight, bias, c):
         object.__setattr__(self, "output", layer(x, weight, bias))
@@ -791,7 +795,9 @@ def test_zennit_agrees(build, bias):
         ours = partial(OURS[key], bias=bias)
         if key == "box":
             chosen = {"first": ZBox(-3.0, 3.0), "convolution": GammaOfOutput(), "bias": bias}
-            assert bias == "none" or close(ours(net, images, targets=1), lrp(net, images, 1, composite=Composite(**chosen)))
+            assert bias == "none" or close(
+                ours(net, images, targets=1), lrp(net, images, 1, composite=Composite(**chosen))
+            )
             ours = partial(lrp, composite=Composite(**chosen))
         found = ours(net, images, targets=1)[:, 0]
         theirs = composite(canonizers=[canonizer], layer_map=exact, zero_params=zero_params)

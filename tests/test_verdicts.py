@@ -166,7 +166,9 @@ def test_a_gap_of_several_targets_is_the_largest():
         def forward(self, x):
             return super().forward(x) * 0 + 1
 
-    (verdicts,) = explain(Constant(torch.eye(3)), torch.rand(1, 3, 1, 1), torch.tensor([[0, 1, 2]]), [two]).verdicts["two"]
+    (verdicts,) = explain(Constant(torch.eye(3)), torch.rand(1, 3, 1, 1), torch.tensor([[0, 1, 2]]), [two]).verdicts[
+        "two"
+    ]
     assert "conservation gap: 25 % of the logit reaches the pixels" in verdicts
 
 
@@ -184,8 +186,15 @@ def test_levels_of_the_others(images):
 
 
 def test_a_verdict_is_text_with_a_level():
-    flat, gap = Verdict("flat", "do not read"), Verdict("conservation gap", details="88 % of the logit reaches the pixels")
-    assert flat == "flat" and hash(flat) == hash("flat") and f"{gap}" == "conservation gap: 88 % of the logit reaches the pixels"
+    flat, gap = (
+        Verdict("flat", "do not read"),
+        Verdict("conservation gap", details="88 % of the logit reaches the pixels"),
+    )
+    assert (
+        flat == "flat"
+        and hash(flat) == hash("flat")
+        and f"{gap}" == "conservation gap: 88 % of the logit reaches the pixels"
+    )
     for other in (copy.deepcopy(flat), pickle.loads(pickle.dumps(flat))):
         assert other == "flat" and other.level == "do not read" and type(other) is Verdict
     assert LEVELS == ("note", "doubt", "do not read")

@@ -38,8 +38,9 @@ def signs_of(
     total: Float[Tensor, "b t"] | None,
     is_blind_to_class: bool,
 ) -> Float[Tensor, "b 9"]:
-    """The input of `verdicts_of`, per image: which verdicts hold, variation, the largest gap, whether classes were
-    compared, and for the map with this gap what it sums to and what it should sum to.
+    """The input of `verdicts_of`, per image: which verdicts hold, variation, gap, whether classes were compared, sums.
+
+    The gap is the largest of the image's maps; then come what this map sums to and what it should sum to.
 
     A tensor, so that the device is asked once for all methods.
 

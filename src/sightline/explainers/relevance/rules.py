@@ -95,8 +95,8 @@ class Zero(_WithBias):
 class Epsilon(_WithBias):
     r"""LRP-epsilon, $R_j = \sum_k x_j w_{jk} R_k / (y_k + \epsilon\,\mathrm{sign}\,y_k)$: weak outputs lose relevance.
 
-    With `bias="none"` the divisor is made of $y_k - b_k$, which may be near 0 where $y_k$ is not: deep networks overflow
-    unless epsilon is large.
+    With `bias="none"` the divisor is made of $y_k - b_k$, which may be near 0 where $y_k$ is not: deep networks
+    overflow unless epsilon is large.
 
     Raises:
         ValueError: an epsilon that is not positive.
