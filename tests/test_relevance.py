@@ -233,11 +233,11 @@ def test_composites_from_the_jacobian(bias):
 
 
 def test_a_composite_settles_what_biases_take():
-    rules = {"first": Flat(), "convolution": Gamma(0.5), "linear": Epsilon(0.1)}
+    rules = {"first": Flat(), "convolution": ZPlus(bias="none"), "linear": Epsilon(0.1)}
     assert [Composite(**rules).convolution.bias, Composite(**rules).linear.bias] == ["none", "share"]
     for bias in BIASES:
         settled = Composite(**rules, bias=bias)
-        assert settled.convolution == Gamma(0.5, bias=bias) and settled.linear == Epsilon(0.1, bias=bias)
+        assert settled.convolution == ZPlus(bias=bias) and settled.linear == Epsilon(0.1, bias=bias)
         assert settled.first == Flat()
 
 

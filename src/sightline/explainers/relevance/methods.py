@@ -66,16 +66,14 @@ def lrp(images: Float[Tensor, "b c *grid"], score: Scorer, composite: Composite 
 
 
 @partial(Explainer, is_signed=True, sums_to_score=True)
-def lrp_epsilon_plus_flat(images: Float[Tensor, "b c *grid"], score: Scorer, bias: Bias | None = None) -> Map:
+def lrp_epsilon_plus_flat(images: Float[Tensor, "b c *grid"], score: Scorer, bias: Bias = "share") -> Map:
     """LRP: flat for the first layer, z+ for convolutions, epsilon for linear layers. See `lrp`.
 
     Options:
-        bias: "none": biases take no relevance; "share": they take that of their contribution; None: a share in linear
-            layers only (`Composite`).
+        bias: what biases take. "share": the part of their contribution, which in deep networks with batch normalization
+            is nearly all relevance. "none": nothing, so that much more reaches the pixels.
 
     Source: Montavon et al. 2019; Kohlbrenner et al. 2020 (1910.09840).
-    Differs: biases of convolutions take no share. Folded batch normalization makes them so large that in deep networks
-        almost nothing would reach the pixels.
     """
     return lrp.formula(images, score, Composite(first=Flat(), convolution=ZPlus(), bias=bias))
 
@@ -86,7 +84,7 @@ def lrp_epsilon_gamma_box(
     score: Scorer,
     low: float | tuple[float, ...] | None = None,
     high: float | tuple[float, ...] | None = None,
-    bias: Bias | None = None,
+    bias: Bias = "share",
 ) -> Map:
     """LRP: z-box for the first layer, gamma for convolutions, epsilon for linear layers. See `lrp` and `ZBox`.
 
@@ -95,19 +93,17 @@ def lrp_epsilon_gamma_box(
         bias: as in `lrp_epsilon_plus_flat`.
 
     Source: Montavon et al. 2019.
-    Differs: as `lrp_epsilon_plus_flat`.
     """
     return lrp.formula(images, score, Composite(first=ZBox(low, high), convolution=Gamma(), bias=bias))
 
 
 @partial(Explainer, is_signed=True, sums_to_score=True)
-def lrp_epsilon_alpha2_beta1(images: Float[Tensor, "b c *grid"], score: Scorer, bias: Bias | None = None) -> Map:
+def lrp_epsilon_alpha2_beta1(images: Float[Tensor, "b c *grid"], score: Scorer, bias: Bias = "share") -> Map:
     """LRP: alpha = 2, beta = 1 for convolutions, epsilon for linear layers. See `lrp` and `AlphaBeta`.
 
     Options:
         bias: as in `lrp_epsilon_plus_flat`.
 
     Source: Bach et al. 2015; Kohlbrenner et al. 2020 (1910.09840).
-    Differs: as `lrp_epsilon_plus_flat`.
     """
     return lrp.formula(images, score, Composite(convolution=AlphaBeta(), bias=bias))

@@ -127,8 +127,6 @@ class Epsilon(_WithBias):
 class _Signed(_WithBias):
     """Rules that weight positive and negative contributions differently; inputs may have either sign."""
 
-    bias: Bias = field(default="none", kw_only=True)
-
     def parts(self, weight: Tensor, bias: Tensor | None, z: Callable[[], Tensor]) -> list[Part]:
         """The parts that share the relevance; `z()` is the sum of all contributions."""
         raise NotImplementedError
@@ -163,8 +161,8 @@ class Gamma(_Signed):
 
     Source: Montavon et al. 2019, table 10.1, for positive inputs, where this is w + gamma w+; Andéol et al. 2021
     (2106.04923) for inputs and outputs of either sign.
-    Differs: by default the bias takes nothing, and does not decide the sign. If the sign were the output's, as in
-    zennit with `zero_params`, the divisor could be 0, and deep networks would overflow.
+    Differs: a bias that takes nothing does not decide the sign either. If the sign were the output's, as in zennit with
+        `zero_params`, the divisor could be 0, and deep networks would overflow.
 
     >>> linear, x, weight = torch.nn.functional.linear, torch.ones(1, 2), torch.tensor([[2.0, -1.0]])
     >>> Gamma(1.0).back(linear, x, weight, None, torch.ones(1, 1)).round(decimals=4)  # 4 and -1 of 3
@@ -192,14 +190,14 @@ class AlphaBeta(_Signed):
     r"""LRP-alpha-beta: alpha times the relevance to the positive contributions, -beta times to the negative ones.
 
     $R_j = \sum_k (\alpha z_{jk}^+ / \sum_j z_{jk}^+ - \beta z_{jk}^- / \sum_j z_{jk}^-) R_k$ with
-    $z_{jk} = x_j w_{jk}$. The bias is one of the contributions, as in the paper, only with `bias="share"`.
+    $z_{jk} = x_j w_{jk}$; with `bias="share"` the bias is one of the contributions, as in the paper.
 
     Raises:
         ValueError: alpha - beta is not 1, or one of them is negative.
 
     Source: Bach et al. 2015, eq. 60.
-    Differs: by default the bias takes nothing. An output without negative (positive) contributions keeps only the alpha
-    (beta) term, so relevance is conserved only where both kinds exist. The paper leaves this case open.
+    Differs: an output without negative (positive) contributions keeps only the alpha (beta) term, so relevance is
+    conserved only where both kinds exist. The paper leaves this case open.
 
     >>> linear, x, weight = torch.nn.functional.linear, torch.ones(1, 3), torch.tensor([[3.0, 1.0, -2.0]])
     >>> AlphaBeta().back(linear, x, weight, None, torch.ones(1, 1)).round(decimals=4)  # 2 * 2 * (3/4, 1/4), -1 * 2
@@ -230,8 +228,8 @@ class ZPlus(AlphaBeta):
 
     Source: Montavon et al. 2017 (1512.02479), z+ rule, for positive inputs; alpha = 1, beta = 0 of Bach et al. 2015
     otherwise.
-    Differs: by default the bias takes nothing, and an output without positive contributions loses its relevance. With
-    `bias="share"` the positive part of the bias is one of the contributions; the first paper has no positive bias.
+    Differs: with `bias="share"` the positive part of the bias is one of the contributions; the first paper has no
+    positive bias. With `bias="none"` an output without positive contributions loses its relevance.
 
     >>> linear, x, weight = torch.nn.functional.linear, torch.ones(1, 3), torch.tensor([[3.0, 1.0, -2.0]])
     >>> ZPlus().back(linear, x, weight, None, torch.ones(1, 1)).round(decimals=4)
@@ -315,8 +313,7 @@ class Composite:
         first: convolutions and linear layers that read the image itself; None = like all others.
         convolution: all other convolutions.
         linear: all other linear layers.
-        bias: what biases take under every rule that has the choice; None: what each rule says, that is a share under
-            `Zero` and `Epsilon`, nothing under the others.
+        bias: what biases take under every rule that has the choice; None: what each rule says.
 
     Raises:
         ValueError: a rule for pixels after the first layer.
