@@ -83,7 +83,7 @@ def lite0(arguments: argparse.Namespace) -> Network:
     model = timm.create_model("tf_efficientnet_lite0").eval()
     state = torch.load(arguments.weights, weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
-    preprocess = Preprocess(size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
+    preprocess = Preprocess(size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     boxes = data.load_whole(Data(source=arguments.boxes, size=224, test_size=CANDIDATES))["test"]
     marked = boxes.batch(range(arguments.images))
     assert marked.regions is not None
