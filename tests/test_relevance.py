@@ -870,3 +870,10 @@ def test_errors():
         Epsilon(0.0)
     with pytest.raises(ValueError, match="expected a rule for any layer, got Flat"):
         Composite(convolution=Flat())
+
+
+def test_a_bias_takes_its_share_or_nothing(unchecked):
+    with pytest.raises(ValueError, match="expected bias='none' or bias='share' in ZPlus, got 'half'"):
+        ZPlus(bias="half")
+    with pytest.raises(ValueError, match="expected bias='none' or bias='share' in Epsilon, got 'half'"):
+        Composite(bias="half")
