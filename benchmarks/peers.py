@@ -557,7 +557,8 @@ def zennit_cases() -> list[Case]:
     ex = sl.explainers
 
     def lrp(method: str) -> Case:
-        ours = partial(ex.lrp_epsilon_gamma_box, low=-4.0, high=4.0) if "box" in method else getattr(ex, method)
+        options: dict[str, Any] = {} if method == "lrp" else {"bias": "share"}  # as zennit without zero_params
+        ours = partial(getattr(ex, method), **options | ({"low": -4.0, "high": 4.0} if "box" in method else {}))
         theirs = partial(zennit_lrp, method=method)
         return (
             case("lrp (epsilon)" if method == "lrp" else method, theirs, ours)

@@ -289,9 +289,9 @@ def pages_of(verdicts):
 def test_verdicts_are_counted_by_level_and_keep_a_figure_that_is_always_the_same():
     flat, note = Verdict("flat", "do not read"), Verdict("rectifiers intercepted", "note", details="49")
     gaps = [
-        Verdict("conservation gap", details="12%"),
-        Verdict("conservation gap", details="30%"),
-        Verdict("conservation gap", "note", details="2%"),
+        Verdict("conservation gap", details="88 % of the logit reaches the pixels"),
+        Verdict("conservation gap", details="30 % of the logit reaches the pixels"),
+        Verdict("conservation gap", "note", details="98 % of the logit reaches the pixels"),
     ]
     verdicts = {"lrp": [[gaps[0]], [flat, gaps[1]], [gaps[2]]], "grad_cam": [[], [], []], "guided": [[note]] * 3}
     verdicts["rollout"] = [[Verdict("gap", details="49")]] * 3
@@ -302,7 +302,10 @@ def test_verdicts_are_counted_by_level_and_keep_a_figure_that_is_always_the_same
     ]
     assert pages_of(verdicts).levels() == "9 maps with a verdict (1 do not read, 4 doubt, 4 note)"
     assert pages_of({"cam": [[]]}).levels() == "0 maps with a verdict"
-    assert titled("lrp", [flat, gaps[1]]) == "lrp (do not read): flat; conservation gap: 30%"
+    assert (
+        titled("lrp", [flat, gaps[1]])
+        == "lrp (do not read): flat; conservation gap: 30 % of the logit reaches the pixels"
+    )
     assert titled("guided", [note]) == "guided: rectifiers intercepted: 49"
 
 

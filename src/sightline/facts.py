@@ -147,9 +147,11 @@ class Verdict(str):
     "note" says how to read the map, "doubt" says what speaks against it, and "do not read" means that the picture shows
     nothing about the model. A verdict equals its kind and its own text.
 
-    >>> gap = Verdict("conservation gap", "doubt", 0.12, "12%")
-    >>> str(gap), gap == "conservation gap", gap.kind, gap.level, gap.amount
-    ('conservation gap: 12%', True, 'conservation gap', 'doubt', 0.12)
+    >>> gap = Verdict("conservation gap", "doubt", 0.14, "88 % of the logit reaches the pixels")
+    >>> str(gap)
+    'conservation gap: 88 % of the logit reaches the pixels'
+    >>> gap == "conservation gap", gap.kind, gap.level, gap.amount
+    (True, 'conservation gap', 'doubt', 0.14)
     """
 
     kind: str

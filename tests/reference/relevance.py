@@ -16,40 +16,45 @@ def away(value, epsilon):
     return value + (epsilon if value >= 0 else -epsilon)
 
 
-def epsilon(matrix, offset, x, relevance, epsilon=1e-6):
+def contributions(row, x, offset, bias):
+    """Of the inputs, and of the bias last, which is no contribution where it is to take nothing."""
+    return torch.cat([row * x, offset[None] if bias == "share" else torch.zeros_like(offset[None])])
+
+
+def epsilon(matrix, offset, x, relevance, epsilon=1e-6, bias="share"):
     """Bach et al. 2015, eq. 58; epsilon = 0 is LRP-0, eq. 56."""
     found = torch.zeros_like(x)
     for k, row in enumerate(matrix):
-        found += row * x * relevance[k] / away((row * x).sum() + offset[k], epsilon)
+        parts = contributions(row, x, offset[k], bias)
+        found += parts[:-1] * relevance[k] / away(parts.sum(), epsilon)
     return found
 
 
-def gamma(matrix, offset, x, relevance, gamma=0.25):
-    """Montavon et al. 2019: contributions of the sign of the output count 1 + gamma times."""
+def gamma(matrix, offset, x, relevance, gamma=0.25, bias="share"):
+    """Montavon et al. 2019: contributions of the sign of their sum count 1 + gamma times."""
     found = torch.zeros_like(x)
     for k, row in enumerate(matrix):
-        parts = torch.cat([row * x, offset[k : k + 1]])
-        y = parts.sum()
-        if y != 0:
-            parts = parts + gamma * parts * (parts * y > 0)
+        parts = contributions(row, x, offset[k], bias)
+        if parts.sum() != 0:
+            parts = parts + gamma * parts * (parts * parts.sum() > 0)
             found += parts[:-1] * relevance[k] / away(parts.sum(), 1e-6)
     return found
 
 
-def alpha_beta(matrix, offset, x, relevance, alpha=2.0, beta=1.0):
+def alpha_beta(matrix, offset, x, relevance, alpha=2.0, beta=1.0, bias="share"):
     """Bach et al. 2015, eq. 60."""
     found = torch.zeros_like(x)
     for k, row in enumerate(matrix):
-        parts = torch.cat([row * x, offset[k : k + 1]])
+        parts = contributions(row, x, offset[k], bias)
         positive, negative = parts * (parts > 0), parts * (parts < 0)
         found += alpha * positive[:-1] * relevance[k] / away(positive.sum(), 1e-6)
         found -= beta * negative[:-1] * relevance[k] / away(negative.sum(), 1e-6)
     return found
 
 
-def z_plus(matrix, offset, x, relevance):
+def z_plus(matrix, offset, x, relevance, bias="share"):
     """Montavon et al. 2017: the positive contributions only."""
-    return alpha_beta(matrix, offset, x, relevance, 1.0, 0.0)
+    return alpha_beta(matrix, offset, x, relevance, 1.0, 0.0, bias)
 
 
 def z_box(matrix, offset, x, relevance, low, high):

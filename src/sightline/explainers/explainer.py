@@ -214,6 +214,7 @@ def explanation_of(
     layers: dict[str, Layer] = {}
     signs: list[Tensor] = []
     remarks: list[tuple[Verdict, ...]] = []
+    wholes: list[str] = []
     for pieces, request, evidence in zip(parts, requests, first, strict=True):
         assert evidence is not None
         explainer, other = request.explainer, evidence.runner_up
@@ -233,6 +234,8 @@ def explanation_of(
             is_blind_to_class=explainer.is_blind_to_class,
         )
         signs.append(sign)
+        whole = "score" if callable(targets) else "logit"
+        wholes.append(whole if pieces[0].total is None else "expected total")
         remarks.append(pieces[0].remarks + ((evidence.rectifiers.verdict(),) if explainer.needs & GUIDED else ()))
     rows: list[list[list[float]]] = torch.stack(signs).tolist()
     return Explanation(
@@ -242,8 +245,8 @@ def explanation_of(
         probabilities=gathered.probabilities,
         layers=layers,
         verdicts={
-            name: verdicts_of(row, is_blind_to_class=request.explainer.is_blind_to_class, remarks=remark)
-            for name, row, request, remark in zip(values, rows, requests, remarks, strict=True)
+            name: verdicts_of(row, is_blind_to_class=request.explainer.is_blind_to_class, whole=whole, remarks=remark)
+            for name, row, request, whole, remark in zip(values, rows, requests, wholes, remarks, strict=True)
         },
         unchecked=tuple(name for name, row in zip(values, rows, strict=True) if not all(each[-1] for each in row)),
         notices=tuple(scorer.notices),

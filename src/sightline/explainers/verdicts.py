@@ -1,5 +1,6 @@
 """Maps and the verdicts on them: reasons to distrust a map, and how strong they are."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,8 +37,10 @@ def signs_of(
     score: Float[Tensor, "b t"] | None,
     total: Float[Tensor, "b t"] | None,
     is_blind_to_class: bool,
-) -> Float[Tensor, "b 7"]:
-    """The input of `verdicts_of`, per image: which verdicts hold, variation, gap, whether classes were compared.
+) -> Float[Tensor, "b 9"]:
+    """The input of `verdicts_of`, per image: which verdicts hold, variation, gap, whether classes were compared, sums.
+
+    The gap is the largest of the image's maps; then come what this map sums to and what it should sum to.
 
     A tensor, so that the device is asked once for all methods.
 
@@ -66,21 +69,33 @@ def signs_of(
         differ = targets != targets.roll(-1, 1)
         compared = differ.any(1)
         same = (_same(values, values.roll(-1, 1)) | ~differ).all(1) & compared
-    gaps = torch.zeros_like(absolute[:, 0])
-    if total is not None:
-        gaps = ((values.sum(2) - total.detach()).abs() / absolute).amax(1)
+    sums = values.sum(2)
+    expected = sums if total is None else total.detach()
+    gaps, widest = ((sums - expected).abs() / absolute).max(1, keepdim=True)
     negative = finite & ((high <= 0) & (low < 0)).any(1)
-    signs = [~finite, flat, variation, negative, finite & ~flat & same, gaps, compared]
+    gap = [value[:, 0] for value in (gaps, sums.gather(1, widest), expected.gather(1, widest))]
+    signs = [~finite, flat, variation, negative, finite & ~flat & same, gap[0], compared, *gap[1:]]
     return torch.stack([sign.float() for sign in signs], 1)
 
 
 def verdicts_of(
-    signs: list[list[float]], *, is_blind_to_class: bool, remarks: Sequence[Verdict] = ()
+    signs: list[list[float]], *, is_blind_to_class: bool, whole: str = "score", remarks: Sequence[Verdict] = ()
 ) -> list[list[Verdict]]:
-    """Verdicts on the maps of each image, those on all of them last; an empty list means that nothing is wrong."""
+    """Verdicts on the maps of each image, those on all of them last; an empty list means that nothing is wrong.
+
+    `whole` is what the maps should sum to, in words.
+    """
 
     def of_image(
-        broken: float, flat: float, variation: float, negative: float, same: float, gap: float, _: float
+        broken: float,
+        flat: float,
+        variation: float,
+        negative: float,
+        same: float,
+        gap: float,
+        _: float,
+        reached: float,
+        expected: float,
     ) -> list[Verdict]:
         verdicts: list[Verdict] = []
         if broken:
@@ -95,10 +110,24 @@ def verdicts_of(
             verdicts.append(Verdict("class-independent", "note" if is_blind_to_class else "doubt"))
         level: Level | None = next((level for least, level in _GAPS if gap > least), None)
         if level is not None:
-            verdicts.append(Verdict("conservation gap", level, gap, f"{gap:.0%}"))
+            verdicts.append(Verdict("conservation gap", level, gap, reach(reached, expected, whole)))
         return verdicts
 
     return [[*of_image(*row), *remarks] for row in signs]
+
+
+def reach(reached: float, expected: float, whole: str) -> str:
+    """How much of what a map should sum to is in it; both values where a percentage would say nothing.
+
+    >>> reach(0.0015, 7.8, "logit"), reach(7.1, 7.8, "logit")
+    ('0.019 % of the logit reaches the pixels', '91 % of the logit reaches the pixels')
+    >>> reach(-0.94, 7.8, "logit"), reach(0.5, 0.0, "score")
+    ('the pixels sum to -0.94, the logit is 7.8', 'the pixels sum to 0.5, the score is 0')
+    """
+    share = reached / expected if expected else math.inf
+    if not 0 <= share < 10:
+        return f"the pixels sum to {reached:.2g}, the {whole} is {expected:.2g}"
+    return f"{100 * share:{'.2g' if share < 0.1 else '.0f'}} % of the {whole} reaches the pixels"
 
 
 def _same(one: Float[Tensor, "b t n"], other: Float[Tensor, "b t n"]) -> Tensor:

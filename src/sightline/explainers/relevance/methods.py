@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sightline.explainers.explainer import Explainer
 from sightline.explainers.relevance.propagation import Propagation
-from sightline.explainers.relevance.rules import AlphaBeta, Composite, Flat, Gamma, ZBox, ZPlus
+from sightline.explainers.relevance.rules import AlphaBeta, Bias, Composite, Flat, Gamma, ZBox, ZPlus
 from sightline.explainers.scorer import Scorer, gradients_of
 from sightline.explainers.verdicts import Map
 from sightline.facts import Verdict
@@ -23,9 +23,10 @@ _TARGETS_AT_ONCE = 8  # bounds memory
 def lrp(images: Float[Tensor, "b c *grid"], score: Scorer, composite: Composite = _EPSILON) -> Map:
     r"""Layer-wise relevance propagation: how much of the logit each pixel accounts for, positive or negative.
 
-    Without biases the relevance of all pixels sums to the logit (up to epsilon); each bias absorbs its contribution.
-    The gap between the two is what a map does not explain. `composite` says which layer takes which rule; LRP-epsilon
-    by default.
+    Without biases the relevance of all pixels sums to the logit (up to epsilon). A bias absorbs its contribution if it
+    takes a share (`Composite.bias`); then, and where an output has no input to hand its relevance to, the pixels get
+    less. The gap is what a map does not explain. `composite` says which layer takes which rule; LRP-epsilon with biases
+    that take their share by default.
 
     Batch normalization directly behind a convolution, transposed or not, or a linear layer is folded into it for the
     pass, and so is any other constant that shifts whole channels, with the scale before it (frozen batch
@@ -43,6 +44,7 @@ def lrp(images: Float[Tensor, "b c *grid"], score: Scorer, composite: Composite 
     Overview"); Ali et al. 2022 (2202.07304) for softmax and layer normalization; Arras et al. 2017 (1706.07206) for
     gates; Achtibat et al. 2024 (2402.05602) for products of equals.
     Differs: inside `nn.MultiheadAttention` the projections of values and outputs take LRP-0, whatever the composite.
+        Biases of layer and group normalization and other constants that are added always keep their share.
     """
     if not isinstance(composite, Composite):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"expected a Composite as composite of lrp, got {composite!r}; see sightline.explainers")
@@ -64,12 +66,16 @@ def lrp(images: Float[Tensor, "b c *grid"], score: Scorer, composite: Composite 
 
 
 @partial(Explainer, is_signed=True, sums_to_score=True)
-def lrp_epsilon_plus_flat(images: Float[Tensor, "b c *grid"], score: Scorer) -> Map:
+def lrp_epsilon_plus_flat(images: Float[Tensor, "b c *grid"], score: Scorer, bias: Bias = "share") -> Map:
     """LRP: flat for the first layer, z+ for convolutions, epsilon for linear layers. See `lrp`.
+
+    Options:
+        bias: what biases take. "share": the part of their contribution, which in deep networks with batch normalization
+            is nearly all relevance. "none": nothing, so that much more reaches the pixels.
 
     Source: Montavon et al. 2019; Kohlbrenner et al. 2020 (1910.09840).
     """
-    return lrp.formula(images, score, Composite(first=Flat(), convolution=ZPlus()))
+    return lrp.formula(images, score, Composite(first=Flat(), convolution=ZPlus(), bias=bias))
 
 
 @partial(Explainer, is_signed=True, sums_to_score=True)
@@ -78,18 +84,26 @@ def lrp_epsilon_gamma_box(
     score: Scorer,
     low: float | tuple[float, ...] | None = None,
     high: float | tuple[float, ...] | None = None,
+    bias: Bias = "share",
 ) -> Map:
     """LRP: z-box for the first layer, gamma for convolutions, epsilon for linear layers. See `lrp` and `ZBox`.
 
+    Options:
+        low, high: range of the pixels, as in `ZBox`.
+        bias: as in `lrp_epsilon_plus_flat`.
+
     Source: Montavon et al. 2019.
     """
-    return lrp.formula(images, score, Composite(first=ZBox(low, high), convolution=Gamma()))
+    return lrp.formula(images, score, Composite(first=ZBox(low, high), convolution=Gamma(), bias=bias))
 
 
 @partial(Explainer, is_signed=True, sums_to_score=True)
-def lrp_epsilon_alpha2_beta1(images: Float[Tensor, "b c *grid"], score: Scorer) -> Map:
+def lrp_epsilon_alpha2_beta1(images: Float[Tensor, "b c *grid"], score: Scorer, bias: Bias = "share") -> Map:
     """LRP: alpha = 2, beta = 1 for convolutions, epsilon for linear layers. See `lrp` and `AlphaBeta`.
+
+    Options:
+        bias: as in `lrp_epsilon_plus_flat`.
 
     Source: Bach et al. 2015; Kohlbrenner et al. 2020 (1910.09840).
     """
-    return lrp.formula(images, score, Composite(convolution=AlphaBeta()))
+    return lrp.formula(images, score, Composite(convolution=AlphaBeta(), bias=bias))

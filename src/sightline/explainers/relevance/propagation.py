@@ -311,7 +311,8 @@ class Propagation(Operations):
         if weighted is not None and weighted.axis == 1:
             return self._remembered(weighted.folded(scale, shift), lambda: F.batch_norm(**detached))
         scale, shift = (v.reshape(-1, *[1] * (input.ndim - 2)) for v in (scale, shift))
-        return _Weighted(_diagonal, input, scale, shift, Epsilon(), 1).output(lambda: F.batch_norm(**detached))
+        rule = Epsilon(bias=self.composite.convolution.bias)
+        return _Weighted(_diagonal, input, scale, shift, rule, 1).output(lambda: F.batch_norm(**detached))
 
     def _product(self, operation: Operation, inputs: list[Tensor]) -> Any:
         gates = [tensor for tensor in inputs if self._kinds.get(tensor) == "gate"]
