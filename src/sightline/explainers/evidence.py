@@ -17,7 +17,7 @@ from sightline.explainers.rectifiers import Rectifiers, Rule
 from sightline.explainers.scorer import Scorer, Targets, gradients_of, rows_of
 from sightline.explainers.tokens import SmoothAttention
 from sightline.facts import Progress
-from sightline.inference import ForwardCall, untouched
+from sightline.inference import ForwardCall, unwrapped
 from sightline.inference.axes import Layout
 
 _OF_LAYER = {"activations", "gradients", "mean_gradients", "runner_up_gradients", "head"}
@@ -161,7 +161,7 @@ class Gathered:
         starts = range(0, self.scorer.targets.shape[1], size)
         for start in starts:
             # A checkpointed part of the model runs once more in the backward: in eval mode, as the first time.
-            with untouched(self.model), torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 block = self._block(slice(start, start + size), is_last=start == starts[-1])
             yield [None if start and "score" in p.needs else e for p, e in zip(self.places, block, strict=True)]
 
@@ -284,7 +284,7 @@ def gather(
     so no graph of the trunk is kept. No parameter gets a gradient; frozen parameters, an outer `no_grad` and in-place
     activations change nothing. The layer None is the model's `default_layer` if it has one, else the last tensor with
     h*w > 1 in this very forward through which the gradient of the logits is not zero. For a `gate` the layer names the
-    attention block; None is the last block with h*w > 1.
+    attention block; None is the last block with h*w > 1. The caller keeps the model `untouched`.
 
     Raises:
         ValueError: bad targets or layer, no rectifier for guided gradients.
@@ -294,7 +294,8 @@ def gather(
     needs = frozenset[str]().union(*(needs for _, needs in requests))
     reads_images = bool(needs & _OF_IMAGE.keys())
     whole = settings.differentiable or reads_images
-    with untouched(model) as net, torch.inference_mode(False), torch.set_grad_enabled(whole):
+    net = unwrapped(model)
+    with torch.inference_mode(False), torch.set_grad_enabled(whole):
         if not (settings.differentiable and images.requires_grad):
             images = images.detach().clone().requires_grad_(reads_images)
         scorer = Scorer(
@@ -305,8 +306,8 @@ def gather(
             progress=settings.progress,
             differentiable=settings.differentiable,
         )
-        for layer, _ in requests:
-            if layer is not None:
+        for layer, fields in requests:
+            if layer is not None and not fields & _OF_LAYER:
                 find_layer(net, layer)
         default = getattr(net, "default_layer", None)
         layers = [default if layer is None else layer for layer, fields in requests if fields & _OF_LAYER]

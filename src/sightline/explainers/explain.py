@@ -15,7 +15,7 @@ from sightline.explainers.evidence import Settings
 from sightline.explainers.explainer import Explainer, Explanation, Request, explanation_of
 from sightline.explainers.scorer import Targets
 from sightline.facts import Progress, current_name, did_you_mean
-from sightline.inference import Output, check_images, forward_call, preserving
+from sightline.inference import Output, check_images, forward_call
 
 EXPLAINERS: dict[str, Explainer] = {
     name: explainer
@@ -27,7 +27,6 @@ EXPLAINERS: dict[str, Explainer] = {
 Method = str | Explainer | partial[Any]
 
 
-@preserving
 def explain(
     model: nn.Module,
     images: Float[Tensor, "b c *grid"],
