@@ -55,11 +55,9 @@ def keep_freed_memory() -> None:
     on a CPU. Nothing is changed where the environment already sets the allocator (`MALLOC_...`, `GLIBC_TUNABLES`) or
     `SIGHTLINE_KEEP_MEMORY` is 0.
     """
-    environment = os.environ
-    is_set = any(name.startswith("MALLOC_") for name in environment) or "malloc" in environment.get(
-        "GLIBC_TUNABLES", ""
-    )
-    if is_set or environment.get("SIGHTLINE_KEEP_MEMORY") == "0":
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    is_set = "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)
+    if is_set or os.environ.get("SIGHTLINE_KEEP_MEMORY") == "0":
         return
     if sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names and os.confstr("CS_GNU_LIBC_VERSION"):
         libc = ctypes.CDLL(None)

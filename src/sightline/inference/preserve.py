@@ -110,7 +110,7 @@ def _modules_of(model: nn.Module) -> list[nn.Module]:
     """What `model.modules()` yields, in another order, in a fifth of the time."""
     modules, waiting = {id(model): model}, [model]
     while waiting:
-        for module in waiting.pop()._modules.values():
+        for module in waiting.pop()._modules.values():  # pyright: ignore[reportPrivateUsage]
             if module is not None and id(module) not in modules:
                 modules[id(module)] = module
                 waiting.append(module)

@@ -102,15 +102,16 @@ class Capture:
     def _is_replayed(self) -> bool:
         """Fill in everything as a forward with the same operations did; False if there was none."""
         scorer = self.scorer
-        plan = None if self.key is None else plan_of(self.model, self.key)
-        if plan is None:
+        kept = None if self.key is None else plan_of(self.model, self.key)
+        if kept is None:
             return False
+        plan, modules = kept
         before, gradients = scorer.forward_call, torch.is_grad_enabled()
         replay = Replay(plan, self.images)
         with ExitStack() as contexts:
             for place in plan.places:
                 hook = partial(self._keep_again, replay, place)
-                contexts.enter_context(place.of(self.model).register_forward_hook(hook))
+                contexts.enter_context(modules[place.name].register_forward_hook(hook))
             contexts.enter_context(self.model.register_forward_hook(replay.end))
             try:
                 scorer.begin(self.images, replay)
@@ -152,10 +153,10 @@ class Capture:
                 return self._analyze()
             self.read[name] = automatic
         self.captured = [self.read[name] for name in self.names]
-        if not searched:
-            is_sure = all(len(calls) == 1 and not self.read[name].layout.fold > 1 for name, calls in self.calls.items())
-        else:
+        if isinstance(self.watch, LastFeatures):
             is_sure = searched == [""] == [*self.read] and self.watch.is_read_alone(scores, self.read[""])
+        else:
+            is_sure = all(len(calls) == 1 and self.read[name].layout.fold == 1 for name, calls in self.calls.items())
         if is_sure and not self.watch.positions.is_assumed and self.key is not None:
             names = {layer: captured.name for layer, captured in zip(self.layers, self.captured, strict=True)}
             places = {one.name: (self.modules.get(one.name), one.layout) for one in self.captured}

@@ -29,8 +29,8 @@ from sightline.inference.axes import Layout
 from sightline.inference.operations import Operation, unseen
 from sightline.inference.probabilities import Origin, Probabilities
 
-_PLAIN = {int, float, bool, str, NoneType, EllipsisType}
-_PLAIN |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
+_SETTINGS = {torch.dtype, torch.device, torch.layout, torch.memory_format}
+_PLAIN = {int, float, bool, str, NoneType, EllipsisType} | _SETTINGS
 _BUILT_IN = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
 _UNSEEN = None, 0
 _MOST_PLANS = 8  # per model: layers and shapes of images
@@ -83,13 +83,19 @@ class _Plans:
 _PLANS: Any = WeakIdKeyDictionary()
 
 
-def plan_of(model: nn.Module, call: Hashable) -> Plan | None:
-    """The plan for such a call of the model, if its layers are still there."""
+def plan_of(model: nn.Module, call: Hashable) -> tuple[Plan, dict[str, nn.Module]] | None:
+    """The plan for such a call of the model, and its layers by name, if these are still there."""
     plans: _Plans | None = _PLANS.get(model)
     plan = None if plans is None else plans.by_call.get(call)
-    if plan is None or any(place.of(model) is not place.module() for place in plan.places):
+    if plan is None:
         return None
-    return plan
+    modules: dict[str, nn.Module] = {}
+    for place in plan.places:
+        module = place.of(model)
+        if module is None or module is not place.module():
+            return None
+        modules[place.name] = module
+    return plan, modules
 
 
 def keep(model: nn.Module, call: Hashable, plan: Plan) -> None:
@@ -179,12 +185,11 @@ class Recording(Probabilities):
             try:
                 before = self.trace.before((operation.args, *operation.kwargs.items()))
             except _Unrecordable:
-                self.is_whole = False
+                before, self.is_whole = None, False
         output = super().on(operation)
-        if self.is_whole:
-            with unseen():
-                self.steps.append((operation.func, before, self.trace.after(output)))
-            self.is_whole = _is_of_torch(operation.func)
+        with unseen():
+            self.steps.append((operation.func, before, self.trace.after(output)))
+        self.is_whole &= _is_of_torch(operation.func)
         return output
 
     @contextmanager
