@@ -28,6 +28,7 @@ _OF_IMAGE: dict[str, Rule] = {
 }
 GUIDED = {"guided_gradients", "deconvolved_gradients"}
 _GRADIENTS = {"gradients", "mean_gradients", "runner_up_gradients"}
+_AT_POSITIONS = {"gradients", "runner_up_gradients"}
 _OF_TARGET = {*_OF_IMAGE, "runner_up_gradients", "score"}  # not gathered for the runner-up
 _LARGEST_BLOCK = 2**26  # numbers of a gradient that are held at once: 256 MiB
 _INPUT_GRAPH = 20  # the largest gradient on the way back to the images, in images
@@ -191,7 +192,7 @@ class Gathered:
         passes = self._passes()
         targets = self.scorer.targets[:, columns]
         runners_up = self.scorer.runners_up()[:, columns] if "runner_up" in passes else targets
-        at_layers: dict[str, dict[_Place, Tensor]] = {}
+        at_layers: dict[str, dict[_Place, Tensor | None]] = {}
         of_image: dict[str, Tensor] = {}
         for name, places in passes.items():
             self.rectifiers.rule = _OF_IMAGE.get(name, "plain")
@@ -214,14 +215,18 @@ class Gathered:
 
     def _gradients(
         self, classes: Tensor, places: Sequence[_Place], of_image: bool, keep: bool
-    ) -> tuple[dict[_Place, Tensor], list[Tensor]]:
-        """Gradients of the scores at the layers, (b, t, k, *grid), and at the images; in closed form where possible."""
+    ) -> tuple[dict[_Place, Tensor | None], list[Tensor]]:
+        """Gradients of the scores at the layers, (b, t, k, *grid), and at the images; in closed form where possible.
+
+        None where a closed form is asked only for its mean.
+        """
         through = [place for place in places if place.head is None]
         read = [place.at for place in through]
         if of_image:
             read.append(Captured("the images", self.images, Layout(tuple(self.images.shape[2:])), 0))
         tensors, graph = [captured.tensor for captured in read], self.scorer.differentiable
-        back = gradients_of(self.scorer.of(classes), tensors, create_graph=graph, retain_graph=keep)
+        scores = self.scorer.of(classes) if tensors else self.scorer.logits
+        back = gradients_of(scores, tensors, create_graph=graph, retain_graph=keep)
         gradients: list[Tensor] = []
         for captured, gradient in zip(read, back, strict=True):
             if gradient is None:
@@ -231,8 +236,11 @@ class Gathered:
                     "sure the forward does not switch gradients off"
                 )
             gradients.append(captured.layout.maps(_as_float(gradient, self.scorer), lead=2))
-        at_layers = dict(zip(through, gradients, strict=False))
+        at_layers: dict[_Place, Tensor | None] = dict(zip(through, gradients, strict=False))
         for place in {*places} - {*through}:
+            if not place.needs & _AT_POSITIONS:
+                at_layers[place] = None
+                continue
             weights, grid = self._mean(place, classes, None), place.at.layout.grid
             at_layers[place] = weights.reshape(*weights.shape, *[1] * len(grid)).expand(*weights.shape, *grid)
         return at_layers, gradients[len(through) :]

@@ -94,7 +94,9 @@ class Explainer:
         self.sums_to_score = sums_to_score
         """Whether the map distributes the score (less that of its baseline) over the pixels; a gap is a verdict."""
         arguments.check_needs(formula, _FIELDS, "fields of Evidence")
-        self.needs = frozenset(map(current_name, arguments.needs(formula)))
+        self.parameters = arguments.needs(formula)
+        """Fields of `Evidence`, as the formula calls them."""
+        self.needs = frozenset(map(current_name, self.parameters))
         self.options = arguments.options(formula)
         self.is_blind_to_class = ignores_class or self.needs <= _SAME_FOR_ALL_CLASSES
         """Whether the map is the same for all classes by construction."""
@@ -137,7 +139,7 @@ class Explainer:
             ValueError: it returns something else than one map per target.
             RuntimeError: it changes evidence in place, which other formulas read.
         """
-        given = {name: getattr(evidence, current_name(name)) for name in arguments.needs(self.formula)}
+        given = {name: getattr(evidence, current_name(name)) for name in self.parameters}
         versions = {name: version_of(value) for name, value in given.items() if isinstance(value, Tensor)}
         score = evidence.score
         autocast = torch.autocast(evidence.images.device.type, enabled=False)

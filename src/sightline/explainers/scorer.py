@@ -195,7 +195,7 @@ class Scorer:
 
 def rows_of(weights: Float[Tensor, "n k"], classes: Int[Tensor, "b t"], divisor: int = 1) -> Float[Tensor, "b t k"]:
     """Each class's row divided by `divisor`; stored once if all images have the same classes."""
-    if (classes == classes[:1]).all():
+    if len(classes) == 1 or (classes == classes[:1]).all():
         return (weights[classes[0]] / divisor).expand(len(classes), -1, -1)
     return weights[classes] / divisor
 

@@ -32,6 +32,9 @@ from sightline.inference.probabilities import Origin, Probabilities
 _SETTINGS = {torch.dtype, torch.device, torch.layout, torch.memory_format}
 _PLAIN = {int, float, bool, str, NoneType, EllipsisType} | _SETTINGS
 _BUILT_IN = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
+_READS = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda")}
+_READS |= {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, torch._assert}
+"""They say what tensors look like, which the operations before them decide."""
 _UNSEEN = None, 0
 _MOST_PLANS = 8  # per model: layers and shapes of images
 _MOST_MISSES = 2  # per model: afterwards its forward counts as one that varies
@@ -179,7 +182,7 @@ class Recording(Probabilities):
 
     def on(self, operation: Operation) -> Any:
         """The result of the operation."""
-        if self.is_paused or self.is_over or not self.is_whole:
+        if self.is_paused or self.is_over or not self.is_whole or operation.func in _READS:
             return super().on(operation)
         with unseen():
             try:
@@ -259,21 +262,20 @@ class Replay(Probabilities):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.is_over or not self.is_same:
-            return self._behind(func, args, kwargs)
-        try:
-            before = self.trace.before((args, *kwargs.items()))
-        except _Unrecordable:
-            self.is_same = False
-            return self._behind(func, args, kwargs)
-        output = self._behind(func, args, kwargs)
-        steps, place = self.plan.steps, self.place
-        self.place += 1
-        self.is_same = place < len(steps) and (func, before, self.trace.after(output)) == steps[place]
+        if func in _READS:
+            return func(*args, **kwargs)
+        before = None
+        if self.is_same and not self.is_over:
+            try:
+                before = self.trace.before((args, *kwargs.items()))
+            except _Unrecordable:
+                self.is_same = False
+        output = with_graph(Operation(func, args, kwargs)) if self.kept else func(*args, **kwargs)
+        if self.is_same and not self.is_over:
+            steps, place = self.plan.steps, self.place
+            self.place += 1
+            self.is_same = place < len(steps) and (func, before, self.trace.after(output)) == steps[place]
         return output
-
-    def _behind(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return with_graph(Operation(func, args, kwargs)) if self.kept else func(*args, **kwargs)
 
     def keep(self, place: Place, tensor: Any) -> Tensor | None:
         """Begin the graph at a layer's tensor; the tensor to hand on in its place."""
