@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 from sightline.explainers import explain
 from sightline.explainers.capture import replay
 from sightline.explainers.capture.features import LastFeatures, Watch
+from sightline.inference.operations import unseen
 
 IMAGES = torch.randn(2, 3, 12, 8, generator=torch.Generator().manual_seed(1))
 METHODS = ("grad_cam", "layer_cam", "activation_map")
@@ -408,3 +409,19 @@ def test_arguments_that_cannot_be_compared_are_not_recorded(monkeypatch):
 
 class Scale(float):
     """A number of a kind of its own."""
+
+
+def test_modes_see_operations_again_after_an_interrupt_hid_them():
+    model = net()
+
+    def hide(x):
+        unseen().__enter__()  # as if the interrupt came before its end
+        raise KeyboardInterrupt
+
+    model.behind = hide
+    with pytest.raises(KeyboardInterrupt):
+        explain(model, IMAGES)
+    model.behind = lambda x: x
+    check_as_fresh(model)
+    with Watch(IMAGES, cut=True) as watch:
+        assert watch.positions.knows(IMAGES + 1)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sightline.inference.operations import unseen
 from sightline.inference.turns import Random, Turn, line, lock, renew_lock, unlock
 
 P = ParamSpec("P")
@@ -242,6 +243,8 @@ class _Modes:
         self.nesting = _autocast_nesting()
         self.functions = torch._C._len_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
         self.dispatches = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
+        self.seen = unseen()
+        any(map(call, (self.seen.__enter__, self.seen.__exit__)))  # it keeps whether modes saw operations before
         self.inference: Any = None
 
     def leave_inference(self) -> None:
@@ -252,6 +255,7 @@ class _Modes:
             torch.set_grad_enabled(self.gradients)
 
     def put_back(self) -> None:
+        self.seen.__exit__(None, None, None)
         while torch._C._len_torch_function_stack() > self.functions:  # pyright: ignore[reportPrivateUsage]
             torch._C._pop_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
         while torch._C._len_torch_dispatch_stack() > self.dispatches:  # pyright: ignore[reportPrivateUsage]

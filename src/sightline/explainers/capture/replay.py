@@ -32,8 +32,11 @@ from sightline.inference.probabilities import Origin, Probabilities
 _SETTINGS = {torch.dtype, torch.device, torch.layout, torch.memory_format}
 _PLAIN = {int, float, bool, str, NoneType, EllipsisType} | _SETTINGS
 _BUILT_IN = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
-_READS = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda")}
-_READS |= {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, torch._assert}
+_READS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda")),
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
+    torch._assert,  # pyright: ignore[reportPrivateUsage]
+}
 """They say what tensors look like, which the operations before them decide."""
 _UNSEEN = None, 0
 _MOST_PLANS = 8  # per model: layers and shapes of images
