@@ -1,7 +1,8 @@
 """Time of maps against the bare forward and backward passes that they need, and against other libraries.
 
-ResNet-50 at 224 px, batch 16; Score-CAM and RISE use ResNet-18 at 64 px, batch 2. The weights are random, because time
-does not depend on what the network has learned. `--rounds 3` is a quick check and `--only WORD` selects rows; results
+ResNet-50 at 224 px, batch 16; Score-CAM and RISE use ResNet-18 at 64 px, batch 2; then Grad-CAM of one image with one
+thread, by each library, on three networks. The weights are random, because time does not depend on what the network has
+learned. `--rounds 3` is a quick check and `--only WORD` selects rows; results
 are written only if all rows ran. On a GPU everything runs in full 32 bits, as maps do, and the maps are compared with
 those of a CPU.
 """
@@ -20,6 +21,12 @@ import sightline as sl
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAMS = ("grad_cam", "grad_cam_plus_plus", "xgrad_cam", "layer_cam", "hires_cam", "eigen_cam")
 GUIDED = ("guided_grad_cam", "guided_grad_cam_plus_plus", "saliency")
+SINGLE = (
+    ("resnet50", 224, "layer4", 1.10),
+    ("tf_efficientnet_lite0", 224, "bn2", 1.25),
+    ("resnet18", 64, "layer4", 1.30),
+)
+"""Network, side of the image, layer, and the most that Grad-CAM may take, in forwards."""
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 BATCH = 64
 """Images per forward of Score-CAM and RISE."""
@@ -92,6 +99,35 @@ def captum_library(model: nn.Module, images: Tensor) -> None:
         LayerGradCam(model, model.layer4).attribute(images, target=0)
 
 
+def one_image(model: nn.Module, images: Tensor, layer: str) -> dict[str, Call]:
+    """Grad-CAM of the predicted class by each library, as its readme calls it."""
+
+    def torchcam() -> None:
+        from torchcam.methods import GradCAM
+
+        with GradCAM(model, target_layer=layer) as method:
+            logits = model(images)
+            method(int(logits.argmax(1)), logits)
+
+    def captum() -> None:
+        from captum.attr import LayerGradCam
+
+        with torch.no_grad():
+            predicted = int(model(images).argmax(1))
+        LayerGradCam(model, model.get_submodule(layer)).attribute(images, target=predicted)
+
+    def grad_cam() -> None:
+        from pytorch_grad_cam import GradCAM
+
+        with GradCAM(model=model, target_layers=[model.get_submodule(layer)]) as method:
+            method(input_tensor=images, targets=None)
+
+    peers = {"torchcam": torchcam, "captum": captum, "pytorch_grad_cam": grad_cam}
+    ours = {"sightline, automatic layer": partial(sl.explain, model, images)}
+    ours["sightline, named layer"] = partial(sl.explain, model, images, layer=layer)
+    return ours | {name: call for name, call in peers.items() if find_spec(name) is not None}
+
+
 def beside_a_cpu(model: nn.Module, images: Tensor, methods: tuple[str, ...]) -> dict[str, float]:
     """Largest difference of each map to that of a CPU, divided by its largest value."""
     maps = sl.explain(model, images, 0, methods).maps
@@ -103,8 +139,15 @@ def beside_a_cpu(model: nn.Module, images: Tensor, methods: tuple[str, ...]) -> 
 def main() -> None:
     rows = Rows(__doc__)
     torch.backends.cudnn.allow_tf32 = False
-    keep_freed_memory()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
+    for name, side, layer, bar in SINGLE:
+        network, image = timm.create_model(name).eval().to(DEVICE), torch.randn(1, 3, side, side, device=DEVICE)
+        prefix = f"one image, {name}, {side} px"
+        calls = {f"{prefix}: {who}": waits(call) for who, call in one_image(network, image, layer).items()}
+        bars = {f"{prefix}: sightline, automatic layer": bar}
+        rows.contest(calls, waits(partial(plain, network, image)), bars)
+    keep_freed_memory()  # the rows above have the memory of a Python process as it is
     torch.set_num_threads(2)
     model = timm.create_model("resnet50").eval().to(DEVICE)
     images = torch.randn(16, 3, 224, 224, device=DEVICE)

@@ -1,12 +1,10 @@
 """Functions that measure and store every speed in this folder."""
 
 import argparse
-import ctypes
 import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -18,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+from sightline.cli import keep_freed_memory as keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -66,6 +66,26 @@ def pairs(ours: Callable[[], object], reference: Callable[[], object], n: int = 
         ratios.append(mine / first)
         same.append(second / first)
     return Ratio(statistics.median(ratios), *interval(ratios), statistics.median(same))
+
+
+def contest(calls: Mapping[str, Callable[[], object]], reference: Callable[[], object], n: int) -> dict[str, Ratio]:
+    """Ratio of each call to the reference over `n` rounds, in each of which everything runs, the reference twice.
+
+    The order of the calls moves on by one from round to round. Each runs twice before measuring.
+    """
+    for call in (*calls.values(), reference) * 2:
+        call()
+    ratios: dict[str, list[float]] = {name: [] for name in calls}
+    same: list[float] = []
+    for turn in range(n):
+        first = seconds(reference)
+        names = [*calls][turn % len(calls) :] + [*calls][: turn % len(calls)]
+        for place, name in enumerate(names):
+            ratios[name].append(seconds(calls[name]) / first)
+            if place == len(names) // 2:
+                same.append(seconds(reference) / first)
+    aa = statistics.median(same)
+    return {name: Ratio(statistics.median(values), *interval(values), aa) for name, values in ratios.items()}
 
 
 def peak(call: Callable[[], object]) -> int:
@@ -119,7 +139,18 @@ class Rows:
         if self.only not in what:
             return
         rounds = min(self.rounds, most or self.rounds)
-        ratio = pairs(ours, reference, rounds)
+        self._add(what, pairs(ours, reference, rounds), rounds, bar)
+
+    def contest(
+        self, calls: Mapping[str, Callable[[], object]], reference: Callable[[], object], bars: Mapping[str, float]
+    ) -> None:
+        """Measure a row for each call, all in the same rounds."""
+        calls = {what: call for what, call in calls.items() if self.only in what}
+        if calls:
+            for what, ratio in contest(calls, reference, self.rounds).items():
+                self._add(what, ratio, self.rounds, bars.get(what))
+
+    def _add(self, what: str, ratio: Ratio, rounds: int, bar: float | None) -> None:
         end = "" if bar is None else f"  bar {bar:.2f}"
         print(f"{what:62} {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  A/A {ratio.aa:.3f}{end}", flush=True)
         self.rows.append({"what": what, "rounds": rounds, **ratio._asdict(), "bar": bar})
@@ -141,18 +172,6 @@ class Rows:
         """Write all rows, if all were asked for."""
         if not self.only:
             print(save(name, [{"where": where}, *self.rows]))
-
-
-def keep_freed_memory() -> None:
-    """Stop glibc from returning the memory of large tensors to the system.
-
-    Whether it does depends on what lies behind them, and allocating them again takes as long as a light block.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 2**25)
 
 
 def hardware() -> str:

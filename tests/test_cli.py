@@ -564,3 +564,71 @@ def test_compare_counts_what_each_block_adds(capsys):
     added = sum(2 * c * (c // 16) + c // 16 + c for c in (64, 128, 256, 512))
     assert f"{own + added:,} (" in se
     assert "expected --compare with `list attention`" in refused(capsys, "list", "models", "--compare", "resnet10t")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Allocator:
+    """Stands in for the C library."""
+
+    def __init__(self):
+        self.calls = []
+
+    def mallopt(self, number, value):
+        self.calls.append((number, value))
+        return 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is the C library of Linux")
+@pytest.mark.parametrize(
+    ("name", "value", "count"),
+    [
+        (None, "", 2),
+        ("SIGHTLINE_KEEP_MEMORY", "1", 2),
+        ("SIGHTLINE_KEEP_MEMORY", "0", 0),
+        ("MALLOC_TRIM_THRESHOLD_", "1000", 0),
+        ("MALLOC_ARENA_MAX", "1", 0),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=1000", 0),
+        ("GLIBC_TUNABLES", "glibc.rtld.optional_static_tls=512", 2),
+    ],
+)
+def test_freed_memory_is_kept_unless_the_environment_decides(name, value, count, monkeypatch):
+    for set_already in [key for key in os.environ if key.startswith(("MALLOC_", "GLIBC_", "SIGHTLINE_KEEP"))]:
+        monkeypatch.delenv(set_already)
+    if name is not None:
+        monkeypatch.setenv(name, value)
+    libc = Allocator()
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda _: libc)
+    monkeypatch.setattr(cli.os, "confstr", lambda _: "glibc 2.36")
+    cli.keep_freed_memory()
+    assert libc.calls == [(-1, 2**31 - 1), (-3, 2**25)][:count]
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(cli.os, "confstr_names", {})
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda _: pytest.fail("another C library was loaded"))
+    cli.keep_freed_memory()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is the C library of Linux")
+def test_kept_memory_is_used_again_without_page_faults():
+    script = (
+        "import resource, sys, torch\n"
+        "from sightline import cli\n"
+        "cli.keep_freed_memory()\n"
+        "make = lambda: [torch.empty(2**21).fill_(1) for _ in range(3)] and None\n"
+        "make()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "make()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    faults = []
+    for kept in "10":
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+        environment["SIGHTLINE_KEEP_MEMORY"] = kept
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        faults.append(int(done.stdout))
+    assert faults[0] < 100 < faults[1]

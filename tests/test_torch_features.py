@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sightline.explainers import tokens
 from sightline.inference import version_of
-from sightline.inference.operations import Operation, Operations
+from sightline.inference.operations import Operation, Operations, unseen
 
 
 class Heard(Operations):
@@ -221,6 +221,26 @@ def test_modules_keep_their_state_in_their_attributes():
     handle = module.register_forward_hook(lambda *args: None)
     assert len(vars(module)["_forward_hooks"]) == 1
     handle.remove()
+
+
+def test_modes_do_not_see_what_runs_unseen():
+    x = torch.zeros(2)
+    with Heard() as mode:
+        with unseen():
+            assert x.shape == (2,)
+            assert torch.equal(x + 1, torch.ones(2))
+        assert not mode.heard
+        x.add_(1)
+    assert [operation.name for operation in mode.heard] == ["add"]
+
+
+def test_a_method_of_pytorch_equals_itself_at_the_next_call():
+    with Heard() as mode:
+        for _ in range(2):
+            assert torch.zeros(1, 2, 4, 4).relu().shape == (1, 2, 4, 4)
+            F.batch_norm(torch.zeros(1, 1, 2, 2), torch.zeros(1), torch.ones(1))
+    functions = [operation.func for operation in mode.heard]
+    assert functions[: len(functions) // 2] == functions[len(functions) // 2 :]
 
 
 def test_tensors_count_their_changes_in_place():

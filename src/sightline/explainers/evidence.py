@@ -17,7 +17,7 @@ from sightline.explainers.rectifiers import Rectifiers, Rule
 from sightline.explainers.scorer import Scorer, Targets, gradients_of, rows_of
 from sightline.explainers.tokens import SmoothAttention
 from sightline.facts import Progress
-from sightline.inference import ForwardCall, Memory, untouched
+from sightline.inference import ForwardCall, Memory, unwrapped
 from sightline.inference.axes import Layout
 
 _OF_LAYER = {"activations", "gradients", "mean_gradients", "runner_up_gradients", "head"}
@@ -28,6 +28,7 @@ _OF_IMAGE: dict[str, Rule] = {
 }
 GUIDED = {"guided_gradients", "deconvolved_gradients"}
 _GRADIENTS = {"gradients", "mean_gradients", "runner_up_gradients"}
+_AT_POSITIONS = {"gradients", "runner_up_gradients"}
 _OF_TARGET = {*_OF_IMAGE, "runner_up_gradients", "score"}  # not gathered for the runner-up
 _LARGEST_BLOCK = 2**26  # numbers of a gradient that are held at once: 256 MiB
 _INPUT_GRAPH = 20  # the largest gradient on the way back to the images, in images
@@ -164,7 +165,7 @@ class Gathered:
         starts = range(0, self.scorer.targets.shape[1], size)
         for start in starts:
             # A checkpointed part of the model runs once more in the backward: in eval mode, as the first time.
-            with untouched(self.model), torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 block = self._block(slice(start, start + size), is_last=start == starts[-1])
             yield [None if start and "score" in p.needs else e for p, e in zip(self.places, block, strict=True)]
 
@@ -194,7 +195,7 @@ class Gathered:
         passes = self._passes()
         targets = self.scorer.targets[:, columns]
         runners_up = self.scorer.runners_up()[:, columns] if "runner_up" in passes else targets
-        at_layers: dict[str, dict[_Place, Tensor]] = {}
+        at_layers: dict[str, dict[_Place, Tensor | None]] = {}
         of_image: dict[str, Tensor] = {}
         for name, places in passes.items():
             self.rectifiers.rule = _OF_IMAGE.get(name, "plain")
@@ -217,14 +218,18 @@ class Gathered:
 
     def _gradients(
         self, classes: Tensor, places: Sequence[_Place], of_image: bool, keep: bool
-    ) -> tuple[dict[_Place, Tensor], list[Tensor]]:
-        """Gradients of the scores at the layers, (b, t, k, *grid), and at the images; in closed form where possible."""
+    ) -> tuple[dict[_Place, Tensor | None], list[Tensor]]:
+        """Gradients of the scores at the layers, (b, t, k, *grid), and at the images; in closed form where possible.
+
+        None where a closed form is asked only for its mean.
+        """
         through = [place for place in places if place.head is None]
         read = [place.at for place in through]
         if of_image:
             read.append(Captured("the images", self.images, Layout(tuple(self.images.shape[2:])), 0))
         tensors, graph = [captured.tensor for captured in read], self.scorer.differentiable
-        back = gradients_of(self.scorer.of(classes), tensors, create_graph=graph, retain_graph=keep)
+        scores = self.scorer.of(classes) if tensors else self.scorer.logits
+        back = gradients_of(scores, tensors, create_graph=graph, retain_graph=keep)
         gradients: list[Tensor] = []
         for captured, gradient in zip(read, back, strict=True):
             if gradient is None:
@@ -234,8 +239,11 @@ class Gathered:
                     "sure the forward does not switch gradients off"
                 )
             gradients.append(captured.layout.maps(_as_float(gradient, self.scorer), lead=2))
-        at_layers = dict(zip(through, gradients, strict=False))
+        at_layers: dict[_Place, Tensor | None] = dict(zip(through, gradients, strict=False))
         for place in {*places} - {*through}:
+            if not place.needs & _AT_POSITIONS:
+                at_layers[place] = None
+                continue
             weights, grid = self._mean(place, classes, None), place.at.layout.grid
             at_layers[place] = weights.reshape(*weights.shape, *[1] * len(grid)).expand(*weights.shape, *grid)
         return at_layers, gradients[len(through) :]
@@ -287,7 +295,7 @@ def gather(
     so no graph of the trunk is kept. No parameter gets a gradient; frozen parameters, an outer `no_grad` and in-place
     activations change nothing. The layer None is the model's `default_layer` if it has one, else the last tensor with
     h*w > 1 in this very forward through which the gradient of the logits is not zero. For a `gate` the layer names the
-    attention block; None is the last block with h*w > 1.
+    attention block; None is the last block with h*w > 1. The caller keeps the model `untouched`.
 
     Raises:
         ValueError: bad targets or layer, no rectifier for guided gradients.
@@ -297,7 +305,8 @@ def gather(
     needs = frozenset[str]().union(*(needs for _, needs in requests))
     reads_images = bool(needs & _OF_IMAGE.keys())
     whole = settings.differentiable or reads_images
-    with untouched(model) as net, torch.inference_mode(False), torch.set_grad_enabled(whole):
+    net = unwrapped(model)
+    with torch.inference_mode(False), torch.set_grad_enabled(whole):
         if not (settings.differentiable and images.requires_grad):
             images = images.detach().clone().requires_grad_(reads_images)
         scorer = Scorer(
@@ -309,8 +318,8 @@ def gather(
             progress=settings.progress,
             differentiable=settings.differentiable,
         )
-        for layer, _ in requests:
-            if layer is not None:
+        for layer, fields in requests:
+            if layer is not None and not fields & _OF_LAYER:
                 find_layer(net, layer)
         default = getattr(net, "default_layer", None)
         layers = [default if layer is None else layer for layer, fields in requests if fields & _OF_LAYER]

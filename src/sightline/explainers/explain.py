@@ -15,7 +15,7 @@ from sightline.explainers.evidence import Settings
 from sightline.explainers.explainer import Explainer, Explanation, Request, explanation_of
 from sightline.explainers.scorer import Targets
 from sightline.facts import Progress, current_name, did_you_mean
-from sightline.inference import Memory, Output, check_images, forward_call, preserving
+from sightline.inference import Memory, Output, check_images, forward_call
 
 EXPLAINERS: dict[str, Explainer] = {
     name: explainer
@@ -30,7 +30,6 @@ FAST = tuple(name for name, explainer in EXPLAINERS.items() if not explainer.man
 Method = str | Explainer | partial[Any]
 
 
-@preserving
 def explain(
     model: nn.Module,
     images: Float[Tensor, "b c *grid"],

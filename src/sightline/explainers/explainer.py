@@ -107,7 +107,9 @@ class Explainer:
         self.many_passes = many_passes
         """Whether it runs the model on many changed images for a map, in batches; all others take a few passes."""
         arguments.check_needs(formula, _FIELDS, "fields of Evidence")
-        self.needs = frozenset(map(current_name, arguments.needs(formula)))
+        self.parameters = arguments.needs(formula)
+        """Fields of `Evidence`, as the formula calls them."""
+        self.needs = frozenset(map(current_name, self.parameters))
         self.options = arguments.options(formula)
         self.is_blind_to_class = ignores_class or self.needs <= _SAME_FOR_ALL_CLASSES
         """Whether the map is the same for all classes by construction."""
@@ -151,7 +153,7 @@ class Explainer:
             ValueError: it returns something else than one map per target.
             RuntimeError: it changes evidence in place, which other formulas read.
         """
-        given = {name: getattr(evidence, current_name(name)) for name in arguments.needs(self.formula)}
+        given = {name: getattr(evidence, current_name(name)) for name in self.parameters}
         versions = {name: version_of(value) for name, value in given.items() if isinstance(value, Tensor)}
         score = evidence.score
         autocast = torch.autocast(evidence.images.device.type, enabled=False)

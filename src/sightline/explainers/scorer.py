@@ -21,6 +21,7 @@ from sightline.inference import (
     wide,
 )
 from sightline.inference.outputs import Answer
+from sightline.inference.probabilities import Probabilities
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor] | None
 """None = the predicted class; an int = that class for every image; class indices per image; or a function from whatever
@@ -76,14 +77,14 @@ class Scorer:
         self.differentiable = differentiable
         self.notices = {}
 
-    def begin(self, images: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b t"]:
-        """Scores of the images to explain, in the caller's grad mode; fixes the targets.
+    def begin(self, images: Float[Tensor, "b c *grid"], seen: Probabilities | None = None) -> Float[Tensor, "b t"]:
+        """Scores of the images to explain, in the caller's grad mode; fixes the targets. `seen`: see `ForwardCall`.
 
         Raises:
             ValueError, TypeError: bad targets, or images that the model cannot take.
         """
         self.image_bytes = images[:1].nbytes
-        answer = self._answer(images, None)
+        answer = self._answer(images, None, seen)
         self.forward_call = answer.call  # the images to come are read as these are
         self.activation = answer.activation
         if answer.notice:
@@ -193,10 +194,10 @@ class Scorer:
         """Logits of at least two classes, or a function's scores, and the factor from them to the score."""
         return (logits, 1) if callable(self.asked) or logits.shape[1] > 1 else (either(logits), 2)
 
-    def _answer(self, images: Tensor, rows: Tensor | None) -> Answer:
+    def _answer(self, images: Tensor, rows: Tensor | None, seen: Probabilities | None = None) -> Answer:
         with untouched(self.model) as net:
             if not callable(self.asked):
-                return self.forward_call(net, images, rows)
+                return self.forward_call(net, images, rows, seen)
             scores = self.asked(self.forward_call.raw(net, images, rows))
         if not isinstance(scores, Tensor) or scores.ndim not in (1, 2) or len(scores) != len(images):  # pyright: ignore[reportUnnecessaryIsInstance]
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -208,7 +209,7 @@ class Scorer:
 
 def rows_of(weights: Float[Tensor, "n k"], classes: Int[Tensor, "b t"], divisor: int = 1) -> Float[Tensor, "b t k"]:
     """Each class's row divided by `divisor`; stored once if all images have the same classes."""
-    if (classes == classes[:1]).all():
+    if len(classes) == 1 or (classes == classes[:1]).all():
         return (weights[classes[0]] / divisor).expand(len(classes), -1, -1)
     return weights[classes] / divisor
 

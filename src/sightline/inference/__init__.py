@@ -18,7 +18,7 @@ from sightline.inference.outputs import (
     run,
     wide,
 )
-from sightline.inference.preserve import exact, preserving, untouched
+from sightline.inference.preserve import exact, preserving, untouched, unwrapped
 from sightline.inference.probabilities import version_of
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "resolve_targets",
     "run",
     "untouched",
+    "unwrapped",
     "version_of",
     "wide",
 ]

@@ -4,10 +4,14 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+unseen = torch._C.DisableTorchFunction  # pyright: ignore[reportPrivateUsage]
+"""A context in which no mode sees operations: for looking at tensors, whose attributes are operations, too."""
 
 
 def _words(text: str) -> frozenset[str]:

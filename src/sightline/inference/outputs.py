@@ -101,9 +101,15 @@ class ForwardCall:
             ) from error
 
     def __call__(
-        self, model: nn.Module, images: Float[Tensor, "n c *grid"], rows: Int[Tensor, " n"] | None = None
+        self,
+        model: nn.Module,
+        images: Float[Tensor, "n c *grid"],
+        rows: Int[Tensor, " n"] | None = None,
+        seen: Probabilities | None = None,
     ) -> "Answer":
         """Logits, one row per image; a softmax, log-softmax or sigmoid at the end of the model is undone.
+
+        `seen` follows the forward in place of a new `Probabilities`.
 
         Raises:
             RuntimeError: the model cannot take the images (their size, channels, type or device).
@@ -111,7 +117,7 @@ class ForwardCall:
                 the probabilities that `kind` promises.
             TypeError: it returns no logits, or needs other arguments.
         """
-        with Probabilities() as seen:
+        with seen or Probabilities() as seen:
             values = logits_of(self.raw(model, images, rows), self.pick, len(images))
             if len(values) != len(images):
                 raise ValueError(

@@ -60,6 +60,8 @@ class Positions:
         self.axes = images.ndim - 2
         self.obstacle = ""
         """The error message if the model uses the images in a way that rules out a map; else empty."""
+        self.is_assumed = False
+        """Whether operations were hidden, so that the type of a module had to say what it does."""
         spatial = [Dim((Atom(i, n, 1, n),) if n > 1 else ()) for i, n in enumerate(images.shape[2:])]
         self.batch = Dim((Atom(BATCH, len(images)),) if len(images) > 1 else ())
         self._seen: dict[int, tuple[weakref.ref[Tensor], Dims | None]] = {}
@@ -112,6 +114,7 @@ class Positions:
         given = [tensor for tensor in tensors_in(inputs) if self.knows(tensor)]
         if not given:
             return
+        self.is_assumed = True
         dims, kind = self.of(given[0]), getattr(module, "original_name", type(module).__name__)
         spatial = _SPATIAL_MODULE.match(kind)
         if spatial:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial, wraps
 from io import IOBase
 from itertools import chain, compress
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sightline.inference.operations import unseen
 from sightline.inference.turns import Random, Turn, line, lock, renew_lock, unlock
 
 P = ParamSpec("P")
@@ -86,14 +87,35 @@ def untouched(model: nn.Module) -> Ensured[nn.Module]:
     >>> model[0].training, model[1].training
     (True, False)
     """
-    while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | DistributedDataParallel):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # pyright: ignore[reportAssignmentType]
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+    model = unwrapped(model)
     here = threading.get_ident()
     outer = (turn for turn in line() if turn.thread == here and turn.is_running and id(model) in turn.ids)
     use = _Use(model) if next(outer, None) is None else _Again(model)
     return Ensured(use.begin, use.end)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` (also in place), `DataParallel` and `DistributedDataParallel`.
+
+    Raises:
+        TypeError: it is not a module.
+    """
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # pyright: ignore[reportAssignmentType]
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+    return model
+
+
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """What `model.modules()` yields, in another order, in a fifth of the time."""
+    modules, waiting = {id(model): model}, [model]
+    while waiting:
+        for module in waiting.pop()._modules.values():  # pyright: ignore[reportPrivateUsage]
+            if module is not None and id(module) not in modules:
+                modules[id(module)] = module
+                waiting.append(module)
+    return [*modules.values()]
 
 
 def exact() -> Ensured[None]:
@@ -123,7 +145,7 @@ class _Use(Turn):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = [*model.modules()]
+        self.modules = _modules_of(model)
         super().__init__(self.modules)
         self.modes: _Modes | None = None
         self.kept: _Modules | None = None
@@ -160,8 +182,9 @@ class _Again:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.training = [module for module in model.modules() if module.training]
+        self.training = [module for module in _modules_of(model) if module.training]
         self.random = Random()
+        self.is_over = False
 
     def begin(self) -> nn.Module:
         for module in self.training:
@@ -169,9 +192,11 @@ class _Again:
         return self.model
 
     def end(self) -> None:
-        for module in self.training:
-            module.training = True
-        self.random.put_back()
+        if not self.is_over:
+            for module in self.training:
+                module.training = True
+            self.random.put_back()
+            self.is_over = True
 
 
 class _Exact:
@@ -218,6 +243,8 @@ class _Modes:
         self.nesting = _autocast_nesting()
         self.functions = torch._C._len_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
         self.dispatches = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
+        self.seen = unseen()
+        any(map(call, (self.seen.__enter__, self.seen.__exit__)))  # it keeps whether modes saw operations before
         self.inference: Any = None
 
     def leave_inference(self) -> None:
@@ -228,6 +255,7 @@ class _Modes:
             torch.set_grad_enabled(self.gradients)
 
     def put_back(self) -> None:
+        self.seen.__exit__(None, None, None)
         while torch._C._len_torch_function_stack() > self.functions:  # pyright: ignore[reportPrivateUsage]
             torch._C._pop_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
         while torch._C._len_torch_dispatch_stack() > self.dispatches:  # pyright: ignore[reportPrivateUsage]
@@ -255,16 +283,18 @@ class _Modules:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.attributes = [(module, type(module), module.training, vars(module).copy()) for module in modules]
-        values = [*chain.from_iterable(attributes.values() for *_, attributes in self.attributes)]
-        self.containers = [*compress(values, map(_CONTAINERS.__contains__, map(type, values)))]
+        self.values = values = _values(attributes for *_, attributes in self.attributes)
+        types = [*map(type, values)]
+        self.containers = [*compress(values, map(_CONTAINERS.__contains__, types))]
         if _is_sharded(modules):
             self.containers = []
         self.contents = {id(value): (value, value.copy()) for value in compress(self.containers, self.containers)}
-        for module in modules:
-            values += vars(module).get("_buffers", {}).values()
+        tensors = [*chain.from_iterable(vars(module).get("_buffers", {}).values() for module in modules)]
+        if Tensor in types:
+            tensors += compress(values, map(partial(is_, Tensor), types))
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in compress(values, map(partial(is_, Tensor), map(type, values))):
-            if _is_state(tensor):
+        for tensor in tensors:
+            if type(tensor) is Tensor and _is_state(tensor):
                 groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         self.buffers = [(tensors, _joined(tensors)) for tensors in groups.values()]
 
@@ -281,6 +311,8 @@ class _Modules:
     def put_back_attributes(self) -> None:
         """Everything but the values of buffers."""
         others = set[int]()
+        now = _values(vars(module) for module, *_ in self.attributes)
+        is_same = len(now) == len(self.values) and all(map(is_, now, self.values))
         for module, kind, training, attributes in self.attributes:
             if module.training != training:  # TorchScript does not keep the flag among the attributes
                 module.training = training
@@ -288,7 +320,7 @@ class _Modules:
                 others |= set(map(id, attributes.values()))
                 continue
             now = vars(module)
-            if len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values())):
+            if not is_same and (len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values()))):
                 _fill(now, attributes)
         for value in compress(self.containers, self.containers):
             if id(value) not in self.contents and id(value) not in others:
@@ -296,6 +328,10 @@ class _Modules:
         for value, content in self.contents.values():
             if not _same(value, content) and id(value) not in others:
                 _fill(value, content)
+
+
+def _values(attributes: Iterable[dict[str, Any]]) -> list[Any]:
+    return [*chain.from_iterable(map(dict[str, Any].values, attributes))]
 
 
 def _is_sharded(modules: Sequence[nn.Module]) -> bool:
@@ -310,7 +346,7 @@ def _is_state(tensor: Tensor) -> bool:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return torch.cat([tensor if tensor.ndim == 1 else tensor.reshape(-1) for tensor in tensors])
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

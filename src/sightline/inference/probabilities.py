@@ -45,7 +45,7 @@ _IN_DOUBT = "All outputs are 0 or 1 and were read as logits; if they are probabi
 
 
 @dataclass(frozen=True, eq=False)
-class _Origin:
+class Origin:
     """The origin of a tensor of probabilities."""
 
     name: str
@@ -59,10 +59,10 @@ class _Origin:
     largest: float = 1.0
     """Upper bound of the values."""
 
-    def mixed(self, logs: Callable[[], Tensor], name: str = "", largest: float | None = None) -> "_Origin":
+    def mixed(self, logs: Callable[[], Tensor], name: str = "", largest: float | None = None) -> "Origin":
         """The origin of a mixture."""
         largest = self.largest if largest is None else largest
-        return _Origin(name or self.name, logs, logs, is_mixed=True, largest=largest)
+        return Origin(name or self.name, logs, logs, is_mixed=True, largest=largest)
 
 
 class Probabilities(Operations):
@@ -84,19 +84,19 @@ class Probabilities(Operations):
         output = operation()
         if follow is not None:
             for index, part in enumerate(output if isinstance(output, tuple | list) else [output]):
-                origin = follow if isinstance(follow, _Origin) else follow(part, index)
+                origin = follow if isinstance(follow, Origin) else follow(part, index)
                 if origin is not None and (not origin.is_mixed or part.ndim <= _LARGEST_MIXTURE):
                     self.origins[part] = origin, version_of(part)
         return output
 
-    def origin_of(self, tensor: Any) -> _Origin | None:
+    def origin_of(self, tensor: Any) -> Origin | None:
         """The origin of a tensor, unless it was changed in place since."""
         if not isinstance(tensor, Tensor):
             return None
         origin, version = self.origins.get(tensor, (None, 0))
         return origin if version == version_of(tensor) else None
 
-    def _follow(self, operation: Operation) -> _Origin | Callable[[Tensor, int], _Origin | None] | None:
+    def _follow(self, operation: Operation) -> Origin | Callable[[Tensor, int], Origin | None] | None:
         """The origin of the operation's outputs, or a function from an output and its number to it; None without."""
         name, given, rest, options = operation.name, operation.args[0], operation.args[1:], operation.kwargs
         origin = self.origin_of(given)
@@ -129,13 +129,13 @@ class Probabilities(Operations):
         return _mixed(operation, origin, self.origin_of(other), other)
 
 
-def _activated(name: str, before: Tensor, dim: Any) -> _Origin:
+def _activated(name: str, before: Tensor, dim: Any) -> Origin:
     axis = dim if isinstance(dim, int) else -1
     logs = partial(F.logsigmoid, before) if name == "sigmoid" else partial(before.log_softmax, axis)
-    return _Origin(name, lambda: before, logs)
+    return Origin(name, lambda: before, logs)
 
 
-def _moved(origin: _Origin, name: str, output: Tensor, again: Callable[[Tensor], Tensor]) -> _Origin | None:
+def _moved(origin: Origin, name: str, output: Tensor, again: Callable[[Tensor], Tensor]) -> Origin | None:
     if name not in _SELECTIONS or origin.name == "sigmoid":
         logs = lambda: again(origin.logs())  # noqa: E731
         if origin.is_mixed:
@@ -152,14 +152,14 @@ def _moved(origin: _Origin, name: str, output: Tensor, again: Callable[[Tensor],
     return origin.mixed(lambda: again(origin.logs()), "softmax" if is_whole else "sigmoid")
 
 
-def _joined(origins: Sequence[_Origin], join: Callable[[list[Tensor]], Tensor]) -> _Origin:
+def _joined(origins: Sequence[Origin], join: Callable[[list[Tensor]], Tensor]) -> Origin:
     logs = lambda: join([origin.logs() for origin in origins])  # noqa: E731
     if all(origin.name == "sigmoid" and not origin.is_mixed for origin in origins):
         return replace(origins[0], logits=lambda: join([origin.logits() for origin in origins]), logs=logs)
     return origins[0].mixed(logs, _common(origins), max(origin.largest for origin in origins))
 
 
-def _mixed(operation: Operation, origin: _Origin, second: _Origin | None, other: Any) -> _Origin | None:
+def _mixed(operation: Operation, origin: Origin, second: Origin | None, other: Any) -> Origin | None:
     """Sums, averages, products, extremes and complements (1 - p), in logarithms."""
     name, options = operation.name, operation.kwargs
     if name in ("sum", "mean", "prod"):
@@ -205,7 +205,7 @@ def _mixed(operation: Operation, origin: _Origin, second: _Origin | None, other:
     return origin.mixed(weighted, largest=math.inf)
 
 
-def _common(origins: Sequence[_Origin]) -> str:
+def _common(origins: Sequence[Origin]) -> str:
     return origins[0].name if len({origin.name for origin in origins}) == 1 else "sigmoid"
 
 
@@ -244,7 +244,7 @@ def read(
     return logs if kind == "softmax" else _log_odds(logs), kind, kind, "" if asked else notice
 
 
-def _kind_of(values: Tensor, origin: _Origin | None, kind: Kind | None) -> tuple[Kind, str]:
+def _kind_of(values: Tensor, origin: Origin | None, kind: Kind | None) -> tuple[Kind, str]:
     """The kind of the values, and a notice about it."""
     slack = max(_ROUNDING, 2 * torch.finfo(values.dtype).eps)
     outside = (values < 0) | (values > 1 + slack)  # False for NaN
@@ -267,7 +267,7 @@ def _kind_of(values: Tensor, origin: _Origin | None, kind: Kind | None) -> tuple
     return "logits", ""
 
 
-def _agrees(origin: _Origin, values: Tensor) -> bool:
+def _agrees(origin: Origin, values: Tensor) -> bool:
     """Whether the operations, repeated in logarithms, yield the values."""
     with torch.no_grad():
         again = origin.logs().exp()

@@ -18,7 +18,7 @@ from sightline.explainers.scorer import gradients_of
 from sightline.explainers.tokens import MANY_REGISTERS
 from sightline.inference import version_of
 from sightline.inference.axes import BATCH, Dims, Layout, guessed, layout_in, tokens_of
-from sightline.inference.operations import WEIGHT_LAYERS, Operation, Operations, first_tensor, tensors_in
+from sightline.inference.operations import WEIGHT_LAYERS, Operation, Operations, first_tensor, tensors_in, unseen
 from sightline.inference.positions import Positions
 
 _LARGEST_HEAD = 8  # weight layers; VGG has three, LTPA one per level
@@ -41,6 +41,15 @@ def quantized_in(model: nn.Module) -> str:
                 "which none flows; explain the model it was made from, or take occlusion or rise"
             )
     return ""
+
+
+def with_graph(operation: Operation) -> Any:
+    """The result, with a graph if it depends on a layer that was read, even if the model switches gradients off."""
+    if not torch.is_grad_enabled():
+        if any(tensor.requires_grad and not isinstance(tensor, nn.Parameter) for tensor in operation.tensors):
+            with torch.enable_grad():
+                return operation()
+    return operation()
 
 
 @dataclass(frozen=True)
@@ -71,16 +80,9 @@ class Watch(Operations):
 
     def on(self, operation: Operation) -> Any:
         """The result of the operation, with a graph if it depends on a layer that was read."""
-        output = self._behind(operation)
+        output = with_graph(operation) if self.cut else operation()
         self.positions.follow(operation, output)
         return output
-
-    def _behind(self, operation: Operation) -> Any:
-        if self.cut and not torch.is_grad_enabled():
-            if any(tensor.requires_grad and not isinstance(tensor, nn.Parameter) for tensor in operation.tensors):
-                with torch.enable_grad():
-                    return operation()
-        return operation()
 
     def hook(self, name: str) -> Callable[..., None]:
         """The forward hook of the module of that name."""
@@ -88,9 +90,10 @@ class Watch(Operations):
 
     def passed(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Forward hook of every module, since the operations inside some are hidden."""
-        tensor = first_tensor(output)
-        if tensor is not None:
-            self.positions.follow_module(module, inputs, tensor)
+        with unseen():
+            tensor = first_tensor(output)
+            if tensor is not None:
+                self.positions.follow_module(module, inputs, tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +131,9 @@ class LastFeatures(Watch):
     leaves have a graph.
     """
 
-    def __init__(self, images: Tensor, *, cut: bool) -> None:
+    def __init__(self, images: Tensor, *, cut: bool, mark: Callable[[str, Tensor], None]) -> None:
         super().__init__(images, cut=cut)
+        self.mark = mark
         self.leaves: list[_Leaf] = []
         self.layers = 0
         """Weight layers so far."""
@@ -150,9 +154,14 @@ class LastFeatures(Watch):
 
     def _produced(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self.passed(module, inputs, output)
-        tensor = first_tensor(output)
+        with unseen():
+            self._keep_producer(name, module, first_tensor(output))
+
+    def _keep_producer(self, name: str, module: nn.Module, tensor: Tensor | None) -> None:
         call = self.calls[name]
         self.calls[name] += 1
+        if tensor is not None:
+            self.mark(name, tensor)
         if tensor is None or (isinstance(module, nn.Identity) and self._producer(tensor)[0]):
             return
         self.producers[id(tensor)] = weakref.ref(tensor), version_of(tensor), name, call
@@ -286,6 +295,11 @@ class LastFeatures(Watch):
         if self.ended:
             self.outputs.add(place)
         return self.leaves[place].tensor
+
+    def is_read_alone(self, scores: Tensor, captured: Captured) -> bool:
+        """Whether the tensor is the only feature map before the scores, whatever the weights, and a module's output."""
+        leaves = [self.leaves[i] for i in self.sources_of(scores)]
+        return [leaf.tensor is captured.tensor for leaf in leaves] == [True] and self.calls[captured.name] == 1
 
     def find(self, scores: Tensor, logits: Tensor, notices: dict[str, None], name: str = "") -> tuple[Captured, bool]:
         """The last feature map (of that name), and whether nothing else feeds the scores.

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sightline.explainers.capture.features import Captured, LastFeatures, Watch, guess_of, hook_on, quantized_in
+from sightline.explainers.capture.replay import Place, Recording, Replay, forget, keep, plan_of
 from sightline.explainers.scorer import Scorer
 from sightline.explainers.tokens import MANY_REGISTERS, patch_maps
 from sightline.facts import did_you_mean
 from sightline.inference.axes import Layout, grids_like, guessed, layout_in, other, tokens_of
-from sightline.inference.operations import first_tensor
+from sightline.inference.operations import first_tensor, unseen
 
 LayerLike = str | nn.Module | None
 _SHAPE = re.compile(r" \(\d+( x \d+)*\)$")  # behind the name, as explanations show it
@@ -76,18 +77,68 @@ class Capture:
         self.model = model
         self.scorer = scorer
         self.images = images
-        self.modules = dict(model.named_modules())
-        self.scripted = [name for name, module in self.modules.items() if isinstance(module, torch.jit.ScriptModule)]
-        self.names = ["" if layer is None else find_layer(model, layer)[0] for layer in layers]
+        self.layers = [find_layer(model, layer)[0] if isinstance(layer, nn.Module) else layer for layer in layers]
         self.call = call
         self.read_gates = gates
         self.whole = whole
+        self.gates: dict[str, Tensor] = {}
+        self.notices: dict[str, None] = {}
+        forward = scorer.forward_call
+        says_all = not (whole or gates or callable(forward.pick) or callable(scorer.asked)) and call is None
+        given = images.shape, images.dtype, images.device, type(images)
+        self.key = (frozenset(self.layers), given, forward.pick, forward.kind) if says_all and layers else None
+        """What a plan is kept for; None where the operations of the forward do not say everything."""
 
     def run(self) -> None:
         """Fill `captured`, `gates` and the tensors that the scorer keeps."""
+        if not self._is_replayed():
+            self.modules = dict(self.model.named_modules())
+            modules = self.modules.items()
+            self.scripted = [name for name, module in modules if isinstance(module, torch.jit.ScriptModule)]
+            self.names = ["" if layer is None else find_layer(self.model, layer)[0] for layer in self.layers]
+            self._analyze()
+        self.scorer.notices |= self.notices
+
+    def _is_replayed(self) -> bool:
+        """Fill in everything as a forward with the same operations did; False if there was none."""
+        scorer = self.scorer
+        kept = None if self.key is None else plan_of(self.model, self.key)
+        if kept is None:
+            return False
+        plan, modules = kept
+        before, gradients = scorer.forward_call, torch.is_grad_enabled()
+        replay = Replay(plan, self.images)
+        with ExitStack() as contexts:
+            for place in plan.places:
+                hook = partial(self._keep_again, replay, place)
+                contexts.enter_context(modules[place.name].register_forward_hook(hook))
+            contexts.enter_context(self.model.register_forward_hook(replay.end))
+            try:
+                scorer.begin(self.images, replay)
+            except Exception:  # the analysis raises it again, unless the graph from the layer on is to blame
+                if replay.is_over and replay.is_same:
+                    raise
+                replay.is_same = False
+        if not replay.is_same:
+            torch.set_grad_enabled(gradients)
+            scorer.forward_call = before
+            scorer.notices.clear()
+            forget(self.model, self.key)
+            return False
+        self.notices = plan.notices
+        read = {p.name: Captured(p.name, replay.kept[p.name], p.layout, 0) for p in plan.places}
+        self.captured = [read[plan.names[layer]] for layer in self.layers]
+        return True
+
+    def _keep_again(self, replay: Replay, place: Place, module: nn.Module, inputs: Any, output: Any) -> Any:
+        first = first_tensor(output)
+        handed = replay.keep(place, first)
+        return None if handed is None else tree_map(lambda value: handed if value is first else value, output)
+
+    def _analyze(self) -> None:
         searched = [name for name in dict.fromkeys(self.names) if name not in self.modules or not name]
         with self._watched(search=bool(searched)):
-            scores = self.scorer.begin(self.images)
+            scores = self.scorer.begin(self.images, self.recording)
         if self.watch.positions.obstacle:
             raise ValueError(self.watch.positions.obstacle)
         for name, calls in self.calls.items():
@@ -96,18 +147,29 @@ class Capture:
             assert isinstance(self.watch, LastFeatures)
             if not self.watch.sources_of(scores) and (quantized := quantized_in(self.model)):
                 raise ValueError(quantized)
-            automatic, alone = self.watch.find(scores, self.scorer.logits, self.scorer.notices, name)
+            automatic, alone = self.watch.find(scores, self.scorer.logits, self.notices, name)
             if not alone and automatic.name in self.modules:
                 # Attention weights feed the logits too and are made from it; a named layer gets their gradient as well.
                 self.names = [automatic.name if name == "" else name for name in self.names]
-                return self.run()
+                self.key = None  # which layer is read may depend on the weights
+                return self._analyze()
             self.read[name] = automatic
         self.captured = [self.read[name] for name in self.names]
+        if isinstance(self.watch, LastFeatures):
+            is_sure = searched == [""] == [*self.read] and self.watch.is_read_alone(scores, self.read[""])
+        else:
+            is_sure = all(len(calls) == 1 and self.read[name].layout.fold == 1 for name, calls in self.calls.items())
+        if is_sure and not self.watch.positions.is_assumed and self.key is not None:
+            names = {layer: captured.name for layer, captured in zip(self.layers, self.captured, strict=True)}
+            places = {one.name: (self.modules.get(one.name), one.layout) for one in self.captured}
+            if (plan := self.recording.plan(names, places, self.notices)) is not None:
+                keep(self.model, self.key, plan)
 
     @contextmanager
     def _watched(self, *, search: bool) -> Generator[None]:
         """Hooks and modes around one forward."""
-        self.gates: dict[str, Tensor] = {}
+        self.gates = {}
+        self.recording = Recording(self.images)
         self.read: dict[str, Captured] = {}
         self.calls: dict[str, list[tuple[int, ...]]] = {
             name: [] for name in self.names if name in self.modules and name
@@ -120,7 +182,11 @@ class Capture:
                 "TorchScript; explain the model it was made from, or take saliency, occlusion or rise"
             )
         cut = not self.whole
-        self.watch = LastFeatures(self.images, cut=cut and not self.calls) if search else Watch(self.images, cut=cut)
+        self.watch = (
+            LastFeatures(self.images, cut=cut and not self.calls, mark=self.recording.mark)
+            if search
+            else Watch(self.images, cut=cut)
+        )
         with ExitStack() as contexts:
             for name in self.calls:
                 contexts.enter_context(hook_on(self.modules[name], partial(self._keep, name)))
@@ -128,6 +194,8 @@ class Capture:
                 if not is_read or self._compiled_around(name):
                     continue
                 contexts.enter_context(hook_on(module, self.watch.hook(name)))
+                if not name:
+                    contexts.enter_context(module.register_forward_hook(self.recording.end))
                 if self.calls and isinstance(module, nn.Conv2d | nn.Conv3d):
                     contexts.enter_context(module.register_forward_hook(self._see_grid))
                 if self.read_gates and isinstance(gate := getattr(module, "gate", None), nn.Module):
@@ -161,6 +229,10 @@ class Capture:
             raise ValueError(f"expected call= of {name!r} in 0..{len(calls) - 1}, got {self.call}; {shapes}")
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
+        with self.recording.paused():
+            return self._kept(name, module, inputs, output)
+
+    def _kept(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
         tensor = first = first_tensor(output)
         if tensor is not None and tensor.is_quantized:
             raise ValueError(quantized_in(self.model))
@@ -182,7 +254,10 @@ class Capture:
         if not tensor.requires_grad:
             tensor = tensor.detach().clone().requires_grad_()
         self.read[name] = Captured(name, tensor, layout, call)
+        assert first is not None
+        self.recording.mark(name, first)
         handed = tensor.clone()  # an in-place activation behind the layer must not rewrite what was captured
+        self.recording.alias(handed, first)
         return tree_map(lambda value: handed if value is first else value, output)
 
     def _layout_of(self, name: str, tensor: Tensor) -> Layout:
@@ -205,11 +280,12 @@ class Capture:
                 f"expected a layer that yields (b, c, h, w) with h*w > 1, or one token per patch, got shape {shape} "
                 f"from {name!r}, in which the image's rows and columns are not laid out so; choose another"
             )
-        self.scorer.notices[guess_of(name, tensor, layout)] = None
+        self.notices[guess_of(name, tensor, layout)] = None
         return layout
 
     def _see_grid(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.grids.append(tuple(output.shape[2:]))
+        with unseen():
+            self.grids.append(tuple(output.shape[2:]))
 
     def _keep_gate(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
