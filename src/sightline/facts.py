@@ -113,7 +113,7 @@ def percent(fraction: float) -> str:
 def duration(seconds: float) -> str:
     """A time in words.
 
-    >>> duration(0.2), duration(59.6), duration(200), duration(8000)
+    >>> duration(0.2), duration(59.6), duration(200.0), duration(8000.0)
     ('1 s', '1 min', '3 min 20 s', '2 h 13 min')
     """
     whole = max(round(seconds), 1)

@@ -19,15 +19,13 @@ from sightline.evaluation.findings import findings
 from sightline.evaluation.planning import Plan, Task, plan, unsuited
 from sightline.evaluation.result import Evaluation, Example
 from sightline.evaluation.scores import PartialResults, Scores, digest_of, key_of
-from sightline.explainers import EXPLAINERS, Method, explain, fitting, named
+from sightline.explainers import EXPLAINERS, FAST, Method, explain, fitting, named
 from sightline.facts import Progress
-from sightline.inference import Output, forward, forward_call
+from sightline.inference import Memory, Output, forward, forward_call
 from sightline.metrics import MOSAIC_METRICS, Disconnected, Perturbation, draw_mosaics, grid_pointing_game, mosaics
 
 Array = np.ndarray
 
-MANY_PASSES = frozenset("score_cam ablation_cam integrated_gradients smooth_grad var_grad occlusion rise".split())
-"""Methods that look at many changed images; they run only where they are named, or all are."""
 _JOINED, _APART = MOSAIC_METRICS
 _OTHER = "{} of another class"
 
@@ -45,6 +43,7 @@ def evaluate_mosaics(
     output: Output = None,
     strict: bool = True,
     batch_size: int = 64,
+    memory: Memory = None,
     examples: int = 4,
     seed: int = 0,
     name: str | None = None,
@@ -68,7 +67,8 @@ def evaluate_mosaics(
     Args:
         model: as for `explain`.
         data: as for `evaluate`; masks are not needed.
-        methods: as for `explain`; None: all that fit the model and take a few passes, `"all"`: all that fit.
+        methods: as for `explain`; None or `"fast"`: those that fit the model and take a few passes, `"all"`: all that
+            fit.
         grid: rows and columns of a mosaic.
         confidence: probability from which on images are used.
         controls: as for `evaluate`.
@@ -76,7 +76,8 @@ def evaluate_mosaics(
         budget: seconds for all maps; see `evaluate`.
         output: as for `evaluate`.
         strict: as for `evaluate`.
-        batch_size: images per forward, of the size of one cell.
+        batch_size: most images per forward, of the size of one cell.
+        memory: see `explain`.
         examples: mosaics to keep for the report.
         seed: for the draw and the intervals.
         name: of the data.
@@ -96,7 +97,7 @@ def evaluate_mosaics(
     (1.0, 0.25)
     """
     report = progress or (lambda what, done, total: None)
-    source = Source(model, data, batch_size, classes)
+    source = Source(model, data, batch_size, memory, classes)
     predictions = predict(model, source, report, output)
     game = _game(model, source, predictions, grid, confidence, limit, seed)
     listed, reasons = _listed(game, methods, controls, strict)
@@ -135,6 +136,7 @@ class _Game:
     classes: int
     at_once: int
     """Mosaics in a forward."""
+    memory: Memory
     size: tuple[int, int] | None
     """Height and width to which a mosaic is shrunk for the model."""
     device: torch.device
@@ -187,6 +189,7 @@ def _game(
         output=predictions.output,
         classes=predictions.probabilities.shape[1],
         at_once=max(source.batch_size // (grid[0] * grid[1]), 1),
+        memory=source.memory_limit,
         size=None,
         device=source.device,
         rows=rows,
@@ -233,8 +236,8 @@ def _listed(
     game: _Game, methods: Sequence[Method] | str | None, controls: Sequence[Method], strict: bool
 ) -> tuple[dict[str, Method], dict[str, str]]:
     """Methods and controls by name, and why others do not fit."""
-    if isinstance(methods, str) and methods != "all":
-        raise ValueError(f"expected a list of methods or 'all', got {methods!r}; write methods=[{methods!r}]")
+    if isinstance(methods, str) and methods not in ("all", "fast"):
+        raise ValueError(f"expected a list of methods, 'all' or 'fast', got {methods!r}; write methods=[{methods!r}]")
     looking = [
         named(control)[0] for control in controls if control != "other_class" and not named(control)[1].is_control
     ]
@@ -242,10 +245,10 @@ def _listed(
         raise ValueError(f"expected controls that never look at the model, got {looking[0]!r}; give it as a method")
     given: dict[str, Any] = {"targets": game.targets[:1], "output": game.output}
     if methods is None or isinstance(methods, str):
-        everything = [name for name, explainer in EXPLAINERS.items() if not explainer.is_control]
-        wanted = everything if methods else [name for name in everything if name not in MANY_PASSES]
+        names = EXPLAINERS if methods == "all" else FAST
+        wanted = [name for name in names if not EXPLAINERS[name].is_control]
         chosen, reasons = fitting(game.model, game.whole(slice(1)), wanted, **given)
-        reasons = reasons if methods else {}
+        reasons = reasons if methods == "all" else {}
     else:
         reasons = unsuited(game.model, game.whole(slice(1)), methods, strict, **given)
         chosen = [method for method in methods if method not in reasons]
@@ -255,7 +258,7 @@ def _listed(
 def _planned(game: _Game, methods: dict[str, Method], budget: float | None, files: PartialResults, file: str) -> Plan:
     """All of it, or what fits into the budget; every mosaic is explained twice."""
     if budget is None:
-        return Plan(methods=tuple(methods), metrics=(), limit=len(game.rows), seconds=0.0)
+        return Plan(methods=tuple(methods), metrics=(), limit=len(game.rows), steps=Perturbation().steps, seconds=0.0)
     path = files.file(lambda: file)
     if path is not None and (stored := Plan.load(path)) is not None:
         return stored
@@ -263,7 +266,7 @@ def _planned(game: _Game, methods: dict[str, Method], budget: float | None, file
         model=game.model,
         methods=methods,
         metrics=("energy_in_mask",),  # costs nothing
-        perturbation=Perturbation(batch_size=game.at_once, output=game.output),
+        perturbation=Perturbation(batch_size=game.at_once, memory=game.memory, output=game.output),
         with_runner_up=False,
     )
     some = slice(min(PROBED, game.at_once))
@@ -287,7 +290,13 @@ def _scores(game: _Game, label: str, method: Method, with_other: bool, examples:
             part = slice(start, start + game.at_once)
             try:
                 explanation = explain(
-                    model, images(part), targets[part], [method], output=output, batch_size=game.at_once
+                    model,
+                    images(part),
+                    targets[part],
+                    [method],
+                    output=output,
+                    batch_size=game.at_once,
+                    memory=game.memory,
                 )
             except torch.OutOfMemoryError:
                 raise

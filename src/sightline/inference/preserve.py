@@ -244,7 +244,8 @@ class _Modes:
         self.functions = torch._C._len_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
         self.dispatches = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
         self.seen = unseen()
-        any(map(call, (self.seen.__enter__, self.seen.__exit__)))  # it keeps whether modes saw operations before
+        switches: Any = (self.seen.__enter__, self.seen.__exit__)
+        any(map(call, switches))  # it keeps whether modes saw operations before
         self.inference: Any = None
 
     def leave_inference(self) -> None:
