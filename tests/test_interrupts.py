@@ -57,7 +57,7 @@ def test_an_interrupt_at_any_line_that_preserves_leaves_nothing_behind(surroundi
 
 
 @pytest.mark.parametrize(
-    ("name", "every"), [("explain: grad_cam", 59), ("attention_maps", 19), ("deletion_auc", 41), ("random_logit", 151)]
+    ("name", "every"), [("explain: grad_cam", 59), ("attention_maps", 19), ("deletion_auc", 41), ("random_logit", 131)]
 )
 def test_an_interrupt_at_any_line_of_a_call_leaves_nothing_behind(name, every):
     _, interrupts, left = interrupt_each_line(CALLS[name], every=every)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sightline.explainers.capture.features import with_graph
@@ -150,6 +151,8 @@ class _Trace:
         """
         if isinstance(value, Tensor):
             number = self.number(value)
+            if number is None and is_lazy(value):
+                raise _Unrecordable
             return (value.shape, value.dtype) if number is None else [number]
         kind = type(value)
         if kind in _PLAIN:
@@ -193,9 +196,10 @@ class Recording(Probabilities):
             except _Unrecordable:
                 before, self.is_whole = None, False
         output = super().on(operation)
-        with unseen():
-            self.steps.append((operation.func, before, self.trace.after(output)))
-        self.is_whole &= _is_of_torch(operation.func)
+        if self.is_whole:
+            with unseen():
+                self.steps.append((operation.func, before, self.trace.after(output)))
+            self.is_whole = _is_of_torch(operation.func)
         return output
 
     @contextmanager
