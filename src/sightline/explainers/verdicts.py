@@ -38,9 +38,9 @@ def signs_of(
     total: Float[Tensor, "b t"] | None,
     is_blind_to_class: bool,
 ) -> Float[Tensor, "b 9"]:
-    """The input of `verdicts_of`, per image: which verdicts hold, variation, gap, whether classes were compared, sums.
+    """The input of `verdicts_of`, per image: which verdicts hold, variation, gap, whether classes were compared.
 
-    The gap is the largest of the image's maps; then come what this map sums to and what it should sum to.
+    The gap is the largest of the image's maps, with what this map sums to and what it should sum to.
 
     A tensor, so that the device is asked once for all methods.
 
@@ -74,7 +74,7 @@ def signs_of(
     gaps, widest = ((sums - expected).abs() / absolute).max(1, keepdim=True)
     negative = finite & ((high <= 0) & (low < 0)).any(1)
     gap = [value[:, 0] for value in (gaps, sums.gather(1, widest), expected.gather(1, widest))]
-    signs = [~finite, flat, variation, negative, finite & ~flat & same, gap[0], compared, *gap[1:]]
+    signs = [~finite, flat, variation, negative, finite & ~flat & same, *gap, compared]
     return torch.stack([sign.float() for sign in signs], 1)
 
 
@@ -93,9 +93,9 @@ def verdicts_of(
         negative: float,
         same: float,
         gap: float,
-        _: float,
         reached: float,
         expected: float,
+        _: float,
     ) -> list[Verdict]:
         verdicts: list[Verdict] = []
         if broken:
