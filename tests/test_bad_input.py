@@ -214,5 +214,8 @@ def test_bad_files_beside_a_model(tmp_path, capsys):
 
 def test_a_training_that_diverges_stops_and_says_where(tmp_path, capsys):
     folder(tmp_path / "data")
-    said = refused(capsys, "train", "--data", tmp_path / "data", "--optim.lr", "1e30", "--out", tmp_path / "run", *TINY)
+    with pytest.raises(SystemExit) as stop:
+        sightline("train", "--data", tmp_path / "data", "--optim.lr", "1e30", "--out", tmp_path / "run", *TINY)
+    *_, said = capsys.readouterr().err.splitlines()  # after the header of the training
+    assert stop.value.code == 2 and said.startswith("sightline: error: ")
     assert "in epoch 1, step " in said and "lower optim.lr or set optim.clip_norm" in said

@@ -132,7 +132,9 @@ def test_explain_by_every_method_that_fits(run, tmp_path, capsys):
     images = [tmp_path / "0.png", tmp_path / "1.png"]
     sightline("explain", run, *images, "--methods", "all", "--batch-size", 100, "--out", out)
     said = capsys.readouterr()
-    left_out = dict(line.removeprefix("left out: ").split(": ", 1) for line in said.err.splitlines())
+    lines = [line.removeprefix("left out: ") for line in said.err.splitlines() if line.startswith("left out: ")]
+    left_out = dict(line.split(": ", 1) for line in lines)
+    assert "expected time: " in said.err
     assert left_out.keys() == {"cam", "attention_rollout", "gradient_rollout"} and "another head" in left_out["cam"]
     rows = list(csv.DictReader((out / "maps.csv").read_text().splitlines()))
     made = list(dict.fromkeys(row["method"] for row in rows))
@@ -233,6 +235,7 @@ def test_explain_a_class_by_its_name_beside_the_prediction(tmp_path, capsys):
     sightline(*given, "--target", "0")
     (row,) = csv.DictReader((tmp_path / "out" / "maps.csv").read_text().splitlines())
     assert row["class"] == "cat"
+    capsys.readouterr()
     said = refused(capsys, *given, "--target", "fisch")
     assert "expected the target class by name or index, one of 3 classes such as cat, dog, fish; got 'fisch'" in said
     assert "did you mean 'fish'?" in said
@@ -244,7 +247,10 @@ def test_explain_reports_progress_within_the_batch_size(run, tmp_path, monkeypat
     monkeypatch.setattr(terminal.Bar, "update", lambda bar, *what: told.append(what))
     given = [run, tmp_path / "red.png", "--methods", "occlusion,grad_cam", "--batch-size", 100]
     sightline("explain", *given, "--out", tmp_path / "maps")
-    assert told == [*(("occlusion", done, 361) for done in (100, 200, 300, 361)), ("explaining", 1, 1)]
+    counts = [done for what, done, _ in told if what == "occlusion"]
+    assert told == [*(("occlusion", done, 361) for done in counts), ("explaining", 1, 1)]
+    steps = [after - before for before, after in zip([0, *counts], counts, strict=False)]
+    assert counts[-1] == 361 and max(steps) == 100 and min(steps) > 0
 
 
 def test_progress_without_a_terminal_is_a_line_every_half_minute_with_the_time_left(monkeypatch, capsys):
@@ -274,6 +280,7 @@ def test_explain_takes_memory_and_fast(run, tmp_path, capsys):
     with (tmp_path / "maps" / "maps.csv").open() as file:
         methods = {row["method"] for row in csv.DictReader(file)}
     assert {"attention", "grad_cam"} <= methods and "rise" not in methods
+    capsys.readouterr()
     said = refused(capsys, "explain", run, tmp_path / "red.png", "--memory", "lots", "--out", tmp_path / "no")
     assert "expected memory in bytes or as 500MB, 2GB or 1GiB, got 'lots'" in said
     chosen = ["--methods", "fast", "--metrics", "sparsity", "--limit", 2, "--memory", "1GiB"]
@@ -631,4 +638,4 @@ def test_kept_memory_is_used_again_without_page_faults():
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
         )
         faults.append(int(done.stdout))
-    assert faults[0] < 100 < faults[1]
+    assert 2 * faults[0] < faults[1]

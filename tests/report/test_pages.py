@@ -174,6 +174,11 @@ def test_a_page_shows_what_the_model_saw(size, tmp_path):
         assert np.array_equal(shown, pixels[4:36, 14:46])
 
 
+def same_rows(one, other):
+    """Equal to the accuracy of float32: the images may run in other batches."""
+    return all(a == pytest.approx(b, rel=1e-5) for a, b in zip(one.rows, other.rows, strict=True))
+
+
 def test_a_network_of_timm_gets_the_middle_and_all_of_an_image_on_demand(files, tmp_path):
     model = sl.create_model("test_resnet", num_classes=3)
     cut = sl.report.pages(model, files, tmp_path / "cut")
@@ -190,7 +195,8 @@ def test_a_network_of_timm_gets_the_middle_and_all_of_an_image_on_demand(files, 
     preprocess = sl.models.preprocess_of(model)
     given = sl.report.pages(model, files, tmp_path / "given", preprocess=preprocess)
     held = sl.report.pages(model, read_images(files, preprocess), tmp_path / "set", preprocess=preprocess)
-    assert given.notices == held.notices == () and given.rows == held.rows == cut.rows
+    assert given.notices == held.notices == ()
+    assert same_rows(given, held) and same_rows(given, cut)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16", "P", "1"])

@@ -28,7 +28,7 @@ from sightline.metrics import METRICS, Perturbation, inputs_of, measure
 from sightline.metrics.agreement import ranks
 from sightline.metrics.classification import quality
 from sightline.metrics.per_image import Chance
-from sightline.metrics.perturbed import Fill
+from sightline.metrics.perturbed import Fill, substitute
 
 Array = np.ndarray
 
@@ -126,6 +126,8 @@ def evaluate(
     sizes: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
     perturbation = Perturbation(steps=steps, fill=fill, cells=cells, mean=source.mean, std=source.std, **sizes)
     predictions = predict(model, source, report, output)
+    if predictions.first is not None and not (isinstance(fill, str) and fill == "inpaint"):
+        substitute(predictions.first.images[:1], fill, source.mean, source.std)  # a wrong fill is refused at once
     task = Task(
         model=model,
         methods=listed,

@@ -79,7 +79,8 @@ class CompiledCapture:
         (captured,) = capture.captured
         head = head_of(capture.scorer.direct, captured)
         output = logits_of(ForwardCall().raw(self.model, images))
-        if head is None or captured.name not in capture.modules or not torch.equal(output, run(self.model, images)):
+        modules = dict(self.model.named_modules())
+        if head is None or captured.name not in modules or not torch.equal(output, run(self.model, images)):
             raise ValueError(
                 "expected a model whose last feature map is a module's output, pooled into one linear layer that "
                 f"yields the logits, for compile=True, got {type(self.model).__name__}; leave compile out"
