@@ -634,7 +634,7 @@ def test_metrics_that_share_images_are_given_up_together(monkeypatch):
     """ROAD three times costs as much as once: a single one saves nothing, and methods would go instead."""
     model = PooledModel(torch.eye(3))
     for name, seconds in {"_seconds": 0.001, "_forward_seconds": 0.0001, "_painted_seconds": 0.1}.items():
-        monkeypatch.setattr(planning, name, lambda *given, seconds=seconds: seconds)
+        monkeypatch.setattr(planning, name, lambda *given, seconds=seconds, **options: seconds)
     metrics = ("energy_in_mask", "road", "road_morf", "road_lerf")
     methods = ("cam", "grad_cam", "saliency", "random_map")
     images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
