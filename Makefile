@@ -12,6 +12,9 @@ demo:
 	@scripts/setup train
 	.venv/bin/python -m sightline demo --out runs/demo --resume
 
+# Without compiled files every process of the tests compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # torch.compile would trace the shape checker's wrappers, so the compile tests run without the checker.
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1

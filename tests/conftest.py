@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 
 import jaxtyping
@@ -15,6 +17,25 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def ctrl_c_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have Ctrl-C pressed once, when so many steps are done."""
+    from sightline.training.log import Log
+
+    plain = Log.step
+
+    def press(steps: int) -> None:
+        def step(log: Log, done: int) -> None:
+            plain(log, done)
+            if done == steps:
+                monkeypatch.setattr(Log, "step", plain)
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(Log, "step", step)
+
+    return press
 
 
 @pytest.fixture

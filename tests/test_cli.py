@@ -625,7 +625,7 @@ def test_kept_memory_is_used_again_without_page_faults():
         "from sightline import cli\n"
         "cli.keep_freed_memory()\n"
         "make = lambda: [torch.empty(2**21).fill_(1) for _ in range(3)] and None\n"
-        "make()\n"
+        "for _ in range(6): make()\n"  # until free places of every alignment are there
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "make()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
@@ -638,4 +638,4 @@ def test_kept_memory_is_used_again_without_page_faults():
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
         )
         faults.append(int(done.stdout))
-    assert 2 * faults[0] < faults[1]
+    assert faults[0] < 100 and faults[1] > 2000

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from sightline.metrics import linear_probe
 from sightline.recipe import Data, Model, Optim, Recipe
 from sightline.training import fit, initial_network
 from sightline.training.freezing import Freezing, zero_fresh_head
-from sightline.training.log import Log
 
 pytestmark = pytest.mark.usefixtures("few_validation_images")
 
@@ -179,18 +177,12 @@ def test_layers_of_a_transformer_learn_the_more_slowly_the_earlier_they_are():
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-def test_stopped_and_resumed_is_bit_equal(steps: int, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_stopped_and_resumed_is_bit_equal(
+    steps: int, weights: Path, tmp_path: Path, ctrl_c_after: Callable[[int], None]
+):
     start = recipe_of(weights, freeze=1, epochs=2, backbone_lr=0.1)
     through = trained(start, tmp_path / "through")
-    plain = Log.step
-
-    def step(log: Log, done: int) -> None:
-        plain(log, done)
-        if done == steps:
-            monkeypatch.setattr(Log, "step", plain)
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Log, "step", step)
+    ctrl_c_after(steps)
     with pytest.raises(KeyboardInterrupt, match="continue with --resume"):
         fit(start, tmp_path / "stopped", progress=False)
     resumed = trained(start, tmp_path / "stopped", resume=True)

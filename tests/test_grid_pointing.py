@@ -413,7 +413,7 @@ def test_methods_are_found_and_a_budget_leaves_some_out(net):
 def test_bad_requests_say_what_to_do(net):
     images, labels = colors()
     for given, message in (
-        ({"methods": "grad_cam"}, r"expected a list of methods, 'all' or 'fast', got 'grad_cam'"),
+        ({"methods": "grad_cam"}, r"expected a list of methods or 'all' or 'fast', got 'grad_cam'"),
         ({"methods": ["grad_cm"]}, r"did you mean 'grad_cam'"),
         ({"controls": ["saliency"]}, r"expected controls that never look at the model, got 'saliency'"),
         ({"grid": (1, 1)}, r"expected a grid of at least two cells"),

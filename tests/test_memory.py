@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from tests.same import close
-from torch import nn
+from tests.test_perturbation import Net
 
 import sightline as sl
 from sightline.checks import bytes_of
@@ -24,19 +24,6 @@ OPTIONS = {
     "smooth_grad": {"samples": 6},
     "var_grad": {"samples": 6},
 }
-
-
-class Net(nn.Module):
-    """Two convolutions and a head that is not linear on the mean of its features."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
-        self.conv2 = nn.Conv2d(6, 5, 3, stride=2, padding=1)
-        self.fc = nn.Linear(5, 4)
-
-    def forward(self, x):
-        return self.fc(self.conv2(self.conv1(x).relu()).relu().square().mean((2, 3)).tanh())
 
 
 @pytest.fixture

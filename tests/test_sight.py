@@ -152,6 +152,14 @@ def test_a_run_plays_it_on_its_test_images(place, capsys):
     assert "Where vgg_gap looks" in (place / "own" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("word", ["fast", "all"])
+def test_a_word_stands_for_several_methods(place, capsys, word):
+    given = ["--grid", "1x2", "--methods", word, "--limit", "1", "--model", "resnet18", "--weights", "w.safetensors"]
+    cli.main(["sight", *given, "--data", "photos", "--out", "own"])
+    text = (place / "own" / "sight.md").read_text()
+    assert "| grad_cam |" in text and ("| rise |" in text) == (word == "all")
+
+
 def test_labels_count_where_they_fit_the_model(place):
     preprocess = Preprocess(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
     model = models.named_model("", "")[0]

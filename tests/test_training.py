@@ -53,23 +53,6 @@ def without_time(run: object) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in run.history]
 
 
-@pytest.fixture
-def ctrl_c_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Have Ctrl-C pressed once, when so many steps are done."""
-    plain = Log.step
-
-    def press(steps: int) -> None:
-        def step(log: Log, done: int) -> None:
-            plain(log, done)
-            if done == steps:
-                monkeypatch.setattr(Log, "step", plain)
-                signal.raise_signal(signal.SIGINT)
-
-        monkeypatch.setattr(Log, "step", step)
-
-    return press
-
-
 def test_a_run_is_whole(tmp_path: Path):
     run = fit(TINY, tmp_path / "run", {"seeds": [5]}, progress=False)
     assert isinstance(run, runs.Run)

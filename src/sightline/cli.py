@@ -307,7 +307,7 @@ def _sight_mosaics(options: Namespace, overrides: dict[str, Any]) -> None:
             Path(options.out),
             model.to(runs.best_device()),
             images,
-            "all" if options.methods == ["all"] else options.methods,
+            options.methods,
             name=name,
             grid=options.grid,
             confidence=options.confidence,

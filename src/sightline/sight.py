@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sightline import data, inference, maps, report, runs
 from sightline.data import ImageSet, Preprocess
-from sightline.evaluation import Evaluation, evaluate, evaluate_mosaics
+from sightline.evaluation import Evaluation, as_word, evaluate, evaluate_mosaics
 from sightline.evaluation.ranking import UNDEFINED_FRACTION
 from sightline.explainers import Method
 from sightline.facts import Interval, Progress
@@ -56,8 +56,7 @@ class Sight:
         forecasts: dict[str, dict[str, Interval]] = {}
         for name, result in results.items():
             for method in result.methods:
-                label = f"{method} (control)" if method in result.controls else method
-                truth.setdefault(label, {})[name] = result.score(method, TRUTH).interval
+                truth.setdefault(result.label(method), {})[name] = result.score(method, TRUTH).interval
             for metric, interval in self.predicts[name].items():
                 forecasts.setdefault(metric, {})[name] = interval
         chance = ["chance", *(f"{result.chance[TRUTH]:.3f}" for result in results.values())]
@@ -170,7 +169,7 @@ def sight_mosaics(
     result = evaluate_mosaics(
         model,
         images,
-        methods,
+        as_word(methods),
         grid=grid,
         confidence=confidence,
         limit=limit,
@@ -193,9 +192,7 @@ def sight_mosaics(
 def mosaic_table(result: Evaluation) -> str:
     """The scores of `evaluate_mosaics` as a table, the best first."""
     rows = {
-        f"{method} (control)" if method in result.controls else method: {
-            metric: result.score(method, metric).interval for metric in result.metrics
-        }
+        result.label(method): {metric: result.score(method, metric).interval for metric in result.metrics}
         for method in result.methods
     }
     first = (

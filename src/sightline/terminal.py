@@ -67,7 +67,7 @@ class Bar:
             self.tasks[what] = self.progress.add_task(what, total=total)
         self.progress.update(self.tasks[what], completed=done, total=total, visible=done < total)
         start, before = self.first.get(what, (now, done))
-        if done <= before:  # it begins, or begins anew
+        if done <= before:  # it begins, or begins again
             start, before = self.first[what] = now, done
         if not sys.stderr.isatty() and now - self.printed >= self.every:
             left = (now - start) / max(done - before, 1) * (total - done)
@@ -102,9 +102,7 @@ def print_columns(title: str, columns: Sequence[str], lines: Iterable[Sequence[s
 
 def print_scores(evaluation: "Evaluation") -> None:
     """Scores of all methods, with intervals."""
-    names = {
-        method: f"{method} (control)" if method in evaluation.controls else method for method in evaluation.methods
-    }
+    names = {method: evaluation.label(method) for method in evaluation.methods}
     for start in range(0, len(evaluation.metrics), _METRICS):
         metrics = evaluation.metrics[start : start + _METRICS]
         images = evaluation.provenance["images with maps"]

@@ -18,7 +18,7 @@ from sightline.data import ImageSet
 from sightline.evaluation import ranking
 from sightline.evaluation.batches import Batch, Predictions, Source, predict
 from sightline.evaluation.findings import findings
-from sightline.evaluation.planning import TOLD, Plan, Task, at_once, plan, unsuited
+from sightline.evaluation.planning import TOLD, Plan, Task, at_once, check_list, listed, plan, unsuited
 from sightline.evaluation.result import Curve, Evaluation, Example
 from sightline.evaluation.scores import PartialResults, Scores, key_of
 from sightline.explainers import EXPLAINERS, FAST, Explanation, Method, attention_maps, explain, fitting, named
@@ -120,7 +120,8 @@ def evaluate(
     (1.0, 1.0)
     """
     _check_numbers(limit, examples, budget)
-    listed = _listed(methods, metrics, controls)
+    chosen = listed(methods, controls)
+    _check_metrics(metrics)
     report = progress or (lambda what, done, total: None)
     source = Source(model, data, batch_size, memory, classes)
     sizes: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
@@ -130,7 +131,7 @@ def evaluate(
         substitute(predictions.first.images[:1], fill, source.mean, source.std)  # a wrong fill is refused at once
     task = Task(
         model=model,
-        methods=listed,
+        methods=chosen,
         metrics=_chosen_metrics(metrics, source.has_masks, any(True for _ in model.parameters())),
         perturbation=replace(perturbation, output=predictions.output),
         with_runner_up="other_class" in controls,
@@ -170,24 +171,12 @@ def _check_numbers(limit: int, examples: int, budget: float | None) -> None:
         raise ValueError(f"expected a budget above 0 seconds, got {budget}; leave it out to do all")
 
 
-def _listed(
-    methods: Sequence[Method] | str | None, metrics: Sequence[str] | str | None, controls: Sequence[Method] | str
-) -> dict[str, Method]:
-    """Methods and controls by name, after checking the names of the metrics too."""
-    choices = {"methods": ("all", "fast"), "metrics": ("all",), "controls": ()}
-    for (keyword, words), names in zip(choices.items(), (methods, metrics, controls), strict=True):
-        if isinstance(names, str) and names not in words:
-            what = " or ".join([keyword, *map(repr, words)])
-            raise ValueError(f"expected a list of {what}, got {names!r}; write {keyword}=[{names!r}]")
+def _check_metrics(metrics: Sequence[str] | str | None) -> None:
+    check_list("metrics", metrics, ("all",))
     for metric in () if metrics is None or metrics == "all" else metrics:
         if current_name(metric) not in METRICS:
             hint = did_you_mean(metric, METRICS, f"choose from {', '.join(METRICS)}")
             raise ValueError(f"expected the name of a metric, got {metric!r}{hint}")
-    for name, explainer, *_ in (named(control) for control in controls if control != "other_class"):
-        if not explainer.is_control:
-            raise ValueError(f"expected controls that never look at the model, got {name!r}; give it as a method")
-    listed = () if methods is None or isinstance(methods, str) else methods
-    return {named(one)[0]: one for one in [*listed, *(one for one in controls if one != "other_class")]}
 
 
 def _chosen_metrics(metrics: Sequence[str] | str | None, has_masks: bool, has_weights: bool) -> tuple[str, ...]:
@@ -241,19 +230,20 @@ def _planned(
     if budget is None and tell is None:
         steps = task.perturbation.steps
         return Plan(methods=tuple(task.methods), metrics=task.metrics, limit=limit, steps=steps, seconds=0.0)
-    path = None if budget is None else files.file(lambda: f"{_key(task, predictions, limit, budget, order)}-plan.json")
-    if path is not None and (stored := Plan.load(path)) is not None:
-        return stored
-    first = predictions.first
-    assert first is not None
-    first = next(first.pieces(1)) if budget is None else first  # an estimate alone may be rougher
-    timed = replace(task, perturbation=_called(task.perturbation, first))
-    planned = plan(timed, first.images, predictions.targets(first), min(limit, len(order)), budget or math.inf)
-    if tell is not None and planned.seconds > TOLD:
-        tell(planned.sentence())
-    if path is not None:
-        planned.save(path)
-    return planned
+
+    def make() -> Plan:
+        first = predictions.first
+        assert first is not None
+        first = next(first.pieces(1)) if budget is None else first  # an estimate alone may be rougher
+        timed = replace(task, perturbation=_called(task.perturbation, first))
+        planned = plan(timed, first.images, predictions.targets(first), min(limit, len(order)), budget or math.inf)
+        if tell is not None and planned.seconds > TOLD:
+            tell(planned.sentence())
+        return planned
+
+    if budget is None:
+        return make()
+    return files.kept(lambda: f"{_key(task, predictions, limit, budget, order)}-plan.json", make, Plan)
 
 
 def _key(task: Task, predictions: Predictions, *more: Any) -> str:
@@ -296,7 +286,7 @@ def _score(
         parts: list[Scores] = []
         if (scored := batch.only(is_chosen)) is not None:
             part = partial(_batch_scores, task, scored, predictions, draw.shown, report)
-            parts.append(files.scores(lambda at=number, on=scored: f"{key}-{at}-{on.digest}.npz", part))
+            parts.append(files.kept(lambda at=number, on=scored: f"{key}-{at}-{on.digest}.npz", part, Scores))
             done += len(scored.names)
             report("explaining and scoring", done, len(draw.chosen))
         if (shown := batch.only(~is_chosen)) is not None:

@@ -16,7 +16,7 @@ from sightline.data import ImageSet
 from sightline.evaluation import ranking
 from sightline.evaluation.batches import PROBED, Predictions, Source, predict
 from sightline.evaluation.findings import findings
-from sightline.evaluation.planning import Plan, Task, plan, unsuited
+from sightline.evaluation.planning import Plan, Task, listed, plan, unsuited
 from sightline.evaluation.result import Evaluation, Example
 from sightline.evaluation.scores import PartialResults, Scores, digest_of, key_of
 from sightline.explainers import EXPLAINERS, FAST, Method, explain, fitting, named
@@ -27,7 +27,6 @@ from sightline.metrics import MOSAIC_METRICS, Disconnected, Perturbation, draw_m
 Array = np.ndarray
 
 _JOINED, _APART = MOSAIC_METRICS
-_OTHER = "{} of another class"
 
 
 def evaluate_mosaics(
@@ -100,23 +99,25 @@ def evaluate_mosaics(
     source = Source(model, data, batch_size, memory, classes)
     predictions = predict(model, source, report, output)
     game = _game(model, source, predictions, grid, confidence, limit, seed)
-    listed, reasons = _listed(game, methods, controls, strict)
-    with_other = "other_class" in controls
+    task, reasons = _task(game, methods, controls, strict)
     files = PartialResults(None if partial_results is None else Path(partial_results))
-    options = {name: named(method)[2] for name, method in listed.items()}
-    key = files.folder and key_of(model, grid, with_other, examples, options, game.output, game.targets, game.images)
-    planned = _planned(game, listed, budget, files, f"{key}-plan.json")
-    game, chosen = game.first(planned.limit), {method: listed[method] for method in planned.methods}
+    options = {name: named(method)[2] for name, method in task.methods.items()}
+    asked = grid, task.with_runner_up, examples, options, game.output, game.targets, game.images
+    key = files.folder and key_of(model, *asked)
+    planned = _planned(game, task, budget, files, f"{key}-plan.json")
+    game = game.first(planned.limit)
+    task = replace(task, methods={name: task.methods[name] for name in planned.methods})
     scores = Scores()
-    for number, (label, method) in enumerate(chosen.items()):
-        make = partial(_scores, game, label, method, with_other, examples)
-        scores = scores + files.scores(lambda at=label: f"{key}-{len(game.rows)}-{digest_of(also=at)}.npz", make)
-        report("explaining mosaics", number + 1, len(chosen))
-    result = _ranked(game, source, predictions, chosen, with_other, scores, seed)
+    for number, label in enumerate(task.methods):
+        make = partial(_scores, game, label, task, examples)
+        file = f"{key}-{len(game.rows)}-{digest_of(also=label)}.npz"
+        scores = scores + files.kept(lambda file=file: file, make, Scores)
+        report("explaining mosaics", number + 1, len(task.methods))
+    result = _ranked(game, source, predictions, task, scores, seed)
     result = replace(
         result,
         data=name or source.name,
-        examples=_examples(game, predictions, scores, chosen, examples),
+        examples=_examples(game, predictions, scores, task, examples),
         left_out=planned.left_out,
         unsuited=reasons,
         provenance=result.provenance | (provenance or {}),
@@ -232,53 +233,50 @@ def _last_features(model: nn.Module, image: Tensor, output: Output) -> str | Non
     return layer.name if shapes == [layer.shape] else None
 
 
-def _listed(
+def _task(
     game: _Game, methods: Sequence[Method] | str | None, controls: Sequence[Method], strict: bool
-) -> tuple[dict[str, Method], dict[str, str]]:
-    """Methods and controls by name, and why others do not fit."""
-    if isinstance(methods, str) and methods not in ("all", "fast"):
-        raise ValueError(f"expected a list of methods, 'all' or 'fast', got {methods!r}; write methods=[{methods!r}]")
-    looking = [
-        named(control)[0] for control in controls if control != "other_class" and not named(control)[1].is_control
-    ]
-    if looking:
-        raise ValueError(f"expected controls that never look at the model, got {looking[0]!r}; give it as a method")
+) -> tuple[Task, dict[str, str]]:
+    """Methods and controls that fit the model, and why others do not."""
+    chosen = listed(methods, controls)
     given: dict[str, Any] = {"targets": game.targets[:1], "output": game.output}
     if methods is None or isinstance(methods, str):
         names = EXPLAINERS if methods == "all" else FAST
         wanted = [name for name in names if not EXPLAINERS[name].is_control]
-        chosen, reasons = fitting(game.model, game.whole(slice(1)), wanted, **given)
+        fit, reasons = fitting(game.model, game.whole(slice(1)), wanted, **given)
+        chosen = {name: name for name in fit} | chosen
         reasons = reasons if methods == "all" else {}
     else:
-        reasons = unsuited(game.model, game.whole(slice(1)), methods, strict, **given)
-        chosen = [method for method in methods if method not in reasons]
-    return {named(one)[0]: one for one in [*chosen, *(one for one in controls if one != "other_class")]}, reasons
-
-
-def _planned(game: _Game, methods: dict[str, Method], budget: float | None, files: PartialResults, file: str) -> Plan:
-    """All of it, or what fits into the budget; every mosaic is explained twice."""
-    if budget is None:
-        return Plan(methods=tuple(methods), metrics=(), limit=len(game.rows), steps=Perturbation().steps, seconds=0.0)
-    path = files.file(lambda: file)
-    if path is not None and (stored := Plan.load(path)) is not None:
-        return stored
+        reasons = unsuited(game.model, game.whole(slice(1)), chosen.values(), strict, **given)
+        chosen = {name: method for name, method in chosen.items() if name not in reasons}
     task = Task(
         model=game.model,
-        methods=methods,
-        metrics=("energy_in_mask",),  # costs nothing
+        methods=chosen,
+        metrics=("energy_in_mask",),  # costs nothing, as the game
         perturbation=Perturbation(batch_size=game.at_once, memory=game.memory, output=game.output),
-        with_runner_up=False,
+        with_runner_up="other_class" in controls,
     )
-    some = slice(min(PROBED, game.at_once))
-    planned = plan(task, game.whole(some), game.targets[some].to(game.device), 2 * len(game.rows), budget)
-    planned = replace(planned, limit=max(planned.limit // 2, 1))
-    if path is not None:
-        planned.save(path)
-    return planned
+    return task, reasons
 
 
-def _scores(game: _Game, label: str, method: Method, with_other: bool, examples: int) -> Scores:
+def _planned(game: _Game, task: Task, budget: float | None, files: PartialResults, file: str) -> Plan:
+    """All of it, or what fits into the budget; every mosaic is explained twice, and another class costs nothing."""
+    if budget is None:
+        steps = task.perturbation.steps
+        return Plan(methods=tuple(task.methods), metrics=(), limit=len(game.rows), steps=steps, seconds=0.0)
+
+    def make() -> Plan:
+        some = slice(min(PROBED, game.at_once))
+        targets = game.targets[some].to(game.device)
+        timed = replace(task, with_runner_up=False)
+        planned = plan(timed, game.whole(some), targets, 2 * len(game.rows), budget)
+        return replace(planned, limit=max(planned.limit // 2, 1))
+
+    return files.kept(lambda: file, make, Plan)
+
+
+def _scores(game: _Game, label: str, task: Task, examples: int) -> Scores:
     """One method in both games."""
+    names = [row.name for row in task.rows if row.method == label]
     cells = game.rows.shape[1]
     offsets = game.classes * torch.arange(cells)
     scores = Scores()
@@ -293,7 +291,7 @@ def _scores(game: _Game, label: str, method: Method, with_other: bool, examples:
                     model,
                     images(part),
                     targets[part],
-                    [method],
+                    [task.methods[label]],
                     output=output,
                     batch_size=game.at_once,
                     memory=game.memory,
@@ -305,14 +303,13 @@ def _scores(game: _Game, label: str, method: Method, with_other: bool, examples:
                     raise
                 notice = f"{label} does not work on cells that cannot see each other: {' '.join(str(error).split())}"
                 undefined = np.full(game.rows.size, np.nan)
-                values = {(name, metric): undefined for name in _names(label, method, with_other)}
-                scores = scores + Scores(values=values, notices=[notice])
+                scores = scores + Scores(values={(name, metric): undefined for name in names}, notices=[notice])
                 break
             maps = explanation.maps[label]
-            table = {(label, metric): _game_of(maps, game.grid)}
-            if len(_names(label, method, with_other)) > 1:
-                table[_OTHER.format(label), metric] = _game_of(maps.roll(-1, 1), game.grid)
-            scores = scores + Scores(values=table)
+            values = {(names[0], metric): _game_of(maps, game.grid)}
+            if len(names) > 1:  # the map of the class in the next cell
+                values[names[1], metric] = _game_of(maps.roll(-1, 1), game.grid)
+            scores = scores + Scores(values=values)
             if metric == _JOINED:
                 shown = range(start, min(start + len(maps), examples))
                 scores = scores + Scores(
@@ -329,13 +326,6 @@ def _scores(game: _Game, label: str, method: Method, with_other: bool, examples:
     return scores
 
 
-def _names(label: str, method: Method, with_other: bool) -> list[str]:
-    """The method, and its map of another class if that is a control."""
-    explainer = named(method)[1]
-    has_other = with_other and not explainer.is_control and not explainer.is_blind_to_class
-    return [label, _OTHER.format(label)] if has_other else [label]
-
-
 def _game_of(maps: Float[Tensor, "b cells h w"], grid: tuple[int, int]) -> Float[Array, " values"]:
     cells = torch.arange(maps.shape[1], device=maps.device).repeat(len(maps))
     return grid_pointing_game(maps.flatten(0, 1)[:, None], cells, grid=grid).double().cpu().numpy()
@@ -345,18 +335,14 @@ def _ranked(
     game: _Game,
     source: Source,
     predictions: Predictions,
-    methods: dict[str, Method],
-    with_other: bool,
+    task: Task,
     scores: Scores,
     seed: int,
 ) -> Evaluation:
     count, cells = game.rows.shape
     rows = game.rows.flatten()
     mosaic = np.repeat(np.arange(count), cells)
-    labels = [name for label, method in methods.items() for name in _names(label, method, with_other)]
-    labels.sort(key=lambda name: name not in methods)
-    table = {metric: {name: scores.values[name, metric] for name in labels} for metric in (_JOINED, _APART)}
-    controls = tuple(name for name in labels if name not in methods or named(methods[name])[1].is_control)
+    table = {metric: {name: scores.values[name, metric] for name in task.names} for metric in (_JOINED, _APART)}
     chance: dict[str, float] = {metric: 1 / cells for metric in table}
     up = dict.fromkeys(table, True)
     columns = predictions.columns(rows, "group")
@@ -367,10 +353,10 @@ def _ranked(
         n_images=len(predictions.labels),
         unit="mosaic",
         classes=predictions.classes,
-        methods=tuple(labels),
-        controls=controls,
-        signed=tuple(name for name, method in methods.items() if named(method)[1].is_signed),
-        layers={name: scores.layers.get(name, "") for name in labels},
+        methods=task.names,
+        controls=task.controls,
+        signed=tuple(row.name for row in task.rows if row.explainer.is_signed and not row.explains_runner_up),
+        layers={name: scores.layers.get(name, "") for name in task.names},
         positions={name: tuple(side) for name, side in scores.positions.items()},
         metrics=tuple(table),
         higher_is_better=dict(up),
@@ -384,8 +370,8 @@ def _ranked(
         examples=(),
         errors=(),
         mean_maps={},
-        verdicts={name: {} for name in labels},
-        **ranking.rank(table, up, controls, chance, mosaic, seed),
+        verdicts={name: {} for name in task.names},
+        **ranking.rank(table, up, task.controls, chance, mosaic, seed),
         notices=tuple(dict.fromkeys([*source.notices, *predictions.notices, *game.notices, *scores.notices])),
         skipped=tuple(source.skipped),
         summary=(),
@@ -393,13 +379,11 @@ def _ranked(
     )
 
 
-def _examples(
-    game: _Game, predictions: Predictions, scores: Scores, methods: dict[str, Method], count: int
-) -> tuple[Example, ...]:
+def _examples(game: _Game, predictions: Predictions, scores: Scores, task: Task, count: int) -> tuple[Example, ...]:
     """The first mosaics, once for each of their classes, with the outline of its cell."""
     cells = game.rows.shape[1]
     height, width = game.pictures.shape[3:]
-    shown = [label for label, method in methods.items() if not named(method)[1].is_control]
+    shown = [row.name for row in task.rows if not row.is_control]
     examples: list[Example] = []
     for number, rows in enumerate(game.rows[:count].tolist()):
         picture = mosaics(game.pictures[number : number + 1], game.grid)[0].permute(1, 2, 0).numpy()

@@ -122,6 +122,41 @@ class Plan:
             return None
 
 
+def check_list(keyword: str, names: Any, words: Sequence[str] = ()) -> None:
+    """A list of names, or one of these words.
+
+    Raises:
+        ValueError: another text.
+    """
+    if isinstance(names, str) and names not in words:
+        what = " or ".join([keyword, *map(repr, words)])
+        raise ValueError(f"expected a list of {what}, got {names!r}; write {keyword}=[{names!r}]")
+
+
+def listed(methods: Sequence[Method] | str | None, controls: Sequence[Method] | str) -> dict[str, Method]:
+    """Methods, where they are listed, and controls by name.
+
+    Raises:
+        ValueError: a text instead of a list, or a control that looks at the model.
+    """
+    check_list("methods", methods, ("all", "fast"))
+    check_list("controls", controls)
+    for name, explainer, *_ in (named(control) for control in controls if control != "other_class"):
+        if not explainer.is_control:
+            raise ValueError(f"expected controls that never look at the model, got {name!r}; give it as a method")
+    chosen = () if methods is None or isinstance(methods, str) else methods
+    return {named(one)[0]: one for one in [*chosen, *(one for one in controls if one != "other_class")]}
+
+
+def as_word(methods: Sequence[Method] | str | None) -> Sequence[Method] | str | None:
+    """`["all"]` and `["fast"]`, as a command line has them, as the words "all" and "fast".
+
+    >>> as_word(["all"]), as_word(["cam"])
+    ('all', ['cam'])
+    """
+    return str(methods[0]) if methods is not None and list(methods) in (["all"], ["fast"]) else methods
+
+
 def unsuited(
     model: nn.Module, images: Tensor, methods: Collection[Method], strict: bool, **options: Any
 ) -> dict[str, str]:

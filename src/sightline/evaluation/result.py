@@ -152,6 +152,10 @@ class Evaluation:
         """Those of `metrics` that say which map is better."""
         return tuple(metric for metric in self.metrics if self.higher_is_better[metric] is not None)
 
+    def label(self, method: str) -> str:
+        """The method as a table names it."""
+        return f"{method} (control)" if method in self.controls else method
+
     def score(self, method: str, metric: str) -> Score:
         """One cell of the table.
 

@@ -8,13 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from sightline.evaluation.planning import Plan
 from sightline.facts import Verdict
 from sightline.runs import write
 from sightline.version import __version__
@@ -108,6 +109,9 @@ def _joined(one: Table, other: Table, join: Callable[[Any], Any]) -> Table:
     return one | other | {key: join([one[key], other[key]]) for key in one.keys() & other.keys()}
 
 
+Stored = TypeVar("Stored", Scores, Plan)
+
+
 @dataclass
 class PartialResults:
     """Files of what is done already, for an evaluation that asks the same question."""
@@ -115,23 +119,17 @@ class PartialResults:
     folder: Path | None
     files: list[Path] = field(default_factory=list)
 
-    def file(self, name: Callable[[], str]) -> Path | None:
-        """The file of that name, if files are kept."""
+    def kept(self, name: Callable[[], str], make: Callable[[], Stored], kind: type[Stored]) -> Stored:
+        """What a file of that name holds, made and put there where it holds nothing; only made if no files are kept."""
         if self.folder is None:
-            return None
-        self.files.append(self.folder / name())
-        return self.files[-1]
-
-    def scores(self, name: Callable[[], str], make: Callable[[], Scores]) -> Scores:
-        """The scores in a file, made and put there where it has none."""
-        path = self.file(name)
-        if path is None:
             return make()
-        scores = Scores.load(path)
-        if scores is None:
-            scores = make()
-            scores.save(path)
-        return scores
+        path = self.folder / name()
+        self.files.append(path)
+        value = kind.load(path)
+        if value is None:
+            value = make()
+            value.save(path)
+        return value
 
     def clear(self) -> None:
         """Delete the files, and their folder if it is empty then."""

@@ -103,17 +103,19 @@ def _without_prefixes(expected: State, state: State) -> tuple[State, tuple[str, 
 
 
 def _below_one_prefix(expected: State, state: State) -> tuple[State, tuple[str, ...]]:
-    prefixes = [
-        prefix
-        for prefix in dict.fromkeys(key.partition(".")[0] + "." for key in state)
-        if all(prefix + key in state for key in expected)
-    ]
+    prefixes = _prefixes(expected, state)
     if len(prefixes) != 1:
         return state, ()
     beside = [key for key in state if not key.startswith(prefixes[0])]
     text = f"weights: those below {prefixes[0]!r}; left out: {', '.join(beside[:3])}{', ...' * (len(beside) > 3)}"
     inside = {key.removeprefix(prefixes[0]): value for key, value in state.items() if key not in beside}
     return inside, (text,)
+
+
+def _prefixes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """First parts of names below which all of the model's names are."""
+    firsts = dict.fromkeys(key.partition(".")[0] + "." for key in state)
+    return [first for first in firsts if all(first + key in state for key in expected)]
 
 
 def mismatches(model: nn.Module, state: State) -> list[str]:
@@ -177,9 +179,8 @@ def _remedy(model: nn.Module, name: str, state: State, source: Path) -> str:
     network = _network_beside(source)
     if network is not None and network[0] != name:
         return f"they are those of {network[0]} with {network[1]} classes; give that name, and its options"
-    for prefix in dict.fromkeys(key.partition(".")[0] + "." for key in state):
-        if all(prefix + key in state for key in expected):
-            return f"names below {prefix!r} fit; save these alone, without {prefix!r} in front"
+    if prefixes := _prefixes(expected, state):
+        return f"names below {prefixes[0]!r} fit; save these alone, without {prefixes[0]!r} in front"
     if 2 * len(shared) < len(expected):
         return (
             f"{len(shared)} of its {len(expected)} names are there, and their order and shapes differ too, so they "

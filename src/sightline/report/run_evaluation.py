@@ -10,7 +10,7 @@ import torch
 
 from sightline import data, models, recipe, runs
 from sightline.data import ImageSet
-from sightline.evaluation import Evaluation, evaluate
+from sightline.evaluation import Evaluation, as_word, evaluate
 from sightline.explainers import fitting
 from sightline.facts import Progress
 from sightline.report import write
@@ -65,7 +65,7 @@ def evaluate_run(
     evaluation = evaluate(
         network,
         images,
-        methods[0] if methods is not None and list(methods) in (["all"], ["fast"]) else methods,
+        as_word(methods),
         strict=strict,
         seed=run.seed,
         progress=progress,
