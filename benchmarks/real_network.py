@@ -8,52 +8,45 @@ EfficientNet-Lite0 (timm's `tf_efficientnet_lite0`, 224 px) with the weights of 
 - `boxes`: boxes of `tiny_imagenet50`, on the images that the network names correctly and most surely, since small
   images enlarged to 224 px are hard for it.
 
-    python benchmarks/real_network.py --weights FILE.pth --data FOLDER --out FOLDER
+    python benchmarks/real_network.py --weights FILE.pth --data FOLDER
 
-FOLDER of `--data` holds the two sets as parquet files. Each method that is done is written to `--out`, so that the same
-command continues; the tables, and `results/real_network.json`, follow when all are done. `--methods A,B` and `--parts`
-select some of it, and nothing is then written to `results`.
+FOLDER of `--data` holds the two sets as parquet files. Methods of few passes are scored on 50 images (or mosaics), and
+all methods on 12, since one of many passes takes up to a minute for an image. Each method that is done goes into
+`results/real_network/`, so that the same command continues; the tables, and `results/real_network.json`, follow when
+all are done. `--parts` selects some of it, also for a second process beside the first.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
-import torch
-from measure import peak, save
+from measure import RESULTS, keep_freed_memory, peak, save
 from torch import nn
 
-from sightline import data, inference, maps, sight
+from sightline import data, inference, maps, models, runs, sight
 from sightline.data import ImageSet, Preprocess
 from sightline.evaluation import Evaluation, evaluate, evaluate_mosaics
 from sightline.evaluation.ranking import failing, rank
 from sightline.explainers import EXPLAINERS, explain, fitting, named
 from sightline.metrics import METRICS
-from sightline.models import input_of
 from sightline.recipe import Data
 
 METRICS_OF = {
     "photos": ["insertion_auc", "deletion_auc", "road", "parameter_randomization", "random_logit"],
     "boxes": ["energy_in_mask", "pointing_game", "mask_auc"],
 }
-PARTS = ("mosaics", *METRICS_OF)
+PARTS = ("mosaics", *METRICS_OF, "cost")
+MANY, FEW = 50, 12
+FOLDER = RESULTS / "real_network"
 SHOWN = ("grad_cam", "hires_cam", "input_x_gradient", "guided_backprop", "lrp_epsilon_plus_flat", "saliency")
 """Methods of the picture, as far as they are scored."""
-
-
-def network(file: Path) -> nn.Module:
-    """The weights' names are those of another library, their order is timm's."""
-    model = timm.create_model("tf_efficientnet_lite0").eval()
-    values = torch.load(file, weights_only=True, map_location="cpu").values()
-    model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
-    return model
 
 
 def images_of(folder: Path, name: str, preprocess: Preprocess) -> ImageSet:
@@ -73,14 +66,17 @@ def named_correctly(model: nn.Module, images: ImageSet, most: int) -> ImageSet:
     return images.picked(np.sort(order))
 
 
-def score(part: str, model: nn.Module, images: ImageSet, method: str, count: int) -> Evaluation:
+def scored(part: str, model: nn.Module, images: ImageSet, method: str, count: int) -> dict[str, Any]:
     """One method in one part; what does not depend on the method is the same for all."""
     controls = [] if named(method)[1].is_control or part == "photos" else ["other_class"]
     if part == "mosaics":
-        return evaluate_mosaics(model, images, [method], controls=controls, limit=count, batch_size=16, examples=1)
-    return evaluate(
+        return part_of(
+            evaluate_mosaics(model, images, [method], controls=controls, limit=count, batch_size=16, examples=1)
+        )
+    result = evaluate(
         model, images, [method], METRICS_OF[part], controls=controls, limit=count, batch_size=16, examples=0
     )
+    return part_of(result)
 
 
 def cost(model: nn.Module, images: ImageSet, method: str) -> dict[str, float]:
@@ -97,21 +93,25 @@ def cost(model: nn.Module, images: ImageSet, method: str) -> dict[str, float]:
     }
 
 
-def done(file: Path, make: Any) -> dict[str, Any]:
-    """What is in the file; made, and put there whole, if it is missing."""
-    if not file.is_file():
+def done(part: str, method: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the part's file has of a method; made, and put there, if it is missing."""
+    file = FOLDER / f"{part}.json"
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    if method not in content:
         start = time.perf_counter()
-        content = json.dumps(make() | {"took": time.perf_counter() - start})
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".part").write_text(content)
-        file.with_suffix(".part").rename(file)
-        print(f"{file}: {time.perf_counter() - start:.0f} s", flush=True)
-    return json.loads(file.read_text())
+        content[method] = make()
+        runs.write(file, json.dumps(content).encode())
+        print(f"{part}, {method}: {time.perf_counter() - start:.0f} s", flush=True)
+    return content[method]
 
 
 def part_of(result: Evaluation) -> dict[str, Any]:
     """What is kept of a method."""
-    columns = {name: values for name, values in result.per_image.items() if "/" in name or name in ("name", "mosaic")}
+    columns = {
+        name: [float(f"{value:.6g}") for value in values] if "/" in name else values
+        for name, values in result.per_image.items()
+        if "/" in name or name in ("name", "mosaic")
+    }
     return {"columns": columns, "methods": result.methods, "controls": result.controls, "chance": result.chance}
 
 
@@ -140,75 +140,67 @@ def together(part: str, results: Sequence[Mapping[str, Any]], seed: int = 0) -> 
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table for each part."""
-    for part in dict.fromkeys(row["part"] for row in rows if "method" in row):
-        scores = {(row["method"], row["metric"]): row for row in rows if row["part"] == part and "method" in row}
+    """A table for each part and number of images."""
+    for part, count in dict.fromkeys((row["part"], row["images"]) for row in rows if "part" in row):
+        here = [row for row in rows if (row.get("part"), row.get("images")) == (part, count)]
+        scores = {(row["method"], row["metric"]): row for row in here if "method" in row}
         metrics = list(dict.fromkeys(metric for _, metric in scores))
-        methods = list(dict.fromkeys(method for method, _ in scores))
-        print(f"\n| {part} | {' | '.join(metrics)} |\n|{'---|' * (len(metrics) + 1)}")
-        for method in sorted(methods, key=lambda method: -np.nan_to_num(scores[method, metrics[0]]["value"])):
+        print(f"\n| {part}, {count} | {' | '.join(metrics)} |\n|{'---|' * (len(metrics) + 1)}")
+        by_first = sorted(dict.fromkeys(method for method, _ in scores), key=lambda m: -scores[m, metrics[0]]["value"])
+        for method in by_first:
             cells = [scores[method, metric] for metric in metrics]
-            print(
-                f"| {method} | "
-                + " | ".join(f"{c['value']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells)
-                + " |"
-            )
+            spans = (f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" for cell in cells)
+            print(f"| {method} | {' | '.join(spans)} |")
+        for row in here:
+            if "best" in row:
+                print(f"{row['metric']}: best {row['best']}; tied {', '.join(row['tied'])}; not beaten "
+                      f"{', '.join(row['unbeaten'])}")  # fmt: skip
+    for row in rows:
+        if "seconds" in row:
+            print(f"{row['method']:28} {row['seconds']:8.3f} s  {row['gigabytes']:.2f} GB for one image")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, metavar="FILE.pth")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument(
-        "--count", type=int, default=50, metavar="N", help="mosaics, and images of the other parts (50)"
-    )
-    parser.add_argument("--methods", type=lambda text: text.split(","), metavar="A,B", help="only these (all that fit)")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=PARTS, metavar="A,B", help="only these")
     asked = parser.parse_args()
-    model = network(asked.weights)
-    size, mean, std = input_of(model)
-    preprocess = Preprocess(size=size, mean=mean, std=std)
+    keep_freed_memory()
+    FOLDER.mkdir(exist_ok=True)
+    model = models.create_model("tf_efficientnet_lite0", weights=asked.weights).eval()
+    preprocess = models.preprocess_of(model)
     photos = images_of(asked.data, "imagenet_sample", preprocess)
-    sets = {"photos": photos.picked(np.arange(min(asked.count, len(photos))))}
-    if "mosaics" in asked.parts:
-        sets["mosaics"] = named_correctly(model, photos, 4 * asked.count)
-    if "boxes" in asked.parts:
-        boxed = images_of(asked.data, "tiny_imagenet50", preprocess)
-        boxed = replace(boxed, classes=tuple(name.replace("_", " ") for name in boxed.classes))
-        boxed = boxed.with_classes(photos.classes).picked(np.arange(min(20 * asked.count, len(boxed))))
-        sets["boxes"] = named_correctly(model, boxed, asked.count)
-    methods = asked.methods
-    if methods is None:
-        one = data.normalize(photos.batch([0]).images, preprocess)
-        methods, reasons = fitting(model, one, list(EXPLAINERS))
-        print(*(f"does not fit: {name}: {reason}" for name, reason in reasons.items()), sep="\n")
+    boxed = images_of(asked.data, "tiny_imagenet50", preprocess)
+    boxed = replace(boxed, classes=tuple(name.replace("_", " ") for name in boxed.classes))
+    boxed = boxed.with_classes(photos.classes).picked(np.arange(min(20 * MANY, len(boxed))))
+    one = data.normalize(photos.batch([0]).images, preprocess)
+    methods, reasons = fitting(model, one, list(EXPLAINERS))
+    print(*(f"does not fit: {name}: {reason}" for name, reason in reasons.items()), sep="\n")
+    few_passes = [method for method in methods if not EXPLAINERS[method].many_passes]
     rows: list[dict[str, Any]] = []
-    for part in asked.parts:
-        results = [
-            done(
-                asked.out / f"{part}-{asked.count}" / f"{method}.json",
-                lambda part=part, method=method: part_of(score(part, model, sets[part], method, asked.count)),
-            )
-            for method in methods
-        ]
-        rows += together(part, results)
-    for method in methods:
-        rows.append(
-            {"method": method, **done(asked.out / "cost" / f"{method}.json", lambda m=method: cost(model, photos, m))}
-        )
-    show([row for row in rows if "part" in row])
-    for row in rows:
-        if "seconds" in row:
-            print(f"{row['method']:28} {row['seconds']:8.3f} s  {row['gigabytes']:.2f} GB for one image")
-        elif "best" in row:
-            print(f"{row['part']}, {row['metric']}: best {row['best']}; tied {', '.join(row['tied'])}; not beaten "
-                  f"{', '.join(row['unbeaten'])}")  # fmt: skip
-    shown = [method for method in SHOWN if method in methods]
-    if shown and "mosaics" in asked.parts:
-        picture = evaluate_mosaics(model, sets["mosaics"], shown, controls=[], limit=1, batch_size=16, examples=1)
-        (asked.out / "mosaic.png").write_bytes(maps.png(sight.mosaic_picture(picture)))
-    if asked.methods is None and tuple(asked.parts) == PARTS:
+    for part in [part for part in asked.parts if part != "cost"]:
+        for count, some in ((MANY, few_passes), (FEW, methods)):
+            match part:
+                case "mosaics":
+                    images = named_correctly(model, photos, 4 * count)
+                case "photos":
+                    images = photos.picked(np.arange(count))
+                case _:
+                    images = named_correctly(model, boxed, count)
+            results = [
+                done(f"{part}-{count}", name, partial(scored, part, model, images, name, count)) for name in some
+            ]
+            rows += [{"images": count, **row} for row in together(part, results)]
+    if "cost" in asked.parts:
+        rows += [{"method": name, **done("cost", name, partial(cost, model, photos, name))} for name in methods]
+    show(rows)
+    if "mosaics" in asked.parts:
+        shown = [method for method in SHOWN if method in methods]
+        images = named_correctly(model, photos, 4 * MANY)
+        picture = evaluate_mosaics(model, images, shown, controls=[], limit=1, batch_size=16, examples=1)
+        (FOLDER / "mosaic.png").write_bytes(maps.png(sight.mosaic_picture(picture)))
+    if tuple(asked.parts) == PARTS:
         print(save("real_network", rows))
 
 
