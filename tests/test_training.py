@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sightline import data, models, runs
 from sightline.attention import HardAttention
 from sightline.recipe import Augment, Data, Model, Optim, Recipe
-from sightline.training import Training, fit
+from sightline.training import Training, fit, loop
 from sightline.training.checkpoints import Checkpoints
 from sightline.training.log import Log
 from sightline.training.losses import Loss, class_weights, distillation
@@ -342,6 +342,14 @@ def test_one_line_per_epoch_where_there_is_no_terminal(tmp_path: Path, capfd: py
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert lines[0].startswith("data: clutter") and [line[:12] for line in epochs] == ["epoch 1/2  l", "epoch 2/2  l"]
     assert "val accuracy" in epochs[0]
+
+
+def test_channels_are_last_where_that_is_safe():
+    cpu = torch.device("cpu")
+    unsafe = models.create_model("cifar_resnet", num_classes=2, width=0.25)
+    assert loop._layout(unsafe, cpu) == torch.contiguous_format  # its shortcut: 1 x 1, stride 2, 4 channels
+    assert loop._layout(unsafe, torch.device("cuda")) == torch.channels_last
+    assert loop._layout(models.create_model("cifar_resnet", num_classes=2), cpu) == torch.channels_last
 
 
 @pytest.mark.parametrize("epochs", [1, 4, 13])
