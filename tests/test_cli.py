@@ -519,7 +519,8 @@ def test_a_full_disk_leaves_no_half_written_file(run, tmp_path):
         "from sightline.cli import main\n"
         f"main(['evaluate', {str(run)!r}, '--limit', '2', '--steps', '2', '--out', {str(tmp_path / 'out')!r}])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    # -B: Python would keep the first 4 KiB of its compiled files
+    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("sightline: error: ") and "Traceback" not in done.stderr
     assert not list((tmp_path / "out").glob("*"))
 

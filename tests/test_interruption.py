@@ -2,6 +2,7 @@
 
 import resource
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def test_sigterm_stops_as_ctrl_c_does(through: Path, tmp_path: Path, monkeypatch
 def limited(recipe: Recipe, out: Path, size: int, said: Path) -> None:
     """Train where no file may grow beyond a size, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sys.dont_write_bytecode = True  # the compiled files would be cut off as well
     checkpoints.CHECKPOINT_EVERY = 0.0
     plain = Training.state
     steps = 0
