@@ -10,8 +10,8 @@ EfficientNet-Lite0 (timm's `tf_efficientnet_lite0`, 224 px) with the weights of 
 
     python benchmarks/real_network.py --weights FILE.pth --data FOLDER
 
-FOLDER of `--data` holds the two sets as parquet files. Methods of few passes are scored on 50 images (or mosaics), and
-all methods on 12, since one of many passes takes up to a minute for an image. Each method that is done goes into
+FOLDER of `--data` holds the two sets as parquet files. Methods of few passes are scored on 40 images (or mosaics), and
+all methods on 8, since one of many passes takes up to a minute for an image. Each method that is done goes into
 `results/real_network/`, so that the same command continues; the tables, and `results/real_network.json`, follow when
 all are done. `--parts` selects some of it, also for a second process beside the first.
 """
@@ -43,7 +43,7 @@ METRICS_OF = {
     "boxes": ["energy_in_mask", "pointing_game", "mask_auc"],
 }
 PARTS = ("mosaics", *METRICS_OF, "cost")
-MANY, FEW = 50, 12
+MANY, FEW = 40, 8
 FOLDER = RESULTS / "real_network"
 SHOWN = ("grad_cam", "hires_cam", "input_x_gradient", "guided_backprop", "lrp_epsilon_plus_flat", "saliency")
 """Methods of the picture, as far as they are scored."""
