@@ -152,10 +152,11 @@ def explain(options: Namespace, overrides: dict[str, Any]) -> None:
 
     out = Path(options.out)
     before = set(out.iterdir()) if out.is_dir() else set[Path]()
-    model, classes = options.run, ()
+    model, classes, name = options.run, (), None
     if not Path(options.run).is_dir():
         runs.check_writable(out)
-        model, classes = models.named_model(options.run, options.weights, options.classes)
+        name = options.run
+        model, classes = models.named_model(name, options.weights, options.classes)
         model = model.to(runs.best_device())
     elif options.weights or options.classes:
         raise ValueError(
@@ -172,6 +173,7 @@ def explain(options: Namespace, overrides: dict[str, Any]) -> None:
             options.layer,
             output=options.output,
             classes=classes,
+            name=name,
             whole=options.whole,
             batch_size=options.batch_size,
             memory=options.memory,
