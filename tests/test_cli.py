@@ -20,7 +20,8 @@ from PIL import Image
 
 from sightline import attention, cli, maps, recipe, runs, terminal
 from sightline.explainers import EXPLAINERS, Verdict
-from sightline.report.pages import Pages, free_name, positions, titled
+from sightline.facts import Layer, percent
+from sightline.report.pages import Pages, caption, free_name, positions, titled
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -119,8 +120,8 @@ def test_explain_writes_a_page_per_image_raw_maps_and_a_table(run, tmp_path, cap
     assert names == {"maps.csv", *(f"{stem}{end}" for stem in stems for end in (".npz", "--page.png"))}
     raw = np.load(out / "b.npz")
     assert set(raw) == {"attention", "grad_cam"} and raw["attention"].sum() == pytest.approx(1, abs=1e-4)
-    with Image.open(out / "b--page.png") as page:  # 50 x 60 pixels, enlarged twice
-        assert page.width == 3 * (2 * 50 + 4) - 4 and page.height > 2 * 60
+    with Image.open(out / "b--page.png") as page:  # 50 x 60 pixels, enlarged seven times, with a margin
+        assert page.width == 3 * (7 * 50 + 4) - 4 + 24 and page.height > 7 * 60
     assert "broken.png" in refused(capsys, "explain", run, folder, "--strict", "--out", tmp_path / "strict")
 
 
@@ -156,23 +157,24 @@ def test_explain_by_every_method_that_fits(run, tmp_path, capsys):
     raw = np.load(out / "0.npz")
     image = torch.from_numpy(np.array(Image.open(images[0]))).movedim(-1, 0)[None]
     name, share = rows[0]["class"], float(rows[0]["probability"])
-    doubts = {row["method"]: row["verdicts"] for row in rows[: len(made)]}
-    levels = {row["method"]: row["level"].replace("note", "") for row in rows[: len(made)]}
-    brackets = {name: f" ({of})" if of else "" for name, of in levels.items()}
-    titles = {name: f"{name}{brackets[name]}: {said}" if said else name for name, said in doubts.items()}
+    doubts = {row["method"]: row["verdicts"].replace("; ", "\n") for row in rows[: len(made)]}
+    layers = {row["method"]: f"{row['layer']}, " if row["layer"] else "" for row in rows}
+    levels = {row["method"]: row["level"].replace("note", "").replace(" ", "\u00a0") for row in rows[: len(made)]}
+    titles = {name: f"{name} ({levels[name]})" if levels[name] else name for name in made}
+    coarse = {name: " (coarse)" if grid == "5 x 5" else "" for name, grid in positions.items()}
+    places = {name: f"{layers[name]}{grid} positions{coarse[name]}" for name, grid in positions.items()}
     expected = maps.side_by_side(
-        image,
+        image.repeat_interleave(6, 2).repeat_interleave(6, 3),
         {titles[method]: torch.from_numpy(raw[method])[None, None] for method in made},
         signed=[titles[method] for method in made if method in signed],
         scales=True,
-        captions={
-            titles[method]: f"{grid} positions" + (f" (coarse; {finer})" if grid == "5 x 5" else "")
-            for method, grid in positions.items()
-        },
+        captions={titles[method]: f"{places[method]}\n{doubts[method]}".strip() for method in made},
         per_row=6,
-        title=f"explained: {name} ({share:.0%})",
+        heading=f"explained: {name} ({percent(share)}), the prediction\nnetwork: vgg_att2, image: 0.png",
     )
-    assert np.array_equal(np.array(Image.open(out / "0--page.png")), expected.movedim(0, -1).numpy())
+    page = np.array(Image.open(out / "0--page.png"))
+    assert np.array_equal(page[12:-12, 12:-12], expected.movedim(0, -1).numpy())
+    assert (page[:12] == 255).all() and (page[:, -12:] == 255).all()
 
 
 def test_explain_draws_on_the_image_as_it_is(run, tmp_path):
@@ -185,7 +187,7 @@ def test_explain_draws_on_the_image_as_it_is(run, tmp_path):
     turned.save(tmp_path / "turned.jpg", exif=exif)
     given = [run, tmp_path / "wide.png", tmp_path / "turned.jpg", "--methods", "grad_cam,input_x_gradient"]
     sightline("explain", *given, "--overlays", "--out", tmp_path / "maps")
-    size = (512, round(512 * 600 / 1300))
+    size = (448, round(448 * 600 / 1300))
     picture = torch.from_numpy(np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)))
     raw = np.load(tmp_path / "maps" / "wide.npz")
     for method, signed in (("grad_cam", False), ("input_x_gradient", True)):
@@ -197,10 +199,10 @@ def test_explain_draws_on_the_image_as_it_is(run, tmp_path):
         with Image.open(tmp_path / "maps" / f"turned--{method}.png") as drawn:
             assert drawn.size == size[::-1]
     with Image.open(tmp_path / "maps" / "wide--page.png") as page:
-        below = 4 + 12 + 34  # colors, values
-        foot = len(maps._texts(["", positions((5, 5), True, True), "40 x 40 positions"], 512, 23, "ma")[0])
-        cell = np.array(page)[-(size[1] + below + foot) :, : size[0]]
-        assert page.width == 3 * (512 + 4) - 4 and (cell[: size[1]] == picture.numpy()).all()
+        below = 4 + 11 + 22  # colors, values
+        foot = len(maps._texts(["", "conv, 5 x 5 positions (coarse)", "40 x 40 positions"], 448, 15, "ma")[0])
+        cell = np.array(page)[-(size[1] + below + foot + 12) :, 12 : 12 + size[0]]
+        assert page.width == 3 * (448 + 4) - 4 + 24 and (cell[: size[1]] == picture.numpy()).all()
 
 
 def test_a_map_lands_where_the_network_saw_it(run, tmp_path):
@@ -309,11 +311,12 @@ def test_verdicts_are_counted_by_level_and_keep_a_figure_that_is_always_the_same
     ]
     assert pages_of(verdicts).levels() == "9 maps with a verdict (1 do not read, 4 doubt, 4 note)"
     assert pages_of({"cam": [[]]}).levels() == "0 maps with a verdict"
+    assert titled("lrp", [flat, gaps[1]]) == "lrp (do\u00a0not\u00a0read)" and titled("guided", [note]) == "guided"
     assert (
-        titled("lrp", [flat, gaps[1]])
-        == "lrp (do not read): flat; conservation gap: 30 % of the logit reaches the pixels"
+        caption((7, 7), Layer("bn2", (9, 7, 7)), [flat, note])
+        == "bn2, 7 x 7 positions\nflat\nrectifiers intercepted: 49"
     )
-    assert titled("guided", [note]) == "guided: rectifiers intercepted: 49"
+    assert caption((4, 9), Layer(), []) == "4 x 9 positions (coarse)"
 
 
 def test_positions_are_named_and_what_gives_more_of_them():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +213,19 @@ def test_with_weights_the_defaults_are_those_of_fine_tuning_and_of_the_network()
     assert runs.filled(given) == given
 
 
+def test_the_structure_of_a_network_tells_its_input_without_weights(monkeypatch: pytest.MonkeyPatch):
+    built: list[nn.Module] = []
+    create: Callable[..., nn.Module] = models.create_model
+    monkeypatch.setattr(models, "create_model", lambda *a, **k: built.append(create(*a, **k)) or built[-1])
+    runs._described_by.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    state = torch.get_rng_state()
+    start = Recipe(model=Model(name="vit_tiny_patch16_224", weights="file.safetensors"))
+    assert runs.filled(start).optim.layer_decay == 0.75 and torch.equal(torch.get_rng_state(), state)
+    found = runs.pretrained_input(start.model)
+    assert len(built) == 1 and {p.device.type for p in built[0].parameters()} == {"meta"}
+    assert found == models.preprocess_of(create("vit_tiny_patch16_224", depth=1))
+
+
 def test_a_transformer_with_weights_has_layer_wise_decay():
     start = Recipe(model=Model(name="vit_tiny_patch16_224", weights="file.safetensors", options={"img_size": 32}))
     filled = runs.filled(start)
@@ -326,18 +340,36 @@ def test_the_header_says_what_is_trained(tmp_path: Path, capsys: pytest.CaptureF
     ]
 
 
+def counted(step: Callable[..., Any], name: str, done: list[str]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        done.append(name)
+        return step(*args, **kwargs)
+
+    return call
+
+
 def test_the_command_line_writes_a_report_at_once_and_scores_by_the_options(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     from sightline.report import run_evaluation
 
     first: list[str] = []
+    done: list[str] = []
     plain: Callable[..., Any] = run_evaluation.evaluate_run
+    evaluating = sys.modules["sightline.evaluation.evaluate"]
 
     def evaluate_run(run: runs.Run, **options: Any) -> Any:
-        first.append((run.folder / "report.html").read_text())
         assert options["methods"] == ["grad_cam"] and options["steps"] == 2 and options["budget"] == 600
-        return plain(run, **options)
+
+        def tell_first(path: Path) -> None:
+            first.append(path.read_text())
+            options["first"](path)
+
+        with monkeypatch.context() as patch:
+            for module, name in ((runs, "load_model"), (data, "load"), (evaluating, "predict")):
+                step: Callable[..., Any] = getattr(module, name)
+                patch.setattr(module, name, counted(step, name, done))
+            return plain(run, **(options | {"first": tell_first}))
 
     monkeypatch.setattr(run_evaluation, "evaluate_run", evaluate_run)
     command = ["train", "--data", "clutter", "--model", "cifar_resnet", "--model.options", "{depth: 8, stem_stride: 2}"]
@@ -346,6 +378,7 @@ def test_the_command_line_writes_a_report_at_once_and_scores_by_the_options(
     cli.main([*command, "--methods", "grad_cam", "--steps", "2", "--budget", "10min"])
     shown = capsys.readouterr().out
     assert "report.html (accuracy, gallery and errors; the scores follow)" in shown.splitlines()[0]
+    assert done == ["load", "load_model", "predict"], "once, for the first report and for the scores"
     assert "open this page again later" in first[0] and "No metric was asked for" in first[0]
     last = (tmp_path / "run/report.html").read_text()
     written = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["model"]

@@ -27,6 +27,7 @@ from sightline.metrics import (
     grid_pointing_game,
     mosaics,
 )
+from sightline.models.vit import TinyViT
 from sightline.testing import PooledModel
 
 QUARTERS = torch.tensor([0, 1, 2, 3])
@@ -357,14 +358,37 @@ def test_a_network_of_one_size_gets_shrunk_mosaics_and_says_so():
     assert result.score("input_x_gradient", "disconnected_pointing_game").interval.value == 1
 
 
-def test_a_method_that_cannot_read_cells_alone_is_undefined_there(net):
-    images = noise(net)
-    methods = ["saliency", "grad_cam@features.1"]
+def test_a_method_that_cannot_read_cells_alone_is_undefined_there():
+    torch.manual_seed(0)
+    net = TinyViT(4, width=8, depth=2, heads=2, patch=4, size=16).eval()
+    images = 2 * torch.randn(40, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 16, 16)
+    with torch.no_grad():
+        net.head.bias -= net(images).mean(0)
+    methods = ["saliency", "grad_cam", "grad_cam@blocks.0", "hires_cam@patch_embed.proj"]
     result = evaluate_mosaics(net, [(images,)], methods, grid=(1, 2), confidence=0.0, controls=["other_class"], limit=4)
-    assert result.score("grad_cam@features.1", "disconnected_pointing_game").undefined == 8
-    assert result.score("grad_cam@features.1", "grid_pointing_game").undefined < 8
-    assert any(one.startswith("grad_cam@features.1 does not work on cells that cannot see") for one in result.notices)
-    assert result.score("saliency", "disconnected_pointing_game").interval.value == 1
+    undefined = {one.method: one.undefined for one in result.scores if one.metric == "disconnected_pointing_game"}
+    assert undefined["grad_cam"] == undefined["grad_cam@blocks.0"] == 8
+    assert undefined["saliency"] == undefined["hires_cam@patch_embed.proj"] == 0
+    assert result.score("grad_cam", "grid_pointing_game").undefined < 8
+    wrong = " does not work on cells that cannot see each other: "
+    assert f"grad_cam{wrong}no feature map (b, k, h, w) feeds the logits; name a convolution, method@layer" in (
+        result.notices
+    )
+    shape = "expected a layer whose output (b, k, h, w) can be put together as the cells are"
+    assert any(one.startswith(f"grad_cam@blocks.0{wrong}{shape}, got (") for one in result.notices)
+    for method in ("saliency", "hires_cam@patch_embed.proj"):
+        assert result.score(method, "disconnected_pointing_game").interval.value == 1
+
+
+def test_an_earlier_layer_is_read_on_cells_alone_too(net):
+    images = noise(net)
+    methods = ["hires_cam@features.1", "hires_cam@features", "grad_cam@features.1"]
+    result = evaluate_mosaics(net, [(images,)], methods, grid=(1, 2), confidence=0.0, controls=["other_class"], limit=4)
+    assert not any("does not work on cells" in one for one in result.notices)
+    assert result.positions["hires_cam@features.1"] == (8, 16) and result.positions["hires_cam@features"] == (4, 8)
+    of = {name: result.score(name, "disconnected_pointing_game") for name in methods}
+    # each position of activation times gradient belongs to one cell; channel weights are shared by both
+    assert of[methods[0]].interval.value == of[methods[1]].interval.value == 1 > of[methods[2]].interval.value
 
 
 def test_batches_and_resuming_change_nothing(net, tmp_path, monkeypatch):

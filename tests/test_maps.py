@@ -1,6 +1,8 @@
 import io
+import math
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -470,7 +472,7 @@ def test_side_by_side_cell_by_cell():
     assert torch.equal(cells[:, 3], maps.resize(small.float(), (120, 100)).round().byte())
 
 
-@pytest.mark.parametrize(("side", "factor"), [(1, 96), (32, 3), (64, 2), (95, 2), (96, 1)])
+@pytest.mark.parametrize(("side", "factor"), [(1, 16), (27, 3), (58, 2), (90, 2), (91, 1)])
 def test_side_by_side_enlarges_small_images_by_a_whole_factor(side: int, factor: int):
     images = torch.arange(side * (side + 5)).view(1, 1, side, side + 5).expand(1, 3, -1, -1).to(torch.uint8)
     cells = cells_of(maps.side_by_side(images, {"same": images}), factor * side, factor * (side + 5), 1, 2)
@@ -511,15 +513,42 @@ def test_scales_show_the_colors_below_each_map_with_their_ends():
     below = cells[:, :, :, 96:]
     assert (below[:, (0, 3)] == 255).all()
     for row in range(2):
-        assert torch.equal(below[row, 1, :, 4:8], maps.color_bar(4, 96, signed=True))
-        assert torch.equal(below[row, 2, :, 4:8], maps.color_bar(4, 96))
-    font = ImageFont.load_default(10)
-    for row, column, ends in ((0, 1, ("-4", "4")), (1, 1, ("-2", "2")), (0, 2, ("1", "4")), (1, 2, ("0.5", "2"))):
+        assert torch.equal(below[row, 1, :, 4:8, 4:92], maps.color_bar(4, 88, signed=True))
+        assert torch.equal(below[row, 2, :, 4:8, 4:92], maps.color_bar(4, 88))
+    font = font_of(10)
+    for row, column, ends in ((0, 1, ("−4", "4")), (1, 1, ("−2", "2")), (0, 2, ("1", "4")), (1, 2, ("0.5", "2"))):
         expected = Image.new("L", (96, 15), 255)
         draw = ImageDraw.Draw(expected)
         draw.text((4, 15), ends[0], 0, font, anchor="ld")
         draw.text((92, 15), ends[1], 0, font, anchor="rd")
         assert (below[row, column, 0, 8:].int() - torch.from_numpy(np.array(expected)).int()).abs().max() <= 1
+
+
+def font_of(letters: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", letters)
+
+
+@pytest.mark.parametrize(
+    ("values", "signed", "ends"),
+    [
+        ([0.5, 2.0], False, ("lowest: 0.5", "highest: 2")),
+        ([-4.0, 1.0], True, ("against: −4", "for: 4")),
+        ([*range(100), 200.0], False, ("lowest: 0", "≥ 99")),
+        ([*range(-99, 0), 200.0], True, ("against: ≤ −99", "for: ≥ 99")),
+        ([0.5, 0.5], False, ("flat: 0.5",)),
+        ([0.5, 0.501], False, ("nearly flat: 0.5 to 0.501",)),
+        ([math.nan, math.inf], False, ("no finite value",)),
+    ],
+)
+def test_the_ends_of_a_scale_are_explained(values: list[float], signed: bool, ends: tuple[str, ...]):
+    column = torch.tensor(values)[None, None, None]
+    signs = ["a"] if signed else []
+    figure = maps.side_by_side(torch.zeros(1, 3, 256, 256, dtype=torch.uint8), {"a": column}, scales=True, signed=signs)
+    expected = Image.new("L", (256, 18), 255)
+    draw = ImageDraw.Draw(expected)
+    for place, text in zip([(128, "md")] if len(ends) == 1 else [(4, "ld"), (252, "rd")], ends, strict=True):
+        draw.text((place[0], 18), text, 0, font_of(12), anchor=place[1])
+    assert (figure[0, -18:, 260:].int() - torch.from_numpy(np.array(expected)).int()).abs().max() <= 1
 
 
 def test_columns_go_on_below_beside_the_images_again():
@@ -561,7 +590,7 @@ def test_titles_stand_in_their_columns(side: int):
 
 
 def test_a_title_is_written_in_full():
-    font = ImageFont.load_default(12)
+    font = font_of(12)
     for title in ("Grad-CAM", "BR-NPA"):
         expected = Image.new("L", (100, 30), 255)
         ImageDraw.Draw(expected).text((50, 20), title, 0, font, anchor="md")
@@ -569,8 +598,9 @@ def test_a_title_is_written_in_full():
         assert header([title])[1].sum() == ink.sum()
 
 
-def test_an_underscore_is_written_as_a_space():
-    assert torch.equal(header(["grad_cam"]), header(["grad cam"]))
+def test_methods_have_their_names_and_an_underscore_is_written_as_a_space():
+    names = ["grad_cam", "edge_map", "lrp@layer3"]
+    assert torch.equal(header(names), header(["Grad-CAM", "edge map", "LRP at layer3"]))
 
 
 def test_side_by_side_without_columns_or_title():
@@ -634,7 +664,7 @@ def test_a_nearly_flat_map_has_a_gray_bar_with_ends_that_differ():
         column = {name: raw + (factor - 1) * (raw - raw.min())}
         figure = maps.side_by_side(images, column, scales=True)[:, -(4 + 4 + 15) :, 104:]
         bar = figure[:, 4:8]
-        assert bool((bar == 128).all()) == is_gray
+        assert bool((bar[..., 4:-4] == 128).all()) == is_gray
     ends = [
         maps.side_by_side(images, {"a": values}, scales=True)[:, -15:, 104:]
         for values in (raw, torch.tensor([[[[0.51, 0.51]]]]))
@@ -656,10 +686,48 @@ def test_captions_stand_at_the_foot_of_their_columns():
         maps.side_by_side(images, columns, captions={"c": "?"})
 
 
-def test_a_sliver_of_an_image_is_enlarged_within_bounds():
+def test_a_sliver_of_an_image_leaves_room_for_the_texts():
     for size in ((1, 512), (512, 1)):
-        figure = maps.side_by_side(
-            torch.zeros(1, 3, *size, dtype=torch.uint8), {"map": torch.rand(1, 1, 7, 7)}, scales=True
-        )
-        assert max(figure.shape[1:]) < 5000
+        images = torch.zeros(1, 3, *size, dtype=torch.uint8)
+        figure = maps.side_by_side(images, {"map": torch.rand(1, 1, 7, 7)}, scales=True)
+        assert figure.shape[2] == 2 * (512 if size[1] > 1 else round(0.7 * 512)) + 4
+        assert figure.shape[1] - size[0] < 100
     assert maps.side_by_side(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), {}).shape[2] == 96
+
+
+def test_a_tall_image_stands_in_the_middle_of_its_column():
+    images = torch.randint(0, 255, (2, 3, 200, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    cells = cells_of(maps.side_by_side(images, {"same": images}), 200, 140, 2, 2)
+    assert torch.equal(cells[:, 0, :, :, 45:95], images) and torch.equal(cells[:, 1], cells[:, 0])
+    assert (cells[..., :45] == 255).all() and (cells[..., 95:] == 255).all()
+
+
+def test_a_heading_stands_over_all_columns_and_is_wrapped():
+    images = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
+    plain = maps.side_by_side(images, {"a": images})
+    heights = [0]
+    for text in ("short", "short\nand more", "so much that it takes several lines\nand more"):
+        figure = maps.side_by_side(images, {"a": images}, heading=text)
+        heights.append(figure.shape[1] - plain.shape[1])
+        assert torch.equal(figure[:, heights[-1] :], plain)
+        above = figure[0, : heights[-1]] < 200
+        assert above.any() and not (above[:, :4].any() or above[:, -4:].any() or above[-4:].any() or above[0].any())
+    assert heights == sorted(set(heights))
+
+
+def test_letters_of_other_scripts_need_a_font_that_has_them(monkeypatch: pytest.MonkeyPatch):
+    assert maps.is_writable("très élégante, кошка, γάτα") and not maps.is_writable("\ue123")
+    monkeypatch.setattr(maps, "_letters_in", lambda file: set(range(0xFFFF)) if file.stem == "other" else {65})
+    monkeypatch.setattr(maps, "_other_fonts", lambda: [Path("one.ttf"), Path("other.ttf")])
+    assert maps._font_file("虎猫") == Path("other.ttf")
+
+
+def test_long_words_are_cut_behind_dots_and_else_anywhere():
+    font = font_of(10)
+    for text, lines in (
+        ("backbone.stages.3.blocks.17.norm2", ["backbone.", "stages.3.blocks.", "17.norm2"]),
+        ("a few words and_one_long_name@of.a.layer", ["a few words", "and_one_long_", "name@of.a.layer"]),
+        ("x" * 40, ["x" * 14, "x" * 14, "x" * 12]),
+        ("one\ntwo", ["one", "two"]),
+    ):
+        assert maps._wrapped(text, font, 88) == lines and all(font.getlength(line) <= 88 for line in lines)

@@ -11,7 +11,7 @@ from torch import nn
 import sightline as sl
 from sightline import bench, cli, data, runs
 from sightline.recipe import Data, Model, Optim, Recipe
-from sightline.report.run_evaluation import evaluate_run, first_report
+from sightline.report.run_evaluation import evaluate_run
 from sightline.training import fit
 
 pytestmark = pytest.mark.usefixtures("few_validation_images")
@@ -126,8 +126,10 @@ def test_frozen_parts_and_slower_rates_work_on_a_module_too(tmp_path: Path):
 
 
 def test_it_is_evaluated_with_a_report(run: runs.Run, tmp_path: Path):
-    assert first_report(run, Net).read_text().count("Where own:Net looks") == 0
-    evaluated = evaluate_run(run, tmp_path, model=Net, methods=["grad_cam"], metrics=["sparsity"], limit=4)
+    first: list[str] = []
+    options: dict[str, Any] = {"methods": ["grad_cam"], "metrics": ["sparsity"], "limit": 4}
+    evaluated = evaluate_run(run, tmp_path, model=Net, first=lambda path: first.append(path.read_text()), **options)
+    assert "Where Net looks on clutter" in first[0] and "open this page again later" in first[0]
     assert "Where Net looks on clutter" in evaluated.report.read_text()
 
 

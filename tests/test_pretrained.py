@@ -8,11 +8,13 @@ import importlib.metadata
 from pathlib import Path
 
 import captum.attr
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 from tests.test_cli import refused, sightline
+from torch import nn
 
 import sightline as sl
 from sightline.facts import Notice
@@ -115,3 +117,40 @@ def test_a_new_head_for_other_classes(weights, model, photos):
     with torch.no_grad():
         assert torch.equal(other.forward_features(images), model.forward_features(images))
         assert other(images).shape == (1, 3)
+
+
+class Configured(nn.Module):
+    """A network that only says how its images are prepared, in timm's form."""
+
+    def __init__(self, **config):
+        super().__init__()
+        numbers = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": "bicubic"}
+        self.pretrained_cfg = {"input_size": (3, 64, 64), **numbers, **config}
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (70, 200), (64, 64), (40, 50)])
+@pytest.mark.parametrize(
+    ("mode", "crop", "differs"),
+    [
+        ("center", 0.875, ""),
+        ("center", 1.0, ""),
+        ("squash", 1.0, ""),
+        ("squash", 0.9, "timm cuts out the middle 0.9 of each side"),
+        ("border", 1.0, "timm pads them to its shape"),
+    ],
+)
+def test_images_become_what_timm_makes_of_them_or_a_notice_says_so(shape, mode, crop, differs, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    Image.fromarray(pixels).resize(shape[::-1]).save(tmp_path / "a.png")
+    model = Configured(crop_mode=mode, crop_pct=crop)
+    if differs:
+        with pytest.warns(Notice, match=f"images are resized to 64 x 64 px, all of each; {differs}"):
+            preprocess = preprocess_of(model)
+    else:
+        preprocess = preprocess_of(model)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    theirs = transform(Image.open(tmp_path / "a.png"))
+    images = sl.data.read_images([tmp_path / "a.png"], preprocess).batch([0]).images
+    ours = sl.data.normalize(images, preprocess)[0]
+    is_same = (ours - theirs).abs().max() < 1e-6
+    assert is_same == (not differs or (mode == "border" and shape == (64, 64)))

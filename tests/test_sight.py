@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sightline import cli, models, runs
-from sightline.data import Preprocess
+from sightline.data import Preprocess, read_images
 from sightline.evaluation import evaluate
 from sightline.recipe import Data, Model, Recipe
 from sightline.sight import SETS, TRUTH, photos, predicted, sight_test
@@ -106,7 +106,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("SIGHTLINE_CACHE", str(tmp_path / "cache"))
     model = PooledModel(8 * torch.eye(3).flip(0))  # blue is class 0
     monkeypatch.setattr(models, "named_model", lambda name, weights, classes=None: (model, []))
-    monkeypatch.setattr(models, "input_of", lambda model: ((32, 32), (0.5,) * 3, (0.5,) * 3))
+    preprocess = Preprocess(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+    monkeypatch.setattr(models, "preprocess_of", lambda model: preprocess)
     monkeypatch.setattr(runs, "load_model", lambda folder: model)
     return tmp_path
 
@@ -158,6 +159,20 @@ def test_a_word_stands_for_several_methods(place, capsys, word):
     cli.main(["sight", *given, "--data", "photos", "--out", "own"])
     text = (place / "own" / "sight.md").read_text()
     assert "| grad_cam |" in text and ("| rise |" in text) == (word == "all")
+
+
+@pytest.mark.parametrize("source", ["photos", "photos/red"])
+def test_images_are_prepared_as_explain_does(place, source):
+    """With labels and without: the middle of each, and it is said."""
+    preprocess = Preprocess(size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop=0.5, interpolation="bicubic")
+    images = photos(Data(source=source), preprocess, models.named_model("", "")[0])
+    expected = read_images([source], preprocess)
+    assert (len(images.classes) == 3) == (source == "photos") and len(images) == len(expected) > 5
+    found = [batch.images for batch in (images.batch(range(6)), expected.batch(range(6)))]
+    assert torch.equal(*found) and found[0].shape == (6, 3, 16, 16)
+    assert (
+        images.notices[-1] == f"images are {preprocess}" and "the middle 16 x 16 px are cut out" in images.notices[-1]
+    )
 
 
 def test_labels_count_where_they_fit_the_model(place):

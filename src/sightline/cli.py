@@ -95,7 +95,7 @@ def _small(name: str | None) -> recipe.Recipe:
 
 def _train(start: recipe.Recipe, options: Namespace, overrides: dict[str, Any], profile: bool = False) -> None:
     from sightline.explainers import named
-    from sightline.report.run_evaluation import check_size, first_report
+    from sightline.report.run_evaluation import check_size
     from sightline.training import fit, processes
 
     names = ("limit", "methods", "steps", "budget")
@@ -109,9 +109,7 @@ def _train(start: recipe.Recipe, options: Namespace, overrides: dict[str, Any], 
         return
     runs = trained if isinstance(trained, list) else [trained]
     terminal.tell_skipped(runs[0].skipped)
-    for run in runs:
-        print(f"report: {first_report(run)} (accuracy, gallery and errors; the scores follow)", flush=True)
-    evaluations = [_evaluate(run, **chosen) for run in runs]
+    evaluations = [_evaluate(run, first=_tell_first, **chosen) for run in runs]
     told = runs[0].notices
     terminal.tell_notices(notice for one in evaluations for notice in one.notices if notice not in told)
     if len(runs) > 1:
@@ -120,6 +118,10 @@ def _train(start: recipe.Recipe, options: Namespace, overrides: dict[str, Any], 
         accuracies = [evaluation.accuracy.value for evaluation in evaluations if evaluation.accuracy is not None]
         spread = f"{np.mean(accuracies):.2%} ± {np.std(accuracies, ddof=1):.2%} (standard deviation)"
         print(f"test accuracy over {len(accuracies)} seeds: {spread}")
+
+
+def _tell_first(report: Path) -> None:
+    print(f"report: {report} (accuracy, gallery and errors; the scores follow)", flush=True)
 
 
 def _evaluate(run: Any, **options: Any) -> Any:
@@ -152,10 +154,11 @@ def explain(options: Namespace, overrides: dict[str, Any]) -> None:
 
     out = Path(options.out)
     before = set(out.iterdir()) if out.is_dir() else set[Path]()
-    model, classes = options.run, ()
+    model, classes, name = options.run, (), None
     if not Path(options.run).is_dir():
         runs.check_writable(out)
-        model, classes = models.named_model(options.run, options.weights, options.classes)
+        name = options.run
+        model, classes = models.named_model(name, options.weights, options.classes)
         model = model.to(runs.best_device())
     elif options.weights or options.classes:
         raise ValueError(
@@ -172,6 +175,7 @@ def explain(options: Namespace, overrides: dict[str, Any]) -> None:
             options.layer,
             output=options.output,
             classes=classes,
+            name=name,
             whole=options.whole,
             batch_size=options.batch_size,
             memory=options.memory,
@@ -276,7 +280,6 @@ def sight(options: Namespace, overrides: dict[str, Any]) -> None:
 
 def _sight_mosaics(options: Namespace, overrides: dict[str, Any]) -> None:
     from sightline import models, runs
-    from sightline.data import Preprocess
     from sightline.report.run_evaluation import images_of
     from sightline.sight import mosaic_table, photos, sight_mosaics
 
@@ -298,9 +301,8 @@ def _sight_mosaics(options: Namespace, overrides: dict[str, Any]) -> None:
         images, strict = images_of(run, "test", overrides)
     else:
         model, classes = models.named_model(name, options.weights, options.classes)
-        size, mean, std = models.input_of(model)
         wanted = recipe.load(recipe.Recipe(), overrides).data
-        images = photos(wanted, Preprocess(size=size, mean=mean, std=std), model, classes)
+        images = photos(wanted, models.preprocess_of(model), model, classes)
         strict = wanted.strict
     with terminal.Bar() as bar:
         result = sight_mosaics(

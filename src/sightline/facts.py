@@ -1,6 +1,7 @@
 """Values that several rooms pass on, and that say themselves in one line: nothing parses such a line."""
 
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -95,6 +96,42 @@ def did_you_mean(
     close = [str(shown(choice)) for choice in get_close_matches(name, list(choices), n=n, cutoff=cutoff)]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
     return f"; {hint}" if hint else ""
+
+
+_TITLES = {
+    "ablation_cam": "Ablation-CAM",
+    "cam": "CAM",
+    "eigen_cam": "Eigen-CAM",
+    "finer_cam": "Finer-CAM",
+    "grad_cam": "Grad-CAM",
+    "grad_cam_plus_plus": "Grad-CAM++",
+    "guided_grad_cam": "guided Grad-CAM",
+    "guided_grad_cam_plus_plus": "guided Grad-CAM++",
+    "hires_cam": "HiRes-CAM",
+    "input_x_gradient": "input × gradient",
+    "layer_cam": "Layer-CAM",
+    "lrp": "LRP",
+    "lrp_epsilon_alpha2_beta1": "LRP epsilon, alpha 2, beta 1",
+    "lrp_epsilon_gamma_box": "LRP epsilon, gamma, box",
+    "lrp_epsilon_plus_flat": "LRP epsilon, plus, flat",
+    "rise": "RISE",
+    "score_cam": "Score-CAM",
+    "smooth_grad": "SmoothGrad",
+    "var_grad": "VarGrad",
+    "xgrad_cam": "XGrad-CAM",
+}
+"""How the field writes methods; the others are their names with spaces."""
+
+
+def words(name: str) -> str:
+    """The name of a method or metric for reading.
+
+    >>> words("grad_cam"), words("grad_cam of another class"), words("attention@conv_10"), words("deletion_auc")
+    ('Grad-CAM', 'Grad-CAM of another class', 'attention at conv_10', 'deletion auc')
+    """
+    method, at, layer = name.partition("@")
+    title = re.sub(r"\w+", lambda word: _TITLES.get(word[0], word[0].replace("_", " ")), method)
+    return f"{title} at {layer}" if at else title
 
 
 def percent(fraction: float) -> str:

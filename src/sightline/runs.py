@@ -212,7 +212,7 @@ def _described(model: recipe.Model) -> tuple[data.Preprocess, bool]:
 
 @cache
 def _described_by(name: str, options: str) -> tuple[data.Preprocess, bool]:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # its structure alone, without weights
         network = models.create_model(name, **json.loads(options))
     preprocess, side = models.preprocess_of(network), json.loads(options).get("img_size")
     if isinstance(side, int):

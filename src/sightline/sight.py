@@ -233,7 +233,10 @@ def photos(wanted: Data, preprocess: Preprocess, model: nn.Module, classes: Sequ
         OSError: there is nothing of that name.
         ValueError: what is there is no set of images, or one of its classes is none of `classes`.
     """
-    images = replace(_read(replace(wanted, size=preprocess.size[0]), preprocess), preprocess=preprocess)
+    images = _read(replace(wanted, size=preprocess.size[0]), preprocess)
+    if images.preprocess == preprocess:  # composed images are as they are
+        images = replace(images, notices=(*images.notices, f"images are {preprocess}"))
+    images = replace(images, preprocess=preprocess)
     if classes and images.classes:
         return images.with_classes(classes)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -253,7 +256,7 @@ def photos(wanted: Data, preprocess: Preprocess, model: nn.Module, classes: Sequ
 
 def _read(wanted: Data, preprocess: Preprocess) -> ImageSet:
     try:
-        splits = data.load_whole(wanted)
+        splits = data.load_whole(wanted, preprocess)
     except ValueError:
         if not Path(wanted.source).is_dir():
             raise

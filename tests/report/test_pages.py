@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import sightline as sl
+from sightline import maps
 from sightline.data import Preprocess, read_images
 from sightline.data import images as image_files
 from sightline.data.images import open_image, open_picture, quiet
@@ -229,3 +231,84 @@ def test_threads_leave_the_filters_of_warnings_as_they_were():
         both.wait()
         thread.join()
     assert list(warnings.filters) == before
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is asked of `maps.side_by_side`, page by page."""
+    asked = []
+    draw = maps.side_by_side
+
+    def side_by_side(images, columns, **options):
+        asked.append({"images": images, **options})
+        return draw(images, columns, **options)
+
+    monkeypatch.setattr(maps, "side_by_side", side_by_side)
+    return asked
+
+
+def test_a_page_says_what_was_explained_and_where(files, tmp_path, drawn):
+    shades = torch.tensor([200, 100, 0], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 8, 8)
+    chances = torch.tensor([200.0, 100.0, 0.0]).div(255).softmax(0)
+    pages(shades, tmp_path / "a", classes=["red", "green", "blue"], name="resnet18")
+    pages(shades, tmp_path / "b", classes=[], target=1)
+    said = [asked["heading"].splitlines() for asked in drawn]
+    first, second = (f"{100 * chance:.1f} %" for chance in chances[:2])
+    assert said[0] == [f"explained: red ({first}), the prediction", "network: resnet18, image: image-0"]
+    assert said[1] == [
+        f"explained: class 1 ({second}); prediction: class 0 ({first})",
+        "network: PooledModel, image: image-0",
+    ]
+    assert list(drawn[0]["captions"].values()) == ["features, 8 x 8 positions\nflat", "8 x 8 positions"]
+    assert [asked["title"] for asked in drawn] == ["image", "image"]
+    pages(files[:1], tmp_path / "c", preprocess=replace(PREPROCESS, crop=0.5))
+    assert drawn[2]["title"] == "what the network sees"
+
+
+def test_a_class_without_a_font_is_shown_by_its_number(files, tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(maps, "_other_fonts", list)
+    result = pages(files[:1], tmp_path / "a", classes=["\u732b", "\u72ac", "\u9b5a"])
+    assert drawn[0]["heading"].startswith("explained: class ") and result.rows[0]["class"] in "\u732b\u72ac\u9b5a"
+    text = f"no font here has the letters of {result.rows[0]['class']}, so pages show the numbers of such classes"
+    assert result.notices[-1] == f"{text}; install one that has them"
+    known = pages(files[:1], tmp_path / "b", classes=["кот", "собака", "рыба"])
+    assert known.notices == result.notices[:-1]
+    assert "explained: class" not in drawn[1]["heading"]
+
+
+@pytest.mark.parametrize(
+    ("size", "methods", "shown"),
+    [
+        ((64, 64), 3, (448, 448)),
+        ((64, 64), 4, (256, 256)),
+        ((32, 20), 1, (448, 280)),
+        ((300, 200), 2, (448, 299)),
+        ((900, 1800), 1, (224, 448)),
+        ((900, 1800), 5, (128, 256)),
+        ((2, 900), 1, (1, 448)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "tensor"])
+def test_images_have_the_size_of_the_page(size, methods, shown, kind, tmp_path, drawn):
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    given = [tmp_path / "a.png"] if kind == "file" else torch.from_numpy(pixels).movedim(-1, 0)[None]
+    names = ["cam", "grad_cam", "center_map", "edge_map", "contrast_map"][:methods]
+    result = pages(given, tmp_path / "out", methods=names)
+    assert tuple(drawn[0]["images"].shape[2:]) == shown
+    if max(size) <= 96:  # each pixel is a square
+        factor = shown[0] // size[0]
+        assert np.array_equal(drawn[0]["images"][0, :, ::factor, ::factor].movedim(0, -1), pixels)
+    with Image.open(result.folder / f"{result.rows[0]['maps']}--page.png") as page:
+        assert page.width == 24 + (1 + methods) * (4 + max(shown[1], round(0.7 * shown[0]), 96)) - 4
+
+
+def test_the_maps_of_a_page_are_those_of_its_picture(tmp_path, drawn):
+    pixels = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    result = pages(pixels, tmp_path, methods=["cam"])
+    with Image.open(tmp_path / "image-0--page.png") as page:
+        shown = np.asarray(page)
+    raw = torch.from_numpy(np.load(tmp_path / "image-0.npz")["cam"])[None, None]
+    cell = maps.overlay(drawn[0]["images"], raw, signed=True)[0, 0].movedim(0, -1).numpy()
+    rows = [top for top in range(len(shown) - 448) if np.array_equal(shown[top : top + 448, 12 + 452 : 12 + 900], cell)]
+    assert len(rows) == 1 and len(result.rows) == 1

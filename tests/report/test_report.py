@@ -15,7 +15,7 @@ from PIL import Image
 from sightline import report, runs
 from sightline.evaluation import Curve, Evaluation, Example, evaluate
 from sightline.explainers import Verdict
-from sightline.facts import Finding, Interval
+from sightline.facts import Finding, Interval, words
 from sightline.report import pictures, tables
 from sightline.testing import PooledModel
 
@@ -167,7 +167,7 @@ def test_a_test_ranks_nothing_and_marks_who_fails(evaluation: Evaluation, tmp_pa
     of = {score.method: score.interval.value for score in found.scores if score.metric == test}
     assert [float(cell["data-value"]) for cell in marked] == [of["cam"], of["grad_cam"]]
     agreement = page.text_of("agreement")
-    assert report.words(test) not in agreement and report.words(others[0]) in agreement
+    assert words(test) not in agreement and words(others[0]) in agreement
 
 
 def test_best_needs_controls(evaluation: Evaluation):
@@ -184,11 +184,11 @@ def test_gallery_says_what_it_shows(page: Page, evaluation: Evaluation):
     assert text.startswith(
         f"{first.name} true {first.label} predicted {first.prediction} {100 * first.probability:.1f} %"
     )
-    assert "✓ correct" in text and "grad cam do not read: flat 0.000 0.000 10 x 10 positions" in text
+    assert "✓ correct" in text and "Grad-CAM do not read: flat 0.000 0.000 10 x 10 positions" in text
     low, high = first.maps["attention"].min(), first.maps["attention"].max()
     assert f"attention {report.number(float(low))} {report.number(float(high))}" in text
     labels = [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
-    assert f"grad cam of {first.name}: it is flat, 0 everywhere" in labels
+    assert f"Grad-CAM of {first.name}: it is flat, 0 everywhere" in labels
     assert f"{first.name}, with the outline of its mask" in labels
     assert all("✗ wrong" in card["text"] for card in cards[len(evaluation.examples) :])
     in_cards = [line for line in page.with_class("outline") if line["parent"]["parent"]["parent"]["parent"] in cards]
@@ -484,8 +484,8 @@ def test_chance_and_reliability_stand_in_the_foot(page: Page):
 
 def test_the_best_stands_against_every_other(page: Page):
     text = page.text_of("methods")
-    assert "deletion auc: cam is better than 6 of 7" in text and "pointing game: cam is better than 7 of 7" in text
-    assert "cam minus each other one" in text and "Lower is better" in text
+    assert "deletion auc: CAM is better than 6 of 7" in text and "pointing game: CAM is better than 7 of 7" in text
+    assert "CAM minus each other one" in text and "Lower is better" in text
     rows = [row for row in row_of(page, "methods", "edge map control") if len(row) == 4]
     assert rows[0] == ["edge map control", "−0.010 [−0.025, 0.005]", "0.200", "cannot be told apart"]
     rows = row_of(page, "methods", "attention")
@@ -515,19 +515,19 @@ def test_curves_and_their_numbers(page: Page, evaluation: Evaluation):
         assert [" ".join(path["text"].split()) for path in lines[8:]] == [
             "activation map",
             "attention",
-            "grad cam",
-            "cam",
+            "Grad-CAM",
+            "CAM",
         ]
     assert [item["text"].strip() for item in page.all("li") if item["parent"] in page.with_class("legend")] == [
-        "cam",
-        "grad cam",
+        "CAM",
+        "Grad-CAM",
         "attention",
         "activation map",
         "controls",
     ]
-    rows = row_of(page, "curves", "cam")
+    rows = row_of(page, "curves", "CAM")
     line = evaluation.curves["deletion"]["cam"]
-    assert rows[1] == ["cam", report.number(float(np.trapezoid(line.mean, line.shares))), "0.900", *rows[1][3:]]
+    assert rows[1] == ["CAM", report.number(float(np.trapezoid(line.mean, line.shares))), "0.900", *rows[1][3:]]
     assert rows[1][-3:] == [report.number(0.9 * 0.5 ** (1 / 0.24)), report.number(0.9 * 0.25 ** (1 / 0.24)), "0.000"]
 
 
@@ -569,11 +569,9 @@ def test_agreement_of_metrics(page: Page, evaluation: Evaluation):
     assert "insertion auc and energy in mask: " in " ".join(charts[1]["text"].split())
     dots = [dot for dot in page.all("circle") if dot.get("class") in ("mean", "hollow") and dot["text"].strip()]
     assert len(dots) == 2 * 8 and sum(dot["class"] == "hollow" for dot in dots) == 2 * 4
-    assert {dot["text"].strip() for dot in dots if dot["class"] == "hollow"} == {
-        report.words(m) for m in evaluation.controls
-    }
+    assert {dot["text"].strip() for dot in dots if dot["class"] == "hollow"} == {words(m) for m in evaluation.controls}
     labels = [label["text"] for label in page.with_class("label")]
-    assert sorted(labels) == sorted(2 * ["attention", "activation map", "cam", "grad cam"])
+    assert sorted(labels) == sorted(2 * ["attention", "activation map", "CAM", "Grad-CAM"])
 
 
 def test_agreement_of_methods(page: Page):
@@ -657,7 +655,7 @@ def test_quality_of_the_classifier(page: Page, evaluation: Evaluation):
 
 
 def test_what_was_left_out_is_named(page: Page):
-    assert "Left out, for want of time rise 312 s for 50 images, of 600 s for everything" in page.text_of("methods")
+    assert "Left out, for want of time RISE 312 s for 50 images, of 600 s for everything" in page.text_of("methods")
 
 
 def test_a_long_summary_has_headings(evaluation: Evaluation, tmp_path: Path):
@@ -740,7 +738,7 @@ def test_nothing_defined_draws_nothing(evaluation: Evaluation, tmp_path: Path):
     ids = {element.get("id") for element in page.elements}
     assert not {"curves", "agreement"} & ids and "worst" in ids
     assert not page.with_class("interval") and not page.with_class("mean") and not page.with_class("best")
-    assert "cam is better than 0 of 7" in page.text_of("methods")
+    assert "CAM is better than 0 of 7" in page.text_of("methods")
 
 
 def test_no_controls(evaluation: Evaluation, tmp_path: Path):

@@ -66,11 +66,12 @@ def load(data: Data) -> dict[str, ImageSet]:
     return {split: replace(images, preprocess=preprocess) for split, images in sets.items()}
 
 
-def load_whole(data: Data) -> dict[str, ImageSet]:
+def load_whole(data: Data, preprocess: Preprocess | None = None) -> dict[str, ImageSet]:
     """Other images for a trained network: the splits of the source, or all of it as test; none are held out.
 
-    A class may have no image in training, images may have no label, and groups may occur in several splits.
-    `preprocess` holds the size only: mean and deviation belong to the network.
+    A class may have no image in training, images may have no label, and groups may occur in several splits. Images
+    become what `preprocess` says; None: all of each image, at the size of `data`, without the network's mean and
+    deviation.
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
@@ -81,7 +82,7 @@ def load_whole(data: Data) -> dict[str, ImageSet]:
         return load(data)
     data = _checked(data)
     listed = _find(data)
-    blank = _blank(data, listed)
+    blank = preprocess or _blank(data, listed)
     parts = np.where(listed.parts == "", "test", listed.parts)
     rows = {part: np.flatnonzero(parts == part) for part in np.unique(parts).tolist()}
     if data.test_size is not None and data.test_size < len(rows.get("test", ())):

@@ -62,6 +62,7 @@ def evaluate(
     provenance: dict[str, str] | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
+    first: Callable[[Evaluation], object] | None = None,
     partial_results: Path | str | None = None,
 ) -> Evaluation:
     """Score every method by every metric on the same images, next to controls.
@@ -107,6 +108,8 @@ def evaluate(
         provenance: what to save with the numbers.
         progress: called with (what, done, total).
         tell: called with a sentence about the expected time before the first map; a few images are timed for it.
+        first: called before the scores with what is known then: an evaluation without metrics, of the examples alone,
+            by the methods that None takes.
         partial_results: folder for intermediate results; an evaluation with the same arguments resumes from there.
 
     Raises:
@@ -139,6 +142,17 @@ def evaluate(
     task, unfit = _with_methods(task, predictions, methods, strict)
     partial_files = PartialResults(None if partial_results is None else Path(partial_results))
     order = np.random.default_rng(seed).permutation(len(predictions.labels))
+
+    def evaluated(task: Task, limit: int, files: PartialResults) -> Evaluation:
+        draw = _draw(predictions, order, limit, examples)
+        scores = _score(task, source, predictions, draw, files, report)
+        result = _rank(task, source, predictions, scores, draw, seed)
+        return replace(result, data=name or source.name, provenance=result.provenance | (provenance or {}))
+
+    if first is not None:
+        bare, _ = _with_methods(replace(task, methods={}, metrics=(), with_runner_up=False), predictions, None, strict)
+        result = evaluated(bare, max(examples, 1), PartialResults(None))
+        first(replace(result, summary=tuple(findings(result, predictions))))
     planned = _planned(task, predictions, order, limit, budget, partial_files, tell)
     task = replace(
         task,
@@ -146,17 +160,13 @@ def evaluate(
         metrics=planned.metrics,
         perturbation=replace(task.perturbation, steps=planned.steps),
     )
-    draw = _draw(predictions, order, planned.limit, examples)
-    scores = _score(task, source, predictions, draw, partial_files, report)
-    result = _rank(task, source, predictions, scores, draw, seed)
+    result = evaluated(task, planned.limit, partial_files)
     fewer = f"{planned.steps} steps of deletion and insertion instead of {steps}, to keep to the budget"
     result = replace(
         result,
-        data=name or source.name,
         notices=(*result.notices, *([fewer] if planned.steps < steps else ())),
         left_out=planned.left_out,
         unsuited=unfit,
-        provenance=result.provenance | (provenance or {}),
     )
     partial_files.clear()
     return replace(result, summary=tuple(findings(result, predictions)))

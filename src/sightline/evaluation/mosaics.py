@@ -57,7 +57,8 @@ def evaluate_mosaics(
     different classes in one mosaic, and every class is explained: `grid_pointing_game`. A model that cannot take a
     mosaic of this size gets it shrunk to the size of one image; a notice says so. The same maps of a model that sees
     each cell alone, whose evidence is certain, are scored by `disconnected_pointing_game`; there a method reads the
-    last feature map or none. A method that does not fit such a model is undefined there.
+    last feature map, the layer that it names, or none. A method that does not fit such a model is undefined there: one
+    that reads tokens, as those of a transformer, or an attention block.
 
     Images without a label count as those of the class that the model names. The control `"other_class"` is the map of
     the class in the next cell. Intervals and tests resample whole mosaics, see `evaluate`; the result can be drawn by
@@ -280,18 +281,24 @@ def _scores(game: _Game, label: str, task: Task, examples: int) -> Scores:
     cells = game.rows.shape[1]
     offsets = game.classes * torch.arange(cells)
     scores = Scores()
-    for metric, model, output, targets, images in (
-        (_JOINED, game.model, game.output, game.targets, game.whole),
-        (_APART, game.apart, "logits", game.targets + offsets, game.joined),
+    apart, alone = game.apart, task.methods[label]
+    if isinstance(alone, str) and "@" in alone:
+        alone, layer = alone.split("@", 1)
+        apart = Disconnected(game.model, game.grid, layer, game.output)
+    for metric, model, method, output, targets, images in (
+        (_JOINED, game.model, task.methods[label], game.output, game.targets, game.whole),
+        (_APART, apart, alone, "logits", game.targets + offsets, game.joined),
     ):
         for start in range(0, len(game.rows), game.at_once):
             part = slice(start, start + game.at_once)
             try:
+                if metric == _APART and scores.layers[label] and apart.layer is None:
+                    raise ValueError("no feature map (b, k, h, w) feeds the logits; name a convolution, method@layer")
                 explanation = explain(
                     model,
                     images(part),
                     targets[part],
-                    [task.methods[label]],
+                    [method],
                     output=output,
                     batch_size=game.at_once,
                     memory=game.memory,
@@ -305,7 +312,7 @@ def _scores(game: _Game, label: str, task: Task, examples: int) -> Scores:
                 undefined = np.full(game.rows.size, np.nan)
                 scores = scores + Scores(values={(name, metric): undefined for name in names}, notices=[notice])
                 break
-            maps = explanation.maps[label]
+            (maps,) = explanation.maps.values()
             values = {(names[0], metric): _game_of(maps, game.grid)}
             if len(names) > 1:  # the map of the class in the next cell
                 values[names[1], metric] = _game_of(maps.roll(-1, 1), game.grid)

@@ -1,6 +1,7 @@
 """The grid pointing game: images of different classes in one mosaic, where the evidence of each class has its cell."""
 
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,7 +186,7 @@ class Disconnected(nn.Module):
     the mosaic is, and explainers read them there; a method that reads another layer does not fit.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model has no such layer, or, when it runs, its output is not of that shape.
 
     Source: Rao et al. 2022 (2205.10435), DiFull.
 
@@ -215,7 +216,13 @@ class Disconnected(nn.Module):
         # rolled by nothing: the positions of the mosaic are not those of the cells, and need not be followed into them
         cells = _cut(images, self.grid).roll(0, 0)
 
-        def together(module: nn.Module, inputs: object, features: Tensor) -> Tensor:
+        def together(module: nn.Module, inputs: object, features: Any) -> Tensor:
+            if not isinstance(features, Tensor) or features.ndim != 4:
+                got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+                raise ValueError(
+                    f"expected a layer whose output (b, k, h, w) can be put together as the cells are, got {got} from "
+                    f"{self.layer}; name a convolution"
+                )
             return _cut(self.tiled(_tiled(features, self.grid)), self.grid)
 
         with ExitStack() as hooks:

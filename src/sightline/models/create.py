@@ -162,7 +162,9 @@ def input_of(
 def preprocess_of(model: nn.Module) -> Preprocess:
     """How images become the input of a timm model, or of one that `create_model` made: as where it was trained.
 
-    A model without such a configuration gets all of each image at 224 px, with the mean and deviation of ImageNet.
+    A model without such a configuration gets all of each image at 224 px, with the mean and deviation of ImageNet. Two
+    ways of timm are not followed: images that are squashed and then cut, and images that are padded; there all of each
+    image is resized, and a notice says so.
 
     For all of each image instead of the middle: `dataclasses.replace(preprocess_of(model), crop=None)`.
 
@@ -177,7 +179,14 @@ def preprocess_of(model: nn.Module) -> Preprocess:
     size, mean, std = config["input_size"][1:], config["mean"], config["std"]
     if not getattr(model, "pretrained_cfg", None):
         return Preprocess(size=size, mean=mean, std=std)
-    crop = None if config["crop_mode"] == "squash" else config["crop_pct"]
+    mode, crop = config["crop_mode"], config["crop_pct"]
+    if mode == "border" or (mode == "squash" and crop < 1):
+        theirs = "pads them to its shape" if mode == "border" else f"cuts out the middle {crop:.4g} of each side"
+        width, height = size[1], size[0]
+        notice(
+            f"images are resized to {width} x {height} px, all of each; timm {theirs}, so scores may differ a little"
+        )
+    crop = crop if mode == "center" else None
     return Preprocess(size=size, mean=mean, std=std, crop=crop, interpolation=config["interpolation"])
 
 

@@ -98,7 +98,9 @@ def _template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, number=number, p_value=p_value, hundredths=hundredths, words=words)
+    environment.filters.update(
+        percent=percent, number=number, p_value=p_value, hundredths=hundredths, words=facts.words
+    )
     return environment.get_template(name)
 
 
@@ -147,12 +149,3 @@ def hundredths(value: float) -> str:
     ('−0.50', '0.00', '–')
     """
     return f"{round(value, 2) + 0:.2f}".replace("-", "−") if math.isfinite(value) else "–"
-
-
-def words(name: str) -> str:
-    """The name of a method or metric for reading.
-
-    >>> words("grad_cam"), words("attention@conv10")
-    ('grad cam', 'attention at conv10')
-    """
-    return name.replace("_", " ").replace("@", " at ")

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sightline import data, maps, models, runs
 from sightline.data import ImageSet, Preprocess
@@ -20,11 +22,14 @@ from sightline.data.files import Picture, decode_pictures, image_files
 from sightline.data.images import MAX_PIXELS
 from sightline.evaluation.planning import TOLD, prices, unsuited
 from sightline.explainers import EXPLAINERS, FAST, Explanation, explain, fitting, named
-from sightline.facts import LEVELS, Progress, Verdict, did_you_mean, duration, worst
+from sightline.facts import LEVELS, Layer, Progress, Verdict, did_you_mean, duration, percent, worst
 from sightline.inference import Memory, Output, forward_call, in_batches
 
-_PER_ROW = 6  # maps beside an image
-_SIDE = 512  # longest side of an image on a page, in pixels; half of it where the maps take several rows
+_FEW, _PER_ROW = 3, 6  # maps beside an image: up to so many are large; more take rows of six
+_LARGE, _SMALL = 448, 256  # longest side of an image on a page, in pixels: beside few maps, and beside more
+_CRISP = 96  # images up to this side are enlarged by a whole factor, so that their pixels are seen
+_MARGIN = 12  # around a page, in pixels
+NO_BREAK = "\N{NO-BREAK SPACE}"
 _AT_ONCE = 16  # images decoded and explained together
 
 
@@ -92,6 +97,7 @@ def pages(
     preprocess: Preprocess | None = None,
     whole: bool = False,
     classes: Sequence[str] = (),
+    name: str | None = None,
     batch_size: int = 64,
     memory: Memory = None,
     overlays: bool = False,
@@ -117,6 +123,7 @@ def pages(
         preprocess: how image files become the model's input. None: as in the run, or see `models.preprocess_of`.
         whole: resize all of each image, whatever its shape, also for a model that was trained on the middle of it.
         classes: class names of a model that is no run.
+        name: of the model. None: as in the run, or that of its class.
         batch_size: most images per forward.
         memory: see `sightline.explain`; the images themselves are cut by it, too.
         overlays: write each map over its image as a picture of its own, too.
@@ -134,6 +141,7 @@ def pages(
     is_run = not isinstance(model, nn.Module)
     if is_run:
         run = runs.open_run(model)
+        name = name or run.recipe.model.name.removeprefix(runs.OWN)
         model, preprocess, classes = runs.load_model(model).to(runs.best_device()), run.preprocess, run.classes
     is_of_model = preprocess is None
     preprocess = preprocess or models.preprocess_of(model)
@@ -150,17 +158,16 @@ def pages(
     if isinstance(images, ImageSet | Tensor):
         source = _Source(len(images), partial(_in_memory, images), [], ())
     else:
-        side = _SIDE if len(every or methods) < _PER_ROW else _SIDE // 2
         decode = partial(
             decode_pictures,
             size=preprocess.size,
-            longest=side,
+            longest=_LARGE if len(every or methods) <= _FEW else _SMALL,
             max_pixels=max_pixels,
             crop=preprocess.crop,
             interpolation=preprocess.interpolation,
         )
-        source = _files(images, out, decode, strict)
-    writer = _Writer(out, classes, is_run, overlays)
+        source = _files(images, out, decode, strict)._replace(is_cropped=preprocess.crop is not None)
+    writer = _Writer(out, name or type(model).__name__, classes, is_run, source.is_cropped, overlays)
     left_out: dict[str, str] = {}
     notices |= dict.fromkeys(source.notices)
     unchecked = dict[str, None]()
@@ -217,7 +224,7 @@ def pages(
         skipped=tuple(source.skipped),
         left_out=left_out,
         unchecked=tuple(unchecked),
-        notices=tuple(notices),
+        notices=(*notices, *writer.notices),
     )
 
 
@@ -235,6 +242,8 @@ class _Source(NamedTuple):
     skipped: list[tuple[str, str]]
     """Name and reason of each image that could not be read so far."""
     notices: tuple[str, ...]
+    is_cropped: bool = False
+    """Whether only the middle of each image is shown."""
 
 
 def _in_memory(images: ImageSet | UInt8[Tensor, "b 3 h w"], rows: range) -> _Chunk:
@@ -277,14 +286,17 @@ class _Writer:
     """Writes the files of one image after the other."""
 
     folder: Path
+    model: str
     classes: Sequence[str]
     is_run: bool
+    is_cropped: bool
     overlays: bool
     rows: list[dict[str, Any]] = field(default_factory=lambda: [])
     verdicts: dict[str, list[list[Verdict]]] = field(default_factory=lambda: {})
     positions: dict[str, str] = field(default_factory=lambda: {})
     written: set[Path] = field(default_factory=lambda: set())
     stems: set[str] = field(default_factory=lambda: set())
+    notices: dict[str, None] = field(default_factory=lambda: {})
     kept: int = 0
 
     def write(self, name: str, picture: UInt8[Tensor, "3 h w"], explanation: Explanation, place: int) -> None:
@@ -329,19 +341,36 @@ class _Writer:
             )
             title = titled(method, verdicts)
             columns[title] = torch.from_numpy(values)[None, None]
-            captions[title] = self.positions[method]
+            captions[title] = caption(values.shape, layer, verdicts)
             signed += [title] * explainer.is_signed
             if self.overlays:
                 overlay = maps.overlay(picture[None], columns[title], signed=explainer.is_signed)[0, 0]
                 self._save(f"{stem}--{_file_name(method)}.png", maps.png(overlay))
-        title = f"explained: {of_class} ({probabilities[explained]:.0%})"
-        if explained != predicted:
-            title += f"; predicted: {prediction} ({probabilities[predicted]:.0%})"
         page = maps.side_by_side(
-            picture[None], columns, signed=signed, scales=True, captions=captions, per_row=_PER_ROW, title=title
+            sized(picture, _LARGE if len(columns) <= _FEW else _SMALL)[None],
+            columns,
+            signed=signed,
+            scales=True,
+            captions=captions,
+            title="what the network sees" if self.is_cropped else "image",
+            per_row=None if len(columns) <= _FEW else _PER_ROW,
+            heading=self._heading(Path(name).name, probabilities, explained, predicted),
         )
-        self._save(f"{stem}--page.png", maps.png(page))
+        self._save(f"{stem}--page.png", maps.png(F.pad(page, [_MARGIN] * 4, value=255)))
         self.rows += rows
+
+    def _heading(self, file: str, probabilities: Sequence[float], explained: int, predicted: int) -> str:
+        def shown(index: int) -> str:
+            name = self.classes[index] if index < len(self.classes) else ""
+            if not maps.is_writable(name):
+                text = f"no font here has the letters of {name}, so pages show the numbers of such classes"
+                self.notices[f"{text}; install one that has them"] = None
+                name = ""
+            return f"{name or f'class {index}'} ({percent(probabilities[index])})"
+
+        prediction = ", the prediction" if explained == predicted else f"; prediction: {shown(predicted)}"
+        image = f", image: {file}" if maps.is_writable(file) else ""
+        return f"explained: {shown(explained)}{prediction}\nnetwork: {self.model}{image}"
 
     def keep_table(self) -> None:
         """Write maps.csv if it has grown by a twentieth since, so that little is missing even if the process dies."""
@@ -371,14 +400,41 @@ def _expected(seconds: Mapping[str, float], images: int) -> str:
 
 
 def titled(method: str, verdicts: Sequence[Verdict]) -> str:
-    """A method with the verdicts on its map; the most severe level in parentheses, unless it is a note.
+    """A method with the most severe level of the verdicts on its map, unless that is a note.
 
-    >>> titled("lrp", [Verdict("flat", "do not read")])
-    'lrp (do not read): flat'
+    >>> titled("lrp", [Verdict("flat")])
+    'lrp (doubt)'
     """
     level = worst(verdicts)
-    parentheses = f" ({level})" if level not in (None, "note") else ""
-    return f"{method}{parentheses}: {'; '.join(verdicts)}" if verdicts else method
+    return method if level in (None, "note") else f"{method} ({level.replace(' ', NO_BREAK)})"
+
+
+def caption(grid: Sequence[int], layer: Layer, verdicts: Sequence[Verdict]) -> str:
+    r"""Where a map was read, how many positions it has, and in further lines the verdicts on it.
+
+    >>> caption((4, 4), Layer("layer4", (512, 4, 4)), [Verdict("flat", "do not read")])
+    'layer4, 4 x 4 positions (coarse)\nflat'
+    """
+    place = f"{layer.name}, " if layer else ""
+    coarse = " (coarse)" if min(grid) < maps.COARSE else ""
+    return "\n".join([f"{place}{' x '.join(map(str, grid))} positions{coarse}", *verdicts])
+
+
+def sized(picture: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 _ _"]:
+    """A picture as it is shown on a page, its longer side about `side` pixels.
+
+    Small ones are enlarged by a whole factor, so that each of their pixels is seen, others smoothly.
+
+    >>> sized(torch.zeros(3, 64, 32, dtype=torch.uint8), 448).shape, sized(torch.zeros(3, 300, 200).byte(), 448).shape
+    (torch.Size([3, 448, 224]), torch.Size([3, 448, 299]))
+    """
+    height, width = picture.shape[1:]
+    longest = max(height, width)
+    if longest <= _CRISP:
+        return picture.repeat_interleave(side // longest, 1).repeat_interleave(side // longest, 2)
+    size = max(1, round(width * side / longest)), max(1, round(height * side / longest))
+    resized = Image.fromarray(picture.movedim(0, -1).numpy()).resize(size, Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).movedim(-1, 0)
 
 
 def positions(grid: Sequence[int], has_layer: bool, can_be_trained: bool) -> str:

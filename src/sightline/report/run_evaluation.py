@@ -1,7 +1,7 @@
 """Evaluates a trained run on its own or other data, and writes the scores and the report."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from sightline.explainers import fitting
 from sightline.facts import Progress
 from sightline.report import write
 
-_SHOWN = 24  # images of the first report
 _SMALL_SIDE = 32  # pixels; some networks have no map of smaller images
 
 
@@ -36,6 +35,7 @@ def evaluate_run(
     overrides: dict[str, Any] | None = None,
     methods: Sequence[str] | None = None,
     progress: Progress | None = None,
+    first: Callable[[Path], object] | None = None,
     model: runs.Own | None = None,
     **options: Any,
 ) -> EvaluatedRun:
@@ -50,6 +50,7 @@ def evaluate_run(
         methods: as for `sightline.evaluate`; also `["all"]` and `["fast"]`. Of several, those that do not fit the model
             are left out.
         progress: called with (what, done, total).
+        first: called before the scores with the path of a first report: accuracy, gallery, errors and training.
         model: the network of a run of a network of your own, see `sightline.load`.
         options: further ones of `sightline.evaluate`.
 
@@ -62,6 +63,14 @@ def evaluate_run(
     start = time.perf_counter()
     images, strict = images_of(run, split, overrides or {})
     network = runs.load_model(run.folder, model).to(runs.best_device())
+    named = run.recipe.model.name.removeprefix(runs.OWN)
+
+    def write_first(evaluation: Evaluation) -> None:
+        notices = (*evaluation.notices, "The scores of the maps are being computed: open this page again later.")
+        path = write(replace(evaluation, model=named, notices=notices), out, run)
+        if first is not None:
+            first(path)
+
     evaluation = evaluate(
         network,
         images,
@@ -69,6 +78,7 @@ def evaluate_run(
         strict=strict,
         seed=run.seed,
         progress=progress,
+        first=None if first is None else write_first,
         partial_results=out / ".evaluation",
         provenance={"run": str(run.folder), **runs.surroundings()},
         **options,
@@ -77,29 +87,12 @@ def evaluate_run(
     seconds = f"{time.perf_counter() - start:.0f} s"
     evaluation = replace(
         evaluation,
-        model=run.recipe.model.name.removeprefix(runs.OWN),
+        model=named,
         provenance={**evaluation.provenance, **why_left_out, "evaluation time": seconds},
     )
     evaluation.to_json(out / "evaluation.json")
     evaluation.to_csv(out / "per_image.csv")
     return EvaluatedRun(evaluation, {**evaluation.unsuited, **evaluation.left_out}, write(evaluation, out, run))
-
-
-def first_report(run: runs.Run, model: runs.Own | None = None) -> Path:
-    """Write the report of a run that was just trained, without scores: accuracy, gallery, errors, training.
-
-    `model`: see `runs.load_model`.
-
-    Raises:
-        OSError: the data or the weights are missing, or the folder cannot be written.
-    """
-    images, _ = images_of(run, "test", {})
-    network = runs.load_model(run.folder, model).to(runs.best_device())
-    evaluation = evaluate(network, images, metrics=[], controls=[], limit=_SHOWN, examples=_SHOWN, seed=run.seed)
-    notices = (*evaluation.notices, "The scores of the maps are being computed: open this page again later.")
-    return write(
-        replace(evaluation, model=run.recipe.model.name.removeprefix(runs.OWN), notices=notices), run.folder, run
-    )
 
 
 def images_of(run: runs.Run, split: str, overrides: dict[str, Any]) -> tuple[ImageSet, bool]:
