@@ -23,7 +23,7 @@ test: export SIGHTLINE_CACHE = $(CURDIR)/.cache/sightline
 test:
 	@scripts/setup dev
 	.venv/bin/python -m pytest -n 2
-	.venv/bin/python -m pytest -m compile -o addopts="--strict-markers --import-mode=importlib" tests
+	.venv/bin/python -m pytest -m compile -o addopts="--strict-markers --import-mode=importlib" -n 2 tests
 
 check:
 	@scripts/setup dev

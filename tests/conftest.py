@@ -1,14 +1,40 @@
 """What several test files share."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
+from types import FunctionType, ModuleType
 
 import jaxtyping
 import pytest
 
 from sightline import data
+from sightline.explainers import tokens
+from sightline.explainers.capture import features, replay
+from sightline.inference import axes, memory, operations, positions, preserve
 from sightline.recipe import Data
+
+WITHOUT_SHAPES = (axes, features, memory, operations, positions, preserve, replay, tokens)
+"""They run at each operation of a network and name no shape: to check their calls would take most of the time."""
+
+
+def functions_of(owner: ModuleType | type) -> Iterator[FunctionType]:
+    """The functions of a module and of its classes, those behind properties included."""
+    for value in vars(owner).values():
+        if isinstance(value, property):
+            value = value.fget
+        elif isinstance(value, cached_property):
+            value = value.func
+        if isinstance(value, type) and value.__module__ == owner.__name__:
+            yield from functions_of(value)
+        elif isinstance(value, FunctionType) and value.__module__ in (owner.__name__, owner.__dict__.get("__module__")):
+            yield value
+
+
+for module in WITHOUT_SHAPES:
+    for function in functions_of(module):
+        function.__no_type_check__ = True
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from tests.test_cli import refused, sightline
 from tests.test_data_images import bomb
 
 TINY = ["--model.options.width=0.0625", "--optim.epochs=1", "--optim.batch_size=4", "--data.size=24", "--limit=4"]
+TINY += ["--methods=grad_cam", "--steps=2"]
 
 
 def picture(kind=0, seed=0):

@@ -628,9 +628,17 @@ def test_a_loss_on_maps_trains_the_trunk(images):
 
 # --- the state contract ----------------------------------------------------------------------------------------------
 
+
+def small_vgg():
+    """A VGG whose linear layers, which are large by default, are small."""
+    model = torchvision.models.VGG(torchvision.models.vgg.make_layers([4, "M", 8, "M", 16]), 5, init_weights=False)
+    model.classifier = nn.Sequential(nn.Linear(16 * 7 * 7, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 5))
+    return model
+
+
 NETS = {
     "resnet": lambda: timm.create_model("test_resnet", num_classes=5),
-    "vgg": lambda: torchvision.models.VGG(torchvision.models.vgg.make_layers([4, "M", 8, "M", 512]), 5),
+    "vgg": small_vgg,
     "densenet": lambda: torchvision.models.DenseNet(4, (2, 2), 8, num_classes=5, drop_rate=0.1),
     "mobilenet": lambda: timm.create_model("mobilenetv3_small_050", num_classes=5),
     "efficientnet": lambda: timm.create_model("test_efficientnet", num_classes=5),

@@ -9,8 +9,14 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 import yaml
+from tests.conftest import WITHOUT_SHAPES
+
+from sightline.inference.operations import Operation
+from sightline.maps import normalize
 
 ROOT = Path(__file__).parent.parent
 
@@ -248,6 +254,14 @@ def test_make_test_runs_the_suite_with_and_without_the_shape_checker(checkout: C
     assert "error" in options["filterwarnings"]
     assert compiled.startswith("-m pytest -m compile -o addopts=")
     assert "jaxtyping" not in compiled
+
+
+def test_the_shape_checker_passes_over_modules_that_name_no_shape() -> None:
+    for module in WITHOUT_SHAPES:
+        assert "jaxtyping" not in Path(str(module.__file__)).read_text(), module
+    assert Operation(len, [1], {}).input == 1  # not a tuple
+    with pytest.raises(jaxtyping.TypeCheckError, match="maps"):
+        normalize(torch.zeros(3))
 
 
 def test_make_says_what_is_wrong_with_an_old_python(checkout: Checkout) -> None:
