@@ -17,6 +17,7 @@ from sightline.evaluation import Curve, Evaluation, Example, evaluate
 from sightline.explainers import Verdict
 from sightline.facts import Finding, Interval
 from sightline.report import pictures, tables
+from sightline.report.html import hundredths, number, percent, words
 from sightline.testing import PooledModel
 
 EVIL = "<script>alert('x')</script> \"quoted\" & </style>"
@@ -167,7 +168,7 @@ def test_a_test_ranks_nothing_and_marks_who_fails(evaluation: Evaluation, tmp_pa
     of = {score.method: score.interval.value for score in found.scores if score.metric == test}
     assert [float(cell["data-value"]) for cell in marked] == [of["cam"], of["grad_cam"]]
     agreement = page.text_of("agreement")
-    assert report.words(test) not in agreement and report.words(others[0]) in agreement
+    assert words(test) not in agreement and words(others[0]) in agreement
 
 
 def test_best_needs_controls(evaluation: Evaluation):
@@ -186,7 +187,7 @@ def test_gallery_says_what_it_shows(page: Page, evaluation: Evaluation):
     )
     assert "✓ correct" in text and "grad cam do not read: flat 0.000 0.000 10 x 10 positions" in text
     low, high = first.maps["attention"].min(), first.maps["attention"].max()
-    assert f"attention {report.number(float(low))} {report.number(float(high))}" in text
+    assert f"attention {number(float(low))} {number(float(high))}" in text
     labels = [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
     assert f"grad cam of {first.name}: it is flat, 0 everywhere" in labels
     assert f"{first.name}, with the outline of its mask" in labels
@@ -527,8 +528,8 @@ def test_curves_and_their_numbers(page: Page, evaluation: Evaluation):
     ]
     rows = row_of(page, "curves", "cam")
     line = evaluation.curves["deletion"]["cam"]
-    assert rows[1] == ["cam", report.number(float(np.trapezoid(line.mean, line.shares))), "0.900", *rows[1][3:]]
-    assert rows[1][-3:] == [report.number(0.9 * 0.5 ** (1 / 0.24)), report.number(0.9 * 0.25 ** (1 / 0.24)), "0.000"]
+    assert rows[1] == ["cam", number(float(np.trapezoid(line.mean, line.shares))), "0.900", *rows[1][3:]]
+    assert rows[1][-3:] == [number(0.9 * 0.5 ** (1 / 0.24)), number(0.9 * 0.25 ** (1 / 0.24)), "0.000"]
 
 
 def test_six_methods_have_a_color(evaluation: Evaluation, tmp_path: Path):
@@ -562,16 +563,14 @@ def test_curves_with_holes():
 def test_agreement_of_metrics(page: Page, evaluation: Evaluation):
     (cells,) = (row for row in row_of(page, "agreement", "pointing game"))
     found = evaluation.metric_agreement
-    assert cells == ["pointing game", *(report.hundredths(value) for value in found[2].tolist())]
+    assert cells == ["pointing game", *(hundredths(value) for value in found[2].tolist())]
     assert cells[3] == "1.00"
     charts = page.with_class("scatter")
     assert " ".join(charts[0]["text"].split()).startswith("deletion auc and pointing game: 0.")
     assert "insertion auc and energy in mask: " in " ".join(charts[1]["text"].split())
     dots = [dot for dot in page.all("circle") if dot.get("class") in ("mean", "hollow") and dot["text"].strip()]
     assert len(dots) == 2 * 8 and sum(dot["class"] == "hollow" for dot in dots) == 2 * 4
-    assert {dot["text"].strip() for dot in dots if dot["class"] == "hollow"} == {
-        report.words(m) for m in evaluation.controls
-    }
+    assert {dot["text"].strip() for dot in dots if dot["class"] == "hollow"} == {words(m) for m in evaluation.controls}
     labels = [label["text"] for label in page.with_class("label")]
     assert sorted(labels) == sorted(2 * ["attention", "activation map", "cam", "grad cam"])
 
@@ -650,9 +649,9 @@ def test_quality_of_the_classifier(page: Page, evaluation: Evaluation):
     assert f"{100 * error.value:.1f} % [{100 * error.low:.1f} %, {100 * error.high:.1f} %]" in " ".join(text.split())
     for name, one in zip(evaluation.classes, found.per_class, strict=True):
         (row,) = (row for row in row_of(page, "confusion", name) if len(row) == 6)
-        shown = [report.percent(one.precision), report.number(one.f1)]
+        shown = [percent(one.precision), number(one.f1)]
         assert row[1] == str(one.n) and row[3:5] == [" ".join(value.split()) for value in shown]
-        ends = f"[{report.percent(one.recall.low)}, {report.percent(one.recall.high)}]"
+        ends = f"[{percent(one.recall.low)}, {percent(one.recall.high)}]"
         assert row[2].endswith(" ".join(ends.split()))
 
 
