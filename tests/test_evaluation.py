@@ -610,7 +610,7 @@ def task_of(model, methods, metrics):
 def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
     model = PooledModel(torch.eye(3))
     costs = {"cam": 0.001, "grad_cam": 0.001, "rise": 10.0, "random_map": 0.0}
-    monkeypatch.setattr(planning, "_seconds", lambda model, images, targets, method, **options: costs[method])
+    monkeypatch.setattr(planning, "seconds_per_image", lambda model, images, targets, method, **options: costs[method])
     monkeypatch.setattr(planning, "_forward_seconds", lambda model, images, call, memory: 0.001)
     images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
 
@@ -633,7 +633,7 @@ def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
 def test_metrics_that_share_images_are_given_up_together(monkeypatch):
     """ROAD three times costs as much as once: a single one saves nothing, and methods would go instead."""
     model = PooledModel(torch.eye(3))
-    for name, seconds in {"_seconds": 0.001, "_forward_seconds": 0.0001, "_painted_seconds": 0.1}.items():
+    for name, seconds in {"seconds_per_image": 0.001, "_forward_seconds": 0.0001, "_painted_seconds": 0.1}.items():
         monkeypatch.setattr(planning, name, lambda *given, seconds=seconds, **options: seconds)
     metrics = ("energy_in_mask", "road", "road_morf", "road_lerf")
     methods = ("cam", "grad_cam", "saliency", "random_map")
@@ -648,7 +648,7 @@ def test_a_budget_lowers_images_then_steps_then_images_again_before_it_leaves_an
 
     256 pixels in 32 steps: 2 + 3 x 62 = 188 s; in 16: 92 s; in 8: 44 s.
     """
-    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 0.0)
+    monkeypatch.setattr(planning, "seconds_per_image", lambda *given, **options: 0.0)
     monkeypatch.setattr(planning, "_forward_seconds", lambda *given: 1.0)
     images, targets = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
     metrics = ("energy_in_mask", "insertion_auc", "deletion_auc")
@@ -673,12 +673,12 @@ def test_a_budget_lowers_images_then_steps_then_images_again_before_it_leaves_an
 
 def test_what_to_expect_is_told_before_the_maps_if_it_is_long(monkeypatch):
     told, model = [], PooledModel(torch.eye(3))
-    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 0.1)
+    monkeypatch.setattr(planning, "seconds_per_image", lambda *given, **options: 0.1)
     monkeypatch.setattr(planning, "_forward_seconds", lambda *given: 0.0)
     asked = {"metrics": ["energy_in_mask"], "controls": ["center_map"], "limit": 30, "tell": told.append}
     evaluate(model, planted(), ["cam"], **asked)
     assert told == []
-    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 3.0)
+    monkeypatch.setattr(planning, "seconds_per_image", lambda *given, **options: 3.0)
     evaluate(model, planted(), ["cam"], **asked)
     assert told == ["expected time: 3 min for 30 images (maps: 2, metrics: 1)"]
     evaluate(model, planted(), ["cam", "grad_cam"], **asked)
@@ -686,7 +686,7 @@ def test_what_to_expect_is_told_before_the_maps_if_it_is_long(monkeypatch):
 
 
 def test_fewer_steps_are_a_notice(monkeypatch):
-    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 0.0)
+    monkeypatch.setattr(planning, "seconds_per_image", lambda *given, **options: 0.0)
     monkeypatch.setattr(planning, "_forward_seconds", lambda *given: 1.0)
     result = evaluate(PooledModel(torch.eye(3)), planted(), ["cam"], ["deletion_auc"], limit=20, budget=1000.0)
     assert result.notices[-1] == "8 steps of deletion and insertion instead of 32, to keep to the budget"

@@ -73,6 +73,13 @@ def test_importing_is_light_and_silent(module: str) -> None:
     assert not heavy & set(json.loads(result.stdout))
 
 
+def test_explaining_photos_loads_no_metrics() -> None:
+    result = fresh("from sightline import models, report, runs\nimport sys\nprint(report.pages, *sys.modules)")
+    assert result.returncode == 0, result.stderr
+    unused = {"torchmetrics", "scipy", "sklearn", "transformers", "jinja2", "lightning", "datasets", "pandas"}
+    assert "sightline.report.pages" in result.stdout and not unused & set(result.stdout.split())
+
+
 def test_every_name_resolves_in_a_fresh_process_whatever_comes_first() -> None:
     code = "import sightline as sl\nfor name in sorted(sl.__all__, key=str.lower): getattr(sl, name)\n"
     code += "assert callable(sl.explain) and callable(sl.evaluate) and callable(sl.load)"

@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def keep_freed_memory() -> None:
     """Tell glibc to keep the memory of freed tensors for the next ones instead of returning it to the system.
 
-    Returned memory comes back page by page, each with a fault and filled with zeros: up to half the time of a forward
-    on a CPU. Nothing is changed where the environment already sets the allocator (`MALLOC_...`, `GLIBC_TUNABLES`) or
-    `SIGHTLINE_KEEP_MEMORY` is 0.
+    Returned memory comes back page by page, each with a fault and filled with zeros: up to a third of the time of a
+    forward on a CPU (benchmarks/README.md). Nothing is changed where the environment already sets the allocator
+    (`MALLOC_...`, `GLIBC_TUNABLES`) or `SIGHTLINE_KEEP_MEMORY` is 0.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     is_set = "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)

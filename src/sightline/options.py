@@ -121,7 +121,7 @@ def _budget(add: _Add) -> None:
 
 
 def _memory(add: _Add) -> None:
-    text = "memory per forward, such as 200MB or 2GB (500MB; on a GPU half of what is free)"
+    text = "memory per forward, such as 200MB or 2GB (300MB; on a GPU half of what is free)"
     add("--memory", type=_bytes, metavar="SIZE", help=text)
 
 

@@ -15,7 +15,7 @@ from sightline import maps
 from sightline.data import Preprocess, read_images
 from sightline.data import images as image_files
 from sightline.data.images import open_image, open_picture, quiet
-from sightline.evaluation import planning
+from sightline.explainers import selection
 from sightline.testing import PooledModel
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
@@ -127,10 +127,11 @@ def test_fast_and_the_price_of_the_others(files, tmp_path, monkeypatch):
     assert "grad_cam" in result.verdicts and "center_map" in result.verdicts
     assert not {"rise", "occlusion"} & {*result.verdicts, *result.left_out}
     told = []
-    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: {"rise": 100.0, "occlusion": 20.0}[given[3]])
+    seconds = {"rise": 100.0, "occlusion": 20.0}
+    monkeypatch.setattr(selection, "seconds_per_image", lambda *given, **options: seconds[given[3]])
     pages(files, tmp_path / "a", methods=["cam", "occlusion"], tell=told.append)
     assert told == ["expected time: 20 s per image, 1 min for 3 images; occlusion 20 s"]
-    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 2.0)
+    monkeypatch.setattr(selection, "seconds_per_image", lambda *given, **options: 2.0)
     pages(files[:1], tmp_path / "b", methods=["cam", "occlusion"], tell=pytest.fail)
     pages(files[:1], tmp_path / "c", methods=["all"], tell=told.append)
     assert told[1].startswith("expected time: 14 s per image; occlusion 2 s, ") or "2 s, " in told[1]

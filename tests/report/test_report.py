@@ -17,6 +17,7 @@ from sightline.evaluation import Curve, Evaluation, Example, evaluate
 from sightline.explainers import Verdict
 from sightline.facts import Finding, Interval, words
 from sightline.report import pictures, tables
+from sightline.report.html import hundredths, number, percent
 from sightline.testing import PooledModel
 
 EVIL = "<script>alert('x')</script> \"quoted\" & </style>"
@@ -186,7 +187,7 @@ def test_gallery_says_what_it_shows(page: Page, evaluation: Evaluation):
     )
     assert "✓ correct" in text and "Grad-CAM do not read: flat 0.000 0.000 10 x 10 positions" in text
     low, high = first.maps["attention"].min(), first.maps["attention"].max()
-    assert f"attention {report.number(float(low))} {report.number(float(high))}" in text
+    assert f"attention {number(float(low))} {number(float(high))}" in text
     labels = [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
     assert f"Grad-CAM of {first.name}: it is flat, 0 everywhere" in labels
     assert f"{first.name}, with the outline of its mask" in labels
@@ -527,8 +528,8 @@ def test_curves_and_their_numbers(page: Page, evaluation: Evaluation):
     ]
     rows = row_of(page, "curves", "CAM")
     line = evaluation.curves["deletion"]["cam"]
-    assert rows[1] == ["CAM", report.number(float(np.trapezoid(line.mean, line.shares))), "0.900", *rows[1][3:]]
-    assert rows[1][-3:] == [report.number(0.9 * 0.5 ** (1 / 0.24)), report.number(0.9 * 0.25 ** (1 / 0.24)), "0.000"]
+    assert rows[1] == ["CAM", number(float(np.trapezoid(line.mean, line.shares))), "0.900", *rows[1][3:]]
+    assert rows[1][-3:] == [number(0.9 * 0.5 ** (1 / 0.24)), number(0.9 * 0.25 ** (1 / 0.24)), "0.000"]
 
 
 def test_six_methods_have_a_color(evaluation: Evaluation, tmp_path: Path):
@@ -562,7 +563,7 @@ def test_curves_with_holes():
 def test_agreement_of_metrics(page: Page, evaluation: Evaluation):
     (cells,) = (row for row in row_of(page, "agreement", "pointing game"))
     found = evaluation.metric_agreement
-    assert cells == ["pointing game", *(report.hundredths(value) for value in found[2].tolist())]
+    assert cells == ["pointing game", *(hundredths(value) for value in found[2].tolist())]
     assert cells[3] == "1.00"
     charts = page.with_class("scatter")
     assert " ".join(charts[0]["text"].split()).startswith("deletion auc and pointing game: 0.")
@@ -648,9 +649,9 @@ def test_quality_of_the_classifier(page: Page, evaluation: Evaluation):
     assert f"{100 * error.value:.1f} % [{100 * error.low:.1f} %, {100 * error.high:.1f} %]" in " ".join(text.split())
     for name, one in zip(evaluation.classes, found.per_class, strict=True):
         (row,) = (row for row in row_of(page, "confusion", name) if len(row) == 6)
-        shown = [report.percent(one.precision), report.number(one.f1)]
+        shown = [percent(one.precision), number(one.f1)]
         assert row[1] == str(one.n) and row[3:5] == [" ".join(value.split()) for value in shown]
-        ends = f"[{report.percent(one.recall.low)}, {report.percent(one.recall.high)}]"
+        ends = f"[{percent(one.recall.low)}, {percent(one.recall.high)}]"
         assert row[2].endswith(" ".join(ends.split()))
 
 

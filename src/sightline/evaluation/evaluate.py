@@ -18,10 +18,11 @@ from sightline.data import ImageSet
 from sightline.evaluation import ranking
 from sightline.evaluation.batches import Batch, Predictions, Source, predict
 from sightline.evaluation.findings import findings
-from sightline.evaluation.planning import TOLD, Plan, Task, at_once, check_list, listed, plan, unsuited
+from sightline.evaluation.planning import Plan, Task, at_once, check_list, listed, plan
 from sightline.evaluation.result import Curve, Evaluation, Example
 from sightline.evaluation.scores import PartialResults, Scores, key_of
 from sightline.explainers import EXPLAINERS, FAST, Explanation, Method, attention_maps, explain, fitting, named
+from sightline.explainers.selection import TOLD, unsuited
 from sightline.facts import Progress, Verdict, current_name, did_you_mean
 from sightline.inference import Memory, Output
 from sightline.metrics import METRICS, Perturbation, inputs_of, measure
@@ -100,7 +101,7 @@ def evaluate(
             `unsuited` tells why.
         batch_size: most images per forward.
         memory: bytes that a forward, with its backward, may take, or a size such as "2GB"; it decides the number of
-            images up to `batch_size`. None: 500 MB on a CPU, half of the free memory on a GPU.
+            images up to `batch_size`. None: 300 MB on a CPU, half of the free memory on a GPU.
         examples: images to keep for the report.
         seed: for the draw and the intervals.
         name: of the data.

@@ -16,10 +16,11 @@ from sightline.data import ImageSet
 from sightline.evaluation import ranking
 from sightline.evaluation.batches import PROBED, Predictions, Source, predict
 from sightline.evaluation.findings import findings
-from sightline.evaluation.planning import Plan, Task, listed, plan, unsuited
+from sightline.evaluation.planning import Plan, Task, listed, plan
 from sightline.evaluation.result import Evaluation, Example
 from sightline.evaluation.scores import PartialResults, Scores, digest_of, key_of
 from sightline.explainers import EXPLAINERS, FAST, Method, explain, fitting, named
+from sightline.explainers.selection import unsuited
 from sightline.facts import Progress
 from sightline.inference import Memory, Output, forward, forward_call
 from sightline.metrics import MOSAIC_METRICS, Disconnected, Perturbation, draw_mosaics, grid_pointing_game, mosaics

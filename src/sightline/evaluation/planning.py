@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,21 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sightline.explainers import Explainer, Method, explain, fitting, named
-from sightline.explainers.scorer import Targets
+from sightline.explainers import Explainer, Method, explain, named
+from sightline.explainers.selection import seconds_per_image, timed_size
 from sightline.facts import duration
 from sightline.inference import ForwardCall, Memory, allowance, fitting_size, forward, held_by
 from sightline.metrics import METRICS, Perturbation, inpaint, perturbed_counts
 from sightline.metrics.perturbed import RANKED_BYTES, ROAD_FRACTIONS, read_by
 from sightline.runs import write
 
-TOLD = 10.0
-"""Expected seconds from which on they are told."""
 _FEWEST = 50, 20
 """Images below which curves get fewer steps, and below which methods or metrics are left out."""
 _FEWEST_STEPS = 8
-_TIMED = 8  # images in a batch that is timed on a CPU, where larger ones are no faster
-_LONG = 1.0  # seconds after which no second timing is needed
 _PAINTED = frozenset({"morf", "lerf"})
 
 
@@ -157,23 +152,6 @@ def as_word(methods: Sequence[Method] | str | None) -> Sequence[Method] | str | 
     return str(methods[0]) if methods is not None and list(methods) in (["all"], ["fast"]) else methods
 
 
-def unsuited(
-    model: nn.Module, images: Tensor, methods: Collection[Method], strict: bool, **options: Any
-) -> dict[str, str]:
-    """Those of the named methods that do not fit the model, and why; none if `strict`, or if all would be left out.
-
-    Nor is a control among them, a method with a layer or options of its own, or the only other one: `explain` says what
-    is wrong with it. The further options are those of `fitting`.
-    """
-    tried = [one for one in methods if isinstance(one, str) and "@" not in one and not named(one)[1].is_control]
-    if strict or len(tried) < 2:
-        return {}
-    try:
-        return fitting(model, images, tried, **options)[1]
-    except ValueError:
-        return {}
-
-
 def at_once(task: Task, images: Tensor, targets: Tensor) -> int:
     """How many images are explained and scored together, so that their maps fit into memory; one is measured."""
     perturbation = task.perturbation
@@ -244,18 +222,6 @@ def _levels(metrics: Collection[str], steps: int, limit: int) -> list[tuple[int,
     return [*((few, min(limit, _FEWEST[0])) for few in all_steps), (all_steps[-1], min(limit, _FEWEST[1]))]
 
 
-def prices(
-    model: nn.Module, images: Tensor, targets: Targets, methods: Collection[Method], **options: Any
-) -> dict[str, float]:
-    """Expected seconds per image of those methods that run the model on many changed images.
-
-    Their first batches are timed, small ones on a CPU; the options are those of `explain`.
-    """
-    options["batch_size"] = _timed_size(images, options.get("batch_size", 64))
-    slow = {name: method for method in methods for name, explainer, *_ in [named(method)] if explainer.many_passes}
-    return {name: _seconds(model, images, targets, method, **options) for name, method in slow.items()}
-
-
 def _without(names: tuple[str, ...], others: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in others)
 
@@ -266,11 +232,13 @@ def _cost_per_image(
     """Seconds to explain an image by all of the methods and score it by all of the metrics, with so many steps."""
     model, perturbation = task.model, task.perturbation
     rows = torch.arange(len(images), device=images.device)
-    rows = rows.repeat(max(_timed_size(images, perturbation.batch_size) // len(images), 1))
+    rows = rows.repeat(max(timed_size(images, perturbation.batch_size) // len(images), 1))
     per_forward = _forward_seconds(model, images[rows], perturbation.call(images).at(rows), perturbation.memory)
     per_painting = _painted_seconds(images[rows]) if _needs(task.metrics) & _PAINTED else 0.0
     options = perturbation.of_explain
-    explaining = {name: _seconds(model, images, targets, method, **options) for name, method in task.methods.items()}
+    explaining = {
+        name: seconds_per_image(model, images, targets, method, **options) for name, method in task.methods.items()
+    }
 
     def cost(methods: Collection[str], metrics: Collection[str], steps: int) -> float:
         rows = [row for row in task.rows if row.method in methods]
@@ -294,10 +262,6 @@ def _needs(metrics: Collection[str]) -> frozenset[str]:
     return read_by(METRICS[metric].function for metric in metrics)
 
 
-def _timed_size(images: Tensor, batch_size: int) -> int:
-    return batch_size if images.is_cuda else min(batch_size, _TIMED)
-
-
 def _forward_seconds(model: nn.Module, images: Tensor, call: ForwardCall, memory: Memory) -> float:
     """For one image of a batch."""
     forward(model, images, call=call, memory=memory).cpu()  # the first is slower
@@ -313,32 +277,3 @@ def _painted_seconds(images: Tensor) -> float:
     start = time.perf_counter()
     inpaint(images, hole).cpu()
     return (time.perf_counter() - start) / len(images)
-
-
-def _seconds(model: nn.Module, images: Tensor, targets: Targets, method: Method, **options: Any) -> float:
-    """For the map of one image."""
-
-    class Enough(Exception):
-        pass
-
-    expected = 0.0
-    marks: list[tuple[float, int]] = []
-
-    def extrapolate(what: str, done: int, total: int) -> None:
-        nonlocal expected
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-        now, (before, already) = time.perf_counter(), marks[-1]
-        expected = (now - before) * total / (done - already)
-        marks.append((now, done))
-        if len(marks) > 2 or done == total:
-            raise Enough
-
-    for _ in range(2):  # the first is slower
-        marks[:] = [(time.perf_counter(), 0)]
-        with suppress(Enough):
-            explain(model, images, targets, [method], progress=extrapolate, **options)
-            expected = time.perf_counter() - marks[0][0]
-        if time.perf_counter() - marks[0][0] > _LONG:
-            break
-    return expected / len(images)

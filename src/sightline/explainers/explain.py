@@ -83,7 +83,7 @@ def explain(
         call: which run of a layer that the forward calls several times, from 0.
         batch_size: most images per forward of the methods that look at many changed images.
         memory: bytes that one of these forwards, with its backward, may take, or a size such as "2GB"; it decides the
-            number of images up to `batch_size`. None: 500 MB on a CPU, half of the free memory on a GPU. The images
+            number of images up to `batch_size`. None: 300 MB on a CPU, half of the free memory on a GPU. The images
             themselves run through the model together.
         progress: called by these with (what, images done, images in all).
         differentiable: keep the graph, so that maps and logits can stand in a loss. The model is in eval mode.

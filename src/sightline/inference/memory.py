@@ -6,29 +6,29 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sightline.checks import bytes_of
+from sightline.inference.operations import tensors_in
 
 T = TypeVar("T")
 Memory = int | str | None
 """Bytes, or a size such as "2GB"; None: see `allowance`."""
 
-_ON_CPU = 500_000_000
+_ON_CPU = 300_000_000
 _ON_GPU = 0.5  # of what is free
 _ASSUMED = 500  # bytes held for each byte of an image, where nothing was measured
+_COPYING = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
 def allowance(memory: Memory, device: torch.device) -> int:
-    """Bytes that a batch may take: those asked for, or 500 MB on a CPU and half of the free memory on a GPU.
+    """Bytes that a batch may take: those asked for, or 300 MB on a CPU and half of the free memory on a GPU.
 
     Raises:
         ValueError: no such size.
 
     >>> allowance("2GB", torch.device("cpu")), allowance(None, torch.device("cpu"))
-    (2000000000, 500000000)
+    (2000000000, 300000000)
     """
     if memory is not None:
         return bytes_of(memory)
@@ -50,7 +50,8 @@ def fitting_size(allowed: int, item_bytes: int, batch_size: int, held: int | Non
 class Held(TorchDispatchMode):
     """Counts the bytes of the tensors that are made in this context and still exist; `peak` is the most at once.
 
-    Saved for a backward, a tensor exists too. What an operation needs only inside itself is not counted.
+    A tensor that is saved for a backward exists, too. While a convolution runs, its arguments and results count twice:
+    on a CPU it copies them into another layout. What other operations need only inside themselves is not counted.
 
     >>> with Held() as held:
     ...     doubled = torch.ones(10).mul(2)
@@ -76,7 +77,8 @@ class Held(TorchDispatchMode):
             size = storage.nbytes()
             self.bytes += size
             self._storages[key] = weakref.ref(storage, partial(self._free, key, size))
-        self.peak = max(self.peak, self.bytes)
+        copied = sum(tensor.nbytes for tensor in tensors_in((args, result))) if func in _COPYING else 0
+        self.peak = max(self.peak, self.bytes + copied)
         return result
 
     def _free(self, key: int, size: int, _: Any) -> None:
@@ -85,10 +87,9 @@ class Held(TorchDispatchMode):
 
 
 def _storages(values: Any) -> Iterator[tuple[int, torch.UntypedStorage]]:
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, Tensor):
-            storage = leaf.untyped_storage()
-            yield storage._cdata, storage  # pyright: ignore[reportPrivateUsage]
+    for tensor in tensors_in(values):
+        storage = tensor.untyped_storage()
+        yield storage._cdata, storage  # pyright: ignore[reportPrivateUsage]
 
 
 def held_by(call: Callable[[], T]) -> tuple[T, int | None]:

@@ -68,7 +68,7 @@ class Perturbation:
     batch_size: int = 64
     """Most perturbed images per forward; `memory` decides how many there are up to that."""
     memory: Memory = None
-    """Bytes that a forward may take, or a size such as "2GB"; None: 500 MB on a CPU, half of what is free on a GPU."""
+    """Bytes that a forward may take, or a size such as "2GB"; None: 300 MB on a CPU, half of what is free on a GPU."""
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     output: Output = None

@@ -20,8 +20,8 @@ from sightline import data, maps, models, runs
 from sightline.data import ImageSet, Preprocess
 from sightline.data.files import Picture, decode_pictures, image_files
 from sightline.data.images import MAX_PIXELS
-from sightline.evaluation.planning import TOLD, prices, unsuited
 from sightline.explainers import EXPLAINERS, FAST, Explanation, explain, fitting, named
+from sightline.explainers.selection import TOLD, prices, unsuited
 from sightline.facts import LEVELS, Layer, Progress, Verdict, did_you_mean, duration, percent, worst
 from sightline.inference import Memory, Output, forward_call, in_batches
 
