@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sightline import cli, data, models, recipe, runs
+from sightline.attention import insert
 from sightline.facts import Notice
 from sightline.metrics import linear_probe
 from sightline.recipe import Data, Model, Optim, Recipe
@@ -97,6 +98,18 @@ def test_nothing_left_to_train_is_refused():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(ValueError, match=r"^optim\.freeze: expected parameters left to train, got none with \('1',\)$"):
         Freezing(network, Optim(freeze=("1",)), (2, 2))
+
+
+@pytest.mark.parametrize("named", ["0", "0.attention"])
+def test_attention_in_a_frozen_module_is_trained_unless_it_is_named(named: str):
+    network = insert(
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)), "se", at="0"
+    )
+    freezing = Freezing(network, Optim(freeze=(named,)), (2, 2))
+    freezing.enter(0)
+    left = {name for name, p in network.named_parameters() if not p.requires_grad}
+    blocks = {name for name, _ in network.named_parameters() if name.startswith("0.attention.")}
+    assert left == (blocks if named == "0.attention" else {"0.weight", "0.bias"}) and len(blocks) == 4
 
 
 def test_what_the_user_froze_stays_frozen():

@@ -396,7 +396,7 @@ def test_batches_and_resuming_change_nothing(net, tmp_path, monkeypatch):
     assert not (tmp_path / "parts").exists()
 
 
-def test_methods_are_found_and_a_budget_leaves_some_out(net):
+def test_methods_are_found_and_a_budget_leaves_some_out(net, tmp_path):
     images = noise(net)
     result = evaluate_mosaics(net, [(images,)], confidence=0.0, limit=2, controls=[])
     assert {"cam", "grad_cam", "saliency", "lrp"} <= set(result.methods)
@@ -404,9 +404,18 @@ def test_methods_are_found_and_a_budget_leaves_some_out(net):
     assert all(
         result.score(name, "grid_pointing_game").interval.n == 2 for name in result.methods if name in EXPLAINERS
     )
-    short = evaluate_mosaics(
-        net, [(images,)], ["saliency", "occlusion"], confidence=0.0, limit=5, controls=[], budget=1e-9
-    )
+
+    def stop(what, done, total):
+        if what == "explaining mosaics":
+            raise KeyboardInterrupt
+
+    asked = {"confidence": 0.0, "limit": 5, "controls": [], "partial_results": tmp_path}
+    ask = partial(evaluate_mosaics, net, [(images,)], ["saliency", "occlusion"], **asked)
+    with pytest.raises(KeyboardInterrupt):
+        ask(budget=1e-9, progress=stop)
+    long = ask(budget=1e9)  # another budget has another plan
+    assert len(long.methods) == 2 and not long.left_out and long.provenance["mosaics"] == "5"
+    short = ask(budget=1e-9)
     assert len(short.methods) == 1 and short.left_out and short.provenance["mosaics"] == "1"
 
 
