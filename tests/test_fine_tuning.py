@@ -207,6 +207,8 @@ def test_without_weights_the_defaults_are_those_of_training_from_scratch():
     assert (filled.optim.epochs, filled.optim.lr, filled.optim.freeze) == (20, 0.003, 0)
     assert (filled.optim.backbone_lr, filled.optim.layer_decay, filled.model.normalization) == (1.0, 1.0, "data")
     assert filled.data.size is None and runs.filled(filled) == filled
+    staged = Recipe(model=Model(name="protopnet", weights="x"))  # which sets rates and freezes by its own stages
+    assert runs.filled(staged).optim == filled.optim
 
 
 def test_with_weights_the_defaults_are_those_of_fine_tuning_and_of_the_network():
@@ -227,8 +229,12 @@ def test_with_weights_the_defaults_are_those_of_fine_tuning_and_of_the_network()
 
 def test_a_transformer_with_weights_has_layer_wise_decay():
     start = Recipe(model=Model(name="vit_tiny_patch16_224", weights="file.safetensors", options={"img_size": 32}))
+    state = torch.get_rng_state()
     filled = runs.filled(start)
     assert filled.optim.layer_decay == 0.75 and filled.data.size == 32
+    hybrid = Recipe(model=Model(name="mobilevit_xxs", weights="file.safetensors"))  # convolutions around attention
+    assert runs.filled(hybrid).optim.layer_decay == 1.0
+    assert torch.equal(torch.get_rng_state(), state)  # networks were built to look at them
 
 
 def test_a_run_as_weights_gives_its_size_and_normalization(weights: Path, tmp_path: Path):
