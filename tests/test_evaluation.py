@@ -608,7 +608,7 @@ def task_of(model, methods, metrics):
     )
 
 
-def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
+def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch, tmp_path):
     model = PooledModel(torch.eye(3))
     costs = {"cam": 0.001, "grad_cam": 0.001, "rise": 10.0, "random_map": 0.0}
     monkeypatch.setattr(planning, "_seconds", lambda model, images, targets, method, **options: costs[method])
@@ -626,6 +626,8 @@ def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
     cheap = planned(30.0)
     assert cheap.methods == ("cam", "grad_cam", "random_map") and list(cheap.left_out) == ["rise"]
     assert "of 30 s for everything" in cheap.left_out["rise"]
+    cheap.save(tmp_path / "plan.json")
+    assert planning.Plan.load(tmp_path / "plan.json") == cheap
     tight = planned(0.2)
     assert set(tight.left_out) >= {"rise", "deletion_auc"} and len(tight.metrics) >= 1
     assert planned(1e-9).limit == 1

@@ -98,6 +98,9 @@ def test_nothing_left_to_train_is_refused():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(ValueError, match=r"^optim\.freeze: expected parameters left to train, got none with \('1',\)$"):
         Freezing(network, Optim(freeze=("1",)), (2, 2))
+    without_head = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"^optim\.freeze: expected parameters left to train, got none with 1$"):
+        Freezing(without_head, Optim(freeze=1), (2, 2))
 
 
 @pytest.mark.parametrize("named", ["0", "0.attention"])
@@ -147,6 +150,18 @@ def test_a_head_of_another_width_starts_at_zero_and_one_of_the_weights_stays(wei
     assert all(torch.equal(tensor, state[name]) for name, tensor in same.state_dict().items())
     assert {n for n, p in other.named_parameters() if not p.any()} >= head(weights)
     assert all(torch.equal(t, state[n]) for n, t in other.state_dict().items() if n not in head(weights))
+
+
+def test_a_downloaded_head_stays_and_one_for_other_classes_starts_at_zero(tmp_path: Path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    runs.write(tmp_path / "w.safetensors", runs.pack({"another": torch.ones(3, 12)}, {}))
+    zero_fresh_head(network, str(tmp_path / "w.safetensors"), (2, 2))
+    assert not any(p.any() for p in network.parameters())
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    for downloaded in (3, 1000):
+        network.pretrained_cfg = {"num_classes": downloaded}  # pyright: ignore[reportArgumentType]
+        zero_fresh_head(network, "pretrained", (2, 2))
+        assert all(p.any() == (downloaded == 3) for p in network.parameters())
 
 
 @pytest.mark.parametrize("pooling", ["brnpa"])
@@ -227,7 +242,7 @@ def test_with_weights_the_defaults_are_those_of_fine_tuning_and_of_the_network()
     assert runs.filled(given) == given
 
 
-def test_a_transformer_with_weights_has_layer_wise_decay():
+def test_a_transformer_with_weights_has_layer_wise_decay(monkeypatch: pytest.MonkeyPatch):
     start = Recipe(model=Model(name="vit_tiny_patch16_224", weights="file.safetensors", options={"img_size": 32}))
     state = torch.get_rng_state()
     filled = runs.filled(start)
@@ -235,6 +250,9 @@ def test_a_transformer_with_weights_has_layer_wise_decay():
     hybrid = Recipe(model=Model(name="mobilevit_xxs", weights="file.safetensors"))  # convolutions around attention
     assert runs.filled(hybrid).optim.layer_decay == 1.0
     assert torch.equal(torch.get_rng_state(), state)  # networks were built to look at them
+    monkeypatch.setattr(models, "create_model", lambda name, **options: nn.MultiheadAttention(8, 1))
+    unknown = Recipe(model=Model(name="torchvision:attention", weights="file.safetensors"))  # only timm tells layers
+    assert runs.filled(unknown).optim.layer_decay == 1.0
 
 
 def test_a_run_as_weights_gives_its_size_and_normalization(weights: Path, tmp_path: Path):
