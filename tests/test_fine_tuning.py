@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from sightline import cli, data, models, recipe, runs
 from sightline.attention import insert
-from sightline.facts import Notice
+from sightline.facts import Interval, Notice
 from sightline.metrics import linear_probe
 from sightline.recipe import Data, Model, Optim, Recipe
 from sightline.training import fit, initial_network
+from sightline.training import probe as probing
 from sightline.training.freezing import Freezing, zero_fresh_head
 
 pytestmark = pytest.mark.usefixtures("few_validation_images")
@@ -330,6 +331,25 @@ def test_the_linear_probe_of_the_pretrained_features_is_in_the_run(
     )
     scratch = fit(replace(start, model=replace(start.model, weights=None)), tmp_path / "scratch", progress=False)
     assert isinstance(scratch, runs.Run) and scratch.probe is None
+
+
+def test_the_probe_takes_so_many_training_images_of_each_class_and_the_labeled_test_images(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    sets = data.load(Data(train_size=48, test_size=20, size=24))
+    labels = np.where(np.arange(20) < 5, -1, sets["test"].labels)
+    test = replace(sets["test"], labels=labels, groups=np.arange(20))
+    asked: dict[str, Any] = {}
+
+    def linear_probe(network: nn.Module, *batches: Any, **options: Any) -> Interval:
+        asked.update(options, labels=[torch.cat([labels for _, labels in part]).numpy() for part in batches])
+        return Interval(value=0.5, low=0.4, high=0.6, n=15)
+
+    monkeypatch.setattr(probing, "linear_probe", linear_probe)
+    monkeypatch.setattr(probing, "_MOST", 20)
+    probing.probe(nn.Flatten(), sets["train"], test)
+    assert np.bincount(asked["labels"][0]).tolist() == [2] * 10
+    assert np.array_equal(asked["labels"][1], labels[5:]) and np.array_equal(asked["groups"], np.arange(5, 20))
 
 
 def test_the_header_says_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

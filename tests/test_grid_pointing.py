@@ -160,8 +160,12 @@ def test_the_most_confident_images_of_each_class_are_used():
     )
     confidence[0] = np.nan
     assert 0 not in draw_mosaics(classes, confidence, 99)
+    many = draw_mosaics(np.repeat(np.arange(4), 20), np.ones(80), 20) // 20  # every class comes to every cell
+    assert all({*np.where(many == kind)[1].tolist()} == {0, 1, 2, 3} for kind in range(4))
     again = [draw_mosaics(classes, confidence, 3, seed=seed).tolist() for seed in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
+    met = {frozenset(map(frozenset, draw_mosaics(np.arange(8), np.ones(8), 2, seed=s).tolist())) for s in range(5)}
+    assert len(met) > 1
 
 
 def test_too_few_classes_say_what_to_do():
@@ -190,6 +194,14 @@ class Net(nn.Module):
 
     def forward(self, images):
         return self.head(self.pool(self.features(images)).flatten(1))
+
+
+class Pair(Net):
+    """Two outputs."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits, -logits
 
 
 @pytest.fixture
@@ -273,6 +285,8 @@ def test_every_ending_is_read_as_in_the_model_itself(whole):
         logits = Disconnected(model, (2, 2), "0.features")(whole)
         expected = Disconnected(model[0], (2, 2), "features")(whole)
         assert torch.allclose(logits, expected, atol=1e-5), ending
+    pair = Pair().eval()
+    assert torch.equal(Disconnected(pair, (2, 2), output=1)(whole), -Disconnected(pair, (2, 2), output=0)(whole))
     binary = nn.Sequential(Net(), nn.Linear(5, 1)).eval()
     assert Disconnected(binary)(whole).shape == (2, 8)
 
