@@ -223,11 +223,11 @@ def test_masks_and_boxes_follow_the_middle():
     record = Record(
         encoded(Image.fromarray(image)), encoded(Image.fromarray(image[..., 0])), [[50, 30, 90, 50], [0, 0, 10, 10]]
     )
-    sample = Decoder(size=(40, 40), has_masks=True, has_boxes=True, crop=0.5).decode(record)
-    assert window((40, 40), 0.5, (80, 120)) == (40.0, 20.0, 80.0, 60.0)
-    assert sample.boxes.tolist() == [[10.0, 10.0, 40.0, 30.0]]
-    expected = np.zeros((40, 40), bool)
-    expected[10:30, 10:] = True
+    sample = Decoder(size=(40, 50), has_masks=True, has_boxes=True, crop=0.5).decode(record)
+    assert window((40, 50), 0.5, (80, 120)) == (35.0, 20.0, 85.0, 60.0)
+    assert sample.boxes.tolist() == [[15.0, 10.0, 50.0, 30.0]]
+    expected = np.zeros((40, 50), bool)
+    expected[10:30, 15:] = True
     assert np.array_equal(sample.mask, expected) and np.array_equal(sample.image[0] > 127, expected)
 
 

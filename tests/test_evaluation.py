@@ -16,6 +16,7 @@ from sightline.data import ImageSet, Preprocess
 from sightline.data.sets import Pixels
 from sightline.evaluation import Standing, evaluate, planning, standing_of
 from sightline.evaluation.evaluate import _similarity
+from sightline.inference import forward_call
 from sightline.metrics import METRICS, Perturbation, energy_in_mask
 from sightline.metrics.uncertainty import mean_interval, wilson_interval
 from sightline.testing import PlantedAttention, PooledModel
@@ -607,7 +608,7 @@ def task_of(model, methods, metrics):
     )
 
 
-def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
+def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch, tmp_path):
     model = PooledModel(torch.eye(3))
     costs = {"cam": 0.001, "grad_cam": 0.001, "rise": 10.0, "random_map": 0.0}
     monkeypatch.setattr(planning, "seconds_per_image", lambda model, images, targets, method, **options: costs[method])
@@ -625,6 +626,8 @@ def test_a_budget_gives_up_images_first_and_the_dearest_then(monkeypatch):
     cheap = planned(30.0)
     assert cheap.methods == ("cam", "grad_cam", "random_map") and list(cheap.left_out) == ["rise"]
     assert "of 30 s for everything" in cheap.left_out["rise"]
+    cheap.save(tmp_path / "plan.json")
+    assert planning.Plan.load(tmp_path / "plan.json") == cheap
     tight = planned(0.2)
     assert set(tight.left_out) >= {"rise", "deletion_auc"} and len(tight.metrics) >= 1
     assert planned(1e-9).limit == 1
@@ -669,6 +672,55 @@ def test_a_budget_lowers_images_then_steps_then_images_again_before_it_leaves_an
     assert planned(440, limit=10) == (10, 8, 440, [])
     without = replace(task, metrics=("energy_in_mask", "increase_in_confidence"))
     assert planning.plan(without, images, targets, 100, 100.0).steps == 32  # no curve to shorten
+
+
+class Clock:
+    """Stands in for the module `time`."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_a_method_is_timed_on_the_batch_that_follows_the_first(monkeypatch):
+    clock, done = Clock(), []
+    monkeypatch.setattr(planning, "time", clock)
+
+    def explain(model, images, targets, methods, progress, **options):
+        done.append([])
+        for number in (3, 5, 10):
+            clock.now += {3: 9.0, 5: 0.5, 10: 9.0}[number] / (1000 if options["quick"] else 1)
+            done[-1].append(number)
+            progress("", number, 10)
+
+    monkeypatch.setattr(planning, "explain", explain)
+    images = torch.zeros(4, 3, 2, 2)
+    assert planning._seconds(PooledModel(torch.eye(3)), images, None, "rise", quick=False) == 0.5 * 10 / 2 / 4
+    assert done == [[3, 5]]  # one timing is enough where it takes long
+    done.clear()
+    quick = planning._seconds(PooledModel(torch.eye(3)), images, None, "rise", quick=True)
+    assert quick == pytest.approx(0.0005 * 10 / 2 / 4) and done == [[3, 5]] * 2
+    monkeypatch.setattr(planning, "explain", lambda *given, **options: setattr(clock, "now", clock.now + 2.0))
+    assert planning._seconds(PooledModel(torch.eye(3)), images, None, "cam") == 0.5
+    waits = iter([5.0, 2.0])  # the first forward is slower
+
+    def forward(model, images, **options):
+        clock.now += next(waits)
+        return images
+
+    monkeypatch.setattr(planning, "forward", forward)
+    assert planning._forward_seconds(PooledModel(torch.eye(3)), images, forward_call(images, None), None) == 0.5
+
+
+def test_the_map_of_another_class_is_made_once_and_never_again(monkeypatch):
+    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 1.0)
+    monkeypatch.setattr(planning, "_forward_seconds", lambda *given: 0.0)
+    images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+    task = replace(task_of(PooledModel(torch.eye(3)), ("cam",), ("max_sensitivity",)), with_runner_up=True)
+    assert task.names == ("cam", "cam of another class")
+    again = METRICS["max_sensitivity"].explanations
+    assert again > 1 and planning.plan(task, images, targets, 7).seconds == 7 * (1 + again + 1)
 
 
 def test_what_to_expect_is_told_before_the_maps_if_it_is_long(monkeypatch):

@@ -16,10 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sightline import cli, data, models, recipe, runs
-from sightline.facts import Notice
+from sightline.attention import insert
+from sightline.facts import Interval, Notice
 from sightline.metrics import linear_probe
 from sightline.recipe import Data, Model, Optim, Recipe
 from sightline.training import fit, initial_network
+from sightline.training import probe as probing
 from sightline.training.freezing import Freezing, zero_fresh_head
 
 pytestmark = pytest.mark.usefixtures("few_validation_images")
@@ -98,6 +100,21 @@ def test_nothing_left_to_train_is_refused():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(ValueError, match=r"^optim\.freeze: expected parameters left to train, got none with \('1',\)$"):
         Freezing(network, Optim(freeze=("1",)), (2, 2))
+    without_head = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"^optim\.freeze: expected parameters left to train, got none with 1$"):
+        Freezing(without_head, Optim(freeze=1), (2, 2))
+
+
+@pytest.mark.parametrize("named", ["0", "0.attention"])
+def test_attention_in_a_frozen_module_is_trained_unless_it_is_named(named: str):
+    network = insert(
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)), "se", at="0"
+    )
+    freezing = Freezing(network, Optim(freeze=(named,)), (2, 2))
+    freezing.enter(0)
+    left = {name for name, p in network.named_parameters() if not p.requires_grad}
+    blocks = {name for name, _ in network.named_parameters() if name.startswith("0.attention.")}
+    assert left == (blocks if named == "0.attention" else {"0.weight", "0.bias"}) and len(blocks) == 4
 
 
 def test_what_the_user_froze_stays_frozen():
@@ -135,6 +152,18 @@ def test_a_head_of_another_width_starts_at_zero_and_one_of_the_weights_stays(wei
     assert all(torch.equal(tensor, state[name]) for name, tensor in same.state_dict().items())
     assert {n for n, p in other.named_parameters() if not p.any()} >= head(weights)
     assert all(torch.equal(t, state[n]) for n, t in other.state_dict().items() if n not in head(weights))
+
+
+def test_a_downloaded_head_stays_and_one_for_other_classes_starts_at_zero(tmp_path: Path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    runs.write(tmp_path / "w.safetensors", runs.pack({"another": torch.ones(3, 12)}, {}))
+    zero_fresh_head(network, str(tmp_path / "w.safetensors"), (2, 2))
+    assert not any(p.any() for p in network.parameters())
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    for downloaded in (3, 1000):
+        network.pretrained_cfg = {"num_classes": downloaded}  # pyright: ignore[reportArgumentType]
+        zero_fresh_head(network, "pretrained", (2, 2))
+        assert all(p.any() == (downloaded == 3) for p in network.parameters())
 
 
 @pytest.mark.parametrize("pooling", ["brnpa"])
@@ -195,6 +224,8 @@ def test_without_weights_the_defaults_are_those_of_training_from_scratch():
     assert (filled.optim.epochs, filled.optim.lr, filled.optim.freeze) == (20, 0.003, 0)
     assert (filled.optim.backbone_lr, filled.optim.layer_decay, filled.model.normalization) == (1.0, 1.0, "data")
     assert filled.data.size is None and runs.filled(filled) == filled
+    staged = Recipe(model=Model(name="protopnet", weights="x"))  # which sets rates and freezes by its own stages
+    assert runs.filled(staged).optim == filled.optim
 
 
 def test_with_weights_the_defaults_are_those_of_fine_tuning_and_of_the_network():
@@ -226,10 +257,17 @@ def test_the_structure_of_a_network_tells_its_input_without_weights(monkeypatch:
     assert found == models.preprocess_of(create("vit_tiny_patch16_224", depth=1))
 
 
-def test_a_transformer_with_weights_has_layer_wise_decay():
+def test_a_transformer_with_weights_has_layer_wise_decay(monkeypatch: pytest.MonkeyPatch):
     start = Recipe(model=Model(name="vit_tiny_patch16_224", weights="file.safetensors", options={"img_size": 32}))
+    state = torch.get_rng_state()
     filled = runs.filled(start)
     assert filled.optim.layer_decay == 0.75 and filled.data.size == 32
+    hybrid = Recipe(model=Model(name="mobilevit_xxs", weights="file.safetensors"))  # convolutions around attention
+    assert runs.filled(hybrid).optim.layer_decay == 1.0
+    assert torch.equal(torch.get_rng_state(), state)  # networks were built to look at them
+    monkeypatch.setattr(models, "create_model", lambda name, **options: nn.MultiheadAttention(8, 1))
+    unknown = Recipe(model=Model(name="torchvision:attention", weights="file.safetensors"))  # only timm tells layers
+    assert runs.filled(unknown).optim.layer_decay == 1.0
 
 
 def test_a_run_as_weights_gives_its_size_and_normalization(weights: Path, tmp_path: Path):
@@ -307,6 +345,25 @@ def test_the_linear_probe_of_the_pretrained_features_is_in_the_run(
     )
     scratch = fit(replace(start, model=replace(start.model, weights=None)), tmp_path / "scratch", progress=False)
     assert isinstance(scratch, runs.Run) and scratch.probe is None
+
+
+def test_the_probe_takes_so_many_training_images_of_each_class_and_the_labeled_test_images(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    sets = data.load(Data(train_size=48, test_size=20, size=24))
+    labels = np.where(np.arange(20) < 5, -1, sets["test"].labels)
+    test = replace(sets["test"], labels=labels, groups=np.arange(20))
+    asked: dict[str, Any] = {}
+
+    def linear_probe(network: nn.Module, *batches: Any, **options: Any) -> Interval:
+        asked.update(options, labels=[torch.cat([labels for _, labels in part]).numpy() for part in batches])
+        return Interval(value=0.5, low=0.4, high=0.6, n=15)
+
+    monkeypatch.setattr(probing, "linear_probe", linear_probe)
+    monkeypatch.setattr(probing, "_MOST", 20)
+    probing.probe(nn.Flatten(), sets["train"], test)
+    assert np.bincount(asked["labels"][0]).tolist() == [2] * 10
+    assert np.array_equal(asked["labels"][1], labels[5:]) and np.array_equal(asked["groups"], np.arange(5, 20))
 
 
 def test_the_header_says_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -16,7 +16,7 @@ from tests.same import assert_same_state, state_of
 from torch import nn
 
 from sightline import metrics, report
-from sightline.evaluation import evaluate_mosaics
+from sightline.evaluation import evaluate_mosaics, planning
 from sightline.explainers import EXPLAINERS, explain
 from sightline.metrics import (
     Disconnected,
@@ -161,8 +161,12 @@ def test_the_most_confident_images_of_each_class_are_used():
     )
     confidence[0] = np.nan
     assert 0 not in draw_mosaics(classes, confidence, 99)
+    many = draw_mosaics(np.repeat(np.arange(4), 20), np.ones(80), 20) // 20  # every class comes to every cell
+    assert all({*np.where(many == kind)[1].tolist()} == {0, 1, 2, 3} for kind in range(4))
     again = [draw_mosaics(classes, confidence, 3, seed=seed).tolist() for seed in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
+    met = {frozenset(map(frozenset, draw_mosaics(np.arange(8), np.ones(8), 2, seed=s).tolist())) for s in range(5)}
+    assert len(met) > 1
 
 
 def test_too_few_classes_say_what_to_do():
@@ -187,10 +191,18 @@ class Net(nn.Module):
             nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 5, stride=2, padding=2), nn.ReLU()
         )
         self.pool = nn.AdaptiveAvgPool2d(1) if size is None else nn.Identity()
-        self.head = nn.Linear(12 if size is None else 12 * (size // 2) ** 2, 5)
+        self.head = nn.Linear(12 if size is None else 12 * (size[0] // 2) * (size[1] // 2), 5)
 
     def forward(self, images):
         return self.head(self.pool(self.features(images)).flatten(1))
+
+
+class Pair(Net):
+    """Two outputs."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits, -logits
 
 
 @pytest.fixture
@@ -274,6 +286,8 @@ def test_every_ending_is_read_as_in_the_model_itself(whole):
         logits = Disconnected(model, (2, 2), "0.features")(whole)
         expected = Disconnected(model[0], (2, 2), "features")(whole)
         assert torch.allclose(logits, expected, atol=1e-5), ending
+    pair = Pair().eval()
+    assert torch.equal(Disconnected(pair, (2, 2), output=1)(whole), -Disconnected(pair, (2, 2), output=0)(whole))
     binary = nn.Sequential(Net(), nn.Linear(5, 1)).eval()
     assert Disconnected(binary)(whole).shape == (2, 8)
 
@@ -281,9 +295,9 @@ def test_every_ending_is_read_as_in_the_model_itself(whole):
 # all of it on a model
 
 
-def noise(net, n=60):
+def noise(net, n=60, size=(8, 8)):
     """Images that the network, whose last biases are changed for it, spreads over its classes."""
-    images = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         net.head.bias -= net(images).mean(0)
     return images
@@ -319,6 +333,7 @@ def test_a_model_whose_maps_are_right_scores_one(tmp_path):
     table = result.to_csv(tmp_path / "scores.csv")
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == 16 and len({row["mosaic"] for row in rows}) == 4
+    assert len({(row["mosaic"], row["label"]) for row in rows}) == 16  # no class twice in what is resampled together
     assert all(row["label"] == row["prediction"] for row in rows)
     stored = json.loads(result.to_json(tmp_path / "scores.json").read_text())
     assert stored["unit"] == "mosaic"
@@ -350,11 +365,11 @@ def test_images_that_the_model_names_wrongly_are_left_out():
 
 
 def test_a_network_of_one_size_gets_shrunk_mosaics_and_says_so():
-    net = Net(size=8).eval()
-    images = noise(net)
+    net = Net(size=(8, 6)).eval()
+    images = noise(net, size=(8, 6))
     result = evaluate_mosaics(net, [(images,)], ["input_x_gradient"], grid=(1, 2), confidence=0.0, controls=[], limit=4)
-    assert any("takes no mosaic of 8 x 16 pixels, so mosaics are shrunk to 8 x 8" in one for one in result.notices)
-    assert result.positions["input_x_gradient"] == (8, 8)
+    assert any("takes no mosaic of 8 x 12 pixels, so mosaics are shrunk to 8 x 6" in one for one in result.notices)
+    assert result.positions["input_x_gradient"] == (8, 6)
     assert result.score("input_x_gradient", "disconnected_pointing_game").interval.value == 1
 
 
@@ -420,7 +435,7 @@ def test_batches_and_resuming_change_nothing(net, tmp_path, monkeypatch):
     assert not (tmp_path / "parts").exists()
 
 
-def test_methods_are_found_and_a_budget_leaves_some_out(net):
+def test_methods_are_found_and_a_budget_leaves_some_out(net, tmp_path):
     images = noise(net)
     result = evaluate_mosaics(net, [(images,)], confidence=0.0, limit=2, controls=[])
     assert {"cam", "grad_cam", "saliency", "lrp"} <= set(result.methods)
@@ -428,10 +443,51 @@ def test_methods_are_found_and_a_budget_leaves_some_out(net):
     assert all(
         result.score(name, "grid_pointing_game").interval.n == 2 for name in result.methods if name in EXPLAINERS
     )
-    short = evaluate_mosaics(
-        net, [(images,)], ["saliency", "occlusion"], confidence=0.0, limit=5, controls=[], budget=1e-9
-    )
+
+    def stop(what, done, total):
+        if what == "explaining mosaics":
+            raise KeyboardInterrupt
+
+    asked = {"confidence": 0.0, "limit": 5, "controls": [], "partial_results": tmp_path}
+    ask = partial(evaluate_mosaics, net, [(images,)], ["saliency", "hires_cam"], **asked)
+    with pytest.raises(KeyboardInterrupt):
+        ask(budget=1e-9, progress=stop)
+    long = ask(budget=1e9)  # another budget has another plan
+    assert len(long.methods) == 2 and not long.left_out and long.provenance["mosaics"] == "5"
+    short = ask(budget=1e-9)
     assert len(short.methods) == 1 and short.left_out and short.provenance["mosaics"] == "1"
+
+
+def test_a_budget_pays_for_both_games(monkeypatch):
+    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 1.0)
+    monkeypatch.setattr(planning, "_forward_seconds", lambda *given: 0.0)
+    ask = partial(evaluate_mosaics, PooledModel(torch.eye(6)), [colors()], ["grad_cam"], controls=[], limit=4)
+    assert [ask(budget=budget).provenance["mosaics"] for budget in (5.9, 6.0)] == ["2", "3"]
+
+
+def test_a_part_made_for_another_question_is_not_taken(tmp_path):
+    images, labels = colors()
+    tilted = images.clone()
+    tilted[..., :2] += 0.5 * (images[..., :2] > 0)
+    tilted[..., 2:] -= 0.5 * (images[..., 2:] > 0)  # the same logits, so the same mosaics
+
+    def stop(what, done, total):
+        if what == "explaining mosaics":
+            raise KeyboardInterrupt
+
+    def files(pixels=images, steps=2, **options):
+        method = partial(EXPLAINERS["integrated_gradients"], steps=steps)
+        options = {"grid": (1, 2), "limit": 2, "controls": [], "partial_results": tmp_path} | options
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_mosaics(PooledModel(torch.eye(6)), [(pixels, labels)], [method], progress=stop, **options)
+        return {file.name for file in tmp_path.glob("*.npz")}
+
+    before = files()
+    assert len(before) == 1 and files() == before
+    for change in ({"pixels": tilted}, {"steps": 3}, {"grid": (2, 1)}):
+        after = files(**change)
+        assert len(after) == len(before) + 1, change
+        before = after
 
 
 def test_bad_requests_say_what_to_do(net):

@@ -1,5 +1,6 @@
 """Batches cut by memory: what a pass holds, how large batches become, and that no result depends on the cut."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -65,6 +66,9 @@ def test_views_and_what_was_there_before_hold_nothing():
     with Held() as held:
         torch.zeros(50).view(5, 10).T.contiguous()
     assert held.peak == 400
+    with Held() as held:
+        torch.zeros(100).sum() + 1
+    assert held.peak == 404  # before the last operation
 
 
 def test_the_backward_counts():
@@ -119,6 +123,22 @@ def test_the_first_batch_assumes_and_the_next_ones_know():
     assert sizes_of(100, total=50, memory=1_000, batch_size=5) == [2, *[5] * 9, 3]
     assert sizes_of(1, total=150, memory=1_000) == [2, 64, 64, 20]
     assert sizes_of(100_000, total=3, memory=1_000) == [2, 1]
+    # the rest of a group, two items, does not tell how many fit: three
+    assert sizes_of(300, total=12, memory=1_000, group=4) == [2, 2, 3, 1, 3, 1]
+
+
+def test_a_result_is_gone_before_the_next_batch_runs():
+    made = []
+
+    def call(items):
+        assert all(result() is None for result in made)
+        result = torch.ones(100 * len(items), dtype=torch.uint8)
+        made.append(weakref.ref(result))
+        return result
+
+    for _, result in in_batches(call, 40, 1, CPU, memory=1_000):
+        del result
+    assert len(made) > 3
 
 
 def test_bytes_that_do_not_grow_with_the_batch_leave_room():

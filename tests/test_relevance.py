@@ -216,18 +216,19 @@ def test_box_from_the_jacobian(low, high):
 @pytest.mark.parametrize("bias", BIASES)
 def test_composites_from_the_jacobian(bias):
     net, images = seeded(Net), noise(1, 3, 6, 6)
+    asked = {} if bias == "share" else {"bias": bias}  # "share" is the default
     gamma, z_plus, alpha_beta, epsilon = (
         partial(rule, bias=bias)
         for rule in (reference.gamma, reference.z_plus, reference.alpha_beta, reference.epsilon)
     )
     expected = reference.lrp(net.stages(reference.flat, z_plus, epsilon), images[0], 2)
-    assert close(lrp_epsilon_plus_flat(net, images, 2, bias=bias)[0, 0], expected)
+    assert close(lrp_epsilon_plus_flat(net, images, 2, **asked)[0, 0], expected)
     low, high = (side(images[0], (1, 2), keepdim=True).expand_as(images[0]) for side in (torch.amin, torch.amax))
     box = partial(reference.z_box, low=low.flatten(), high=high.flatten())
     expected = reference.lrp(net.stages(box, gamma, epsilon), images[0], 2)
-    assert close(lrp_epsilon_gamma_box(net, images, 2, bias=bias)[0, 0], expected)
+    assert close(lrp_epsilon_gamma_box(net, images, 2, **asked)[0, 0], expected)
     expected = reference.lrp(net.stages(alpha_beta, alpha_beta, epsilon), images[0], 2)
-    assert close(lrp_epsilon_alpha2_beta1(net, images, 2, bias=bias)[0, 0], expected)
+    assert close(lrp_epsilon_alpha2_beta1(net, images, 2, **asked)[0, 0], expected)
     expected = reference.lrp(net.stages(epsilon, epsilon, epsilon), images[0], 2)
     assert close(lrp(net, images, 2, composite=Composite(bias=bias))[0, 0], expected)
 
@@ -238,6 +239,7 @@ def test_a_composite_settles_what_biases_take():
     for bias in BIASES:
         settled = Composite(**rules, bias=bias)
         assert settled.convolution == ZPlus(bias=bias) and settled.linear == Epsilon(0.1, bias=bias)
+        assert settled.first == Flat() and Composite(first=Epsilon(), bias=bias).first == Epsilon(bias=bias)
         assert settled.first == Flat()
 
 

@@ -265,6 +265,30 @@ def test_another_size_type_or_memory_format_of_images_is_explained():
     check_as_fresh(model, IMAGES.double())
 
 
+def test_a_layer_whose_output_is_rewritten_later_is_read_as_it_was():
+    model = net()
+
+    def forward(images):
+        x = model.stem(images)
+        y = model.body[1](x)  # in place: the same tensor
+        x.mul_(-1)
+        return model.head(model.last(y.abs()).mean((2, 3)))
+
+    model.forward = forward
+    first = explain(model, IMAGES, methods=METHODS, layer="body.1")
+    assert first["activation_map"].min() >= 0
+    check_same(explain(model, IMAGES, methods=METHODS, layer="body.1"), first)
+
+
+@pytest.mark.parametrize("layer", [None, "body.0"])
+def test_gradients_reach_the_layer_each_time_though_the_model_switches_them_off(layer):
+    model = net()
+    model.behind = torch.no_grad()(lambda x: 2 * x)
+    first = explain(model, IMAGES, methods=METHODS, layer=layer)
+    assert first["grad_cam"].any()
+    check_same(explain(model, IMAGES, methods=METHODS, layer=layer), first)
+
+
 class Depends(Net):
     """Exchanges rows and columns of bright images."""
 
@@ -291,25 +315,44 @@ def test_a_forward_that_varies_is_no_longer_compared():
     assert next(turns) == 8 + replay._MOST_MISSES
 
 
-class Branches(Net):
-    """Reads one of two maps of the same shape; the operations are the same, on other tensors."""
+class Returns(nn.Conv2d):
+    """Returns one of two maps of the same shape."""
 
-    swapped = False
+    mirrored = False
+
+    def forward(self, x):
+        x = super().forward(x)
+        return (x, x.flip(3))[self.mirrored]
+
+
+class Branches(Net):
+    """The operations are always the same, on other tensors or in other modules."""
+
+    swapped = ""
+
+    def __init__(self):
+        super().__init__()
+        self.more, self.last = (Returns(6, 6, 3, padding=1) for _ in range(2))
 
     def forward(self, images):
         x = self.stem(images)
-        straight, mirrored = self.body(x), x.flip(3)
-        return self.head(self.last(mirrored if self.swapped else straight).mean((2, 3)))
+        x = (self.body(x), x.flip(3))[self.swapped == "input"]
+        self.last.mirrored = self.swapped == "result"
+        for layer in (self.last, self.more) if self.swapped == "order" else (self.more, self.last):
+            x = layer(x)
+        logits = self.head(x.mean((2, 3)))
+        return (logits, logits.softmax(1))[self.swapped == "answer"]
 
 
 @pytest.mark.parametrize("layer", [None, "last"])
-def test_the_same_operations_on_other_tensors_are_noticed(layer):
+@pytest.mark.parametrize("swapped", ["input", "result", "order", "answer"])
+def test_the_same_operations_on_other_tensors_are_noticed(swapped, layer):
     torch.manual_seed(0)
     model = Branches().eval()
     explain(model, IMAGES, layer=layer)
-    model.swapped = True
+    model.swapped = swapped
     check_as_fresh(model, layer=layer)
-    model.swapped = False
+    model.swapped = ""
     check_as_fresh(model, layer=layer)
 
 

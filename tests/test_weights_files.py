@@ -17,7 +17,7 @@ from tests.test_cli import refused, sightline
 from sightline.data.tables import read_class_names
 from sightline.facts import Notice
 from sightline.models import create_model
-from sightline.models.pretrained import by_order
+from sightline.models.pretrained import by_order, other_classes
 
 
 @pytest.fixture(scope="module")
@@ -238,19 +238,36 @@ def changed_order(change):
         lambda x: x | {"w.weight": (1,)},
         lambda x: x | {"y.weight": (2, 3)},
         lambda x: x | {"z.weight": (4, 2)},
+        lambda x: x | {"z.weight": (7, 2), "z.bias": (7,), "y.weight": (7, 2), "y.bias": (7,)},
         lambda x: {name.replace("z.bias", "z.scale"): shape for name, shape in x.items()},
-        lambda x: (
-            {name.replace("z.bias", "y.bias"): shape for name, shape in x.items() if name != "y.bias"} | {"v": (2,)}
-        ),
+        lambda x: dict(zip(("z.weight", "y.bias", "y.weight", "z.bias", "x.weight"), x.values(), strict=True)),
         lambda x: {name.replace("y.", "z2."[:1] + "."): shape for name, shape in x.items()},
         lambda x: {name.replace("z.", "c.").replace("y.", "a."): shape for name, shape in x.items()},
     ],
-    ids="sorted fewer more shape width kind module merged moved".split(),
+    ids="sorted fewer more shape width two kind module merged moved".split(),
 )
 def test_an_order_that_proves_nothing(change):
     assert by_order(*changed_order(lambda x: x)) is not None
     assert by_order(*changed_order(lambda x: x | {"x.weight": (7, 2)})) is not None  # another number of classes
     assert by_order(*changed_order(change)) is None
+
+
+def test_names_in_order_within_each_type_have_no_order():
+    expected = {"a.steps": torch.zeros(1, dtype=torch.long), "b.weight": torch.zeros(2)}
+    values = expected.values()
+    assert by_order(expected, dict(zip(("z.steps", "y.weight"), values, strict=True))) is None  # as safetensors writes
+    assert by_order(expected, dict(zip(("z.steps", "y.weight"), map(torch.Tensor.float, values), strict=True)))
+
+
+def test_no_more_than_the_number_of_classes_may_differ():
+    ours = {name: torch.zeros(shape) for name, shape in {"a": (4, 2), "b": (5, 4), "c": (5,)}.items()}
+
+    def classes(**shapes):
+        return other_classes(ours, ours | {name: torch.zeros(shape) for name, shape in shapes.items()})
+
+    assert classes(b=(3, 4), c=(3,)) == (5, 3)
+    assert classes() is classes(b=(5, 3)) is classes(b=(3, 3), c=(3,)) is classes(a=(6, 2), b=(3, 4), c=(3,)) is None
+    assert classes(d=(1,)) is None
 
 
 def test_safetensors_have_no_order(trained, tmp_path):

@@ -106,7 +106,7 @@ def evaluate_mosaics(
     options = {name: named(method)[2] for name, method in task.methods.items()}
     asked = grid, task.with_runner_up, examples, options, game.output, game.targets, game.images
     key = files.folder and key_of(model, *asked)
-    planned = _planned(game, task, budget, files, f"{key}-plan.json")
+    planned = _planned(game, task, budget, files, f"{key}-{budget}-plan.json")
     game = game.first(planned.limit)
     task = replace(task, methods={name: task.methods[name] for name in planned.methods})
     scores = Scores()

@@ -116,8 +116,8 @@ def draw_mosaics(
     """Choose the images of as many mosaics as possible, at most `limit`: one row of image numbers for each.
 
     No image is used twice and no class occurs twice in a mosaic. Only images of at least the `least` confidence are
-    used, the most confident first; give NaN to leave an image out, as those that the model names wrongly. Which images
-    meet, and in which cells, is drawn by `seed`.
+    used, the most confident first; give NaN to leave an image out, as those that the model names wrongly. Which classes
+    meet, and in which cells, is drawn by `seed`; the images of a class are dealt out in their order.
 
     Raises:
         ValueError: there are not enough images of different classes for a single mosaic, or `limit` is below 1.

@@ -19,7 +19,8 @@ class Freezing:
     """Freezes modules of a network epoch by epoch: parameters without gradient, BatchNorm with fixed statistics.
 
     In the first `optim.freeze` epochs only the head and inserted attention are trained; modules that `optim.freeze`
-    names are frozen throughout. The head is the last linear layer or convolution that the network calls.
+    names are frozen throughout, without the attention inserted in them unless it is named itself. The head is the last
+    linear layer or convolution that the network calls.
 
     Raises:
         ValueError: a name matches no module, or nothing would be trained.
@@ -45,8 +46,10 @@ class Freezing:
         new = [part for module in (head, *inserted(network)) if module is not None for part in module.modules()]
         self._new = dict.fromkeys(new)
         self._backbone = [part for part in network.modules() if part not in self._new] if is_needed else []
-        throughout = dict.fromkeys(part for name in names for part in network.get_submodule(name).modules())
-        self._throughout = [part for part in throughout if part not in inserted(network)]
+        blocks = {part for block in inserted(network) for part in block.modules()}
+        named = map(network.get_submodule, names)
+        parts = (part for one in named for part in one.modules() if one in blocks or part not in blocks)
+        self._throughout = [*dict.fromkeys(parts)]
         self._fixed = {
             (part, name)
             for part in network.modules()
