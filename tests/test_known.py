@@ -6,13 +6,13 @@ import pytest
 import timm
 import torch
 from benchmarks.interrupts import ROOT, Interrupted, differences, everything
+from tests.test_replay import IMAGES, METHODS, Depends, Net, check_as_fresh, check_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sightline.explainers import Explainer, explain
 from sightline.explainers.capture import replay, structure
 from sightline.inference import untouched
-from tests.test_replay import IMAGES, METHODS, Depends, Net, check_as_fresh, check_same
 
 
 def sequence():
@@ -165,7 +165,8 @@ def test_a_change_without_consequences_is_compared_once(monkeypatch):
 
 def known(monkeypatch):
     """Count the code of these tests as known."""
-    roots = {kind.__module__.partition(".")[0] for kind in (Net, Counting)}
+    sources = (Net, Counting, everything)
+    roots = {source.__module__.partition(".")[0] for source in sources}
     monkeypatch.setattr(structure, "_KNOWN", structure._KNOWN | roots)
 
 
@@ -235,13 +236,12 @@ def test_forwards_behind_a_known_one_are_restored():
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("methods", [["grad_cam"], ["grad_cam", "occlusion"]])
-def test_an_interrupt_at_any_line_leaves_nothing_behind(methods):
+def test_an_interrupt_at_any_line_leaves_nothing_behind():
     model = sequence().train()
     model[1].eval()
 
     def call():
-        explain(model, IMAGES, methods=methods)
+        explain(model, IMAGES)
 
     for _ in range(2):
         call()
@@ -249,7 +249,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_behind(methods):
     lines.run(call)
     before = everything(model)
     interrupts = 0
-    for place in range(1, len(lines.lines) + 1, 5 if len(methods) == 1 else 37):
+    for place in range(1, len(lines.lines) + 1, 5):
         interrupts += not Interrupted(place, ROOT).run(call)
         assert differences(before, everything(model)) == [], place
     assert interrupts > 20

@@ -309,7 +309,7 @@ class _Modes:
         while torch._C._len_torch_function_stack() > self.functions:  # pyright: ignore[reportPrivateUsage]
             torch._C._pop_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
         while torch._C._len_torch_dispatch_stack() > self.dispatches:  # pyright: ignore[reportPrivateUsage]
-            torch._C._pop_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
+            torch._C._pop_torch_dispatch_stack(None)  # pyright: ignore[reportPrivateUsage]
         if self.inference is not None:
             self.inference.__exit__(None, None, None)
         if torch.is_grad_enabled() != self.gradients:
