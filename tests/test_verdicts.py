@@ -13,7 +13,7 @@ from torch import nn
 import sightline as sl
 from sightline import maps
 from sightline.evaluation.scores import Scores
-from sightline.explainers import Explainer, Verdict, explain, verdicts
+from sightline.explainers import Explainer, Verdict, explain
 from sightline.facts import LEVELS, worst
 from sightline.testing import PooledModel
 
@@ -216,7 +216,7 @@ def test_levels_survive_an_interrupted_evaluation(tmp_path):
 
 @pytest.mark.parametrize("largest", [0, 2**16])
 def test_verdicts_are_those_of_the_maps_as_they_were_made(largest, monkeypatch):
-    monkeypatch.setattr(verdicts, "_LARGEST_COPY", largest)
+    monkeypatch.setattr("sightline.explainers.verdicts._LARGEST_COPY", largest)
     explanation = explain(PooledModel(torch.eye(3)), torch.rand(1, 3, 4, 4), methods=["cam"])
     explanation["cam"].zero_()
     assert explanation.resized((2, 2)).verdicts == explanation.verdicts == {"cam": [[]]}
