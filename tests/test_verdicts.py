@@ -212,3 +212,11 @@ def test_levels_survive_an_interrupted_evaluation(tmp_path):
         arrays = dict(stored) | {"facts": np.array('{"verdicts": [["cam", [["flat"]]]], "layers": {}}')}
     np.savez(tmp_path / "b.npz", **arrays)  # of another version: made again
     assert Scores.load(tmp_path / "b.npz") is None
+
+
+@pytest.mark.parametrize("largest", [0, 2**16])
+def test_verdicts_are_those_of_the_maps_as_they_were_made(largest, monkeypatch):
+    monkeypatch.setattr("sightline.explainers.verdicts._LARGEST_COPY", largest)
+    explanation = explain(PooledModel(torch.eye(3)), torch.rand(1, 3, 4, 4), methods=["cam"])
+    explanation["cam"].zero_()
+    assert explanation.resized((2, 2)).verdicts == explanation.verdicts == {"cam": [[]]}

@@ -197,7 +197,7 @@ def _weighted(weights: Float[Tensor, "b t k"], activations: Float[Tensor, "b k *
     if weights.stride(0) == 0 < len(weights) - 1:  # the same for all images: one product, not one for each
         columns = activations.transpose(0, 1).flatten(1)
         return (weights[0] @ columns).unflatten(1, (len(activations), *activations.shape[2:])).transpose(0, 1)
-    return torch.einsum("btk,bk...->bt...", weights, activations)
+    return (weights @ activations.flatten(2)).unflatten(2, activations.shape[2:])
 
 
 def _distinct(gradients: Float[Tensor, "b t k *grid"]) -> Float[Tensor, "b t k p"]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -208,12 +208,12 @@ class Gathered:
         of_target, of_runner_up = at_layers[next(iter(passes))], at_layers.get("runner_up", {})
         block: list[Evidence] = []
         for place in self.places:
-            evidence = self._evidence(place, targets, of_target.get(place), of_image)
+            more: dict[str, Any] = {**of_image}
             if "runner_up_gradients" in place.needs:
-                evidence = replace(evidence, runner_up_gradients=of_runner_up[place])
+                more["runner_up_gradients"] = of_runner_up[place]
             elif place in of_runner_up:
-                evidence = replace(evidence, runner_up=self._evidence(place, runners_up, of_runner_up[place], {}))
-            block.append(evidence)
+                more["runner_up"] = self._evidence(place, runners_up, of_runner_up[place], {})
+            block.append(self._evidence(place, targets, of_target.get(place), more))
         return block
 
     def _gradients(
@@ -255,9 +255,7 @@ class Gathered:
             return gradients.flatten(3).mean(3)
         return rows_of(_as_float(place.head, self.scorer), classes, divisor=math.prod(place.at.layout.grid))
 
-    def _evidence(
-        self, place: _Place, targets: Tensor, gradients: Tensor | None, of_image: Mapping[str, Any]
-    ) -> Evidence:
+    def _evidence(self, place: _Place, targets: Tensor, gradients: Tensor | None, more: Mapping[str, Any]) -> Evidence:
         name = "" if place.captured is None else place.captured.name
         if "gate" in place.needs:
             name = _find_block(self.model, self.gates, place.layer)
@@ -277,7 +275,7 @@ class Gathered:
             gate=self.gates[name] if "gate" in place.needs else None,
             gates=self.gates,
             rectifiers=self.rectifiers,
-            **of_image,
+            **more,
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import update_wrapper
+from functools import cached_property, update_wrapper
 from typing import Any, NamedTuple
 
 import torch
@@ -11,20 +11,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sightline import arguments, maps
-from sightline.explainers.capture import LayerLike
+from sightline.explainers.capture import LayerLike, has_known_plan
 from sightline.explainers.evidence import GUIDED, Evidence, Settings, gather
 from sightline.explainers.scorer import Targets
 from sightline.explainers.tokens import SmoothAttention
-from sightline.explainers.verdicts import Map, signs_of, verdicts_of
+from sightline.explainers.verdicts import Doubts, Map
 from sightline.facts import Layer, Progress, Verdict, current_name
 from sightline.inference import (
     ForwardCall,
     Memory,
     Output,
     check_images,
+    exact,
     forward_call,
-    preserving,
     untouched,
+    unwrapped,
     version_of,
 )
 
@@ -47,15 +48,34 @@ class Explanation:
     """Of each class, or of each label on its own, as the model has it; where a function made the scores, the scores."""
     layers: dict[str, Layer]
     """Where each map was read: name and shape, for example `features.conv13 (128 x 5 x 5)`; empty for controls."""
-    verdicts: dict[str, list[list[Verdict]]]
-    """For each method and image the reasons to distrust its map, strings with a `level`: "note", "doubt" or "do not
-    read"; an empty list says that there are none."""
-    unchecked: tuple[str, ...] = ()
-    """Maps that were not compared with those of another class in every image, because that would have taken another
-    backward or two: a missing `class-independent` says nothing there. Ask for two targets to compare."""
     notices: tuple[str, ...] = ()
     """Decisions about the model that you may want to change, one sentence each: how its output was read, where a
     layer's positions were guessed."""
+    doubts: dict[str, Doubts]
+    """What the verdicts on each map are made from."""
+
+    @cached_property
+    def _rows(self) -> dict[str, list[list[float]]]:
+        """The signs of all maps, asked from the device in one go."""
+        signs = torch.stack([doubts.signs() for doubts in self.doubts.values()])
+        return dict(zip(self.doubts, signs.tolist(), strict=True))
+
+    @cached_property
+    def verdicts(self) -> dict[str, list[list[Verdict]]]:
+        """For each method and image the reasons to distrust its map; an empty list says that there are none.
+
+        They are strings with a `level`: "note", "doubt" or "do not read".
+        """
+        return {name: self.doubts[name].verdicts(rows) for name, rows in self._rows.items()}
+
+    @cached_property
+    def unchecked(self) -> tuple[str, ...]:
+        """Maps that were not compared with those of another class in every image.
+
+        That would have taken another backward or two: a missing `class-independent` says nothing there. Ask for two
+        targets to compare.
+        """
+        return tuple(name for name, rows in self._rows.items() if not all(row[-1] for row in rows))
 
     def __repr__(self) -> str:
         places = {name: f" at {layer}" if layer else "" for name, layer in self.layers.items()}
@@ -156,7 +176,8 @@ class Explainer:
         given = {name: getattr(evidence, current_name(name)) for name in self.parameters}
         versions = {name: version_of(value) for name, value in given.items() if isinstance(value, Tensor)}
         score = evidence.score
-        autocast = torch.autocast(evidence.images.device.type, enabled=False)
+        device = evidence.images.device.type
+        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         still = untouched(score.model) if "score" in self.needs else nullcontext()
         smooth = SmoothAttention() if "score" in self.needs and score.differentiable else nullcontext()
         with still, smooth, autocast, torch.inference_mode(False), torch.set_grad_enabled(score.differentiable):
@@ -174,7 +195,8 @@ class Explainer:
             got = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__
             sides = ", ".join("dhw"[5 - dimensions :])
             raise ValueError(f"expected float maps ({shape[0]}, {shape[1]}, {sides}) from {self.name}, got {got}")
-        return made if values.dtype == evidence.logits.dtype == torch.float64 else replace(made, values=values.float())
+        is_kept = values.dtype in (torch.float32, torch.promote_types(evidence.logits.dtype, torch.float32))
+        return made if is_kept else replace(made, values=values.float())
 
 
 class Request(NamedTuple):
@@ -187,7 +209,6 @@ class Request(NamedTuple):
     layer: LayerLike
 
 
-@preserving
 def explanation_of(
     model: nn.Module,
     images: Float[Tensor, "b c *grid"],
@@ -201,6 +222,19 @@ def explanation_of(
     Raises:
         ValueError: as `gather`; or two maps would have one name.
     """
+    is_ours = all(request.explainer.formula.__module__.startswith(f"{__package__}.") for request in requests)
+    with untouched(model, lazily=is_ours and not settings.compile and has_known_plan(unwrapped(model))), exact():
+        return _explanation(model, images, targets, requests, forward, settings)
+
+
+def _explanation(
+    model: nn.Module,
+    images: Tensor,
+    targets: Targets,
+    requests: Sequence[Request],
+    forward: ForwardCall,
+    settings: Settings,
+) -> Explanation:
     fields = [(request.layer, request.explainer.needs) for request in requests]
     gathered = gather(model, images, fields, targets, forward, settings)
     first: Sequence[Evidence | None] = ()
@@ -214,42 +248,34 @@ def explanation_of(
     score = scorer.of(scorer.targets)
     values: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}
-    signs: list[Tensor] = []
-    remarks: list[tuple[Verdict, ...]] = []
-    wholes: list[str] = []
+    doubts: dict[str, Doubts] = {}
     for pieces, request, evidence in zip(parts, requests, first, strict=True):
         assert evidence is not None
         explainer, other = request.explainer, evidence.runner_up
         name = f"{explainer.name}@{evidence.layer}" if request.name is None else request.name
         if name in values:
             raise ValueError(f"expected every map to have its own name, got {name!r} twice; ask for it once")
-        values[name] = torch.cat([piece.values for piece in pieces], 1)
+        values[name] = pieces[0].values if len(pieces) == 1 else torch.cat([piece.values for piece in pieces], 1)
         source = evidence.gate if evidence.gate is not None else evidence.activations
         layers[name] = Layer() if source is None else Layer(evidence.layer, source.shape[1:])
         total = score if pieces[0].total is None else pieces[0].total
-        sign = signs_of(
+        whole = "score" if callable(targets) else "logit"
+        doubts[name] = Doubts(
             values[name],
             scorer.targets,
             runner_up=None if other is None else explainer.map_of(other, **request.options).values,
             score=None if explainer.is_control else score,
             total=total if explainer.sums_to_score else None,
             is_blind_to_class=explainer.is_blind_to_class,
+            whole=whole if pieces[0].total is None else "expected total",
+            remarks=pieces[0].remarks + ((evidence.rectifiers.verdict(),) if explainer.needs & GUIDED else ()),
         )
-        signs.append(sign)
-        whole = "score" if callable(targets) else "logit"
-        wholes.append(whole if pieces[0].total is None else "expected total")
-        remarks.append(pieces[0].remarks + ((evidence.rectifiers.verdict(),) if explainer.needs & GUIDED else ()))
-    rows: list[list[list[float]]] = torch.stack(signs).tolist()
     return Explanation(
         maps=values,
         targets=scorer.classes_of(scorer.targets),
         logits=gathered.logits,
         probabilities=gathered.probabilities,
         layers=layers,
-        verdicts={
-            name: verdicts_of(row, is_blind_to_class=request.explainer.is_blind_to_class, whole=whole, remarks=remark)
-            for name, row, request, whole, remark in zip(values, rows, requests, wholes, remarks, strict=True)
-        },
-        unchecked=tuple(name for name, row in zip(values, rows, strict=True) if not all(each[-1] for each in row)),
         notices=tuple(scorer.notices),
+        doubts=doubts,
     )

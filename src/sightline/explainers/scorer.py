@@ -1,6 +1,7 @@
 """The score that a map explains, as a function of images."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -78,7 +79,9 @@ class Scorer:
         self.notices = {}
 
     def begin(self, images: Float[Tensor, "b c *grid"], seen: Probabilities | None = None) -> Float[Tensor, "b t"]:
-        """Scores of the images to explain, in the caller's grad mode; fixes the targets. `seen`: see `ForwardCall`.
+        """Scores of the images to explain, in the caller's grad mode; fixes the targets.
+
+        Who passes `seen` (see `ForwardCall`) keeps the model `untouched`.
 
         Raises:
             ValueError, TypeError: bad targets, or images that the model cannot take.
@@ -111,7 +114,8 @@ class Scorer:
 
     def of(self, classes: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
         """Scores of these classes for the images passed to `begin`."""
-        return self.logits.gather(1, classes) * self.scale
+        scores = self.logits.gather(1, classes)
+        return scores if self.scale == 1 else scores * self.scale
 
     def runners_up(self) -> Int[Tensor, "b t"]:
         """For each target the highest-scoring other class.
@@ -195,7 +199,7 @@ class Scorer:
         return (logits, 1) if callable(self.asked) or logits.shape[1] > 1 else (either(logits), 2)
 
     def _answer(self, images: Tensor, rows: Tensor | None, seen: Probabilities | None = None) -> Answer:
-        with untouched(self.model) as net:
+        with untouched(self.model) if seen is None else nullcontext(self.model) as net:
             if not callable(self.asked):
                 return self.forward_call(net, images, rows, seen)
             scores = self.asked(self.forward_call.raw(net, images, rows))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,9 @@ _GAPS: tuple[tuple[float, Level], ...] = ((1.0, "do not read"), (0.1, "doubt"), 
 """Least conservation gap of each level, as a share of the sum of the map's absolute values."""
 
 
+_LARGEST_COPY = 2**16  # numbers in maps
+
+
 @dataclass(frozen=True, kw_only=True)
 class Map:
     """What a formula returns if it has more to say than the values of its map."""
@@ -29,20 +33,11 @@ class Map:
     """What to distrust in all of them."""
 
 
-def signs_of(
-    maps: Float[Tensor, "b t *grid"],
-    targets: Int[Tensor, "b t"],
-    *,
-    runner_up: Float[Tensor, "b t *grid"] | None,
-    score: Float[Tensor, "b t"] | None,
-    total: Float[Tensor, "b t"] | None,
-    is_blind_to_class: bool,
-) -> Float[Tensor, "b 9"]:
-    """The input of `verdicts_of`, per image: which verdicts hold, variation, gap, whether classes were compared.
+class Doubts:
+    """What the verdicts on the maps of one method follow from; they are computed when they are asked for.
 
-    The gap is the largest of the image's maps, with what this map sums to and what it should sum to.
-
-    A tensor, so that the device is asked once for all methods.
+    Small maps are copied, so that the caller may change them in place before that; the signs of large ones are taken at
+    once.
 
     Args:
         maps: maps of one method.
@@ -51,42 +46,44 @@ def signs_of(
         score: the explained score; None for a control, which explains none.
         total: what the maps should sum to, if anything.
         is_blind_to_class: whether they are the same for all classes by construction.
-    """
-    maps = maps.detach()
-    values = maps.flatten(2)
-    low, high, absolute = values.amin(2), values.amax(2), values.abs().sum(2)
-    finite = values.isfinite().flatten(1).all(1)
-    if score is not None:
-        finite &= score.detach().isfinite().all(1)
-    variation = pixels.variation(maps).amin(1)
-    flat = finite & (variation <= pixels.ROUNDING)
-    compared = torch.ones_like(flat)
-    if is_blind_to_class:
-        same = torch.full_like(flat, score is not None)
-    elif runner_up is not None:
-        same = _same(values, runner_up.detach().flatten(2)).all(1)
-    else:  # each with the next target's
-        differ = targets != targets.roll(-1, 1)
-        compared = differ.any(1)
-        same = (_same(values, values.roll(-1, 1)) | ~differ).all(1) & compared
-    sums = values.sum(2)
-    expected = sums if total is None else total.detach()
-    gaps, widest = ((sums - expected).abs() / absolute).max(1, keepdim=True)
-    negative = finite & ((high <= 0) & (low < 0)).any(1)
-    gap = [value[:, 0] for value in (gaps, sums.gather(1, widest), expected.gather(1, widest))]
-    signs = [~finite, flat, variation, negative, finite & ~flat & same, *gap, compared]
-    return torch.stack([sign.float() for sign in signs], 1)
-
-
-def verdicts_of(
-    signs: list[list[float]], *, is_blind_to_class: bool, whole: str = "score", remarks: Sequence[Verdict] = ()
-) -> list[list[Verdict]]:
-    """Verdicts on the maps of each image, those on all of them last; an empty list means that nothing is wrong.
-
-    `whole` is what the maps should sum to, in words.
+        whole: what the maps should sum to, in words.
+        remarks: verdicts on all of the maps.
     """
 
-    def of_image(
+    def __init__(
+        self,
+        maps: Float[Tensor, "b t *grid"],
+        targets: Int[Tensor, "b t"],
+        *,
+        runner_up: Float[Tensor, "b t *grid"] | None,
+        score: Float[Tensor, "b t"] | None,
+        total: Float[Tensor, "b t"] | None,
+        is_blind_to_class: bool,
+        whole: str,
+        remarks: Sequence[Verdict],
+    ) -> None:
+        self.is_blind_to_class = is_blind_to_class
+        self.whole = whole
+        self.remarks = remarks
+        maps, is_small = maps.detach(), maps.numel() <= _LARGEST_COPY
+        others = (None if value is None else value.detach() for value in (runner_up, score, total))
+        signs = partial(_signs_of, maps.clone() if is_small else maps, targets, *others, is_blind_to_class)
+        self._signs = signs if is_small else signs()
+
+    def signs(self) -> Float[Tensor, "b 9"]:
+        """Per image: which verdicts hold, variation, gap, whether classes were compared.
+
+        The gap is the largest of the image's maps, with what this map sums to and what it should sum to. A tensor, so
+        that the device is asked once for all methods.
+        """
+        return self._signs if isinstance(self._signs, Tensor) else self._signs()
+
+    def verdicts(self, signs: list[list[float]]) -> list[list[Verdict]]:
+        """Verdicts on the maps of each image, those on all of them last; an empty list means that nothing is wrong."""
+        return [[*self._of_image(*row), *self.remarks] for row in signs]
+
+    def _of_image(
+        self,
         broken: float,
         flat: float,
         variation: float,
@@ -107,13 +104,44 @@ def verdicts_of(
         if negative:
             verdicts.append(Verdict("all-negative"))
         if same:
-            verdicts.append(Verdict("class-independent", "note" if is_blind_to_class else "doubt"))
+            verdicts.append(Verdict("class-independent", "note" if self.is_blind_to_class else "doubt"))
         level: Level | None = next((level for least, level in _GAPS if gap > least), None)
         if level is not None:
-            verdicts.append(Verdict("conservation gap", level, gap, reach(reached, expected, whole)))
+            verdicts.append(Verdict("conservation gap", level, gap, reach(reached, expected, self.whole)))
         return verdicts
 
-    return [[*of_image(*row), *remarks] for row in signs]
+
+def _signs_of(
+    maps: Float[Tensor, "b t *grid"],
+    targets: Int[Tensor, "b t"],
+    runner_up: Float[Tensor, "b t *grid"] | None,
+    score: Float[Tensor, "b t"] | None,
+    total: Float[Tensor, "b t"] | None,
+    is_blind_to_class: bool,
+) -> Float[Tensor, "b 9"]:
+    values = maps.flatten(2)
+    low, high, absolute = values.amin(2), values.amax(2), values.abs().sum(2)
+    finite = values.isfinite().flatten(1).all(1)
+    if score is not None:
+        finite &= score.isfinite().all(1)
+    variation = pixels.variation(maps).amin(1)
+    flat = finite & (variation <= pixels.ROUNDING)
+    compared = torch.ones_like(flat)
+    if is_blind_to_class:
+        same = torch.full_like(flat, score is not None)
+    elif runner_up is not None:
+        same = _same(values, runner_up.flatten(2)).all(1)
+    else:  # each with the next target's
+        differ = targets != targets.roll(-1, 1)
+        compared = differ.any(1)
+        same = (_same(values, values.roll(-1, 1)) | ~differ).all(1) & compared
+    sums = values.sum(2)
+    expected = sums if total is None else total
+    gaps, widest = ((sums - expected).abs() / absolute).max(1, keepdim=True)
+    negative = finite & ((high <= 0) & (low < 0)).any(1)
+    gap = [value[:, 0] for value in (gaps, sums.gather(1, widest), expected.gather(1, widest))]
+    signs = [~finite, flat, variation, negative, finite & ~flat & same, *gap, compared]
+    return torch.stack([sign.float() for sign in signs], 1)
 
 
 def reach(reached: float, expected: float, whole: str) -> str:

@@ -18,7 +18,7 @@ from sightline.inference.outputs import (
     run,
     wide,
 )
-from sightline.inference.preserve import exact, preserving, untouched, unwrapped
+from sightline.inference.preserve import exact, is_unchanged, modules_of, preserving, remember, untouched, unwrapped
 from sightline.inference.probabilities import version_of
 
 __all__ = [
@@ -37,10 +37,13 @@ __all__ = [
     "forward_call",
     "held_by",
     "in_batches",
+    "is_unchanged",
     "logits_of",
+    "modules_of",
     "one_target_each",
     "preserving",
     "probabilities_of",
+    "remember",
     "resolve_targets",
     "run",
     "untouched",

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
-from functools import partial, wraps
+from functools import lru_cache, wraps
 from io import IOBase
 from itertools import chain, compress
 from operator import call, is_
@@ -61,7 +61,7 @@ def _steps(begin: Callable[[], T], end: Callable[[], None]) -> Generator[T]:
         end()
 
 
-def untouched(model: nn.Module) -> Ensured[nn.Module]:
+def untouched(model: nn.Module, *, lazily: bool = False) -> Ensured[nn.Module]:
     """Run a model in eval mode, then restore everything that a forward, a hook or an exception may have changed in it.
 
     This restores every module's train/eval flag, its attributes, the contents of lists, dicts and sets among them
@@ -76,6 +76,9 @@ def untouched(model: nn.Module) -> Ensured[nn.Module]:
     `torch.compile` (also in place), `DataParallel` and `DistributedDataParallel` are unwrapped, so that hooks fire and
     see every image of the batch.
 
+    `lazily`: of attributes, buffers and NumPy's state only that is restored which `remember` was told to. Another such
+    context inside this one remembers all of it before it begins.
+
     Raises:
         TypeError: the model is not a module.
         RuntimeError: two threads are each in a context with a model that the other one asks for.
@@ -88,10 +91,24 @@ def untouched(model: nn.Module) -> Ensured[nn.Module]:
     (True, False)
     """
     model = unwrapped(model)
-    here = threading.get_ident()
-    outer = (turn for turn in line() if turn.thread == here and turn.is_running and id(model) in turn.ids)
-    use = _Use(model) if next(outer, None) is None else _Again(model)
+    use = _Again(model) if _uses_of(model) else _Use(model, lazily=lazily)
     return Ensured(use.begin, use.end)
+
+
+def remember(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> None:
+    """Restore these modules, or all of them, at the end of the context of this thread that leaves the model untouched.
+
+    To be called before anything changes in them.
+    """
+    for use in _uses_of(model):
+        use.remember(modules)
+
+
+def is_unchanged(model: nn.Module) -> bool:
+    """Whether there is nothing to restore so far in the contexts of this thread that leave the model untouched."""
+    uses = _uses_of(model)
+    same = (use.kept is not None and use.kept.is_unchanged() and use.random.is_same_for_numpy() for use in uses)
+    return bool(uses) and all(same)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -107,8 +124,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _modules_of(model: nn.Module) -> list[nn.Module]:
+def modules_of(model: nn.Module) -> list[nn.Module]:
     """What `model.modules()` yields, in another order, in a fifth of the time."""
+    for use in _uses_of(model):
+        if use.model is model and use.kept is None:  # nothing has run since they were found
+            return use.modules
     modules, waiting = {id(model): model}, [model]
     while waiting:
         for module in waiting.pop()._modules.values():  # pyright: ignore[reportPrivateUsage]
@@ -143,10 +163,12 @@ def preserving(function: Callable[P, R]) -> Callable[P, R]:
 class _Use(Turn):
     """Everything that `untouched` does."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, lazily: bool) -> None:
         self.model = model
-        self.modules = _modules_of(model)
+        self.modules = modules_of(model)
         super().__init__(self.modules)
+        self.lazily = lazily
+        self.training: list[nn.Module] = []
         self.modes: _Modes | None = None
         self.kept: _Modules | None = None
         self.is_over = False
@@ -155,12 +177,24 @@ class _Use(Turn):
         self.take()
         self.modes = _Modes()
         self.modes.leave_inference()
-        self.kept = _Modules(self.modules)
-        for module in self.modules:
-            if module.training:  # a model may override eval() to do more, such as merging weights
-                module.training = False
-            vars(module).pop("_compiled_call_impl", None)  # the class has None
+        self.training = [module for module in self.modules if module.training]
+        for module in self.training:  # a model may override eval() to do more, such as merging weights
+            module.training = False
+        compiled = [module for module in self.modules if "_compiled_call_impl" in vars(module)]
+        if compiled or not self.lazily:
+            self.remember()
+        for module in compiled:
+            vars(module).pop("_compiled_call_impl")  # the class has None
         return self.model
+
+    def remember(self, modules: Sequence[nn.Module] | None = None) -> None:
+        if modules is None:
+            modules = self.modules
+            self.random.add_numpy()
+        if self.kept is None:
+            self.kept = _Modules(modules)
+        elif not set(map(id, modules)) <= set(map(id, self.kept.modules)):
+            self.kept = _Modules(self.modules)
 
     def end(self) -> None:
         if self.is_over:
@@ -170,11 +204,24 @@ class _Use(Turn):
                 self.modes.put_back()
             if self.kept is not None:
                 self.kept.put_back()
+            self.train()
         except Exception:  # a broken GPU, say; after an interrupt the second call continues while others wait
             self.leave()
             raise
         self.leave()
         self.is_over = True
+
+    def train(self) -> None:
+        """Set the flags again that were set before."""
+        for module in self.training:
+            module.training = True
+
+
+def _uses_of(model: nn.Module) -> list[_Use]:
+    """Contexts that this thread is in with a model."""
+    here = threading.get_ident()
+    turns = (turn for turn in line() if turn.thread == here and turn.is_running and id(model) in turn.ids)
+    return [turn for turn in turns if isinstance(turn, _Use)]
 
 
 class _Again:
@@ -182,11 +229,13 @@ class _Again:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.training = [module for module in _modules_of(model) if module.training]
+        self.training = [module for module in modules_of(model) if module.training]
         self.random = Random()
+        self.random.add_numpy()
         self.is_over = False
 
     def begin(self) -> nn.Module:
+        remember(self.model)
         for module in self.training:
             module.training = False
         return self.model
@@ -260,7 +309,7 @@ class _Modes:
         while torch._C._len_torch_function_stack() > self.functions:  # pyright: ignore[reportPrivateUsage]
             torch._C._pop_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
         while torch._C._len_torch_dispatch_stack() > self.dispatches:  # pyright: ignore[reportPrivateUsage]
-            torch._C._pop_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
+            torch._C._pop_torch_dispatch_stack(None)  # pyright: ignore[reportPrivateUsage]
         if self.inference is not None:
             self.inference.__exit__(None, None, None)
         if torch.is_grad_enabled() != self.gradients:
@@ -283,21 +332,22 @@ class _Modules:
     """Attributes of modules, contents of containers among these, and values of buffers."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.attributes = [(module, type(module), module.training, vars(module).copy()) for module in modules]
-        self.values = values = _values(attributes for *_, attributes in self.attributes)
-        types = [*map(type, values)]
-        self.containers = [*compress(values, map(_CONTAINERS.__contains__, types))]
-        if _is_sharded(modules):
-            self.containers = []
-        self.contents = {id(value): (value, value.copy()) for value in compress(self.containers, self.containers)}
-        tensors = [*chain.from_iterable(vars(module).get("_buffers", {}).values() for module in modules)]
-        if Tensor in types:
-            tensors += compress(values, map(partial(is_, Tensor), types))
-        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in tensors:
-            if type(tensor) is Tensor and _is_state(tensor):
-                groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        self.buffers = [(tensors, _joined(tensors)) for tensors in groups.values()]
+        self.modules = modules
+        self.classes = [*map(type, modules)]
+        self.training = [module.training for module in modules]
+        self.attributes = [*map(dict[str, Any].copy, map(vars, modules))]
+        self.values = _values(self.attributes)
+        are_containers, are_tensors = _kinds_of(tuple(map(type, self.values)))
+        self.containers = [] if _is_sharded(modules) else [*compress(self.values, are_containers)]
+        self.lengths = [*map(len, self.containers)]
+        self.filled = [*compress(self.containers, self.lengths)]
+        self.contents = [value.copy() for value in self.filled]
+        groups: dict[tuple[Any, ...], list[Tensor]] = {}
+        buffers = (attributes.get("_buffers", {}).values() for attributes in self.attributes)
+        for tensor in chain(chain.from_iterable(buffers), compress(self.values, are_tensors)):
+            if type(tensor) is Tensor and not tensor.requires_grad:
+                groups.setdefault((tensor.dtype, tensor.device, tensor.layout), []).append(tensor)
+        self.buffers = [(tensors, _joined(tensors)) for tensors in groups.values() if _has_values(tensors[0])]
 
     def put_back(self) -> None:
         """Change only what was changed: another thread may be running the model directly."""
@@ -309,26 +359,46 @@ class _Modules:
                         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                             tensor.copy_(value.view_as(tensor))
 
+    def is_unchanged(self) -> bool:
+        same = (_same_bits(_joined(tensors), joined) for tensors, joined in self.buffers)
+        return self._has_same_attributes() and all(same)
+
     def put_back_attributes(self) -> None:
         """Everything but the values of buffers."""
-        others = set[int]()
-        now = _values(vars(module) for module, *_ in self.attributes)
-        is_same = len(now) == len(self.values) and all(map(is_, now, self.values))
-        for module, kind, training, attributes in self.attributes:
+        for module, training in zip(self.modules, self.training, strict=True):
             if module.training != training:  # TorchScript does not keep the flag among the attributes
                 module.training = training
+        if self._has_same_attributes():
+            return
+        others = set[int]()
+        for module, kind, attributes in zip(self.modules, self.classes, self.attributes, strict=True):
             if type(module) is not kind:  # the first forward turns nn.LazyLinear into nn.Linear for good
                 others |= set(map(id, attributes.values()))
-                continue
-            now = vars(module)
-            if not is_same and (len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values()))):
-                _fill(now, attributes)
+            elif not _same(vars(module), attributes):
+                _fill(vars(module), attributes)
+        filled = set(map(id, self.filled))
         for value in compress(self.containers, self.containers):
-            if id(value) not in self.contents and id(value) not in others:
+            if id(value) not in others | filled:
                 value.clear()
-        for value, content in self.contents.values():
-            if not _same(value, content) and id(value) not in others:
+        for value, content in zip(self.filled, self.contents, strict=True):
+            if id(value) not in others and not _same(value, content):
                 _fill(value, content)
+
+    def _has_same_attributes(self) -> bool:
+        now = _values(map(vars, self.modules))
+        return (
+            [*map(type, self.modules)] == self.classes
+            and len(now) == len(self.values)
+            and all(map(is_, now, self.values))
+            and [*map(len, self.containers)] == self.lengths
+            and all(map(_same, self.filled, self.contents))
+        )
+
+
+@lru_cache(maxsize=16)
+def _kinds_of(types: tuple[type, ...]) -> tuple[list[bool], list[bool]]:
+    """Which of the values are containers, and which are tensors."""
+    return [kind in _CONTAINERS for kind in types], [kind is Tensor for kind in types]
 
 
 def _values(attributes: Iterable[dict[str, Any]]) -> list[Any]:
@@ -341,13 +411,15 @@ def _is_sharded(modules: Sequence[nn.Module]) -> bool:
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules)
 
 
-def _is_state(tensor: Tensor) -> bool:
-    plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
-    return plain and not tensor.requires_grad
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor if tensor.ndim == 1 else tensor.reshape(-1) for tensor in tensors])
+    """A copy of all values."""
+    if len(tensors) == 1:
+        return tensors[0].reshape(-1).clone()
+    return torch._C._nn.flatten_dense_tensors(tensors)  # pyright: ignore
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -388,6 +460,7 @@ def _forget_other_threads() -> None:
     for use in (turn for turn in line() if turn.thread != here):
         if isinstance(use, _Use) and use.kept is not None:
             use.kept.put_back_attributes()  # not the values: comparing large tensors uses threads, too
+            use.train()
         use.leave()
     for use in [use for use in _EXACT if use.thread != here]:
         use.end()

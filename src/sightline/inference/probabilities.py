@@ -247,8 +247,7 @@ def read(
 def _kind_of(values: Tensor, origin: Origin | None, kind: Kind | None) -> tuple[Kind, str]:
     """The kind of the values, and a notice about it."""
     slack = max(_ROUNDING, 2 * torch.finfo(values.dtype).eps)
-    outside = (values < 0) | (values > 1 + slack)  # False for NaN
-    if bool(outside.any()):
+    if bool((values < 0).any()) or bool((values > 1 + slack).any()):  # False for NaN
         if kind is None:
             return "logits", ""
         low, high = (float(end) for end in values.nan_to_num().aminmax())

@@ -4,6 +4,7 @@ import random
 import threading
 from collections.abc import Iterable
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,15 +43,25 @@ class Random:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         self.torch = torch.get_rng_state()
         self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
-        self.numpy = np.random.get_state(legacy=False)
+        self.numpy: Any = None
         self.python = random.getstate()
+
+    def add_numpy(self) -> None:
+        """Include NumPy, whose state takes longer than all others."""
+        if self.numpy is None:
+            self.numpy = np.random.get_state(legacy=False)
+
+    def is_same_for_numpy(self) -> bool:
+        """Whether NumPy has drawn no numbers since."""
+        return str(self.numpy) == str(np.random.get_state(legacy=False))
 
     def put_back(self) -> None:
         """Make it the current state."""
         torch.set_rng_state(self.torch)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
-        np.random.set_state(self.numpy)
+        if self.numpy is not None:
+            np.random.set_state(self.numpy)
         random.setstate(self.python)
 
 

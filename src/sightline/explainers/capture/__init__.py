@@ -3,5 +3,6 @@
 from sightline.explainers.capture.features import Captured, quantized_in
 from sightline.explainers.capture.head import head_of
 from sightline.explainers.capture.layers import Capture, LayerLike, find_layer
+from sightline.explainers.capture.replay import has_known_plan
 
-__all__ = ["Capture", "Captured", "LayerLike", "find_layer", "head_of", "quantized_in"]
+__all__ = ["Capture", "Captured", "LayerLike", "find_layer", "has_known_plan", "head_of", "quantized_in"]

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sightline.explainers.capture.features import Captured, LastFeatures, Watch, guess_of, hook_on, quantized_in
-from sightline.explainers.capture.replay import Place, Recording, Replay, forget, keep, plan_of
+from sightline.explainers.capture.replay import Known, Place, Plan, Recording, Replay, forget, keep, plan_of
+from sightline.explainers.capture.structure import structure_of
 from sightline.explainers.scorer import Scorer
 from sightline.explainers.tokens import MANY_REGISTERS, patch_maps
 from sightline.facts import did_you_mean
+from sightline.inference import remember, untouched
 from sightline.inference.axes import Layout, grids_like, guessed, layout_in, other, tokens_of
 from sightline.inference.operations import first_tensor, unseen
 
@@ -92,6 +94,7 @@ class Capture:
     def run(self) -> None:
         """Fill `captured`, `gates` and the tensors that the scorer keeps."""
         if not self._is_replayed():
+            remember(self.model)
             self.modules = dict(self.model.named_modules())
             modules = self.modules.items()
             self.scripted = [name for name, module in modules if isinstance(module, torch.jit.ScriptModule)]
@@ -101,14 +104,32 @@ class Capture:
 
     def _is_replayed(self) -> bool:
         """Fill in everything as a forward with the same operations did; False if there was none."""
-        scorer = self.scorer
         kept = None if self.key is None else plan_of(self.model, self.key)
         if kept is None:
             return False
         plan, modules = kept
+        structure, forward = plan.structure, self.scorer.forward_call
+        if structure is not None and not (forward.args or forward.kwargs):
+            if structure.is_that_of(self.model) and self._replayed(plan, modules, Known(plan)):
+                return True
+            remember(self.model)
+            structure = structure_of(self.model)
+        if not self._replayed(plan, modules, Replay(plan, self.images)):
+            forget(self.model, self.key)
+            return False
+        if structure is not plan.structure:
+            is_harmless = structure is not None and structure.was_left_alone(self.model)
+            keep(self.model, self.key, plan.known_by(structure if is_harmless else None))
+        return True
+
+    def _replayed(self, plan: Plan, modules: dict[str, nn.Module], replay: Known) -> bool:
+        """Whether the forward runs as the plan says; then everything is filled in."""
+        scorer = self.scorer
         before, gradients = scorer.forward_call, torch.is_grad_enabled()
-        replay = Replay(plan, self.images)
         with ExitStack() as contexts:
+            if isinstance(replay, Replay):  # if another forward follows, it draws the same random numbers
+                contexts.enter_context(untouched(self.model))
+            remember(self.model, [self.model, *modules.values()])
             for place in plan.places:
                 hook = partial(self._keep_again, replay, place)
                 contexts.enter_context(modules[place.name].register_forward_hook(hook))
@@ -123,21 +144,25 @@ class Capture:
             torch.set_grad_enabled(gradients)
             scorer.forward_call = before
             scorer.notices.clear()
-            forget(self.model, self.key)
             return False
         self.notices = plan.notices
         read = {p.name: Captured(p.name, replay.kept[p.name], p.layout, 0) for p in plan.places}
         self.captured = [read[plan.names[layer]] for layer in self.layers]
         return True
 
-    def _keep_again(self, replay: Replay, place: Place, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def _keep_again(self, replay: Known, place: Place, module: nn.Module, inputs: Any, output: Any) -> Any:
         first = first_tensor(output)
         handed = replay.keep(place, first)
-        return None if handed is None else tree_map(lambda value: handed if value is first else value, output)
+        return (
+            handed
+            if handed is None or first is output
+            else tree_map(lambda value: handed if value is first else value, output)
+        )
 
     def _analyze(self) -> None:
         searched = [name for name in dict.fromkeys(self.names) if name not in self.modules or not name]
-        with self._watched(search=bool(searched)):
+        structure = None if self.key is None else structure_of(self.model)
+        with self._watched(search=bool(searched)), untouched(self.model):
             scores = self.scorer.begin(self.images, self.recording)
         if self.watch.positions.obstacle:
             raise ValueError(self.watch.positions.obstacle)
@@ -162,7 +187,9 @@ class Capture:
         if is_sure and not self.watch.positions.is_assumed and self.key is not None:
             names = {layer: captured.name for layer, captured in zip(self.layers, self.captured, strict=True)}
             places = {one.name: (self.modules.get(one.name), one.layout) for one in self.captured}
-            if (plan := self.recording.plan(names, places, self.notices)) is not None:
+            if structure is not None and not structure.was_left_alone(self.model):
+                structure = None
+            if (plan := self.recording.plan(names, places, self.notices, structure)) is not None:
                 keep(self.model, self.key, plan)
 
     @contextmanager

@@ -9,7 +9,7 @@ difference. What they cannot show (which module of which name returned the layer
 import weakref
 from collections.abc import Callable, Generator, Hashable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import (
     BuiltinFunctionType,
     EllipsisType,
@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sightline.explainers.capture.features import with_graph
+from sightline.explainers.capture.structure import Structure
 from sightline.inference.axes import Layout
 from sightline.inference.operations import Operation, unseen
 from sightline.inference.probabilities import Origin, Probabilities
@@ -79,6 +80,15 @@ class Plan:
     """Name of the place for each layer as it was asked for."""
     places: list[Place]
     notices: dict[str, None]
+    structure: Structure | None = None
+    """The model that runs these operations whatever the images show; None if that is not certain."""
+
+    def known_by(self, structure: Structure | None) -> "Plan":
+        """The same plan for a model of this structure, unless its forward reads values of tensors."""
+        if structure is not None:
+            reads_values = not all(_holds_tensors(results) for *_, results in self.steps)
+            structure = None if reads_values else structure.calling(function for function, *_ in self.steps)
+        return replace(self, structure=structure)
 
 
 @dataclass
@@ -103,6 +113,12 @@ def plan_of(model: nn.Module, call: Hashable) -> tuple[Plan, dict[str, nn.Module
             return None
         modules[place.name] = module
     return plan, modules
+
+
+def has_known_plan(model: nn.Module) -> bool:
+    """Whether the model may be recognized without running it, and then leaves itself as it is."""
+    plans: _Plans | None = _PLANS.get(model)
+    return plans is not None and any(plan.structure is not None for plan in plans.by_call.values())
 
 
 def keep(model: nn.Module, call: Hashable, plan: Plan) -> None:
@@ -235,8 +251,12 @@ class Recording(Probabilities):
         names: dict[str | None, str],
         places: Mapping[str, tuple[nn.Module | None, Layout]],
         notices: dict[str, None],
+        structure: Structure | None,
     ) -> Plan | None:
-        """The plan for such forwards; None if the operations do not say all."""
+        """The plan for such forwards; None if the operations do not say all.
+
+        `structure` is that of the model before the forward.
+        """
         whole: list[Place] = []
         for name, (module, layout) in places.items():
             mark = self.marks.get(name, Mark(0, None))
@@ -245,7 +265,12 @@ class Recording(Probabilities):
             whole.append(Place(name, weakref.ref(module), mark, layout))
         if not self.is_whole or self.answer is None:
             return None
-        return Plan(self.steps, self.answer, names, whole, notices)
+        return Plan(self.steps, self.answer, names, whole, notices).known_by(structure)
+
+
+def _holds_tensors(results: Any) -> bool:
+    """Whether these, as a trace has them, are tensors and nothing else."""
+    return isinstance(results, tuple) or (isinstance(results, list) and all(map(_holds_tensors, results)))
 
 
 def _is_of_torch(function: Any) -> bool:
@@ -253,17 +278,56 @@ def _is_of_torch(function: Any) -> bool:
     return isinstance(function, _BUILT_IN) or str(getattr(function, "__module__", "")).startswith("torch")
 
 
-class Replay(Probabilities):
-    """Compares the operations of a forward with those of a plan, and keeps its layers."""
+class Known(Probabilities):
+    """Keeps the layers of a forward which is known to run the operations of a plan."""
 
-    def __init__(self, plan: Plan, images: Tensor) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.trace = _Trace(images)
-        self.place = 0
         self.is_same = True
         self.is_over = False
         self.kept: dict[str, Tensor] = {}
+
+    def __enter__(self) -> "Known":
+        return self  # sees no operations
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def keep(self, place: Place, tensor: Any) -> Tensor | None:
+        """Begin the graph at a layer's tensor; the tensor to hand on in its place."""
+        self.is_same &= isinstance(tensor, Tensor) and place.name not in self.kept
+        if not self.is_same:
+            return None
+        torch.set_grad_enabled(True)
+        if not tensor.requires_grad:
+            tensor = tensor.detach().clone().requires_grad_()
+        self.kept[place.name] = tensor
+        return tensor.clone()
+
+    def end(self, *_: Any) -> None:
+        """Forward hook of the model."""
+        self.is_over = True
+        self.is_same &= len(self.kept) == len(self.plan.places)
+
+    def origin_of(self, tensor: Any) -> None:
+        """None, as for the logits of the recorded forward."""
+
+
+class Replay(Known):
+    """Compares the operations of a forward with those of a plan."""
+
+    def __init__(self, plan: Plan, images: Tensor) -> None:
+        super().__init__(plan)
+        self.trace = _Trace(images)
+        self.place = 0
+
+    def __enter__(self) -> "Replay":
+        Probabilities.__enter__(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        Probabilities.__exit__(self, *exception)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -285,25 +349,19 @@ class Replay(Probabilities):
         return output
 
     def keep(self, place: Place, tensor: Any) -> Tensor | None:
-        """Begin the graph at a layer's tensor; the tensor to hand on in its place."""
-        same = isinstance(tensor, Tensor) and place.mark == (self.place, self.trace.number(tensor))
-        self.is_same &= same and place.name not in self.kept
-        if not self.is_same:
-            return None
+        """The same, if it is the tensor of the plan."""
+        self.is_same &= isinstance(tensor, Tensor) and place.mark == (self.place, self.trace.number(tensor))
         with unseen():
-            torch.set_grad_enabled(True)
-            if not tensor.requires_grad:
-                tensor = tensor.detach().clone().requires_grad_()
-            self.kept[place.name] = tensor
-            handed = tensor.clone()
-        self.trace.put(handed, place.mark.number or 0)
+            handed = super().keep(place, tensor)
+        if handed is not None:
+            self.trace.put(handed, place.mark.number or 0)
         return handed
 
     def end(self, *_: Any) -> None:
         """Forward hook of the model."""
-        self.is_over = True
-        self.is_same &= self.place == len(self.plan.steps) and len(self.kept) == len(self.plan.places)
+        super().end()
+        self.is_same &= self.place == len(self.plan.steps)
 
     def origin_of(self, tensor: Any) -> None:
-        """None, as for the logits of the recorded forward."""
+        """None; checks that the tensor is that of the plan."""
         self.is_same &= self.trace.number(tensor) == self.plan.answer

@@ -1,0 +1,165 @@
+"""Recognizes a model that is what it was when its forward was analyzed, so that its operations need not be compared.
+
+A forward runs the same operations as before if it runs the same code on the same values, and no value of a tensor
+decides what runs. The code of torch, torchvision, timm and sightline reads nothing but attributes of the model and
+names of its own modules, all of which are compared here; models with other code are compared by their operations.
+"""
+
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import chain, compress
+from operator import attrgetter, is_, itemgetter
+from types import FunctionType, NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+
+from sightline.inference import is_unchanged, modules_of, version_of
+
+_KNOWN = {"torch", "torchvision", "timm", "sightline"} | sys.stdlib_module_names
+_PLAIN = {int, float, bool, str, NoneType, torch.dtype, torch.device}
+_CONTAINERS = {dict, OrderedDict, list, tuple, set, torch.Size}
+_MEMBERS = ("_parameters", "_buffers", "_modules")
+_NAMESPACES = (torch, F, Tensor, torch.special, torch.linalg)
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """All that decides which operations the forward of a model runs."""
+
+    classes: list[type]
+    names: list[str]
+    """Of the attributes of all modules."""
+    types: list[type]
+    is_empty: list[bool]
+    """Which of the attributes are empty containers, as those of hooks are."""
+    is_plain: list[bool]
+    plain: list[Any]
+    """Values of these attributes."""
+    members: Any
+    code: list[tuple[Mapping[str, Any], list[Any]]]
+    """The classes and their modules, and what these held."""
+    functions: list[tuple[Any, str, Any]]
+    """Functions of PyTorch by name."""
+    versions: list[int]
+
+    def was_left_alone(self, model: nn.Module) -> bool:
+        """Whether a forward has changed nothing in the model, and written to none of its tensors."""
+        return is_unchanged(model) and _versions(model) == self.versions
+
+    def is_that_of(self, model: nn.Module) -> bool:
+        """Whether the model and the code that it runs are still the same."""
+        modules = modules_of(model)
+        if [*map(type, modules)] != self.classes or _is_watched():
+            return False
+        attributes = [*map(vars, modules)]
+        values = _values(attributes)
+        return (
+            [*map(type, values)] == self.types
+            and [*chain.from_iterable(attributes)] == self.names
+            and not any(compress(values, self.is_empty))
+            and [*compress(values, self.is_plain)] == self.plain
+            and _members(attributes) == self.members
+            and all(len(space) == len(code) and all(map(is_, space.values(), code)) for space, code in self.code)
+            and all(getattr(space, name, None) is function for space, name, function in self.functions)
+        )
+
+    def calling(self, functions: Iterable[Any]) -> "Structure | None":
+        """The same with the functions of PyTorch that the forward calls; None if one has no name."""
+        places: list[tuple[Any, str, Any]] = []
+        for function in dict.fromkeys(functions):
+            is_attribute = function.__name__ == "__get__"
+            one = function.__self__ if is_attribute else function
+            spaces = [space for space in _NAMESPACES if getattr(space, one.__name__, None) is one]
+            if not spaces:
+                return None
+            places += [(space, one.__name__, one) for space in spaces]
+        return replace(self, functions=places)
+
+
+def structure_of(model: nn.Module) -> Structure | None:
+    """The structure of a model; None if something about it cannot be compared."""
+    modules = modules_of(model)
+    classes = [*map(type, modules)]
+    bases = dict.fromkeys(chain.from_iterable(kind.__mro__[:-1] for kind in classes))
+    if not all(map(_is_known, bases)) or _is_watched():
+        return None
+    spaces = [*map(vars, bases), *(vars(sys.modules[name]) for name in {kind.__module__ for kind in bases}), vars(F)]
+    attributes = [*map(vars, modules)]
+    names, values = [*chain.from_iterable(attributes)], _values(attributes)
+    types = [*map(type, values)]
+    tensors = {Tensor, nn.Parameter}
+    others = [name not in _MEMBERS and kind not in tensors for name, kind in zip(names, types, strict=True)]
+    is_empty = [other and type(value) in _CONTAINERS and not value for other, value in zip(others, values, strict=True)]
+    is_plain = [other and not empty for other, empty in zip(others, is_empty, strict=True)]
+    plain = [*compress(values, is_plain)]
+    if not (all(map(_can_be_compared, plain)) and all(map(_has_known_functions, spaces))):
+        return None
+    return Structure(
+        classes=classes,
+        names=names,
+        types=types,
+        is_empty=is_empty,
+        is_plain=is_plain,
+        plain=deepcopy(plain),
+        members=_members(attributes),
+        code=[(space, [*space.values()]) for space in spaces],
+        functions=[],
+        versions=_versions(model),
+    )
+
+
+def _versions(model: nn.Module) -> list[int]:
+    attributes = _values(map(vars, modules_of(model)))
+    tensors = chain(model.parameters(), model.buffers(), (value for value in attributes if isinstance(value, Tensor)))
+    return [version_of(tensor) for tensor in tensors]
+
+
+def _values(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
+    return [*chain.from_iterable(map(dict[str, Any].values, dictionaries))]
+
+
+def _members(attributes: Iterable[dict[str, Any]]) -> tuple[list[int], list[str], list[type]]:
+    """Parameters, buffers and children: how many, their names and their types."""
+    members = [*chain.from_iterable(map(itemgetter(*_MEMBERS), attributes))]
+    return [*map(len, members)], [*chain.from_iterable(members)], [*map(type, _values(members))]
+
+
+def _can_be_compared(value: Any) -> bool:
+    """Whether equal values of this kind are interchangeable."""
+    kind = type(value)
+    if kind in _CONTAINERS:
+        return all(map(_can_be_compared, value.values() if isinstance(value, dict) else value))
+    return kind in _PLAIN or isinstance(value, Enum | type)
+
+
+def _is_known(kind: type) -> bool:
+    """Whether a class is the one of that name in a module whose code is known."""
+    try:
+        return _is_from_there(kind) and attrgetter(kind.__qualname__)(sys.modules[kind.__module__]) is kind
+    except (AttributeError, KeyError):
+        return False
+
+
+def _has_known_functions(space: Mapping[str, Any]) -> bool:
+    return all(_is_from_there(value) for value in space.values() if isinstance(value, FunctionType))
+
+
+def _is_from_there(value: Any) -> bool:
+    return value.__module__.partition(".")[0] in _KNOWN
+
+
+def _is_watched() -> bool:
+    """Whether hooks on all modules, or modes, see what the forward does and may change it."""
+    return bool(
+        torch_module._has_any_global_hook()  # pyright: ignore[reportPrivateUsage]
+        or torch._C._len_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
+        or torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
+    )
