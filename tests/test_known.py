@@ -1,6 +1,8 @@
 """A model of known code is recognized without comparing its operations, and whatever changes it is noticed."""
 
 import copy
+import functools
+import types
 
 import pytest
 import timm
@@ -167,7 +169,7 @@ def known(monkeypatch):
     """Count the code of these tests as known."""
     sources = (Net, Counting, everything)
     roots = {source.__module__.partition(".")[0] for source in sources}
-    monkeypatch.setattr(structure, "_KNOWN", structure._KNOWN | roots)
+    monkeypatch.setattr(structure, "_LIBRARIES", structure._LIBRARIES | roots)
 
 
 class Counting(nn.Module):
@@ -253,3 +255,78 @@ def test_an_interrupt_at_any_line_leaves_nothing_behind():
         interrupts += not Interrupted(place, ROOT).run(call)
         assert differences(before, everything(model)) == [], place
     assert interrupts > 20
+
+
+def test_weights_of_another_shape_are_noticed():
+    model = sequence()
+    explain(model, IMAGES)
+    model[3].weight = nn.Parameter(model[3].weight[:, :, 1:2, 1:2].clone())
+    check_as_fresh(model)
+
+
+class Callable:
+    """Looks like a function of PyTorch, and does what a switch says."""
+
+    is_on = False
+
+    def __call__(self, *args, **kwargs):
+        return torch.relu(args[0]).mT if self.is_on else torch.relu(args[0])
+
+
+@pytest.mark.parametrize("kind", ["wrapped method", "object in a namespace"])
+def test_code_that_only_looks_known_is_compared(kind, monkeypatch):
+    switch = Callable()
+    if kind == "wrapped method":
+        forward = functools.wraps(nn.ReLU.forward)(lambda self, x: switch(x))
+        monkeypatch.setattr(nn.ReLU, "forward", forward)
+    else:
+        monkeypatch.setattr(F, "relu", switch)
+    model = sequence()
+    explain(model, IMAGES)
+    switch.is_on = True
+    check_as_fresh(model)
+
+
+def test_code_of_no_module_is_not_known():
+    anonymous = types.FunctionType((lambda x: x).__code__, {})
+    assert anonymous.__module__ is None and not structure.is_known_code(anonymous)
+    for known in (nn.ReLU.forward, F.relu, torch.relu, property(F.relu), functools.partial(F.relu), copy.copy):
+        assert structure.is_known_code(known)
+    for wrap in (staticmethod, classmethod, property, functools.partial, functools.cache, functools.wraps(F.relu)):
+        assert not structure.is_known_code(wrap(anonymous))
+
+
+def test_each_map_has_memory_of_its_own():
+    images = IMAGES.repeat(2, 1, 1, 1)
+    explanation = explain(
+        sequence(), images, torch.tensor([[0, 1]] * len(images)), ["center_map", "edge_map", "eigen_cam"]
+    )
+    for values in explanation.maps.values():
+        before = values.clone()
+        values[0, 0] = 7
+        assert (values[0, 0] == 7).all() and torch.equal(values[1:], before[1:])
+        assert torch.equal(values[0, 1], before[0, 1])
+
+
+def test_verdicts_asked_for_later_are_those_of_then():
+    explanation = explain(sequence(), IMAGES, torch.tensor([[0, 1]] * len(IMAGES)))
+    explanation.targets.zero_()
+    assert explanation.unchecked == ()
+
+
+class Resizing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = sequence().train()
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, x):
+        self.seen.resize_(7)
+        return self.inside(x)
+
+
+def test_flags_come_back_even_if_values_cannot():
+    model = Resizing()
+    with pytest.raises(RuntimeError):
+        explain(model, IMAGES)
+    assert all(module.training for module in model.modules())

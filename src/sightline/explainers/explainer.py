@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sightline import arguments, maps
-from sightline.explainers.capture import LayerLike, has_known_plan
+from sightline.explainers.capture import LayerLike, has_known_plan, is_known_code
 from sightline.explainers.evidence import GUIDED, Evidence, Settings, gather
 from sightline.explainers.scorer import Targets
 from sightline.explainers.tokens import SmoothAttention
@@ -222,7 +222,8 @@ def explanation_of(
     Raises:
         ValueError: as `gather`; or two maps would have one name.
     """
-    is_ours = all(request.explainer.formula.__module__.startswith(f"{__package__}.") for request in requests)
+    explainers = [request.explainer for request in requests]
+    is_ours = all(type(explainer) is Explainer and is_known_code(explainer.formula) for explainer in explainers)
     with untouched(model, lazily=is_ours and not settings.compile and has_known_plan(unwrapped(model))), exact():
         return _explanation(model, images, targets, requests, forward, settings)
 
@@ -255,7 +256,7 @@ def _explanation(
         name = f"{explainer.name}@{evidence.layer}" if request.name is None else request.name
         if name in values:
             raise ValueError(f"expected every map to have its own name, got {name!r} twice; ask for it once")
-        values[name] = pieces[0].values if len(pieces) == 1 else torch.cat([piece.values for piece in pieces], 1)
+        values[name] = torch.cat([piece.values for piece in pieces], 1)  # a copy: formulas may return what they read
         source = evidence.gate if evidence.gate is not None else evidence.activations
         layers[name] = Layer() if source is None else Layer(evidence.layer, source.shape[1:])
         total = score if pieces[0].total is None else pieces[0].total

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +17,6 @@ from sightline.facts import Level, Verdict
 _SAME = 0.999  # correlation of the maps of two classes
 _GAPS: tuple[tuple[float, Level], ...] = ((1.0, "do not read"), (0.1, "doubt"), (0.01, "note"))
 """Least conservation gap of each level, as a share of the sum of the map's absolute values."""
-
-
 _LARGEST_COPY = 2**16  # numbers in maps
 
 
@@ -36,8 +35,8 @@ class Map:
 class Doubts:
     """What the verdicts on the maps of one method follow from; they are computed when they are asked for.
 
-    Small maps are copied, so that the caller may change them in place before that; the signs of large ones are taken at
-    once.
+    Small maps are copied, with all that is compared with them, so that the caller may change them in place before that;
+    the signs of large ones are taken at once.
 
     Args:
         maps: maps of one method.
@@ -65,9 +64,11 @@ class Doubts:
         self.is_blind_to_class = is_blind_to_class
         self.whole = whole
         self.remarks = remarks
-        maps, is_small = maps.detach(), maps.numel() <= _LARGEST_COPY
-        others = (None if value is None else value.detach() for value in (runner_up, score, total))
-        signs = partial(_signs_of, maps.clone() if is_small else maps, targets, *others, is_blind_to_class)
+        is_small = maps.numel() <= _LARGEST_COPY
+        values = [None if value is None else value.detach() for value in (maps, targets, runner_up, score, total)]
+        if is_small:
+            values = [None if value is None else value.clone() for value in values]
+        signs: Any = partial(_signs_of, *values, is_blind_to_class)  # pyright: ignore[reportArgumentType]
         self._signs = signs if is_small else signs()
 
     def signs(self) -> Float[Tensor, "b 9"]:

@@ -200,11 +200,13 @@ class _Use(Turn):
         if self.is_over:
             return
         try:
-            if self.modes is not None:
-                self.modes.put_back()
-            if self.kept is not None:
-                self.kept.put_back()
-            self.train()
+            try:
+                if self.modes is not None:
+                    self.modes.put_back()
+                if self.kept is not None:
+                    self.kept.put_back()
+            finally:
+                self.train()
         except Exception:  # a broken GPU, say; after an interrupt the second call continues while others wait
             self.leave()
             raise
@@ -458,8 +460,9 @@ def _forget_other_threads() -> None:
     renew_lock()
     here = threading.get_ident()
     for use in (turn for turn in line() if turn.thread != here):
-        if isinstance(use, _Use) and use.kept is not None:
-            use.kept.put_back_attributes()  # not the values: comparing large tensors uses threads, too
+        if isinstance(use, _Use):
+            if use.kept is not None:
+                use.kept.put_back_attributes()  # not the values: comparing large tensors uses threads, too
             use.train()
         use.leave()
     for use in [use for use in _EXACT if use.thread != here]:

@@ -1,9 +1,10 @@
 """Recognizes a forward that was analyzed before, by its operations, so that it need not be analyzed again.
 
 Where the positions lie and which feature map is the last follow from the operations of the forward: which ones, in
-which order, on which tensors, with which arguments. Nothing else is compared, because nothing else counts: a layer that
-was replaced, a hook, a changed attribute or another branch for this image shows in the operations or makes no
-difference. What they cannot show (which module of which name returned the layer's tensor) is checked beside them.
+which order, on which tensors, with which arguments. Nothing else counts: a layer that was replaced, a hook, a changed
+attribute or another branch for this image shows in the operations or makes no difference. What they cannot show (which
+module of which name returned the layer's tensor) is checked beside them. The operations of models whose code is known
+need not even be compared, see `structure`.
 """
 
 import weakref

@@ -1,20 +1,24 @@
 """Recognizes a model that is what it was when its forward was analyzed, so that its operations need not be compared.
 
 A forward runs the same operations as before if it runs the same code on the same values, and no value of a tensor
-decides what runs. The code of torch, torchvision, timm and sightline reads nothing but attributes of the model and
-names of its own modules, all of which are compared here; models with other code are compared by their operations.
+decides what runs. The code of torch, torchvision, timm and sightline is taken to read nothing but attributes of the
+model and names of the modules of its classes, all of which are compared here; models with other code are compared by
+their operations.
 """
 
+import os
 import sys
+from abc import ABC
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property, partial
 from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
-from types import FunctionType, NoneType
-from typing import Any
+from types import FunctionType, MethodType, NoneType
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +27,11 @@ from torch.nn.modules import module as torch_module
 
 from sightline.inference import is_unchanged, modules_of, version_of
 
-_KNOWN = {"torch", "torchvision", "timm", "sightline"} | sys.stdlib_module_names
+_LIBRARIES = {"torch", "torchvision", "timm", "sightline", "jaxtyping"}  # the last one wraps ours in tests
+_STANDARD = sys.stdlib_module_names - {"unittest"}  # a mock may do anything
+_STANDARD_FOLDER = os.path.dirname(os.__file__)
+_BASES = {ABC, Generic}
+_HOLDERS = (staticmethod, classmethod, property, cached_property, partial, MethodType)
 _PLAIN = {int, float, bool, str, NoneType, torch.dtype, torch.device}
 _CONTAINERS = {dict, OrderedDict, list, tuple, set, torch.Size}
 _MEMBERS = ("_parameters", "_buffers", "_modules")
@@ -43,6 +51,10 @@ class Structure:
     is_plain: list[bool]
     plain: list[Any]
     """Values of these attributes."""
+    is_tensor: list[bool]
+    """Which of the attributes are tensors that are neither parameters nor buffers."""
+    shapes: list[torch.Size]
+    """Of these tensors."""
     members: Any
     code: list[tuple[Mapping[str, Any], list[Any]]]
     """The classes and their modules, and what these held."""
@@ -66,6 +78,7 @@ class Structure:
             and [*chain.from_iterable(attributes)] == self.names
             and not any(compress(values, self.is_empty))
             and [*compress(values, self.is_plain)] == self.plain
+            and [value.shape for value in compress(values, self.is_tensor)] == self.shapes
             and _members(attributes) == self.members
             and all(len(space) == len(code) and all(map(is_, space.values(), code)) for space, code in self.code)
             and all(getattr(space, name, None) is function for space, name, function in self.functions)
@@ -95,8 +108,8 @@ def structure_of(model: nn.Module) -> Structure | None:
     attributes = [*map(vars, modules)]
     names, values = [*chain.from_iterable(attributes)], _values(attributes)
     types = [*map(type, values)]
-    tensors = {Tensor, nn.Parameter}
-    others = [name not in _MEMBERS and kind not in tensors for name, kind in zip(names, types, strict=True)]
+    is_tensor = [kind in {Tensor, nn.Parameter} for kind in types]
+    others = [name not in _MEMBERS and not tensor for name, tensor in zip(names, is_tensor, strict=True)]
     is_empty = [other and type(value) in _CONTAINERS and not value for other, value in zip(others, values, strict=True)]
     is_plain = [other and not empty for other, empty in zip(others, is_empty, strict=True)]
     plain = [*compress(values, is_plain)]
@@ -109,6 +122,8 @@ def structure_of(model: nn.Module) -> Structure | None:
         is_empty=is_empty,
         is_plain=is_plain,
         plain=deepcopy(plain),
+        is_tensor=is_tensor,
+        shapes=[value.shape for value in compress(values, is_tensor)],
         members=_members(attributes),
         code=[(space, [*space.values()]) for space in spaces],
         functions=[],
@@ -126,10 +141,12 @@ def _values(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
     return [*chain.from_iterable(map(dict[str, Any].values, dictionaries))]
 
 
-def _members(attributes: Iterable[dict[str, Any]]) -> tuple[list[int], list[str], list[type]]:
-    """Parameters, buffers and children: how many, their names and their types."""
+def _members(attributes: Sequence[dict[str, Any]]) -> tuple[list[Any], ...]:
+    """Parameters, buffers and children: how many, their names and types, and the shapes of tensors."""
     members = [*chain.from_iterable(map(itemgetter(*_MEMBERS), attributes))]
-    return [*map(len, members)], [*chain.from_iterable(members)], [*map(type, _values(members))]
+    values = _values(members)
+    shapes = [value.shape for value in values if isinstance(value, Tensor)]
+    return [*map(len, members)], [*chain.from_iterable(members)], [*map(type, values)], shapes
 
 
 def _can_be_compared(value: Any) -> bool:
@@ -143,17 +160,50 @@ def _can_be_compared(value: Any) -> bool:
 def _is_known(kind: type) -> bool:
     """Whether a class is the one of that name in a module whose code is known."""
     try:
-        return _is_from_there(kind) and attrgetter(kind.__qualname__)(sys.modules[kind.__module__]) is kind
+        module = vars(sys.modules[kind.__module__])
+        is_there = attrgetter(kind.__qualname__)(sys.modules[kind.__module__]) is kind
     except (AttributeError, KeyError):
         return False
+    return kind in _BASES or (is_there and _is_of_library(module))
 
 
 def _has_known_functions(space: Mapping[str, Any]) -> bool:
-    return all(_is_from_there(value) for value in space.values() if isinstance(value, FunctionType))
+    return all(is_known_code(value) for value in space.values() if callable(value) or isinstance(value, _HOLDERS))
 
 
-def _is_from_there(value: Any) -> bool:
-    return value.__module__.partition(".")[0] in _KNOWN
+def is_known_code(value: Any) -> bool:
+    """Whether calling this runs code of the libraries known here, or of Python, and nothing else that can be seen."""
+    match value:
+        case property():
+            inside = [value.fget, value.fset, value.fdel]
+        case staticmethod() | classmethod() | MethodType():
+            inside = [value.__func__]
+        case cached_property() | partial():
+            inside = [value.func]
+        case FunctionType():
+            inside = [vars(value).get("__wrapped__")]
+            if not (_is_of_library(value.__globals__) or _is_of_python(value.__globals__)):
+                return False
+        case type():
+            return True  # makes objects; those in the model are looked at themselves
+        case _:
+            inside = [getattr(value, "__wrapped__", None)]
+            root = str(type(value).__module__).partition(".")[0]
+            if root not in _LIBRARIES | _STANDARD:
+                return False
+    return all(map(is_known_code, filter(None, inside)))
+
+
+def _root(module: Mapping[str, Any]) -> str:
+    return str(module.get("__name__")).partition(".")[0]
+
+
+def _is_of_library(module: Mapping[str, Any]) -> bool:
+    return _root(module) in _LIBRARIES
+
+
+def _is_of_python(module: Mapping[str, Any]) -> bool:
+    return _root(module) in _STANDARD and str(module.get("__file__", _STANDARD_FOLDER)).startswith(_STANDARD_FOLDER)
 
 
 def _is_watched() -> bool:
