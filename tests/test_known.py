@@ -264,27 +264,33 @@ def test_weights_of_another_shape_are_noticed():
     check_as_fresh(model)
 
 
-class Callable:
-    """Looks like a function of PyTorch, and does what a switch says."""
+class Switched:
+    """Looks like PyTorch's, and does what a switch says."""
 
     is_on = False
 
+    def __init__(self, function):
+        self.function = function
+
     def __call__(self, *args, **kwargs):
-        return torch.relu(args[0]).mT if self.is_on else torch.relu(args[0])
+        output = self.function(*args, **kwargs)
+        return output.mT if self.is_on else output
 
 
 @pytest.mark.parametrize("kind", ["wrapped method", "object in a namespace"])
 def test_code_that_only_looks_known_is_compared(kind, monkeypatch):
-    switch = Callable()
     if kind == "wrapped method":
-        forward = functools.wraps(nn.ReLU.forward)(lambda self, x: switch(x))
-        monkeypatch.setattr(nn.ReLU, "forward", forward)
+        kept = nn.modules.batchnorm._BatchNorm.forward
+        switched = Switched(kept)
+        wrapped = functools.wraps(kept)(lambda self, x: switched(self, x))
+        monkeypatch.setattr(nn.modules.batchnorm._BatchNorm, "forward", wrapped)
     else:
-        monkeypatch.setattr(F, "relu", switch)
-    model = sequence()
-    explain(model, IMAGES)
-    switch.is_on = True
-    check_as_fresh(model)
+        switched = Switched(F.batch_norm)
+        monkeypatch.setattr(F, "batch_norm", switched)
+    model, images = sequence(), IMAGES[..., :8, :8]
+    explain(model, images)
+    switched.is_on = True
+    check_as_fresh(model, images)
 
 
 def test_code_of_no_module_is_not_known():
