@@ -16,6 +16,7 @@ from sightline.data import ImageSet, Preprocess
 from sightline.data.sets import Pixels
 from sightline.evaluation import Standing, evaluate, planning, standing_of
 from sightline.evaluation.evaluate import _similarity
+from sightline.explainers import selection
 from sightline.inference import forward_call
 from sightline.metrics import METRICS, Perturbation, energy_in_mask
 from sightline.metrics.uncertainty import mean_interval, wilson_interval
@@ -685,7 +686,8 @@ class Clock:
 
 def test_a_method_is_timed_on_the_batch_that_follows_the_first(monkeypatch):
     clock, done = Clock(), []
-    monkeypatch.setattr(planning, "time", clock)
+    for module in (selection, planning):
+        monkeypatch.setattr(module, "time", clock)
 
     def explain(model, images, targets, methods, progress, **options):
         done.append([])
@@ -694,15 +696,15 @@ def test_a_method_is_timed_on_the_batch_that_follows_the_first(monkeypatch):
             done[-1].append(number)
             progress("", number, 10)
 
-    monkeypatch.setattr(planning, "explain", explain)
+    monkeypatch.setattr(selection, "explain", explain)
     images = torch.zeros(4, 3, 2, 2)
-    assert planning._seconds(PooledModel(torch.eye(3)), images, None, "rise", quick=False) == 0.5 * 10 / 2 / 4
+    assert selection.seconds_per_image(PooledModel(torch.eye(3)), images, None, "rise", quick=False) == 0.5 * 10 / 2 / 4
     assert done == [[3, 5]]  # one timing is enough where it takes long
     done.clear()
-    quick = planning._seconds(PooledModel(torch.eye(3)), images, None, "rise", quick=True)
+    quick = selection.seconds_per_image(PooledModel(torch.eye(3)), images, None, "rise", quick=True)
     assert quick == pytest.approx(0.0005 * 10 / 2 / 4) and done == [[3, 5]] * 2
-    monkeypatch.setattr(planning, "explain", lambda *given, **options: setattr(clock, "now", clock.now + 2.0))
-    assert planning._seconds(PooledModel(torch.eye(3)), images, None, "cam") == 0.5
+    monkeypatch.setattr(selection, "explain", lambda *given, **options: setattr(clock, "now", clock.now + 2.0))
+    assert selection.seconds_per_image(PooledModel(torch.eye(3)), images, None, "cam") == 0.5
     waits = iter([5.0, 2.0])  # the first forward is slower
 
     def forward(model, images, **options):
@@ -714,7 +716,7 @@ def test_a_method_is_timed_on_the_batch_that_follows_the_first(monkeypatch):
 
 
 def test_the_map_of_another_class_is_made_once_and_never_again(monkeypatch):
-    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 1.0)
+    monkeypatch.setattr(planning, "seconds_per_image", lambda *given, **options: 1.0)
     monkeypatch.setattr(planning, "_forward_seconds", lambda *given: 0.0)
     images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
     task = replace(task_of(PooledModel(torch.eye(3)), ("cam",), ("max_sensitivity",)), with_runner_up=True)

@@ -221,7 +221,7 @@ def test_a_group_column_of_any_name_has_a_place_in_the_table():
 
 def test_a_budget_is_planned_once(tmp_path, monkeypatch):
     seconds = iter([0.1, 0.2, 0.1])  # what is measured differs from run to run
-    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: now)
+    monkeypatch.setattr(planning, "seconds_per_image", lambda *given, **options: now)
     monkeypatch.setattr(planning, "_forward_seconds", lambda *given: 0.0)
     asked = {"metrics": ["gini"], "controls": [], "batch_size": 4, "partial_results": tmp_path / "parts"}
     now = next(seconds)

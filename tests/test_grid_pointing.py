@@ -459,7 +459,7 @@ def test_methods_are_found_and_a_budget_leaves_some_out(net, tmp_path):
 
 
 def test_a_budget_pays_for_both_games(monkeypatch):
-    monkeypatch.setattr(planning, "_seconds", lambda *given, **options: 1.0)
+    monkeypatch.setattr(planning, "seconds_per_image", lambda *given, **options: 1.0)
     monkeypatch.setattr(planning, "_forward_seconds", lambda *given: 0.0)
     ask = partial(evaluate_mosaics, PooledModel(torch.eye(6)), [colors()], ["grad_cam"], controls=[], limit=4)
     assert [ask(budget=budget).provenance["mosaics"] for budget in (5.9, 6.0)] == ["2", "3"]
