@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -323,6 +324,7 @@ def test_without_network_the_cache_is_used(
     for constant in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
         address = getattr(constants, constant).replace(served.url, "http://127.0.0.1:9")
         monkeypatch.setattr(constants, constant, address)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between its attempts
     line = refused(capsys, "pull", "jane/slides", "--out", tmp_path / "out")
     assert line.startswith("weights of jane/slides: cannot exchange files with the hub: ")
 
