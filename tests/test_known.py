@@ -293,6 +293,20 @@ def test_code_that_only_looks_known_is_compared(kind, monkeypatch):
     check_as_fresh(model, images)
 
 
+def test_a_function_that_transformers_adds_to_all_modules_is_no_hindrance(monkeypatch):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    size = {"embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1]}
+    monkeypatch.delattr(nn.Module, "smart_apply", raising=False)
+    ResNetForImageClassification(ResNetConfig(**size))
+    assert nn.Module.smart_apply.__module__.startswith("transformers")
+    model = sequence()
+    explain(model, IMAGES)
+    begun = compared(monkeypatch)
+    explain(model, IMAGES)
+    assert not begun
+
+
 def test_code_of_no_module_is_not_known():
     anonymous = types.FunctionType((lambda x: x).__code__, {})
     assert anonymous.__module__ is None and not structure.is_known_code(anonymous)

@@ -27,7 +27,8 @@ from torch.nn.modules import module as torch_module
 
 from sightline.inference import is_unchanged, modules_of, version_of
 
-_LIBRARIES = {"torch", "torchvision", "timm", "sightline", "jaxtyping"}  # the last one wraps ours in tests
+_LIBRARIES = {"torch", "torchvision", "timm", "sightline"}
+_ADDED = {"jaxtyping", "transformers"}  # wraps functions in tests; adds a function to nn.Module
 _STANDARD = sys.stdlib_module_names - {"unittest"}  # a mock may do anything
 _STANDARD_FOLDER = os.path.dirname(os.__file__)
 _BASES = {ABC, Generic}
@@ -182,14 +183,15 @@ def is_known_code(value: Any) -> bool:
             inside = [value.func]
         case FunctionType():
             inside = [vars(value).get("__wrapped__")]
-            if not (_is_of_library(value.__globals__) or _is_of_python(value.__globals__)):
+            space = value.__globals__
+            if not (_is_of_library(space) or _is_of_python(space) or _root(space) in _ADDED):
                 return False
         case type():
             return True  # makes objects; those in the model are looked at themselves
         case _:
             inside = [getattr(value, "__wrapped__", None)]
             root = str(type(value).__module__).partition(".")[0]
-            if root not in _LIBRARIES | _STANDARD:
+            if root not in _LIBRARIES | _STANDARD | _ADDED:
                 return False
     return all(map(is_known_code, filter(None, inside)))
 
