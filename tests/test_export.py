@@ -63,7 +63,7 @@ def expected(folder: Path, images: torch.Tensor, blocks: list[str]) -> list[torc
 
 def assert_no_folder(content: bytes, folder: Path) -> None:
     """No folder of this machine is in a file that is made to be given away."""
-    assert str(Path(export.__file__).parent).encode() not in content and str(folder).encode() not in content
+    assert str(Path(runs.__file__).parent).encode() not in content and str(folder).encode() not in content
 
 
 def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
@@ -77,7 +77,7 @@ def test_onnx_gives_the_logits_and_the_maps(network: str, tmp_path: Path) -> Non
     onnxruntime = pytest.importorskip("onnxruntime")
     name, options, blocks = NETWORKS[network]
     folder = trained(tmp_path / "run", name, options)
-    found = export.write(folder, tmp_path / "net.onnx")
+    found = export(folder, tmp_path / "net.onnx")
     assert found.outputs == ("logits", *blocks) and found.size == (32, 32)
     assert found.difference is not None and found.difference <= 1e-5
     session = onnxruntime.InferenceSession(found.path)
@@ -98,7 +98,7 @@ def test_onnx_gives_the_logits_and_the_maps(network: str, tmp_path: Path) -> Non
 def test_an_exported_program_gives_the_logits_and_the_maps(network: str, tmp_path: Path) -> None:
     name, options, blocks = NETWORKS[network]
     folder = trained(tmp_path / "run", name, options)
-    found = export.write(folder, tmp_path / "net.pt2")
+    found = export(folder, tmp_path / "net.pt2")
     assert found.outputs == ("logits", *blocks) and found.difference is not None and found.difference <= 1e-5
     facts = {"sightline.json": ""}
     program = torch.export.load(found.path, extra_files=facts).module()
@@ -122,7 +122,7 @@ def test_a_wrong_export_is_not_written(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.export, "load", Wrong)
     with pytest.raises(RuntimeError, match=r"differ from vgg15 by at most 0\.0001 .* got 0\.001; nothing was written"):
-        export.write(folder, tmp_path / "net.pt2")
+        export(folder, tmp_path / "net.pt2")
     assert not (tmp_path / "net.pt2").exists()
 
 
@@ -131,10 +131,10 @@ def test_without_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxscript", None)
         with pytest.raises(ModuleNotFoundError, match=r"onnxscript; install it: pip install 'sightline\[export\]'"):
-            export.write(folder, tmp_path / "net.onnx")
+            export(folder, tmp_path / "net.onnx")
     pytest.importorskip("onnxscript")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert export.write(folder, tmp_path / "net.onnx").difference is None
+    assert export(folder, tmp_path / "net.onnx").difference is None
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,5 +162,5 @@ def test_a_network_that_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.M
     folder = trained(tmp_path / "run", *NETWORKS["no attention"][:2])
     monkeypatch.setattr(runs, "load_model", lambda folder: Stubborn())
     with pytest.raises(ValueError, match="cannot export vgg15 for any number of images: ") as caught:
-        export.write(folder, tmp_path / "net.pt2")
+        export(folder, tmp_path / "net.pt2")
     assert "\n" not in str(caught.value) and not (tmp_path / "net.pt2").exists()
