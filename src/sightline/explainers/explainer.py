@@ -15,7 +15,7 @@ from sightline.explainers.capture import LayerLike, has_known_plan, is_known_cod
 from sightline.explainers.evidence import GUIDED, Evidence, Settings, gather
 from sightline.explainers.scorer import Targets
 from sightline.explainers.tokens import SmoothAttention
-from sightline.explainers.verdicts import Doubts, Map
+from sightline.explainers.verdicts import Compared, Doubts, Map
 from sightline.facts import Layer, Progress, Verdict, current_name
 from sightline.inference import (
     ForwardCall,
@@ -261,12 +261,15 @@ def _explanation(
         layers[name] = Layer() if source is None else Layer(evidence.layer, source.shape[1:])
         total = score if pieces[0].total is None else pieces[0].total
         whole = "score" if callable(targets) else "logit"
-        doubts[name] = Doubts(
-            values[name],
-            scorer.targets,
+        compared = Compared(
+            maps=values[name],
+            targets=scorer.targets,
             runner_up=None if other is None else explainer.map_of(other, **request.options).values,
             score=None if explainer.is_control else score,
             total=total if explainer.sums_to_score else None,
+        )
+        doubts[name] = Doubts(
+            compared,
             is_blind_to_class=explainer.is_blind_to_class,
             whole=whole if pieces[0].total is None else "expected total",
             remarks=pieces[0].remarks + ((evidence.rectifiers.verdict(),) if explainer.needs & GUIDED else ()),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -32,43 +32,42 @@ class Map:
     """What to distrust in all of them."""
 
 
+class Compared(NamedTuple):
+    """What the verdicts on the maps of one method follow from."""
+
+    maps: Float[Tensor, "b t *grid"]
+    targets: Int[Tensor, "b t"]
+    """The classes that they explain."""
+    runner_up: Float[Tensor, "b t *grid"] | None
+    """Maps of another class."""
+    score: Float[Tensor, "b t"] | None
+    """The explained score; None for a control, which explains none."""
+    total: Float[Tensor, "b t"] | None
+    """What the maps should sum to, if anything."""
+
+
 class Doubts:
-    """What the verdicts on the maps of one method follow from; they are computed when they are asked for.
+    """The verdicts on the maps of one method, computed when they are asked for.
 
     Small maps are copied, with all that is compared with them, so that the caller may change them in place before that;
     the signs of large ones are taken at once.
 
     Args:
-        maps: maps of one method.
-        targets: the classes that they explain.
-        runner_up: maps of another class.
-        score: the explained score; None for a control, which explains none.
-        total: what the maps should sum to, if anything.
+        compared: the maps, and what speaks for or against them.
         is_blind_to_class: whether they are the same for all classes by construction.
         whole: what the maps should sum to, in words.
         remarks: verdicts on all of the maps.
     """
 
-    def __init__(
-        self,
-        maps: Float[Tensor, "b t *grid"],
-        targets: Int[Tensor, "b t"],
-        *,
-        runner_up: Float[Tensor, "b t *grid"] | None,
-        score: Float[Tensor, "b t"] | None,
-        total: Float[Tensor, "b t"] | None,
-        is_blind_to_class: bool,
-        whole: str,
-        remarks: Sequence[Verdict],
-    ) -> None:
+    def __init__(self, compared: Compared, *, is_blind_to_class: bool, whole: str, remarks: Sequence[Verdict]) -> None:
         self.is_blind_to_class = is_blind_to_class
         self.whole = whole
         self.remarks = remarks
-        is_small = maps.numel() <= _LARGEST_COPY
-        values = [None if value is None else value.detach() for value in (maps, targets, runner_up, score, total)]
+        is_small = compared.maps.numel() <= _LARGEST_COPY
+        values: Any = (None if value is None else value.detach() for value in compared)
         if is_small:
-            values = [None if value is None else value.clone() for value in values]
-        signs: Any = partial(_signs_of, *values, is_blind_to_class)  # pyright: ignore[reportArgumentType]
+            values = (None if value is None else value.clone() for value in values)
+        signs = partial(_signs_of, Compared(*values), is_blind_to_class)
         self._signs = signs if is_small else signs()
 
     def signs(self) -> Float[Tensor, "b 9"]:
@@ -112,14 +111,8 @@ class Doubts:
         return verdicts
 
 
-def _signs_of(
-    maps: Float[Tensor, "b t *grid"],
-    targets: Int[Tensor, "b t"],
-    runner_up: Float[Tensor, "b t *grid"] | None,
-    score: Float[Tensor, "b t"] | None,
-    total: Float[Tensor, "b t"] | None,
-    is_blind_to_class: bool,
-) -> Float[Tensor, "b 9"]:
+def _signs_of(compared: Compared, is_blind_to_class: bool) -> Float[Tensor, "b 9"]:
+    maps, targets, runner_up, score, total = compared
     values = maps.flatten(2)
     low, high, absolute = values.amin(2), values.amax(2), values.abs().sum(2)
     finite = values.isfinite().flatten(1).all(1)
@@ -127,21 +120,21 @@ def _signs_of(
         finite &= score.isfinite().all(1)
     variation = pixels.variation(maps).amin(1)
     flat = finite & (variation <= pixels.ROUNDING)
-    compared = torch.ones_like(flat)
+    checked = torch.ones_like(flat)
     if is_blind_to_class:
         same = torch.full_like(flat, score is not None)
     elif runner_up is not None:
         same = _same(values, runner_up.flatten(2)).all(1)
     else:  # each with the next target's
         differ = targets != targets.roll(-1, 1)
-        compared = differ.any(1)
-        same = (_same(values, values.roll(-1, 1)) | ~differ).all(1) & compared
+        checked = differ.any(1)
+        same = (_same(values, values.roll(-1, 1)) | ~differ).all(1) & checked
     sums = values.sum(2)
     expected = sums if total is None else total
     gaps, widest = ((sums - expected).abs() / absolute).max(1, keepdim=True)
     negative = finite & ((high <= 0) & (low < 0)).any(1)
     gap = [value[:, 0] for value in (gaps, sums.gather(1, widest), expected.gather(1, widest))]
-    signs = [~finite, flat, variation, negative, finite & ~flat & same, *gap, compared]
+    signs = [~finite, flat, variation, negative, finite & ~flat & same, *gap, checked]
     return torch.stack([sign.float() for sign in signs], 1)
 
 

@@ -18,7 +18,16 @@ from sightline.inference.outputs import (
     run,
     wide,
 )
-from sightline.inference.preserve import exact, is_unchanged, modules_of, preserving, remember, untouched, unwrapped
+from sightline.inference.preserve import (
+    exact,
+    is_unchanged,
+    modules_of,
+    preserving,
+    remember,
+    untouched,
+    unwrapped,
+    values_of,
+)
 from sightline.inference.probabilities import version_of
 
 __all__ = [
@@ -48,6 +57,7 @@ __all__ = [
     "run",
     "untouched",
     "unwrapped",
+    "values_of",
     "version_of",
     "wide",
 ]

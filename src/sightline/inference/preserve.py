@@ -138,6 +138,11 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return [*modules.values()]
 
 
+def values_of(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
+    """The values of all of them, such as the attributes of modules."""
+    return [*chain.from_iterable(map(dict[str, Any].values, dictionaries))]
+
+
 def exact() -> Ensured[None]:
     """Run a GPU's convolutions in full 32 bits instead of TF32, as on a CPU, unless you set their precision yourself.
 
@@ -338,7 +343,7 @@ class _Modules:
         self.classes = [*map(type, modules)]
         self.training = [module.training for module in modules]
         self.attributes = [*map(dict[str, Any].copy, map(vars, modules))]
-        self.values = _values(self.attributes)
+        self.values = values_of(self.attributes)
         are_containers, are_tensors = _kinds_of(tuple(map(type, self.values)))
         self.containers = [] if _is_sharded(modules) else [*compress(self.values, are_containers)]
         self.lengths = [*map(len, self.containers)]
@@ -387,7 +392,7 @@ class _Modules:
                 _fill(value, content)
 
     def _has_same_attributes(self) -> bool:
-        now = _values(map(vars, self.modules))
+        now = values_of(map(vars, self.modules))
         return (
             [*map(type, self.modules)] == self.classes
             and len(now) == len(self.values)
@@ -401,10 +406,6 @@ class _Modules:
 def _kinds_of(types: tuple[type, ...]) -> tuple[list[bool], list[bool]]:
     """Which of the values are containers, and which are tensors."""
     return [kind in _CONTAINERS for kind in types], [kind is Tensor for kind in types]
-
-
-def _values(attributes: Iterable[dict[str, Any]]) -> list[Any]:
-    return [*chain.from_iterable(map(dict[str, Any].values, attributes))]
 
 
 def _is_sharded(modules: Sequence[nn.Module]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sightline.explainers.capture.features import Captured, LastFeatures, Watch, guess_of, hook_on, quantized_in
-from sightline.explainers.capture.replay import Known, Place, Plan, Recording, Replay, forget, keep, plan_of
+from sightline.explainers.capture.replay import Known, Place, Plan, Recording, Replay, Rerun, forget, keep, plan_of
 from sightline.explainers.capture.structure import structure_of
 from sightline.explainers.scorer import Scorer
 from sightline.explainers.tokens import MANY_REGISTERS, patch_maps
@@ -122,7 +122,7 @@ class Capture:
             keep(self.model, self.key, plan.known_by(structure if is_harmless else None))
         return True
 
-    def _replayed(self, plan: Plan, modules: dict[str, nn.Module], replay: Known) -> bool:
+    def _replayed(self, plan: Plan, modules: dict[str, nn.Module], replay: Rerun) -> bool:
         """Whether the forward runs as the plan says; then everything is filled in."""
         scorer = self.scorer
         before, gradients = scorer.forward_call, torch.is_grad_enabled()
@@ -150,14 +150,12 @@ class Capture:
         self.captured = [read[plan.names[layer]] for layer in self.layers]
         return True
 
-    def _keep_again(self, replay: Known, place: Place, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def _keep_again(self, replay: Rerun, place: Place, module: nn.Module, inputs: Any, output: Any) -> Any:
         first = first_tensor(output)
         handed = replay.keep(place, first)
-        return (
-            handed
-            if handed is None or first is output
-            else tree_map(lambda value: handed if value is first else value, output)
-        )
+        if handed is None or first is output:
+            return handed
+        return tree_map(lambda value: handed if value is first else value, output)
 
     def _analyze(self) -> None:
         searched = [name for name in dict.fromkeys(self.names) if name not in self.modules or not name]

@@ -279,8 +279,8 @@ def _is_of_torch(function: Any) -> bool:
     return isinstance(function, _BUILT_IN) or str(getattr(function, "__module__", "")).startswith("torch")
 
 
-class Known(Probabilities):
-    """Keeps the layers of a forward which is known to run the operations of a plan."""
+class Rerun(Probabilities):
+    """A forward that should run the operations of a plan; keeps its layers."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -288,12 +288,6 @@ class Known(Probabilities):
         self.is_same = True
         self.is_over = False
         self.kept: dict[str, Tensor] = {}
-
-    def __enter__(self) -> "Known":
-        return self  # sees no operations
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def keep(self, place: Place, tensor: Any) -> Tensor | None:
         """Begin the graph at a layer's tensor; the tensor to hand on in its place."""
@@ -315,20 +309,23 @@ class Known(Probabilities):
         """None, as for the logits of the recorded forward."""
 
 
-class Replay(Known):
-    """Compares the operations of a forward with those of a plan."""
+class Known(Rerun):
+    """One that is known to run them, so that no operation is seen."""
+
+    def __enter__(self) -> "Known":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Replay(Rerun):
+    """One whose operations are compared with those of the plan."""
 
     def __init__(self, plan: Plan, images: Tensor) -> None:
         super().__init__(plan)
         self.trace = _Trace(images)
         self.place = 0
-
-    def __enter__(self) -> "Replay":
-        Probabilities.__enter__(self)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        Probabilities.__exit__(self, *exception)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from sightline.inference import is_unchanged, modules_of, version_of
+from sightline.inference import is_unchanged, modules_of, values_of, version_of
 
 _LIBRARIES = {"torch", "torchvision", "timm", "sightline"}
 _ADDED = {"jaxtyping", "transformers"}  # wraps functions in tests; adds a function to nn.Module
@@ -73,7 +73,7 @@ class Structure:
         if [*map(type, modules)] != self.classes or _is_watched():
             return False
         attributes = [*map(vars, modules)]
-        values = _values(attributes)
+        values = values_of(attributes)
         return (
             [*map(type, values)] == self.types
             and [*chain.from_iterable(attributes)] == self.names
@@ -107,7 +107,7 @@ def structure_of(model: nn.Module) -> Structure | None:
         return None
     spaces = [*map(vars, bases), *(vars(sys.modules[name]) for name in {kind.__module__ for kind in bases}), vars(F)]
     attributes = [*map(vars, modules)]
-    names, values = [*chain.from_iterable(attributes)], _values(attributes)
+    names, values = [*chain.from_iterable(attributes)], values_of(attributes)
     types = [*map(type, values)]
     is_tensor = [kind in {Tensor, nn.Parameter} for kind in types]
     others = [name not in _MEMBERS and not tensor for name, tensor in zip(names, is_tensor, strict=True)]
@@ -133,19 +133,15 @@ def structure_of(model: nn.Module) -> Structure | None:
 
 
 def _versions(model: nn.Module) -> list[int]:
-    attributes = _values(map(vars, modules_of(model)))
+    attributes = values_of(map(vars, modules_of(model)))
     tensors = chain(model.parameters(), model.buffers(), (value for value in attributes if isinstance(value, Tensor)))
     return [version_of(tensor) for tensor in tensors]
-
-
-def _values(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
-    return [*chain.from_iterable(map(dict[str, Any].values, dictionaries))]
 
 
 def _members(attributes: Sequence[dict[str, Any]]) -> tuple[list[Any], ...]:
     """Parameters, buffers and children: how many, their names and types, and the shapes of tensors."""
     members = [*chain.from_iterable(map(itemgetter(*_MEMBERS), attributes))]
-    values = _values(members)
+    values = values_of(members)
     shapes = [value.shape for value in values if isinstance(value, Tensor)]
     return [*map(len, members)], [*chain.from_iterable(members)], [*map(type, values)], shapes
 
