@@ -136,7 +136,7 @@ def check_columns(data: Data, names: Iterable[str], where: object, *, same_case:
 
 
 def unclear_column(what: str, option: str, where: object, names: Iterable[str]) -> ValueError:
-    """The refusal of a table of which no column is known to hold `what`."""
+    """The error for a table in which no column is known to hold `what`."""
     return ValueError(
         f"cannot tell which column of {where} holds the {what}; name one by data.{option}: {', '.join(names)}"
     )
