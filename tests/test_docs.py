@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if "generated" not in page.parts),
     ROOT / "benchmarks/README.md",
 ]
 BLOCK = re.compile(
