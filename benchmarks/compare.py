@@ -136,26 +136,44 @@ def compare(
     return row | {"verdict": "unexplained"}, theirs, ours
 
 
-def files(name: str) -> tuple[Path, Path, dict[str, str]]:
-    """The page and the JSON file of a script, and the texts of its reasons."""
-    return ROOT / f"docs/{name}.md", ROOT / f"benchmarks/results/{name}.json", TEXTS[name]
+def files(name: str) -> tuple[Path, dict[str, str]]:
+    """The JSON file of a script, and the texts of its reasons."""
+    return ROOT / f"benchmarks/results/{name}.json", TEXTS[name]
 
 
-def save(name: str, page: Callable[[dict[str, Any]], str], packages: Iterable[str], **results: Any) -> None:
-    """Write the page and the JSON file; packages that are not installed have no version."""
+def save(
+    name: str, pages: Callable[[dict[str, Any]], dict[Path, str]], packages: Iterable[str], **results: Any
+) -> None:
+    """Write the pages and the JSON file; packages that are not installed have no version."""
     installed = {each.name: each.version for each in distributions()}
     document: dict[str, Any] = {"script": f"benchmarks/{name}.py", "date": datetime.now(UTC).date().isoformat()}
     document |= {"versions": {package: installed.get(package) for package in packages}, **results}
-    markdown, results_file, _ = files(name)
-    results_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    markdown.write_text(page(document))
+    files(name)[0].write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    for path, text in pages(document).items():
+        path.write_text(text)
 
 
-def written(name: str, document: dict[str, Any], tables: Iterable[str], **values: Any) -> str:
-    """The page of a script, from its text in reasons.yaml."""
+def written(
+    name: str, document: dict[str, Any], counts: dict[str, dict[str, int]], bodies: dict[str, str], **values: Any
+) -> dict[Path, str]:
+    """The pages of a script: one from its text in reasons.yaml with the counts, and one with the body of each peer."""
+    stem = TEXTS["pages"][name]["stem"]
+    paths = {peer: ROOT / f"docs/peers/{stem}-{peer}.md" for peer in bodies}
     versions = ", ".join(f"{package} {number}" for package, number in document["versions"].items() if number)
     origin = f"Written by `python {document['script']}` on {document['date']}, not by hand; {versions}."
-    return TEXTS["pages"][name].format(origin=origin, tables="\n\n".join(tables), **values)
+    kinds = list(next(iter(counts.values())))
+    rows = [[f"[{peer}]({paths[peer].name})", *(str(counts[peer][kind]) for kind in kinds)] for peer in bodies]
+    total = ["all", *(str(sum(each[kind] for each in counts.values())) for kind in kinds)]
+    summary = table(["library", *kinds], *rows, total)
+    pages = {
+        ROOT / f"docs/peers/{stem}.md": TEXTS["pages"][name]["text"].format(origin=origin, summary=summary, **values)
+    }
+    for peer, body in bodies.items():
+        title = f"{TEXTS['pages'][name]['title']} {peer}"
+        version = document["versions"].get(peer)
+        about = f"sightline beside {peer}{f' {version}' if version else ''}; [how to read the table]({stem}.md)."
+        pages[paths[peer]] = f"# {title}\n\n{about}\n\n{body}\n"
+    return pages
 
 
 def table(*rows: Iterable[str]) -> str:

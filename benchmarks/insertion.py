@@ -38,8 +38,10 @@ KINDS = ("cbam", "bam", "brnpa")
 QUICK = {3: ("cbam", "bam", "brnpa", "gem"), 1: ("brnpa",), 2: ("brnpa",), 1000: ("cbam", "brnpa")}
 EVERYTHING = {3: (*GATING, *POOLING), 1: KINDS, 2: KINDS, 1000: KINDS}
 Row = dict[str, Any]
-PAGE, HEADING = Path(__file__).parents[1] / "docs/attention.md", "### Every family\n"
-ABOUT = """[benchmarks/insertion.py](../benchmarks/insertion.py) inserts blocks into one small network of each family \
+PAGE = Path(__file__).parents[1] / "docs/results/insertion.md"
+ABOUT = """# Attention in every family of networks
+
+[benchmarks/insertion.py](../../benchmarks/insertion.py) inserts blocks into one small network of each family \
 of timm and torchvision, with 1, 2, 3 and 1000 classes.
 A gating block must leave the logits bit-equal, see features with the image's proportions, run once and affect the \
 logits.
@@ -290,8 +292,7 @@ def main() -> None:
     right = sum(row["is"] == "right" for row in rows)
     summary = f"{len(rows)} insertions: {right} right, {len(rows) - right - wrong} refused, {wrong} wrong."
     print(summary)
-    before, _, rest = PAGE.read_text().partition(HEADING)
-    PAGE.write_text(f"{before}{HEADING}\n{ABOUT}\n\n{summary}\n\n{table(rows)}\n\n## " + rest.partition("\n## ")[2])
+    PAGE.write_text(f"{ABOUT}\n\n{summary}\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":

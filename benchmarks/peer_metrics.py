@@ -1,6 +1,6 @@
 """The same scores of maps from sightline, captum, torch-cam, pytorch-grad-cam, Quantus and saliency-maps-metrics.
 
-    python benchmarks/peer_metrics.py    writes docs/peer_metrics.md and benchmarks/results/peer_metrics.json
+    python benchmarks/peer_metrics.py    writes docs/peers/scores*.md and benchmarks/results/peer_metrics.json
 
 A difference is explained only with a proof: the peer's formula, written out here in a few lines, gives the peer's
 score, or the peer contradicts itself. Peers that are not installed are left out.
@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
 from math import inf, isfinite, log
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,7 +31,7 @@ from sightline import metrics
 from sightline.maps import normalize
 from sightline.testing import ConstantModel, LinearModel
 
-PAGE, RESULTS, REASONS = files("peer_metrics")
+RESULTS, REASONS = files("peer_metrics")
 MODULES = {"grad-cam": "pytorch_grad_cam", "saliency-maps-metrics": "saliency_maps_metrics"}
 TOLERANCE = {"captum": 1e-5, "torchcam": 1e-5, "grad-cam": 1e-4, "quantus": 1e-4, "saliency-maps-metrics": 1e-5}
 """1e-4 for peers that compute in float32."""
@@ -885,7 +886,7 @@ def main() -> None:
         for row in peers[peer]:
             if row["verdict"] == "unexplained":
                 print(json.dumps(row, indent=1))
-    save("peer_metrics", page, ("torch", "numpy", *CASES), peers=peers)
+    save("peer_metrics", pages, ("torch", "numpy", *CASES), peers=peers)
 
 
 def shown(values: list[float | None]) -> str:
@@ -902,17 +903,15 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return row["metric"], f"`{row['ours']}`", theirs, shown(row["our_values"]), difference, verdict
 
 
-def page(results: dict[str, Any]) -> str:
+def pages(results: dict[str, Any]) -> dict[Path, str]:
     head = ("metric", "ours", "peer's value", "our value", "largest difference", "what and why")
-    tables = [
-        f"## {peer} {results['versions'][peer]}\n\n{table(head, *map(cells, rows))}"
-        if rows
-        else f"## {peer}\n\nNot installed when this page was written; its rows are left out."
+    bodies = {
+        peer: table(head, *map(cells, rows)) if rows else "Not installed when this page was written."
         for peer, rows in results["peers"].items()
-    ]
-    verdicts = [row["verdict"] for rows in results["peers"].values() for row in rows]
-    counts = {verdict.split()[-1]: verdicts.count(verdict) for verdict in VERDICTS}
-    return written("peer_metrics", results, tables, **counts, side=SIDE, classes=CLASSES)
+    }
+    verdicts = {peer: [row["verdict"] for row in rows] for peer, rows in results["peers"].items()}
+    counts = {peer: {verdict: each.count(verdict) for verdict in VERDICTS} for peer, each in verdicts.items()}
+    return written("peer_metrics", results, counts, bodies, side=SIDE, classes=CLASSES)
 
 
 if __name__ == "__main__":

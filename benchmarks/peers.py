@@ -1,6 +1,6 @@
 """The same maps from sightline, captum, pytorch-grad-cam, torch-cam and zennit, on eight networks of torchvision.
 
-    python benchmarks/peers.py                  all networks, writes docs/peers.md and benchmarks/results/peers.json
+    python benchmarks/peers.py                  all networks, writes docs/peers/maps*.md and results/peers.json
     python benchmarks/peers.py resnet18 vgg16   measures only these again
 
 A difference is explained only with a proof: the peer's formula, written out here in a few lines, gives the peer's map,
@@ -15,6 +15,7 @@ from copy import deepcopy
 from functools import cached_property, partial
 from itertools import product
 from math import inf, isfinite
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -39,7 +40,7 @@ from zennit.types import AvgPool, Linear
 import sightline as sl
 
 zennit: Any = attribution  # its annotations are narrower than what it accepts
-PAGE, RESULTS, REASONS = files("peers")
+RESULTS, REASONS = files("peers")
 SIDE, CLASSES, STEPS, SAMPLES, EQUAL = 64, 20, 8, 4, 1e-5
 EARLY = {
     "resnet18": "layer1",
@@ -584,6 +585,12 @@ def zennit_cases() -> list[Case]:
     ]
 
 
+COUNTED = {
+    "equal": "equal",
+    "explained": "differs",
+    "the peer fails or both refuse": "fails",
+    "unexplained": "unexplained",
+}
 CASES = {"captum": captum_cases, "grad-cam": grad_cam_cases, "torchcam": torch_cam_cases, "zennit": zennit_cases}
 
 
@@ -607,43 +614,45 @@ def main() -> None:
             if cell["verdict"] in ("unexplained", "fails"):
                 print(f"  {name} {peer} {method}: {cell}")
         results = {name: nets[name] for name in EARLY if name in nets}
-        save("peers", page, ("torch", "torchvision", *CASES, "numpy"), nets=results)
+        save("peers", pages, ("torch", "torchvision", *CASES, "numpy"), nets=results)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def page(results: dict[str, Any]) -> str:
+def pages(results: dict[str, Any]) -> dict[Path, str]:
     nets: dict[str, Any] = results["nets"]
-    numbers: dict[str, int] = {}
-
-    def text(cell: dict[str, Any]) -> str:
-        note = cell.get("error") or REASONS.get(cell.get("reason", ""))
-        mark = f"[{numbers.setdefault(note, len(numbers) + 1)}]" if note else "**unexplained**"
-        if cell["verdict"] == "left out":
-            return "n/a"
-        if "error" in cell:
-            return f"{'both refuse' if 'refusal' in cell else 'fails'} {mark}"
-        value = "we refuse"
-        if "difference" in cell:
-            value = f"{cell['difference']:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
-            value = "0" if value == "0e0" else value
-        return value if cell["verdict"] == "equal" else f"**{value}** {mark}"
-
-    tables: list[str] = []
+    bodies: dict[str, str] = {}
+    counts: dict[str, dict[str, int]] = {}
     for peer in CASES:
+        numbers: dict[str, int] = {}
         methods = next(iter(nets.values()))["cells"][peer]
         head = [f"{peer} {results['versions'][peer]}", *nets]
-        rows = [[method, *(text(net["cells"][peer][method]) for net in nets.values())] for method in methods]
-        tables.append(f"## {peer}\n\n{table(head, *rows)}")
+        cells = [[net["cells"][peer][method] for net in nets.values()] for method in methods]
+        rows = [[method, *(shown(cell, numbers) for cell in row)] for method, row in zip(methods, cells, strict=True)]
+        notes = "\n".join(f"{number}. {note.replace('|', '/')}" for note, number in numbers.items())
+        bodies[peer] = f"{table(head, *rows)}\n\n## Notes\n\n{notes}"
+        verdicts = [cell["verdict"] for row in cells for cell in row]
+        counts[peer] = {name: verdicts.count(verdict) for name, verdict in COUNTED.items()}
     layers = "; ".join(
         f"{name} `{net['layer']}`" + (f", `{net['early_layer']}`" if net["early_layer"] else "")
         for name, net in nets.items()
     )
-    verdicts = [cell["verdict"] for net in nets.values() for cells in net["cells"].values() for cell in cells.values()]
-    counts = {verdict: verdicts.count(verdict) for verdict in ("equal", "differs", "fails", "unexplained")}
-    notes = "\n".join(f"{number}. {note.replace('|', '/')}" for note, number in numbers.items())
-    return written(
-        "peers", results, tables, **counts, notes=notes, layers=layers, side=SIDE, classes=CLASSES, steps=STEPS
-    )
+    values = {"layers": layers, "side": SIDE, "classes": CLASSES, "steps": STEPS}
+    return written("peers", results, counts, bodies, **values)
+
+
+def shown(cell: dict[str, Any], numbers: dict[str, int]) -> str:
+    """The text of a cell; a new note gets the next number."""
+    note = cell.get("error") or REASONS.get(cell.get("reason", ""))
+    mark = f"[{numbers.setdefault(note, len(numbers) + 1)}]" if note else "**unexplained**"
+    if cell["verdict"] == "left out":
+        return "n/a"
+    if "error" in cell:
+        return f"{'both refuse' if 'refusal' in cell else 'fails'} {mark}"
+    value = "we refuse"
+    if "difference" in cell:
+        value = f"{cell['difference']:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+        value = "0" if value == "0e0" else value
+    return value if cell["verdict"] == "equal" else f"**{value}** {mark}"
 
 
 if __name__ == "__main__":

@@ -166,11 +166,11 @@ def test_every_entry_of_a_registry_has_its_row() -> None:
 
     measures = METRICS | MOSAIC_METRICS
     registries = {
-        "maps": EXPLAINERS,
-        "measures": measures,
-        "attention": ATTENTION,
-        "training": MODELS,
-        "data": DATASETS,
+        "explanation/maps": EXPLAINERS,
+        "explanation/measures": measures,
+        "explanation/attention": ATTENTION,
+        "reference/networks": MODELS,
+        "reference/data": DATASETS,
     }
     for page, registry in registries.items():
         lines = (ROOT / f"docs/{page}.md").read_text().splitlines()

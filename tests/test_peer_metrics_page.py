@@ -22,9 +22,10 @@ def peers() -> ModuleType:
 
 
 @pytest.mark.parametrize("script", [lambda: peer_metrics, peers], ids=["peer_metrics", "peers"])
-def test_the_page_is_what_the_json_file_says(script: Any) -> None:
+def test_the_pages_are_what_the_json_file_says(script: Any) -> None:
     module = script()
-    assert module.page(json.loads(module.RESULTS.read_text())) == module.PAGE.read_text()
+    pages = module.pages(json.loads(module.RESULTS.read_text()))
+    assert {path: path.read_text() for path in pages} == pages
 
 
 def test_every_score_of_every_peer_is_explained() -> None:

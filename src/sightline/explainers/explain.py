@@ -49,7 +49,7 @@ def explain(
 ) -> Explanation:
     """Maps of all methods for a batch, from one forward and one backward of each kind that they need.
 
-    docs/maps.md, "Cost", counts them.
+    docs/explanation/cost.md counts them.
 
     A method is a name from `EXPLAINERS`, an explainer, or a `functools.partial` of one that sets its options;
     `name@layer` reads another layer for this method. `layer` is a dotted name, a module, or a list of them (then the
