@@ -1,11 +1,12 @@
 # Needs Python >= 3.11, pip and make. `make demo` runs the main job and `make test` the tests; both create .venv the first
 # time. PYTHON=/path/to/python chooses the interpreter for it.
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs clean
 
 help:
 	@echo "make demo    train on clutter, explain, evaluate; write runs/demo/ with the report"
 	@echo "make test    run the test suite"
-	@echo "make check   check lint, format, types and import layers"
+	@echo "make check   check lint, format, types, import layers and the pages and links of docs/"
+	@echo "make docs    write the documentation to build/docs/"
 	@echo "make clean   remove .venv, caches and build outputs; keep runs/"
 
 demo:
@@ -31,6 +32,12 @@ check:
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m pyright
 	.venv/bin/lint-imports
+	.venv/bin/python -m sphinx -q -E -W --keep-going -n -b dummy -d build/doctrees docs build/docs-checked
+
+docs:
+	@scripts/setup dev
+	.venv/bin/python -m sphinx -q -E -W --keep-going -n -b html -d build/doctrees docs build/docs
+	@echo "$(CURDIR)/build/docs/index.html"
 
 clean:
 	rm -rf .venv .cache build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

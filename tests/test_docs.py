@@ -111,7 +111,7 @@ def check_command(words: list[str], note: str, place: str) -> None:
     elif program == "pip":
         assert arguments[0] == "install", place
         extras = re.findall(r"\[(\w+)\]", " ".join(arguments))
-        assert set(extras) <= {"train", "export", "dev"}, place
+        assert set(extras) <= {"train", "export", "docs", "dev"}, place
     elif program in (".venv/bin/python", "python"):
         assert arguments[0] == "-m" or (ROOT / arguments[0]).is_file(), place
     else:
