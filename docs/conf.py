@@ -63,6 +63,7 @@ def adapt(app: Sphinx, docname: str, source: list[str]) -> None:
     path = DOCS / f"{docname}.md"
     if reference_pages.GENERATED not in path.parents:
         text = reference_pages.relinked(source[0], path, path)
+        text = reference_pages.with_linked_rows(text) if docname.startswith("explanation/") else text
         source[0] = re.sub(r"^\*$", "\n".join(others(text, path)), text, flags=re.MULTILINE)
 
 

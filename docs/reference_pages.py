@@ -20,7 +20,7 @@ from sightline.arguments import needs
 from sightline.attention import ATTENTION
 from sightline.explainers import EXPLAINERS, Explainer
 from sightline.facts import current_name
-from sightline.metrics import METRICS, MOSAIC_METRICS, PerImageMean, PerturbationMetric
+from sightline.metrics import METRICS, MOSAIC_METRICS, PerImageMean
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -82,9 +82,12 @@ def all_pages() -> Iterator[tuple[str, str]]:
         yield f"metrics/{name}.md", metric_page(name, measure)
     for name, block in ATTENTION.items():
         yield f"attention/{name}.md", block_page(name, block)
-    yield "explainers/index.md", overview("Explainers", EXPLAINER_HEAD, map(explainer_row, EXPLAINERS.items()))
-    yield "metrics/index.md", overview("Metrics", METRIC_HEAD, map(metric_row, MEASURES.items()))
-    yield "attention/index.md", overview("Attention blocks", BLOCK_HEAD, map(block_row, ATTENTION.items()))
+    yield (
+        "explainers/index.md",
+        overview("Explainers", EXPLAINER_HEAD, map(explainer_row, EXPLAINERS.items()), EXPLAINERS),
+    )
+    yield "metrics/index.md", overview("Metrics", METRIC_HEAD, map(metric_row, MEASURES.items()), MEASURES)
+    yield "attention/index.md", overview("Attention blocks", BLOCK_HEAD, map(block_row, ATTENTION.items()), ATTENTION)
     yield "elsewhere.md", elsewhere_page()
     yield from api_pages()
     for source, name in OUTSIDE.items():
@@ -112,12 +115,11 @@ def explainer_page(name: str, explainer: Explainer) -> str:
     parts = [
         f"# {title_of(name)}: `{name}`",
         picture if (DOCS / f"pictures/explainers/{name}.jpg").exists() else "",
-        row_of("explanation/maps.md", name),
-        markdown(explainer.formula, "explainers"),
+        *around(markdown(explainer.formula, "explainers"), row_of("explanation/maps.md", name)),
         table(("", ""), *((f"**{fact}**", text) for fact, text in facts.items())),
         options_of(signature, explainer.options, "formula"),
         f"## How to call it\n\n```python\n{call_of(name, explainer)}\n```",
-        f"## The formula in code\n\n```python\n{code_of(explainer.formula)}\n```\n\n"
+        f"## The formula in code\n\n```python\n{formula_in_code(explainer.formula)}\n```\n\n"
         f"From `{explainer.formula.__module__}`.",
         "[All explainers](index.md) · [What each map says](../../../explanation/maps.md)"
         " · [What a map costs](../../../explanation/cost.md)",
@@ -141,11 +143,10 @@ def metric_page(name: str, measure: type[PerImageMean]) -> str:
     signature = inspect.signature(function)
     parts = [
         f"# {title_of(name)}: `{name}`",
-        row_of("explanation/measures.md", name),
-        markdown(function, "metrics"),
+        *around(markdown(function, "metrics"), row_of("explanation/measures.md", name)),
         table(("", ""), *((f"**{fact}**", text) for fact, text in facts.items() if text)),
         options_of(signature, [each for each in signature.parameters if each not in needs(function)], "function"),
-        f"## The formula in code\n\n```python\n{code_of(formula)}\n```\n\nFrom `{formula.__module__}`.",
+        f"## The formula in code\n\n```python\n{formula_in_code(formula)}\n```\n\nFrom `{formula.__module__}`.",
         "[All metrics](index.md) · [What each number means](../../../explanation/measures.md)"
         " · [How methods are compared](../../../explanation/comparing.md)",
     ]
@@ -154,7 +155,7 @@ def metric_page(name: str, measure: type[PerImageMean]) -> str:
 
 def block_page(name: str, block: Callable[..., Any]) -> str:
     """What an attention block computes, its size, its options and its source."""
-    cls = block.func if isinstance(block, partial) else block
+    cls = class_of(block)
     built = block(256)
     pools = hasattr(built, "out_channels")
     parameters = sum(parameter.numel() for parameter in built.parameters())
@@ -256,16 +257,13 @@ def metric_row(item: tuple[str, type[PerImageMean]]) -> tuple[str, ...]:
 def block_row(item: tuple[str, Callable[..., Any]]) -> tuple[str, ...]:
     name, block = item
     kind = "pooling" if hasattr(block(16), "out_channels") else "gating"
-    return f"[`{name}`]({name}.md)", sentence_of(block.func if isinstance(block, partial) else block), kind
+    return f"[`{name}`]({name}.md)", sentence_of(class_of(block)), kind
 
 
-def overview(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def overview(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]], names: Iterable[str]) -> str:
     """All entries of a registry in one table."""
-    listed = [*rows]
-    return joined([f"# {title}", f"{len(listed)} entries, read from the registry.", table(head, *listed), TOCTREE])
-
-
-TOCTREE = "```{toctree}\n:glob:\n:hidden:\n\n*\n```"
+    tree = "\n".join(f"{title_of(name)} <{name}>" for name in names)
+    return joined([f"# {title}", table(head, *rows), f"```{{toctree}}\n:hidden:\n\n{tree}\n```"])
 
 
 def elsewhere_page() -> str:
@@ -286,11 +284,8 @@ def elsewhere_page() -> str:
 
 
 def docstring_of(entry: Any) -> str:
-    if isinstance(entry, partial):
-        entry = entry.func
-    return (
-        inspect.getdoc(entry.function if isinstance(entry, type) and issubclass(entry, PerImageMean) else entry) or ""
-    )
+    entry = class_of(entry)
+    return inspect.getdoc(entry.function if entry in MEASURES.values() else entry) or ""
 
 
 def elsewhere(docstring: str) -> str:
@@ -302,91 +297,66 @@ def elsewhere(docstring: str) -> str:
 
 
 def api_pages() -> Iterator[tuple[str, str]]:
-    """One page for the functions of the package itself, and one for each public module."""
-    modules = [name for name in sightline.__all__ if inspect.ismodule(getattr(sightline, name))]
-    functions = [name for name in sightline.__all__ if name not in modules]
-    intro = [f"- [`sl.{name}`](sightline.md#{name.replace('_', '-')})" for name in functions]
-    text = "`import sightline as sl` loads nothing heavy; each name is imported when it is used."
-    tree = "```{toctree}\n:hidden:\n\nsightline\n" + "\n".join(modules) + "\nevaluation\n```"
-    rows = [
-        (f"[`sl.{name}`]({name}.md)", first_sentence(inspect.getdoc(getattr(sightline, name)) or ""))
-        for name in modules
-    ]
-    rows.append(("[`sightline.evaluation`](evaluation.md)", "What `sl.evaluate` returns."))
-    yield (
-        "api/index.md",
-        joined(
-            [
-                "# Public names",
-                text,
-                *intro[:0],
-                "\n".join(intro).replace("#", "#sl-"),
-                table(("module", ""), *rows),
-                tree,
-            ]
-        ),
-    )
-    entries = [(name, getattr(sightline, name)) for name in functions]
-    yield (
-        "api/sightline.md",
-        joined(["# sightline", sightline.__doc__ or "", *(entry_of("sl", *each, heading=True) for each in entries)]),
-    )
-    for name in modules:
-        yield f"api/{name}.md", module_page(f"sl.{name}", getattr(sightline, name), dict(entries))
-    yield "api/evaluation.md", module_page("sightline.evaluation", import_module("sightline.evaluation"), dict(entries))
+    """A page for the functions of the package itself, one for each public module, and their list."""
+    names = {name: getattr(sightline, name) for name in sightline.__all__}
+    functions = {name: value for name, value in names.items() if not inspect.ismodule(value)}
+    modules = {f"sl.{name}": value for name, value in names.items() if inspect.ismodule(value)}
+    modules["sightline.evaluation"] = import_module("sightline.evaluation")
+    rows = [("[`sl`](sightline.md)", ", ".join(f"`sl.{name}`" for name in functions))]
+    for title, module in modules.items():
+        name = title.rpartition(".")[2]
+        rows.append((f"[`{title}`]({name}.md)", first_sentence(inspect.getdoc(module) or "")))
+        yield f"api/{name}.md", module_page(title, module, functions)
+    entries = [f"## sl.{name}\n\n{entry_of('sl', name, value)}" for name, value in functions.items()]
+    yield "api/sightline.md", joined(["# sl", "`import sightline as sl` loads nothing heavy.", *entries])
+    tree = "\n".join(f"{title} <{title.rpartition('.')[2]}>" for title in modules)
+    tree = f"```{{toctree}}\n:hidden:\n\nsl <sightline>\n{tree}\n```"
+    yield "api/index.md", joined(["# Public names", table(("module", "what is in it"), *rows), tree])
 
 
 def public_names(module: ModuleType) -> list[str]:
     """`__all__`, or what the module and its parts define, without underscore."""
-    listed = getattr(module, "__all__", None)
-    own = module.__name__ + "."
-    return sorted(
-        listed
-        or [
-            n
-            for n, v in vars(module).items()
-            if not n.startswith("_") and (f"{getattr(v, '__module__', None)}." or "").startswith(own)
-        ]
-    )
+    if listed := getattr(module, "__all__", None):
+        return sorted(listed)
+    homes = {name: str(getattr(value, "__module__", "")) for name, value in vars(module).items() if name[0] != "_"}
+    return sorted(name for name, home in homes.items() if f"{home}.".startswith(f"{module.__name__}."))
 
 
-def module_page(title: str, module: ModuleType, elsewhere: Mapping[str, Any]) -> str:
+def module_page(title: str, module: ModuleType, functions: Mapping[str, Any]) -> str:
     """Everything that a module exports; what has a page of its own is a link."""
-    parts = [f"# {title}", inspect.getdoc(module) or ""]
-    links: list[str] = []
+    pages = {name: "sightline.md" for name, value in functions.items() if getattr(module, name, None) is value}
+    if module is sightline.explainers:
+        pages |= {name: f"../explainers/{name}.md" for name in EXPLAINERS}
+    elif module is sightline.metrics:
+        for name, measure in MEASURES.items():
+            pages |= dict.fromkeys((name, measure.__name__), f"../metrics/{name}.md")
+    elif module is sightline.attention:
+        pages |= {class_of(block).__name__: f"../attention/{name}.md" for name, block in ATTENTION.items()}
     entries: list[str] = []
-    classes = {measure.__name__: name for name, measure in MEASURES.items()}
-    blocks = {(block.func if isinstance(block, partial) else block).__name__: name for name, block in ATTENTION.items()}
     for name in public_names(module):
         value = getattr(module, name)
-        if isinstance(value, Explainer):
-            links.append(f"[`{name}`](../explainers/{name}.md)")
-        elif name in MEASURES:
-            links.append(f"[`{name}`](../metrics/{name}.md)")
-        elif name in classes and module.__name__ == "sightline.metrics":
-            links.append(f"[`{name}`](../metrics/{classes[name]}.md)")
-        elif name in blocks and module.__name__ == "sightline.attention":
-            links.append(f"[`{name}`](../attention/{blocks[name]}.md)")
-        elif name in elsewhere and elsewhere[name] is value:
-            links.append(f"[`sl.{name}`](sightline.md)")
-        elif (home := getattr(value, "__module__", "").split(".")[1:2]) != module.__name__.split(".")[1:]:
-            links += [f"[`{name}`]({page}.md)" for page in home if page in sightline.__all__]
-        elif inspect.isfunction(value) or inspect.isclass(value):
-            entries.append(entry_of(title, name, value))
-    if links:
-        parts.append("On pages of their own: " + ", ".join(links) + ".")
-    return joined([*parts, *entries])
+        home = getattr(value, "__module__", "").split(".")[1:2]
+        if name not in pages and (inspect.isfunction(value) or inspect.isclass(value)):
+            if home == module.__name__.split(".")[1:]:
+                entries.append(entry_of(title, name, value))
+            elif home and home[0] in sightline.__all__:
+                pages[name] = f"{home[0]}.md"
+    links = [f"[`{name}`]({pages[name]})" for name in public_names(module) if name in pages]
+    listed = f"On pages of their own: {', '.join(links)}." if links else ""
+    return joined([f"# {title}", inspect.getdoc(module) or "", listed, *entries])
 
 
-def entry_of(prefix: str, name: str, value: Any, heading: bool = False) -> str:
+def class_of(block: Any) -> Any:
+    """The class of a block, which may be registered with options."""
+    return block.func if isinstance(block, partial) else block
+
+
+def entry_of(prefix: str, name: str, value: Any) -> str:
     """A function or a class, with its signature and its docstring."""
-    kind = "class" if inspect.isclass(value) else "function"
-    body = [markdown(value, "api")]
-    if inspect.isclass(value):
-        body += members_of(prefix, name, value)
     fence = "`" * 7
-    title = f"## sl.{name}\n\n" if heading else ""
-    return f"{title}{fence}{{py:{kind}}} {prefix}.{name}{signature_of(value)}\n\n{joined(body)}{fence}"
+    kind, members = ("class", members_of(prefix, name, value)) if inspect.isclass(value) else ("function", ())
+    body = joined([markdown(value, "api"), *members])
+    return f"{fence}{{py:{kind}}} {prefix}.{name}{signature_of(value)}\n\n{body}{fence}"
 
 
 def members_of(prefix: str, name: str, cls: type) -> Iterator[str]:
@@ -395,8 +365,8 @@ def members_of(prefix: str, name: str, cls: type) -> Iterator[str]:
     for field, (annotation, text) in fields_of(cls).items():
         yield f"{fence}{{py:attribute}} {prefix}.{name}.{field}\n:type: {annotation}\n\n{text}\n{fence}"
     for member, value in vars(cls).items():
-        function = (
-            value.fget if isinstance(value, property) else getattr(value, "func", getattr(value, "__func__", value))
+        function = next(
+            (getattr(value, inner) for inner in ("fget", "func", "__func__") if hasattr(value, inner)), value
         )
         if member.startswith("_") or not inspect.isfunction(function) or not function.__doc__:
             continue
@@ -405,49 +375,38 @@ def members_of(prefix: str, name: str, cls: type) -> Iterator[str]:
         yield f"{fence}{{py:{kind}}} {prefix}.{name}.{member}{signature}\n\n{markdown(function, 'api')}\n{fence}"
 
 
-def fields_of(cls: type) -> dict[str, tuple[str, str]]:
-    """Annotated fields of a class with the docstring below each."""
+def parsed(value: Any) -> ast.stmt | None:
+    """The syntax tree of a function or class; None if its source is not in a file, as that of a dataclass's methods."""
     try:
-        (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    except (OSError, TypeError):
-        return {}
-    assert isinstance(node, ast.ClassDef)
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(value)))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def fields_of(cls: type) -> dict[str, tuple[str, str]]:
+    """Annotated fields of a class, each with its type and the docstring below it."""
+    node = parsed(cls)
+    body = node.body if isinstance(node, ast.ClassDef) else []
     found: dict[str, tuple[str, str]] = {}
-    for statement, below in zip(node.body, [*node.body[1:], None], strict=True):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and not statement.target.id.startswith("_")
-        ):
-            text = ""
-            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                text = translated(inspect.cleandoc(str(below.value.value)), "api")
-            found[statement.target.id] = (quoted(ast.unparse(statement.annotation)), text)
+    for statement, below in zip(body, [*body[1:], None], strict=False):
+        match statement:
+            case ast.AnnAssign(target=ast.Name(id=name)) if name[0] != "_":
+                is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                text = translated(inspect.cleandoc(str(below.value.value)), "api") if is_text else ""
+                found[name] = (quoted(ast.unparse(statement.annotation)), text)
+            case _:
+                pass
     return found
 
 
 def signature_of(value: Any) -> str:
     """Parameters and result as they are written, with the shapes of tensors: `Float[Tensor, "b c h w"]`."""
-    function = value
-    if inspect.isclass(value):
-        if (
-            "__init__" not in vars(value)
-            or not inspect.isfunction(vars(value)["__init__"])
-            or vars(value)["__init__"].__module__ != value.__module__
-        ):
-            return ""
-        function = vars(value)["__init__"]
-    try:
-        (node,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
-    except (OSError, SyntaxError):
-        return ""
+    node = parsed(vars(value).get("__init__") if inspect.isclass(value) else value)
     if not isinstance(node, ast.FunctionDef):
         return ""
-    arguments = node.args
-    if arguments.args and arguments.args[0].arg in ("self", "cls"):
-        arguments.args = arguments.args[1:]
+    node.args.args = [argument for argument in node.args.args if argument.arg not in ("self", "cls")]
     result = f" -> {ast.unparse(node.returns)}" if node.returns and not inspect.isclass(value) else ""
-    return quoted(f"({ast.unparse(arguments)}){result}")
+    return quoted(f"({ast.unparse(node.args)}){result}")
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -495,17 +454,8 @@ def markdown(value: Any, kind: str) -> str:
 def translated(text: str, kind: str) -> str:
     """Google-style sections as lists, examples in fences, `Source:` and the like in bold, methods as links.
 
-    >>> print(translated("Sum.\\n\\nArgs:\\n    x: a number,\\n        or two.\\n\\n>>> 1 + 1\\n2", ""))
-    Sum.
-    <BLANKLINE>
-    **Args**
-    <BLANKLINE>
-    - `x`: a number, or two.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    >>> translated("Sum.\\n\\nArgs:\\n    x: a number,\\n        or two.\\n\\nSource: 2020.", "")
+    'Sum.\\n\\n**Args**\\n\\n- `x`: a number, or two.\\n\\n**Source:** 2020.'
     """
     parts: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text.strip()):
@@ -552,6 +502,19 @@ def code_of(value: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", re.sub(r":\n\n(\s+)", r":\n\1", "\n".join(kept), count=1))
 
 
+def formula_in_code(function: Callable[..., Any]) -> str:
+    """Source of a formula and of the private functions of its module that it calls."""
+    module = inspect.getmodule(function)
+    shown, waiting = dict[str, str](), [function]
+    while waiting:
+        code = code_of(called := waiting.pop(0))
+        shown[called.__name__] = code
+        names = dict.fromkeys(re.findall(r"\b(_\w+)\(", code))
+        helpers = [getattr(module, name, None) for name in names if name not in shown]
+        waiting += [helper for helper in helpers if inspect.isfunction(helper) and helper not in waiting]
+    return "\n\n\n".join(shown.values())
+
+
 def options_of(signature: inspect.Signature, names: Iterable[str], what: str) -> str:
     """A table of parameters with their defaults."""
     rows = [
@@ -583,6 +546,12 @@ def rows_of(text: str) -> dict[str, dict[str, str]]:
     return found
 
 
+def around(text: str, row: str) -> tuple[str, str, str]:
+    """The first paragraph, the row, and the other paragraphs."""
+    first, _, others = text.partition("\n\n")
+    return first, row, others
+
+
 def row_of(page: str, name: str) -> str:
     """What the hand-written page says about a method, one line for each column."""
     row = rows_of((DOCS / page).read_text()).get(name, {})
@@ -609,6 +578,19 @@ def site_page(path: Path) -> Path | None:
     if name in OUTSIDE:
         return GENERATED / f"{OUTSIDE[name]}.md"
     return GENERATED / f"files/{name}.md" if path.exists() and not name.startswith("..") else None
+
+
+def with_linked_rows(text: str) -> str:
+    """Names in the first cells of tables as links to their pages."""
+
+    def link(match: re.Match[str]) -> str:
+        name = match[2]
+        for folder, registry in (("explainers", EXPLAINERS), ("metrics", MEASURES)):
+            if name in registry:
+                return f"{match[1]}[`{name}`](../reference/generated/{folder}/{name}.md)"
+        return match[0]
+
+    return re.sub(r"^(\| (?:`\w+`, )?)`(\w+)`(?= \||,)", link, text, flags=re.MULTILINE)
 
 
 def relinked(text: str, source: Path, target: Path) -> str:

@@ -20,7 +20,7 @@ _LISTED = 20  # unreadable images that are named; the report names all
 _COLUMNS = 6  # columns of a study side by side
 _METRICS = 4  # metrics side by side
 _WIDTH = 140  # columns of a table where there is no terminal
-_ARROWS = {True: "↑", False: "↓", None: "(no rank)"}
+_ARROWS = {True: "↑", False: "↓", None: "(not ranked)"}
 
 
 @contextmanager

@@ -60,6 +60,8 @@ class BilinearCNN(nn.Module):
 class GlobalAveragePool(nn.Module):
     """The mean over positions: the usual pooling, and the control of the others.
 
+    Elsewhere: `AdaptiveAvgPool2d` (torch).
+
     >>> GlobalAveragePool(1)(torch.tensor([[[[1.0, 3.0]]]]))
     tensor([[2.]])
     """

@@ -109,6 +109,7 @@ class SqueezeExcite(Gating):
         ValueError: `reduction` below 1.
 
     Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, equations 2 to 4.
+    Elsewhere: `SEModule` (timm), `SqueezeExcitation` (torchvision).
 
     Differs: the paper writes no biases; published SE-ResNets have them. Fewer channels than `reduction` still get one
     unit; the paper has no such layer.
@@ -154,6 +155,7 @@ class EfficientChannelAttention(Gating):
         ValueError: an even `kernel` or one below 1.
 
     Source: Wang et al., "ECA-Net", CVPR 2020 (1910.03151), section 3.2, gamma 2 and b 1; ties round up, as in its code.
+    Elsewhere: `EcaModule` (timm).
 
     >>> [EfficientChannelAttention(c).gate.conv.weight.numel() for c in (64, 256, 1024, 2048)]
     [3, 5, 5, 7]
@@ -199,6 +201,7 @@ class GlobalContext(nn.Module):
         ValueError: `reduction` below 1.
 
     Source: Cao et al., "GCNet", ICCVW 2019 (1904.11492), global context block.
+    Elsewhere: `GlobalContext` (timm).
 
     Differs: no bias before the softmax, where it cancels; at least 2 units, because LayerNorm of a single one is
     constant.

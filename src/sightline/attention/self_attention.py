@@ -130,6 +130,7 @@ class SelfAttention(nn.Module):
 
     Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.2.2; over feature maps: Bello et al.,
     "Attention Augmented Convolutional Networks", ICCV 2019.
+    Elsewhere: `MultiheadAttention` (torch).
 
     Differs: queries, keys and values have no bias. That of the keys cancels in the softmax, that of the values is
     equivalent to the bias of the output projection.
@@ -197,6 +198,7 @@ class NonLocal(nn.Module):
         ValueError: `reduction` below 1.
 
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018, equations 4 and 6, section 4.1.
+    Elsewhere: `NonLocalAttn` (timm).
 
     Differs: no convolution has a bias. That of the keys cancels in the softmax, those of the values and of the last
     convolution in BatchNorm.

@@ -30,6 +30,7 @@ class ChannelGate(Gating):
         ValueError: `reduction` below 1.
 
     Source: Woo et al., "CBAM", ECCV 2018, equation 2.
+    Elsewhere: `layers.cbam.ChannelAttn` (timm).
 
     Differs: fewer channels than `reduction` get one hidden unit; the authors' code then has none.
 
@@ -77,6 +78,7 @@ class SpatialGate(Gating):
 
     Source: Woo et al., "CBAM", ECCV 2018, equation 3; BatchNorm, its start and the order of the two maps as in the
     authors' code.
+    Elsewhere: `layers.cbam.SpatialAttn` (timm).
 
     >>> SpatialGate(4)(torch.full((2, 4, 1, 1), 3.0))[0].flatten().tolist()
     [1.5, 1.5, 1.5, 1.5]
@@ -104,6 +106,7 @@ class CBAM(nn.Module):
         ValueError: an unknown `order`, `reduction` below 1, an even `kernel` or one below 1.
 
     Source: Woo et al., "CBAM", ECCV 2018, equations 1 to 3; for the other orders its table 3.
+    Elsewhere: `layers.cbam.CbamModule` (timm).
 
     Differs: the paper does not say how "parallel" joins the two; here by their product, as in the sequences.
 

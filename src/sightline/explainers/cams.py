@@ -29,6 +29,7 @@ def cam(
         ValueError: another head, or a function as targets, which has no weights.
 
     Source: Zhou et al. 2016 (1512.04150), eq. 2.
+    Elsewhere: `CAM` (torch-cam).
     """
     if head is None:
         raise ValueError(
@@ -51,6 +52,7 @@ def grad_cam(
     ReLU(CAM) divided by the number of positions.
 
     Source: Selvaraju et al. 2017 (1610.02391), eqs. 1 and 2.
+    Elsewhere: `GradCAM` (pytorch-grad-cam), `GradCAM` (torch-cam), `LayerGradCam` (captum).
 
     >>> grad_cam.formula(torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]]), torch.tensor([[[1.0, -1.0]]])).tolist()
     [[[[0.0, 2.0]]]]
@@ -70,6 +72,7 @@ def grad_cam_plus_plus(
     With `normalize_alpha` a channel's factors are divided by their sum over its positions with a positive gradient.
 
     Source: Chattopadhyay et al. 2018 (1710.11063), eqs. 5 and 19; `normalize_alpha`: the authors' code.
+    Elsewhere: `GradCAMPlusPlus` (pytorch-grad-cam), `GradCAMpp` (torch-cam).
 
     Differs: the factor $e^{y^c}$ of the whole map, which comes from explaining $e^{y^c}$ and can overflow, is left out.
 
@@ -96,6 +99,7 @@ def xgrad_cam(
     activations behind a ReLU: a channel whose values cancel out gets a large weight.
 
     Source: Fu et al. 2020 (2008.02312).
+    Elsewhere: `XGradCAM` (pytorch-grad-cam), `XGradCAM` (torch-cam).
 
     Differs: the authors' code adds an epsilon to the denominator.
 
@@ -118,6 +122,7 @@ def layer_cam(
     $\mathrm{ReLU}(\sum_k \mathrm{ReLU}(g^{kc}_{ij}) A^k_{ij})$.
 
     Source: Jiang et al. 2021, "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization".
+    Elsewhere: `LayerCAM` (pytorch-grad-cam), `LayerCAM` (torch-cam).
 
     >>> activations, gradients = torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[[[2.0, -4.0]]]]])
     >>> layer_cam.formula(activations, gradients).tolist()
@@ -135,6 +140,7 @@ def hires_cam(
     If everything behind the layer is linear, the sum of the map plus the contribution of the biases is the logit.
 
     Source: Draelos and Carin 2020 (2011.08891).
+    Elsewhere: `HiResCAM` (pytorch-grad-cam).
 
     >>> activations, gradients = torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[[[2.0, -4.0]]]]])
     >>> hires_cam.formula(activations, gradients).tolist()
@@ -151,6 +157,7 @@ def eigen_cam(activations: Float[Tensor, "b k *grid"], targets: Int[Tensor, "b t
     sign of a singular vector is arbitrary; it is chosen so that the sum of the map is not negative.
 
     Source: Muhammad and Yeasin 2020 (2008.00299).
+    Elsewhere: `EigenCAM` (pytorch-grad-cam).
 
     >>> eigen_cam.formula(torch.tensor([[[[3.0, 0.0]], [[4.0, 0.0]]]]), torch.tensor([[0]])).round(decimals=5).tolist()
     [[[[5.0, 0.0]]]]
@@ -181,6 +188,7 @@ def finer_cam(
     The runner-up $d$ is the class with the highest other logit; `gamma` is how much of it is subtracted, 0 is Grad-CAM.
 
     Source: Zhang et al. 2025 (2501.11309); `gamma`: the authors' code compares two classes with 1.
+    Elsewhere: `FinerCAM` (pytorch-grad-cam), `FinerCAM` (torch-cam).
 
     Differs: one other class, where the authors' code can also average several; it ranks them by the distance of their
     logit from the target's, which is the same for the predicted class.

@@ -33,6 +33,7 @@ def saliency(input_gradients: Float[Tensor, "b t c *grid"]) -> Float[Tensor, "b 
     r"""How strongly a pixel could change the score: $\max_c |\partial y / \partial x_c|$ over its colors.
 
     Source: Simonyan et al. 2013 (1312.6034), section 3.1.
+    Elsewhere: `Saliency` (captum), `Gradient` (zennit).
 
     >>> saliency.formula(torch.tensor([[[[[1.0, 0.0]], [[-3.0, 0.5]]]]])).tolist()
     [[[[3.0, 0.5]]]]
@@ -49,6 +50,7 @@ def input_x_gradient(
     On a piecewise linear net without biases the map sums to the score.
 
     Source: Shrikumar et al. 2016 (1605.01713), section 3.2.
+    Elsewhere: `InputXGradient` (captum).
 
     >>> images = torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]])
     >>> input_x_gradient.formula(images, torch.tensor([[[[[1.0, 1.0]], [[-1.0, 5.0]]]]])).tolist()
@@ -79,6 +81,7 @@ def integrated_gradients(
         ValueError: less than one step, or a baseline of another shape.
 
     Source: Sundararajan et al. 2017 (1703.01365), eq. 1.
+    Elsewhere: `IntegratedGradients` (captum), `IntegratedGradients` (zennit).
 
     Differs: Gauss-Legendre nodes and weights; the paper's eq. 3 sums equal steps from the right.
     """
@@ -121,6 +124,7 @@ def smooth_grad(
 
     Source: Smilkov et al. 2017 (1706.03825), section 2.1; the absolute value, which they recommend for display,
     section 3.1.
+    Elsewhere: `NoiseTunnel(Saliency(model)), nt_type="smoothgrad"` (captum), `SmoothGrad` (zennit).
     """
     return _moments("smooth_grad", images, score, samples, noise, seed)[0].abs().amax(2)
 
@@ -142,6 +146,7 @@ def var_grad(
         ValueError: less than one sample, negative noise.
 
     Source: Adebayo et al. 2018 (1810.03307), section 2.
+    Elsewhere: `NoiseTunnel(Saliency(model)), nt_type="vargrad"` (captum).
     """
     return _moments("var_grad", images, score, samples, noise, seed)[1].sum(2)
 
@@ -154,6 +159,7 @@ def guided_backprop(guided_gradients: Float[Tensor, "b t c *grid"]) -> Float[Ten
     et al. 2018, 1810.03292). A sharp map is not necessarily right.
 
     Source: Springenberg et al. 2014 (1412.6806), section 3.4.
+    Elsewhere: `GuidedBackprop` (captum), `GuidedBackpropReLUModel` (pytorch-grad-cam), `GuidedBackprop` (zennit).
 
     >>> guided_backprop.formula(torch.tensor([[[[[1.0, 0.0]], [[-3.0, 0.5]]]]])).tolist()
     [[[[-2.0, 0.5]]]]
@@ -169,6 +175,7 @@ def deconvolution(deconvolved_gradients: Float[Tensor, "b t c *grid"]) -> Float[
     randomization tests (Adebayo et al. 2018, 1810.03292; Nie et al. 2018, 1805.07039).
 
     Source: Zeiler and Fergus 2014 (1311.2901), section 2.1.
+    Elsewhere: `Deconvolution` (captum), `DeconvNet` (zennit).
 
     >>> deconvolution.formula(torch.tensor([[[[[1.0, 0.0]], [[-3.0, 0.5]]]]])).tolist()
     [[[[-2.0, 0.5]]]]
@@ -195,6 +202,7 @@ def guided_grad_cam(
         ValueError: another interpolation.
 
     Source: Selvaraju et al. 2017 (1610.02391), section 3.2.
+    Elsewhere: `GuidedGradCam` (captum).
     """
     return _guided(grad_cam.formula(activations, mean_gradients), guided_gradients, interpolation)
 

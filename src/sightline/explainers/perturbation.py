@@ -38,6 +38,7 @@ def occlusion(
         ValueError: a patch larger than the image, or a stride that leaves gaps between the patches.
 
     Source: Zeiler and Fergus 2014 (1311.2901), section 4.2.
+    Elsewhere: `Occlusion` (captum), `Occlusion` (zennit).
 
     Differs: the paper plots the probability at the center of the patch; here all pixels of the patch get the drop of
     the logit, and the last patches are moved inwards so that they lie entirely in the image.
@@ -151,6 +152,7 @@ def score_cam(
         ValueError: fewer than one channel.
 
     Source: Wang et al. 2020 (1910.01279), algorithm 1. Its baseline $f(X_b)$ is the same for all channels and cancels.
+    Elsewhere: `ScoreCAM` (pytorch-grad-cam), `ScoreCAM` (torch-cam).
 
     Differs: from the authors' code, whose weights are the class's probabilities, not a softmax over channels; from
     pytorch-grad-cam, which enlarges with aligned corners, and torch-cam, which scales before it enlarges: both also
@@ -204,6 +206,7 @@ def ablation_cam(
 
     Source: Desai and Ramaswamy 2020, "Ablation-CAM: Visual Explanations for Deep Convolutional Network via
     Gradient-free Localization", eqs. 3 and 4.
+    Elsewhere: `AblationCAM` (pytorch-grad-cam).
 
     Differs: from pytorch-grad-cam, which sets a channel to its layer's minimum less 1e7 where the layer has negative
     values.

@@ -52,6 +52,7 @@ def gini(maps: Float[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
 
     Source: Hurley & Rickard 2009 (0811.4706), the Gini index; for explanations Chalasani et al. 2020 (1810.06583).
     Differs: Chalasani et al. take |.|, which counts evidence against the class as evidence for it.
+    Elsewhere: `Sparseness` (Quantus).
 
     >>> gini(torch.tensor([[[[5.0, 0.0], [0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]]))
     tensor([0.7500, 0.0000])
@@ -74,6 +75,7 @@ def entropy(maps: Float[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
 
     Source: Bhatt et al. 2020 (2005.00631), complexity.
     Differs: max(map, 0) for |.|; divided by the entropy of a flat map.
+    Elsewhere: `Complexity` (Quantus).
 
     >>> entropy(torch.tensor([[[[2.0, 2.0], [0.0, 0.0]]]]))
     tensor([0.5000])

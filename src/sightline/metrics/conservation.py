@@ -45,6 +45,7 @@ def completeness(
     Source: Sundararajan et al. 2017 (1703.01365), proposition 1.
     Differs: the paper states the identity s = d; this measures its failure, divided so that a small d does not dominate
     a mean over images.
+    Elsewhere: `Completeness` (Quantus).
 
     >>> from sightline.testing import LinearModel
     >>> image = torch.tensor([[[[2.0, 4.0]]]])

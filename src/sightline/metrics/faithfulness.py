@@ -46,6 +46,7 @@ def insertion_auc(insertion: Float[Tensor, "b points"], fractions: Float[Tensor,
     Source: Petsiuk et al. 2018 (1806.07421).
     Differs: the paper starts from a blurred image, here the default fill is that of deletion; `fill="blur"` is a
     Gaussian of a fifth of the shorter side (at least 9 pixels, odd), sigma a quarter of that.
+    Elsewhere: `DeletionInsertionMetric` (torch-cam), `Insertion` (saliency-maps-metrics).
 
     >>> from sightline.testing import LinearModel
     >>> image = torch.tensor([[[[0.4, 0.3], [0.2, 0.1]]]])
@@ -70,6 +71,7 @@ def deletion_auc(deletion: Float[Tensor, "b points"], fractions: Float[Tensor, "
 
     Source: Petsiuk et al. 2018 (1806.07421).
     Differs: the area is on [0, 1] whatever `steps`; the unperturbed score is part of the curve.
+    Elsewhere: `DeletionInsertionMetric` (torch-cam), `PixelFlipping` (Quantus), `Deletion` (saliency-maps-metrics).
 
     >>> from sightline.testing import LinearModel
     >>> image = torch.tensor([[[[0.4, 0.3], [0.2, 0.1]]]])
@@ -132,6 +134,7 @@ def average_drop(original: Float[Tensor, " b"], preserved: Float[Tensor, " b"]) 
     rest. A rise counts as 0. NaN for a flat map and where y is not positive.
 
     Source: Chattopadhyay et al. 2018 (1710.11063), section 5.1; a fraction, not per cent.
+    Elsewhere: `ClassificationMetric, avg_drop` (torch-cam), `DropInConfidence` (pytorch-grad-cam).
 
     >>> from sightline.testing import LinearModel
     >>> image = torch.tensor([[[[0.4, 0.3, 0.2, 0.1]]]])
@@ -153,6 +156,7 @@ def increase_in_confidence(original: Float[Tensor, " b"], preserved: Float[Tenso
     Dimmed as in `average_drop`. NaN for a flat map.
 
     Source: Chattopadhyay et al. 2018 (1710.11063), section 5.1.
+    Elsewhere: `ClassificationMetric, conf_increase` (torch-cam), `IncreaseInConfidence` (pytorch-grad-cam).
 
     >>> from sightline.testing import LinearModel
     >>> image, target = torch.tensor([[[[2.0, -1.0]]]]), torch.tensor([0])
@@ -208,6 +212,7 @@ def road(morf: Float[Tensor, "b points"], lerf: Float[Tensor, "b points"]) -> Fl
     """Half of `road_lerf` minus `road_morf`: above 0 the map's order is better than its reverse, -0.5 to 0.5.
 
     Source: Rong et al. 2022 (2202.00449); the difference of both orders is that of pytorch-grad-cam's ROADCombined.
+    Elsewhere: `ROADCombined` (pytorch-grad-cam), `ROAD` (Quantus).
     """
     return (lerf.mean(1) - morf.mean(1)) / 2
 
@@ -224,6 +229,7 @@ def road_morf(morf: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
 
     Source: Rong et al. 2022 (2202.00449), ROAD, most relevant first.
     Differs: the mean score of the target, where the paper has the accuracy per fraction.
+    Elsewhere: `ROADMostRelevantFirstAverage` (pytorch-grad-cam).
     """
     return morf.mean(1)
 
@@ -237,6 +243,7 @@ def road_lerf(lerf: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
     """Mean score with the lowest 10, 20, ..., 90 % of pixels painted over from their surroundings; higher is better.
 
     Source: Rong et al. 2022 (2202.00449), ROAD, least relevant first; see `road_morf`.
+    Elsewhere: `ROADLeastRelevantFirstAverage` (pytorch-grad-cam).
     """
     return lerf.mean(1)
 
@@ -256,6 +263,7 @@ def infidelity(
     the mean squared drop. The factor may be negative: a map and its negative score the same.
 
     Source: Yeh et al. 2019 (1901.09392), eq. 1 with square removal; the factor is that of their section 4.2.
+    Elsewhere: `infidelity` (captum), `Infidelity` (Quantus).
 
     >>> from sightline.testing import LinearModel
     >>> image = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -59,6 +59,7 @@ def pointing_game(
     Source: Zhang et al. 2016 (1608.00507), whose code has a circle of radius 15 at the size of the original image.
     Differs: the circle's rim is part of it, in TorchRay's code it is not: a mask exactly `tolerance` pixels away is a
     miss there. TorchRay takes one of several highest pixels, and the mean over classes.
+    Elsewhere: `PointingGame` (Quantus).
 
     >>> masks = torch.tensor([[[[True, False]]], [[[False, True]]]])
     >>> pointing_game(torch.tensor([[[[2.0, 1.0]]], [[[2.0, 1.0]]]]), masks)
@@ -92,6 +93,7 @@ def energy_in_mask(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1
         ValueError: shapes that do not fit.
 
     Source: Wang et al. 2020 (1910.01279), energy-based pointing game.
+    Elsewhere: `RelevanceMassAccuracy` (Quantus).
 
     >>> energy_in_mask(torch.tensor([[[[3.0, 1.0]]]]), torch.tensor([[[[True, False]]]]))
     tensor([0.7500])
@@ -116,6 +118,7 @@ def relevance_rank(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1
         ValueError: shapes that do not fit.
 
     Source: Arras et al. 2022 (2003.07258), relevance rank accuracy.
+    Elsewhere: `RelevanceRankAccuracy` (Quantus).
 
     >>> relevance_rank(torch.tensor([[[[4.0, 3.0, 2.0, 1.0]]]]), torch.tensor([[[[True, False, True, False]]]]))
     tensor([0.5000])
@@ -145,6 +148,7 @@ def mask_auc(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid
         ValueError: shapes that do not fit.
 
     Source: Mann & Whitney 1947: the rank sum.
+    Elsewhere: `AUC` (Quantus).
 
     >>> mask_auc(torch.tensor([[[[3.0, 2.0, 2.0, 1.0]]]]), torch.tensor([[[[True, True, False, False]]]]))
     tensor([0.8750])

@@ -42,6 +42,7 @@ def max_sensitivity(
 
     Source: Yeh et al. 2019 (1901.09392), definition 3.
     Differs: relative to the map, so that maps of any scale compare; NaN for a map of zeros.
+    Elsewhere: `sensitivity_max` (captum), `MaxSensitivity` (Quantus).
 
     >>> image = torch.ones(1, 1, 2, 2)
     >>> max_sensitivity(nn.Identity(), image, torch.tensor([0]), lambda model, images, targets: 0 * images + 1)

@@ -69,6 +69,7 @@ def parameter_randomization(
 
     Source: Adebayo et al. 2018 (1810.03292), section 3.
     Differs: see `randomization_curve`.
+    Elsewhere: `MPRT` (Quantus).
 
     >>> from sightline.testing import LinearModel
     >>> model, image = LinearModel(torch.rand(2, 1, 2, 2)), torch.tensor([[[[0.4, 0.3], [0.2, 0.1]]]])
@@ -161,6 +162,7 @@ def random_logit(
 
     Source: Sixt et al. 2020 (1912.09818), random logit.
     Differs: rank correlation instead of structural similarity, as in `parameter_randomization`.
+    Elsewhere: `RandomLogit` (Quantus).
 
     >>> from sightline.testing import LinearModel
     >>> model, image = LinearModel(torch.tensor([[[[1.0, 2, 3]]], [[[1.0, 3, 2]]]])), torch.ones(1, 1, 1, 3)

@@ -45,6 +45,7 @@ def lrp(images: Float[Tensor, "b c *grid"], score: Scorer, composite: Composite 
     gates; Achtibat et al. 2024 (2402.05602) for products of equals.
     Differs: inside `nn.MultiheadAttention` the projections of values and outputs take LRP-0, whatever the composite.
         Biases of layer and group normalization and other constants that are added always keep their share.
+    Elsewhere: `LRP` (captum).
     """
     if not isinstance(composite, Composite):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"expected a Composite as composite of lrp, got {composite!r}; see sightline.explainers")
@@ -74,6 +75,7 @@ def lrp_epsilon_plus_flat(images: Float[Tensor, "b c *grid"], score: Scorer, bia
             is nearly all relevance. "none": nothing, so that much more reaches the pixels.
 
     Source: Montavon et al. 2019; Kohlbrenner et al. 2020 (1910.09840).
+    Elsewhere: `EpsilonPlusFlat` (zennit).
     """
     return lrp.formula(images, score, Composite(first=Flat(), convolution=ZPlus(), bias=bias))
 
@@ -93,6 +95,7 @@ def lrp_epsilon_gamma_box(
         bias: as in `lrp_epsilon_plus_flat`.
 
     Source: Montavon et al. 2019.
+    Elsewhere: `EpsilonGammaBox` (zennit).
     """
     return lrp.formula(images, score, Composite(first=ZBox(low, high), convolution=Gamma(), bias=bias))
 
@@ -105,5 +108,6 @@ def lrp_epsilon_alpha2_beta1(images: Float[Tensor, "b c *grid"], score: Scorer, 
         bias: as in `lrp_epsilon_plus_flat`.
 
     Source: Bach et al. 2015; Kohlbrenner et al. 2020 (1910.09840).
+    Elsewhere: `EpsilonAlpha2Beta1` (zennit).
     """
     return lrp.formula(images, score, Composite(convolution=AlphaBeta(), bias=bias))
