@@ -9,6 +9,7 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -101,8 +102,8 @@ def all_pages() -> Iterator[tuple[str, str]]:
 def explainer_page(name: str, explainer: Explainer) -> str:
     """What an explainer says, its formula, and the facts that its registry entry declares."""
     signature = inspect.signature(explainer.formula)
-    fields = {current_name(parameter): parameter for parameter in signature.parameters if parameter in explainer.needs}
-    needed = [f"`{parameter}`: {EVIDENCE[field]}" for field, parameter in fields.items()]
+    asked = {current_name(parameter): parameter for parameter in signature.parameters if parameter in explainer.needs}
+    needed = [f"`{parameter}`: {EVIDENCE[field]}" for field, parameter in asked.items()]
     facts = {
         "Needs": "; ".join(needed),
         "Layer": layer_of(explainer),
@@ -362,8 +363,13 @@ def entry_of(prefix: str, name: str, value: Any) -> str:
 def members_of(prefix: str, name: str, cls: type) -> Iterator[str]:
     """The documented fields, properties and methods that a class itself defines."""
     fence = "`" * 5
+    declared = {field.name: field for field in fields(cls)} if is_dataclass(cls) else {}
     for field, (annotation, text) in fields_of(cls).items():
-        yield f"{fence}{{py:attribute}} {prefix}.{name}.{field}\n:type: {annotation}\n\n{text}\n{fence}"
+        facts = f":type: {annotation}"
+        if field in declared:
+            text = text or declared[field].metadata.get("help", "")
+            facts += f"\n:value: {declared[field].default!r}" if declared[field].default is not MISSING else ""
+        yield f"{fence}{{py:attribute}} {prefix}.{name}.{field}\n{facts}\n\n{text}\n{fence}"
     for member, value in vars(cls).items():
         function = next(
             (getattr(value, inner) for inner in ("fget", "func", "__func__") if hasattr(value, inner)), value
