@@ -1,4 +1,4 @@
-"""Maps as pictures and boxes: resize, normalize, color, overlay, color bar, parts, side by side, PNG, boxes."""
+"""Maps as pictures and boxes: resize, normalize, color, overlay, color bar, slices, parts, side by side, PNG, boxes."""
 
 import io
 import re
@@ -212,6 +212,35 @@ def color_bar(height: int, width: int, signed: bool = False) -> UInt8[Tensor, "3
     [[0, 0, 4], [188, 55, 84], [252, 255, 164]]
     """
     return color(torch.linspace(-1 if signed else 0, 1, width).expand(height, width), signed)
+
+
+def slices(
+    volumes: Float[Tensor, "b c d h w"] | UInt8[Tensor, "b c d h w"], depths: int | Sequence[int] = 5
+) -> Float[Tensor, "b c h W"] | UInt8[Tensor, "b c h W"]:
+    """Slices of volumes, or of maps over them, next to each other in one flat image each.
+
+    For `overlay` and `side_by_side`: the slices of a map then share its colors. Cut volume and map at the same depths,
+    the map `resize`d to the volume. For slices along another axis, move it first: `volumes.movedim(-1, 2)`.
+
+    Args:
+        volumes: (b, c, d, h, w), pictures or maps.
+        depths: which slices, or how many of them, evenly spaced.
+
+    Raises:
+        ValueError: not 5-D, no slices, or more than there are.
+
+    >>> volume = torch.arange(8.0).reshape(1, 1, 4, 1, 2)
+    >>> slices(volume, 2), slices(volume, [3])
+    (tensor([[[[2., 3., 6., 7.]]]]), tensor([[[[6., 7.]]]]))
+    """
+    _check_tensor("volumes", volumes, "(b, c, d, h, w)", 5)
+    depth = volumes.shape[2]
+    count = depths if isinstance(depths, int) else len(depths)
+    if isinstance(depths, int):
+        depths = [(2 * i + 1) * depth // (2 * depths) for i in range(depths)]
+    if not 1 <= count <= depth or not all(0 <= each < depth for each in depths):
+        raise ValueError(f"expected slices out of 0..{depth - 1}, got {depths or 'none'}; the volume has {depth}")
+    return torch.cat(volumes[:, :, list(depths)].unbind(2), 3)
 
 
 def parts(maps: Float[Tensor, "b k h w"], norm: Float[Tensor, "b 1 h w"] | None = None) -> UInt8[Tensor, "b 3 h w"]:

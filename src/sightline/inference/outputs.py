@@ -198,7 +198,12 @@ def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float
     >>> logits_of({"logits": torch.zeros(2, 5)}).shape, logits_of((torch.zeros(2, 8), torch.zeros(2, 4)), 1).shape
     (torch.Size([2, 5]), torch.Size([2, 4]))
     """
-    values = _picked(output, pick, batch)
+    if pick is None and isinstance(output, list) and output and isinstance(output[0], Mapping) and "boxes" in output[0]:
+        raise TypeError(
+            "expected logits of shape (batch, classes) from the model, got detections; explain one of them by "
+            "targets=sl.targets.Box(...)"
+        )
+    values = picked(output, pick, batch)
     shape = tuple(values.shape) if isinstance(values, Tensor) else ()
     if isinstance(values, Tensor) and len(shape) in (1, 2) and not values.is_floating_point():
         raise ValueError(
@@ -208,12 +213,30 @@ def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float
     if isinstance(values, Tensor) and len(shape) == 1:
         values = values[:, None]
     if not isinstance(values, Tensor) or values.ndim != 2:
-        got = f"a tensor of shape {shape}" if isinstance(values, Tensor) else type(output).__name__
-        raise TypeError(f"expected logits of shape (batch, classes) from the model, got {got}; wrap it so that it does")
+        raise TypeError(f"expected logits of shape (batch, classes) from the model, got {_not_logits(values, output)}")
     return values
 
 
-def _picked(output: Any, pick: Pick, batch: int | None) -> Any:
+def _not_logits(values: Any, output: Any) -> str:
+    """What a model returned in place of logits, and what explains it."""
+    tensors = [output] if isinstance(output, Tensor) else [leaf for _, leaf in _leaves(output)]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.ndim in (4, 5):
+            shape = tuple(tensor.shape)
+            return f"scores of shape {shape}; explain a class in a region by targets=sl.targets.Region(...)"
+    got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(output).__name__
+    return f"{got}; wrap it so that it does"
+
+
+def picked(output: Any, pick: Pick, batch: int | None = None) -> Any:
+    """What `pick` selects from a model's output; None selects the logits, or the only tensor that may be them.
+
+    Raises:
+        ValueError: it is missing, or several tensors may be the logits.
+
+    >>> picked({"loss": 1.0, "out": {"head": 2.0}}, "out.head")
+    2.0
+    """
     if pick is None or pick in _KINDS:
         for name in dict.fromkeys((str(pick or "logits"), "logits")):
             values = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
