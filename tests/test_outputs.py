@@ -436,3 +436,11 @@ def test_the_call_is_a_value(images):
     call, notice = ForwardCall().settled(model, images)
     assert notice and call.output == (None, "softmax")
     assert forward_call(images, call.output)(model, images).notice == ""
+
+
+def test_labels_of_several_classes_are_no_class_indices(images):
+    model = ConstantModel(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"zeros and ones for all 4 classes, .* torch\.arange\(4\)\.expand\(3, -1\)"):
+        explain(model, images, torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]]), ["saliency"])
+    for targets in (torch.arange(4).expand(3, -1), torch.tensor([[0, 1]] * 3), torch.tensor([[0, 0, 0, 0]] * 3)):
+        assert explain(model, images, targets, ["random_map"]).targets.equal(targets)

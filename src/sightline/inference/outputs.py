@@ -303,6 +303,12 @@ def _check_arguments(model: nn.Module, images: Tensor, call: ForwardCall) -> Non
     try:
         inspect.signature(model.forward).bind(images, *call.args, **call.kwargs)
     except TypeError as error:
+        first = next(iter(inspect.signature(model.forward).parameters), "")
+        if first in call.kwargs:
+            raise TypeError(
+                f"expected a model that takes images first, got {type(model).__name__}, whose first argument is {first}; "
+                "wrap it in a module whose forward takes images"
+            ) from error
         raise TypeError(
             f"expected a model that takes images and what forward_args= and forward_kwargs= hold, got "
             f"{type(model).__name__}: {error}; pass its other inputs by forward_args= or forward_kwargs="
@@ -399,7 +405,14 @@ def resolve_targets(targets: int | Tensor | None, logits: Float[Tensor, "b n"]) 
     """
     if targets is None:
         return logits.argmax(1, keepdim=True)
-    return check_classes(_indices(targets, len(logits)).to(logits.device), logits.shape[1])
+    classes = logits.shape[1]
+    indices = check_classes(_indices(targets, len(logits)).to(logits.device), classes)
+    if 2 < indices.shape[1] == classes and int(indices.max()) == 1:
+        raise ValueError(
+            f"expected class indices, got zeros and ones for all {classes} classes, which look like labels of several "
+            f"classes; pass torch.arange({classes}).expand({len(logits)}, -1) for a map of each class"
+        )
+    return indices
 
 
 def one_target_each(targets: int | Tensor, batch: int) -> Int[Tensor, " b"]:
