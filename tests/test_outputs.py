@@ -444,3 +444,11 @@ def test_labels_of_several_classes_are_no_class_indices(images):
         explain(model, images, torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]]), ["saliency"])
     for targets in (torch.arange(4).expand(3, -1), torch.tensor([[0, 1]] * 3), torch.tensor([[0, 0, 0, 0]] * 3)):
         assert explain(model, images, targets, ["random_map"]).targets.equal(targets)
+
+
+def test_images_with_channels_last_are_told_so():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(RuntimeError, match=r"got 2 x 8 x 8 x 3, .*; move the channels: images\.movedim\(-1, 1\)$"):
+        explain(model, torch.rand(2, 8, 8, 3))
+    with pytest.raises(RuntimeError, match="got 2 channels instead$"):
+        explain(model, torch.rand(2, 2, 8, 8))

@@ -334,3 +334,25 @@ def test_targets_are_readable():
 def test_who_passes_no_target_is_told_which(make, message, images):
     with pytest.raises(TypeError, match=message):
         explain(Returns(make), images, methods=["saliency"])
+
+
+class Padding(nn.Module):
+    """Copies its images into a padded batch, as torchvision's detectors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+
+    def forward(self, images):
+        weight = images.flatten(2).mean(2).amax()
+        batch = images.new_full((len(images), 2, 6, 6), 0)
+        for i in range(len(images)):
+            batch[i, :, :4, :4].copy_(weight * images[i])
+        return self.conv(batch).mean((2, 3))
+
+
+def test_where_the_layer_cannot_be_found_it_must_be_named(images):
+    model = Padding()
+    with pytest.raises(ValueError, match="expected layer= for Padding, whose forward writes into views"):
+        explain(model, images)
+    assert explain(model, images, layer="conv")["grad_cam"].shape == (3, 1, 4, 4)

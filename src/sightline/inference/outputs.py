@@ -97,7 +97,7 @@ class ForwardCall:
             shape = " x ".join(map(str, images.shape))
             raise RuntimeError(
                 f"expected images that {type(model).__name__} can take, got {shape}, {images.dtype} on "
-                f"{images.device}: {str(error).strip().splitlines()[0]}{self._hint(rows)}"
+                f"{images.device}: {str(error).strip().splitlines()[0]}{self._hint(rows) or _channels_last(images)}"
             ) from error
 
     def __call__(
@@ -139,6 +139,12 @@ class ForwardCall:
         if rows is None or len(rows) == self.batch:
             return ""
         return "; pass a second input that the model keeps for its first batch by forward_args="
+
+
+def _channels_last(images: Tensor) -> str:
+    """Advice where the colors seem to be the last axis."""
+    is_last = images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3)
+    return "; move the channels: images.movedim(-1, 1)" if is_last else ""
 
 
 class Answer(NamedTuple):
