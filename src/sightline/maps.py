@@ -235,12 +235,12 @@ def slices(
     """
     _check_tensor("volumes", volumes, "(b, c, d, h, w)", 5)
     depth = volumes.shape[2]
-    count = depths if isinstance(depths, int) else len(depths)
-    if isinstance(depths, int):
-        depths = [(2 * i + 1) * depth // (2 * depths) for i in range(depths)]
-    if not 1 <= count <= depth or not all(0 <= each < depth for each in depths):
-        raise ValueError(f"expected slices out of 0..{depth - 1}, got {depths or 'none'}; the volume has {depth}")
-    return torch.cat(volumes[:, :, list(depths)].unbind(2), 3)
+    is_count = isinstance(depths, int)
+    chosen = [(2 * i + 1) * depth // (2 * depths) for i in range(depths)] if is_count else list(depths)
+    if not 1 <= len(chosen) <= depth or not all(0 <= each < depth for each in chosen):
+        wanted = f"1 to {depth} slices" if is_count else f"slices out of 0..{depth - 1}"
+        raise ValueError(f"expected {wanted}, got {depths or 'none'}; the volume has {depth}")
+    return torch.cat(volumes[:, :, chosen].unbind(2), 3)
 
 
 def parts(maps: Float[Tensor, "b k h w"], norm: Float[Tensor, "b 1 h w"] | None = None) -> UInt8[Tensor, "b 3 h w"]:

@@ -310,9 +310,11 @@ class Capture:
             )
         layout = _guess(tensor, self.images, self.grids) if positions.of(tensor) is None else None
         if layout is None:
+            is_pooled = len(shape) > 2 and math.prod(shape[2:]) == 1
             raise ValueError(
                 f"expected a layer that yields (b, c, h, w) with h*w > 1, or one token per patch, got shape {shape} "
-                f"from {name!r}, in which the image's rows and columns are not laid out so; choose another"
+                f"from {name!r}, {'which has one position' if is_pooled else 'whose positions are unknown'}; choose "
+                f"{'an earlier one' if is_pooled else 'another'}"
             )
         self.notices[guess_of(name, tensor, layout)] = None
         return layout
