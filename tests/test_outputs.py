@@ -450,5 +450,5 @@ def test_images_with_channels_last_are_told_so():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(RuntimeError, match=r"got 2 x 8 x 8 x 3, .*; move the channels: images\.movedim\(-1, 1\)$"):
         explain(model, torch.rand(2, 8, 8, 3))
-    with pytest.raises(RuntimeError, match="got 2 channels instead$"):
+    with pytest.raises(RuntimeError, match=r"got 2 channels instead$"):
         explain(model, torch.rand(2, 2, 8, 8))

@@ -206,10 +206,12 @@ class Scorer:
             if not callable(self.asked):
                 return self.forward_call(net, images, rows, seen)
             output = self.forward_call.raw(net, images, rows)
-        if begins and isinstance(self.asked, Target):
-            self.asked = self.asked.fixed(output)
-        is_of_rows = rows is not None and isinstance(self.asked, Target)
-        scores = (self.asked.at(rows) if is_of_rows else self.asked)(output)
+        target = self.asked
+        if isinstance(target, Target):
+            if begins:
+                self.asked = target = target.fixed(output)
+            target = target if rows is None else target.at(rows)
+        scores = target(output)
         if not isinstance(scores, Tensor) or scores.ndim not in (1, 2) or len(scores) != len(images):  # pyright: ignore[reportUnnecessaryIsInstance]
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(

@@ -312,8 +312,8 @@ def _check_arguments(model: nn.Module, images: Tensor, call: ForwardCall) -> Non
         first = next(iter(inspect.signature(model.forward).parameters), "")
         if first in call.kwargs:
             raise TypeError(
-                f"expected a model that takes images first, got {type(model).__name__}, whose first argument is {first}; "
-                "wrap it in a module whose forward takes images"
+                f"expected a model that takes images first, got {type(model).__name__}, whose first argument is "
+                f"{first}; wrap it in a module whose forward takes images"
             ) from error
         raise TypeError(
             f"expected a model that takes images and what forward_args= and forward_kwargs= hold, got "
