@@ -246,13 +246,19 @@ def test_detections_of_another_form_are_made_by_output(images):
 @pytest.mark.parametrize(
     "make, target, error, message",
     [
-        (detector, Box([8, 8, 9, 9], 1), ValueError, r"got none of this label that overlaps \[8, 8, 9, 9\] in image 0"),
-        (detector, Box([0, 0, 2, 2], 7), ValueError, "expected a detection at the box, got none of this label"),
+        (
+            detector,
+            Box([8, 8, 9, 9], 1),
+            ValueError,
+            r"at the box \[8, 8, 9, 9\], got none in image 0 of this label with an IoU of 0\.1 or more \(best: 0\); give",
+        ),
+        (detector, Box([0.0, 0.0, 0.1, 0.2]), ValueError, r"of any label with an IoU of 0\.1 or more \(best: 0\.005\)"),
+        (detector, Box([0, 0, 2, 2], 7), ValueError, r"\[0, 0, 2, 2\], got none in image 0 of this label"),
         (detector, Box(torch.tensor([[0, 0, 2, 2]] * 2)), ValueError, "one for each of 3 images, got 2; pass as many"),
         (rows_of_detections, Box([0, 0, 2, 2], 2), ValueError, r"expected a label in 0\.\.1, got 2"),
         (segmentation, Box([0, 0, 2, 2]), TypeError, r"expected detections, .* got a tensor \(3, 3, 4, 4\); make them"),
     ],
-    ids=["elsewhere", "label", "number", "row", "no detections"],
+    ids=["elsewhere", "other units", "label", "number", "row", "no detections"],
 )
 def test_boxes_without_detections(make, target, error, message, images):
     with pytest.raises(error, match=message) as caught:
@@ -260,8 +266,10 @@ def test_boxes_without_detections(make, target, error, message, images):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("box", [[0, 0, 0, 2], [2, 0, 0, 2], [0, 0, 2]], ids=["flat", "reversed", "three"])
-def test_corners_are_in_order(box):
+@pytest.mark.parametrize(
+    "box", [[0, 0, 0, 2], [2, 0, 0, 2], [0, 0, 2], "0, 0, 2, 2"], ids=["flat", "reversed", "three", "text"]
+)
+def test_corners_are_in_order(box, unchecked):
     with pytest.raises(ValueError, match=r"expected a box \(x_min, y_min, x_max, y_max\) with a positive area"):
         Box(box)
 
@@ -293,6 +301,19 @@ def test_an_embedding_of_another_length(images):
         explain(LinearModel(torch.randn(5, 2, 4, 4)), images, Similarity(torch.zeros(4)))
 
 
+def test_arrays_and_names_are_refused(unchecked):
+    array = torch.ones(2, 2).numpy()
+    for make, message in (
+        (lambda: Region(1, array), "expected mask= as a tensor, got ndarray; torch.from_numpy makes one"),
+        (lambda: Similarity(array), "expected embedding= as a tensor, got ndarray"),
+        (lambda: Region("cat"), "label"),
+        (lambda: Box([0, 0, 1, 1], "cat"), "label"),
+        (lambda: Value("age"), "index"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            make()
+
+
 # What is shown
 
 
@@ -312,7 +333,8 @@ def test_the_explanation_says_what_was_explained(images):
 def test_targets_are_readable():
     assert repr(Region(2, torch.ones(4, 4), "sum")) == "Region(label=2, mask=a tensor (4, 4), reduction='sum')"
     assert repr(Box([0, 0, 2.5, 2], label=1)) == "Box(box=[0, 0, 2.5, 2], label=1)"
-    assert repr(Box(torch.tensor([0.0, 0, 1 / 3, 2]))) == "Box(box=[0.0, 0.0, 0.33, 2.0])"
+    assert repr(Box(torch.tensor([0.0, 0, 1 / 3, 2]))) == "Box(box=[0, 0, 0.3333, 2])"
+    assert repr(Box([0, 0, 1, 1], output=detector)) == "Box(box=[0, 0, 1, 1], output=detector)"
     assert repr(Similarity(torch.zeros(512), output="image_embeds")) == (
         "Similarity(embedding=a tensor (512,), output='image_embeds')"
     )

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sightline import maps
+from sightline.checks import check_whole
 from sightline.inference.outputs import Pick, logits_of, picked
 
 __all__ = ["Box", "Region", "Similarity", "Target", "Value"]
 
 Reduction = Literal["mean", "sum"]
+_LEAST_OVERLAP = 0.1
+"""IoU below which a box belongs to no detection: it is elsewhere, or in other units."""
 
 
 class Target:
@@ -66,6 +69,9 @@ class Value(Target):
     index: int | None = None
     output: Pick = None
 
+    def __post_init__(self) -> None:
+        check_whole(index=self.index)
+
     def __call__(self, output: Any) -> Float[Tensor, " b"]:
         """The number."""
         values = logits_of(output, self.output)
@@ -106,6 +112,9 @@ class Region(Target):
     output: Pick = None
 
     def __post_init__(self) -> None:
+        check_whole(label=self.label)
+        if self.mask is not None:
+            _check_tensor("mask", self.mask)
         if self.reduction not in get_args(Reduction):
             raise ValueError(f"expected reduction= 'mean' or 'sum', got {self.reduction!r}; choose one of them")
 
@@ -176,7 +185,7 @@ class Box(Target):
             (b, n, 4 + classes) of corners and a score per class.
 
     Raises:
-        ValueError: a box that is none, or one that overlaps no detection of the images to explain.
+        ValueError: a box that is none, or one at which the images to explain have no detection (IoU below 0.1).
         TypeError: the output holds no detections.
 
     Source: Petsiuk et al. 2021 (2006.03204): the same maximum, with the class fixed.
@@ -192,7 +201,11 @@ class Box(Target):
     output: Pick = None
 
     def __post_init__(self) -> None:
-        box = torch.as_tensor(self.box, dtype=torch.float32)
+        check_whole(label=self.label)
+        try:
+            box = torch.as_tensor(self.box, dtype=torch.float32)
+        except (TypeError, ValueError):
+            box = torch.zeros(0)
         if box.shape[-1:] != (4,) or box.ndim > 2 or (box[..., :2] >= box[..., 2:]).any():
             raise ValueError(
                 "expected a box (x_min, y_min, x_max, y_max) with a positive area, or (b, 4) of them, got "
@@ -201,15 +214,18 @@ class Box(Target):
 
     def __call__(self, output: Any) -> Float[Tensor, " b"]:
         """The largest product, or 0."""
-        return torch.stack([torch.cat([each, each.new_zeros(1)]).max() for each in self._products(output)])
+        products = [overlaps * scores for overlaps, scores in self._detections(output)]
+        return torch.stack([torch.cat([each, each.new_zeros(1)]).max() for each in products])
 
     def fixed(self, output: Any) -> "Box":
         """The same; an error if there is nothing at the box."""
-        for number, each in enumerate(self._products(output)):
-            if not len(each) or not each.max() > 0:
+        for number, (overlaps, _) in enumerate(self._detections(output)):
+            best = float(overlaps.max()) if len(overlaps) else 0.0
+            if best < _LEAST_OVERLAP:
                 raise ValueError(
-                    f"expected a detection at the box, got none of {'any' if self.label is None else 'this'} label "
-                    f"that overlaps {_shown(self._boxes(number))} in image {number}; see what the detector returns"
+                    f"expected a detection at the box {_shown(self._boxes(number))}, got none in image {number} of "
+                    f"{'any' if self.label is None else 'this'} label with an IoU of {_LEAST_OVERLAP} or more (best: "
+                    f"{best:.2g}); give corners in the detector's units"
                 )
         return self
 
@@ -222,8 +238,8 @@ class Box(Target):
         box = torch.as_tensor(self.box)
         return box if box.ndim == 1 else box[number]
 
-    def _products(self, output: Any) -> list[Float[Tensor, " n"]]:
-        """IoU x score of the detections of each image."""
+    def _detections(self, output: Any) -> list[tuple[Float[Tensor, " n"], Float[Tensor, " n"]]]:
+        """IoU and score of each image's detections of the class."""
         from torchvision.ops import box_iou
 
         found = output if self.output is None else picked(output, self.output)
@@ -240,7 +256,7 @@ class Box(Target):
         if count != len(images):
             raise ValueError(f"expected one box, or one for each of {len(images)} images, got {count}; pass as many")
         overlaps = [box_iou(self._boxes(i)[None].to(boxes), boxes.detach())[0] for i, (boxes, _) in enumerate(images)]
-        return [overlap * scores for overlap, (_, scores) in zip(overlaps, images, strict=True)]
+        return [(overlap, scores) for overlap, (_, scores) in zip(overlaps, images, strict=True)]
 
     def _of_row(self, row: Float[Tensor, "n _"]) -> tuple[Float[Tensor, "n 4"], Float[Tensor, " n"]]:
         scores = row[:, 4:]
@@ -276,6 +292,9 @@ class Similarity(Target):
     embedding: Tensor
     output: Pick = None
 
+    def __post_init__(self) -> None:
+        _check_tensor("embedding", self.embedding)
+
     def __call__(self, output: Any) -> Float[Tensor, " b"]:
         """The cosine."""
         values, wanted = logits_of(output, self.output), self.embedding
@@ -301,9 +320,20 @@ def name_of(target: Callable[[Any], Tensor]) -> str:
     return repr(target) if isinstance(target, Target) else getattr(target, "__name__", type(target).__name__)
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"expected {name}= as a tensor, got {type(value).__name__}; torch.from_numpy makes one of an array"
+        )
+
+
 def _shown(value: Any) -> str:
-    """A value in one line; a longer tensor by its shape."""
+    """A value in one line; a longer tensor by its shape, a function by its name."""
     if isinstance(value, Tensor):
         few = value.ndim == 1 and value.numel() <= 4
-        return str([round(each, 2) for each in value.tolist()]) if few else f"a tensor {tuple(value.shape)}"
-    return repr(value) if isinstance(value, int | float | str | list | tuple) else type(value).__name__
+        return _shown(value.tolist()) if few else f"a tensor {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, cast(Sequence[Any], value)))}]"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return repr(value) if isinstance(value, int | str) else getattr(value, "__name__", type(value).__name__)

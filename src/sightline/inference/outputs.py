@@ -231,7 +231,7 @@ def _not_logits(values: Any, output: Any) -> str:
             shape = tuple(tensor.shape)
             return f"scores of shape {shape}; explain a class in a region by targets=sl.targets.Region(...)"
     got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(output).__name__
-    return f"{got}; wrap it so that it does"
+    return f"{got}; wrap it so that it does, or say what to explain by a function in targets= (see sl.targets)"
 
 
 def picked(output: Any, pick: Pick, batch: int | None = None) -> Any:
