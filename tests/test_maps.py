@@ -754,3 +754,11 @@ def test_slices_that_a_volume_does_not_have(depths):
 def test_slices_of_what_is_flat(unchecked: None):
     with pytest.raises(ValueError, match=r"expected volumes of shape \(b, c, d, h, w\), got \(1, 3, 4, 4\)"):
         maps.slices(torch.zeros(1, 3, 4, 4))
+
+
+def test_volumes_are_cut_before_they_are_drawn(unchecked: None):
+    picture, volume = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"\(1, 1, 2, 4, 4\); cut volumes by maps\.slices$"):
+        maps.side_by_side(picture, {"map": volume})
+    with pytest.raises(ValueError, match=r"\(1, 1, 2, 4, 4\); cut volumes by maps\.slices$"):
+        maps.boxes(volume)

@@ -452,3 +452,23 @@ def test_images_with_channels_last_are_told_so():
         explain(model, torch.rand(2, 8, 8, 3))
     with pytest.raises(RuntimeError, match=r"got 2 channels instead$"):
         explain(model, torch.rand(2, 2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "targets, hint",
+    [
+        (["grad_cam"], r"pass class indices, and methods as methods=\['grad_cam'\]"),
+        ([0, 1, 2], r"pass torch\.tensor\(\[0, 1, 2\]\)"),
+        ([lambda output: output[0]] * 3, "pass one function for the whole batch"),
+        ("cat", "pass class indices"),
+    ],
+    ids=["methods", "indices", "functions", "name"],
+)
+def test_targets_of_another_type_say_what_to_pass(targets, hint, images, unchecked):
+    with pytest.raises(TypeError, match=f"{hint}$"):
+        explain(ConstantModel(torch.zeros(4)), images, targets)
+
+
+def test_a_function_that_detaches_is_named(images):
+    with pytest.raises(ValueError, match=r"switch gradients off and the function in targets= does not detach$"):
+        explain(model_of(lambda a, b, c: a), images, lambda logits: logits.detach()[:, 0], ["saliency"])

@@ -373,7 +373,8 @@ def _check_column(name: str, column: Tensor, count: int) -> None:
     if column.shape != (count, 1 if is_map else 3, *column.shape[-2:]) or not (is_map or column.dtype == torch.uint8):
         raise ValueError(
             f"expected column {name!r} to be a float map ({count}, 1, h, w) or a uint8 picture ({count}, 3, h, w), got "
-            f"{column.dtype} {tuple(column.shape)}; choose one target and image rows"
+            f"{column.dtype} {tuple(column.shape)}; "
+            + ("cut volumes by maps.slices" if column.ndim == 5 else "choose one target and image rows")
         )
 
 
@@ -617,7 +618,8 @@ def _check_tensor(name: str, value: object, shape: str, axes: int | None = None)
             f"expected {name} as a tensor {shape}, got {type(value).__name__}; torch.from_numpy makes one of an array"
         )
     if axes is not None and value.ndim != axes:
-        raise ValueError(f"expected {name} of shape {shape}, got {tuple(value.shape)}; index or unsqueeze it")
+        hint = "cut volumes by maps.slices" if value.ndim == 5 else "index or unsqueeze it"
+        raise ValueError(f"expected {name} of shape {shape}, got {tuple(value.shape)}; {hint}")
 
 
 def _check_images(images: Tensor, name: str = "images", shape: str = "(b, 3, h, w)") -> None:

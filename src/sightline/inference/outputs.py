@@ -438,6 +438,18 @@ def one_target_each(targets: int | Tensor, batch: int) -> Int[Tensor, " b"]:
     return _indices(targets, batch)[:, 0]
 
 
+def _instead_of(targets: object) -> str:
+    """What to pass in place of targets that are none."""
+    each = cast(Sequence[object], targets) if isinstance(targets, list | tuple) else []
+    if each and all(isinstance(one, str) for one in each):
+        return f"pass class indices, and methods as methods={targets!r}"
+    if each and all(isinstance(one, Integral) for one in each):
+        return f"pass torch.tensor({targets!r})"
+    if each and all(callable(one) for one in each):
+        return "pass one function for the whole batch"
+    return "pass class indices"
+
+
 def check_classes(indices: Int[Tensor, "..."], classes: int) -> Int[Tensor, "..."]:
     """The same indices, if the classes exist; a wrong index would break the GPU for the whole process.
 
@@ -461,7 +473,7 @@ def _indices(targets: int | Tensor, batch: int) -> Int[Tensor, "b t"]:
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
         got = f"a {targets.dtype} tensor" if isinstance(targets, Tensor) else f"{targets!r}"
         raise TypeError(
-            f"expected targets None, an int, an integer tensor or a function, got {got}; pass class indices"
+            f"expected targets None, an int, an integer tensor or a function, got {got}; {_instead_of(targets)}"
         )
     if targets.ndim not in (1, 2) or len(targets) != batch or not targets.numel():
         raise ValueError(
