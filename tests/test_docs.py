@@ -60,8 +60,11 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a reader of the docs: `photos` of three classes, `new-photos`, weights, and no network."""
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Path:
+    """The folder of a reader of the docs: `photos` of three classes, `new-photos`, weights, and no network.
+
+    A reader has no shape checker either, and sees the package's own errors.
+    """
     rng = np.random.default_rng(0)
     for number in range(36):
         folder = tmp_path / "photos" / ("cat", "dog", "newt")[number % 3]

@@ -731,3 +731,34 @@ def test_long_words_are_cut_behind_dots_and_else_anywhere():
         ("one\ntwo", ["one", "two"]),
     ):
         assert maps._wrapped(text, font, 88) == lines and all(font.getlength(line) <= 88 for line in lines)
+
+
+def test_slices_of_a_volume_and_its_map_lie_on_each_other():
+    volume = torch.arange(6, dtype=torch.uint8)[None, None, :, None, None].expand(1, 3, 6, 2, 2) * 40
+    importance = torch.arange(6.0)[None, None, :, None, None].expand(1, 1, 6, 2, 2)
+    for depths, shown in ((3, [1, 3, 5]), ([4, 0], [4, 0]), (6, [0, 1, 2, 3, 4, 5])):
+        pictures, values = maps.slices(volume, depths), maps.slices(importance, depths)
+        assert pictures.dtype == torch.uint8 and pictures.shape == (1, 3, 2, 2 * len(shown))
+        assert pictures[0, 0, 0, ::2].tolist() == [40 * depth for depth in shown]
+        assert values[0, 0, 1, 1::2].tolist() == shown
+    colors = maps.overlay(maps.slices(volume, 6), maps.slices(importance, 6), opacity=1.0)[0, 0, :, 0, ::2]
+    assert torch.equal(colors, maps.color(torch.linspace(0, 1, 6)[None])[:, 0])  # one scale for all slices
+
+
+@pytest.mark.parametrize("depths", [0, 7, -1, [], [6], [-1]])
+def test_slices_that_a_volume_does_not_have(depths):
+    with pytest.raises(ValueError, match=r"expected (1 to 6 slices|slices out of 0\.\.5), got .*; the volume has 6"):
+        maps.slices(torch.zeros(1, 1, 6, 2, 2), depths)
+
+
+def test_slices_of_what_is_flat(unchecked: None):
+    with pytest.raises(ValueError, match=r"expected volumes of shape \(b, c, d, h, w\), got \(1, 3, 4, 4\)"):
+        maps.slices(torch.zeros(1, 3, 4, 4))
+
+
+def test_volumes_are_cut_before_they_are_drawn(unchecked: None):
+    picture, volume = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"\(1, 1, 2, 4, 4\); cut volumes by maps\.slices$"):
+        maps.side_by_side(picture, {"map": volume})
+    with pytest.raises(ValueError, match=r"\(1, 1, 2, 4, 4\); cut volumes by maps\.slices$"):
+        maps.boxes(volume)

@@ -436,3 +436,39 @@ def test_the_call_is_a_value(images):
     call, notice = ForwardCall().settled(model, images)
     assert notice and call.output == (None, "softmax")
     assert forward_call(images, call.output)(model, images).notice == ""
+
+
+def test_labels_of_several_classes_are_no_class_indices(images):
+    model = ConstantModel(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"zeros and ones for all 4 classes, .* torch\.arange\(4\)\.expand\(3, -1\)"):
+        explain(model, images, torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]]), ["saliency"])
+    for targets in (torch.arange(4).expand(3, -1), torch.tensor([[0, 1]] * 3), torch.tensor([[0, 0, 0, 0]] * 3)):
+        assert explain(model, images, targets, ["random_map"]).targets.equal(targets)
+
+
+def test_images_with_channels_last_are_told_so():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(RuntimeError, match=r"got 2 x 8 x 8 x 3, .*; move the channels: images\.movedim\(-1, 1\)$"):
+        explain(model, torch.rand(2, 8, 8, 3))
+    with pytest.raises(RuntimeError, match=r"got 2 channels instead$"):
+        explain(model, torch.rand(2, 2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "targets, hint",
+    [
+        (["grad_cam"], r"pass class indices, and methods as methods=\['grad_cam'\]"),
+        ([0, 1, 2], r"pass torch\.tensor\(\[0, 1, 2\]\)"),
+        ([lambda output: output[0]] * 3, "pass one function for the whole batch"),
+        ("cat", "pass class indices"),
+    ],
+    ids=["methods", "indices", "functions", "name"],
+)
+def test_targets_of_another_type_say_what_to_pass(targets, hint, images, unchecked):
+    with pytest.raises(TypeError, match=f"{hint}$"):
+        explain(ConstantModel(torch.zeros(4)), images, targets)
+
+
+def test_a_function_that_detaches_is_named(images):
+    with pytest.raises(ValueError, match=r"switch gradients off and the function in targets= does not detach$"):
+        explain(model_of(lambda a, b, c: a), images, lambda logits: logits.detach()[:, 0], ["saliency"])

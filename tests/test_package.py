@@ -33,6 +33,7 @@ NAMES = {
     "recipe",
     "report",
     "runs",
+    "targets",
     "testing",
 }
 

@@ -365,3 +365,8 @@ def test_explain_takes_such_files(trained, tmp_path, capsys):
     said = refused(capsys, *given, tmp_path / "out", "--classes", tmp_path / "four.txt")
     assert "give num_classes=3, they are those of 3 classes, not 4; " in said and "four.txt names 4 classes" in said
     assert "notice: weights: 'module.' taken off the names" in told and told.count("notice:") == 2
+
+
+def test_weights_that_are_no_file(unchecked: None) -> None:
+    with pytest.raises(TypeError, match="expected weights as a file, a run folder or 'pretrained', got dict; build"):
+        create_model("test_resnet", num_classes=3, weights={})  # pyright: ignore[reportArgumentType]

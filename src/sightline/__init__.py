@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         recipe,
         report,
         runs,
+        targets,
         testing,
     )
     from sightline.attention import insert
@@ -48,6 +49,7 @@ __all__ = [
     "recipe",
     "report",
     "runs",
+    "targets",
     "testing",
 ]
 

@@ -1,4 +1,4 @@
-"""Maps as pictures and boxes: resize, normalize, color, overlay, color bar, parts, side by side, PNG, boxes."""
+"""Maps as pictures and boxes: resize, normalize, color, overlay, color bar, slices, parts, side by side, PNG, boxes."""
 
 import io
 import re
@@ -214,6 +214,35 @@ def color_bar(height: int, width: int, signed: bool = False) -> UInt8[Tensor, "3
     return color(torch.linspace(-1 if signed else 0, 1, width).expand(height, width), signed)
 
 
+def slices(
+    volumes: Float[Tensor, "b c d h w"] | UInt8[Tensor, "b c d h w"], depths: int | Sequence[int] = 5
+) -> Float[Tensor, "b c h W"] | UInt8[Tensor, "b c h W"]:
+    """Slices of volumes, or of maps over them, next to each other in one flat image each.
+
+    For `overlay` and `side_by_side`: the slices of a map then share its colors. Cut volume and map at the same depths,
+    the map `resize`d to the volume. For slices along another axis, move it first: `volumes.movedim(-1, 2)`.
+
+    Args:
+        volumes: (b, c, d, h, w), pictures or maps.
+        depths: which slices, or how many of them, evenly spaced.
+
+    Raises:
+        ValueError: not 5-D, no slices, or more than there are.
+
+    >>> volume = torch.arange(8.0).reshape(1, 1, 4, 1, 2)
+    >>> slices(volume, 2), slices(volume, [3])
+    (tensor([[[[2., 3., 6., 7.]]]]), tensor([[[[6., 7.]]]]))
+    """
+    _check_tensor("volumes", volumes, "(b, c, d, h, w)", 5)
+    depth = volumes.shape[2]
+    is_count = isinstance(depths, int)
+    chosen = [(2 * i + 1) * depth // (2 * depths) for i in range(depths)] if is_count else list(depths)
+    if not 1 <= len(chosen) <= depth or not all(0 <= each < depth for each in chosen):
+        wanted = f"1 to {depth} slices" if is_count else f"slices out of 0..{depth - 1}"
+        raise ValueError(f"expected {wanted}, got {depths or 'none'}; the volume has {depth}")
+    return torch.cat(volumes[:, :, chosen].unbind(2), 3)
+
+
 def parts(maps: Float[Tensor, "b k h w"], norm: Float[Tensor, "b 1 h w"] | None = None) -> UInt8[Tensor, "b 3 h w"]:
     """Several attention maps in one picture: red, green, blue = maps 1, 2, 3, brightness = norm of the features.
 
@@ -344,7 +373,8 @@ def _check_column(name: str, column: Tensor, count: int) -> None:
     if column.shape != (count, 1 if is_map else 3, *column.shape[-2:]) or not (is_map or column.dtype == torch.uint8):
         raise ValueError(
             f"expected column {name!r} to be a float map ({count}, 1, h, w) or a uint8 picture ({count}, 3, h, w), got "
-            f"{column.dtype} {tuple(column.shape)}; choose one target and image rows"
+            f"{column.dtype} {tuple(column.shape)}; "
+            + ("cut volumes by maps.slices" if column.ndim == 5 else "choose one target and image rows")
         )
 
 
@@ -588,7 +618,8 @@ def _check_tensor(name: str, value: object, shape: str, axes: int | None = None)
             f"expected {name} as a tensor {shape}, got {type(value).__name__}; torch.from_numpy makes one of an array"
         )
     if axes is not None and value.ndim != axes:
-        raise ValueError(f"expected {name} of shape {shape}, got {tuple(value.shape)}; index or unsqueeze it")
+        hint = "cut volumes by maps.slices" if value.ndim == 5 else "index or unsqueeze it"
+        raise ValueError(f"expected {name} of shape {shape}, got {tuple(value.shape)}; {hint}")
 
 
 def _check_images(images: Tensor, name: str = "images", shape: str = "(b, 3, h, w)") -> None:

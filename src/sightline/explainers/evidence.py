@@ -237,6 +237,7 @@ class Gathered:
                     quantized_in(self.model)
                     or f"expected a layer that the logits depend on, got {captured.name!r}; choose another, and make "
                     "sure the forward does not switch gradients off"
+                    + " and the function in targets= does not detach" * callable(self.scorer.asked)
                 )
             gradients.append(captured.layout.maps(_as_float(gradient, self.scorer), lead=2))
         at_layers: dict[_Place, Tensor | None] = dict(zip(through, gradients, strict=False))

@@ -16,6 +16,7 @@ from sightline.explainers.explainer import Explainer, Explanation, Request, expl
 from sightline.explainers.scorer import Targets
 from sightline.facts import Progress, current_name, did_you_mean
 from sightline.inference import Memory, Output, check_images, forward_call
+from sightline.targets import Target
 
 EXPLAINERS: dict[str, Explainer] = {
     name: explainer
@@ -67,7 +68,8 @@ def explain(
             a tuple or a dict, or that of an object with `.logits`.
         images: normalized as the model wants them.
         targets: None = the predicted class, an int = that class in every image, class indices (b,) or (b, t), or a
-            function from the model's output to one score per image, (b,) or (b, t). A single logit counts as two
+            function from the model's output to one score per image, (b,) or (b, t); `sightline.targets` has functions
+            for regression, segmentation, detection and embeddings. A single logit counts as two
             classes; a softmax or sigmoid at the very end of the model is undone. Probabilities without logits (an
             average of several softmaxes, say) are explained by their logarithm, a label's own by its log-odds.
         methods: which maps to make; they share the forward and the backward.
@@ -148,8 +150,9 @@ def fitting(
     fitted: list[str] = []
     reasons: dict[str, str] = {}
     check_images(images)
-    first = targets[:1] if isinstance(targets, Tensor) else targets
-    one = forward_call(images, output, forward_args, forward_kwargs).at(torch.zeros(1, dtype=torch.long))
+    row = torch.zeros(1, dtype=torch.long)
+    first = targets[:1] if isinstance(targets, Tensor) else targets.at(row) if isinstance(targets, Target) else targets
+    one = forward_call(images, output, forward_args, forward_kwargs).at(row)
     given: dict[str, Any] = {"output": output, "forward_args": one.args, "forward_kwargs": one.kwargs}
     for method in methods:
         try:

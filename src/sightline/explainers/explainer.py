@@ -28,6 +28,7 @@ from sightline.inference import (
     unwrapped,
     version_of,
 )
+from sightline.targets import name_of
 
 _FIELDS = [field.name for field in fields(Evidence)]
 _SAME_FOR_ALL_CLASSES = {"images", "targets", "activations", "gate", "layer"}
@@ -41,6 +42,8 @@ class Explanation:
     """Raw float32 maps by method; larger = more important; `method@layer` where several layers were asked for."""
     targets: Int[Tensor, "b t"]
     """Class indices; -1 where a function made the score."""
+    target: str = ""
+    """The function that made the score, such as `Region(label=2)`; empty for classes."""
     logits: Float[Tensor, "b n"]
     """Two classes of a single logit z: -z/2 and z/2, whose softmax is its sigmoid; the scores that a function made.
     Logarithms of probabilities that have no logits."""
@@ -80,7 +83,7 @@ class Explanation:
     def __repr__(self) -> str:
         places = {name: f" at {layer}" if layer else "" for name, layer in self.layers.items()}
         shapes = ", ".join(f"{name} {tuple(value.shape)}{places[name]}" for name, value in self.maps.items())
-        return f"Explanation({shapes})"
+        return f"Explanation({shapes}{f' of {self.target}' if self.target else ''})"
 
     @property
     def layer(self) -> Layer:
@@ -277,6 +280,7 @@ def _explanation(
     return Explanation(
         maps=values,
         targets=scorer.classes_of(scorer.targets),
+        target=name_of(targets) if callable(targets) else "",
         logits=gathered.logits,
         probabilities=gathered.probabilities,
         layers=layers,

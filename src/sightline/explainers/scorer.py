@@ -23,6 +23,7 @@ from sightline.inference import (
 )
 from sightline.inference.outputs import Answer
 from sightline.inference.probabilities import Probabilities
+from sightline.targets import Target
 
 Targets = int | Int[Tensor, " b"] | Int[Tensor, "b t"] | Callable[[Any], Tensor] | None
 """None = the predicted class; an int = that class for every image; class indices per image; or a function from whatever
@@ -87,7 +88,7 @@ class Scorer:
             ValueError, TypeError: bad targets, or images that the model cannot take.
         """
         self.image_bytes = images[:1].nbytes
-        answer = self._answer(images, None, seen)
+        answer = self._answer(images, None, seen, begins=True)
         self.forward_call = answer.call  # the images to come are read as these are
         self.activation = answer.activation
         if answer.notice:
@@ -198,11 +199,19 @@ class Scorer:
         """Logits of at least two classes, or a function's scores, and the factor from them to the score."""
         return (logits, 1) if callable(self.asked) or logits.shape[1] > 1 else (either(logits), 2)
 
-    def _answer(self, images: Tensor, rows: Tensor | None, seen: Probabilities | None = None) -> Answer:
+    def _answer(
+        self, images: Tensor, rows: Tensor | None, seen: Probabilities | None = None, *, begins: bool = False
+    ) -> Answer:
         with untouched(self.model) if seen is None else nullcontext(self.model) as net:
             if not callable(self.asked):
                 return self.forward_call(net, images, rows, seen)
-            scores = self.asked(self.forward_call.raw(net, images, rows))
+            output = self.forward_call.raw(net, images, rows)
+        target = self.asked
+        if isinstance(target, Target):
+            if begins:
+                self.asked = target = target.fixed(output)
+            target = target if rows is None else target.at(rows)
+        scores = target(output)
         if not isinstance(scores, Tensor) or scores.ndim not in (1, 2) or len(scores) != len(images):  # pyright: ignore[reportUnnecessaryIsInstance]
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(

@@ -97,7 +97,7 @@ class ForwardCall:
             shape = " x ".join(map(str, images.shape))
             raise RuntimeError(
                 f"expected images that {type(model).__name__} can take, got {shape}, {images.dtype} on "
-                f"{images.device}: {str(error).strip().splitlines()[0]}{self._hint(rows)}"
+                f"{images.device}: {str(error).strip().splitlines()[0]}{self._hint(rows) or _channels_last(images)}"
             ) from error
 
     def __call__(
@@ -139,6 +139,12 @@ class ForwardCall:
         if rows is None or len(rows) == self.batch:
             return ""
         return "; pass a second input that the model keeps for its first batch by forward_args="
+
+
+def _channels_last(images: Tensor) -> str:
+    """Advice where the colors seem to be the last axis."""
+    is_last = images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3)
+    return "; move the channels: images.movedim(-1, 1)" if is_last else ""
 
 
 class Answer(NamedTuple):
@@ -198,7 +204,12 @@ def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float
     >>> logits_of({"logits": torch.zeros(2, 5)}).shape, logits_of((torch.zeros(2, 8), torch.zeros(2, 4)), 1).shape
     (torch.Size([2, 5]), torch.Size([2, 4]))
     """
-    values = _picked(output, pick, batch)
+    if pick is None and isinstance(output, list) and output and isinstance(output[0], Mapping) and "boxes" in output[0]:
+        raise TypeError(
+            "expected logits of shape (batch, classes) from the model, got detections; explain one of them by "
+            "targets=sl.targets.Box(...)"
+        )
+    values = picked(output, pick, batch)
     shape = tuple(values.shape) if isinstance(values, Tensor) else ()
     if isinstance(values, Tensor) and len(shape) in (1, 2) and not values.is_floating_point():
         raise ValueError(
@@ -208,12 +219,30 @@ def logits_of(output: Any, pick: Pick = None, batch: int | None = None) -> Float
     if isinstance(values, Tensor) and len(shape) == 1:
         values = values[:, None]
     if not isinstance(values, Tensor) or values.ndim != 2:
-        got = f"a tensor of shape {shape}" if isinstance(values, Tensor) else type(output).__name__
-        raise TypeError(f"expected logits of shape (batch, classes) from the model, got {got}; wrap it so that it does")
+        raise TypeError(f"expected logits of shape (batch, classes) from the model, got {_not_logits(values, output)}")
     return values
 
 
-def _picked(output: Any, pick: Pick, batch: int | None) -> Any:
+def _not_logits(values: Any, output: Any) -> str:
+    """What a model returned in place of logits, and what explains it."""
+    tensors = [output] if isinstance(output, Tensor) else [leaf for _, leaf in _leaves(output)]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.ndim in (4, 5):
+            shape = tuple(tensor.shape)
+            return f"scores of shape {shape}; explain a class in a region by targets=sl.targets.Region(...)"
+    got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(output).__name__
+    return f"{got}; wrap it so that it does, or say what to explain by a function in targets= (see sl.targets)"
+
+
+def picked(output: Any, pick: Pick, batch: int | None = None) -> Any:
+    """What `pick` selects from a model's output; None selects the logits, or the only tensor that may be them.
+
+    Raises:
+        ValueError: it is missing, or several tensors may be the logits.
+
+    >>> picked({"loss": 1.0, "out": {"head": 2.0}}, "out.head")
+    2.0
+    """
     if pick is None or pick in _KINDS:
         for name in dict.fromkeys((str(pick or "logits"), "logits")):
             values = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
@@ -280,6 +309,12 @@ def _check_arguments(model: nn.Module, images: Tensor, call: ForwardCall) -> Non
     try:
         inspect.signature(model.forward).bind(images, *call.args, **call.kwargs)
     except TypeError as error:
+        first = next(iter(inspect.signature(model.forward).parameters), "")
+        if first in call.kwargs:
+            raise TypeError(
+                f"expected a model that takes images first, got {type(model).__name__}, whose first argument is "
+                f"{first}; wrap it in a module whose forward takes images"
+            ) from error
         raise TypeError(
             f"expected a model that takes images and what forward_args= and forward_kwargs= hold, got "
             f"{type(model).__name__}: {error}; pass its other inputs by forward_args= or forward_kwargs="
@@ -376,7 +411,14 @@ def resolve_targets(targets: int | Tensor | None, logits: Float[Tensor, "b n"]) 
     """
     if targets is None:
         return logits.argmax(1, keepdim=True)
-    return check_classes(_indices(targets, len(logits)).to(logits.device), logits.shape[1])
+    classes = logits.shape[1]
+    indices = check_classes(_indices(targets, len(logits)).to(logits.device), classes)
+    if 2 < indices.shape[1] == classes and int(indices.max()) == 1:
+        raise ValueError(
+            f"expected class indices, got zeros and ones for all {classes} classes, which look like labels of several "
+            f"classes; pass torch.arange({classes}).expand({len(logits)}, -1) for a map of each class"
+        )
+    return indices
 
 
 def one_target_each(targets: int | Tensor, batch: int) -> Int[Tensor, " b"]:
@@ -394,6 +436,18 @@ def one_target_each(targets: int | Tensor, batch: int) -> Int[Tensor, " b"]:
             f"expected {batch} targets, one per image, got shape {tuple(targets.shape)}; pass one for each"
         )
     return _indices(targets, batch)[:, 0]
+
+
+def _instead_of(targets: object) -> str:
+    """What to pass in place of targets that are none."""
+    each = cast(Sequence[object], targets) if isinstance(targets, list | tuple) else []
+    if each and all(isinstance(one, str) for one in each):
+        return f"pass class indices, and methods as methods={targets!r}"
+    if each and all(isinstance(one, Integral) for one in each):
+        return f"pass torch.tensor({targets!r})"
+    if each and all(callable(one) for one in each):
+        return "pass one function for the whole batch"
+    return "pass class indices"
 
 
 def check_classes(indices: Int[Tensor, "..."], classes: int) -> Int[Tensor, "..."]:
@@ -419,7 +473,7 @@ def _indices(targets: int | Tensor, batch: int) -> Int[Tensor, "b t"]:
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
         got = f"a {targets.dtype} tensor" if isinstance(targets, Tensor) else f"{targets!r}"
         raise TypeError(
-            f"expected targets None, an int, an integer tensor or a function, got {got}; pass class indices"
+            f"expected targets None, an int, an integer tensor or a function, got {got}; {_instead_of(targets)}"
         )
     if targets.ndim not in (1, 2) or len(targets) != batch or not targets.numel():
         raise ValueError(

@@ -73,6 +73,11 @@ def create_model(
     >>> sum(p.numel() for p in create_model("vgg_att2", num_classes=10).parameters())
     19720780
     """
+    if weights is not None and not isinstance(weights, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected weights as a file, a run folder or 'pretrained', got {type(weights).__name__}; build the model "
+            "without weights= and call its load_state_dict"
+        )
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"expected num_classes of 1 or more, got {num_classes}")
     if attention_options and attention is None:

@@ -23,6 +23,7 @@ from sightline.inference.axes import Layout, grids_like, guessed, layout_in, oth
 from sightline.inference.operations import first_tensor, unseen
 
 LayerLike = str | nn.Module | None
+_WRITTEN_VIEW = "A view was created in no_grad mode"  # PyTorch's words; the search has turned gradients on meanwhile
 _SHAPE = re.compile(r" \(\d+( x \d+)*\)$")  # behind the name, as explanations show it
 
 
@@ -160,8 +161,16 @@ class Capture:
     def _analyze(self) -> None:
         searched = [name for name in dict.fromkeys(self.names) if name not in self.modules or not name]
         structure = None if self.key is None else structure_of(self.model)
-        with self._watched(search=bool(searched)), untouched(self.model):
-            scores = self.scorer.begin(self.images, self.recording)
+        try:
+            with self._watched(search=bool(searched)), untouched(self.model):
+                scores = self.scorer.begin(self.images, self.recording)
+        except RuntimeError as error:
+            if not searched or _WRITTEN_VIEW not in str(error):
+                raise
+            raise ValueError(
+                f"expected layer= for {type(self.model).__name__}, whose forward writes into views, so that its last "
+                "feature map cannot be found; name a layer (see model.named_modules())"
+            ) from error
         if self.watch.positions.obstacle:
             raise ValueError(self.watch.positions.obstacle)
         for name, calls in self.calls.items():
@@ -301,9 +310,11 @@ class Capture:
             )
         layout = _guess(tensor, self.images, self.grids) if positions.of(tensor) is None else None
         if layout is None:
+            is_pooled = len(shape) > 2 and math.prod(shape[2:]) == 1
             raise ValueError(
                 f"expected a layer that yields (b, c, h, w) with h*w > 1, or one token per patch, got shape {shape} "
-                f"from {name!r}, in which the image's rows and columns are not laid out so; choose another"
+                f"from {name!r}, {'which has one position' if is_pooled else 'whose positions are unknown'}; choose "
+                f"{'an earlier one' if is_pooled else 'another'}"
             )
         self.notices[guess_of(name, tensor, layout)] = None
         return layout
