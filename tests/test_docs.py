@@ -3,13 +3,16 @@
 A comment before a block of commands says how it is tested where not simply run as it stands:
 `<!-- test: with ARGUMENTS -->` adds arguments to its sightline commands, to make them small;
 `<!-- test: slow -->` has its sightline commands parsed and not run.
+Before a block of text, `<!-- test: printed -->` says that the last Python block prints it.
 """
 
 import doctest
+import io
 import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,10 +64,11 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Path:
-    """The folder of a reader of the docs: `photos` of three classes, `new-photos`, weights, and no network.
+    """The folder of a reader of the docs: examples, `photos` of three classes, `new-photos`, weights; no network.
 
     A reader has no shape checker either, and sees the package's own errors.
     """
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     rng = np.random.default_rng(0)
     for number in range(36):
         folder = tmp_path / "photos" / ("cat", "dog", "newt")[number % 3]
@@ -121,12 +125,16 @@ def check_command(words: list[str], note: str, place: str) -> None:
         assert program in ("git", "cd"), f"{place}: {program} is not a command that this test knows how to check"
 
 
+@pytest.mark.filterwarnings("ignore:weights. matched by their order")
 @each_page
 def test_page_runs(page: Path, reader: Path) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
+    printed = ""
     for block in blocks(page):
         if block.language == "python":
-            exec(compile(block.body, block.place, "exec"), names)
+            with redirect_stdout(io.StringIO()) as output:
+                exec(compile(block.body, block.place, "exec"), names)
+            printed = output.getvalue()
         elif block.language == "pycon":
             example = doctest.DocTestParser().get_doctest(block.body, names, block.place, str(page), 0)
             result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, clear_globs=False)
@@ -141,6 +149,8 @@ def test_page_runs(page: Path, reader: Path) -> None:
                 check_command(words, block.note, block.place)
         else:
             assert block.language == "text", f"{block.place}: {block.language} blocks are not tested"
+            assert block.note in ("", "printed"), f"{block.place}: unknown note {block.note!r}"
+            assert not block.note or block.body == printed, f"{block.place}: another output:\n{printed}"
 
 
 @each_page
@@ -181,6 +191,21 @@ def test_every_entry_of_a_registry_has_its_row() -> None:
         assert [name for name in registry if not any(f"`{name}`" in row for row in rows)] == [], page
 
 
+def test_readme_shows_each_method() -> None:
+    import importlib.util
+
+    from sightline.explainers import EXPLAINERS
+
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs/pictures.py")
+    assert spec is not None and spec.loader is not None
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    readme = (ROOT / "README.md").read_text()
+    assert pictures.with_table(readme) == readme, "write it anew: python docs/pictures.py"
+    missing = {name for name in EXPLAINERS if not (pictures.THUMBNAILS / f"{name}.jpg").is_file()}
+    assert missing <= {"attention_rollout", "gradient_rollout"}  # transformers alone; no trained one is at hand
+
+
 def test_what_a_formula_may_ask_for_is_listed() -> None:
     from dataclasses import fields
 
@@ -199,6 +224,11 @@ def test_a_broken_example_is_found(reader: Path, monkeypatch: pytest.MonkeyPatch
         ("```pycon\n>>> 1 + 1\n3\n```\n", AssertionError, "page.md:1: another output"),
         ("```yaml\noptim: {epoch: 3}\n```\n", ValueError, "did you mean 'optim.epochs'"),
         ("```bash\nrm -rf photos\n```\n", AssertionError, "rm is not a command"),
+        (
+            "```python\nprint(1)\n```\n<!-- test: printed -->\n```text\n2\n```\n",
+            AssertionError,
+            "page.md:5: another output",
+        ),
         ("<!-- test: fast -->\n```bash\nsightline list\n```\n", AssertionError, "unknown note 'fast'"),
         ("```haskell\nmain\n```\n", AssertionError, "haskell blocks are not tested"),
     ):

@@ -92,7 +92,8 @@ def parser(verbs: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
     """The parser of the verbs; the docstring of each verb's function is its help."""
     whole = _Parser(
         prog="sightline",
-        description="See where an image classifier looks, teach it to look, and measure whether the picture is true.",
+        description="See where an image classifier looks, teach it to look, and measure whether the picture tells the "
+        "truth.",
     )
     whole.add_argument("--version", action="version", version=f"sightline {__version__}")
     subparsers = whole.add_subparsers(required=True, metavar="VERB", dest="verb")
