@@ -42,10 +42,9 @@ class Target:
         return self
 
     def __repr__(self) -> str:
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.init}  # pyright: ignore[reportArgumentType]
-        default = {field.name: field.default for field in fields(self)}  # pyright: ignore[reportArgumentType]
-        shown = {name: value for name, value in given.items() if value is not default[name]}
-        return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in shown.items())})"
+        values = [(field, getattr(self, field.name)) for field in fields(self)]  # pyright: ignore[reportArgumentType]
+        shown = [f"{field.name}={_shown(value)}" for field, value in values if value is not field.default]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
