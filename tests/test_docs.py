@@ -3,6 +3,8 @@
 A comment before a block of commands says how it is tested where not simply run as it stands:
 `<!-- test: with ARGUMENTS -->` adds arguments to its sightline commands, to make them small;
 `<!-- test: slow -->` has its sightline commands parsed and not run.
+Before a Python block, `<!-- test: with NAMES = VALUES -->` sets these names after it. Its lines `%pip` are checked like
+commands and not run.
 """
 
 import doctest
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jupytext
 import numpy as np
 import pytest
 import torch
@@ -25,12 +28,13 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "benchmarks/README.md",
 ]
 BLOCK = re.compile(
     r"^(?:<!-- test: (?P<note>.*?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
 )
+MAGIC = re.compile(r"%(pip .+)")
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -118,12 +122,21 @@ def check_command(words: list[str], note: str, place: str) -> None:
         assert program in ("git", "cd"), f"{place}: {program} is not a command that this test knows how to check"
 
 
+def check_python(block: Block, names: dict[str, Any]) -> None:
+    for line in MAGIC.findall(block.body):
+        check_command(shlex.split(line), "", block.place)
+    exec(compile(MAGIC.sub("pass", block.body), block.place, "exec"), names)
+    if block.note:
+        assert block.note.startswith("with "), f"{block.place}: unknown note {block.note!r}"
+        exec(block.note.removeprefix("with "), names)
+
+
 @each_page
 def test_page_runs(page: Path, reader: Path) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.language == "python":
-            exec(compile(block.body, block.place, "exec"), names)
+            check_python(block, names)
         elif block.language == "pycon":
             example = doctest.DocTestParser().get_doctest(block.body, names, block.place, str(page), 0)
             result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, clear_globs=False)
@@ -138,6 +151,15 @@ def test_page_runs(page: Path, reader: Path) -> None:
                 check_command(words, block.note, block.place)
         else:
             assert block.language == "text", f"{block.place}: {block.language} blocks are not tested"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda path: path.name)
+def test_notebook_is_made_of_its_page(path: Path) -> None:
+    """If this fails, `jupytext --to ipynb --update PAGE` makes it again and keeps the outputs of cells that are equal."""
+    page, notebook = jupytext.read(path.with_suffix(".md")), jupytext.read(path)
+    cells = [[(cell.cell_type, cell.source) for cell in one.cells] for one in (page, notebook)]
+    assert cells[0] == cells[1]
+    assert page.metadata.kernelspec == notebook.metadata.kernelspec
 
 
 @each_page
@@ -197,6 +219,13 @@ def test_a_broken_example_is_found(reader: Path, monkeypatch: pytest.MonkeyPatch
         ("```yaml\noptim: {epoch: 3}\n```\n", ValueError, "did you mean 'optim.epochs'"),
         ("```bash\nrm -rf photos\n```\n", AssertionError, "rm is not a command"),
         ("<!-- test: fast -->\n```bash\nsightline list\n```\n", AssertionError, "unknown note 'fast'"),
+        ("<!-- test: fast -->\n```python\n1\n```\n", AssertionError, "unknown note 'fast'"),
+        ("```python\nif 0:\n    %pip install 'sightline[trian]'\n```\n", AssertionError, "trian"),
+        (
+            "<!-- test: with a = 2 -->\n```python\na = 1\n```\n\n```python\n1 / (a - 2)\n```\n",
+            ZeroDivisionError,
+            "division by zero",
+        ),
         ("```haskell\nmain\n```\n", AssertionError, "haskell blocks are not tested"),
     ):
         page.write_text(text)
