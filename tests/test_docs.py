@@ -155,7 +155,7 @@ def test_page_runs(page: Path, reader: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda path: path.name)
 def test_notebook_is_made_of_its_page(path: Path) -> None:
-    """If this fails, `jupytext --to ipynb --update PAGE` makes it again and keeps the outputs of cells that are equal."""
+    """If not: `jupytext --to ipynb --update PAGE` makes it again and keeps the outputs of cells that are equal."""
     page, notebook = jupytext.read(path.with_suffix(".md")), jupytext.read(path)
     cells = [[(cell.cell_type, cell.source) for cell in one.cells] for one in (page, notebook)]
     assert cells[0] == cells[1]
