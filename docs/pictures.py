@@ -79,7 +79,7 @@ def table() -> str:
 
 def with_table(page: str) -> str:
     """README with its table of methods written anew."""
-    return re.sub(r"(?<=<!-- methods -->\n).*?(?=\n<!-- end -->)", lambda _: table(), page, flags=re.DOTALL)
+    return re.sub(r"(?<=<!-- methods -->\n).*?(?=<!-- end -->)", lambda _: table() + "\n", page, flags=re.DOTALL)
 
 
 def main(folders: list[str]) -> None:

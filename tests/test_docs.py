@@ -4,6 +4,8 @@ A comment before a block of commands says how it is tested where not simply run 
 `<!-- test: with ARGUMENTS -->` adds arguments to its sightline commands, to make them small;
 `<!-- test: slow -->` has its sightline commands parsed and not run.
 Before a block of text, `<!-- test: printed -->` says that the last Python block prints it.
+Before a Python block, `<!-- test: with NAMES = VALUES -->` sets these names after it. Its lines `%pip` are checked like
+commands and not run.
 """
 
 import doctest
@@ -16,6 +18,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jupytext
 import numpy as np
 import pytest
 import torch
@@ -34,6 +37,7 @@ PAGES = [
 BLOCK = re.compile(
     r"^(?:<!-- test: (?P<note>.*?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
 )
+MAGIC = re.compile(r"%(pip .+)")
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -125,6 +129,15 @@ def check_command(words: list[str], note: str, place: str) -> None:
         assert program in ("git", "cd"), f"{place}: {program} is not a command that this test knows how to check"
 
 
+def check_python(block: Block, names: dict[str, Any]) -> None:
+    for line in MAGIC.findall(block.body):
+        check_command(shlex.split(line), "", block.place)
+    exec(compile(MAGIC.sub("pass", block.body), block.place, "exec"), names)
+    if block.note:
+        assert block.note.startswith("with "), f"{block.place}: unknown note {block.note!r}"
+        exec(block.note.removeprefix("with "), names)
+
+
 @pytest.mark.filterwarnings("ignore:weights. matched by their order")
 @each_page
 def test_page_runs(page: Path, reader: Path) -> None:
@@ -133,7 +146,7 @@ def test_page_runs(page: Path, reader: Path) -> None:
     for block in blocks(page):
         if block.language == "python":
             with redirect_stdout(io.StringIO()) as output:
-                exec(compile(block.body, block.place, "exec"), names)
+                check_python(block, names)
             printed = output.getvalue()
         elif block.language == "pycon":
             example = doctest.DocTestParser().get_doctest(block.body, names, block.place, str(page), 0)
@@ -151,6 +164,15 @@ def test_page_runs(page: Path, reader: Path) -> None:
             assert block.language == "text", f"{block.place}: {block.language} blocks are not tested"
             assert block.note in ("", "printed"), f"{block.place}: unknown note {block.note!r}"
             assert not block.note or block.body == printed, f"{block.place}: another output:\n{printed}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda path: path.name)
+def test_notebook_is_made_of_its_page(path: Path) -> None:
+    """If not: `jupytext --to ipynb --update PAGE` makes it again and keeps the outputs of cells that are equal."""
+    page, notebook = jupytext.read(path.with_suffix(".md")), jupytext.read(path)
+    cells = [[(cell.cell_type, cell.source) for cell in one.cells] for one in (page, notebook)]
+    assert cells[0] == cells[1]
+    assert page.metadata.kernelspec == notebook.metadata.kernelspec
 
 
 @each_page
@@ -201,7 +223,7 @@ def test_readme_shows_each_method() -> None:
     pictures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pictures)
     readme = (ROOT / "README.md").read_text()
-    assert pictures.with_table(readme) == readme, "write it anew: python docs/pictures.py"
+    assert pictures.table() in readme, "write it anew: python docs/pictures.py"
     missing = {name for name in EXPLAINERS if not (pictures.THUMBNAILS / f"{name}.jpg").is_file()}
     assert missing <= {"attention_rollout", "gradient_rollout"}  # transformers alone; no trained one is at hand
 
@@ -230,6 +252,13 @@ def test_a_broken_example_is_found(reader: Path, monkeypatch: pytest.MonkeyPatch
             "page.md:5: another output",
         ),
         ("<!-- test: fast -->\n```bash\nsightline list\n```\n", AssertionError, "unknown note 'fast'"),
+        ("<!-- test: fast -->\n```python\n1\n```\n", AssertionError, "unknown note 'fast'"),
+        ("```python\nif 0:\n    %pip install 'sightline[trian]'\n```\n", AssertionError, "trian"),
+        (
+            "<!-- test: with a = 2 -->\n```python\na = 1\n```\n\n```python\n1 / (a - 2)\n```\n",
+            ZeroDivisionError,
+            "division by zero",
+        ),
         ("```haskell\nmain\n```\n", AssertionError, "haskell blocks are not tested"),
     ):
         page.write_text(text)
