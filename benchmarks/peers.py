@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from itertools import product
 from math import inf, isfinite
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 from unittest import mock
 
@@ -628,7 +629,8 @@ def pages(results: dict[str, Any]) -> dict[Path, str]:
         head = [f"{peer} {results['versions'][peer]}", *nets]
         cells = [[net["cells"][peer][method] for net in nets.values()] for method in methods]
         rows = [[method, *(shown(cell, numbers) for cell in row)] for method, row in zip(methods, cells, strict=True)]
-        notes = "\n".join(f"{number}. {note.replace('|', '/')}" for note, number in numbers.items())
+        listed = [f"{number}. {note.replace('|', '/')}" for note, number in numbers.items()]
+        notes = "\n".join(fill(line, 120, subsequent_indent="   ", break_long_words=False) for line in listed)
         bodies[peer] = f"{table(head, *rows)}\n\n## Notes\n\n{notes}"
         verdicts = [cell["verdict"] for row in cells for cell in row]
         counts[peer] = {name: verdicts.count(verdict) for name, verdict in COUNTED.items()}
