@@ -41,7 +41,7 @@ def test_tensors_image_sets_and_files_give_the_same_maps(files, tmp_path):
     results = [pages(given, tmp_path / str(i)) for i, given in enumerate((files, images, tensors))]
     for result in results:
         assert list(result.verdicts) == ["cam", "center_map"] and len(result.rows) == 6
-        assert result.written == frozenset(result.folder.iterdir()) and len(result.written) == 7
+        assert result.written == frozenset(result.folder.iterdir()) and len(result.written) == 8
     raw = [[np.load(r.folder / f"{row['maps']}.npz")["cam"] for row in r.rows[::2]] for r in results]
     assert np.array_equal(raw[0], raw[1]) and np.array_equal(raw[0], raw[2])
     expected = sl.explain(PooledModel(torch.eye(3)), tensors / 255, methods=["cam"])["cam"][:, 0]
@@ -95,6 +95,7 @@ def test_pages_appear_one_by_one_where_a_method_is_slow_and_the_table_is_whole_a
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {
         *(f"{i}{end}" for i in range(2) for end in (".npz", "--page.png")),
         "maps.csv",
+        "index.html",
     }
     lines = (tmp_path / "stopped" / "maps.csv").read_text().splitlines()
     assert lines == (tmp_path / "out" / "maps.csv").read_text().splitlines()[:5]

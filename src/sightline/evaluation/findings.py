@@ -161,7 +161,8 @@ def _best(result: Evaluation, metric: str) -> Iterator[Finding]:
         ahead = [control for control in standing.unbeaten if (control, best) in victories]
         behind = f"; {listed(ahead)} reliably {'beats' if len(ahead) == 1 else 'beat'} it" if ahead else ""
         every = {*result.controls, *(["chance"] if metric in result.chance else [])}
-        left = "any control" if every == set(standing.unbeaten) and len(every) > 2 else listed(standing.unbeaten)
+        all_left = "any control or chance" if metric in result.chance else "any control"
+        left = all_left if every == set(standing.unbeaten) and len(every) > 2 else listed(standing.unbeaten)
         text += f", but does not reliably beat {left}{behind}."
         yield Finding("not better than a control", text, metric=metric, method=best, unbeaten=standing.unbeaten)
         return
