@@ -15,7 +15,7 @@ import torch
 
 from sightline import bench, cli, data, recipe, runs
 from sightline.bench import Bench, Maps, Measured, Quality, Study, Summary
-from sightline.bench.measured import read
+from sightline.bench.measured import kept, read
 from sightline.bench.published import PUBLISHED, published
 from sightline.bench.run import _prepare
 from sightline.bench.study import folder
@@ -460,6 +460,11 @@ def test_a_study_of_several_data_sets(tmp_path: Path):
     page = (out / "bench.html").read_text()
     assert "<b>ECA" not in page and "&lt;b&gt;ECA" in page and "few/none" in page
     assert not re.search(r"https?://|@import|url\(", page) and page.count('<svg class="chart"') == 4
+    assert page.count('<div class="strip"') == 2 and page.index('<div class="strip"') < page.index("<table")
+    examples = kept(out / "few_none" / "control" / "seed-0")
+    assert len(examples) == 4 and all(set(e.maps) == {"activation_map", "center_map"} for e in examples)
+    assert all(e.image.dtype == np.uint8 and 0 < e.probability <= 1 and e.label in "0123456789" for e in examples)
+    assert kept(tmp_path / "nowhere") == []
     assert "## few/none" in (out / "bench.md").read_text()
     with pytest.raises(ValueError, match="expected data sets out of: plain; few/none; got 'many'"):
         bench.bench(study, out, datasets=["many"])

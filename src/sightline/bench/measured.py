@@ -117,7 +117,7 @@ def _with_nan(value: Any) -> Any:
 
 
 def measure_run(row: str, run: Run, dataset: str = "", own: runs.Own | None = None) -> MeasuredRun:
-    """Measure a run on its test images; `own`: see `runs.load_model`."""
+    """Measure a run on its test images, and keep maps of the first ones in its folder; `own`: see `runs.load_model`."""
     images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
     device = runs.best_device()
     model = runs.load_model(run.folder, own).to(device)

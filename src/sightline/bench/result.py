@@ -240,7 +240,7 @@ class Bench:
                 where = " in deletion" if measure == "deletion_auc" else ""
                 yield (
                     f"After correction, the own map {verb} a blob in the center{where} "
-                    f"for {_listed(ahead) or 'no row'}; the blob is ahead for {_listed(behind) or 'none'}"
+                    f"for {_listed(ahead) or 'no network'}; the blob is ahead for {_listed(behind) or 'none'}"
                     f"{'; the rest is open' if len(differences) > len(ahead) + len(behind) else ''}."
                 )
 

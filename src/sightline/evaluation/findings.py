@@ -160,9 +160,9 @@ def _best(result: Evaluation, metric: str) -> Iterator[Finding]:
         victories = won(result, metric)
         ahead = [control for control in standing.unbeaten if (control, best) in victories]
         behind = f"; {listed(ahead)} reliably {'beats' if len(ahead) == 1 else 'beat'} it" if ahead else ""
-        every = {*result.controls, *(["chance"] if metric in result.chance else [])}
-        all_left = "any control or chance" if metric in result.chance else "any control"
-        left = all_left if every == set(standing.unbeaten) and len(every) > 2 else listed(standing.unbeaten)
+        left = listed(standing.unbeaten)
+        if len(result.controls) > 1 and set(result.controls) <= set(standing.unbeaten):
+            left = "any control or chance" if "chance" in standing.unbeaten else "any control"
         text += f", but does not reliably beat {left}{behind}."
         yield Finding("not better than a control", text, metric=metric, method=best, unbeaten=standing.unbeaten)
         return
@@ -190,7 +190,7 @@ def _no_better(result: Evaluation, methods: Sequence[str]) -> Iterator[Finding]:
             alike[tuple(controls)].append(method)
     for controls, names in alike.items():
         who = f"{words(names[0])} is not" if len(names) == 1 else f"None of {listed(names, 99)} is"
-        left = "any control" if len(controls) == len(result.controls) > 2 else listed(controls)
+        left = "any control" if len(controls) == len(result.controls) > 1 else listed(controls)
         text = f"{who} shown to be better than {left} in {asked(metric)}."
         yield Finding("not better than a control", text, metric=metric, methods=names, unbeaten=controls)
 
