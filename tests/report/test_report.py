@@ -651,7 +651,7 @@ def test_names_on_a_scatter_never_overlap(seed: int):
         ]
         assert boxes  # a crowd may leave some without a name, never all
         for i, a in enumerate(boxes):
-            assert -70 <= a[0] and a[2] <= 324 and a[3] <= 300
+            assert 0 <= a[0] and a[2] <= 324 and a[3] <= 300
             assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in boxes[:i])
             assert not any(a[0] < dot.x < a[2] and a[1] < dot.y < a[3] for dot in drawn.dots)
 

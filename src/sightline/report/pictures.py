@@ -294,7 +294,7 @@ class Scatter:
 LETTER, LINE = 9.5, 17.0
 """Width of a letter and height of a line of a name on a scatter plot, at most."""
 _RADIUS = 6.0  # of a dot and its rim
-_LEFT, _RIGHT = -70.0, SIDE + 24.0  # ends of the drawing beside the square
+_LEFT, _RIGHT = 0.0, SIDE + 24.0  # between the labels of the ticks and the end of the drawing
 
 
 def scatter(
@@ -327,8 +327,9 @@ def scatter(
     )
 
 
-def _short(name: str, most: int = 18) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def _short(name: str, most: int = 20) -> str:
+    """Long names without their middle: layers differ in their ends."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
 
 
 def _labels(names: Mapping[str, str], dots: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
