@@ -138,7 +138,7 @@ def metric_page(name: str, measure: type[PerImageMean]) -> str:
         "Better": better,
         "Chance": chance_of(measure),
         "Cost": cost_of_metric(measure),
-        "In a report": measure.sentence.format(method="*method*", methods="*methods*", score="*score*"),
+        "In a report": measure.meaning.format(methods="*methods*"),
         "torchmetrics class": f"`sl.metrics.{measure.__name__}`",
     }
     signature = inspect.signature(function)

@@ -15,7 +15,7 @@ import torch
 
 from sightline import bench, cli, data, recipe, runs
 from sightline.bench import Bench, Maps, Measured, Quality, Study, Summary
-from sightline.bench.measured import read
+from sightline.bench.measured import kept, read
 from sightline.bench.published import PUBLISHED, published
 from sightline.bench.run import _prepare
 from sightline.bench.study import folder
@@ -328,7 +328,9 @@ def test_differences_and_their_correction_by_hand():
     for control in ("g", "h"):  # of f; of b, with its size: they are compared, not tested
         assert gaps[control].p == pytest.approx(gaps["c"].p) and math.isnan(gaps[control].adjusted)
         assert not gaps[control].holds and gaps[control].points() == "+10.0 [+7.5, +12.5]"
-    assert found.sentences()[0] == "Better than the control after correction: c +10.0 points [+7.5, +12.5]."
+    assert (
+        found.sentences()[0] == "More accurate than the control, also after correction: c +10.0 points [+7.5, +12.5]."
+    )
     assert found.sentences()[1].startswith("Better, worse or as good as the control is open for b and f (to g): ")
     assert found.sentences()[2] == "To the control, d +5.0 points: the same in all seeds, not tested."
     assert math.isnan(gaps["d"].low) and gaps["d"].points() == "+5.0"
@@ -350,8 +352,13 @@ def test_a_seed_that_failed_is_told_and_nothing_holds_without_it():
     known = with_accuracies(a=[0.5] * 3, b=[0.59, 0.60, 0.61], c=[0.59, 0.60, 0.61], d=[0.51, 0.50, 0.48])
     whole = replace(known, seeds=(0, 1, 2), controls={"d": "c"})
     assert whole.differences()["b"].holds and whole.differences()["d"].holds
-    assert whole.sentences()[0] == "Better than the control after correction: b +10.0 points [+7.5, +12.5]."
-    assert whole.sentences()[1] == "Worse than the control after correction: d (to c) -10.3 points [-16.6, -4.1]."
+    assert (
+        whole.sentences()[0] == "More accurate than the control, also after correction: b +10.0 points [+7.5, +12.5]."
+    )
+    assert (
+        whole.sentences()[1]
+        == "Less accurate than the control, also after correction: d (to c) -10.3 points [-16.6, -4.1]."
+    )
     short = replace(whole, seeds=(0, 1, 2, 3))
     assert not any(of.holds for of in short.differences().values())
     measured = tuple(run for run in whole.measured if (run.row, run.seed) != ("c", 2))
@@ -372,13 +379,13 @@ def test_a_bar_in_a_name_does_not_end_a_cell():
 def test_sentences_say_no_more_than_their_intervals():
     better = with_accuracies(a=[0.5] * 3, b=[0.51, 0.52, 0.53], c=[0.59, 0.60, 0.61], d=[0.38, 0.39, 0.40])
     first, second, third, *rest = better.sentences()
-    assert first == "Better than the control after correction: c +10.0 points [+7.5, +12.5]."
-    assert second == "Worse than the control after correction: d -11.0 points [-13.5, -8.5]."
+    assert first == "More accurate than the control, also after correction: c +10.0 points [+7.5, +12.5]."
+    assert second == "Less accurate than the control, also after correction: d -11.0 points [-13.5, -8.5]."
     assert third.startswith("Better, worse or as good as the control is open for b: ") and not rest
     none = replace(with_accuracies(a=[0.5] * 3, b=[0.51, 0.52, 0.53], c=[0.5, 0.4, 0.6]), datasets=("cifar10",))
     assert none.sentences()[0] == (
-        "On cifar10, no row is shown to be better than its control after correction; b has the highest mean "
-        "difference, +2.0 points [-0.5, +4.5]."
+        "On cifar10, no network is shown to be more accurate than its control; the largest mean difference is that of "
+        "b, +2.0 points [-0.5, +4.5]."
     )
     assert with_accuracies(a=[0.5], b=[0.9]).sentences() == [
         "There is one seed: no difference to a control can be tested."
@@ -453,6 +460,11 @@ def test_a_study_of_several_data_sets(tmp_path: Path):
     page = (out / "bench.html").read_text()
     assert "<b>ECA" not in page and "&lt;b&gt;ECA" in page and "few/none" in page
     assert not re.search(r"https?://|@import|url\(", page) and page.count('<svg class="chart"') == 4
+    assert page.count('<div class="strip"') == 2 and page.index('<div class="strip"') < page.index("<table")
+    examples = kept(out / "few_none" / "control" / "seed-0")
+    assert len(examples) == 4 and all(set(e.maps) == {"activation_map", "center_map"} for e in examples)
+    assert all(e.image.dtype == np.uint8 and 0 < e.probability <= 1 and e.label in "0123456789" for e in examples)
+    assert kept(tmp_path / "nowhere") == []
     assert "## few/none" in (out / "bench.md").read_text()
     with pytest.raises(ValueError, match="expected data sets out of: plain; few/none; got 'many'"):
         bench.bench(study, out, datasets=["many"])

@@ -20,7 +20,7 @@ from PIL import Image
 
 from sightline import attention, cli, maps, recipe, runs, terminal
 from sightline.explainers import EXPLAINERS, Verdict
-from sightline.facts import Layer, percent
+from sightline.facts import Layer, percent, words
 from sightline.report.pages import Pages, caption, free_name, positions, titled
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +117,8 @@ def test_explain_writes_a_page_per_image_raw_maps_and_a_table(run, tmp_path, cap
     stems = ["a", "a-2", "b"]
     assert sorted({row["maps"] for row in rows}) == stems
     names = {path.name for path in out.iterdir()}
-    assert names == {"maps.csv", *(f"{stem}{end}" for stem in stems for end in (".npz", "--page.png"))}
+    assert f"index: {out / 'index.html'}" in said.out
+    assert names == {"maps.csv", "index.html", *(f"{stem}{end}" for stem in stems for end in (".npz", "--page.png"))}
     raw = np.load(out / "b.npz")
     assert set(raw) == {"attention", "grad_cam"} and raw["attention"].sum() == pytest.approx(1, abs=1e-4)
     with Image.open(out / "b--page.png") as page:  # 50 x 60 pixels, enlarged seven times, with a margin
@@ -160,12 +161,16 @@ def test_explain_by_every_method_that_fits(run, tmp_path, capsys):
     doubts = {row["method"]: row["verdicts"].replace("; ", "\n") for row in rows[: len(made)]}
     layers = {row["method"]: f"{row['layer']}, " if row["layer"] else "" for row in rows}
     levels = {row["method"]: row["level"].replace("note", "").replace(" ", "\u00a0") for row in rows[: len(made)]}
-    titles = {name: f"{name} ({levels[name]})" if levels[name] else name for name in made}
+    shown = {name: f"control: {words(name)}" if EXPLAINERS[name].is_control else words(name) for name in made}
+    titles = {name: f"{shown[name]} ({levels[name]})" if levels[name] else shown[name] for name in made}
     coarse = {name: " (coarse)" if grid == "5 x 5" else "" for name, grid in positions.items()}
     places = {name: f"{layers[name]}{grid} positions{coarse[name]}" for name, grid in positions.items()}
     expected = maps.side_by_side(
         image.repeat_interleave(6, 2).repeat_interleave(6, 3),
-        {titles[method]: torch.from_numpy(raw[method])[None, None] for method in made},
+        {
+            titles[method]: torch.from_numpy(raw[method])[None, None]
+            for method in sorted(made, key=lambda method: EXPLAINERS[method].is_control)
+        },
         signed=[titles[method] for method in made if method in signed],
         scales=True,
         captions={titles[method]: f"{places[method]}\n{doubts[method]}".strip() for method in made},

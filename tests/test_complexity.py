@@ -86,4 +86,4 @@ def test_classes_are_means(metric, score):
     for part in maps.split(2):
         found.update(maps=part, images=None)
     assert close(found.compute(), score(maps).nanmean())
-    assert found.higher_is_better is None and not found.sentence  # concentrated is not right
+    assert found.higher_is_better is None and not found.meaning  # concentrated is not right

@@ -16,6 +16,7 @@ from sightline.data import ImageSet, Preprocess
 from sightline.data.sets import Pixels
 from sightline.evaluation import Standing, evaluate, planning, standing_of
 from sightline.evaluation.evaluate import _similarity
+from sightline.evaluation.findings import ANSWERS
 from sightline.explainers import selection
 from sightline.inference import forward_call
 from sightline.metrics import METRICS, Perturbation, energy_in_mask
@@ -112,17 +113,17 @@ def test_batch_size_changes_nothing(found):
 
 def test_the_summary_says_no_more_than_the_intervals(found):
     text = "\n".join(found.summary)
-    assert "right class in 100.0 % [" in text and "better than always naming the most frequent class" in text
-    assert "(insertion AUC 0." in text and "beats every control" in text
+    assert "right class in 100.0 % of 40 images (95 % interval 9" in text and "more than by always naming" in text
+    assert "best in insertion (how fast the class returns" in text and "beats every control" in text
     constant = evaluate(PooledModel(torch.zeros(3, 3)), planted(), ["grad_cam"], ["energy_in_mask"], limit=20)
     text = "\n".join(constant.summary)
-    assert "not reliably better than always" in text and "20 of 20 maps of grad_cam are flat: one value" in text
+    assert "not reliably more than by always" in text and "20 of 20 maps of Grad-CAM are flat: one value" in text
     assert constant.score("grad_cam", "energy_in_mask").undefined == 20
     assert np.isnan(constant.score("grad_cam", "energy_in_mask").interval.value)
     blind = evaluate(
         PooledModel(torch.eye(3)), planted(), ["activation_map"], ["energy_in_mask"], controls=["contrast_map"]
     )
-    assert len(blind.summary) == 2
+    assert [finding.kind in ANSWERS for finding in blind.summary] == [True, True, True, False]
 
 
 def test_mistakes_are_shown_most_confident_first():
@@ -198,7 +199,7 @@ def test_methods_may_be_explainers_and_partials(found):
     methods = [explainers.cam, partial(explainers.activation_map, norm="mean"), "center_map"]
     own = evaluate(PooledModel(torch.eye(3)), planted(), methods, ["energy_in_mask"], limit=30, controls=["edge_map"])
     assert own.methods == ("cam", "activation_map(norm=mean)", "center_map", "edge_map")
-    assert own.controls == ("center_map", "edge_map") and set(own.examples[0].maps) == set(own.methods[:2])
+    assert own.controls == ("center_map", "edge_map") and set(own.examples[0].maps) == set(own.methods)
     for method in ("cam", "center_map"):
         assert own.score(method, "energy_in_mask") == found.score(method, "energy_in_mask")
 
@@ -236,7 +237,7 @@ def test_images_and_classes_without_answer_are_counted():
     labels[labels == 2] = -1
     found = evaluate(PooledModel(torch.eye(3)), planted(20, labels=labels), ["cam"], ["energy_in_mask"])
     text = "\n".join(found.summary)
-    assert f"of {(labels >= 0).sum()} images, better than" in text
+    assert f"of {(labels >= 0).sum()} images (95 %" in text
     assert f"{(labels < 0).sum()} of 20 images have no label and count for no accuracy." in text
     assert "No image shows blue: nothing is known of the accuracy there." in text
 
@@ -412,8 +413,8 @@ def test_pairs_of_methods_are_compared_and_corrected(found):
 def test_three_images_prove_nothing():
     found = evaluate(PooledModel(torch.eye(3)), planted(), ["cam"], ["energy_in_mask"], limit=3)
     assert found.standings["energy_in_mask"].unbeaten == (*found.controls, "chance")
-    assert "cam, the best in energy_in_mask with" in "\n".join(found.summary)
-    assert "does not reliably beat random_map" in "\n".join(found.summary)
+    assert "CAM is best in energy in mask (the share of the map that lies in the mask) with" in "\n".join(found.summary)
+    assert "does not reliably beat any control or chance" in "\n".join(found.summary)
     assert "Only 3 images: too few to say" in "\n".join(found.summary)
     two = evaluate(PooledModel(torch.eye(3)), planted(), ["cam"], ["energy_in_mask"], controls=["random_map"], limit=6)
     assert two.standings["energy_in_mask"].unbeaten == () and "too few" not in "\n".join(two.summary)
@@ -427,8 +428,7 @@ def test_a_control_that_beats_the_best_is_said_to():
     found = evaluate(PooledModel(torch.eye(3)), planted(), [least], ["mask_auc"], controls=["random_map", "center_map"])
     assert found.standings["mask_auc"].unbeaten == ("random_map", "center_map", "chance")
     assert (
-        "does not reliably beat random_map, center_map, chance; random_map, center_map reliably beat it."
-        in found.summary[1]
+        "does not reliably beat any control or chance; random map and center map reliably beat it." in found.summary[3]
     )
 
 
@@ -443,15 +443,17 @@ def test_methods_of_which_the_same_is_said_share_a_sentence():
 
     found = evaluate(PooledModel(torch.eye(3)), planted(), ["cam", nothing, empty], ["deletion_auc"], limit=20, steps=4)
     assert found.standings["deletion_auc"].unbeaten == ()
-    controls = ", ".join(found.controls)
-    assert f"None of nothing, empty is shown to be better than {controls} in deletion_auc." in found.summary
-    assert "20 of 20 maps of each of nothing, empty are flat: one value everywhere; do not read them." in found.summary
+    text = "None of nothing and empty is shown to be better than any control in deletion (how fast"
+    assert any(finding.startswith(text) for finding in found.summary)
+    assert (
+        "20 of 20 maps of each of nothing and empty are flat: one value everywhere; do not read them." in found.summary
+    )
 
 
 def test_the_best_and_its_equals_stand_in_one_sentence():
     found = evaluate(PooledModel(torch.eye(3)), planted(), ["cam", "grad_cam"], ["energy_in_mask"])
     assert found.standings["energy_in_mask"].tied == ("grad_cam",)
-    assert found.summary[1].endswith("; it beats every control but cannot be told apart from grad_cam.")
+    assert found.summary[3].endswith("; it beats every control but cannot be told apart from Grad-CAM.")
     assert not any("Not told apart" in sentence for sentence in found.summary)
 
 
@@ -555,7 +557,7 @@ def test_maps_that_ignore_the_weights_are_named():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
     found = evaluate(model, planted(), ["activation_map"], ["parameter_randomization"], limit=20, controls=["edge_map"])
     score = found.score("activation_map", "parameter_randomization").interval
-    assert ("Do not use here" in "\n".join(found.summary)) == (score.low > 0.5)
+    assert ("Do not use activation map" in "\n".join(found.summary)) == (score.low > 0.5)
     assert found.failed == {"parameter_randomization": ("activation_map",) if score.low > 0.5 else ()}
     assert found.score("edge_map", "parameter_randomization").interval.value == pytest.approx(1)
 
@@ -567,7 +569,7 @@ def test_tests_and_descriptions_rank_nothing(metric):
     assert found.metrics == (metric, "energy_in_mask") and found.ranking == ("energy_in_mask",)
     assert set(found.standings) == set(found.reliability) == {"energy_in_mask"}
     assert {pair.metric for pair in found.comparisons} == {"energy_in_mask"} and found.metric_agreement is None
-    assert sum("beat" in sentence for sentence in found.summary) == 1
+    assert sum(finding.kind in ("best", "not better than a control") for finding in found.summary) == 1
     values = dict(zip(found.per_image["name"], found.per_image["energy_in_mask/cam"], strict=True))
     assert [example.name for example in found.worst["cam"]] == sorted(values, key=values.get)[:3]
 
@@ -575,9 +577,9 @@ def test_tests_and_descriptions_rank_nothing(metric):
 def test_maps_that_are_alike_for_all_classes_are_named():
     model = PooledModel(torch.eye(3) + 2)  # the classes share most of their evidence
     found = evaluate(model, planted(), ["cam", "activation_map"], ["random_logit"], limit=20)
-    said = [sentence for sentence in found.summary if sentence.startswith("Do not ask why one class")]
+    said = [sentence for sentence in found.summary if sentence.startswith("Do not ask CAM (")]
     assert found.score("cam", "random_logit").interval.low > 0.5
-    assert len(said) == 1 and "cam (" in said[0] and "activation_map" not in said[0]  # which nobody asks for a class
+    assert len(said) == 1 and "activation map" not in said[0]  # which nobody asks for a class
     assert found.failed == {"random_logit": ("cam",)}
     two = PooledModel(torch.tensor([[1.0, 0, 0], [-1, 0, 0]]))  # the map of one class rightly is that of the other
     batch = planted().batch(range(20))
@@ -760,4 +762,4 @@ def test_a_budget_is_kept_and_said():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     found = evaluate(model, planted(), ["cam", "rise"], ["energy_in_mask"], controls=["random_map"], budget=0.05)
     assert "rise" in found.left_out and "rise" not in found.methods
-    assert "Left out, since the time would not have been enough: rise" in "\n".join(found.summary)
+    assert "Left out, since the time would not have been enough: RISE" in "\n".join(found.summary)

@@ -115,11 +115,12 @@ def test_no_control_that_is_undefined_is_beaten():
 
     found = evaluate(MODEL, data, [known], ["energy_in_mask"], controls=["random_map", "edge_map"])
     assert found.standings["energy_in_mask"].unbeaten == ()
-    assert found.summary[1].endswith("; it beats every control that is defined for enough images (not edge_map).")
+    assert found.summary[3].endswith("; it beats every control that is defined for enough images (not edge map).")
     found = evaluate(MODEL, data, [known], ["energy_in_mask"], controls=["edge_map", "contrast_map"])
-    assert "largest share" in found.summary[1] and "control" not in found.summary[1]  # it is better than chance
+    assert "times what a map without" in found.summary[3]  # it is better than chance
+    assert "control" not in found.summary[3]
     found = evaluate(MODEL, data, [known], ["iou"], controls=["edge_map", "contrast_map"])
-    assert found.summary[1].endswith("; no control is defined for enough images.")
+    assert found.summary[3].endswith("; no control is defined for enough images.")
     assert tables.best(found, "iou") is None
 
 
@@ -207,7 +208,9 @@ def test_a_share_is_never_rounded_to_a_certainty():
     labels = torch.zeros(3000, dtype=torch.long)
     labels[0] = 1
     found = evaluate(MODEL, [(images, labels)], ["cam"], ["gini"], limit=8)
-    assert found.summary[0].startswith("The model names the right class in >99.9 % [99.8, 100.0] of 3,000 images")
+    assert found.summary[0].startswith(
+        "The model names the right class in >99.9 % of 3,000 images (95 % interval 99.8 to 100.0 %)"
+    )
 
 
 def test_a_group_column_of_any_name_has_a_place_in_the_table():

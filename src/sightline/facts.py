@@ -99,8 +99,10 @@ def did_you_mean(
 
 
 _TITLES = {
+    "add": "ADD",
     "ablation_cam": "Ablation-CAM",
     "cam": "CAM",
+    "deletion_auc": "deletion",
     "eigen_cam": "Eigen-CAM",
     "finer_cam": "Finer-CAM",
     "grad_cam": "Grad-CAM",
@@ -109,29 +111,49 @@ _TITLES = {
     "guided_grad_cam_plus_plus": "guided Grad-CAM++",
     "hires_cam": "HiRes-CAM",
     "input_x_gradient": "input × gradient",
+    "insertion_auc": "insertion",
+    "iou": "IoU",
     "layer_cam": "Layer-CAM",
     "lrp": "LRP",
     "lrp_epsilon_alpha2_beta1": "LRP epsilon, alpha 2, beta 1",
     "lrp_epsilon_gamma_box": "LRP epsilon, gamma, box",
     "lrp_epsilon_plus_flat": "LRP epsilon, plus, flat",
+    "mask_auc": "mask AUC",
+    "parameter_randomization": "randomization test",
     "rise": "RISE",
+    "road": "ROAD",
+    "road_lerf": "ROAD (LeRF)",
+    "road_morf": "ROAD (MoRF)",
     "score_cam": "Score-CAM",
     "smooth_grad": "SmoothGrad",
     "var_grad": "VarGrad",
     "xgrad_cam": "XGrad-CAM",
 }
-"""How the field writes methods; the others are their names with spaces."""
+"""How the field writes methods and metrics; the others are their names with spaces."""
 
 
 def words(name: str) -> str:
     """The name of a method or metric for reading.
 
-    >>> words("grad_cam"), words("grad_cam of another class"), words("attention@conv_10"), words("deletion_auc")
-    ('Grad-CAM', 'Grad-CAM of another class', 'attention at conv_10', 'deletion auc')
+    >>> words("grad_cam of another class"), words("attention@attention.conv10"), words("deletion_auc")
+    ('Grad-CAM of another class', 'attention at conv 10', 'deletion')
     """
     method, at, layer = name.partition("@")
     title = re.sub(r"\w+", lambda word: _TITLES.get(word[0], word[0].replace("_", " ")), method)
-    return f"{title} at {layer}" if at else title
+    place = re.sub(r"(?<=[a-z])(?=\d)", " ", layer.removeprefix(f"{method}.").replace("_", " "))
+    return f"{title} at {place}" if at else title
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """Names of methods or metrics in a sentence.
+
+    >>> listed(["cam", "grad_cam", "lrp"]), listed("abcd", 2)
+    ('CAM, Grad-CAM and LRP', 'a, b and 2 others')
+    """
+    titles = [words(name) for name in names]
+    if more := titles[most:]:
+        titles = [*titles[:most], f"{len(more)} other{'s' * (len(more) > 1)}"]
+    return " and ".join(filter(None, [", ".join(titles[:-1]), *titles[-1:]]))
 
 
 def percent(fraction: float) -> str:

@@ -40,6 +40,7 @@ def example(index: int, side: int, rng: np.random.Generator, wrong: bool = False
         "cam": (4 * near - 1 + rng.normal(0, 0.5, (10, 10))).astype(np.float32),
         "grad_cam": (1e-4 * near + rng.uniform(0, 1e-5, (10, 10))).astype(np.float32),
     }
+    maps |= {control: rng.uniform(0, 1, (10, 10)).astype(np.float32) for control in CONTROLS}
     verdicts: dict[str, list[Verdict]] = {method: [] for method in METHODS}
     if index == 2:
         maps["grad_cam"] = np.zeros((10, 10), np.float32)
@@ -173,16 +174,13 @@ def evaluation_of(side: int, n: int = 24, errors: int = 6) -> Evaluation:
         left_out={"rise": "312 s for 50 images, of 600 s for everything"},
         summary=(
             Finding(
-                "accuracy",
-                "The model classifies 97.2 % of 400 images correctly, and cam finds the digit better than any control.",
+                "accuracy", "The model names the right class in 97.2 % of 400 images, more than by guessing (11.8 %)."
             ),
+            Finding("where it looks", "It looks at what the masks mark: 61 % of CAM lies in the masks."),
+            Finding("which map", "CAM is the map to believe here.", believed=("cam",)),
+            Finding("best", "CAM is best in insertion with 0.780."),
             Finding(
-                "accuracy",
-                "Accuracy lies between 95.3 % and 98.6 %; always answering the most frequent class would give 11.8 %.",
-            ),
-            Finding("accuracy", "61 % of the energy of cam lies on the mask, which covers 6.8 % of the image."),
-            Finding(
-                "accuracy",
+                "not better than a control",
                 "No method deletes evidence measurably better than the edges of the image: do not read deletion here.",
             ),
         ),

@@ -1,9 +1,13 @@
 """Pages of maps as a notebook asks for them: from tensors, image sets and files."""
 
+import base64
+import io
+import re
 import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -41,7 +45,7 @@ def test_tensors_image_sets_and_files_give_the_same_maps(files, tmp_path):
     results = [pages(given, tmp_path / str(i)) for i, given in enumerate((files, images, tensors))]
     for result in results:
         assert list(result.verdicts) == ["cam", "center_map"] and len(result.rows) == 6
-        assert result.written == frozenset(result.folder.iterdir()) and len(result.written) == 7
+        assert result.written == frozenset(result.folder.iterdir()) and len(result.written) == 8
     raw = [[np.load(r.folder / f"{row['maps']}.npz")["cam"] for row in r.rows[::2]] for r in results]
     assert np.array_equal(raw[0], raw[1]) and np.array_equal(raw[0], raw[2])
     expected = sl.explain(PooledModel(torch.eye(3)), tensors / 255, methods=["cam"])["cam"][:, 0]
@@ -95,6 +99,7 @@ def test_pages_appear_one_by_one_where_a_method_is_slow_and_the_table_is_whole_a
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {
         *(f"{i}{end}" for i in range(2) for end in (".npz", "--page.png")),
         "maps.csv",
+        "index.html",
     }
     lines = (tmp_path / "stopped" / "maps.csv").read_text().splitlines()
     assert lines == (tmp_path / "out" / "maps.csv").read_text().splitlines()[:5]
@@ -313,3 +318,41 @@ def test_the_maps_of_a_page_are_those_of_its_picture(tmp_path, drawn):
     cell = maps.overlay(drawn[0]["images"], raw, signed=True)[0, 0].movedim(0, -1).numpy()
     rows = [top for top in range(len(shown) - 448) if np.array_equal(shown[top : top + 448, 12 + 452 : 12 + 900], cell)]
     assert len(rows) == 1 and len(result.rows) == 1
+
+
+def test_the_index_shows_every_image_with_its_classes_and_worst_verdict(tmp_path, drawn):
+    rng = np.random.default_rng(0)
+    for folder in ("Green_light", "other"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(tmp_path / folder / f"{folder} #1.png")
+    result = pages(
+        [tmp_path / "Green_light", tmp_path / "other"],
+        tmp_path / "maps",
+        methods=["center_map", "cam", "grad_cam"],
+        classes=["red", "green light", "blue"],
+    )
+    html = (tmp_path / "maps" / "index.html").read_text()
+    assert f"index: {tmp_path / 'maps' / 'index.html'}" in list(result.lines())
+    links = re.findall(r'<a href="([^"#]*page.png)"><img src="data:image/jpeg;base64,([^"]+)"', html)
+    assert [unquote(link) for link, _ in links] == [f"{n} #1--page.png" for n in ("Green_light", "other")]
+    assert all((tmp_path / "maps" / unquote(link)).is_file() for link, _ in links)
+    with Image.open(io.BytesIO(base64.b64decode(links[0][1]))) as picture:
+        assert picture.size == (2 * 30, 20)
+    assert [row["true_class"] for row in result.rows] == ["green light"] * 3 + [""] * 3
+    text = " ".join(re.sub("<[^>]*>", " ", html).split())
+    assert text.count("true green light predicted") == 1 and "true other" not in text
+    assert "CAM features, 8 x 8 positions" in text and "by CAM: bright" in text and "center map 8 x 8" in text
+    assert not re.search(r"https?://|@import|url\(", html)
+    said = [asked["heading"].splitlines()[0] for asked in drawn]
+    assert said[0].endswith("; true class: green light") and "true class" not in said[1]
+    assert [list(asked["captions"])[-1] for asked in drawn] == ["control: center map"] * 2
+
+
+def test_the_index_names_the_gravest_verdict_and_images_of_a_set_have_their_class(tmp_path):
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    pages(images, tmp_path / "flat", methods=["center_map", "cam"])
+    text = " ".join(re.sub("<[^>]*>", " ", (tmp_path / "flat" / "index.html").read_text()).split())
+    assert "do not read CAM: flat" in text
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    known = replace(read_images([tmp_path / "a.png"], PREPROCESS), labels=np.array([2]), classes=("r", "g", "b"))
+    assert {row["true_class"] for row in pages(known, tmp_path / "set").rows} == {"b"}

@@ -14,10 +14,11 @@ from PIL import Image
 
 from sightline import report, runs
 from sightline.evaluation import Curve, Evaluation, Example, evaluate
+from sightline.evaluation.findings import ANSWERS
 from sightline.explainers import Verdict
 from sightline.facts import Finding, Interval, words
 from sightline.report import pictures, tables
-from sightline.report.html import hundredths, number, percent
+from sightline.report.formats import hundredths, number, percent
 from sightline.testing import PooledModel
 
 EVIL = "<script>alert('x')</script> \"quoted\" & </style>"
@@ -62,9 +63,12 @@ class Page(HTMLParser):
     def with_class(self, name: str) -> list[dict[str, Any]]:
         return [element for element in self.elements if name in (element.get("class") or "").split()]
 
-    def text_of(self, key: str) -> str:
+    def with_id(self, key: str) -> dict[str, Any]:
         (element,) = (element for element in self.elements if element.get("id") == key)
-        return " ".join(element["text"].split())
+        return element
+
+    def text_of(self, key: str) -> str:
+        return " ".join(self.with_id(key)["text"].split())
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +116,37 @@ def test_structure_for_a_screen_reader(page: Page):
     assert page.all("a")[0]["class"] == "skip"
 
 
-def test_title_verdict_and_summary(page: Page, evaluation: Evaluation):
+def test_title_answers_and_findings(page: Page, evaluation: Evaluation):
     assert page.all("h1")[0]["text"].strip() == "Where vgg_att2 looks on clutter"
-    (verdict,) = page.with_class("verdict")
-    assert verdict["text"] == evaluation.summary[0]
-    assert all(sentence in page.text_of("summary") for sentence in evaluation.summary[1:])
-    assert "400 images of the split “test”, maps of 250 of them · 10 classes" in page.all("header")[0]["text"]
-    assert evaluation.summary[0] not in page.text_of("summary")
+    (answers,) = page.with_class("answers")
+    assert [dt["text"] for dt in page.all("dt") if dt["parent"]["parent"] is answers] == list(ANSWERS.values())[-3:]
+    said = [dd["text"] for dd in page.all("dd") if dd["parent"]["parent"] is answers]
+    assert said == list(evaluation.summary[:3])
+    assert all(finding in page.text_of("summary") for finding in evaluation.summary[3:])
+    assert not any(finding in page.text_of("summary") for finding in said)
+    assert "400 images of the split “test”, maps of 250 of them · 10 classes" in page.with_class("said")[0]["text"]
+
+
+def test_the_page_begins_with_six_images_their_maps_and_one_control(page: Page, evaluation: Evaluation):
+    order = [e["tag"] if e["tag"] != "svg" else e.get("aria-label", "") for e in page.elements]
+    assert order.index("nav") > order.index("dl") > order.index("h1")
+    for strip in page.with_class("strip"):
+        heads = [span["text"] for span in page.all("span") if span["parent"]["parent"] is strip]
+        assert heads == ["image", "CAM", "Grad-CAM", "attention", "activation map", "control: edge map"]
+    tiles = [e for e in page.all("svg") if within(e, page.with_class("strip"))]
+    assert len(tiles) == 6 * 6 and all(within(tile, page.with_class("apart")) for tile in tiles[5::6])
+    first = evaluation.examples[0]
+    assert tiles[0]["aria-label"].startswith(first.name) and f"edge map of {first.name}: " in tiles[5]["aria-label"]
+    assert [" ".join(p["text"].split())[:4] for p in page.with_class("answer")[:6]] == ["true"] * 6
+    assert "The first 6 of 24 images drawn at random; all right. All are in the gallery." in " ".join(
+        page.with_class("second")[0]["text"].split()
+    )
+
+
+def within(element: dict[str, Any], others: list[dict[str, Any]]) -> bool:
+    while element and not any(element is other for other in others):
+        element = element["parent"]
+    return bool(element)
 
 
 def test_accuracy_beside_majority_and_chance(page: Page):
@@ -167,7 +195,7 @@ def test_a_test_ranks_nothing_and_marks_who_fails(evaluation: Evaluation, tmp_pa
     marked = [mark["parent"] for mark in page.with_class("doubt") if mark["text"] == "fails"]
     of = {score.method: score.interval.value for score in found.scores if score.metric == test}
     assert [float(cell["data-value"]) for cell in marked] == [of["cam"], of["grad_cam"]]
-    agreement = page.text_of("agreement")
+    agreement = next(t["text"] for t in page.with_class("matrix") if within(t, [page.with_id("agreement")]))
     assert words(test) not in agreement and words(others[0]) in agreement
 
 
@@ -326,7 +354,7 @@ def test_no_metrics_no_examples_no_summary(evaluation: Evaluation, tmp_path: Pat
     assert "No metric" in page.text_of("methods")
     assert "There is no wrong answer to show." in page.text_of("errors")
     assert "In the evaluated images: none." in page.text_of("unread")
-    assert not page.with_class("tools") and not page.with_class("verdict")
+    assert not page.with_class("tools") and not page.with_class("strip") and not page.with_class("answers")
     absent = {"curves", "agreement", "worst"}
     assert not absent & {element.get("id") for element in page.elements}
     assert not absent & {(link.get("href") or "")[1:] for link in page.all("a")}
@@ -476,19 +504,21 @@ def row_of(page: Page, section: str, first: str) -> list[list[str]]:
     return found
 
 
-def test_chance_and_reliability_stand_in_the_foot(page: Page):
+def test_chance_stands_in_the_foot_and_reliability_far_below(page: Page):
     (foot,) = page.all("tfoot")
     text = " ".join(foot["text"].split())
-    assert text.startswith("chance – – 0.068 0.068 reliability Krippendorff’s alpha: 1 if all images rank the methods")
-    assert text.endswith("as chance would; controls left out 0.310 0.620 −0.040 0.870")
+    assert text == "chance – – 0.068 0.068"
+    text = page.text_of("agreement")
+    assert "Krippendorff’s alpha of the methods, controls left out: 1 if all images rank them alike" in text
+    assert text.endswith("deletion 0.310 insertion 0.620 pointing game −0.040 energy in mask 0.870")
 
 
 def test_the_best_stands_against_every_other(page: Page):
     text = page.text_of("methods")
-    assert "deletion auc: CAM is better than 6 of 7" in text and "pointing game: CAM is better than 7 of 7" in text
+    assert "deletion: CAM is better than 6 of 7" in text and "pointing game: CAM is better than 7 of 7" in text
     assert "CAM minus each other one" in text and "Lower is better" in text
-    rows = [row for row in row_of(page, "methods", "edge map control") if len(row) == 4]
-    assert rows[0] == ["edge map control", "−0.010 [−0.025, 0.005]", "0.200", "cannot be told apart"]
+    rows = [row for row in row_of(page, "methods", "edge map") if len(row) == 4]
+    assert rows[0] == ["edge map", "−0.010 [−0.025, 0.005]", "0.200", "cannot be told apart"]
     rows = row_of(page, "methods", "attention")
     assert rows[0] == ["attention", "−0.070 [−0.085, −0.055]", "<0.001", "better"]  # in the data: attention minus cam
     assert rows[1][1] == "0.070 [0.055, 0.085]"
@@ -566,8 +596,8 @@ def test_agreement_of_metrics(page: Page, evaluation: Evaluation):
     assert cells == ["pointing game", *(hundredths(value) for value in found[2].tolist())]
     assert cells[3] == "1.00"
     charts = page.with_class("scatter")
-    assert " ".join(charts[0]["text"].split()).startswith("deletion auc and pointing game: 0.")
-    assert "insertion auc and energy in mask: " in " ".join(charts[1]["text"].split())
+    assert " ".join(charts[0]["text"].split()).startswith("deletion and pointing game: 0.")
+    assert "insertion and energy in mask: " in " ".join(charts[1]["text"].split())
     dots = [dot for dot in page.all("circle") if dot.get("class") in ("mean", "hollow") and dot["text"].strip()]
     assert len(dots) == 2 * 8 and sum(dot["class"] == "hollow" for dot in dots) == 2 * 4
     assert {dot["text"].strip() for dot in dots if dot["class"] == "hollow"} == {words(m) for m in evaluation.controls}
@@ -584,6 +614,7 @@ def test_agreement_of_methods(page: Page):
     cells = [cell for cell in page.all("td") if cell["text"] in ("0.40", "−0.02")]
     assert {(cell["text"], cell.get("class"), cell["style"]) for cell in cells} == {
         ("0.40", None, "--share: 40%"),
+        ("0.40", "apart", "--share: 40%"),
         ("−0.02", "against", "--share: 2%"),
     }
 
@@ -598,26 +629,36 @@ def test_two_controls_are_never_the_most_alike():
 def test_a_scatter_points_to_the_better_side():
     better = pictures.scatter({"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 1.0}, (True, True), ["a", "b"])
     assert [(dot.x, dot.y) for dot in better.dots] == [(0.0, 300.0), (300.0, 0.0)]
-    assert [dot.label for dot in better.dots] == [(7.0, 300.0), (293.0, 4.0)]
+    assert [dot.label for dot in better.dots] == [(8.0, 288.0), (308.0, 5.0)]
     turned = pictures.scatter({"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 1.0}, (False, True), [])
     assert [(dot.x, dot.y) for dot in turned.dots] == [(300.0, 300.0), (0.0, 0.0)]
     assert turned.x_ticks == {"0": 300.0, "0.2": 240.0, "0.4": 180.0, "0.6": 120.0, "0.8": 60.0, "1": 0.0}
     assert {dot.label for dot in turned.dots} == {None}
-    equal = {f"m{i}": 0.5 for i in range(9)}
-    crowd = pictures.scatter(dict(list(equal.items())[:8]), equal, (True, True), list(equal))
-    heights = sorted(dot.label[1] for dot in crowd.dots)
-    assert min(np.diff(heights)) >= 15 and heights[-1] <= 300
-    top = pictures.scatter(
-        {f"m{i}": i / 8 for i in range(8)}, dict.fromkeys(equal, 1.0) | {"m0": 0.0}, (True, True), list(equal)
-    )
-    assert min(dot.label[1] for dot in top.dots) == 4
-    assert {dot.label for dot in pictures.scatter(equal, equal, (True, True), list(equal)).dots} == {None}
     assert pictures.scatter({"a": np.nan}, {"a": 1.0}, (True, True), []) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_names_on_a_scatter_never_overlap(seed: int):
+    rng = np.random.default_rng(seed)
+    names = [f"{'long_' * int(rng.integers(4))}m{i}" for i in range(int(rng.integers(2, 30)))]
+    x, y = ({name: float(value) for name, value in zip(names, rng.normal(size=len(names)), strict=True)} for _ in "xy")
+    for values in (y, dict.fromkeys(names, 1.0), x):  # anywhere, on a line, and on the diagonal
+        drawn = pictures.scatter(x, values, (True, False), names)
+        boxes = [
+            (dot.label[0], dot.label[1] - 13, dot.label[0] + pictures.LETTER * len(dot.name), dot.label[1] + 4)
+            for dot in drawn.dots
+            if dot.label
+        ]
+        assert boxes  # a crowd may leave some without a name, never all
+        for i, a in enumerate(boxes):
+            assert 0 <= a[0] and a[2] <= 324 and a[3] <= 300
+            assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in boxes[:i])
+            assert not any(a[0] < dot.x < a[2] and a[1] < dot.y < a[3] for dot in drawn.dots)
 
 
 def test_worst_images(page: Page, evaluation: Evaluation, html: str):
     text = page.text_of("worst")
-    assert "Where a method does worst in deletion auc" in text
+    assert "Where a method does worst in deletion" in text
     tiles = [
         e["aria-label"]
         for e in page.all("svg")
@@ -754,7 +795,7 @@ def test_one_method_and_one_metric(evaluation: Evaluation, tmp_path: Path):
     assert "agreement" not in {element.get("id") for element in page.elements}
     assert len(page.with_class("band")) == 2
     assert "The best against every other" not in page.text_of("methods")
-    assert page.text_of("worst").startswith("Worst images of each method Where a method does worst in insertion auc")
+    assert page.text_of("worst").startswith("Worst images of each method Where a method does worst in insertion")
 
 
 def test_two_metrics_have_one_scatter(evaluation: Evaluation, tmp_path: Path):
@@ -805,4 +846,4 @@ def test_25_methods_and_metrics_stay_small_and_fold(photos: Evaluation, tmp_path
     assert page.with_class("dense") and page.with_class("tall")
     folded = [" ".join(summary["text"].split()) for summary in page.all("summary")]
     assert {"25 methods", "20 more", "8 more"} <= set(folded)
-    assert len(page.with_class("label")) == 0 and len(page.with_class("hollow")) == 2 * 4
+    assert len(page.with_class("hollow")) == 2 * 4

@@ -287,6 +287,28 @@ def test_undefined_scores_are_sorted_to_the_end(browser: Browser, evaluation: Ev
         assert rows(browser)[0][-1] == "attention"
 
 
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_pictures_and_answers_stand_on_the_first_screen(browser: Browser, page: Path, width: int, height: int):
+    browser.open(page, width=width, height=height)
+    box = "(query => { const r = document.querySelector(query).getBoundingClientRect(); return [r.top, r.bottom] })"
+    title, strip, answers = (browser.run(f"{box}('{query}')") for query in ("h1", ".strip svg", ".answers"))
+    assert title[1] <= strip[0] < 200 and strip[1] <= answers[0] < answers[1] <= height
+    apart = "[...document.querySelectorAll('.strip .row')].map(row => row.lastElementChild.matches('.apart'))"
+    assert browser.run(apart) == [True] * 6
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_names_on_scatter_plots_do_not_overlap(browser: Browser, page: Path, width: int):
+    browser.open(page, width=width)
+    boxes = (
+        "[...svg.querySelectorAll('.label')].map(e => e.getBBox()).map(b => [b.x, b.y, b.x + b.width, b.y + b.height])"
+    )
+    for names in browser.run(f"[...document.querySelectorAll('.scatter svg')].map(svg => {boxes})"):
+        assert len(names) == 4
+        for i, a in enumerate(names):
+            assert not any(a[0] < b[2] and b[0] < a[2] and a[1] + 3 < b[3] and b[1] + 3 < a[3] for b in names[:i])
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_is_readable(browser: Browser, evaluation: Evaluation, run: runs.Run, tmp_path: Path, scheme: str):
     strongest = (-1.0) ** np.add.outer(np.arange(8), np.arange(8))  # the deepest colors of a correlation

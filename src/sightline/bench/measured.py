@@ -1,9 +1,10 @@
 """Measurements of a trained network: accuracy, quality of its maps, size and time."""
 
+import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from sightline import data, metrics, runs
 from sightline.attention import BilinearAttentionPooling, RepresentativeVectors
 from sightline.data.splits import draw
+from sightline.evaluation import Example
 from sightline.explainers import attention_maps, explain
 from sightline.facts import current_name
 from sightline.inference import forward
@@ -31,6 +33,8 @@ from sightline.training import initial_network
 _BATCH = 250
 _SCORED = 200
 """Number of test images for deletion."""
+SHOWN = 4
+"""Number of them whose maps are kept for the page, the first ones."""
 QUALITY = ("energy_in_mask", "sparsity", "deletion_auc")
 
 
@@ -113,7 +117,7 @@ def _with_nan(value: Any) -> Any:
 
 
 def measure_run(row: str, run: Run, dataset: str = "", own: runs.Own | None = None) -> MeasuredRun:
-    """Measure a run on its test images; `own`: see `runs.load_model`."""
+    """Measure a run on its test images, and keep maps of the first ones in its folder; `own`: see `runs.load_model`."""
     images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
     device = runs.best_device()
     model = runs.load_model(run.folder, own).to(device)
@@ -122,6 +126,8 @@ def measure_run(row: str, run: Run, dataset: str = "", own: runs.Own | None = No
     for batch in data.batches(images, _BATCH):
         logits.append(forward(model, data.normalize(batch.images.to(device), run.preprocess), _BATCH).cpu().double())
         areas += [] if batch.masks is None else [batch.masks.double().mean((1, 2, 3))]
+    quality, examples = _quality(model, images)
+    _keep(run.folder / _MAPS, examples)
     return MeasuredRun(
         dataset=dataset,
         row=row,
@@ -133,7 +139,7 @@ def measure_run(row: str, run: Run, dataset: str = "", own: runs.Own | None = No
         seconds=median_high(epoch["seconds"] for epoch in run.history),
         before=_maps(fresh(run, own).to(device), images),
         after=_maps(model, images),
-        quality=_quality(model, images),
+        quality=quality,
     )
 
 
@@ -168,7 +174,8 @@ def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
     )
 
 
-def _quality(model: nn.Module, images: data.ImageSet) -> dict[str, Quality]:
+def _quality(model: nn.Module, images: data.ImageSet) -> tuple[dict[str, Quality], list[Example]]:
+    """Of each map; and the first images with their own maps."""
     batch = images.batch(draw(images.labels, _SCORED, seed=0))
     device = next(model.parameters()).device
     inputs = data.normalize(batch.images.to(device), images.preprocess)
@@ -183,7 +190,59 @@ def _quality(model: nn.Module, images: data.ImageSet) -> dict[str, Quality]:
         return Quality(**{metric: _mean([scores[key]] if key in scores else []) for metric, key in keys.items()})
 
     own = "attention" if "attention" in maps else "activation_map"
-    return {"own": quality_of(own)} | {name: quality_of(name) for name in ("activation_map", "center_map")}
+    quality = {"own": quality_of(own)} | {name: quality_of(name) for name in ("activation_map", "center_map")}
+    probabilities = explanation.probabilities.cpu()
+    examples = [
+        Example(
+            name=batch.names[i],
+            image=batch.images[i].cpu().movedim(0, -1).numpy(),
+            label=images.classes[int(batch.labels[i])],
+            prediction=images.classes[int(explanation.targets[i, 0])],
+            probability=float(probabilities[i].max()),
+            maps={name: maps[name][i, 0].float().cpu().numpy() for name in (own, "center_map") if name in maps},
+            verdicts={},
+        )
+        for i in range(min(SHOWN, len(batch.names)))
+    ]
+    return quality, examples
+
+
+_MAPS = "maps.npz"
+
+
+def _keep(file: Path, examples: Sequence[Example]) -> None:
+    """Write images and their maps beside the run."""
+    arrays: dict[str, Any] = {
+        name: np.array([getattr(example, name) for example in examples])
+        for name in ("name", "image", "label", "prediction", "probability")
+    }
+    for method in examples[0].maps if examples else ():
+        arrays[f"map {method}"] = np.stack([example.maps[method] for example in examples])
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **arrays)
+    runs.write(file, packed.getvalue())
+
+
+def kept(folder: Path) -> list[Example]:
+    """The images and maps that were kept beside a run; none if it was measured without keeping them."""
+    if not (folder / _MAPS).is_file():
+        return []
+    with np.load(folder / _MAPS) as arrays:
+        maps = {name.removeprefix("map "): arrays[name] for name in arrays if name.startswith("map ")}
+        return [
+            Example(
+                name=str(name),
+                image=image,
+                label=str(label),
+                prediction=str(prediction),
+                probability=float(probability),
+                maps={method: values[i] for method, values in maps.items()},
+                verdicts={},
+            )
+            for i, (name, image, label, prediction, probability) in enumerate(
+                zip(*(arrays[name] for name in ("name", "image", "label", "prediction", "probability")), strict=True)
+            )
+        ]
 
 
 def _maps_by(method: str, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ from pathlib import Path
 import yaml
 
 from sightline import recipe, report, runs
+from sightline.bench.measured import kept
 from sightline.bench.result import CHEAP, Bench
-from sightline.bench.study import Study
+from sightline.bench.study import Study, folder
 from sightline.report.studies import Effect, Part, Table
 
 _CELLS = (
@@ -34,17 +35,21 @@ def write_bench(result: Bench, study: Study, out: Path) -> None:
     plan = recipe.dump(study.recipe) + yaml.safe_dump(
         {"datasets": study.datasets, "rows": study.plain()}, sort_keys=False
     )
-    parts = [_part(result.on(dataset)) for dataset in result.datasets]
+    parts = [_part(result.on(dataset), study, out) for dataset in result.datasets]
     report.write_study(parts, out, result.failed, plan)
 
 
-def _part(result: Bench) -> Part:
+def _part(result: Bench, study: Study, out: Path) -> Part:
     dataset = result.datasets[0]
+    first = {run.row: run.seed for run in reversed(result.measured)}
+    pictured = {row: kept(folder(out, row, first[row], dataset)) for row in result.rows if row in first}
     costs = result.costs.get(dataset, {})
     tables = {_CELLS: result.cells(), _MAP_CELLS: result.map_cells()}
     return Part(
         name=dataset,
+        answers=result.answers(),
         sentences=result.sentences(),
+        pictured={row: examples for row, examples in pictured.items() if examples},
         tables=[
             Table(caption=caption, columns={name: name not in CHEAP for name in lines[0]}, lines=lines)
             for caption, lines in tables.items()
@@ -62,6 +67,6 @@ def _part(result: Bench) -> Part:
             for row, difference in result.differences().items()
         ],
         cost={row: cost.macs / 1e6 for row, cost in costs.items()},
-        accuracy={row: result.over_seeds(row, lambda run: 100 * run.accuracy).mean for row in costs},
+        accuracy={row: result.over_seeds(row, lambda run: 100 * run.accuracy).mean for row in first},
         controls={result.control, *result.controls.values()},
     )

@@ -173,6 +173,16 @@ class Bench:
             )
         return [sentence[0].upper() + sentence[1:] for sentence in sentences]
 
+    def answers(self) -> dict[str, str]:
+        """The first sentences, each by the question that it answers."""
+        place = f"On {self.datasets[0]}, " if self.datasets[0] else ""
+        parts = {
+            "Which network is more accurate?": self._difference_sentences(place),
+            "Does its own map beat a blob in the middle?": self._map_sentences(),
+        }
+        first = {question: next(iter(sentences), "") for question, sentences in parts.items()}
+        return {question: text[0].upper() + text[1:] for question, text in first.items() if text}
+
     def _difference_sentences(self, place: str) -> Iterable[str]:
         differences = self.differences()
         names = {row: row if d.other == self.control else f"{row} (to {d.other})" for row, d in differences.items()}
@@ -186,14 +196,14 @@ class Bench:
             better, worse, unclear = _by_sign(tested)
             best = max(tested, key=lambda row: tested[row].mean)
             if better:
-                yield f"{place}better than the control after correction: {points(better)}."
+                yield f"{place}more accurate than the control, also after correction: {points(better)}."
             else:
                 yield (
-                    f"{place}no row is shown to be better than its control after correction; {names[best]} has the "
-                    f"highest mean difference, {tested[best].points(' points')}."
+                    f"{place}no network is shown to be more accurate than its control; the largest mean difference is "
+                    f"that of {names[best]}, {tested[best].points(' points')}."
                 )
             if worse:
-                yield f"{place}worse than the control after correction: {points(worse)}."
+                yield f"{place}less accurate than the control, also after correction: {points(worse)}."
             if unclear:
                 yield (
                     f"Better, worse or as good as the control is open for {_listed([names[row] for row in unclear])}: "
@@ -230,7 +240,7 @@ class Bench:
                 where = " in deletion" if measure == "deletion_auc" else ""
                 yield (
                     f"After correction, the own map {verb} a blob in the center{where} "
-                    f"for {_listed(ahead) or 'no row'}; the blob is ahead for {_listed(behind) or 'none'}"
+                    f"for {_listed(ahead) or 'no network'}; the blob is ahead for {_listed(behind) or 'none'}"
                     f"{'; the rest is open' if len(differences) > len(ahead) + len(behind) else ''}."
                 )
 

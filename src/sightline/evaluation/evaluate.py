@@ -399,9 +399,10 @@ def _maps_to_show(
 ) -> dict[tuple[str, str], Array]:
     rows = batch.rows.numpy()
     kept: dict[tuple[str, str], Array] = {}
-    for method in (name for name in task.names if name not in task.controls):
-        places = np.union1d(np.flatnonzero(np.isin(rows, shown)), _worst(task, values, method))
-        kept |= {(method, str(rows[place])): maps[method][place, 0].float().cpu().numpy() for place in places}
+    for row in (row for row in task.rows if not row.explains_runner_up):
+        worst = np.zeros(0, int) if row.is_control else _worst(task, values, row.name)
+        places = np.union1d(np.flatnonzero(np.isin(rows, shown)), worst)
+        kept |= {(row.name, str(rows[place])): maps[row.name][place, 0].float().cpu().numpy() for place in places}
     return kept
 
 
@@ -485,7 +486,7 @@ def _tested(task: Task, classes: int) -> dict[str, list[str]]:
     """Test -> the methods that it is asked about."""
     methods = [row for row in task.rows if not row.is_control]
     by_class = [row for row in methods if not row.explainer.is_blind_to_class and classes > 2]
-    tests = [m for m in task.metrics if METRICS[m].higher_is_better is None and METRICS[m].sentence]
+    tests = [m for m in task.metrics if METRICS[m].higher_is_better is None and METRICS[m].meaning]
     return {test: [row.name for row in (by_class if test == "random_logit" else methods)] for test in tests}
 
 
@@ -536,7 +537,8 @@ def _verdict_counts(task: Task, scores: Scores, draw: _Draw) -> dict[str, Any]:
 
 def _examples(task: Task, predictions: Predictions, scores: Scores, draw: _Draw) -> dict[str, Any]:
     """The images that the report shows."""
-    methods = [name for name in task.names if name not in task.controls]
+    drawn = [row.name for row in task.rows if not row.explains_runner_up]
+    methods = [name for name in drawn if name not in task.controls]
 
     def example(row: int, methods: Sequence[str]) -> Example:
         label = predictions.labels[row]
@@ -553,8 +555,8 @@ def _examples(task: Task, predictions: Predictions, scores: Scores, draw: _Draw)
 
     worst = {method: draw.chosen[_worst(task, scores.values, method)].tolist() for method in methods}
     return {
-        "examples": tuple(example(row, methods) for row in draw.gallery.tolist()),
-        "errors": tuple(example(row, methods) for row in draw.wrong.tolist()),
+        "examples": tuple(example(row, drawn) for row in draw.gallery.tolist()),
+        "errors": tuple(example(row, drawn) for row in draw.wrong.tolist()),
         "worst": {method: tuple(example(row, [method]) for row in rows) for method, rows in worst.items() if rows},
     }
 

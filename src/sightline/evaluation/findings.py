@@ -7,11 +7,12 @@ from itertools import combinations
 import numpy as np
 
 from sightline.evaluation.batches import Predictions
-from sightline.evaluation.ranking import LEVEL, UNDEFINED_FRACTION, wins
+from sightline.evaluation.conclusions import BELIEVE, LOOKS, asked, compared, ends, where_it_looks, which_map, won
+from sightline.evaluation.ranking import LEVEL, UNDEFINED_FRACTION
 from sightline.evaluation.result import Evaluation
-from sightline.facts import LEVELS, Finding, percent
+from sightline.facts import LEVELS, Finding, listed, percent, words
 from sightline.maps import COARSE, NEARLY_FLAT
-from sightline.metrics import METRICS, MOSAIC_METRICS
+from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import paired_test
 
 _FEW_GROUPS = 20
@@ -27,6 +28,15 @@ _STATES = {
     "rectifiers intercepted": "are in part plain gradients: some activations are no rectifiers",
 }
 """Verdict -> its meaning, for readers of the summary alone."""
+
+ANSWERS = {
+    "accuracy": "What does the model get right?",
+    "no better than majority": "What does the model get right?",
+    "no accuracy": "What does the model get right?",
+    LOOKS: "Where does it look?",
+    BELIEVE: "Which map to believe?",
+}
+"""Kinds of the first three findings, each the answer to a question."""
 
 DOUBTS = frozenset(
     {
@@ -44,14 +54,27 @@ GAPS = frozenset({"left out", "unreadable", "not judged", "unlabeled", "absent c
 
 
 def findings(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:
-    """Sentences, the most important first."""
-    yield from _accuracy(result, predictions)
+    """Sentences: three answers (see `ANSWERS`), then what stands behind them, the most important first."""
+    for finding in _findings(result, predictions):
+        yield Finding(finding.kind, finding[0].upper() + finding[1:], **finding.values)
+
+
+def _findings(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:
     n_maps = int(result.provenance["images with maps"])
     units = max((score.interval.n for score in result.scores), default=0)
+    is_too_few = _is_too_few(result, units)
+    believe = which_map(result, units, is_too_few)
+    yield _accuracy(result, predictions)
+    yield where_it_looks(result, believe.values["believed"])
+    yield believe
+    yield from _missing(result, predictions)
     if result.unit != "images" and units < _FEW_GROUPS:
         text = f"Only {units} groups ({result.unit}) stand behind the intervals of the maps: they are wide, and rough."
         yield Finding("few groups", text, groups=units)
-    yield from _too_few(result, units)
+    if is_too_few:
+        behind = "images" if result.unit == "images" else f"groups ({result.unit})"
+        text = f"Only {units} {behind}: too few to say of any method that it beats another one or a control."
+        yield Finding("too few", text, units=units)
     methods = [method for method in result.methods if method not in result.controls]
     for metric in result.metrics:
         yield from _not_judged(result, metric, methods, n_maps)
@@ -59,39 +82,45 @@ def findings(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:
     yield from _no_better(result, methods)
     for test, failing in result.failed.items():
         if failing:
-            figures = [f"{method} ({result.score(method, test).interval})" for method in failing]
-            text = METRICS[test].sentence.format(methods=", ".join(figures)) + "."
+            figures = [f"{words(method)} ({result.score(method, test).interval})" for method in failing]
+            text = METRICS[test].meaning.format(methods=", ".join(figures)) + "."
             yield Finding("fails a test", text, test=test, methods=failing)
     yield from _at_odds(result)
     yield from _verdicts(result, methods, n_maps)
     yield from _coarse(result, methods)
     if result.left_out:
-        text = f"Left out, since the time would not have been enough: {', '.join(result.left_out)}."
+        text = f"Left out, since the time would not have been enough: {listed(result.left_out, 99)}."
         yield Finding("left out", text, names=tuple(result.left_out))
     if result.skipped:
         text = f"{len(result.skipped)} images could not be read and were left out."
         yield Finding("unreadable", text, images=len(result.skipped))
 
 
-def _accuracy(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:
-    if result.accuracy is None or result.majority is None:
-        return
+def _accuracy(result: Evaluation, predictions: Predictions) -> Finding:
     has_label = predictions.labels >= 0
-    labeled = int(has_label.sum())
+    if result.accuracy is None or result.majority is None:
+        why = "it was not measured here" if has_label.any() else "the images have no labels"
+        return Finding("no accuracy", f"How often the model is right is unknown: {why}.")
     is_better = result.accuracy.low > result.majority
     if predictions.groups is not None:
         lead = (predictions.labels == predictions.predictions)[has_label] - result.majority
         is_better = is_better and paired_test(lead, predictions.groups[has_label]) < LEVEL
-    interval = f"[{100 * result.accuracy.low:.1f}, {100 * result.accuracy.high:.1f}]"
-    better = "better than" if is_better else "not reliably better than"
-    yield Finding(
+    better = "more" if is_better else "not reliably more"
+    return Finding(
         "accuracy" if is_better else "no better than majority",
-        f"The model names the right class in {percent(result.accuracy.value)} {interval} of {labeled:,} images, "
-        f"{better} always naming the most frequent class ({percent(result.majority)}).",
+        f"The model names the right class in {percent(result.accuracy.value)} of {int(has_label.sum()):,} images "
+        f"{ends(result.accuracy)}, {better} than by always naming the most frequent class "
+        f"({percent(result.majority)}).",
         accuracy=result.accuracy.value,
         majority=result.majority,
     )
-    if unlabeled := result.n_images - labeled:
+
+
+def _missing(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:
+    """What is not known of the accuracy."""
+    if result.accuracy is None:
+        return
+    if unlabeled := int((predictions.labels < 0).sum()):
         text = f"{unlabeled:,} of {result.n_images:,} images have no label and count for no accuracy."
         yield Finding("unlabeled", text, images=unlabeled)
     absent = [name for i, name in enumerate(result.classes) if not (predictions.labels == i).any()]
@@ -100,20 +129,17 @@ def _accuracy(result: Evaluation, predictions: Predictions) -> Iterator[Finding]
         yield Finding("absent classes", f"No image shows {some}: nothing is known of the accuracy there.", names=absent)
 
 
-def _too_few(result: Evaluation, units: int) -> Iterator[Finding]:
-    """Where even differences that are the same on every image would not be significant after the correction."""
+def _is_too_few(result: Evaluation, units: int) -> bool:
+    """Whether even differences that are the same on every image would not be significant after the correction."""
     pairs = Counter(pair.metric for pair in result.comparisons)
-    if pairs and min(pairs.values()) * paired_test(np.ones(units)) >= LEVEL:
-        behind = "images" if result.unit == "images" else f"groups ({result.unit})"
-        text = f"Only {units} {behind}: too few to say of any method that it beats another one or a control."
-        yield Finding("too few", text, units=units)
+    return bool(pairs) and min(pairs.values()) * paired_test(np.ones(units)) >= LEVEL
 
 
 def _not_judged(result: Evaluation, metric: str, methods: Sequence[str], n_maps: int) -> Iterator[Finding]:
     for method in methods:
         defined = n_maps - result.score(method, metric).undefined
         if defined < (1 - UNDEFINED_FRACTION) * n_maps:
-            text = f"{metric} of {method} is defined for {defined} of {n_maps} images only and is not judged."
+            text = f"{words(method)} is defined for {defined} of {n_maps} images only in {words(metric)}: not judged."
             yield Finding("not judged", text, metric=metric, method=method, images=defined)
 
 
@@ -123,29 +149,30 @@ def _best(result: Evaluation, metric: str) -> Iterator[Finding]:
         return
     best = standing.best
     interval = result.score(best, metric).interval
-    compared = _compared(result, metric)
-    undefined = [control for control in result.controls if control not in compared]
+    known = compared(result, metric)
+    undefined = [control for control in result.controls if control not in known]
+    text = f"{words(best)} is best in {asked(metric)} with {interval}"
     if len(undefined) == len(result.controls) and metric not in result.chance:
         why = "no control is defined for enough images" if undefined else "without controls that says little"
-        text = f"The best in {metric} is {best} with {interval}; {why}."
-        yield Finding("best without controls", text, metric=metric, method=best)
+        yield Finding("best without controls", f"{text}; {why}.", metric=metric, method=best)
         return
     if standing.unbeaten:
-        won = _won(result, metric)
-        ahead = [control for control in standing.unbeaten if (control, best) in won]
-        behind = f"; {', '.join(ahead)} reliably {'beats' if len(ahead) == 1 else 'beat'} it" if ahead else ""
-        text = f"{best}, the best in {metric} with {interval}, does not reliably beat "
-        text += f"{', '.join(standing.unbeaten)}{behind}."
+        victories = won(result, metric)
+        ahead = [control for control in standing.unbeaten if (control, best) in victories]
+        behind = f"; {listed(ahead)} reliably {'beats' if len(ahead) == 1 else 'beat'} it" if ahead else ""
+        left = listed(standing.unbeaten)
+        if len(result.controls) > 1 and set(result.controls) <= set(standing.unbeaten):
+            left = "any control or chance" if "chance" in standing.unbeaten else "any control"
+        text += f", but does not reliably beat {left}{behind}."
         yield Finding("not better than a control", text, metric=metric, method=best, unbeaten=standing.unbeaten)
         return
-    text = (METRICS | MOSAIC_METRICS)[metric].sentence.format(method=best, score=interval)
     if chance := result.chance.get(metric):
         text += f", {interval.value / chance:.1f} times what a map without knowledge reaches ({chance:.3f})"
-    beaten = [control for control in result.controls if control in compared]
+    beaten = [control for control in result.controls if control in known]
     text += "; it beats every control" if beaten else ""
-    text += f" that is defined for enough images (not {', '.join(undefined)})" if beaten and undefined else ""
+    text += f" that is defined for enough images (not {listed(undefined)})" if beaten and undefined else ""
     if standing.tied:
-        text += f"{' but' if beaten else '; it'} cannot be told apart from {', '.join(standing.tied)}"
+        text += f"{' but' if beaten else '; it'} cannot be told apart from {listed(standing.tied)}"
     yield Finding("best", f"{text}.", metric=metric, method=best, tied=standing.tied)
 
 
@@ -155,15 +182,16 @@ def _no_better(result: Evaluation, methods: Sequence[str]) -> Iterator[Finding]:
     standing = result.standings.get(metric)
     if standing is None or standing.unbeaten:
         return
-    compared, won = _compared(result, metric), _won(result, metric)
+    known, victories = compared(result, metric), won(result, metric)
     alike = defaultdict[tuple[str, ...], list[str]](list)
     for method in methods:
-        controls = [c for c in result.controls if {c, method} <= compared and (method, c) not in won]
+        controls = [c for c in result.controls if {c, method} <= known and (method, c) not in victories]
         if controls:
             alike[tuple(controls)].append(method)
     for controls, names in alike.items():
-        who = f"{names[0]} is not" if len(names) == 1 else f"None of {', '.join(names)} is"
-        text = f"{who} shown to be better than {', '.join(controls)} in {metric}."
+        who = f"{words(names[0])} is not" if len(names) == 1 else f"None of {listed(names, 99)} is"
+        left = "any control" if len(controls) == len(result.controls) > 1 else listed(controls)
+        text = f"{who} shown to be better than {left} in {asked(metric)}."
         yield Finding("not better than a control", text, metric=metric, methods=names, unbeaten=controls)
 
 
@@ -171,17 +199,17 @@ def _at_odds(result: Evaluation) -> Iterator[Finding]:
     table = result.metric_agreement
     if table is None:
         return
-    compared = {metric: _compared(result, metric) for metric in result.ranking}
+    known = {metric: compared(result, metric) for metric in result.ranking}
     pairs = [
         (a, b, float(table[i, j]))
         for (i, a), (j, b) in combinations(enumerate(result.ranking), 2)
-        if np.isfinite(table[i, j]) and table[i, j] < _AT_ODDS / np.sqrt(len(compared[a] & compared[b]) - 1)
+        if np.isfinite(table[i, j]) and table[i, j] < _AT_ODDS / np.sqrt(len(known[a] & known[b]) - 1)
     ]
     if pairs:
-        shown = ", ".join(f"{a} and {b} ({value:+.2f})" for a, b, value in pairs[:5])
+        shown = ", ".join(f"{words(a)} and {words(b)} ({value:+.2f})" for a, b, value in pairs[:5])
         more = f" and {len(pairs) - 5} other pairs" if len(pairs) > 5 else ""
-        text = f"These metrics rank the methods against one another: {shown}{more}; which is best depends on which is "
-        text += "asked."
+        text = f"These metrics put the methods in opposite orders: {shown}{more} (rank correlation over methods; -1: "
+        text += "reversed); which is best depends on which is asked."
         yield Finding("metrics at odds", text, pairs=pairs)
 
 
@@ -194,7 +222,7 @@ def _verdicts(result: Evaluation, methods: Sequence[str], n_maps: int) -> Iterat
                 if level in levels:
                     alike[verdict, levels[level]].append(method)
         for (verdict, count), names in alike.items():
-            which = f"{'each of ' if len(names) > 1 else ''}{', '.join(names)}"
+            which = f"{'each of ' if len(names) > 1 else ''}{listed(names, 99)}"
             what_to_do = "; do not read them" if level == "do not read" else ""
             text = f"{count} of {n_maps} maps of {which} {_STATES.get(verdict, f'are {verdict}')}{what_to_do}."
             yield Finding("verdict", text, verdict=verdict, level=level, methods=names, images=count)
@@ -207,17 +235,7 @@ def _coarse(result: Evaluation, methods: Sequence[str]) -> Iterator[Finding]:
             alike[result.positions[method]].append(method)
     for positions, names in alike.items():
         text = (
-            f"Maps of {', '.join(names)} have only {' x '.join(map(str, positions))} positions: for finer ones train "
+            f"Maps of {listed(names, 99)} have only {' x '.join(map(str, positions))} positions: for finer ones train "
             "on larger images (--data.size), or name an earlier layer (METHOD@LAYER)."
         )
         yield Finding("coarse maps", text, positions=positions, methods=names)
-
-
-def _compared(result: Evaluation, metric: str) -> set[str]:
-    return {name for pair in result.comparisons if pair.metric == metric for name in (pair.method, pair.other)}
-
-
-def _won(result: Evaluation, metric: str) -> set[tuple[str, str]]:
-    """(winner, loser) by the corrected paired test."""
-    pairs = [pair for pair in result.comparisons if pair.metric == metric]
-    return wins(pairs, result.higher_is_better[metric] is True)

@@ -65,7 +65,7 @@ class Example:
     probability: float
     """Probability of the prediction."""
     maps: dict[str, Float[Array, "_ _"]]
-    """Raw map per method, at the method's own resolution; controls left out."""
+    """Raw map per method and control, at its own resolution."""
     verdicts: dict[str, list[Verdict]]
     """Reasons to distrust the map of each method; an empty list is a clean map."""
     mask: Bool[Array, "h w"] | None = None

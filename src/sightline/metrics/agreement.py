@@ -19,7 +19,7 @@ Level = Literal["nominal", "ordinal", "interval"]
 Values = TypeVar("Values", Tensor, Array)
 
 
-@metric("higher", "{method} orders the image most like the other map (rank correlation {score})")
+@metric("higher", "how alike the two maps order the image")
 def rank_correlation(maps: Float[Tensor, "b 1 *grid"], others: Float[Tensor, "b 1 *other_grid"]) -> Float[Tensor, " b"]:
     """Spearman's rank correlation of two maps, -1 to 1; 1: the same order of all cells. Chance: 0.
 
@@ -42,7 +42,7 @@ def rank_correlation(maps: Float[Tensor, "b 1 *grid"], others: Float[Tensor, "b 
 RankCorrelation = mean_of(rank_correlation, "RankCorrelation")
 
 
-@metric("higher", "{method} shares most of its highest cells with the other map ({score})")
+@metric("higher", "how many of their highest cells the two maps share")
 def top_overlap(
     maps: Float[Tensor, "b 1 *grid"], others: Float[Tensor, "b 1 *other_grid"], *, share: float = 0.1
 ) -> Float[Tensor, " b"]:

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-@metric("higher", "Showing only what {method} marks brings the model's confidence up fastest (insertion AUC {score})")
+@metric("higher", "how fast the class returns as the most important pixels are shown")
 @PerturbationMetric
 def insertion_auc(insertion: Float[Tensor, "b points"], fractions: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
     """Area under the score of the target while an image of `fill` is replaced by its pixels, most important first.
@@ -59,7 +59,7 @@ def insertion_auc(insertion: Float[Tensor, "b points"], fractions: Float[Tensor,
 InsertionAUC = mean_of(insertion_auc, "InsertionAUC")
 
 
-@metric("lower", "Hiding what {method} marks brings the model's confidence down fastest (deletion AUC {score})")
+@metric("lower", "how fast the class is lost as the most important pixels are removed")
 @PerturbationMetric
 def deletion_auc(deletion: Float[Tensor, "b points"], fractions: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
     """Area under the score of the target while pixels are replaced by `fill`, most important first; lower is better.
@@ -84,7 +84,7 @@ def deletion_auc(deletion: Float[Tensor, "b points"], fractions: Float[Tensor, "
 DeletionAUC = mean_of(deletion_auc, "DeletionAUC")
 
 
-@metric("higher", "The values of {method} agree best with how the confidence rises (insertion correlation {score})")
+@metric("higher", "how well the map predicts what each part adds to the score when it is shown")
 @PerturbationMetric
 def insertion_correlation(insertion: Float[Tensor, "b points"], map_means: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
     """Correlation between the map's mean in a chunk and the rise of the score when it is inserted; -1 to 1.
@@ -104,7 +104,7 @@ def insertion_correlation(insertion: Float[Tensor, "b points"], map_means: Float
 InsertionCorrelation = mean_of(insertion_correlation, "InsertionCorrelation")
 
 
-@metric("higher", "The values of {method} agree best with how the confidence falls (deletion correlation {score})")
+@metric("higher", "how well the map predicts what each part takes from the score when it is removed")
 @PerturbationMetric
 def deletion_correlation(deletion: Float[Tensor, "b points"], map_means: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
     """Correlation between the map's mean in a chunk and the drop of the score when it is removed; -1 to 1.
@@ -125,7 +125,7 @@ def deletion_correlation(deletion: Float[Tensor, "b points"], map_means: Float[T
 DeletionCorrelation = mean_of(deletion_correlation, "DeletionCorrelation")
 
 
-@metric("lower", "The model keeps most of its confidence in what {method} leaves of the image (average drop {score})")
+@metric("lower", "how much of the score is lost when only the marked part is kept")
 @PerturbationMetric
 def average_drop(original: Float[Tensor, " b"], preserved: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """Fraction of the score that is lost when the map dims the image, 0 to 1; lower is better.
@@ -148,7 +148,7 @@ def average_drop(original: Float[Tensor, " b"], preserved: Float[Tensor, " b"]) 
 AverageDrop = mean_of(average_drop, "AverageDrop")
 
 
-@metric("higher", "The model is surer of what {method} leaves of the image than of the whole most often ({score})")
+@metric("higher", "how often the score rises when only the marked part is kept")
 @PerturbationMetric
 def increase_in_confidence(original: Float[Tensor, " b"], preserved: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """1 where the score rises when the map dims the image, else 0; higher is better.
@@ -169,7 +169,7 @@ def increase_in_confidence(original: Float[Tensor, " b"], preserved: Float[Tenso
 IncreaseInConfidence = mean_of(increase_in_confidence, "IncreaseInConfidence")
 
 
-@metric("higher", "The model gains most confidence where {method} dims the image (average gain {score})")
+@metric("higher", "how much the score gains when only the marked part is kept")
 @PerturbationMetric
 def average_gain(original: Float[Tensor, " b"], preserved: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """Gain of the score when the map dims the image, as a fraction of the largest gain possible; higher is better.
@@ -184,7 +184,7 @@ def average_gain(original: Float[Tensor, " b"], preserved: Float[Tensor, " b"]) 
 AverageGain = mean_of(average_gain, "AverageGain")
 
 
-@metric("higher", "Dimming what {method} marks costs the model most of its confidence (ADD {score})")
+@metric("higher", "how much of the score is lost when the marked part is dimmed")
 @PerturbationMetric
 def add(original: Float[Tensor, " b"], removed: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """Average drop in deletion: fraction of the score lost when the marked part is dimmed; higher is better, up to 1.
@@ -206,7 +206,7 @@ def add(original: Float[Tensor, " b"], removed: Float[Tensor, " b"]) -> Float[Te
 ADD = mean_of(add, "ADD")
 
 
-@metric("higher", "The order of values in {method} tells best which pixels the model needs (ROAD {score})", chance=0.0)
+@metric("higher", "how much more painting over the highest pixels costs than painting over the lowest", chance=0.0)
 @PerturbationMetric
 def road(morf: Float[Tensor, "b points"], lerf: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
     """Half of `road_lerf` minus `road_morf`: above 0 the map's order is better than its reverse, -0.5 to 0.5.
@@ -220,7 +220,7 @@ def road(morf: Float[Tensor, "b points"], lerf: Float[Tensor, "b points"]) -> Fl
 Road = mean_of(road, "Road")
 
 
-@metric("lower", "Painting over what {method} marks brings the confidence down most (ROAD, MoRF {score})")
+@metric("lower", "what is left of the score when the highest pixels are painted over")
 @PerturbationMetric
 def road_morf(morf: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
     """Mean score with the highest 10, 20, ..., 90 % of pixels painted over from their surroundings; lower is better.
@@ -237,7 +237,7 @@ def road_morf(morf: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
 RoadMorf = mean_of(road_morf, "RoadMorf")
 
 
-@metric("higher", "Painting over what {method} does not mark harms the confidence least (ROAD, LeRF {score})")
+@metric("higher", "what is left of the score when the lowest pixels are painted over")
 @PerturbationMetric
 def road_lerf(lerf: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
     """Mean score with the lowest 10, 20, ..., 90 % of pixels painted over from their surroundings; higher is better.
@@ -251,7 +251,7 @@ def road_lerf(lerf: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
 RoadLerf = mean_of(road_lerf, "RoadLerf")
 
 
-@metric("lower", "The sums of {method} over squares predict best what hiding them costs (infidelity {score})")
+@metric("lower", "how far the map is from what hiding a square costs")
 @PerturbationMetric
 def infidelity(
     drops: Float[Tensor, "b r"], map_sums: Float[Tensor, "b r"], normalize: bool = True

@@ -29,7 +29,7 @@ Grid = tuple[int, int]
 """Rows and columns of cells."""
 
 
-@metric("higher", "{method} keeps the largest share of its weight in the class's own cell of a mosaic ({score})")
+@metric("higher", "the share of the map in the class's own cell of a mosaic")
 def grid_pointing_game(
     maps: Float[Tensor, "b 1 h w"], cells: Int[Tensor, " b"], *, grid: Grid = (2, 2)
 ) -> Float[Tensor, " b"]:
@@ -73,7 +73,7 @@ def grid_pointing_game(
 GridPointingGame = mean_of(grid_pointing_game, "GridPointingGame")
 
 
-@metric("higher", "Where cells cannot see each other, {method} keeps the most in the class's own cell ({score})")
+@metric("higher", "the share of the map in the class's own cell, where cells cannot see each other")
 def disconnected_pointing_game(
     maps: Float[Tensor, "b 1 h w"], cells: Int[Tensor, " b"], *, grid: Grid = (2, 2)
 ) -> Float[Tensor, " b"]:

@@ -40,7 +40,7 @@ def _mean_area(areas: np.ndarray) -> float:
 
 @metric(
     "higher",
-    "The highest point of {method} lies in the marked region most often (share of images {score})",
+    "how often the map's highest point lies in the mask",
     chance=_mean_area,
 )
 def pointing_game(
@@ -82,7 +82,7 @@ def pointing_game(
 PointingGame = mean_of(pointing_game, "PointingGame")
 
 
-@metric("higher", "{method} has the largest share of its weight in the marked region ({score})", chance=_mean_area)
+@metric("higher", "the share of the map that lies in the mask", chance=_mean_area)
 def energy_in_mask(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """Share of the map's positive values that lies in the mask, 0 to 1; higher is better. Chance: the mask's area.
 
@@ -106,7 +106,7 @@ def energy_in_mask(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1
 EnergyInMask = mean_of(energy_in_mask, "EnergyInMask")
 
 
-@metric("higher", "The highest values of {method} fill most of the marked region ({score})", chance=_mean_area)
+@metric("higher", "how much of the mask the map's highest pixels fill", chance=_mean_area)
 def relevance_rank(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """Fraction of the highest pixels, as many as the mask has, that lie in the mask, 0 to 1; higher is better.
 
@@ -136,7 +136,7 @@ def relevance_rank(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1
 RelevanceRank = mean_of(relevance_rank, "RelevanceRank")
 
 
-@metric("higher", "The values of {method} tell the marked region best from the rest (ROC AUC {score})", chance=0.5)
+@metric("higher", "how well the map tells the mask from the rest", chance=0.5)
 def mask_auc(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """Chance that a pixel of the mask has a higher value than one outside, ties half, 0 to 1; higher is better.
 
@@ -163,7 +163,7 @@ def mask_auc(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid
 MaskAUC = mean_of(mask_auc, "MaskAUC")
 
 
-@metric("higher", "The values of {method} correlate best with the marked region ({score})", chance=0.0)
+@metric("higher", "how well the map correlates with the mask", chance=0.0)
 def point_biserial(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"]) -> Float[Tensor, " b"]:
     """Pearson's correlation between the map and the mask as 0 and 1, -1 to 1; higher is better. Chance: 0.
 
@@ -186,7 +186,7 @@ def point_biserial(maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1
 PointBiserial = mean_of(point_biserial, "PointBiserial")
 
 
-@metric("higher", "What {method} marks overlaps most with the marked region (IoU {score})")
+@metric("higher", "how far the marked part and the mask overlap")
 def iou(
     maps: Float[Tensor, "b 1 *small"], masks: Shaped[Tensor, "b 1 *grid"], *, threshold: float = 0.15
 ) -> Float[Tensor, " b"]:
@@ -216,7 +216,7 @@ def iou(
 IoU = mean_of(iou, "IoU")
 
 
-@metric("higher", "A box around what {method} marks fits the object most often (MaxBoxAcc {score})")
+@metric("higher", "how often a box around the marked part fits the object")
 def max_box_accuracy(
     maps: Float[Tensor, "b 1 h w"],
     masks: Shaped[Tensor, "b 1 H W"],

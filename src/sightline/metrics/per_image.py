@@ -24,7 +24,7 @@ _DECLARED: dict[Any, dict[str, Any]] = {}
 
 def metric(
     better: Literal["higher", "lower", "neither"],
-    sentence: str = "",
+    meaning: str = "",
     *,
     chance: Chance | None = None,
     explanations: int = 0,
@@ -36,13 +36,13 @@ def metric(
 
     Args:
         better: "neither" for a test or a description, which ranks nothing.
-        sentence: what the best `{method}` of a table does, with its `{score}`. The sentence of a test says what is
-            wrong with the `{methods}` that fail it by a mean clearly above 0.5.
+        meaning: what it measures, in a few words that follow its name in sentences. That of a test is a sentence: what
+            is wrong with the `{methods}` that fail it by a mean clearly above 0.5.
         chance: see `Chance`; None where there is no such value.
         explanations: how often the metric explains each image.
     """
     up = {"higher": True, "lower": False}.get(better)
-    facts = {"higher_is_better": up, "sentence": sentence, "chance": chance, "explanations": explanations}
+    facts = {"higher_is_better": up, "meaning": meaning, "chance": chance, "explanations": explanations}
 
     def declared(function: Function) -> Function:
         _DECLARED[function] = facts
@@ -61,7 +61,7 @@ class PerImageMean(Metric):
     """
 
     function: ClassVar[Callable[..., Any]]
-    sentence: ClassVar[str] = ""
+    meaning: ClassVar[str] = ""
     """See `metric`."""
     chance: ClassVar[Any] = None
     """See `metric`; a `Chance` or None."""

@@ -41,7 +41,7 @@ Values = Float[Tensor, " b"] | dict[str, Float[Tensor, " b"]]
 
 @metric(
     "neither",
-    "Do not use here, their maps stay much the same after one shuffle of the model's weights: {methods}",
+    "Do not use {methods} here: such maps stay much the same when the model's weights are shuffled",
     explanations=2,
 )
 def parameter_randomization(
@@ -136,7 +136,7 @@ def randomization_curve(
 
 @metric(
     "neither",
-    "Do not ask why one class and not another, the maps of two classes are much the same: {methods}",
+    "Do not ask {methods} why one class and not another: the maps of two classes are much the same",
     explanations=2,
 )
 def random_logit(

@@ -1,5 +1,6 @@
-"""Maps of images as files: a page per image, the raw values, and a table."""
+"""Maps of images as files: a page per image, an index of them, the raw values, and a table."""
 
+import base64
 import csv
 import io
 from collections import Counter
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from sightline.data.files import Picture, decode_pictures, image_files
 from sightline.data.images import MAX_PIXELS
 from sightline.explainers import EXPLAINERS, FAST, Explanation, explain, fitting, named
 from sightline.explainers.selection import TOLD, prices, unsuited
-from sightline.facts import LEVELS, Layer, Progress, Verdict, did_you_mean, duration, percent, worst
+from sightline.facts import LEVELS, Layer, Progress, Verdict, did_you_mean, duration, percent, words, worst
 from sightline.inference import Memory, Output, forward_call, in_batches
 
 _FEW, _PER_ROW = 3, 6  # maps beside an image: up to so many are large; more take rows of six
@@ -81,6 +83,7 @@ class Pages:
         counts = f"{_counted(images, 'image')} x {_counted(len(self.verdicts), 'method')}"
         yield f"{counts} in {self.folder}; {self.levels()}, see maps.csv"
         yield from self.doubts()
+        yield f"index: {self.folder / 'index.html'}"
         for text in dict.fromkeys(self.positions.values()):
             yield f"{text}: {', '.join(method for method, other in self.positions.items() if other == text)}"
 
@@ -106,10 +109,11 @@ def pages(
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Pages:
-    """Write maps of images into a folder: `NAME--page.png` and `NAME.npz` (raw maps) per image, and maps.csv.
+    """Write maps of images into a folder.
 
+    These are `NAME--page.png` and `NAME.npz` (raw maps) per image, maps.csv, and index.html, which shows all images.
     Each page is written as soon as its maps are there: one image after the other if a method takes many passes. After
-    an interrupt, maps.csv lists all pages that were written.
+    an interrupt, maps.csv and index.html list all pages that were written.
 
     Args:
         model: a run folder, or a classifier.
@@ -166,7 +170,7 @@ def pages(
             crop=preprocess.crop,
             interpolation=preprocess.interpolation,
         )
-        source = _files(images, out, decode, strict)._replace(is_cropped=preprocess.crop is not None)
+        source = _files(images, out, decode, strict, classes)._replace(is_cropped=preprocess.crop is not None)
     writer = _Writer(out, name or type(model).__name__, classes, is_run, source.is_cropped, overlays)
     left_out: dict[str, str] = {}
     notices |= dict.fromkeys(source.notices)
@@ -204,14 +208,16 @@ def pages(
                 chunk, explanation = result
                 unchecked |= dict.fromkeys(explanation.unchecked)
                 notices |= dict.fromkeys(explanation.notices)
-                for place, (name, picture) in enumerate(zip(chunk.names, chunk.pictures, strict=True)):
-                    writer.write(name, picture, explanation, place)
+                shown = zip(chunk.names, chunk.true_classes, chunk.pictures, strict=True)
+                for place, (name, true_class, picture) in enumerate(shown):
+                    writer.write(name, true_class, picture, explanation, place)
                 writer.keep_table()
             if progress is not None:
                 progress("explaining", rows.stop, source.total)
     finally:
         if writer.rows:
             writer.write_table()
+            writer.write_index()
     if not writer.rows:
         first = "".join(f"; the first, {name}: {reason}" for name, reason in source.skipped[:1])
         raise ValueError(f"expected at least one readable image, got none{first}")
@@ -230,6 +236,8 @@ def pages(
 
 class _Chunk(NamedTuple):
     names: list[str]
+    true_classes: list[str]
+    """Empty where it is not known."""
     images: UInt8[Tensor, "b 3 h w"]
     pictures: Sequence[UInt8[Tensor, "3 _ _"]]
     """The images as they are shown."""
@@ -249,17 +257,27 @@ class _Source(NamedTuple):
 def _in_memory(images: ImageSet | UInt8[Tensor, "b 3 h w"], rows: range) -> _Chunk:
     if isinstance(images, ImageSet):
         batch = images.batch(rows)
-        return _Chunk(batch.names, batch.images, list(batch.images.cpu()))
+        known = [images.classes[i] if 0 <= i < len(images.classes) else "" for i in batch.labels.tolist()]
+        return _Chunk(batch.names, known, batch.images, list(batch.images.cpu()))
     pixels = images[rows.start : rows.stop]
-    return _Chunk([f"image-{i}" for i in rows], pixels, list(pixels.cpu()))
+    return _Chunk([f"image-{i}" for i in rows], [""] * len(rows), pixels, list(pixels.cpu()))
+
+
+def _folded(name: str) -> str:
+    return name.replace("_", " ").casefold()
 
 
 def _files(
-    paths: Sequence[str | Path], out: Path, decode: Callable[[Sequence[Path]], list[Picture | str]], strict: bool
+    paths: Sequence[str | Path],
+    out: Path,
+    decode: Callable[[Sequence[Path]], list[Picture | str]],
+    strict: bool,
+    classes: Sequence[str],
 ) -> _Source:
     if any(Path(path).is_dir() and out.resolve() == Path(path).resolve() for path in paths):
         raise ValueError(f"expected an output folder other than that of the images, got {out}; choose a new one")
     files, skipped, notices = image_files(paths, strict)
+    folders = {_folded(name): name for name in classes}
 
     def read(rows: range) -> _Chunk | None:
         names: list[str] = []
@@ -276,7 +294,10 @@ def _files(
         if not names:
             return None
         images = torch.stack([torch.from_numpy(picture.image) for picture in readable]).movedim(-1, 1)
-        return _Chunk(names, images, [torch.from_numpy(picture.shown).movedim(-1, 0) for picture in readable])
+        true_classes = [folders.get(_folded(Path(name).resolve().parent.name), "") for name in names]
+        return _Chunk(
+            names, true_classes, images, [torch.from_numpy(picture.shown).movedim(-1, 0) for picture in readable]
+        )
 
     return _Source(len(files), read, skipped, notices)
 
@@ -297,9 +318,12 @@ class _Writer:
     written: set[Path] = field(default_factory=lambda: set())
     stems: set[str] = field(default_factory=lambda: set())
     notices: dict[str, None] = field(default_factory=lambda: {})
+    thumbnails: list[str] = field(default_factory=lambda: [])
     kept: int = 0
 
-    def write(self, name: str, picture: UInt8[Tensor, "3 h w"], explanation: Explanation, place: int) -> None:
+    def write(
+        self, name: str, true_class: str, picture: UInt8[Tensor, "3 h w"], explanation: Explanation, place: int
+    ) -> None:
         """The page and the raw maps of the image at this place of the explanation."""
         stem = free_name(Path(name).stem, self.stems)
         raw = {method: value[place, 0].float().cpu().numpy() for method, value in explanation.maps.items()}
@@ -314,12 +338,13 @@ class _Writer:
             "probability": f"{probabilities[explained]:.4f}",
             "prediction": prediction,
             "prediction_probability": f"{probabilities[predicted]:.4f}",
+            "true_class": true_class,
         }
         columns: dict[str, Tensor] = {}
         captions: dict[str, str] = {}
         signed: list[str] = []
         rows: list[dict[str, Any]] = []
-        for method, values in raw.items():
+        for method, values in sorted(raw.items(), key=lambda item: named(item[0])[1].is_control):
             verdicts, layer = explanation.verdicts[method][place], explanation.layers[method]
             self.verdicts.setdefault(method, []).append(verdicts)
             explainer = named(method)[1]
@@ -339,7 +364,8 @@ class _Writer:
                     "verdicts": "; ".join(verdicts),
                 }
             )
-            title = titled(method, verdicts)
+            title = titled(method, verdicts, explainer.is_control)
+            title = method if title in columns else title
             columns[title] = torch.from_numpy(values)[None, None]
             captions[title] = caption(values.shape, layer, verdicts)
             signed += [title] * explainer.is_signed
@@ -354,12 +380,17 @@ class _Writer:
             captions=captions,
             title="what the network sees" if self.is_cropped else "image",
             per_row=None if len(columns) <= _FEW else _PER_ROW,
-            heading=self._heading(Path(name).name, probabilities, explained, predicted),
+            heading=self._heading(Path(name).name, true_class, probabilities, explained, predicted),
         )
         self._save(f"{stem}--page.png", maps.png(F.pad(page, [_MARGIN] * 4, value=255)))
         self.rows += rows
+        first = next(iter(columns))
+        overlay = maps.overlay(picture[None], columns[first], signed=first in signed)[0, 0]
+        self.thumbnails.append(thumbnail([picture, overlay]))
 
-    def _heading(self, file: str, probabilities: Sequence[float], explained: int, predicted: int) -> str:
+    def _heading(
+        self, file: str, true_class: str, probabilities: Sequence[float], explained: int, predicted: int
+    ) -> str:
         def shown(index: int) -> str:
             name = self.classes[index] if index < len(self.classes) else ""
             if not maps.is_writable(name):
@@ -369,6 +400,7 @@ class _Writer:
             return f"{name or f'class {index}'} ({percent(probabilities[index])})"
 
         prediction = ", the prediction" if explained == predicted else f"; prediction: {shown(predicted)}"
+        prediction += f"; true class: {true_class}" if true_class and maps.is_writable(true_class) else ""
         image = f", image: {file}" if maps.is_writable(file) else ""
         return f"explained: {shown(explained)}{prediction}\nnetwork: {self.model}{image}"
 
@@ -386,6 +418,26 @@ class _Writer:
         writer.writerows(self.rows)
         self._save("maps.csv", table.getvalue().encode())
 
+    def write_index(self) -> None:
+        """index.html, a thumbnail of each image with its prediction and the worst verdict, linked to its page."""
+        from sightline.report.formats import template
+
+        places = {row["method"]: row for row in self.rows}
+        page = template("index.html").render(
+            model=self.model,
+            images=[_indexed(*image) for image in zip(self._by_image(), self.thumbnails, strict=True)],
+            places={
+                method: f"{row['layer']}, {row['positions']} positions".removeprefix(", ")
+                for method, row in places.items()
+            },
+        )
+        self._save("index.html", page.encode())
+
+    def _by_image(self) -> Iterator[list[dict[str, Any]]]:
+        count = len(self.verdicts)
+        for start in range(0, len(self.rows), count):
+            yield self.rows[start : start + count]
+
     def _save(self, file: str, content: bytes) -> None:
         runs.write(self.folder / file, content)
         self.written.add(self.folder / file)
@@ -399,14 +451,47 @@ def _expected(seconds: Mapping[str, float], images: int) -> str:
     return f"expected time: {duration(total)} per image{whole}; {each}"
 
 
-def titled(method: str, verdicts: Sequence[Verdict]) -> str:
+def _indexed(rows: Sequence[Mapping[str, Any]], picture: str) -> dict[str, Any]:
+    """An image as the index shows it, from its lines of maps.csv."""
+    levels: tuple[str, ...] = ("", *LEVELS)
+    judged = [row for row in rows if not named(row["method"])[1].is_control] or rows
+    gravest = max(judged, key=lambda row: levels.index(row["level"]))
+    return {
+        "name": Path(rows[0]["image"]).name,
+        "page": quote(f"{rows[0]['maps']}--page.png"),
+        "true_class": rows[0]["true_class"],
+        "prediction": rows[0]["prediction"],
+        "probability": float(rows[0]["prediction_probability"]),
+        "method": judged[0]["method"],
+        "level": gravest["level"],
+        "verdict": f"{words(gravest['method'])}: {gravest['verdicts']}",
+        "picture": picture,
+    }
+
+
+def thumbnail(pictures: Sequence[UInt8[Tensor, "3 h w"]], side: int = 128) -> str:
+    """A data URI of pictures side by side, each shrunk to `side` pixels where it is larger.
+
+    >>> thumbnail([torch.zeros(3, 2, 2, dtype=torch.uint8)])[:23]
+    'data:image/jpeg;base64,'
+    """
+    height, width = pictures[0].shape[1:]
+    scale = min(1.0, side / max(height, width))
+    size = len(pictures) * max(1, round(scale * width)), max(1, round(scale * height))
+    joined = Image.fromarray(torch.cat(list(pictures), 2).movedim(0, -1).numpy())
+    file = io.BytesIO()
+    joined.resize(size, Image.Resampling.BOX).save(file, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def titled(method: str, verdicts: Sequence[Verdict], is_control: bool = False) -> str:
     """A method with the most severe level of the verdicts on its map, unless that is a note.
 
-    >>> titled("lrp", [Verdict("flat")])
-    'lrp (doubt)'
+    >>> titled("lrp", [Verdict("flat")]), titled("center_map", [], is_control=True)
+    ('LRP (doubt)', 'control: center map')
     """
-    level = worst(verdicts)
-    return method if level in (None, "note") else f"{method} ({level.replace(' ', NO_BREAK)})"
+    level, title = worst(verdicts), f"{'control: ' * is_control}{words(method)}"
+    return title if level in (None, "note") else f"{title} ({level.replace(' ', NO_BREAK)})"
 
 
 def caption(grid: Sequence[int], layer: Layer, verdicts: Sequence[Verdict]) -> str:

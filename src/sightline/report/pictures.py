@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from sightline import maps
+from sightline import facts, maps
 from sightline.evaluation import Curve, Example
 from sightline.report.studies import Effect
 from sightline.report.tables import along
@@ -277,7 +277,9 @@ class Dot:
     x: float
     y: float
     label: tuple[float, float] | None
-    """Where its name begins, or where it ends if that is left of the dot; None where there are too many names."""
+    """Where its name begins, on the line that letters stand on; None where it is not named, or no place is free."""
+    name: str
+    """As it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,13 +291,21 @@ class Scatter:
     y_ticks: dict[str, float]
 
 
+LETTER, LINE = 9.5, 17.0
+"""Width of a letter and height of a line of a name on a scatter plot, at most."""
+_RADIUS = 6.0  # of a dot and its rim
+_LEFT, _RIGHT = 0.0, SIDE + 24.0  # between the labels of the ticks and the end of the drawing
+
+
 def scatter(
     x: Mapping[str, float], y: Mapping[str, float], higher_is_better: tuple[bool, bool], named: Sequence[str]
 ) -> Scatter | None:
-    """The methods that have both values; None where there is none. Names are written for up to 8 of `named`.
+    """The methods that have both values; None where there is none.
+
+    Names of those `named` are written beside their dots, the first ones first, where they hide no dot and no name.
 
     >>> scatter({"cam": 1.0, "lrp": 2.0}, {"cam": 0.0, "lrp": np.nan}, (False, True), ["cam"]).dots
-    (Dot(method='cam', x=150.0, y=150.0, label=(157.0, 154.0)),)
+    (Dot(method='cam', x=150.0, y=150.0, label=(158.0, 155.0), name='CAM'),)
     """
     methods = [method for method in x if np.isfinite([x[method], y.get(method, np.nan)]).all()]
     if not methods:
@@ -304,20 +314,43 @@ def scatter(
     x_ticks, y_ticks = (_ticks(column) for column in values)
     rightward, downward = higher_is_better[0], not higher_is_better[1]
     across, down = _place(values[0], x_ticks, SIDE, rightward), _place(values[1], y_ticks, SIDE, downward)
-    labels: dict[int, tuple[float, float]] = {}
-    written = [i for i, method in enumerate(methods) if method in named]
-    for is_left in (True, False) if len(written) <= 8 else ():
-        side = sorted((i for i in written if (across[i] > 0.55 * SIDE) == is_left), key=lambda i: down[i])
-        for i, height in zip(side, _apart([float(down[i]) + 4 for i in side], 15.0), strict=True):
-            labels[i] = round(float(across[i]) + (-7 if is_left else 7), 1), round(height, 1)
+    places = {m: (float(at), float(under)) for m, at, under in zip(methods, across, down, strict=True)}
+    names = {method: _short(facts.words(method)) for method in methods}
+    labels = _labels({method: names[method] for method in named if method in places}, places)
     return Scatter(
         dots=tuple(
-            Dot(method=method, x=round(float(across[i]), 1), y=round(float(down[i]), 1), label=labels.get(i))
-            for i, method in enumerate(methods)
+            Dot(method=method, x=round(at, 1), y=round(under, 1), label=labels.get(method), name=names[method])
+            for method, (at, under) in places.items()
         ),
         x_ticks=_labeled(x_ticks, _place(x_ticks, x_ticks, SIDE, rightward)),
         y_ticks=_labeled(y_ticks, _place(y_ticks, y_ticks, SIDE, downward)),
     )
+
+
+def _short(name: str, most: int = 20) -> str:
+    """Long names without their middle: layers differ in their ends."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
+
+
+def _labels(names: Mapping[str, str], dots: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Where names begin: near their dots, in no other name and on no dot."""
+    taken = [(at - _RADIUS, under - _RADIUS, at + _RADIUS, under + _RADIUS) for at, under in dots.values()]
+    labels: dict[str, tuple[float, float]] = {}
+    for method, name in names.items():
+        (at, under), width = dots[method], LETTER * len(name)
+        for step in (0.0, 1.0, -1.0, 1.7, -1.7):
+            for left in (at + 8, at - 8 - width, at - width / 2):
+                bottom = under + 5 + LINE * step
+                box = (left, bottom - LINE + 4, left + width, bottom + 4)
+                inside = box[0] >= _LEFT and box[2] <= _RIGHT and box[1] >= -12 and box[3] <= SIDE
+                if method not in labels and inside and not any(_overlap(box, other) for other in taken):
+                    labels[method] = round(left, 1), round(bottom, 1)
+                    taken.append(box)
+    return labels
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,18 +391,6 @@ def _place(
 ) -> Float[Array, " n"]:
     """Where values lie on an axis of this size that ends at the last tick; at the first one if it does not go up."""
     return size * np.abs(values - ticks[0 if up else -1]) / (ticks[-1] - ticks[0])
-
-
-def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights moved down, and up again at the end of the canvas, until they are `gap` apart."""
-    moved: list[float] = []
-    for height in heights:
-        moved.append(max(height, moved[-1] + gap) if moved else height)
-    limit = SIDE
-    for i in reversed(range(len(moved))):
-        moved[i] = min(moved[i], limit)
-        limit = moved[i] - gap
-    return moved
 
 
 def _ticks(*values: Float[Array, "..."]) -> Float[Array, " ticks"]:

@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sightline.evaluation import Example
+
 
 class Cell(NamedTuple):
     """A text of a table, and the number that its column is sorted by; NaN comes last."""
@@ -43,7 +45,11 @@ class Part:
 
     name: str
     """Empty where there is only one."""
+    answers: Mapping[str, str]
+    """Question -> the sentence that answers it, out of `sentences`."""
     sentences: Sequence[str]
+    pictured: Mapping[str, Sequence[Example]]
+    """Network -> the same first images with its own map and the center map, where they were kept."""
     tables: Sequence[Table]
     effects: Sequence[Effect]
     """Differences in percentage points."""

@@ -82,14 +82,14 @@ def grouped(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
 
 
 def doubts(evaluation: Evaluation) -> list[tuple[str, str, str, int]]:
-    """(method, verdict, level, number of maps), the gravest level first."""
+    """(method, verdict, level, number of maps), controls last, the gravest level first."""
     rows = [
         (method, verdict, level, count)
         for method, verdicts in evaluation.verdict_levels.items()
         for verdict, levels in verdicts.items()
         for level, count in levels.items()
     ]
-    return sorted(rows, key=lambda row: -LEVELS.index(row[2]))
+    return sorted(rows, key=lambda row: (row[0] in evaluation.controls, -LEVELS.index(row[2])))
 
 
 @dataclass(frozen=True, kw_only=True)
