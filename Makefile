@@ -40,5 +40,5 @@ docs:
 	@echo "$(CURDIR)/build/docs/index.html"
 
 clean:
-	rm -rf .venv .cache build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .cache build dist docs/reference/generated .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
