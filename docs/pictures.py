@@ -27,7 +27,7 @@ from sightline.report.run_evaluation import images_of
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
 THUMBNAILS = PICTURES / "explainers"
-SIDE, PER_ROW = 160, 5
+SIDE, PER_ROW = 160, 4
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 Picture = UInt8[Tensor, "1 3 h w"]
 Subject = tuple[nn.Module, Float[Tensor, "1 3 h w"], Picture]
@@ -73,8 +73,8 @@ def table() -> str:
         cells.append(f"{picture}`{name}`")
     rows = [cells[i : i + PER_ROW] for i in range(0, len(cells), PER_ROW)]
     rows[-1] += [""] * (PER_ROW - len(rows[-1]))
-    head, *others = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, "|" + ":-:|" * PER_ROW, *others])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(["|" + " |" * PER_ROW, "|" + ":-:|" * PER_ROW, *lines])
 
 
 def with_table(page: str) -> str:

@@ -20,7 +20,7 @@ import sightline
 from sightline.arguments import needs
 from sightline.attention import ATTENTION
 from sightline.explainers import EXPLAINERS, Explainer
-from sightline.facts import current_name
+from sightline.facts import current_name, words
 from sightline.metrics import METRICS, MOSAIC_METRICS, PerImageMean
 
 DOCS = Path(__file__).parent
@@ -29,34 +29,9 @@ GENERATED = DOCS / "reference/generated"
 OUTSIDE = {"CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog", "benchmarks/README.md": "benchmarks"}
 """Pages of the repository that the site shows too."""
 MEASURES = METRICS | MOSAIC_METRICS
-SPELLINGS = {
-    word.lower(): word
-    for word in (
-        "ADD",
-        "AUC",
-        "BAM",
-        "BAP",
-        "CAM",
-        "CBAM",
-        "ECA",
-        "GAP",
-        "GC",
-        "GeM",
-        "IoU",
-        "LRP",
-        "LTPA",
-        "MIL",
-        "SE",
-    )
-} | {
-    "brnpa": "BR-NPA",
-    "hires": "HiRes",
-    "rise": "RISE",
-    "road": "ROAD",
-    "xgrad": "XGrad",
-    "morf": "MoRF",
-    "lerf": "LeRF",
-}
+ACRONYMS = ("AUC", "BAM", "BAP", "BR-NPA", "CBAM", "ECA", "GAP", "GC", "GeM", "IoU", "LTPA", "MIL", "SE")
+SPELLINGS = {word.lower().replace("-", ""): word for word in ACRONYMS}
+"""Of words in names that `facts.words` writes as they are."""
 LINK = re.compile(r"(?<!!)\[((?:[^][]|\[[^]]*\](?:\([^)]*\))?)*)\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = re.compile(r"^Elsewhere: (.+(?:\n.+)*)", re.MULTILINE)
@@ -437,10 +412,7 @@ def title_of(name: str) -> str:
     >>> title_of("guided_grad_cam_plus_plus"), title_of("energy_in_mask")
     ('Guided Grad-CAM++', 'Energy in mask')
     """
-    words = [SPELLINGS.get(word, word) for word in name.replace("_plus_plus", "++").split("_")]
-    words = [SPELLINGS.get(word.rstrip("+"), word.rstrip("+")) + "+" * word.count("+") for word in words]
-    text = " ".join(words)
-    text = re.sub(r"\b(\w+) CAM\b", lambda match: f"{match[1][0].upper()}{match[1][1:]}-CAM", text)
+    text = " ".join(SPELLINGS.get(word, word) for word in words(name).split())
     return text[0].upper() + text[1:]
 
 

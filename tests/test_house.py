@@ -48,7 +48,7 @@ class Checkout:
         self.folder = folder / "my checkout"
         self.bin = folder / "bin"
         self.bin.mkdir()
-        for name in ("pyproject.toml", "Makefile", "scripts/setup"):
+        for name in ("pyproject.toml", "src/sightline/version.py", "Makefile", "scripts/setup"):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.folder / name)
         for tool in ("sh", "dirname", "cat", "mkdir", "cp", "rm", "make"):
@@ -109,11 +109,12 @@ def test_installs_once(checkout: Checkout) -> None:
     assert checkout.installs == [".[train]"]
 
 
-def test_installs_again_when_the_dependencies_change(checkout: Checkout) -> None:
+@pytest.mark.parametrize("file", ["pyproject.toml", "src/sightline/version.py"])
+def test_installs_again_when_dependencies_or_version_change(file: str, checkout: Checkout) -> None:
     checkout.python("python3", "3.12")
     checkout.setup("train")
-    with (checkout.folder / "pyproject.toml").open("a") as file:
-        file.write("# more\n")
+    with (checkout.folder / file).open("a") as changed:
+        changed.write("# more\n")
     checkout.setup("train")
     assert checkout.installs == [".[train]", ".[train]"]
 

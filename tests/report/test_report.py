@@ -191,7 +191,7 @@ def test_a_test_ranks_nothing_and_marks_who_fails(evaluation: Evaluation, tmp_pa
     )
     assert found.ranking == tuple(others)
     page = Page(report.write(found, tmp_path).read_text())
-    assert "ranks nothing" in page.text_of("methods")
+    assert "not ranked" in page.text_of("methods")
     marked = [mark["parent"] for mark in page.with_class("doubt") if mark["text"] == "fails"]
     of = {score.method: score.interval.value for score in found.scores if score.metric == test}
     assert [float(cell["data-value"]) for cell in marked] == [of["cam"], of["grad_cam"]]

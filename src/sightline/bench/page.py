@@ -22,7 +22,7 @@ _MAP_CELLS = (
     "spatial map, or its activation map if it has none), its activation map, and a blob in the center that never looks "
     "at the image. In mask: share of the map in the mask, higher is better. Deletion: area under the probability of "
     "the predicted class while pixels are removed, lower is better, to be read against the center control of the same "
-    "network. Sparsity ranks nothing."
+    "network. Networks are not ranked by sparsity."
 )
 
 

@@ -94,7 +94,7 @@ class Evaluation:
     """method -> height and width of its maps."""
     metrics: tuple[str, ...]
     higher_is_better: dict[str, bool | None]
-    """None for a test or a description, which ranks nothing."""
+    """None for a test or a description, by which methods are not ranked."""
     chance: dict[str, float]
     """metric -> the value that a map without knowledge is expected to reach, where there is such a value."""
     scores: tuple[Score, ...]

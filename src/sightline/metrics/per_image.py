@@ -35,7 +35,7 @@ def metric(
     `explain`.
 
     Args:
-        better: "neither" for a test or a description, which ranks nothing.
+        better: "neither" for a test or a description, by which methods are not ranked.
         meaning: what it measures, in a few words that follow its name in sentences. That of a test is a sentence: what
             is wrong with the `{methods}` that fail it by a mean clearly above 0.5.
         chance: see `Chance`; None where there is no such value.
