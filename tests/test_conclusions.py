@@ -80,12 +80,12 @@ def test_one_that_beats_every_control_everywhere_is_believed():
 def test_where_none_beats_a_control_none_is_believed():
     text, names = believed(made({"insertion_auc": {}, "deletion_auc": {}}))
     assert names == () and text == (
-        "Do not rely on these maps: 40 images show none to be better than a blob in the middle (center map) in any of "
+        "Do not rely on these maps: with 40 images, none is shown to beat a blob in the middle (center map) in any of "
         "2 measures."
     )
     here_and_there = {"insertion_auc": {"center_map": -0.2}, "deletion_auc": {"edge_map": -0.2}}
     assert believed(made(here_and_there)) == (
-        "Do not rely on these maps: 40 images show none to beat every control in any of 2 measures.",
+        "Do not rely on these maps: with 40 images, none is shown to beat every control in any of 2 measures.",
         (),
     )
 
@@ -117,8 +117,8 @@ def test_one_that_fails_a_sanity_test_is_not_believed():
     assert names == ("lrp",) and text.startswith("LRP is the map to believe here")
     alone = {metric: {"cam": 0.2} for metric in BOTH}
     assert believed(made(alone, failed=failed)) == (
-        "Do not rely on these maps: no other beats every control, and CAM stays much the same when the model's weights "
-        "are shuffled.",
+        "Do not rely on these maps: CAM beats every control but stays much the same when the model's weights are "
+        "shuffled; no other map beats every control.",
         (),
     )
 
@@ -131,11 +131,13 @@ def test_one_that_is_often_not_to_be_read_is_not_believed(count: int, names: tup
 
 def test_without_enough_images_controls_or_metrics_it_is_not_known():
     assert believed(made(BOTH, n=3), is_too_few=True) == (
-        "It cannot be told which map to believe: 3 images are too few for any difference to count.",
+        "It is not known which map to believe: 3 images are too few for a significant difference.",
         (),
     )
     assert "no control" in believed(made(BOTH, controls=()))[0]
-    assert believed(made({}))[0] == "No metric ranks the maps, so it is not known which of them to believe."
+    assert believed(made({}))[0] == (
+        "No metric that ranks maps was computed, so it is not known which of them to believe."
+    )
 
 
 def test_chance_is_a_bar_like_a_control():
@@ -154,7 +156,8 @@ def test_where_it_looks():
     assert where_it_looks(looks, ("lrp",)).startswith("It looks at what the masks mark more than by chance: ")
     nowhere = made({"energy_in_mask": {}}, chance=0.5)
     assert where_it_looks(nowhere, ("cam",)).startswith("It is not shown to look at what the masks mark: ")
-    assert where_it_looks(nowhere, ()).startswith("Where it looks cannot be said, as no map here can be relied on: ")
+    unknown = "It is not known where it looks, since no map here can be relied on. The best of them: "
+    assert where_it_looks(nowhere, ()).startswith(unknown)
     assert where_it_looks(made(BOTH), ("cam",)) == (
-        "Where it looks in the image is unknown: there are no masks to compare the maps with."
+        "It is not known where it looks: there are no masks to compare the maps with."
     )

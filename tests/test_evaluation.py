@@ -238,8 +238,8 @@ def test_images_and_classes_without_answer_are_counted():
     found = evaluate(PooledModel(torch.eye(3)), planted(20, labels=labels), ["cam"], ["energy_in_mask"])
     text = "\n".join(found.summary)
     assert f"of {(labels >= 0).sum()} images (95 %" in text
-    assert f"{(labels < 0).sum()} of 20 images have no label and count for no accuracy." in text
-    assert "No image shows blue: nothing is known of the accuracy there." in text
+    assert f"{(labels < 0).sum()} of 20 images have no label and do not count toward the accuracy." in text
+    assert "No image shows blue, so the accuracy there is unknown." in text
 
 
 def test_files_hold_what_was_found(found, tmp_path):
@@ -415,7 +415,7 @@ def test_three_images_prove_nothing():
     assert found.standings["energy_in_mask"].unbeaten == (*found.controls, "chance")
     assert "CAM is best in energy in mask (the share of the map that lies in the mask) with" in "\n".join(found.summary)
     assert "does not reliably beat any control or chance" in "\n".join(found.summary)
-    assert "Only 3 images: too few to say" in "\n".join(found.summary)
+    assert "3 images are too few to show" in "\n".join(found.summary)
     two = evaluate(PooledModel(torch.eye(3)), planted(), ["cam"], ["energy_in_mask"], controls=["random_map"], limit=6)
     assert two.standings["energy_in_mask"].unbeaten == () and "too few" not in "\n".join(two.summary)
 
@@ -762,4 +762,4 @@ def test_a_budget_is_kept_and_said():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     found = evaluate(model, planted(), ["cam", "rise"], ["energy_in_mask"], controls=["random_map"], budget=0.05)
     assert "rise" in found.left_out and "rise" not in found.methods
-    assert "Left out, since the time would not have been enough: RISE" in "\n".join(found.summary)
+    assert "Left out for lack of time: RISE" in "\n".join(found.summary)

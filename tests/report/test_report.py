@@ -138,7 +138,7 @@ def test_the_page_begins_with_six_images_their_maps_and_one_control(page: Page, 
     first = evaluation.examples[0]
     assert tiles[0]["aria-label"].startswith(first.name) and f"edge map of {first.name}: " in tiles[5]["aria-label"]
     assert [" ".join(p["text"].split())[:4] for p in page.with_class("answer")[:6]] == ["true"] * 6
-    assert "The first 6 of 24 images drawn at random; all right. All are in the gallery." in " ".join(
+    assert "The first 6 of 24 images drawn at random, all named correctly. All are in the gallery." in " ".join(
         page.with_class("second")[0]["text"].split()
     )
 
@@ -152,7 +152,7 @@ def within(element: dict[str, Any], others: list[dict[str, Any]]) -> bool:
 def test_accuracy_beside_majority_and_chance(page: Page):
     text = page.text_of("accuracy")
     assert "97.2 % of the labeled images" in text and "interval 95.3 % to 98.6 %, from 400 images." in text
-    assert "Always the most frequent class 11.8 %" in text and "Chance, all 10 classes alike 10.0 %" in text
+    assert "Always the most frequent class 11.8 %" in text and "Chance: guessing among 10 classes 10.0 %" in text
 
 
 def test_every_score_stands_in_its_cell(page: Page, evaluation: Evaluation):
@@ -658,7 +658,7 @@ def test_names_on_a_scatter_never_overlap(seed: int):
 
 def test_worst_images(page: Page, evaluation: Evaluation, html: str):
     text = page.text_of("worst")
-    assert "Where a method does worst in deletion" in text
+    assert "The images on which each method does worst in deletion" in text
     tiles = [
         e["aria-label"]
         for e in page.all("svg")
@@ -697,7 +697,7 @@ def test_quality_of_the_classifier(page: Page, evaluation: Evaluation):
 
 
 def test_what_was_left_out_is_named(page: Page):
-    assert "Left out, for want of time RISE 312 s for 50 images, of 600 s for everything" in page.text_of("methods")
+    assert "Left out for lack of time RISE 312 s for 50 images, of 600 s for everything" in page.text_of("methods")
 
 
 def test_a_long_summary_has_headings(evaluation: Evaluation, tmp_path: Path):
@@ -706,7 +706,7 @@ def test_a_long_summary_has_headings(evaluation: Evaluation, tmp_path: Path):
         Finding("verdict", "3 of 9 maps of cam are flat."),
         Finding("not better than a control", "None of cam, lrp is shown to be better than edge_map in insertion_auc."),
     ]
-    missing = [Finding("left out", "Left out, since the time would not have been enough: rise.")]
+    missing = [Finding("left out", "Left out for lack of time: rise.")]
     assert tables.grouped([*flawed, *found, *missing]) == {
         "What was found": found,
         "What to distrust": flawed,
@@ -794,8 +794,9 @@ def test_one_method_and_one_metric(evaluation: Evaluation, tmp_path: Path):
     page = Page(report.write(only(evaluation, ("cam",), ("insertion_auc",)), tmp_path).read_text())
     assert "agreement" not in {element.get("id") for element in page.elements}
     assert len(page.with_class("band")) == 2
-    assert "The best against every other" not in page.text_of("methods")
-    assert page.text_of("worst").startswith("Worst images of each method Where a method does worst in insertion")
+    assert "The best method against the others" not in page.text_of("methods")
+    worst = "Worst images of each method The images on which each method does worst in insertion"
+    assert page.text_of("worst").startswith(worst)
 
 
 def test_two_metrics_have_one_scatter(evaluation: Evaluation, tmp_path: Path):

@@ -106,10 +106,10 @@ def which_map(result: Evaluation, units: int, is_too_few: bool) -> Finding:
     left = {(method, metric): unbeaten(result, method, metric) for method in methods for metric in judged}
     judged = [metric for metric in judged if any(left[method, metric] is not None for method in methods)]
     if not result.ranking:
-        return _open("No metric ranks the maps, so it is not known which of them to believe.")
+        return _open("No metric that ranks maps was computed, so it is not known which of them to believe.")
     if not judged:
         return _open(
-            "It is not known which map to believe: no control was there, or defined, to compare the maps with."
+            "It is not known which map to believe: no control was included, or none is defined often enough."
         )
     beats = {method: [metric for metric in judged if left[method, metric] == ()] for method in methods}
     flawed = {method: why for method, why in flaws(result).items() if method in methods}
@@ -117,7 +117,7 @@ def which_map(result: Evaluation, units: int, is_too_few: bool) -> Finding:
     most = max((len(beats[method]) for method in sound), default=0)
     if not most:
         if is_too_few:
-            return _open(f"It cannot be told which map to believe: {behind} are too few for any difference to count.")
+            return _open(f"It is not known which map to believe: {behind} are too few for a significant difference.")
         return Finding(BELIEVE, _none(result, methods, judged, beats, flawed, behind), believed=())
     leaders = [method for method in sound if len(beats[method]) == most]
     victories = {metric: won(result, metric) for metric in judged}
@@ -173,8 +173,8 @@ def _none(
     behind: str,
 ) -> str:
     if out := [method for method in methods if beats[method]]:
-        why = "; ".join(f"{words(method)} {flawed[method]}" for method in out[:3])
-        return f"Do not rely on these maps: no other beats every control, and {why}."
+        why = "; ".join(f"{words(method)} beats every control but {flawed[method]}" for method in out[:3])
+        return f"Do not rely on these maps: {why}; no other map beats every control."
     never = set[str](result.controls) | {"chance"}
     for metric in judged:
         victories = won(result, metric)
@@ -183,8 +183,8 @@ def _none(
         never &= (compared(result, metric) - beaten) | ({"chance"} & set(of_best))
     where = f"in {asked(judged[0])}" if len(judged) == 1 else f"in any of {len(judged)} measures"
     if blind := [name for name in (*_BLIND, *result.controls, "chance") if name in never]:
-        return f"Do not rely on these maps: {behind} show none to be better than {_controls(blind[:1])} {where}."
-    return f"Do not rely on these maps: {behind} show none to beat every control {where}."
+        return f"Do not rely on these maps: with {behind}, none is shown to beat {_controls(blind[:1])} {where}."
+    return f"Do not rely on these maps: with {behind}, none is shown to beat every control {where}."
 
 
 def _controls(names: Collection[str]) -> str:
@@ -201,8 +201,8 @@ def where_it_looks(result: Evaluation, believed: Collection[str]) -> Finding:
     metric = next((metric for metric in _LOCALIZED if metric in result.standings), None)
     if metric is None:
         has_masks = any(example.mask is not None for example in result.examples)
-        why = "no metric of the masks was asked for" if has_masks else "there are no masks to compare the maps with"
-        return Finding(LOOKS, f"Where it looks in the image is unknown: {why}.")
+        why = "no metric that uses masks was computed" if has_masks else "there are no masks to compare the maps with"
+        return Finding(LOOKS, f"It is not known where it looks: {why}.")
     defined = (name for name in believed if math.isfinite(result.score(name, metric).interval.value))
     method = next(defined, result.standings[metric].best)
     interval, chance = result.score(method, metric).interval, result.chance.get(metric, 0.0)
@@ -212,13 +212,13 @@ def where_it_looks(result: Evaluation, believed: Collection[str]) -> Finding:
     there = "the cell of its class" if metric == "grid_pointing_game" else "what the masks mark"
     values = {"metric": metric, "method": method, "share": interval.value, "chance": chance}
     if not believed:
-        start = "Where it looks cannot be said, as no map here can be relied on"
+        start = "It is not known where it looks, since no map here can be relied on. The best of them"
     elif rest == ():
         start = f"It looks at {there}"
         text += ", more than with any control"
     elif rest and "chance" not in rest:
         start = f"It looks at {there} more than by chance"
-        text += f", but {_controls(rest[:2])} is not shown to do worse"
+        text += f", but it is not shown to beat {_controls(rest[:2])}"
     else:
         start = f"It is not shown to look at {there}"
     return Finding(LOOKS, f"{start}: {text}.", **values)

@@ -22,10 +22,10 @@ _STATES = {
     "nearly flat": f"are nearly flat: their positions differ by less than {NEARLY_FLAT:.0%}",
     "all-negative": "are all-negative: nothing in them speaks for the class",
     "non-finite": "are non-finite: infinite or undefined",
-    "class-independent": "are class-independent: another class has the same",
-    "conservation gap": "have a conservation gap: they do not add up to the score",
-    "plain gradient": "have a plain gradient: some operations have no rule",
-    "rectifiers intercepted": "are in part plain gradients: some activations are no rectifiers",
+    "class-independent": "are class-independent: another class has the same map",
+    "conservation gap": "have a conservation gap: their values do not sum to the score",
+    "plain gradient": "contain plain gradients: LRP has no rule for some operations",
+    "rectifiers intercepted": "are in part plain gradients: some activations are not rectifiers",
 }
 """Verdict -> its meaning, for readers of the summary alone."""
 
@@ -34,7 +34,7 @@ ANSWERS = {
     "no better than majority": "What does the model get right?",
     "no accuracy": "What does the model get right?",
     LOOKS: "Where does it look?",
-    BELIEVE: "Which map to believe?",
+    BELIEVE: "Which map can you believe?",
 }
 """Kinds of the first three findings, each the answer to a question."""
 
@@ -69,11 +69,11 @@ def _findings(result: Evaluation, predictions: Predictions) -> Iterator[Finding]
     yield believe
     yield from _missing(result, predictions)
     if result.unit != "images" and units < _FEW_GROUPS:
-        text = f"Only {units} groups ({result.unit}) stand behind the intervals of the maps: they are wide, and rough."
+        text = f"The intervals of the maps rest on only {units} groups ({result.unit}), so they are wide and rough."
         yield Finding("few groups", text, groups=units)
     if is_too_few:
         behind = "images" if result.unit == "images" else f"groups ({result.unit})"
-        text = f"Only {units} {behind}: too few to say of any method that it beats another one or a control."
+        text = f"{units} {behind} are too few to show that a method beats another method or a control."
         yield Finding("too few", text, units=units)
     methods = [method for method in result.methods if method not in result.controls]
     for metric in result.metrics:
@@ -89,7 +89,7 @@ def _findings(result: Evaluation, predictions: Predictions) -> Iterator[Finding]
     yield from _verdicts(result, methods, n_maps)
     yield from _coarse(result, methods)
     if result.left_out:
-        text = f"Left out, since the time would not have been enough: {listed(result.left_out, 99)}."
+        text = f"Left out for lack of time: {listed(result.left_out, 99)}."
         yield Finding("left out", text, names=tuple(result.left_out))
     if result.skipped:
         text = f"{len(result.skipped)} images could not be read and were left out."
@@ -100,7 +100,7 @@ def _accuracy(result: Evaluation, predictions: Predictions) -> Finding:
     has_label = predictions.labels >= 0
     if result.accuracy is None or result.majority is None:
         why = "it was not measured here" if has_label.any() else "the images have no labels"
-        return Finding("no accuracy", f"How often the model is right is unknown: {why}.")
+        return Finding("no accuracy", f"It is not known how often the model is right: {why}.")
     is_better = result.accuracy.low > result.majority
     if predictions.groups is not None:
         lead = (predictions.labels == predictions.predictions)[has_label] - result.majority
@@ -117,16 +117,16 @@ def _accuracy(result: Evaluation, predictions: Predictions) -> Finding:
 
 
 def _missing(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:
-    """What is not known of the accuracy."""
+    """What is not known about the accuracy."""
     if result.accuracy is None:
         return
     if unlabeled := int((predictions.labels < 0).sum()):
-        text = f"{unlabeled:,} of {result.n_images:,} images have no label and count for no accuracy."
+        text = f"{unlabeled:,} of {result.n_images:,} images have no label and do not count toward the accuracy."
         yield Finding("unlabeled", text, images=unlabeled)
     absent = [name for i, name in enumerate(result.classes) if not (predictions.labels == i).any()]
     if absent:
         some = ", ".join(absent[:5]) + (f" and {len(absent) - 5} other classes" if len(absent) > 5 else "")
-        yield Finding("absent classes", f"No image shows {some}: nothing is known of the accuracy there.", names=absent)
+        yield Finding("absent classes", f"No image shows {some}, so the accuracy there is unknown.", names=absent)
 
 
 def _is_too_few(result: Evaluation, units: int) -> bool:
@@ -139,7 +139,7 @@ def _not_judged(result: Evaluation, metric: str, methods: Sequence[str], n_maps:
     for method in methods:
         defined = n_maps - result.score(method, metric).undefined
         if defined < (1 - UNDEFINED_FRACTION) * n_maps:
-            text = f"{words(method)} is defined for {defined} of {n_maps} images only in {words(metric)}: not judged."
+            text = f"{words(method)} is not judged in {words(metric)}: only {defined} of {n_maps} images have a value."
             yield Finding("not judged", text, metric=metric, method=method, images=defined)
 
 
@@ -153,7 +153,7 @@ def _best(result: Evaluation, metric: str) -> Iterator[Finding]:
     undefined = [control for control in result.controls if control not in known]
     text = f"{words(best)} is best in {asked(metric)} with {interval}"
     if len(undefined) == len(result.controls) and metric not in result.chance:
-        why = "no control is defined for enough images" if undefined else "without controls that says little"
+        why = "no control is defined for enough images" if undefined else "without controls, this says little"
         yield Finding("best without controls", f"{text}; {why}.", metric=metric, method=best)
         return
     if standing.unbeaten:
@@ -209,7 +209,7 @@ def _at_odds(result: Evaluation) -> Iterator[Finding]:
         shown = ", ".join(f"{words(a)} and {words(b)} ({value:+.2f})" for a, b, value in pairs[:5])
         more = f" and {len(pairs) - 5} other pairs" if len(pairs) > 5 else ""
         text = f"These metrics put the methods in opposite orders: {shown}{more} (rank correlation over methods; -1: "
-        text += "reversed); which is best depends on which is asked."
+        text += "reversed), so which method is best depends on the metric."
         yield Finding("metrics at odds", text, pairs=pairs)
 
 
@@ -235,7 +235,7 @@ def _coarse(result: Evaluation, methods: Sequence[str]) -> Iterator[Finding]:
             alike[result.positions[method]].append(method)
     for positions, names in alike.items():
         text = (
-            f"Maps of {listed(names, 99)} have only {' x '.join(map(str, positions))} positions: for finer ones train "
-            "on larger images (--data.size), or name an earlier layer (METHOD@LAYER)."
+            f"Maps of {listed(names, 99)} have only {' x '.join(map(str, positions))} positions: for finer ones, train "
+            "on larger images (--data.size) or name an earlier layer (METHOD@LAYER)."
         )
         yield Finding("coarse maps", text, positions=positions, methods=names)

@@ -54,7 +54,8 @@ def _chosen(examples: Sequence[Example]) -> tuple[tuple[Example, ...], str]:
     chosen += unknown[: IMAGES - len(chosen)]
     of = f"{len(examples)} images drawn at random"
     if not wrongs or not rights:
-        same = f"; all {'right' if right else 'wrong'}" if len(right) + len(wrong) > 1 and not unknown else ""
+        how = "correctly" if right else "wrongly"
+        same = f", all named {how}" if len(right) + len(wrong) > 1 and not unknown else ""
         return tuple(chosen), f"The first {len(chosen)} of {of}{same}."
     return tuple(chosen), f"The first {rights} right and the first {wrongs} wrong answers among {of}."
 
