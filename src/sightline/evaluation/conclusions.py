@@ -108,9 +108,7 @@ def which_map(result: Evaluation, units: int, is_too_few: bool) -> Finding:
     if not result.ranking:
         return _open("No metric that ranks maps was computed, so it is not known which of them to believe.")
     if not judged:
-        return _open(
-            "It is not known which map to believe: no control was included, or none is defined often enough."
-        )
+        return _open("It is not known which map to believe: no control was included, or none is defined often enough.")
     beats = {method: [metric for metric in judged if left[method, metric] == ()] for method in methods}
     flawed = {method: why for method, why in flaws(result).items() if method in methods}
     sound = [method for method in methods if method not in flawed]
@@ -218,7 +216,7 @@ def where_it_looks(result: Evaluation, believed: Collection[str]) -> Finding:
         text += ", more than with any control"
     elif rest and "chance" not in rest:
         start = f"It looks at {there} more than by chance"
-        text += f", but it is not shown to beat {_controls(rest[:2])}"
+        text += f", but {words(method)} is not shown to beat {_controls(rest[:2])}"
     else:
         start = f"It is not shown to look at {there}"
     return Finding(LOOKS, f"{start}: {text}.", **values)
