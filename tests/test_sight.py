@@ -56,7 +56,7 @@ def test_a_forecast_is_a_rank_correlation_over_methods():
     assert reverse.value == pytest.approx(-1) and reverse.high == pytest.approx(-1)
     noise = predicted(changed("insertion_auc", lambda x: rng.normal()), TRUTH)["insertion_auc"]
     assert noise.low < 0.5 and noise.high - noise.low > 0.5
-    assert set(predicted(found, TRUTH)) == {"insertion_auc", "deletion_auc"}  # mask_auc knows masks, gini ranks no methods
+    assert set(predicted(found, TRUTH)) == {"insertion_auc", "deletion_auc"}  # mask_auc knows masks; gini ranks none
 
 
 @pytest.mark.usefixtures("few_validation_images")
