@@ -745,6 +745,12 @@ def test_slices_of_a_volume_and_its_map_lie_on_each_other():
     assert torch.equal(colors, maps.color(torch.linspace(0, 1, 6)[None])[:, 0])  # one scale for all slices
 
 
+def test_slices_may_be_counted_by_numpy(unchecked: None):
+    volume = torch.rand(1, 1, 6, 2, 2)
+    for depths in (np.int64(2), np.array([1, 4])):
+        assert torch.equal(maps.slices(volume, depths), maps.slices(volume, [1, 4]))  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("depths", [0, 7, -1, [], [6], [-1]])
 def test_slices_that_a_volume_does_not_have(depths):
     with pytest.raises(ValueError, match=r"expected (1 to 6 slices|slices out of 0\.\.5), got .*; the volume has 6"):
