@@ -465,6 +465,11 @@ def test_a_study_of_several_data_sets(tmp_path: Path):
     assert len(examples) == 4 and all(set(e.maps) == {"activation_map", "center_map"} for e in examples)
     assert all(e.image.dtype == np.uint8 and 0 < e.probability <= 1 and e.label in "0123456789" for e in examples)
     assert kept(tmp_path / "nowhere") == []
+    np.savez(tmp_path / "maps.npz", cam=np.zeros((4, 4)))  # maps of an image called "maps", written by `explain`
+    assert kept(tmp_path) == []
+    for content in (b"", b"junk"):
+        (tmp_path / "maps.npz").write_bytes(content)
+        assert kept(tmp_path) == []
     assert "## few/none" in (out / "bench.md").read_text()
     with pytest.raises(ValueError, match="expected data sets out of: plain; few/none; got 'many'"):
         bench.bench(study, out, datasets=["many"])

@@ -316,7 +316,7 @@ def test_verdicts_are_counted_by_level_and_keep_a_figure_that_is_always_the_same
     ]
     assert pages_of(verdicts).levels() == "9 maps with a verdict (1 do not read, 4 doubt, 4 note)"
     assert pages_of({"cam": [[]]}).levels() == "0 maps with a verdict"
-    assert titled("lrp", [flat, gaps[1]]) == "lrp (do\u00a0not\u00a0read)" and titled("guided", [note]) == "guided"
+    assert titled("lrp", [flat, gaps[1]]) == "LRP (do\u00a0not\u00a0read)" and titled("guided", [note]) == "guided"
     assert (
         caption((7, 7), Layer("bn2", (9, 7, 7)), [flat, note])
         == "bn2, 7 x 7 positions\nflat\nrectifiers intercepted: 49"

@@ -600,7 +600,7 @@ def test_a_title_is_written_in_full():
 
 def test_methods_have_their_names_and_an_underscore_is_written_as_a_space():
     names = ["grad_cam", "edge_map", "lrp@layer3"]
-    assert torch.equal(header(names), header(["Grad-CAM", "edge map", "LRP at layer3"]))
+    assert torch.equal(header(names), header(["Grad-CAM", "edge map", "LRP at layer 3"]))
 
 
 def test_side_by_side_without_columns_or_title():
@@ -743,6 +743,12 @@ def test_slices_of_a_volume_and_its_map_lie_on_each_other():
         assert values[0, 0, 1, 1::2].tolist() == shown
     colors = maps.overlay(maps.slices(volume, 6), maps.slices(importance, 6), opacity=1.0)[0, 0, :, 0, ::2]
     assert torch.equal(colors, maps.color(torch.linspace(0, 1, 6)[None])[:, 0])  # one scale for all slices
+
+
+def test_slices_may_be_counted_by_numpy(unchecked: None):
+    volume = torch.rand(1, 1, 6, 2, 2)
+    for depths in (np.int64(2), np.array([1, 4])):
+        assert torch.equal(maps.slices(volume, depths), maps.slices(volume, [1, 4]))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("depths", [0, 7, -1, [], [6], [-1]])

@@ -8,7 +8,7 @@ from tests.same import assert_same_state, state_of
 from torch import nn
 
 from sightline import metrics
-from sightline.metrics import METRICS, PerturbationMetric, inputs_of
+from sightline.metrics import METRICS, PerturbationMetric, inputs_of, mean_of, metric
 
 N = 6
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -272,3 +272,22 @@ def test_old_names_are_answered():
 def test_a_perturbation_metric_reads_only_what_there_is():
     with pytest.raises(ValueError, match=r"expected parameters of a perturbation metric out of .*, got 'kept'"):
         PerturbationMetric(lambda kept: kept)
+
+
+@pytest.mark.parametrize(
+    ("better", "meaning"), [("higher", "{method} is best ({score})"), ("lower", "{methods}"), ("neither", "{method}")]
+)
+def test_a_meaning_with_other_placeholders_than_those_of_a_test_is_refused(better, meaning):
+    with pytest.raises(ValueError, match=r"expected meaning= in a few words, .* got '\{method"):
+        metric(better, meaning)
+
+
+def test_a_description_with_a_meaning_is_no_test():
+    tests = {name for name, measure in METRICS.items() if measure.is_test}
+    assert tests == {"parameter_randomization", "random_logit"}
+
+    @metric("neither", "how wide the map is")
+    def width(maps):
+        return maps.new_full((len(maps),), maps.shape[-1])
+
+    assert mean_of(width, "Width").is_test is False

@@ -79,6 +79,11 @@ def test_explaining_photos_loads_no_metrics() -> None:
     assert result.returncode == 0, result.stderr
     unused = {"torchmetrics", "scipy", "sklearn", "transformers", "jinja2", "lightning", "datasets", "pandas"}
     assert "sightline.report.pages" in result.stdout and not unused & set(result.stdout.split())
+    result = fresh(
+        "import sys; from sightline.report import formats; formats.template('index.html'); print(*sys.modules)"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "jinja2" in result.stdout.split() and not (unused - {"jinja2"}) & set(result.stdout.split())
 
 
 def test_every_name_resolves_in_a_fresh_process_whatever_comes_first() -> None:

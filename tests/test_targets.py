@@ -190,6 +190,12 @@ def test_regions_that_are_none(target, message, halves):
         explain(Returns(segmentation), halves, target, ["saliency"])
 
 
+@pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf])
+def test_masks_of_negative_or_undefined_weights_are_refused(value):
+    with pytest.raises(ValueError, match="expected a mask of weights from 0 to 1, got negative or non-finite ones"):
+        Region(0, torch.tensor([[1.0, value]]))
+
+
 def test_other_reductions_are_refused(unchecked):
     with pytest.raises(ValueError, match="expected reduction= 'mean' or 'sum', got 'max'"):
         Region(1, reduction="max")  # pyright: ignore[reportArgumentType]
@@ -266,8 +272,20 @@ def test_boxes_without_detections(make, target, error, message, images):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("missing", ["boxes", "scores", "labels"])
+def test_detections_that_lack_a_field(missing):
+    found = {"boxes": torch.tensor([[0.0, 0, 2, 2]]), "scores": torch.ones(1), "labels": torch.ones(1)}
+    del found[missing]
+    with pytest.raises(TypeError, match="expected detections, a list of dicts with boxes, scores and labels"):
+        Box([0, 0, 2, 2], 1)([found])
+    if missing == "labels":
+        assert Box([0, 0, 2, 2])([found]).tolist() == [1]
+
+
 @pytest.mark.parametrize(
-    "box", [[0, 0, 0, 2], [2, 0, 0, 2], [0, 0, 2], "0, 0, 2, 2"], ids=["flat", "reversed", "three", "text"]
+    "box",
+    [[0, 0, 0, 2], [2, 0, 0, 2], [0, 0, 2], "0, 0, 2, 2", [0, 0, float("nan"), 2]],
+    ids=["flat", "reversed", "three", "text", "undefined"],
 )
 def test_corners_are_in_order(box, unchecked):
     with pytest.raises(ValueError, match=r"expected a box \(x_min, y_min, x_max, y_max\) with a positive area"):

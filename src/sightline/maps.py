@@ -235,7 +235,7 @@ def slices(
     """
     _check_tensor("volumes", volumes, "(b, c, d, h, w)", 5)
     depth = volumes.shape[2]
-    is_count = isinstance(depths, int)
+    is_count = isinstance(depths, int | np.integer)
     chosen = [(2 * i + 1) * depth // (2 * depths) for i in range(depths)] if is_count else list(depths)
     if not 1 <= len(chosen) <= depth or not all(0 <= each < depth for each in chosen):
         wanted = f"1 to {depth} slices" if is_count else f"slices out of 0..{depth - 1}"

@@ -114,6 +114,10 @@ class Region(Target):
         check_whole(label=self.label)
         if self.mask is not None:
             _check_tensor("mask", self.mask)
+            if not self.mask.isfinite().all() or (self.mask < 0).any():
+                raise ValueError(
+                    "expected a mask of weights from 0 to 1, got negative or non-finite ones; pass zeros and ones"
+                )
         if self.reduction not in get_args(Reduction):
             raise ValueError(f"expected reduction= 'mean' or 'sum', got {self.reduction!r}; choose one of them")
 
@@ -205,7 +209,7 @@ class Box(Target):
             box = torch.as_tensor(self.box, dtype=torch.float32)
         except (TypeError, ValueError):
             box = torch.zeros(0)
-        if box.shape[-1:] != (4,) or box.ndim > 2 or (box[..., :2] >= box[..., 2:]).any():
+        if box.shape[-1:] != (4,) or box.ndim > 2 or not (box[..., :2] < box[..., 2:]).all():  # NaN too
             raise ValueError(
                 "expected a box (x_min, y_min, x_max, y_max) with a positive area, or (b, 4) of them, got "
                 f"{_shown(self.box)}; give corners"
@@ -242,9 +246,10 @@ class Box(Target):
         from torchvision.ops import box_iou
 
         found = output if self.output is None else picked(output, self.output)
+        fields = {"boxes", "scores"} | (set() if self.label is None else {"labels"})
         if isinstance(found, Tensor) and found.ndim == 3 and found.shape[2] > 4:
             images = [self._of_row(row) for row in found]
-        elif isinstance(found, Sequence) and all(isinstance(each, Mapping) and "boxes" in each for each in found):
+        elif isinstance(found, Sequence) and found and all(isinstance(e, Mapping) and fields <= {*e} for e in found):
             images = [self._of_dict(each) for each in found]
         else:
             raise TypeError(

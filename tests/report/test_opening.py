@@ -30,11 +30,21 @@ def examples(*answers: bool | None) -> tuple[Example, ...]:
     ("answers", "names", "rule"),
     [
         ([True] * 4 + [False] * 5, "041526", "The first 3 right and the first 3 wrong answers among 9 images drawn"),
-        ([True] * 8 + [False], "081234", "The first 5 right and the first 1 wrong answers among 9 images drawn"),
-        ([False] * 8 + [True], "801234", "The first 1 right and the first 5 wrong answers among 9 images drawn"),
+        ([True] * 8 + [False], "081234", "The first 5 right and the first wrong answer among 9 images drawn"),
+        ([False] * 8 + [True], "801234", "The first right and the first 5 wrong answers among 9 images drawn"),
         ([True] * 9, "012345", "The first 6 of 9 images drawn at random, all named correctly."),
         ([False] * 2, "01", "The first 2 of 2 images drawn at random, all named wrongly."),
         ([None] * 7, "012345", "The first 6 of 7 images drawn at random."),
+        (
+            [True] * 5 + [None] * 5,
+            "012345",
+            "The first 5 right and the first unlabeled among 10 images drawn at random.",
+        ),
+        (
+            [None] * 2 + [True, False],
+            "2301",
+            "The first right, the first wrong and the first 2 unlabeled among 4 images drawn at random.",
+        ),
         ([], "", "The first 0 of 0 images drawn at random"),
     ],
 )

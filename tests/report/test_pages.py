@@ -6,6 +6,7 @@ import re
 import threading
 import warnings
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -103,6 +104,35 @@ def test_pages_appear_one_by_one_where_a_method_is_slow_and_the_table_is_whole_a
     }
     lines = (tmp_path / "stopped" / "maps.csv").read_text().splitlines()
     assert lines == (tmp_path / "out" / "maps.csv").read_text().splitlines()[:5]
+
+
+def test_an_interrupt_amid_an_image_leaves_a_table_and_an_index_of_the_others(files, tmp_path, monkeypatch):
+    module, calls = import_module("sightline.report.pages"), []
+    thumbnail = module.thumbnail
+
+    def stopping(pictures):
+        calls.append(pictures)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return thumbnail(pictures)
+
+    monkeypatch.setattr(module, "thumbnail", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        pages(files, tmp_path / "out")
+    assert len((tmp_path / "out" / "maps.csv").read_text().splitlines()) == 1 + 2
+    index = (tmp_path / "out" / "index.html").read_text()
+    assert 'href="0--page.png"' in index and "1--page.png" not in index
+
+
+def test_an_index_of_another_program_is_kept(files, tmp_path):
+    pages(files[:1], tmp_path / "out")
+    pages(files, tmp_path / "out")
+    assert 'href="2--page.png"' in (tmp_path / "out" / "index.html").read_text()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    with pytest.raises(ValueError, match=r"expected a folder without an index\.html of another program, got .*site; "):
+        pages(files, tmp_path / "site")
+    assert [path.name for path in (tmp_path / "site").iterdir()] == ["index.html"]
 
 
 def test_the_table_lists_what_was_written_even_if_the_process_is_killed(files, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median_high
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -224,10 +225,15 @@ def _keep(file: Path, examples: Sequence[Example]) -> None:
 
 
 def kept(folder: Path) -> list[Example]:
-    """The images and maps that were kept beside a run; none if it was measured without keeping them."""
-    if not (folder / _MAPS).is_file():
+    """The images and maps that were kept beside a run; none if there are none, or the file holds something else."""
+    try:
+        return _examples(folder / _MAPS)
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile):
         return []
-    with np.load(folder / _MAPS) as arrays:
+
+
+def _examples(file: Path) -> list[Example]:
+    with np.load(file) as arrays:
         maps = {name.removeprefix("map "): arrays[name] for name in arrays if name.startswith("map ")}
         return [
             Example(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from itertools import permutations
 
 from sightline.evaluation.ranking import UNDEFINED_FRACTION, wins
 from sightline.evaluation.result import Evaluation
@@ -65,23 +66,24 @@ def won(result: Evaluation, metric: str) -> set[tuple[str, str]]:
 
 def unbeaten(result: Evaluation, method: str, metric: str) -> Unbeaten:
     """The controls, and `chance`, that a method does not beat; None if it cannot be compared with any."""
-    known, victories, chance = compared(result, metric), won(result, metric), result.chance.get(metric)
+    known, victories, standing = compared(result, metric), won(result, metric), result.standings[metric]
     controls = [control for control in result.controls if control in known]
-    score = {score.method: score for score in result.scores if score.metric == metric}.get(method)
-    if score is None or (method not in known and controls) or (chance is None and not controls):
+    is_defined = math.isfinite(result.score(method, metric).interval.value)
+    if not is_defined or (method not in known and controls) or (metric not in result.chance and not controls):
         return None
-    interval, up = score.interval, result.higher_is_better[metric]
-    is_beyond = chance is None or (interval.low > chance if up else interval.high < chance)
-    standing = result.standings.get(metric)
-    if standing is not None and standing.best == method:
-        is_beyond = "chance" not in standing.unbeaten  # it was tested, too
     left = [control for control in controls if (method, control) not in victories]
-    return (*left, *([] if is_beyond else ["chance"]))
+    is_at_chance = metric in result.chance and method not in standing.above_chance
+    return (*left, *(["chance"] if is_at_chance else []))
+
+
+def maps_made(result: Evaluation) -> int:
+    """The number of images whose maps were scored."""
+    return int(result.provenance["images with maps"])
 
 
 def flaws(result: Evaluation) -> dict[str, str]:
     """Method -> why its maps are not to be believed, whatever they score."""
-    maps = int(result.provenance.get("images with maps", 0)) or len(result.per_image["name"])
+    maps = maps_made(result)
     found: dict[str, str] = {}
     for method in result.methods:
         bad = {kind: levels.get("do not read", 0) for kind, levels in result.verdict_levels.get(method, {}).items()}
@@ -93,24 +95,34 @@ def flaws(result: Evaluation) -> dict[str, str]:
     return found
 
 
+def beaten(result: Evaluation, method: str, metric: str) -> list[str]:
+    """The controls that beat a method."""
+    victories = won(result, metric)
+    return [control for control in result.controls if (control, method) in victories]
+
+
 def which_map(result: Evaluation, units: int, is_too_few: bool) -> Finding:
     """Which map to believe, from how often each beats every control, by `units` images or groups.
 
-    A method counts in a metric if it beats every control image by image, and chance. Those that fail a sanity test, or
-    that are not to be read on a tenth of the images, are out. Of the others, those that count in most metrics are to be
-    believed; the first of them is the one that beats most of the others.
+    A method counts in a metric if it beats every control image by image, and chance. Those that fail a sanity test,
+    that are not to be read on a tenth of the images, or that a control beats in more metrics than they count in, are
+    out. Of the others, those that count in most metrics are to be believed; the first of them is one to which no other
+    is preferred, and the one that beats most of the others.
     """
     methods = [method for method in result.methods if method not in result.controls]
     judged = [metric for metric in result.ranking if metric in result.standings]
+    judged = [metric for metric in judged if compared(result, metric) & {*result.controls}]
     behind = f"{units:,} images" if result.unit == "images" else f"{units:,} groups ({result.unit})"
-    left = {(method, metric): unbeaten(result, method, metric) for method in methods for metric in judged}
-    judged = [metric for metric in judged if any(left[method, metric] is not None for method in methods)]
     if not result.ranking:
         return _open("No metric that ranks maps was computed, so it is not known which of them to believe.")
     if not judged:
         return _open("It is not known which map to believe: no control was included, or none is defined often enough.")
-    beats = {method: [metric for metric in judged if left[method, metric] == ()] for method in methods}
+    beats = {method: [m for m in judged if unbeaten(result, method, m) == ()] for method in methods}
     flawed = {method: why for method, why in flaws(result).items() if method in methods}
+    for method, metrics in beats.items():
+        losses = sum(bool(beaten(result, method, metric)) for metric in judged)
+        if losses > len(metrics) > 0:
+            flawed.setdefault(method, f"is beaten by a control in {losses} of {len(judged)} measures")
     sound = [method for method in methods if method not in flawed]
     most = max((len(beats[method]) for method in sound), default=0)
     if not most:
@@ -123,43 +135,63 @@ def which_map(result: Evaluation, units: int, is_too_few: bool) -> Finding:
     def ahead(one: str, other: str) -> int:
         return sum((one, other) in victories[metric] for metric in judged)
 
-    leaders.sort(key=lambda one: -sum(ahead(one, other) - ahead(other, one) for other in leaders))
-    tied = [other for other in leaders[1:] if ahead(leaders[0], other) <= ahead(other, leaders[0])]
-    text = _believed(leaders[0], tied, beats[leaders[0]], judged, left)
-    if tied:
-        told_apart = any(ahead(leaders[0], other) for other in tied)
-        text += "; which of them is better depends on the measure" if told_apart else ""
-        text += "" if told_apart else f"; {behind} cannot tell them apart"
-    if "parameter_randomization" not in result.metrics:
-        text += "; the randomization test was not run"
-    return Finding(BELIEVE, f"{text}.", believed=(leaders[0], *tied), beats=beats)
+    def lead(one: str, other: str) -> int:
+        return ahead(one, other) - ahead(other, one)
+
+    def rank(one: str) -> tuple[bool, int]:
+        return any(lead(one, other) < 0 for other in leaders), -sum(lead(one, other) for other in leaders)
+
+    best, *others = sorted(leaders, key=rank)  # in place, `rank` would see an empty list
+    tied = [other for other in others if lead(best, other) <= 0]
+    text = _believed(result, [best, *tied], beats, judged)
+    if not any(ahead(one, other) for one, other in permutations([best, *tied], 2)):
+        text += f"; {behind} cannot tell them apart" if tied else ""
+    elif any(ahead(best, other) or ahead(other, best) for other in tied):
+        text += "; which of them is better depends on the measure"
+    else:
+        text += f"; {behind} cannot tell {words(best)} from the others"
+    text += _untested(result, [best, *tied])
+    return Finding(BELIEVE, f"{text}.", believed=(best, *tied), beats=beats)
 
 
 def _open(text: str) -> Finding:
     return Finding(BELIEVE, text, believed=())
 
 
-def _believed(
-    best: str,
-    tied: list[str],
-    beaten_in: list[str],
-    judged: list[str],
-    left: Mapping[tuple[str, str], Unbeaten],
-) -> str:
-    names, several = listed([best, *tied], 4), bool(tied)
-    who = "each beats" if several else "it beats"
+def _untested(result: Evaluation, methods: list[str]) -> str:
+    """What is missing of the randomization test."""
+    test = "parameter_randomization"
+    if test not in result.metrics:
+        return "; the randomization test was not run"
+    maps = maps_made(result)
+    unknown = [name for name in methods if result.score(name, test).undefined > UNDEFINED_FRACTION * maps]
+    return f"; the randomization test is not defined often enough for {listed(unknown, 4)}" if unknown else ""
+
+
+def _believed(result: Evaluation, believed: list[str], beats: Mapping[str, list[str]], judged: list[str]) -> str:
+    names, best, several = listed(believed, 4), believed[0], len(believed) > 1
+    counted = beats[best]
+    is_whole = all({*result.controls} <= compared(result, metric) for metric in counted)
+    bar = "every control" if is_whole else "every control that is defined for enough images"
+    who = f"{'each beats' if several else 'it beats'} {bar}"
+    where = f"in {len(counted)} of {len(judged)} measures"
     if len(judged) == 1:
         where = f"in the only measure, {asked(judged[0])}"
-    else:
-        where = f"in {len(beaten_in)} of {len(judged)} measures"
-    if len(beaten_in) == len(judged):
-        return f"{names} {'are the maps' if several else 'is the map'} to believe here: {who} every control {where}"
-    text = f"Believe {names} with reservations: {who} every control {where}, {_joined(map(asked, beaten_in))}"
+    if len(counted) == len(judged):
+        return f"{names} {'are the maps' if several else 'is the map'} to believe here: {who} {where}"
+    text = f"Believe {names} with reservations: {who} {where}"
+    if any(beats[name] != counted for name in believed):
+        return text
+    text += f", {_joined(map(asked, counted))}"
+    missed = [metric for metric in judged if metric not in counted]
     if several:
         return text
-    missed = next(metric for metric in judged if metric not in beaten_in)
-    rest = left[best, missed]
-    return f"{text}, but {f'not {_controls(rest)}' if rest else 'is not defined often enough'} in {asked(missed)}"
+    lost = [metric for metric in missed if beaten(result, best, metric)]
+    if lost:
+        above = beaten(result, best, lost[0])
+        return f"{text}, but {_controls(above)} {'beats' if len(above) == 1 else 'beat'} it in {asked(lost[0])}"
+    rest = unbeaten(result, best, missed[0])
+    return f"{text}, but {f'not {_controls(rest)}' if rest else 'is not defined often enough'} in {asked(missed[0])}"
 
 
 def _none(
@@ -196,24 +228,27 @@ def _joined(texts: Iterator[str] | Collection[str]) -> str:
 
 def where_it_looks(result: Evaluation, believed: Collection[str]) -> Finding:
     """What the first of the believed maps shows about the masks, or the best of them if none is."""
-    metric = next((metric for metric in _LOCALIZED if metric in result.standings), None)
+    metric = next((metric for metric in _LOCALIZED if metric in result.standings and metric in result.chance), None)
     if metric is None:
         has_masks = any(example.mask is not None for example in result.examples)
         why = "no metric that uses masks was computed" if has_masks else "there are no masks to compare the maps with"
         return Finding(LOOKS, f"It is not known where it looks: {why}.")
     defined = (name for name in believed if math.isfinite(result.score(name, metric).interval.value))
     method = next(defined, result.standings[metric].best)
-    interval, chance = result.score(method, metric).interval, result.chance.get(metric, 0.0)
+    interval, chance = result.score(method, metric).interval, result.chance[metric]
     share = f"{percent(interval.value)} {ends(interval)}"
     text = _LOCALIZED[metric].format(method=words(method), share=share, chance=percent(chance))
-    rest = unbeaten(result, method, metric)
+    rest, controls = unbeaten(result, method, metric), compared(result, metric) & {*result.controls}
     there = "the cell of its class" if metric == "grid_pointing_game" else "what the masks mark"
     values = {"metric": metric, "method": method, "share": interval.value, "chance": chance}
     if not believed:
         start = "It is not known where it looks, since no map here can be relied on. The best of them"
+    elif rest == () and not controls:
+        start = f"It looks at {there} more than by chance"
     elif rest == ():
         start = f"It looks at {there}"
         text += ", more than with any control"
+        text += "" if controls == {*result.controls} else " that is defined for enough images"
     elif rest and "chance" not in rest:
         start = f"It looks at {there} more than by chance"
         text += f", but {words(method)} is not shown to beat {_controls(rest[:2])}"

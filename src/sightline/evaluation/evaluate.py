@@ -486,7 +486,7 @@ def _tested(task: Task, classes: int) -> dict[str, list[str]]:
     """Test -> the methods that it is asked about."""
     methods = [row for row in task.rows if not row.is_control]
     by_class = [row for row in methods if not row.explainer.is_blind_to_class and classes > 2]
-    tests = [m for m in task.metrics if METRICS[m].higher_is_better is None and METRICS[m].meaning]
+    tests = [metric for metric in task.metrics if METRICS[metric].is_test]
     return {test: [row.name for row in (by_class if test == "random_logit" else methods)] for test in tests}
 
 

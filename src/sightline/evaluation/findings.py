@@ -7,7 +7,18 @@ from itertools import combinations
 import numpy as np
 
 from sightline.evaluation.batches import Predictions
-from sightline.evaluation.conclusions import BELIEVE, LOOKS, asked, compared, ends, where_it_looks, which_map, won
+from sightline.evaluation.conclusions import (
+    BELIEVE,
+    LOOKS,
+    asked,
+    beaten,
+    compared,
+    ends,
+    maps_made,
+    where_it_looks,
+    which_map,
+    won,
+)
 from sightline.evaluation.ranking import LEVEL, UNDEFINED_FRACTION
 from sightline.evaluation.result import Evaluation
 from sightline.facts import LEVELS, Finding, listed, percent, words
@@ -60,7 +71,7 @@ def findings(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:
 
 
 def _findings(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:
-    n_maps = int(result.provenance["images with maps"])
+    n_maps = maps_made(result)
     units = max((score.interval.n for score in result.scores), default=0)
     is_too_few = _is_too_few(result, units)
     believe = which_map(result, units, is_too_few)
@@ -157,8 +168,7 @@ def _best(result: Evaluation, metric: str) -> Iterator[Finding]:
         yield Finding("best without controls", f"{text}; {why}.", metric=metric, method=best)
         return
     if standing.unbeaten:
-        victories = won(result, metric)
-        ahead = [control for control in standing.unbeaten if (control, best) in victories]
+        ahead = beaten(result, best, metric)
         behind = f"; {listed(ahead)} reliably {'beats' if len(ahead) == 1 else 'beat'} it" if ahead else ""
         left = listed(standing.unbeaten)
         if len(result.controls) > 1 and set(result.controls) <= set(standing.unbeaten):
@@ -168,11 +178,11 @@ def _best(result: Evaluation, metric: str) -> Iterator[Finding]:
         return
     if chance := result.chance.get(metric):
         text += f", {interval.value / chance:.1f} times what a map without knowledge reaches ({chance:.3f})"
-    beaten = [control for control in result.controls if control in known]
-    text += "; it beats every control" if beaten else ""
-    text += f" that is defined for enough images (not {listed(undefined)})" if beaten and undefined else ""
+    others = [control for control in result.controls if control in known]
+    text += "; it beats every control" if others else ""
+    text += f" that is defined for enough images (not {listed(undefined)})" if others and undefined else ""
     if standing.tied:
-        text += f"{' but' if beaten else '; it'} cannot be told apart from {listed(standing.tied)}"
+        text += f"{' but' if others else '; it'} cannot be told apart from {listed(standing.tied)}"
     yield Finding("best", f"{text}.", metric=metric, method=best, tied=standing.tied)
 
 

@@ -122,13 +122,13 @@ def standing_of(
     """Who is best in a metric, from its values per image (NaN where undefined); None if no method can be compared.
 
     Methods and controls that are undefined for more than a tenth of the images are not compared. The best has the
-    highest mean of those that no other beats image by image. It beats `chance` if its interval lies beyond and the
-    sign-flip test agrees. `paired`: the tests of all that can be compared, if they exist already.
+    highest mean of those that no other beats image by image. A method beats `chance` if its interval lies beyond and
+    the sign-flip test agrees. `paired`: the tests of all that can be compared, if they exist already.
 
     >>> hard = np.random.default_rng(0).normal(size=50)  # images differ more than methods do
     >>> noise = np.tile([0.3, -0.3], 25)
     >>> standing_of({"a": hard + 0.1, "b": hard, "c": hard + 0.05 + noise, "edges": hard}, ["edges"])
-    Standing(best='a', tied=('c',), unbeaten=())
+    Standing(best='a', tied=('c',), unbeaten=(), above_chance=())
     """
     sign = 1 if higher_is_better else -1
     compared = {method: column for method, column in values.items() if _is_compared(column)}
@@ -139,12 +139,17 @@ def standing_of(
     won = wins(pairs, higher_is_better)
     unbeaten = [method for method in means if not any((other, method) in won for other in means)]
     best = max(unbeaten or means, key=lambda method: means[method])
-    beats_chance = chance is not None and _lies_beyond(values[best], chance, higher_is_better, groups, seed)
+
+    def beats_chance(method: str) -> bool:
+        return chance is not None and _lies_beyond(values[method], chance, higher_is_better, groups, seed)
+
     equal = [control for control in controls if control in compared and (best, control) not in won]
+    ahead = tuple(filter(beats_chance, means))
     return Standing(
         best=best,
         tied=tuple(method for method in means if method != best and (best, method) not in won),
-        unbeaten=(*equal, *(["chance"] if chance is not None and not beats_chance else [])),
+        unbeaten=(*equal, *(["chance"] if chance is not None and best not in ahead else [])),
+        above_chance=ahead,
     )
 
 

@@ -40,6 +40,8 @@ class Standing:
     """Methods that cannot be told apart from it."""
     unbeaten: tuple[str, ...]
     """Controls, and `chance`, that it does not beat."""
+    above_chance: tuple[str, ...] = ()
+    """Methods that beat `chance`; none where the metric has no such value."""
 
 
 @dataclass(frozen=True, kw_only=True)

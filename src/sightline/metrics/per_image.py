@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from inspect import signature
+from string import Formatter
 from types import ModuleType
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -40,9 +41,19 @@ def metric(
             is wrong with the `{methods}` that fail it by a mean clearly above 0.5.
         chance: see `Chance`; None where there is no such value.
         explanations: how often the metric explains each image.
+
+    Raises:
+        ValueError: a placeholder in `meaning` other than the `{methods}` of a test.
     """
     up = {"higher": True, "lower": False}.get(better)
-    facts = {"higher_is_better": up, "meaning": meaning, "chance": chance, "explanations": explanations}
+    named = {name for _, name, _, _ in Formatter().parse(meaning) if name is not None}
+    if named - ({"methods"} if up is None else set()):
+        raise ValueError(
+            f"expected meaning= in a few words, with {{methods}} for those that fail a test, got {meaning!r}; say what "
+            "the metric measures"
+        )
+    facts = {"higher_is_better": up, "meaning": meaning, "is_test": bool(named)}
+    facts |= {"chance": chance, "explanations": explanations}
 
     def declared(function: Function) -> Function:
         _DECLARED[function] = facts
@@ -63,6 +74,8 @@ class PerImageMean(Metric):
     function: ClassVar[Callable[..., Any]]
     meaning: ClassVar[str] = ""
     """See `metric`."""
+    is_test: ClassVar[bool] = False
+    """Whether methods fail it by a mean clearly above 0.5."""
     chance: ClassVar[Any] = None
     """See `metric`; a `Chance` or None."""
     explanations: ClassVar[int] = 0

@@ -106,5 +106,5 @@ def write_study(parts: Sequence[Part], folder: str | Path, failed: Mapping[str, 
 
 def _meaning(metric: type[PerImageMean]) -> str:
     line = (metric.function.__doc__ or "").strip().splitlines()[0].replace("`", "")
-    is_short = metric.meaning and "{methods}" not in metric.meaning
+    is_short = metric.meaning and not metric.is_test
     return f"{metric.meaning[0].upper()}{metric.meaning[1:]}. {line}" if is_short else line

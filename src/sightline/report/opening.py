@@ -51,13 +51,16 @@ def _chosen(examples: Sequence[Example]) -> tuple[tuple[Example, ...], str]:
     wrongs = min(len(wrong), max(IMAGES // 2, IMAGES - len(right) - len(unknown)))
     rights = min(len(right), IMAGES - wrongs)
     chosen = [one for one in chain(*zip_longest(right[:rights], wrong[:wrongs])) if one is not None]
-    chosen += unknown[: IMAGES - len(chosen)]
+    unlabeled = unknown[: IMAGES - len(chosen)]
     of = f"{len(examples)} images drawn at random"
-    if not wrongs or not rights:
+    kinds = {"right": rights, "wrong": wrongs, "unlabeled": len(unlabeled)}
+    parts = [f"the first {f'{count} ' * (count > 1)}{kind}" for kind, count in kinds.items() if count]
+    if len(parts) < 2:
         how = "correctly" if right else "wrongly"
         same = f", all named {how}" if len(right) + len(wrong) > 1 and not unknown else ""
-        return tuple(chosen), f"The first {len(chosen)} of {of}{same}."
-    return tuple(chosen), f"The first {rights} right and the first {wrongs} wrong answers among {of}."
+        return (*chosen, *unlabeled), f"The first {len(chosen) + len(unlabeled)} of {of}{same}."
+    answers = "" if unlabeled else " answer" if wrongs == 1 else " answers"
+    return (*chosen, *unlabeled), f"T{', '.join(parts[:-1])[1:]} and {parts[-1]}{answers} among {of}."
 
 
 def _foremost(evaluation: Evaluation, methods: Sequence[str]) -> list[str]:

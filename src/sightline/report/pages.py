@@ -32,6 +32,7 @@ _LARGE, _SMALL = 448, 256  # longest side of an image on a page, in pixels: besi
 _CRISP = 96  # images up to this side are enlarged by a whole factor, so that their pixels are seen
 _MARGIN = 12  # around a page, in pixels
 NO_BREAK = "\N{NO-BREAK SPACE}"
+_INDEX, _OURS = "index.html", b" sightline</title>"  # of every page of templates/
 _AT_ONCE = 16  # images decoded and explained together
 
 
@@ -83,7 +84,7 @@ class Pages:
         counts = f"{_counted(images, 'image')} x {_counted(len(self.verdicts), 'method')}"
         yield f"{counts} in {self.folder}; {self.levels()}, see maps.csv"
         yield from self.doubts()
-        yield f"index: {self.folder / 'index.html'}"
+        yield f"index: {self.folder / _INDEX}"
         for text in dict.fromkeys(self.positions.values()):
             yield f"{text}: {', '.join(method for method, other in self.positions.items() if other == text)}"
 
@@ -138,10 +139,12 @@ def pages(
 
     Raises:
         OSError: `out` cannot be written, or images or the run are missing.
-        ValueError: no readable image, an unknown method, class or layer.
+        ValueError: no readable image, an unknown method, class or layer, or `out` has an index.html that is not ours.
     """
     out = Path(out)
     runs.check_writable(out)
+    if (out / _INDEX).is_file() and _OURS not in (out / _INDEX).read_bytes():
+        raise ValueError(f"expected a folder without an {_INDEX} of another program, got {out}; choose a new one")
     is_run = not isinstance(model, nn.Module)
     if is_run:
         run = runs.open_run(model)
@@ -318,7 +321,8 @@ class _Writer:
     written: set[Path] = field(default_factory=lambda: set())
     stems: set[str] = field(default_factory=lambda: set())
     notices: dict[str, None] = field(default_factory=lambda: {})
-    thumbnails: list[str] = field(default_factory=lambda: [])
+    thumbnails: dict[str, str] = field(default_factory=lambda: {})
+    """By `maps` of the rows."""
     kept: int = 0
 
     def write(
@@ -383,10 +387,10 @@ class _Writer:
             heading=self._heading(Path(name).name, true_class, probabilities, explained, predicted),
         )
         self._save(f"{stem}--page.png", maps.png(F.pad(page, [_MARGIN] * 4, value=255)))
-        self.rows += rows
         first = next(iter(columns))
         overlay = maps.overlay(picture[None], columns[first], signed=first in signed)[0, 0]
-        self.thumbnails.append(thumbnail([picture, overlay]))
+        self.thumbnails[stem] = thumbnail([picture, overlay])
+        self.rows += rows  # last, so that table and index list whole images only
 
     def _heading(
         self, file: str, true_class: str, probabilities: Sequence[float], explained: int, predicted: int
@@ -423,15 +427,15 @@ class _Writer:
         from sightline.report.formats import template
 
         places = {row["method"]: row for row in self.rows}
-        page = template("index.html").render(
+        page = template(_INDEX).render(
             model=self.model,
-            images=[_indexed(*image) for image in zip(self._by_image(), self.thumbnails, strict=True)],
+            images=[_indexed(rows, self.thumbnails[rows[0]["maps"]]) for rows in self._by_image()],
             places={
                 method: f"{row['layer']}, {row['positions']} positions".removeprefix(", ")
                 for method, row in places.items()
             },
         )
-        self._save("index.html", page.encode())
+        self._save(_INDEX, page.encode())
 
     def _by_image(self) -> Iterator[list[dict[str, Any]]]:
         count = len(self.verdicts)
