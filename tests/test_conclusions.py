@@ -192,7 +192,8 @@ def test_one_that_controls_beat_in_more_measures_than_it_beats_them_is_not_belie
     leads = {"insertion_auc": {"cam": 0.2}, "deletion_auc": {"edge_map": 0.2}, "energy_in_mask": {"center_map": 0.2}}
     text, names = believed(made(leads))
     assert names == () and text == (
-        "Do not rely on these maps: no other beats every control, and CAM is beaten by a control in 2 of 3 measures."
+        "Do not rely on these maps: CAM beats every control in 1 of 3 measures but is beaten by a control in 2; no other "
+        "map beats every control in any."
     )
 
 
@@ -232,7 +233,7 @@ def test_chance_is_a_bar_like_a_control():
     assert "center map" not in believed(below)[0] and "chance" in believed(below)[0]
     alone = made({"energy_in_mask": {"cam": 0.2}}, controls=(), chance=0.3)
     assert believed(alone) == (
-        "It is not known which map to believe: no control was there, or defined, to compare the maps with.",
+        "It is not known which map to believe: no control was included, or none is defined often enough.",
         (),
     )
     assert where_it_looks(alone, ("cam",)).startswith("It looks at what the masks mark more than by chance: ")
@@ -253,7 +254,7 @@ def test_controls_that_are_undefined_are_not_said_to_be_beaten():
     assert "it beats every control that is defined for enough images in the only measure" in believed(made_up)[0]
     assert where_it_looks(made_up, ("cam",)).endswith("more than with any control that is defined for enough images.")
     neither = made({"energy_in_mask": {"cam": 0.2}}, chance=0.3, undefined={"energy_in_mask": CONTROLS})
-    assert believed(neither)[1] == () and "no control was there, or defined" in believed(neither)[0]
+    assert believed(neither)[1] == () and "no control was included, or none is defined" in believed(neither)[0]
 
 
 def test_a_test_without_result_is_no_test_passed():

@@ -443,7 +443,7 @@ def test_signed_maps_are_drawn_and_labelled_around_zero(evaluation: Evaluation, 
     for signed in (True, False):
         assert pictures.heat(raw, signed=signed) in html
         assert pictures.heat(raw, (-2.0, 2.0) if signed else (-0.5, 2.0), 48, signed) in html
-    assert "blue (against) over white (0) to red (for)" in html
+    assert "blue (against) through white (0) to red (for)" in html
     assert [verdict["text"] for verdict in page.with_class("doubt")] == [LONG]
     assert "blue (against)" not in report.write(evaluation, tmp_path / "unsigned").read_text()
 
@@ -509,14 +509,14 @@ def test_chance_stands_in_the_foot_and_reliability_far_below(page: Page):
     text = " ".join(foot["text"].split())
     assert text == "chance – – 0.068 0.068"
     text = page.text_of("agreement")
-    assert "Krippendorff’s alpha of the methods, controls left out: 1 if all images rank them alike" in text
+    assert "Krippendorff’s alpha of the methods’ ranks, without controls: 1 if all images rank them alike" in text
     assert text.endswith("deletion 0.310 insertion 0.620 pointing game −0.040 energy in mask 0.870")
 
 
 def test_the_best_stands_against_every_other(page: Page):
     text = page.text_of("methods")
     assert "deletion: CAM is better than 6 of 7" in text and "pointing game: CAM is better than 7 of 7" in text
-    assert "CAM minus each other one" in text and "Lower is better" in text
+    assert "CAM minus each of the others" in text and "Lower is better" in text
     rows = [row for row in row_of(page, "methods", "edge map") if len(row) == 4]
     assert rows[0] == ["edge map", "−0.010 [−0.025, 0.005]", "0.200", "cannot be told apart"]
     rows = row_of(page, "methods", "attention")

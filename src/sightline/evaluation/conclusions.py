@@ -122,7 +122,7 @@ def which_map(result: Evaluation, units: int, is_too_few: bool) -> Finding:
     for method, metrics in beats.items():
         losses = sum(bool(beaten(result, method, metric)) for metric in judged)
         if losses > len(metrics) > 0:
-            flawed.setdefault(method, f"is beaten by a control in {losses} of {len(judged)} measures")
+            flawed.setdefault(method, f"is beaten by a control in {losses}")
     sound = [method for method in methods if method not in flawed]
     most = max((len(beats[method]) for method in sound), default=0)
     if not most:
@@ -203,8 +203,9 @@ def _none(
     behind: str,
 ) -> str:
     if out := [method for method in methods if beats[method]]:
-        why = "; ".join(f"{words(method)} beats every control but {flawed[method]}" for method in out[:3])
-        return f"Do not rely on these maps: {why}; no other map beats every control."
+        of = f"of {len(judged)} measure{'s' * (len(judged) > 1)}"
+        why = (f"{words(one)} beats every control in {len(beats[one])} {of} but {flawed[one]}" for one in out[:3])
+        return f"Do not rely on these maps: {'; '.join(why)}; no other map beats every control in any."
     never = set[str](result.controls) | {"chance"}
     for metric in judged:
         victories = won(result, metric)
