@@ -210,9 +210,9 @@ def _none(
     never = set[str](result.controls) | {"chance"}
     for metric in judged:
         victories = won(result, metric)
-        beaten = {control for method in methods for control in result.controls if (method, control) in victories}
+        losers = {control for method in methods for control in result.controls if (method, control) in victories}
         of_best = result.standings[metric].unbeaten
-        never &= (compared(result, metric) - beaten) | ({"chance"} & set(of_best))
+        never &= (compared(result, metric) - losers) | ({"chance"} & set(of_best))
     where = f"in {asked(judged[0])}" if len(judged) == 1 else f"in any of {len(judged)} measures"
     if blind := [name for name in (*_BLIND, *result.controls, "chance") if name in never]:
         return f"Do not rely on these maps: {behind} show none to be better than {_controls(blind[:1])} {where}."
@@ -253,7 +253,7 @@ def where_it_looks(result: Evaluation, believed: Collection[str]) -> Finding:
         text += "" if controls == {*result.controls} else " that is defined for enough images"
     elif rest and "chance" not in rest:
         start = f"It looks at {there} more than by chance"
-        text += f", but {_controls(rest[:2])} is not shown to do worse"
+        text += f", but {_controls(rest[:2])} {'is' if len(rest) == 1 else 'are'} not shown to do worse"
     else:
         start = f"It is not shown to look at {there}"
     return Finding(LOOKS, f"{start}: {text}.", **values)
