@@ -209,9 +209,9 @@ def _none(
     never = set[str](result.controls) | {"chance"}
     for metric in judged:
         victories = won(result, metric)
-        beaten = {control for method in methods for control in result.controls if (method, control) in victories}
+        losers = {control for method in methods for control in result.controls if (method, control) in victories}
         of_best = result.standings[metric].unbeaten
-        never &= (compared(result, metric) - beaten) | ({"chance"} & set(of_best))
+        never &= (compared(result, metric) - losers) | ({"chance"} & set(of_best))
     where = f"in {asked(judged[0])}" if len(judged) == 1 else f"in any of {len(judged)} measures"
     if blind := [name for name in (*_BLIND, *result.controls, "chance") if name in never]:
         return f"Do not rely on these maps: with {behind}, none is shown to beat {_controls(blind[:1])} {where}."
