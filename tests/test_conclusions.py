@@ -192,8 +192,8 @@ def test_one_that_controls_beat_in_more_measures_than_it_beats_them_is_not_belie
     leads = {"insertion_auc": {"cam": 0.2}, "deletion_auc": {"edge_map": 0.2}, "energy_in_mask": {"center_map": 0.2}}
     text, names = believed(made(leads))
     assert names == () and text == (
-        "Do not rely on these maps: CAM beats every control in 1 of 3 measures but is beaten by a control in 2; no other "
-        "map beats every control in any."
+        "Do not rely on these maps: CAM beats every control in 1 of 3 measures but is beaten by a control in 2; no "
+        "other map beats every control in any."
     )
 
 
@@ -203,8 +203,8 @@ def test_one_that_fails_a_sanity_test_is_not_believed():
     assert names == ("lrp",) and text.startswith("LRP is the map to believe here")
     alone = {metric: {"cam": 0.2} for metric in BOTH}
     assert believed(made(alone, failed=failed)) == (
-        "Do not rely on these maps: CAM beats every control in 2 of 2 measures but stays much the same when the model's "
-        "weights are shuffled; no other map beats every control in any.",
+        "Do not rely on these maps: CAM beats every control in 2 of 2 measures but stays much the same when the "
+        "model's weights are shuffled; no other map beats every control in any.",
         (),
     )
 
@@ -267,7 +267,7 @@ def test_where_it_looks():
     assert str(where_it_looks(looks, ("cam",))).startswith("It looks at what the masks mark: 69.9 % (95")
     assert "cover 30.0 % of the images, more than with any control" in where_it_looks(looks, ("cam",))
     assert where_it_looks(looks, ("lrp",)).endswith(
-        "but a blob in the middle (center map) and the edges in the image (edge map) are not shown to do worse."
+        "but LRP is not shown to beat a blob in the middle (center map) and the edges in the image (edge map)."
     )
     assert where_it_looks(looks, ("lrp",)).startswith("It looks at what the masks mark more than by chance: ")
     nowhere = made({"energy_in_mask": {}}, chance=0.5)
