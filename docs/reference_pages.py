@@ -20,7 +20,7 @@ import sightline
 from sightline.arguments import needs
 from sightline.attention import ATTENTION
 from sightline.explainers import EXPLAINERS, Explainer
-from sightline.facts import current_name, words
+from sightline.facts import capitalized, current_name, words
 from sightline.metrics import METRICS, MOSAIC_METRICS, PerImageMean
 
 DOCS = Path(__file__).parent
@@ -412,8 +412,7 @@ def title_of(name: str) -> str:
     >>> title_of("guided_grad_cam_plus_plus"), title_of("energy_in_mask")
     ('Guided Grad-CAM++', 'Energy in mask')
     """
-    text = " ".join(SPELLINGS.get(word, word) for word in words(name).split())
-    return text[0].upper() + text[1:]
+    return capitalized(" ".join(SPELLINGS.get(word, word) for word in words(name).split()))
 
 
 def first_sentence(text: str) -> str:

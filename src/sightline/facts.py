@@ -153,7 +153,26 @@ def listed(names: Iterable[str], most: int = 6) -> str:
     titles = [words(name) for name in names]
     if more := titles[most:]:
         titles = [*titles[:most], f"{len(more)} other{'s' * (len(more) > 1)}"]
-    return " and ".join(filter(None, [", ".join(titles[:-1]), *titles[-1:]]))
+    return joined(titles)
+
+
+def joined(texts: Iterable[str]) -> str:
+    """Texts in a sentence.
+
+    >>> joined(["a", "b", "c"]), joined(["a"]), joined([])
+    ('a, b and c', 'a', '')
+    """
+    *first, last = [*texts] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def capitalized(text: str) -> str:
+    """A sentence with a capital letter at its start.
+
+    >>> capitalized("the CAM"), capitalized("")
+    ('The CAM', '')
+    """
+    return text[:1].upper() + text[1:]
 
 
 def percent(fraction: float) -> str:

@@ -11,6 +11,7 @@ from scipy.stats import ttest_1samp
 
 from sightline.bench.measured import QUALITY, MeasuredRun
 from sightline.evaluation.ranking import LEVEL
+from sightline.facts import capitalized, joined
 from sightline.metrics.uncertainty import holm
 from sightline.models.costs import Costs
 from sightline.report.studies import Cell
@@ -169,9 +170,9 @@ class Bench:
             sentences.append(f"Costs are left out: {reason}.")
         if incomplete := [f"{row} has {seeds}" for row in self.rows if (seeds := self._seeds_of(row))]:
             sentences.append(
-                f"Runs are missing, so that nothing can hold for what they are compared with: {_listed(incomplete)}."
+                f"Runs are missing, so that nothing can hold for what they are compared with: {joined(incomplete)}."
             )
-        return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+        return [capitalized(sentence) for sentence in sentences]
 
     def answers(self) -> dict[str, str]:
         """The first sentences, each by the question that it answers."""
@@ -181,7 +182,7 @@ class Bench:
             "Does its own map beat a blob in the middle?": self._map_sentences(),
         }
         first = {question: next(iter(sentences), "") for question, sentences in parts.items()}
-        return {question: text[0].upper() + text[1:] for question, text in first.items() if text}
+        return {question: capitalized(text) for question, text in first.items() if text}
 
     def _difference_sentences(self, place: str) -> Iterable[str]:
         differences = self.differences()
@@ -206,7 +207,7 @@ class Bench:
                 yield f"{place}less accurate than the control, also after correction: {points(worse)}."
             if unclear:
                 yield (
-                    f"Better, worse or as good as the control is open for {_listed([names[row] for row in unclear])}: "
+                    f"Better, worse or as good as the control is open for {joined([names[row] for row in unclear])}: "
                     "their intervals allow more than one of these, or do not hold after the correction or for want of "
                     "a run."
                 )
@@ -240,7 +241,7 @@ class Bench:
                 where = " in deletion" if measure == "deletion_auc" else ""
                 yield (
                     f"After correction, the own map {verb} a blob in the center{where} "
-                    f"for {_listed(ahead) or 'no network'}; the blob is ahead for {_listed(behind) or 'none'}"
+                    f"for {joined(ahead) or 'no network'}; the blob is ahead for {joined(behind) or 'none'}"
                     f"{'; the rest is open' if len(differences) > len(ahead) + len(behind) else ''}."
                 )
 
@@ -377,10 +378,6 @@ def _by_sign(differences: Mapping[str, Difference]) -> tuple[list[str], list[str
 
 def _cell(value: Summary, digits: int) -> Cell:
     return Cell(value.text(digits), value.mean)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1] if names else ""
 
 
 def _filled(lines: list[dict[str, Cell]]) -> list[dict[str, Cell]]:

@@ -1,12 +1,12 @@
 """What an evaluation comes to: where the model looks, and which map to believe."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from itertools import permutations
 
 from sightline.evaluation.ranking import UNDEFINED_FRACTION, wins
 from sightline.evaluation.result import Evaluation
-from sightline.facts import Finding, Interval, listed, percent, words
+from sightline.facts import Finding, Interval, joined, listed, percent, words
 from sightline.metrics import METRICS, MOSAIC_METRICS
 
 Unbeaten = tuple[str, ...] | None
@@ -55,13 +55,12 @@ def ends(interval: Interval) -> str:
 
 def compared(result: Evaluation, metric: str) -> set[str]:
     """The methods and controls that are defined for enough images."""
-    return {name for pair in result.comparisons if pair.metric == metric for name in (pair.method, pair.other)}
+    return {name for pair in result.pairs(metric) for name in (pair.method, pair.other)}
 
 
 def won(result: Evaluation, metric: str) -> set[tuple[str, str]]:
     """(winner, loser) by the corrected paired test."""
-    pairs = [pair for pair in result.comparisons if pair.metric == metric]
-    return wins(pairs, result.higher_is_better[metric] is True)
+    return wins(result.pairs(metric), result.higher_is_better[metric] is True)
 
 
 def unbeaten(result: Evaluation, method: str, metric: str) -> Unbeaten:
@@ -182,7 +181,7 @@ def _believed(result: Evaluation, believed: list[str], beats: Mapping[str, list[
     text = f"Believe {names} with reservations: {who} {where}"
     if any(beats[name] != counted for name in believed):
         return text
-    text += f", {_joined(map(asked, counted))}"
+    text += f", {joined(map(asked, counted))}"
     missed = [metric for metric in judged if metric not in counted]
     if several:
         return text
@@ -219,12 +218,7 @@ def _none(
 
 
 def _controls(names: Collection[str]) -> str:
-    return _joined(f"{_BLIND[name]} ({words(name)})" if name in _BLIND else words(name) for name in names)
-
-
-def _joined(texts: Iterator[str] | Collection[str]) -> str:
-    *first, last = texts
-    return f"{', '.join(first)} and {last}" if first else last
+    return joined(f"{_BLIND[name]} ({words(name)})" if name in _BLIND else words(name) for name in names)
 
 
 def where_it_looks(result: Evaluation, believed: Collection[str]) -> Finding:

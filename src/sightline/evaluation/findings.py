@@ -21,7 +21,7 @@ from sightline.evaluation.conclusions import (
 )
 from sightline.evaluation.ranking import LEVEL, UNDEFINED_FRACTION
 from sightline.evaluation.result import Evaluation
-from sightline.facts import LEVELS, Finding, listed, percent, words
+from sightline.facts import LEVELS, Finding, capitalized, listed, percent, words
 from sightline.maps import COARSE, NEARLY_FLAT
 from sightline.metrics import METRICS
 from sightline.metrics.uncertainty import paired_test
@@ -67,7 +67,7 @@ GAPS = frozenset({"left out", "unreadable", "not judged", "unlabeled", "absent c
 def findings(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:
     """Sentences: three answers (see `ANSWERS`), then what stands behind them, the most important first."""
     for finding in _findings(result, predictions):
-        yield Finding(finding.kind, finding[0].upper() + finding[1:], **finding.values)
+        yield Finding(finding.kind, capitalized(finding), **finding.values)
 
 
 def _findings(result: Evaluation, predictions: Predictions) -> Iterator[Finding]:

@@ -171,6 +171,10 @@ class Evaluation:
             f"expected methods {', '.join(self.methods)} x metrics {', '.join(self.metrics)}, got {(method, metric)}"
         )
 
+    def pairs(self, metric: str) -> list[Comparison]:
+        """The comparisons under a metric; none where it ranks no methods."""
+        return [pair for pair in self.comparisons if pair.metric == metric]
+
     def to_json(self, path: Path | str) -> Path:
         """Write everything but the pictures, with findings as text; values that are not finite become null."""
         left_out = ("per_image", "examples", "errors", "mean_maps", "worst", "unsuited")

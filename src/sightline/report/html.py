@@ -7,6 +7,7 @@ from pathlib import Path
 from sightline import recipe, runs
 from sightline.evaluation import Evaluation
 from sightline.evaluation.findings import ANSWERS
+from sightline.facts import capitalized
 from sightline.maps import COARSE
 from sightline.metrics import METRICS, MOSAIC_METRICS
 from sightline.metrics.per_image import PerImageMean
@@ -107,4 +108,4 @@ def write_study(parts: Sequence[Part], folder: str | Path, failed: Mapping[str, 
 def _meaning(metric: type[PerImageMean]) -> str:
     line = (metric.function.__doc__ or "").strip().splitlines()[0].replace("`", "")
     is_short = metric.meaning and not metric.is_test
-    return f"{metric.meaning[0].upper()}{metric.meaning[1:]}. {line}" if is_short else line
+    return f"{capitalized(metric.meaning)}. {line}" if is_short else line

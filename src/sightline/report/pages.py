@@ -1,6 +1,5 @@
 """Maps of images as files: a page per image, an index of them, the raw values, and a table."""
 
-import base64
 import csv
 import io
 from collections import Counter
@@ -321,7 +320,7 @@ class _Writer:
     written: set[Path] = field(default_factory=lambda: set())
     stems: set[str] = field(default_factory=lambda: set())
     notices: dict[str, None] = field(default_factory=lambda: {})
-    thumbnails: dict[str, str] = field(default_factory=lambda: {})
+    thumbnails: dict[str, bytes] = field(default_factory=lambda: {})
     """By `maps` of the rows."""
     kept: int = 0
 
@@ -424,12 +423,12 @@ class _Writer:
 
     def write_index(self) -> None:
         """index.html, a thumbnail of each image with its prediction and the worst verdict, linked to its page."""
-        from sightline.report.formats import template
+        from sightline.report.formats import template, uri
 
         places = {row["method"]: row for row in self.rows}
         page = template(_INDEX).render(
             model=self.model,
-            images=[_indexed(rows, self.thumbnails[rows[0]["maps"]]) for rows in self._by_image()],
+            images=[_indexed(rows, uri("jpeg", self.thumbnails[rows[0]["maps"]])) for rows in self._by_image()],
             places={
                 method: f"{row['layer']}, {row['positions']} positions".removeprefix(", ")
                 for method, row in places.items()
@@ -473,11 +472,11 @@ def _indexed(rows: Sequence[Mapping[str, Any]], picture: str) -> dict[str, Any]:
     }
 
 
-def thumbnail(pictures: Sequence[UInt8[Tensor, "3 h w"]], side: int = 128) -> str:
-    """A data URI of pictures side by side, each shrunk to `side` pixels where it is larger.
+def thumbnail(pictures: Sequence[UInt8[Tensor, "3 h w"]], side: int = 128) -> bytes:
+    """A JPEG file of pictures side by side, each shrunk to `side` pixels where it is larger.
 
-    >>> thumbnail([torch.zeros(3, 2, 2, dtype=torch.uint8)])[:23]
-    'data:image/jpeg;base64,'
+    >>> thumbnail([torch.zeros(3, 2, 2, dtype=torch.uint8)])[:2].hex()
+    'ffd8'
     """
     height, width = pictures[0].shape[1:]
     scale = min(1.0, side / max(height, width))
@@ -485,7 +484,7 @@ def thumbnail(pictures: Sequence[UInt8[Tensor, "3 h w"]], side: int = 128) -> st
     joined = Image.fromarray(torch.cat(list(pictures), 2).movedim(0, -1).numpy())
     file = io.BytesIO()
     joined.resize(size, Image.Resampling.BOX).save(file, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return file.getvalue()
 
 
 def titled(method: str, verdicts: Sequence[Verdict], is_control: bool = False) -> str:

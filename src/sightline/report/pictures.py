@@ -1,6 +1,5 @@
 """Drawings of the page: images and maps as data URIs, outlines and curves as SVG paths, maps in words."""
 
-import base64
 import io
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +12,7 @@ from PIL import Image
 
 from sightline import facts, maps
 from sightline.evaluation import Curve, Example
+from sightline.report.formats import uri
 from sightline.report.studies import Effect
 from sightline.report.tables import along
 
@@ -29,10 +29,10 @@ def picture(image: UInt8[Array, "h w 3"], side: int = 256) -> str:
     photo = Image.fromarray(image)
     if max(photo.size) <= 128:
         photo.save(file, "PNG", optimize=True)
-        return _uri("png", file.getvalue())
+        return uri("png", file.getvalue())
     photo.thumbnail((side, side), Image.Resampling.LANCZOS)
     photo.save(file, "JPEG", quality=88)
-    return _uri("jpeg", file.getvalue())
+    return uri("jpeg", file.getvalue())
 
 
 def heat(
@@ -53,7 +53,7 @@ def heat(
         low, high = (0.0, ends[1]) if signed else ends
         values = (values - low) / (high - low) if high > low else torch.nan * values
     drawn = maps.resize(values[None, None], (side, side))[0, 0].clamp(-1 if signed else 0, 1)
-    return _uri("png", _png(maps.color(drawn, signed)))
+    return uri("png", _png(maps.color(drawn, signed)))
 
 
 def is_nearly_flat(raw: Float[Array, "h w"]) -> bool:
@@ -159,7 +159,7 @@ def matrix(values: Float[Array, "c c"]) -> str:
     >>> matrix(np.eye(2))[:22]
     'data:image/png;base64,'
     """
-    return _uri("png", _png(maps.color(torch.from_numpy(values))))
+    return uri("png", _png(maps.color(torch.from_numpy(values))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,10 +417,6 @@ def _png(image: UInt8[torch.Tensor, "3 h w"]) -> bytes:
     drawn.putpalette(np.stack([colors >> 16, colors >> 8 & 255, colors & 255], 1).astype(np.uint8).tobytes())
     drawn.save(file, "PNG", optimize=True)
     return file.getvalue()
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _runs(edges: Bool[Array, "lines n"]) -> list[tuple[int, int, int]]:

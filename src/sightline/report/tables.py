@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sightline.evaluation import Curve, Evaluation, Score
+from sightline.evaluation.conclusions import compared
 from sightline.evaluation.findings import DOUBTS, GAPS
 from sightline.evaluation.ranking import LEVEL
 from sightline.facts import LEVELS, Finding, Interval
@@ -61,8 +62,7 @@ def best(evaluation: Evaluation, metric: str) -> str | None:
     None without such controls: there is nothing to be better than.
     """
     standing = evaluation.standings.get(metric)
-    pairs = [{pair.method, pair.other} for pair in evaluation.comparisons if pair.metric == metric]
-    is_compared = any(not pair.isdisjoint(evaluation.controls) for pair in pairs)
+    is_compared = compared(evaluation, metric) & {*evaluation.controls}
     return standing.best if standing and is_compared and not standing.unbeaten else None
 
 
@@ -109,8 +109,8 @@ def leads(evaluation: Evaluation, metric: str) -> list[Lead]:
         return []
     best, sign = evaluation.standings[metric].best, 1 if evaluation.higher_is_better[metric] else -1
     rows: list[Lead] = []
-    for pair in evaluation.comparisons:
-        if pair.metric != metric or best not in (pair.method, pair.other):
+    for pair in evaluation.pairs(metric):
+        if best not in (pair.method, pair.other):
             continue
         gap, other = pair.difference, pair.other
         if best == pair.other:
