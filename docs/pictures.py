@@ -4,7 +4,7 @@
 
 Thumbnails show the cat of examples/photos and the ImageNet network of the `dev` extra. A method that does not fit this
 network is drawn for the first test image of the first RUN, a folder of `sightline train`, that it fits. The table of
-methods in README is written from `EXPLAINERS`, with the first sentence of each docstring.
+methods in README is written from `EXPLAINERS`.
 """
 
 import os

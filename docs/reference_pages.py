@@ -87,7 +87,7 @@ def explainer_page(name: str, explainer: Explainer) -> str:
         "Adds up": "the map should sum to the explained score; a gap is a verdict" if explainer.sums_to_score else "no",
         "Depends on the class": "no: the same map for every class" if explainer.is_blind_to_class else "yes",
     }
-    picture = f"![{title_of(name)} of some images](../../../pictures/explainers/{name}.jpg)"
+    picture = f"![{title_of(name)} of an image](../../../pictures/explainers/{name}.jpg)"
     parts = [
         f"# {title_of(name)}: `{name}`",
         picture if (DOCS / f"pictures/explainers/{name}.jpg").exists() else "",
@@ -450,17 +450,20 @@ def translated(text: str, kind: str) -> str:
     return "\n\n".join(parts)
 
 
+def page_of(name: str) -> str:
+    """The page of an explainer or metric, below the folder of generated pages; empty for other names."""
+    folders = {"explainers": EXPLAINERS, "metrics": MEASURES}
+    return next((f"{folder}/{name}.md" for folder, registry in folders.items() if name in registry), "")
+
+
 def linked(text: str, kind: str) -> str:
     """Names of explainers and metrics as links, arXiv numbers too."""
     up = "" if kind in ("", "api") else "../"
     base = "../" if kind == "api" else up
 
     def link(match: re.Match[str]) -> str:
-        name = match[1]
-        for folder, registry in (("explainers", EXPLAINERS), ("metrics", MEASURES)):
-            if name in registry and kind:
-                return f"[`{name}`]({base}{folder}/{name}.md)"
-        return match[0]
+        page = page_of(match[1]) if kind else ""
+        return f"[`{match[1]}`]({base}{page})" if page else match[0]
 
     text = re.sub(r"(?<!\[)`(\w+)`(?!\])", link, text)
     return re.sub(r"\b(\d{4}\.\d{4,5})\b", r"[\1](https://arxiv.org/abs/\1)", text)
@@ -561,11 +564,8 @@ def with_linked_rows(text: str) -> str:
     """Names in the first cells of tables as links to their pages."""
 
     def link(match: re.Match[str]) -> str:
-        name = match[2]
-        for folder, registry in (("explainers", EXPLAINERS), ("metrics", MEASURES)):
-            if name in registry:
-                return f"{match[1]}[`{name}`](../reference/generated/{folder}/{name}.md)"
-        return match[0]
+        page = page_of(match[2])
+        return f"{match[1]}[`{match[2]}`](../reference/generated/{page})" if page else match[0]
 
     return re.sub(r"^(\| (?:`\w+`, )?)`(\w+)`(?= \||,)", link, text, flags=re.MULTILINE)
 

@@ -214,14 +214,10 @@ def test_every_entry_of_a_registry_has_its_row() -> None:
 
 
 def test_readme_shows_each_method() -> None:
-    import importlib.util
+    import pictures
 
     from sightline.explainers import EXPLAINERS
 
-    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs/pictures.py")
-    assert spec is not None and spec.loader is not None
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
     readme = (ROOT / "README.md").read_text()
     assert pictures.table() in readme, "write it anew: python docs/pictures.py"
     missing = {name for name in EXPLAINERS if not (pictures.THUMBNAILS / f"{name}.jpg").is_file()}

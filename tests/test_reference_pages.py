@@ -2,14 +2,12 @@
 
 import doctest
 import re
-import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import reference_pages
 import torch
 
 from sightline.attention import ATTENTION
@@ -20,17 +18,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def written() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "docs"))
-    import reference_pages
-
-    yield reference_pages
-    sys.path.remove(str(ROOT / "docs"))
-
-
-@pytest.fixture(scope="module")
-def pages(written: Any) -> dict[str, str]:
-    return dict(written.all_pages())
+def pages() -> dict[str, str]:
+    return dict(reference_pages.all_pages())
 
 
 def test_every_entry_of_a_registry_has_a_page_and_a_row(pages: dict[str, str]) -> None:
@@ -81,17 +70,17 @@ def test_signatures_show_shapes(pages: dict[str, str]) -> None:
     assert momentum in pages["api/recipe.md"]
 
 
-def test_links_of_pages_outside_docs_lead_to_pages_of_the_site(written: Any, pages: dict[str, str]) -> None:
+def test_links_of_pages_outside_docs_lead_to_pages_of_the_site(pages: dict[str, str]) -> None:
     assert "](../../explanation/maps.md)" in pages["contributing.md"]
     assert "](benchmarks.md)" in pages["contributing.md"]
     page = ROOT / "docs/howto/training.md"
     text = "[a](../../src/sightline/recipe.py) [b](https://x.y) [c](#d)\n```\n[e](../../Makefile)\n```\n"
     shown = "[a](../reference/generated/files/src/sightline/recipe.py.md) [b](https://x.y) [c](#d)"
-    assert written.relinked(text, page, page) == shown + text[text.index("\n") :]
+    assert reference_pages.relinked(text, page, page) == shown + text[text.index("\n") :]
     assert "files/src/sightline/recipe.py.md" in pages
 
 
-def test_a_new_explainer_has_its_page(written: Any) -> None:
+def test_a_new_explainer_has_its_page() -> None:
     @partial(Explainer, is_signed=True)
     def loudest(activations: torch.Tensor, targets: torch.Tensor, power: float = 2.0) -> torch.Tensor:
         """The largest activation.
@@ -100,24 +89,22 @@ def test_a_new_explainer_has_its_page(written: Any) -> None:
         """
         return activations.amax(1, keepdim=True) ** power
 
-    page = written.explainer_page("loudest", loudest)
+    page = reference_pages.explainer_page("loudest", loudest)
     assert page.startswith("# Loudest: `loudest`\n\nThe largest activation.\n\n**Elsewhere:** `Loud` (noise).")
     assert "negative values speak against the class" in page and "| `power` | `2.0` |" in page
     assert "    return activations.amax(1, keepdim=True) ** power" in page
 
 
-def test_pages_that_are_gone_are_removed_and_equal_ones_are_kept(
-    written: Any, tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr(written, "all_pages", lambda: [("a/b.md", "text")])
+def test_pages_that_are_gone_are_removed_and_equal_ones_are_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(reference_pages, "all_pages", lambda: [("a/b.md", "text")])
     (tmp_path / "old.md").write_text("")
-    written.write(tmp_path)
+    reference_pages.write(tmp_path)
     before = (tmp_path / "a/b.md").stat().st_mtime_ns
-    written.write(tmp_path)
+    reference_pages.write(tmp_path)
     assert [path.name for path in tmp_path.rglob("*.md")] == ["b.md"]
     assert (tmp_path / "a/b.md").stat().st_mtime_ns == before
 
 
-def test_examples(written: Any) -> None:
-    result = doctest.testmod(written)
+def test_examples() -> None:
+    result = doctest.testmod(reference_pages)
     assert result.attempted == 2 and not result.failed
