@@ -23,6 +23,22 @@ def check_whole(**options: object) -> None:
             raise TypeError(f"expected a whole number as {name}, got {value!r}; give an int")
 
 
+def check_tensor(what: str, value: object) -> None:
+    """Report an array or a list before PyTorch does, which would not say which argument it is.
+
+    Raises:
+        TypeError: it is no tensor.
+
+    >>> check_tensor("mask= as a tensor", [1])
+    Traceback (most recent call last):
+    TypeError: expected mask= as a tensor, got list; torch.from_numpy makes one of an array
+    """
+    from torch import Tensor  # here, so that the command line starts without torch
+
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {what}, got {type(value).__name__}; torch.from_numpy makes one of an array")
+
+
 def check_planes(what: str, shape: Sequence[int]) -> None:
     """Check that images or maps are (b, c, h, w), for functions that do not support volumes.
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from sightline.checks import check_tensor
 from sightline.facts import old_names, words
 
 UNDEFINED = 128
@@ -611,12 +612,9 @@ def box_around(inside: Bool[Tensor, "*b h w"]) -> Int[Tensor, "*b 4"]:
     return torch.stack(box, -1) * inside.any((-2, -1)).unsqueeze(-1)
 
 
-def _check_tensor(name: str, value: object, shape: str, axes: int | None = None) -> None:
+def _check_tensor(name: str, value: Tensor, shape: str, axes: int | None = None) -> None:
     """Report a wrong argument before PyTorch does."""
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"expected {name} as a tensor {shape}, got {type(value).__name__}; torch.from_numpy makes one of an array"
-        )
+    check_tensor(f"{name} as a tensor {shape}", value)
     if axes is not None and value.ndim != axes:
         hint = "cut volumes by maps.slices" if value.ndim == 5 else "index or unsqueeze it"
         raise ValueError(f"expected {name} of shape {shape}, got {tuple(value.shape)}; {hint}")

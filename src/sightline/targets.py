@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sightline import maps
-from sightline.checks import check_whole
+from sightline.checks import check_tensor, check_whole
 from sightline.inference.outputs import Pick, logits_of, picked
 
 __all__ = ["Box", "Region", "Similarity", "Target", "Value"]
@@ -113,7 +113,7 @@ class Region(Target):
     def __post_init__(self) -> None:
         check_whole(label=self.label)
         if self.mask is not None:
-            _check_tensor("mask", self.mask)
+            check_tensor("mask= as a tensor", self.mask)
             if not self.mask.isfinite().all() or (self.mask < 0).any():
                 raise ValueError(
                     "expected a mask of weights from 0 to 1, got negative or non-finite ones; pass zeros and ones"
@@ -297,7 +297,7 @@ class Similarity(Target):
     output: Pick = None
 
     def __post_init__(self) -> None:
-        _check_tensor("embedding", self.embedding)
+        check_tensor("embedding= as a tensor", self.embedding)
 
     def __call__(self, output: Any) -> Float[Tensor, " b"]:
         """The cosine."""
@@ -322,13 +322,6 @@ def name_of(target: Callable[[Any], Tensor]) -> str:
     ('Value(index=1)', '<lambda>')
     """
     return repr(target) if isinstance(target, Target) else getattr(target, "__name__", type(target).__name__)
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"expected {name}= as a tensor, got {type(value).__name__}; torch.from_numpy makes one of an array"
-        )
 
 
 def _shown(value: Any) -> str:
