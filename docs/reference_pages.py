@@ -31,7 +31,7 @@ OUTSIDE = {"CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog", "benc
 MEASURES = METRICS | MOSAIC_METRICS
 ACRONYMS = ("AUC", "BAM", "BAP", "BR-NPA", "CBAM", "ECA", "GAP", "GC", "GeM", "IoU", "LTPA", "MIL", "SE")
 SPELLINGS = {word.lower().replace("-", ""): word for word in ACRONYMS}
-"""Of words in names that `facts.words` writes as they are."""
+"""How words are spelled in names that `facts.words` leaves as they are."""
 LINK = re.compile(r"(?<!!)\[((?:[^][]|\[[^]]*\](?:\([^)]*\))?)*)\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = re.compile(r"^Elsewhere: (.+(?:\n.+)*)", re.MULTILINE)

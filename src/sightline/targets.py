@@ -1,4 +1,4 @@
-"""Targets by name: functions from a model's output to one score per image, for models that are no plain classifiers.
+"""Targets by name: functions from a model's output to one score per image, for models that are not plain classifiers.
 
 `sl.explain(model, images, targets=...)` takes each of them, as it takes any function of the output.
 """
@@ -31,7 +31,7 @@ class Target:
         raise NotImplementedError
 
     def fixed(self, output: Any) -> "Target":
-        """The target with all that it reads from the output of the original images decided.
+        """The same target, with everything decided that it reads from the output for the original images.
 
         `explain` calls it once, so that changed images (occlusion, RISE, noise) are asked the same question.
         """
@@ -89,8 +89,8 @@ class Region(Target):
 
     Args:
         label: the class.
-        mask: (h, w) for all images, or (b, 1, h, w); 3-D likewise. It is resized to the scores. None: where the model
-            gives the image this class, the highest score of all; with a single class, where its score is above 0.
+        mask: (h, w) for all images, or (b, 1, h, w); 3-D likewise. It is resized to the scores. None: the
+            positions where this class has the highest score; if there is a single class, where its score is above 0.
         reduction: "mean" or "sum" over the region.
         output: the tensor to read where the model returns several; None: `out` (torchvision), `logits` or the only one.
 

@@ -35,7 +35,7 @@ _BATCH = 250
 _SCORED = 200
 """Number of test images for deletion."""
 SHOWN = 4
-"""Number of them whose maps are kept for the page, the first ones."""
+"""Number of test images, the first ones, whose maps are kept for the page."""
 QUALITY = ("energy_in_mask", "sparsity", "deletion_auc")
 
 
@@ -176,7 +176,7 @@ def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
 
 
 def _quality(model: nn.Module, images: data.ImageSet) -> tuple[dict[str, Quality], list[Example]]:
-    """Of each map; and the first images with their own maps."""
+    """The quality of each map, and the first images with their own maps."""
     batch = images.batch(draw(images.labels, _SCORED, seed=0))
     device = next(model.parameters()).device
     inputs = data.normalize(batch.images.to(device), images.preprocess)
@@ -225,7 +225,7 @@ def _keep(file: Path, examples: Sequence[Example]) -> None:
 
 
 def kept(folder: Path) -> list[Example]:
-    """The images and maps that were kept beside a run; none if there are none, or the file holds something else."""
+    """The images and maps kept beside a run; empty if there are none, or if the file holds something else."""
     try:
         return _examples(folder / _MAPS)
     except (OSError, EOFError, ValueError, KeyError, BadZipFile):

@@ -103,10 +103,10 @@ def beaten(result: Evaluation, method: str, metric: str) -> list[str]:
 def which_map(result: Evaluation, units: int, is_too_few: bool) -> Finding:
     """Which map to believe, from how often each beats every control, by `units` images or groups.
 
-    A method counts in a metric if it beats every control image by image, and chance. Those that fail a sanity test,
-    that are not to be read on a tenth of the images, or that a control beats in more metrics than they count in, are
-    out. Of the others, those that count in most metrics are to be believed; the first of them is one to which no other
-    is preferred, and the one that beats most of the others.
+    A method counts in a metric if it beats every control image by image, and chance. It is out if it fails a sanity
+    test, if more than a tenth of its maps are not to be read, or if controls beat it in more metrics than it counts in.
+    The methods to believe are those of the rest that count in the most metrics. The first one named is one that no
+    other beats in more metrics than it beats that other; if there are several, the one that beats most of the others.
     """
     methods = [method for method in result.methods if method not in result.controls]
     judged = [metric for metric in result.ranking if metric in result.standings]

@@ -172,7 +172,7 @@ class Evaluation:
         )
 
     def pairs(self, metric: str) -> list[Comparison]:
-        """The comparisons under a metric; none where it ranks no methods."""
+        """The comparisons of methods by one metric; empty if the metric does not rank them."""
         return [pair for pair in self.comparisons if pair.metric == metric]
 
     def to_json(self, path: Path | str) -> Path:

@@ -31,7 +31,7 @@ _LARGE, _SMALL = 448, 256  # longest side of an image on a page, in pixels: besi
 _CRISP = 96  # images up to this side are enlarged by a whole factor, so that their pixels are seen
 _MARGIN = 12  # around a page, in pixels
 NO_BREAK = "\N{NO-BREAK SPACE}"
-_INDEX, _OURS = "index.html", b" sightline</title>"  # of every page of templates/
+_INDEX, _OURS = "index.html", b" sightline</title>"  # in every page of templates/
 _AT_ONCE = 16  # images decoded and explained together
 
 
