@@ -396,7 +396,7 @@ def show(options: Namespace, _: dict[str, Any]) -> None:
             line = re.sub(r"[:,]?( of)? \$[^$]*\$", "", line)  # formulas are for the pages of the documentation
             print(f"  {name:<{width}}  {line}")
             if kind == "tasks":
-                print(f"  {'':<{width}}  options: {', '.join(f'--task.{o}' for o in sorted(options_of(thing)))}")
+                print(f"  {'':<{width}}  options: {', '.join(f'--task.{o}' for o in sorted(options_of(tasks.TASKS[name])))}")
         if kind == "models":
             print(f"  {'any timm model':<{width}}  by its timm name, for example resnet18 or convnext_tiny")
         if kind == "attention":
