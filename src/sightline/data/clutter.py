@@ -38,6 +38,8 @@ PARTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "clutter-twice": tuple((k, k) for k in range(10)),
 }
 """The digits that the images of each class show, one or two."""
+ORDER = ("first", "second")
+"""Masks of a single digit, in the order of `PARTS`."""
 Uniform = Callable[..., Float[Array, "b ..."]]
 Below = Callable[[Any], Int64[Array, " b"]]
 PATCH_COLORS = np.array(
@@ -145,11 +147,13 @@ def compose(
     size: int = 40,
     shortcut: float | None = None,
     parts: Sequence[tuple[int, ...]] = _SINGLE,
+    marked: int | None = None,
 ) -> tuple[UInt8[Array, "b 3 s s"], Bool[Array, "b s s"], Bool[Array, "b s s"]]:
     """Images with the masks of their digits and of their patch; the class is the index modulo the number of classes.
 
     Each image depends on (seed, split, index) alone. `parts` holds the digits of each class: one, or two that do not
-    overlap and are drawn smaller; two of one class are different scans. With `shortcut`, a patch covers one corner: its
+    overlap and are drawn smaller; two of one class are different scans. The mask is that of all digits, or of digit
+    number `marked` alone. With `shortcut`, a patch covers one corner: its
     color is that of the class in this share of the images, and drawn from ten classes in the others. None: no patch.
 
     >>> images, digit, patch = compose(0, "test", [7])
@@ -192,11 +196,11 @@ def compose(
         _separate(corners, np.ceil(sides).astype(np.int64), size, below)
     digit = np.zeros(canvas.shape[:3], dtype=bool)
     edge = np.zeros(len(indices), dtype=np.float32)
-    for scan, width, corner in zip(scans, sides, corners, strict=True):
+    for number, (scan, width, corner) in enumerate(zip(scans, sides, corners, strict=True)):
         alpha = _glyphs(ink[scan], width, edge, edge, largest)
         where = _square(corner[0], corner[1], largest)
         _paste(canvas, where, alpha, _ink_color(uniform))
-        digit[where] |= alpha >= 0.25
+        digit[where] |= (alpha >= 0.25) & (marked in (None, number))
     images = np.rint(canvas[:, :size, :size] * 255).astype(np.uint8)
     digit = digit[:, :size, :size]
 
@@ -242,7 +246,7 @@ class Composed:
         missing = np.unique(rows[~self.done[rows]])
         for part in np.array_split(missing, -(-len(missing) // CHUNK)) if len(missing) else []:
             self.images[part], digit, patch = self.compose(part)
-            self.masks[part] = digit if self.mask == "digit" else patch
+            self.masks[part] = patch if self.mask == "patch" else digit
             self.done[part] = True
         return Pixels(self.images[rows], self.masks[rows], None)
 
@@ -258,10 +262,11 @@ def load(data: Data) -> dict[str, ImageSet]:
             kind = "names a column" if option in COLUMNS else "is for files"
             raise ValueError(f"data.{option} {kind}, but {data.source} is composed; leave it out")
     parts, patched = PARTS[data.source], data.source == "clutter-shortcut"
-    kinds = ("digit", "patch") if patched else ("digit",)
-    mask = data.mask or kinds[-1]
+    kinds = ("digit",) + patched * ("patch",) + (len(parts[0]) > 1) * ORDER
+    mask = data.mask or ("patch" if patched else "digit")
     if mask not in kinds:
         raise ValueError(f"expected data.mask of {data.source} to be {' or '.join(kinds)}, got {mask!r}")
+    marked = ORDER.index(mask) if mask in ORDER else None
     size = data.size or 40
     if size < 24:
         raise ValueError(
@@ -271,7 +276,7 @@ def load(data: Data) -> dict[str, ImageSet]:
     stores: dict[str, Composed] = {}
     for split in SPLITS:
         shortcut = (0.0 if split == "test" else data.shortcut) if patched else None
-        composed = partial(compose, data.seed, split, size=size, shortcut=shortcut, parts=parts)
+        composed = partial(compose, data.seed, split, size=size, shortcut=shortcut, parts=parts, marked=marked)
         stores[split] = Composed(composed, sizes[split], size, mask)
     preprocess = statistics(sampled(stores["train"], sizes["train"], 2000))
     return {
