@@ -137,6 +137,7 @@ def test_pc_with_softmax_is_none_with_softmax_and_uniform_is_the_mean(name):
     missing, unexpected = lean.load_state_dict(full.state_dict(), strict=False)
     dead = ("features.norm.", "features.conv4.", "fc1.", "attention.stage2.project_query.")
     assert not missing and unexpected and all(key.startswith(dead) for key in unexpected)
+    assert [name for name, _ in lean.features.named_children()][-1] == full.default_layer.removeprefix("features.")
     batch = images(4, 3, 32, 32)
     wanted = lean.eval()(batch)
     torch.testing.assert_close(full.eval()(batch), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
@@ -162,11 +163,13 @@ def test_a_stride_in_the_first_layer_halves_every_map():
     assert shapes == [(10, 6), (5, 3)]
 
 
-def test_initialization():
+@pytest.mark.parametrize("name", ("rn164", *ATTENDED))
+def test_initialization(name):
     torch.manual_seed(0)
-    model = create_model("rn_att2", depth=20)
-    for conv in (model.features.stage3[1].residual[3], model.features.conv4[0]):
-        assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * conv.out_channels)), rel=0.05)
+    model = create_model(name, depth=20)
+    for conv in (m for m in model.features.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 20_000):
+        spread = math.sqrt(2 / (conv.kernel_size[0] ** 2 * conv.out_channels))
+        assert conv.weight.std().item() == pytest.approx(spread, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ("rn164", *ATTENDED))
@@ -206,7 +209,7 @@ def test_maps_at_its_own_layer(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 30}, "expected a depth of 9n + 2, got 30; take 20, 29, 56, 110 or 164"),
+        ({"depth": 32}, "expected a depth of 9n + 2, got 32; take 20, 29, 56, 110 or 164"),
         ({"depth": 2}, "expected a depth of 9n + 2, got 2"),
         ({"width": 0.0}, "expected width above 0"),
         ({"stem_stride": 0}, "expected a stem_stride of 1 or more, got 0"),
