@@ -13,6 +13,7 @@ from sightline.attention.insertion import MARK, Block, insert
 from sightline.data import Preprocess
 from sightline.data.tables import read_class_names
 from sightline.facts import current_name, did_you_mean, notice
+from sightline.models.preact import PreActResNet, RNAtt, RNAtt2
 from sightline.models.pretrained import OtherClasses, load_weights, mismatches, named_as, other_classes
 from sightline.models.protopnet import ProtoPNet
 from sightline.models.resnet import CifarResNet, keep_resolution
@@ -28,6 +29,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg_att": VGGAtt,
     "vgg_att2": VGGAtt2,
     "vgg_att3": VGGAtt3,
+    "rn164": PreActResNet,
+    "rn_att": RNAtt,
+    "rn_att2": RNAtt2,
     "cifar_resnet": CifarResNet,
     "tiny_vit": TinyViT,
     "protopnet": ProtoPNet,

@@ -1,5 +1,16 @@
 """What a trained network is good for besides naming its own test images."""
 
+from sightline.tasks import cross_domain, robustness, segmentation
 from sightline.tasks.outcome import TASKS, Figure, Outcome, check_options, perform, register
 
-__all__ = ["TASKS", "Figure", "Outcome", "check_options", "perform", "register"]
+__all__ = [
+    "TASKS",
+    "Figure",
+    "Outcome",
+    "check_options",
+    "cross_domain",
+    "perform",
+    "register",
+    "robustness",
+    "segmentation",
+]
