@@ -4,10 +4,8 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -15,20 +13,21 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline import data, metrics, runs
-from sightline.attention import BilinearAttentionPooling, RepresentativeVectors
+from sightline.attention import RepresentativeVectors
 from sightline.data.splits import draw
 from sightline.evaluation import Example
-from sightline.explainers import attention_maps, explain
+from sightline.explainers import explain
 from sightline.facts import current_name
 from sightline.inference import forward
 from sightline.metrics import energy_in_mask
 from sightline.metrics.classification import accuracy
 from sightline.metrics.complexity import sparsity
+from sightline.report.parts import attention_and_parts
 from sightline.runs import Run
+from sightline.tasks import perform
 from sightline.training import initial_network
 
 _BATCH = 250
@@ -68,6 +67,17 @@ class Quality:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskFigures:
+    """What a network reaches in a task of the study."""
+
+    asked: dict[str, Any]
+    """The task's name and options as the study has them."""
+    figures: dict[str, float]
+    """Means, in the order of importance."""
+    higher_is_better: dict[str, bool | None]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasuredRun:
     """One trained network."""
 
@@ -89,6 +99,8 @@ class MeasuredRun:
     quality: dict[str, Quality] = field(default_factory=dict[str, Quality])
     """Map -> its quality after training: `own`, the network's attention, or its activation map if it has none;
     `activation_map`; and `center_map`, a blob that ignores the image."""
+    tasks: dict[str, TaskFigures] = field(default_factory=dict[str, TaskFigures])
+    """Title in the study -> figures."""
 
 
 def fresh(run: Run, own: runs.Own | None = None) -> nn.Module:
@@ -105,7 +117,8 @@ def read(file: Path) -> MeasuredRun | None:
         facts = _with_nan(json.loads(file.read_text(encoding="utf-8")))
         quality = {current_name(name): Quality(**scores) for name, scores in facts["quality"].items()}
         maps = {name: Maps(**facts[name]) for name in ("before", "after")}
-        return MeasuredRun(**facts | maps | {"quality": quality})
+        tasks = {title: TaskFigures(**figures) for title, figures in facts.get("tasks", {}).items()}
+        return MeasuredRun(**facts | maps | {"quality": quality, "tasks": tasks})
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
@@ -144,6 +157,29 @@ def measure_run(row: str, run: Run, dataset: str = "", own: runs.Own | None = No
     )
 
 
+def measure_tasks(
+    measured: MeasuredRun, run: Run, asked: Mapping[str, Mapping[str, Any]], own: runs.Own | None = None
+) -> MeasuredRun:
+    """The measurements with those of the tasks that they lack, or that were asked otherwise.
+
+    Raises:
+        ValueError: the run does not suit a task.
+        OSError: the images of a task are missing.
+    """
+    tasks = dict(measured.tasks)
+    todo = {title: dict(task) for title, task in asked.items() if title not in tasks or tasks[title].asked != task}
+    model = runs.load_model(run.folder, own).to(runs.best_device()) if todo else None
+    for title, task in todo.items():
+        options = {name: value for name, value in task.items() if name != "task"}
+        outcome = perform(task.get("task", title), run, model, **options)
+        tasks[title] = TaskFigures(
+            asked=task,
+            figures={name: figure.interval.value for name, figure in outcome.figures.items()},
+            higher_is_better={name: figure.higher_is_better for name, figure in outcome.figures.items()},
+        )
+    return replace(measured, tasks={title: tasks[title] for title in asked})
+
+
 def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
     device = next(model.parameters()).device
     energies: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -153,18 +189,16 @@ def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
     for batch in data.batches(images, _BATCH):
         inputs = data.normalize(batch.images.to(device), images.preprocess)
         masks = None if batch.masks is None else batch.masks.to(device)
-        with _pooled_features(model) as pooled:
-            maps = attention_maps(model, inputs)
+        maps, parts = attention_and_parts(model, inputs)
         for name, weights in maps.items():
             if weights.shape[2] * weights.shape[3] > 1:
-                norms = torch.linalg.vector_norm(pooled[name], dim=1, keepdim=True) if name in pooled else 1
-                sparsities[name].append(sparsity(weights * norms))
+                sparsities[name].append(sparsity(weights * (parts[name].norms if name in parts else 1)))
                 energies[name].append(_energy(weights.mean(1, keepdim=True), masks))
-        for name, features in pooled.items():
+        for name, part in parts.items():
             block = model.get_submodule(name)
             if isinstance(block, RepresentativeVectors) and block.k > 1:
                 with torch.no_grad():
-                    pairs = block.similarities(features)
+                    pairs = block.similarities(part.features)
                 cosines.append((pairs.sum((1, 2)) - block.k) / (block.k * (block.k - 1)))
         activation += [_energy(size, masks) for size in _maps_by("activation_map", model, inputs).values()]
     return Maps(
@@ -261,24 +295,6 @@ def _maps_by(method: str, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]
 
 def _energy(maps: Tensor, masks: Tensor | None) -> Tensor:
     return maps.new_full((len(maps),), math.nan) if masks is None else energy_in_mask(maps, masks)
-
-
-@contextmanager
-def _pooled_features(model: nn.Module) -> Generator[dict[str, Float[Tensor, "b c h w"]]]:
-    """Features that poolings into several vectors take, by the name of the block, once the model has run."""
-    features: dict[str, Tensor] = {}
-    kinds = RepresentativeVectors | BilinearAttentionPooling
-
-    def keep(name: str, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        features[name] = inputs[0].detach()
-
-    poolings = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    handles = [block.register_forward_pre_hook(partial(keep, name)) for name, block in poolings.items()]
-    try:
-        yield features
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _mean(values: list[Tensor]) -> float:
