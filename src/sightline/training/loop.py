@@ -24,7 +24,7 @@ from sightline.training.losses import Loss, Mixed
 from sightline.training.optimizers import average, create_optimizer
 from sightline.training.prototypes import finish_stage
 from sightline.training.schedule import learning_rate
-from sightline.training.stages import enter_epoch, staged_optimizer
+from sightline.training.stages import enter_epoch, prepare, staged_optimizer
 
 RESIDENT = 0.25
 """Share of a GPU's free memory that the images may take, so that no step waits for them."""
@@ -115,6 +115,9 @@ class Training:
                 enter_epoch(self.optimizer, self.staged.stages, self.epoch, self.step)
             else:
                 self.freezing.enter(self.epoch)
+            if not self.step:
+                with self.fabric.autocast():
+                    prepare(self.network, self.epoch, self.last_epoch, self._plain_batches, self.seed)
             while True:
                 with record_function("images"):
                     batch = next(batches, None)
@@ -235,13 +238,14 @@ class Training:
         if self.settled:  # before the training was interrupted
             return
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            assert isinstance(self.train, data.ImageSet)  # `check_stages` refuses streams
-            return (self._inputs(b) for b in data.batches(self.train, self.batch_size, ahead=self.ahead))
-
         with self.fabric.autocast():
-            finish_stage(staged, staged.stages, batches, self.batch_size, self.seed + self.epoch)
+            finish_stage(staged, staged.stages, self._plain_batches, self.batch_size, self.seed + self.epoch)
         self.settled = True
+
+    def _plain_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All training images once, in order and without augmentation."""
+        assert isinstance(self.train, data.ImageSet)  # `check_stages` refuses streams
+        return (self._inputs(b) for b in data.batches(self.train, self.batch_size, ahead=self.ahead))
 
     def _batches(self, start: int) -> Iterator[data.Batch]:
         """This process's share of the epoch's batches, from number `start` on."""
