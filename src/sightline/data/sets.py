@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sightline.data.decoded import LARGEST, Decoder, OnTheFly, Pixels, Record, Sample, Store, Stored
+from sightline.data.decoded import LARGEST, Composed, Decoder, OnTheFly, Pixels, Record, Sample, Store, Stored
 from sightline.data.images import Interpolation
 from sightline.data.marks import evenly_spaced
 from sightline.data.sources import Listing
@@ -181,13 +181,14 @@ class ImageSet(Listing, Dataset[Batch]):
 
     def picked(self, places: Int64[Array, " k"]) -> "ImageSet":
         """Only the images at these places, of a set that is not held on a device."""
-        if not isinstance(self.store, Stored | OnTheFly):
+        if not isinstance(self.store, Stored | OnTheFly | Composed):
             raise ValueError(f"expected images that are stored or decoded, got {type(self.store).__name__}")
         return replace(
             self,
             labels=self.labels[places],
             names=[self.names[i] for i in places.tolist()],
             groups=None if self.groups is None else self.groups[places],
+            cameras=None if self.cameras is None else self.cameras[places],
             store=self.store.picked(places),
         )
 
