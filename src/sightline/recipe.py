@@ -59,7 +59,11 @@ class Data:
         None, "Column of the image. None: the only one of images (tables: `image`, `file_name`)."
     )
     label: str | None = _field(None, "Column of the class. None: `label`, or the only one of classes, or the folder.")
-    mask: str | None = _field(None, "Column of the evidence mask. None: `mask` (clutter-shortcut: `digit` or `patch`).")
+    mask: str | None = _field(
+        None,
+        "Column of the evidence mask. None: `mask` (clutter-shortcut: `digit` or `patch`; two digits: `digit`, `first` "
+        "or `second`).",
+    )
     box: str | None = _field(None, "Column with one box or several. None: `bbox` if there is one.")
     boxes: Literal["xyxy", "xywh", "relative", "relative_xywh", "cxcywh"] | None = _field(
         None,

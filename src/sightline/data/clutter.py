@@ -37,6 +37,8 @@ PARTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "clutter-twice": tuple((k, k) for k in range(10)),
 }
 """The digits that the images of each class show, one or two."""
+ORDER = ("first", "second")
+"""Masks of a single digit, in the order of `PARTS`."""
 Uniform = Callable[..., Float[Array, "b ..."]]
 Below = Callable[[Any], Int64[Array, " b"]]
 PATCH_COLORS = np.array(
@@ -144,11 +146,13 @@ def compose(
     size: int = 40,
     shortcut: float | None = None,
     parts: Sequence[tuple[int, ...]] = _SINGLE,
+    marked: int | None = None,
 ) -> tuple[UInt8[Array, "b 3 s s"], Bool[Array, "b s s"], Bool[Array, "b s s"]]:
     """Images with the masks of their digits and of their patch; the class is the index modulo the number of classes.
 
     Each image depends on (seed, split, index) alone. `parts` holds the digits of each class: one, or two that do not
-    overlap and are drawn smaller; two of one class are different scans. With `shortcut`, a patch covers one corner: its
+    overlap and are drawn smaller; two of one class are different scans. The mask is that of all digits, or of digit
+    number `marked` alone. With `shortcut`, a patch covers one corner: its
     color is that of the class in this share of the images, and drawn from ten classes in the others. None: no patch.
 
     >>> images, digit, patch = compose(0, "test", [7])
@@ -191,11 +195,11 @@ def compose(
         _separate(corners, np.ceil(sides).astype(np.int64), size, below)
     digit = np.zeros(canvas.shape[:3], dtype=bool)
     edge = np.zeros(len(indices), dtype=np.float32)
-    for scan, width, corner in zip(scans, sides, corners, strict=True):
+    for number, (scan, width, corner) in enumerate(zip(scans, sides, corners, strict=True)):
         alpha = _glyphs(ink[scan], width, edge, edge, largest)
         where = _square(corner[0], corner[1], largest)
         _paste(canvas, where, alpha, _ink_color(uniform))
-        digit[where] |= alpha >= 0.25
+        digit[where] |= (alpha >= 0.25) & (marked in (None, number))
     images = np.rint(canvas[:, :size, :size] * 255).astype(np.uint8)
     digit = digit[:, :size, :size]
 
@@ -230,7 +234,7 @@ def _scans(shown: Int64[Array, "k b"], count: Int64[Array, " 10"], below: Below)
 def _with_mask(mask: str, *args: Any, **kwargs: Any) -> tuple[UInt8[Array, "b 3 s s"], Bool[Array, "b s s"]]:
     """What `compose` returns, with one of its masks."""
     images, digit, patch = compose(*args, **kwargs)
-    return images, digit if mask == "digit" else patch
+    return images, patch if mask == "patch" else digit
 
 
 def check_composed(data: Data) -> None:
@@ -253,13 +257,14 @@ def load(data: Data) -> dict[str, ImageSet]:
     """
     check_composed(data)
     parts, patched = PARTS[data.source], data.source == "clutter-shortcut"
-    kinds = ("digit", "patch") if patched else ("digit",)
-    mask = data.mask or kinds[-1]
+    kinds = ("digit",) + patched * ("patch",) + (len(parts[0]) > 1) * ORDER
+    mask = data.mask or ("patch" if patched else "digit")
     if mask not in kinds:
         raise ValueError(f"expected data.mask of {data.source} to be {' or '.join(kinds)}, got {mask!r}")
     size = 40 if data.size is None else data.size
     if not isinstance(size, int):
         raise ValueError(f"expected data.size of {data.source} as one side, as its images are square, got {data.size}")
+    marked = ORDER.index(mask) if mask in ORDER else None
     if size < 24:
         raise ValueError(
             f"expected data.size of at least 24 for {data.source}, got {size}; a digit needs that many pixels"
@@ -268,7 +273,8 @@ def load(data: Data) -> dict[str, ImageSet]:
     stores: dict[str, Composed] = {}
     for split in SPLITS:
         shortcut = (0.0 if split == "test" else data.shortcut) if patched else None
-        composed = partial(_with_mask, mask, data.seed, split, size=size, shortcut=shortcut, parts=parts)
+        known = {"size": size, "shortcut": shortcut, "parts": parts, "marked": marked}
+        composed = partial(_with_mask, mask, data.seed, split, **known)
         stores[split] = Composed(composed, sizes[split], (size, size))
     preprocess = statistics(sampled(stores["train"], sizes["train"], 2000))
     return {

@@ -22,7 +22,7 @@ from sightline.training import processes
 from sightline.training.freezing import Freezing
 from sightline.training.losses import Loss, Mixed
 from sightline.training.optimizers import average, create_optimizer
-from sightline.training.prototypes import finish_stage, prototype_loss
+from sightline.training.prototypes import finish_stage
 from sightline.training.schedule import learning_rate
 from sightline.training.stages import enter_epoch, staged_optimizer
 
@@ -337,10 +337,6 @@ class Training:
         self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, " b"], mixed: Mixed | None
     ) -> tuple[Float[Tensor, "_ n"], Float[Tensor, ""]]:
         """Logits and mean loss."""
-        if self.staged is not None:
-            with self.fabric.autocast():
-                distances = self.staged.distances(images)
-                return self.staged.logits_of_distances(distances), prototype_loss(self.staged, distances, labels)
         logits = logits_of(self.model(images if len(labels) else self._no_images())).float()
         if not len(labels):
             return logits, 0 * logits.sum()

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sightline.attention import HardAttention, reinforce_loss
+from sightline.attention import WithLoss
 from sightline.inference import logits_of
 from sightline.recipe import Optim
 
@@ -41,15 +41,7 @@ def distillation(student: Float[Tensor, "b n"], teacher: Float[Tensor, "b n"], t
 
 
 class Loss(nn.Module):
-    """Cross entropy with the labels, distillation from a teacher if there is one, and REINFORCE for hard attention.
-
-    A network with hard attention that draws its positions ("reinforce") gets `reinforce_loss` added: the reward of an
-    image is the log-probability of its label, the baseline the mean reward of the other images in the batch.
-
-    Source: Xu et al., "Show, Attend and Tell", 2015, section 4.1.
-
-    Differs: their baseline is a moving average over batches, which would be additional training state.
-    """
+    """Cross entropy with the labels, the `own_loss` of each block, and distillation from a teacher if there is one."""
 
     def __init__(
         self,
@@ -61,7 +53,7 @@ class Loss(nn.Module):
         super().__init__()
         self.optim = optim
         modules = () if network is None else network.modules()
-        self.drawing = tuple(m.gate for m in modules if isinstance(m, HardAttention))  # a tuple: not part of the loss
+        self.others = tuple(m for m in modules if isinstance(m, WithLoss))  # a tuple: not part of the loss
         self.weights = weights if weights is None else nn.Buffer(weights)
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
 
@@ -82,11 +74,8 @@ class Loss(nn.Module):
         if mixed is not None:
             others, weight = mixed
             loss = weight * loss + (1 - weight) * self._cross_entropy(logits, others)
-        for gate in self.drawing:
-            if gate.log_prob is not None and gate.entropy is not None and len(labels) > 1:
-                reward = -F.cross_entropy(logits.detach(), labels, reduction="none")
-                others = (reward.sum() - reward) / (len(reward) - 1)
-                loss = loss + reinforce_loss(gate.log_prob, reward - others, 0.0, gate.entropy)
+        for block in self.others:
+            loss = loss + block.own_loss(logits, labels)
         if self.teacher is None:
             return loss
         with torch.no_grad():
