@@ -163,6 +163,12 @@ class Optim:
 
     epochs: int | None = _field(None, "Passes over the training images. None: 10 with model.weights, else 20.", COUNT)
     batch_size: int = _field(32, "Images per step, over all processes; an incomplete last batch is dropped.", COUNT)
+    images_per_class: int | None = _field(
+        None,
+        "Fill each batch with so many images of each of its classes, so that a triplet loss finds pairs (usual: 4). "
+        "None: images in random order.",
+        COUNT,
+    )
     optimizer: Literal["sgd", "adamw"] = _field("adamw", "SGD with momentum, or AdamW.")
     lr: float | None = _field(None, "Highest learning rate. None: 0.001 with model.weights, else 0.003.", POSITIVE)
     freeze: int | tuple[str, ...] | None = _field(

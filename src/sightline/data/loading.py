@@ -124,6 +124,16 @@ def load_whole(data: Data, preprocess: Preprocess | None = None) -> dict[str, Im
     return {part: replace(images, skipped=listed.skipped + images.skipped) for part, images in sets.items()}
 
 
+def has_identities(data: Data) -> bool:
+    """Whether the test of this source asks for images of the same identity, instead of a class."""
+    is_composed = data.source in _COMPOSED
+    return (
+        data.camera is not None
+        or data.source == people.NAME
+        or (not is_composed and layout_of(Path(data.source).expanduser()) is not None)
+    )
+
+
 def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
     """Training images to be read one after the other, and the splits val and test of `load`.
 

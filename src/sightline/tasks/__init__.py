@@ -1,5 +1,17 @@
 """What a trained network is good for besides naming its own test images."""
 
 from sightline.tasks.outcome import TASKS, Figure, Outcome, check_options, perform, register
+from sightline.tasks.retrieval import Found, embed, find, retrieval
 
-__all__ = ["TASKS", "Figure", "Outcome", "check_options", "perform", "register"]
+__all__ = [
+    "TASKS",
+    "Figure",
+    "Found",
+    "Outcome",
+    "check_options",
+    "embed",
+    "find",
+    "perform",
+    "register",
+    "retrieval",
+]
