@@ -84,6 +84,10 @@ def create_model(
         )
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"expected num_classes of 1 or more, got {num_classes}")
+    if not isinstance(neck, dict | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected neck as options such as {{}} or {{triplet: 1.0}}, got {neck!r}; leave it out for none"
+        )
     if attention_options and attention is None:
         raise ValueError(f"expected attention to go with attention_options {attention_options}, got none; name a block")
     options = {current_name(option): value for option, value in options.items()}
