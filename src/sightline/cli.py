@@ -269,6 +269,13 @@ def _perform(name: str, run: Any, out: Path, chosen: dict[str, Any]) -> None:
     terminal.print_columns(f"{name}: {run.recipe.model.name}", *outcome.table())
     terminal.print_sentences(outcome.notices)
     print(f"figures: {file}")
+    if name == "retrieval":
+        from sightline.report.ranked import write_ranked
+        from sightline.runs import load_model
+
+        model = load_model(run.folder)
+        found = tasks.find(run, model, **tasks.check_options(name, chosen))
+        print(f"ranked lists: {write_ranked(found, model, out / 'ranked.html', run)}")
 
 
 def sight(options: Namespace, overrides: dict[str, Any]) -> None:

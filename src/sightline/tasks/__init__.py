@@ -1,7 +1,7 @@
 """What a trained network is good for besides naming its own test images."""
 
 from sightline.tasks.outcome import TASKS, Figure, Outcome, check_options, perform, register
-from sightline.tasks.retrieval import Found, embed, find, retrieval
+from sightline.tasks.retrieval import Found, embed, encoder, find, retrieval
 
 __all__ = [
     "TASKS",
@@ -10,6 +10,7 @@ __all__ = [
     "Outcome",
     "check_options",
     "embed",
+    "encoder",
     "find",
     "perform",
     "register",

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from sightline import data, runs
 from sightline.data.splits import draw
-from sightline.inference import embedder, untouched
+from sightline.inference import copy_of, embedder, untouched
 from sightline.metrics.retrieval import Ranking, nearest, ranking_of_features
 from sightline.recipe import Data
 from sightline.tasks.outcome import Figure, Outcome, register
@@ -69,7 +69,7 @@ class Found:
 def find(
     run: runs.Run, model: nn.Module, queries: int = 10, k: int = 10, *, source: str | None = None, mirror: bool = True
 ) -> Found:
-    """The first images of the gallery for some queries, each of another identity while there are.
+    """The first images of the gallery for some queries, without the query itself; each of another identity if possible.
 
     Args:
         run: the network's run.
@@ -86,8 +86,31 @@ def find(
     query, gallery = _sides(run, source)
     chosen = draw(query.labels, min(queries, len(query)), seed=run.seed)
     query = query.picked(chosen)
-    scores, places = nearest(embed(model, query, mirror), embed(model, gallery, mirror), k)
-    return Found(query=query, gallery=gallery, places=places, scores=scores)
+    scores, places = nearest(embed(model, query, mirror), embed(model, gallery, mirror), min(k, len(gallery)) + 1)
+    others = np.array(gallery.names)[places] != np.array(query.names)[:, None]
+    kept = torch.from_numpy(others).long().argsort(dim=1, descending=True, stable=True)[:, : min(k, places.shape[1])]
+    kept = kept[:, : int(others.sum(1).min())]
+    return Found(query=query, gallery=gallery, places=places.gather(1, kept), scores=scores.gather(1, kept))
+
+
+def encoder(model: nn.Module) -> nn.Module:
+    """A copy of a network that returns its features instead of its logits, in eval mode, for `targets.Similarity`.
+
+    Raises:
+        ValueError: the network has no linear layer.
+
+    >>> encoder(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)))(torch.ones(1, 3, 1, 1)).tolist()
+    [[1.0, 1.0, 1.0]]
+    """
+    copied = copy_of(model).eval()
+    heads = [name for name, layer in copied.named_modules() if isinstance(layer, nn.Linear)]
+    if not heads:
+        raise ValueError(
+            f"expected a network whose head is an nn.Linear, got {type(model).__name__}; wrap its head in one"
+        )
+    parent, _, child = heads[-1].rpartition(".")
+    setattr(copied.get_submodule(parent), child, nn.Identity())
+    return copied
 
 
 @register("retrieval")
