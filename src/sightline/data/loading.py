@@ -14,8 +14,9 @@ from sightline.data.decoded import Decoder, OnTheFly, Stored, decode_all
 from sightline.data.duplicates import copies, sentences
 from sightline.data.files import image_files
 from sightline.data.images import MAX_PIXELS
+from sightline.data.layouts import from_layout
 from sightline.data.marks import Record, evenly_spaced, settle
-from sightline.data.reid import from_layout, layout_of, queries_and_gallery, split_identities
+from sightline.data.reid import from_market, market_root, queries_and_gallery, split_identities
 from sightline.data.sets import ImageSet, ImageStream, Preprocess, batches, sampled, statistics
 from sightline.data.sources import Listing, Records, Table, from_folder
 from sightline.data.splits import assign, check_labeled, draw
@@ -130,7 +131,7 @@ def has_identities(data: Data) -> bool:
     return (
         data.camera is not None
         or data.source == people.NAME
-        or (not is_composed and layout_of(Path(data.source).expanduser()) is not None)
+        or (not is_composed and market_root(Path(data.source).expanduser()) is not None)
     )
 
 
@@ -220,8 +221,8 @@ def _marked(data: Data, table: Table) -> Table:
         raise ValueError(f"data.mask_values says how masks are read, but {data.source} has none; leave it out")
     if not (table.has_masks or table.has_boxes):
         return table
-    form = data.boxes or table.box_form
-    marks, notices = settle(replace(data, boxes=form), table.name, table.reader(evenly_spaced(len(table.labels))))
+    told = replace(data, boxes=data.boxes or table.box_form, mask_values=data.mask_values or table.mask_values)
+    marks, notices = settle(told, table.name, table.reader(evenly_spaced(len(table.labels))))
     return replace(table, marks=marks, notices=table.notices + notices)
 
 
@@ -234,8 +235,10 @@ def _unmarked(data: Data) -> Table:
     listing = [file for file in files if folder.is_file() or lists_images(file, data)]
     if listing:
         return from_tables(data, folder, listing)
-    if (root := layout_of(folder)) is not None:
-        return from_layout(data, root)
+    if (root := market_root(folder)) is not None:
+        return from_market(data, root)
+    if (published := from_layout(data, folder)) is not None:
+        return published
     if folder.is_dir():
         unread = tuple(f"{file} is not read, it has no column file_name with the images" for file in files)
         listed = from_folder(data, folder)

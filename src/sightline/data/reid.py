@@ -21,7 +21,7 @@ FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding
 _NAME = re.compile(r"(?P<identity>-1|\d+)_c(?P<camera>\d+)(?!\d)")
 
 
-def layout_of(folder: Path) -> Path | None:
+def market_root(folder: Path) -> Path | None:
     """The folder of this layout: this one, or the only one directly in it; None if there is none.
 
     Raises:
@@ -41,7 +41,7 @@ def layout_of(folder: Path) -> Path | None:
     return roots[0]
 
 
-def from_layout(data: Data, root: Path) -> Table:
+def from_market(data: Data, root: Path) -> Table:
     """The images of Market-1501's layout; files are named by identity and camera, as in 0002_c1s1_000451_03.jpg.
 
     Identity -1 is junk, without a label. Files with other names are skipped and listed.
