@@ -1,6 +1,6 @@
 """Images with labels, masks, boxes and groups, from wherever they are."""
 
-from sightline.data.loading import DATASETS, load, load_stream, load_whole, read_images
+from sightline.data.loading import DATASETS, has_identities, load, load_stream, load_whole, read_images
 from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batches, normalize
 from sightline.facts import old_names
 
@@ -11,6 +11,7 @@ __all__ = [
     "ImageStream",
     "Preprocess",
     "batches",
+    "has_identities",
     "load",
     "load_stream",
     "load_whole",

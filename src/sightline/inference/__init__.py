@@ -1,6 +1,7 @@
 """Calls any model, reads its output, and leaves it unchanged."""
 
 from sightline.inference.copies import copy_of
+from sightline.inference.embedding import embedder
 from sightline.inference.memory import Memory, allowance, fitting_size, held_by, in_batches
 from sightline.inference.outputs import (
     ForwardCall,
@@ -40,6 +41,7 @@ __all__ = [
     "check_images",
     "copy_of",
     "either",
+    "embedder",
     "exact",
     "fitting_size",
     "forward",

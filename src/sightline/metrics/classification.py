@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from sightline.inference import run, untouched
+from sightline.inference import untouched
 from sightline.metrics.uncertainty import Interval, interval_of, limits, mean_interval, resamples, wilson_interval
 
 Array = np.ndarray

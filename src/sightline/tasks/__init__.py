@@ -2,15 +2,21 @@
 
 from sightline.tasks import cross_domain, robustness, segmentation
 from sightline.tasks.outcome import TASKS, Figure, Outcome, check_options, perform, register
+from sightline.tasks.retrieval import Found, embed, encoder, find, retrieval
 
 __all__ = [
     "TASKS",
     "Figure",
+    "Found",
     "Outcome",
     "check_options",
     "cross_domain",
+    "embed",
+    "encoder",
+    "find",
     "perform",
     "register",
+    "retrieval",
     "robustness",
     "segmentation",
 ]
