@@ -1,6 +1,6 @@
 """Images with labels, masks, boxes and groups, from wherever they are."""
 
-from sightline.data.loading import DATASETS, load, load_stream, load_whole, read_images
+from sightline.data.loading import DATASETS, load, load_new_classes, load_stream, load_whole, read_images
 from sightline.data.sets import Batch, ImageSet, ImageStream, Preprocess, batches, normalize
 from sightline.facts import old_names
 
@@ -12,6 +12,7 @@ __all__ = [
     "Preprocess",
     "batches",
     "load",
+    "load_new_classes",
     "load_stream",
     "load_whole",
     "normalize",
