@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sightline import recipe, terminal
+from sightline.arguments import options as options_of
 from sightline.options import KINDS, parse
 
 if TYPE_CHECKING:
@@ -243,6 +244,22 @@ def _end_of(result: "Bench", is_whole: bool, out: str) -> None:
         sys.exit(1)
 
 
+def task(options: Namespace, overrides: dict[str, Any]) -> None:
+    """Measure a trained run in another task than naming its test images: figures with intervals."""
+    from sightline import runs, tasks
+
+    run = runs.open_run(options.run)
+    out = Path(options.out or run.folder)
+    runs.check_writable(out)
+    chosen = {name.removeprefix("task."): value for name, value in overrides.items()}
+    outcome = tasks.perform(options.name, run, **chosen)
+    file = out / f"task-{options.name}.json"
+    outcome.to_json(file)
+    terminal.print_columns(f"{options.name}: {run.recipe.model.name}", *outcome.table())
+    terminal.print_sentences(outcome.notices)
+    print(f"figures: {file}")
+
+
 def sight(options: Namespace, overrides: dict[str, Any]) -> None:
     """Which explainer finds evidence that is known, and which metric would have shown it without knowing."""
     if options.run or options.weights:
@@ -354,13 +371,13 @@ def export(options: Namespace, _: dict[str, Any]) -> None:
 
 
 def show(options: Namespace, _: dict[str, Any]) -> None:
-    """List data sets, models, attention blocks, explainers and metrics, one line each."""
+    """List data sets, models, attention blocks, explainers, metrics and tasks, one line each."""
     if options.compare:
         if options.kind != "attention":
             raise ValueError("expected --compare with `list attention`, got another list; leave it out")
         _compare(options.compare)
         return
-    from sightline import attention, data, explainers, metrics, models
+    from sightline import attention, data, explainers, metrics, models, tasks
 
     tables: dict[str, dict[str, Any]] = {
         "datasets": data.DATASETS,
@@ -368,15 +385,18 @@ def show(options: Namespace, _: dict[str, Any]) -> None:
         "attention": attention.ATTENTION,
         "explainers": explainers.EXPLAINERS,
         "metrics": {n: metric.function for n, metric in (metrics.METRICS | metrics.MOSAIC_METRICS).items()},
+        "tasks": tasks.TASKS,
     }
     for kind in [options.kind] if options.kind else KINDS:
         print(f"{kind}:")
-        width = max(map(len, tables[kind]))
+        width = max(map(len, tables[kind]), default=0)
         for name, thing in tables[kind].items():
             thing = getattr(thing, "func", thing)  # of a partial
             line = thing if isinstance(thing, str) else (thing.__doc__ or "").strip().splitlines()[0]
             line = re.sub(r"[:,]?( of)? \$[^$]*\$", "", line)  # formulas are for the pages of the documentation
             print(f"  {name:<{width}}  {line}")
+            if kind == "tasks":
+                print(f"  {'':<{width}}  options: {', '.join(f'--task.{o}' for o in sorted(options_of(thing)))}")
         if kind == "models":
             print(f"  {'any timm model':<{width}}  by its timm name, for example resnet18 or convnext_tiny")
         if kind == "attention":
@@ -400,6 +420,7 @@ VERBS = {
     "bench": bench,
     "reproduce": reproduce,
     "evaluate": evaluate,
+    "task": task,
     "sight": sight,
     "push": push,
     "pull": pull,

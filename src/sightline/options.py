@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 _Add = Callable[..., Any]
 """`add_argument` of a parser."""
-KINDS = ("datasets", "models", "attention", "explainers", "metrics")
+KINDS = ("datasets", "models", "attention", "explainers", "metrics", "tasks")
 """What `sightline list` lists."""
 RECIPE_PARTS = {
     **dict.fromkeys(("demo", "train", "bench", "reproduce", "sight"), recipe.PARTS),
     "evaluate": ("data",),
+    "task": ("task",),
 }
-"""Parts of the recipe whose fields a verb takes as options."""
+"""Parts of the recipe whose fields a verb takes as options; `task`: the options of a task, which no recipe has."""
 SHORT = {
     "--data": "data.source",
     "--model": "model.name",
@@ -41,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         parts = RECIPE_PARTS.get(self.prog.rpartition(" ")[2])
-        return super().format_help() + (_fields(parts) if parts else "")
+        return super().format_help() + (_fields(parts) if parts and parts != ("task",) else "")
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice: " in message:
@@ -227,6 +228,12 @@ def _evaluate(add: _Add) -> None:
     _limit(add)
 
 
+def _task(add: _Add) -> None:
+    add("name", metavar="NAME", help="see sightline list tasks; its options are given as --task.OPTION VALUE")
+    add("run", metavar="RUN", help="run folder")
+    _out(add, "folder to write task-NAME.json into (the run's own)")
+
+
 def _sight(add: _Add) -> None:
     _out(add, "folder of all networks, or of the tables; finished parts are kept", required=True)
     add("--sets", type=_names, metavar="A,B,...", help="planted sets (all four)")
@@ -275,6 +282,7 @@ _OPTIONS: dict[str, Callable[[_Add], None]] = {
     "bench": _bench,
     "reproduce": _reproduce,
     "evaluate": _evaluate,
+    "task": _task,
     "sight": _sight,
     "push": _push,
     "pull": _pull,

@@ -387,14 +387,26 @@ def _check(name: str, value: Any) -> Any:
             f"{name}: no such field in a recipe{did_you_mean(name.rpartition('.')[2], ends, choices, shown=ends.get)}"
         )
     kind, limit, _ = SETTINGS[name]
+    checked = converted(name, value, kind)
+    if checked is not None and limit is not None and not limit.holds(checked):
+        raise ValueError(f"{name}: expected {limit.words}, got {value!r}")
+    return checked
+
+
+def converted(name: str, value: Any, kind: Any) -> Any:
+    """A value, perhaps as text of a command line, as the type of a field.
+
+    Raises:
+        TypeError: it is none; the message begins with `name`.
+
+    >>> converted("ways", "5", int), converted("sets", "a,b", tuple[str, ...])
+    (5, ('a', 'b'))
+    """
     try:
-        converted = _convert(value, kind)
+        return _convert(value, kind)
     except (TypeError, ValueError, yaml.YAMLError) as error:
         expected, *choices = _words(kind)
         raise TypeError(f"{name}: expected {expected}, got {value!r}{did_you_mean(str(value), choices)}") from error
-    if converted is not None and limit is not None and not limit.holds(converted):
-        raise ValueError(f"{name}: expected {limit.words}, got {value!r}")
-    return converted
 
 
 def _convert(value: Any, kind: Any) -> Any:

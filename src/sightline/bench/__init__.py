@@ -1,6 +1,6 @@
 """Networks side by side: changes to one recipe x seeds x data sets, trained and measured alike, with controls."""
 
-from sightline.bench.measured import Maps, MeasuredRun, Quality, fresh, measure_run
+from sightline.bench.measured import Maps, MeasuredRun, Quality, TaskFigures, fresh, measure_run, measure_tasks
 from sightline.bench.result import Bench, Difference, Summary, student_interval, summary
 from sightline.bench.run import bench, devices_for
 from sightline.bench.study import Study, folder, load_study, width_for
@@ -14,12 +14,14 @@ __all__ = [
     "Quality",
     "Study",
     "Summary",
+    "TaskFigures",
     "bench",
     "devices_for",
     "folder",
     "fresh",
     "load_study",
     "measure_run",
+    "measure_tasks",
     "student_interval",
     "summary",
     "width_for",

@@ -4,7 +4,7 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +29,7 @@ from sightline.metrics import energy_in_mask
 from sightline.metrics.classification import accuracy
 from sightline.metrics.complexity import sparsity
 from sightline.runs import Run
+from sightline.tasks import perform
 from sightline.training import initial_network
 
 _BATCH = 250
@@ -68,6 +69,17 @@ class Quality:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskFigures:
+    """What a network reaches in a task of the study."""
+
+    asked: dict[str, Any]
+    """The task's name and options as the study has them."""
+    figures: dict[str, float]
+    """Means, in the order of importance."""
+    higher_is_better: dict[str, bool | None]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasuredRun:
     """One trained network."""
 
@@ -89,6 +101,8 @@ class MeasuredRun:
     quality: dict[str, Quality] = field(default_factory=dict[str, Quality])
     """Map -> its quality after training: `own`, the network's attention, or its activation map if it has none;
     `activation_map`; and `center_map`, a blob that ignores the image."""
+    tasks: dict[str, TaskFigures] = field(default_factory=dict[str, TaskFigures])
+    """Title in the study -> figures."""
 
 
 def fresh(run: Run, own: runs.Own | None = None) -> nn.Module:
@@ -105,7 +119,8 @@ def read(file: Path) -> MeasuredRun | None:
         facts = _with_nan(json.loads(file.read_text(encoding="utf-8")))
         quality = {current_name(name): Quality(**scores) for name, scores in facts["quality"].items()}
         maps = {name: Maps(**facts[name]) for name in ("before", "after")}
-        return MeasuredRun(**facts | maps | {"quality": quality})
+        tasks = {title: TaskFigures(**figures) for title, figures in facts.get("tasks", {}).items()}
+        return MeasuredRun(**facts | maps | {"quality": quality, "tasks": tasks})
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
@@ -142,6 +157,29 @@ def measure_run(row: str, run: Run, dataset: str = "", own: runs.Own | None = No
         after=_maps(model, images),
         quality=quality,
     )
+
+
+def measure_tasks(
+    measured: MeasuredRun, run: Run, asked: Mapping[str, Mapping[str, Any]], own: runs.Own | None = None
+) -> MeasuredRun:
+    """The measurements with those of the tasks that they lack, or that were asked otherwise.
+
+    Raises:
+        ValueError: the run does not suit a task.
+        OSError: the images of a task are missing.
+    """
+    tasks = dict(measured.tasks)
+    todo = {title: dict(task) for title, task in asked.items() if title not in tasks or tasks[title].asked != task}
+    model = runs.load_model(run.folder, own).to(runs.best_device()) if todo else None
+    for title, task in todo.items():
+        options = {name: value for name, value in task.items() if name != "task"}
+        outcome = perform(task.get("task", title), run, model, **options)
+        tasks[title] = TaskFigures(
+            asked=task,
+            figures={name: figure.interval.value for name, figure in outcome.figures.items()},
+            higher_is_better={name: figure.higher_is_better for name, figure in outcome.figures.items()},
+        )
+    return replace(measured, tasks={title: tasks[title] for title in asked})
 
 
 def _maps(model: nn.Module, images: data.ImageSet) -> Maps:

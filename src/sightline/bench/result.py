@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
@@ -83,6 +84,10 @@ class Difference:
         return f"{100 * self.mean:+.1f}{unit}{ends}"
 
 
+def _accuracy(run: MeasuredRun) -> float:
+    return run.accuracy
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """All runs of a study. `table` and `map_table` summarize them, for one data set at a time: see `on`."""
@@ -152,10 +157,10 @@ class Bench:
         difference = self.differences().get(row)
         return None if difference is None or math.isnan(difference.low) else (difference.low, difference.high)
 
-    def differences(self) -> dict[str, Difference]:
-        """Difference in accuracy of each row to its control, over the seeds that both have."""
+    def differences(self, value: Callable[[MeasuredRun], float] = _accuracy) -> dict[str, Difference]:
+        """Difference in accuracy, or another value, of each row to its control, over the seeds that both have."""
         others = {row: self.controls.get(row, self.control) for row in self.rows}
-        gaps = {row: (other, self._gaps(row, other)) for row, other in others.items() if row != other}
+        gaps = {row: (other, self._gaps(row, other, value)) for row, other in others.items() if row != other}
         controls = [row for row in self.rows if row in self.as_large_as or row in self.controls.values()]
         return {
             row: replace(difference, whole=self._is_whole(row, difference.other))
@@ -165,7 +170,12 @@ class Bench:
     def sentences(self) -> list[str]:
         """What the results on one data set show, and what they leave open."""
         place = f"On {self.datasets[0]}, " if self.datasets[0] else ""
-        sentences = [*self._difference_sentences(place), *self._size_sentences(), *self._map_sentences()]
+        sentences = [*self._difference_sentences(place), *self._size_sentences()]
+        for title, figure in self._task_figures(first=True):
+            words = ("have", f"a higher {figure} ({title})", f"a lower {figure} ({title})")
+            is_cheap = any(run.tasks[title].higher_is_better[figure] is False for run in self.measured if run.tasks)
+            sentences += self._difference_sentences(place, partial(_figure, title, figure), words, is_cheap)
+        sentences += self._map_sentences()
         if (reason := self.no_costs.get(self.datasets[0])) is not None:
             sentences.append(f"Costs are left out: {reason}.")
         if incomplete := [f"{row} has {seeds}" for row in self.rows if (seeds := self._seeds_of(row))]:
@@ -184,8 +194,15 @@ class Bench:
         first = {question: next(iter(sentences), "") for question, sentences in parts.items()}
         return {question: capitalized(text) for question, text in first.items() if text}
 
-    def _difference_sentences(self, place: str) -> Iterable[str]:
-        differences = self.differences()
+    def _difference_sentences(
+        self,
+        place: str,
+        value: Callable[[MeasuredRun], float] = _accuracy,
+        words: tuple[str, str, str] = ("be", "more accurate", "less accurate"),
+        lower_is_better: bool = False,
+    ) -> Iterable[str]:
+        verb, more, less = words
+        differences = self.differences(value)
         names = {row: row if d.other == self.control else f"{row} (to {d.other})" for row, d in differences.items()}
 
         def points(rows: Iterable[str]) -> str:
@@ -196,15 +213,19 @@ class Bench:
         if tested := {row: d for row, d in differences.items() if not math.isnan(d.adjusted)}:
             better, worse, unclear = _by_sign(tested)
             best = max(tested, key=lambda row: tested[row].mean)
+            if lower_is_better:
+                better, worse, more, less = worse, better, less, more
+                best = min(tested, key=lambda row: tested[row].mean)
+            extreme = "lowest" if lower_is_better else "largest"
             if better:
-                yield f"{place}more accurate than the control, also after correction: {points(better)}."
+                yield f"{place}{more} than the control, also after correction: {points(better)}."
             else:
                 yield (
-                    f"{place}no network is shown to be more accurate than its control; the largest mean difference is "
-                    f"that of {names[best]}, {tested[best].points(' points')}."
+                    f"{place}no network is shown to {verb} {more} than its control; the {extreme} mean difference "
+                    f"is that of {names[best]}, {tested[best].points(' points')}."
                 )
             if worse:
-                yield f"{place}less accurate than the control, also after correction: {points(worse)}."
+                yield f"{place}{less} than the control, also after correction: {points(worse)}."
             if unclear:
                 yield (
                     f"Better, worse or as good as the control is open for {joined([names[row] for row in unclear])}: "
@@ -216,7 +237,7 @@ class Bench:
 
     def _size_sentences(self) -> Iterable[str]:
         for row, other in self.as_large_as.items():
-            if gaps := self._gaps(other, row):
+            if gaps := self._gaps(other, row, _accuracy):
                 difference = paired({other: (row, gaps)})[other]
                 sizes = [f"{name} {self._runs(name)[0].parameters:,}" for name in (row, other)]
                 yield (
@@ -285,6 +306,7 @@ class Bench:
             "accuracy, %": Cell(accuracy.text(1, percent=True) + seeds_note, accuracy.mean),
             "to control": Cell("-") if difference is None else Cell(difference.points(), difference.mean),
             "p, corrected": Cell("-"),
+            **self._task_cells(row),
             "control": Cell(self.controls.get(row, "-")),
             "parameters": Cell(f"{runs[0].parameters:,}{size_note}", runs[0].parameters),
             "M multiply-adds": Cell("-") if cost is None else Cell(f"{cost.macs / 1e6:.1f}", cost.macs),
@@ -302,6 +324,24 @@ class Bench:
             line["p, corrected"] = Cell(f"{p}, holds" if difference.holds else p, difference.adjusted)
         return line
 
+    def _task_figures(self, first: bool = False) -> list[tuple[str, str]]:
+        """Title and figure of each task, in the study's order; `first`: only the first figure of each."""
+        figures = {
+            title: [*task.figures][: 1 if first else None] for run in self.measured for title, task in run.tasks.items()
+        }
+        return [(title, figure) for title, names in figures.items() for figure in names]
+
+    def _task_cells(self, row: str) -> dict[str, Cell]:
+        cells: dict[str, Cell] = {}
+        for title, figure in self._task_figures():
+            value = partial(_figure, title, figure)
+            cells[f"{title}, {figure}"] = _cell(self.over_seeds(row, value), 3)
+            if (title, figure) in self._task_figures(first=True) and (d := self.differences(value).get(row)):
+                cells[f"{title}, {figure} to control"] = Cell(d.points(), d.mean)
+            elif (title, figure) in self._task_figures(first=True):
+                cells[f"{title}, {figure} to control"] = Cell("-")
+        return cells
+
     def _runs(self, row: str) -> list[MeasuredRun]:
         if len(self.datasets) > 1:
             raise ValueError(f"expected one data set, got {', '.join(self.datasets)}; take on(NAME) first")
@@ -315,10 +355,18 @@ class Bench:
     def _is_whole(self, *rows: str) -> bool:
         return not any(self._seeds_of(row) for row in rows)
 
-    def _gaps(self, row: str, other: str) -> dict[int, float]:
-        """Difference in accuracy by seed."""
-        ours, theirs = ({run.seed: run.accuracy for run in self._runs(name)} for name in (row, other))
+    def _gaps(self, row: str, other: str, value: Callable[[MeasuredRun], float]) -> dict[int, float]:
+        """Difference in a value by seed, where both have it."""
+        ours, theirs = (
+            {run.seed: found for run in self._runs(name) if not math.isnan(found := value(run))}
+            for name in (row, other)
+        )
         return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+
+def _figure(title: str, figure: str, run: MeasuredRun) -> float:
+    """A figure of a task of the study; NaN where the run lacks it."""
+    return run.tasks[title].figures.get(figure, math.nan) if title in run.tasks else math.nan
 
 
 def summary(values: Iterable[float]) -> Summary:

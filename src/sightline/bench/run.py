@@ -3,19 +3,19 @@
 import json
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from sightline import models, runs
 from sightline.bench.costs import costs_of_rows
-from sightline.bench.measured import MeasuredRun, measure_run, read
+from sightline.bench.measured import MeasuredRun, measure_run, measure_tasks, read
 from sightline.bench.page import write_bench
 from sightline.bench.result import Bench
 from sightline.bench.study import Study, folder
@@ -35,6 +35,7 @@ class _Job(NamedTuple):
     recipe: Recipe
     folder: Path
     own: runs.Own | None
+    tasks: Mapping[str, Mapping[str, Any]]
 
 
 def bench(
@@ -88,7 +89,10 @@ def bench(
     outcomes: dict[_Key, MeasuredRun | str] = {}
     for is_teacher in (True, False):  # students need the runs of their teachers
         part = [(d, r, s) for d, r, s in keys if (r in teachers) == is_teacher]
-        todo = [_Job((d, r, s), study.of(r, s, out, d), folder(out, r, s, d), study.own.get(r)) for d, r, s in part]
+        todo = [
+            _Job((d, r, s), study.of(r, s, out, d), folder(out, r, s, d), study.own.get(r), study.tasks)
+            for d, r, s in part
+        ]
         for key, outcome in _results(todo, jobs):
             outcomes[key] = outcome
             if progress:
@@ -173,9 +177,9 @@ def _train_and_measure(job: _Job) -> MeasuredRun | str:
             run = fit(job.own, job.recipe, job.folder, resume=True, progress=False)
         assert isinstance(run, Run)
         file = job.folder / "measured.json"
-        measured = read(file)
-        if measured is None:
-            measured = measure_run(row, run, dataset, job.own)
+        kept = read(file)
+        measured = measure_tasks(kept or measure_run(row, run, dataset, job.own), run, job.tasks, job.own)
+        if measured != kept:
             runs.write(file, json.dumps(runs.plain(measured), indent=1).encode())
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return " ".join(str(error).split())

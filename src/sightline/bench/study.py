@@ -11,6 +11,7 @@ import torch
 
 from sightline import data, models, recipe, runs
 from sightline.recipe import Data, Model, Recipe
+from sightline.tasks import check_options
 
 _STEPS = 1024
 """Number of widths between 0 and 1 to try: twice the channels of the widest layer of a VGG."""
@@ -21,7 +22,8 @@ class Study:
     """One recipe and the changes that make its rows. The first row is the control.
 
     Raises:
-        ValueError: a row whose `control` or `as_large_as` cannot be one.
+        ValueError: a row whose `control` or `as_large_as` cannot be one, or no such task or option of it.
+        TypeError: an option of a task that is of the wrong type.
     """
 
     recipe: Recipe
@@ -32,6 +34,8 @@ class Study:
     module, or what builds it (see `sightline.runs.build`)."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     """name -> dotted field -> value. The empty name: the data of the recipe."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """Title -> `task: NAME`, a key of `sightline.tasks.TASKS`, and its options: what is measured beside accuracy."""
 
     def __post_init__(self) -> None:
         for name, row in self.rows.items():
@@ -48,6 +52,13 @@ class Study:
                 raise ValueError(f"row {name!r}: expected no model.options.width beside `as_large_as`, which sets it")
             if {name, row.get("as_large_as", name)} & self.own.keys() and "as_large_as" in row:
                 raise ValueError(f"row {name!r}: expected networks that recipes name with `as_large_as`, got your own")
+
+        for title, asked in self.tasks.items():
+            options = {name: value for name, value in asked.items() if name != "task"}
+            try:
+                check_options(asked.get("task", title), options)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"task {title!r}: {error}") from error
 
     @property
     def control(self) -> str:
@@ -150,7 +161,7 @@ def load_study(
     rows_done: Collection[str] | None = None,
     datasets_done: Collection[str] | None = None,
 ) -> Study:
-    """Read a study: a recipe with an additional part `rows`, and optionally `datasets`.
+    """Read a study: a recipe with an additional part `rows`, and optionally `datasets` and `tasks`.
 
     Args:
         path: the file.
@@ -163,11 +174,16 @@ def load_study(
         TypeError, ValueError: no rows, or a field that is wrong; the row is named.
     """
     content = recipe.read(Path(path))
-    parts: dict[str, Any] = {"rows": None, "datasets": {"": {}}}
+    parts: dict[str, Any] = {"rows": None, "datasets": {"": {}}, "tasks": {}}
     if isinstance(content, dict):
         parts |= {kind: content.pop(kind) for kind in parts if kind in content}
+    tasks = parts.pop("tasks")
+    if isinstance(tasks, list):
+        tasks = {name: {} for name in tasks}
+    if not isinstance(tasks, dict) or not all(isinstance(options, dict) for options in tasks.values()):
+        raise ValueError(f"{path}: expected `tasks` as names, or each a title with `task: NAME` and its options")
     rows, datasets = (_changes(path, kind, part) for kind, part in parts.items())
-    study = Study(recipe=recipe.load(content, overrides), rows=rows, datasets=datasets)
+    study = Study(recipe=recipe.load(content, overrides), rows=rows, datasets=datasets, tasks=tasks)
     for kind, changes, done in (("data set", study.datasets, datasets_done), ("row", study.rows, rows_done)):
         for name in changes if done is None else [name for name in changes if name in done]:
             if covered := [override for override in overrides or {} if override in changes[name]]:

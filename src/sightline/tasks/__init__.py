@@ -1,0 +1,5 @@
+"""What a trained network is good for besides naming its own test images."""
+
+from sightline.tasks.outcome import TASKS, Figure, Outcome, check_options, perform, register
+
+__all__ = ["TASKS", "Figure", "Outcome", "check_options", "perform", "register"]
