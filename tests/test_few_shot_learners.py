@@ -108,7 +108,7 @@ def test_logistic_regression_minimizes_its_loss(few):
 
     optimizer.step(loss)
     expected = F.linear(F.normalize(query, dim=1), weight, bias).log_softmax(1)
-    torch.testing.assert_close(LEARNERS["logistic"](*few), expected.detach(), atol=2e-4, rtol=0)
+    torch.testing.assert_close(LEARNERS["logistic"](*few), expected.detach(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -132,7 +132,7 @@ def test_gradient_steps_pass_the_gradient_on_as_if_they_added_a_constant():
     weight, bias = torch.zeros(2, 1, requires_grad=True), torch.zeros(2, requires_grad=True)
     support = torch.tensor([[[1.0]], [[-1.0]]], requires_grad=True)
     moved, shifted = gradient_steps(weight, bias, support, 1, 1.0)
-    # by hand: probabilities of 1/2, so the gradient of the mean loss is (-1/2, 1/2) x 1 for the weights, 0 for the biases
+    # by hand: probabilities are 1/2, so the gradient of the mean loss is -1/2 and 1/2 for the weights, 0 for the biases
     assert moved.tolist() == [[0.5], [-0.5]] and shifted.tolist() == [0.0, 0.0]
     query = torch.tensor([[2.0]])
     F.cross_entropy(F.linear(query, moved, shifted), torch.tensor([0])).backward()

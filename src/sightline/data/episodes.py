@@ -68,9 +68,7 @@ def episodes(
     return (_drawn(rows, np.random.default_rng([seed, number]), ways, shots, queries) for number in range(count))
 
 
-def _drawn(
-    rows: list[Int64[Array, " _"]], rng: np.random.Generator, ways: int, shots: int, queries: int
-) -> Episode:
+def _drawn(rows: list[Int64[Array, " _"]], rng: np.random.Generator, ways: int, shots: int, queries: int) -> Episode:
     classes = rng.permutation(len(rows))[:ways]
     drawn = np.stack([rng.choice(rows[kind], shots + queries, replace=False) for kind in classes])
     return Episode(classes, drawn[:, :shots], drawn[:, shots:])

@@ -15,7 +15,7 @@ from sightline.data.tables import read_class_names
 from sightline.facts import current_name, did_you_mean, notice
 from sightline.models.pretrained import OtherClasses, load_weights, mismatches, named_as, other_classes
 from sightline.models.protopnet import ProtoPNet
-from sightline.models.resnet import CifarResNet, keep_resolution
+from sightline.models.resnet import CifarResNet, MtlResNet, keep_resolution
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
 from sightline.models.vit import TinyViT
 from sightline.models.weights import read_weights
@@ -29,6 +29,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg_att2": VGGAtt2,
     "vgg_att3": VGGAtt3,
     "cifar_resnet": CifarResNet,
+    "mtl_resnet": MtlResNet,
     "tiny_vit": TinyViT,
     "protopnet": ProtoPNet,
 }

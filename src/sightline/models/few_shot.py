@@ -1,11 +1,15 @@
 """Classifiers made from a few images of each class: functions of the features of support and query images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sightline import data
+from sightline.inference import features_of, untouched
 
 
 def centroid(support: Float[Tensor, "n k d"], query: Float[Tensor, "m d"]) -> Float[Tensor, "m n"]:
@@ -56,16 +60,19 @@ def logistic(support: Float[Tensor, "n k d"], query: Float[Tensor, "m d"]) -> Fl
     ways, shots, _ = support.shape
     train, test = (F.normalize(x.double(), dim=-1).cpu().numpy() for x in (support.flatten(0, 1), query))
     labels = torch.arange(ways).repeat_interleave(shots).numpy()
-    fitted = LogisticRegression(C=1.0, max_iter=1000).fit(train, labels)
+    fitted = LogisticRegression(C=1.0, max_iter=1000, tol=1e-7).fit(train, labels)
     return torch.from_numpy(fitted.predict_log_proba(test)).to(query)
 
 
-LEARNERS: dict[str, Callable[[Float[Tensor, "n k d"], Float[Tensor, "m d"]], Float[Tensor, "m n"]]] = {
+Learner = Callable[[Float[Tensor, "n k d"], Float[Tensor, "m d"]], Float[Tensor, "m n"]]
+"""From support features (ways, shots, d) and query features (images, d) to scores (images, ways)."""
+
+LEARNERS: dict[str, Learner] = {
     "centroid": centroid,
     "cosine": cosine,
     "logistic": logistic,
 }
-"""Classifiers by name: support features (ways, shots, d) and query features (images, d) to scores (images, ways)."""
+"""Classifiers by name."""
 
 
 def gradient_steps(
@@ -93,3 +100,44 @@ def gradient_steps(
             moved, shifted = moved - lr * errors.T @ images, shifted - lr * errors.sum(0)
         changes = moved - weight, shifted - bias
     return weight + changes[0], bias + changes[1]
+
+
+def features_at(
+    network: nn.Module, images: data.ImageSet, episodes: Sequence[data.Episode], batch_size: int = 64
+) -> Float[Tensor, "n d"]:
+    """Features of all images that occur in the episodes, in eval mode, on the network's device; zeros for the others.
+
+    Raises:
+        ValueError: the logits do not come straight out of an `nn.Linear`.
+    """
+    rows = np.unique(np.concatenate([part.ravel() for one in episodes for part in (one.support, one.query)]))
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    features: Tensor | None = None
+    with untouched(network) as net, torch.no_grad():
+        for batch in images.each(np.split(rows, range(batch_size, len(rows), batch_size)), None):
+            part = features_of(net, data.normalize(batch.images.to(device), images.preprocess)).float()
+            if features is None:
+                features = part.new_zeros(len(images), part.shape[1])
+            features[batch.indices.to(device)] = part
+    assert features is not None  # an episode has images
+    return features
+
+
+def episode_accuracies(
+    features: Float[Tensor, "n d"], episodes: Sequence[data.Episode], learner: Learner
+) -> Float64[np.ndarray, " e"]:
+    """Share of the query images of each episode that a learner classifies right; of equal scores the first counts.
+
+    >>> one = data.Episode(np.array([7, 4]), np.array([[0], [1]]), np.array([[2], [3]]))
+    >>> episode_accuracies(torch.tensor([[0.0], [4.0], [1.0], [1.5]]), [one], centroid)
+    array([0.5])
+    """
+    accuracies = np.empty(len(episodes))
+    with torch.no_grad():
+        for number, one in enumerate(episodes):
+            ways, queries = one.query.shape
+            rows = torch.from_numpy(np.concatenate([one.support.ravel(), one.query.ravel()])).to(features.device)
+            support, query = features[rows].split([one.support.size, one.query.size])
+            answers = learner(support.unflatten(0, one.support.shape), query).argmax(1).cpu()
+            accuracies[number] = (answers == torch.arange(ways).repeat_interleave(queries)).double().mean()
+    return accuracies

@@ -57,7 +57,7 @@ class Training:
         self.network = network.train()
         if optim.sync_batch_norm:
             self.network = convert_sync_batchnorm(self.network)  # also converts timm's norm-activation layers
-        self.layout = _layout(self.network, self.fabric.device)
+        self.layout = memory_layout(self.network, self.fabric.device)
         if not optim.sharded:  # sharded weights have the default memory layout only
             self.network = self.network.to(memory_format=self.layout)
         self.averaged = None if optim.ema is None else copy_of(self.network).to(self.fabric.device)
@@ -374,14 +374,14 @@ class Training:
         return int(processes.all_reduce(torch.tensor(number, device=self.fabric.device)))
 
 
-def _layout(network: nn.Module, device: torch.device) -> torch.memory_format:
+def memory_layout(network: nn.Module, device: torch.device) -> torch.memory_format:
     """The faster memory layout that is safe.
 
-    On a CPU without AVX-512, oneDNN (seen in 3.12, of PyTorch 2.14.1) writes outside the gradient of the weights of a
-    1 x 1 convolution with a stride and fewer than 8 channels, if channels are last.
+    On a CPU, oneDNN (seen in 3.12, of PyTorch 2.14.1) writes outside the gradient of the weights of a 1 x 1 convolution
+    with a stride, if channels are last and fewer than the processor's vectors hold: 8, or 16 with AVX-512.
     """
     is_unsafe = device.type == "cpu" and any(
-        layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels // layer.groups < 8
+        layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels // layer.groups < 16
         for layer in network.modules()
         if isinstance(layer, nn.Conv2d)
     )
