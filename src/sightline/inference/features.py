@@ -1,7 +1,5 @@
 """The features of a classifier: what its last linear layer gets."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,11 +24,12 @@ def features_of(model: nn.Module, images: Float[Tensor, "b c *grid"]) -> Float[T
 
     hooks = [part.register_forward_hook(remember) for part in model.modules() if isinstance(part, nn.Linear)]
     try:
-        output: Any = model(images)
+        logits = logits_of(model(images))
     finally:
         for hook in hooks:
             hook.remove()
-    if not calls or not torch.equal(calls[-1][1], logits_of(output)):
+    # by identity where possible: NaN does not equal itself
+    if not calls or not (calls[-1][1] is logits or torch.equal(calls[-1][1], logits)):
         raise ValueError(
             f"expected a model whose logits come straight out of an nn.Linear, got {type(model).__name__}; wrap its "
             "head in one"

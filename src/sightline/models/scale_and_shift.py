@@ -1,6 +1,6 @@
 """A frozen network whose convolutions learn only a scale per kernel and a shift per filter."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -51,7 +51,7 @@ class ScaleAndShift(nn.Module):
         self.scales = nn.ParameterList([torch.ones_like(weight[:, :, :1, :1]) for weight in convs])
         self.shifts = nn.ParameterList([torch.zeros_like(weight[:, 0, 0, 0]) for weight in convs])
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "ScaleAndShift":
         """Nothing: the network stays in eval mode."""
         return self
 
@@ -101,7 +101,7 @@ def _places(network: nn.Module, size: tuple[int, int]) -> list[_Place]:
         hooks = [layer.register_forward_hook(remember) for layer in convs]
         hooks += [norm.register_forward_pre_hook(look) for norm in norms]
         try:
-            net(torch.zeros(2, 3, *size, device=next(net.parameters()).device))
+            net(next(net.parameters()).new_zeros(2, 3, *size))
         finally:
             for hook in hooks:
                 hook.remove()
