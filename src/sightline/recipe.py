@@ -77,6 +77,11 @@ class Data:
     group: str | None = _field(
         None, "Column of patient, slide or bird: groups stay within one split. None: `group` in tables, else no groups."
     )
+    classes: str | None = _field(
+        None,
+        "Few-shot: class lists `cifar_fs`, `fc100`, `mini_imagenet`, or a JSON file with the names of the classes of "
+        "train, val and test. Training uses those of train alone. None: all classes.",
+    )
     camera: str | None = _field(
         None,
         "Column of the camera; with it the classes are identities, and the test asks for images of the same identity "

@@ -20,7 +20,7 @@ from sightline.models.neck import add_neck
 from sightline.models.preact import PreActResNet, RNAtt, RNAtt2
 from sightline.models.pretrained import OtherClasses, load_weights, mismatches, named_as, other_classes
 from sightline.models.protopnet import ProtoPNet
-from sightline.models.resnet import CifarResNet, keep_resolution
+from sightline.models.resnet import CifarResNet, MtlResNet, keep_resolution
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
 from sightline.models.vit import TinyViT
 from sightline.models.weights import read_weights
@@ -37,6 +37,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "rn_att": RNAtt,
     "rn_att2": RNAtt2,
     "cifar_resnet": CifarResNet,
+    "mtl_resnet": MtlResNet,
     "tiny_vit": TinyViT,
     "protopnet": ProtoPNet,
     "fcan": FCAN,
