@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sightline import bench, cli, data, recipe, runs
+from sightline import bench, cli, data, recipe, runs, tasks
 from sightline.bench import Bench, Maps, Measured, Quality, Study, Summary
 from sightline.bench.measured import kept, read
 from sightline.bench.published import PUBLISHED, published
@@ -512,16 +512,21 @@ def test_jobs_are_spread_over_the_gpus():
 
 
 def test_published_figures_are_those_of_their_sources():
-    assert PUBLISHED["ltpa-cifar100"].paper["VGG"] == 30.62 and "VGG" not in PUBLISHED["ltpa-cifar100"].recalled
-    logs = {name: list(of.log.values()) for name, of in PUBLISHED.items()}
+    paper, log = "paper, error %", "authors' log, error %"
+    assert PUBLISHED["ltpa-cifar100"].figures[paper]["VGG"] == 30.62
+    assert "VGG" not in PUBLISHED["ltpa-cifar100"].recalled
+    of_ltpa = {name: of for name, of in PUBLISHED.items() if name.startswith("ltpa-c")}
+    logs = {name: list(of.figures[log].values()) for name, of in of_ltpa.items()}
     assert logs == {
         "ltpa-cifar10": [7.7, 5.61, 5.42, 6.45],
         "ltpa-cifar100": [30.71, 23.55, 23.17, 22.98],
         "ltpa-cub": [34.81, 26.87, 26.79],
     }
-    for of in PUBLISHED.values():
-        assert of.log.keys() == of.study.rows.keys() - {of.study.control} and of.paper.keys() <= of.log.keys()
+    for of in of_ltpa.values():
+        assert of.figures[log].keys() == of.study.rows.keys() - {of.study.control}
+        assert of.figures[paper].keys() <= of.figures[log].keys()
         assert of.study.control == "vgg15, the same trunk"
+    for of in PUBLISHED.values():
         for row in of.study.rows:
             wanted = of.study.of(row, 0, Path("out")).model
             create_model(wanted.name, num_classes=10, **wanted.options)
@@ -530,7 +535,7 @@ def test_published_figures_are_those_of_their_sources():
         PUBLISHED["ltpa-cifar10"].study.recipe.optim, epochs=320, lr=0.04, warmup=5.0, step_epochs=30
     )
     assert (training.data, training.seeds) == (Data(source="cub200", size=80, val=0.02), (1,))
-    with pytest.raises(ValueError, match="expected one of ltpa-cifar10, ltpa-cifar100, ltpa-cub; got 'ltpa'"):
+    with pytest.raises(ValueError, match=r"expected one of ltpa-cifar10, ltpa-cifar100, .*; got 'ltpa'"):
         published("ltpa")
 
 
@@ -555,6 +560,59 @@ def test_reproduce(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "seeds (0,) instead of (0, 1, 2)" in printed and "data.source" not in printed
     error = 100 * (1 - json.loads((tmp_path / "_VGG-att_-pc" / "seed-0" / "measured.json").read_text())["accuracy"])
     assert f"5.61 │ {error:.2f} │" in printed
+
+
+def test_slides_figures_are_those_of_the_document():
+    """Tables 1, 5 and 6 of the slides on BR-NPA, as they are printed."""
+    of_1 = {name: PUBLISHED[f"brnpa-{name}"].figures["slides, accuracy %"] for name in ("cub", "aircraft", "cars")}
+    printed = {
+        "2-level attention": "77.9 - -", "MG-CNN": "81.7 - -", "FCAN": "82.0 - -", "ST-CNN": "84.1 - -",
+        "ProtoPNet": "84.8 - -", "B-CNN": "84.1 84.2 91.3", "MA-CNN": "85.4 88.4 91.7",
+        "B-CNN (ours)": "84.6 88.9 89.7", "BR-NPA": "85.5 89.6 91.7",
+    }  # fmt: skip
+    assert {row: " ".join(str(t.get(row, "-")) for t in of_1.values()) for row in of_1["cub"]} == printed
+    vectors = PUBLISHED["brnpa-vectors"].figures["slides, accuracy %"]
+    assert [*vectors.values()] == [79.5, 79.1, 77.9, 77.3, 73.2, 56.8]
+    accuracy, sparsity = PUBLISHED["brnpa-resolution"].figures.values()
+    assert [*accuracy.values()] == [82.9, 84.6, 85.2, 85.5] and [*sparsity.values()] == ["11.2", "19.6", "7.46", "21.3"]
+
+
+def test_every_experiment_is_listed_and_printed(capsys: pytest.CaptureFixture[str]):
+    cli.main(["reproduce"])
+    listed = capsys.readouterr().out
+    for name, of in PUBLISHED.items():
+        assert f"{of.title}; needs {of.needs}" in listed
+        cli.main(["reproduce", name])
+        printed = capsys.readouterr().out
+        assert f"needs {of.needs}: --data FOLDER" in printed and "ours," not in printed
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "--out", "runs/x"])
+    assert "expected an experiment with these options" in capsys.readouterr().err
+
+
+SMALL_NETWORK = (
+    "--data.train_size 64 --data.test_size 20 --optim.epochs 1 --model.name cifar_resnet --data.size 32 --seeds 0 "
+    "--model.weights null --optim.precision 32-true --optim.batch_size 16 --augment.crop 0"
+).split()
+
+
+def test_slides_tables_and_figures_are_trained_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("brnpa-vectors", "brnpa-figure-4"):
+        of = PUBLISHED[name]
+        monkeypatch.setitem(PUBLISHED, name, replace(of, classes=None))
+    small = [*SMALL_NETWORK, "--model.options.depth", "8", "--data", "clutter"]
+    cli.main(["reproduce", "brnpa-vectors", "--out", str(tmp_path / "a"), *small])
+    printed = " ".join(capsys.readouterr().out.split())
+    run = runs.open_run(tmp_path / "a" / "BR-NPA_56x56" / "seed-0")
+    figures = tasks.perform("vectors", run).figures
+    assert [*figures] == ["{1,2,3}", "{1,2}", "{1,3}", "{2,3}", "{1}", "{2}", "{3}"]
+    for row, of_slides in PUBLISHED["brnpa-vectors"].figures["slides, accuracy %"].items():
+        assert f"│ {row} │ {of_slides} │ {100 * figures[row].interval.value:.2f} │" in printed
+    cli.main(["reproduce", "brnpa-figure-4", "--out", str(tmp_path / "b"), *small])
+    assert "4 images x 2 methods" in capsys.readouterr().out
+    assert len([*(tmp_path / "b" / "maps").glob("*--page.png")]) == 4
 
 
 def test_a_run_without_memory_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

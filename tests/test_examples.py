@@ -136,23 +136,6 @@ def test_noise(tmp_path, capsys):
     assert "| BAM | " in printed and "difference to the control" in printed
 
 
-@pytest.mark.usefixtures("few_validation_images")
-def test_vectors(tmp_path, capsys):
-    import vectors
-
-    (tmp_path / "study.yaml").write_text(STUDY)
-    found = vectors.main(["--study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "runs"), "--row", "parts"])
-    assert list(found) == list(vectors.PAPER) and all(len(values) == 2 for values in found.values())
-    assert "| (1, 2) | " in capsys.readouterr().out
-    model = sl.load(tmp_path / "runs" / "parts" / "seed-0")
-    images = sl.data.load(sl.recipe.Data(train_size=64, test_size=40))["test"]
-    kept, labels = vectors.vectors(model, images)
-    batch = images.batch(np.arange(40))
-    logits = model(sl.data.normalize(batch.images, images.preprocess))
-    torch.testing.assert_close(model.fc(torch.from_numpy(kept).flatten(1)), logits)
-    assert labels.tolist() == batch.labels.tolist()
-
-
 def test_page_of_maps(tmp_path, capsys):
     import page_of_maps
 

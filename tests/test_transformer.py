@@ -9,8 +9,10 @@ from tests.reference.transformer import inside, sample
 from torch import nn
 from torch.nn import functional as F
 
+import sightline as sl
 from sightline.attention.transformer import SpatialTransformer, Window
 from sightline.explainers import attention_maps
+from sightline.facts import Notice
 
 
 def inputs(batch=2, channels=3, size=(5, 7), dtype=torch.float32):
@@ -214,3 +216,40 @@ def test_it_learns_to_look_at_the_object():
     for shift, profile in ((theta[:, 0, 2], masks.amax((1, 2))), (theta[:, 1, 2], masks.amax((1, 3)))):
         place = (profile * torch.arange(24.0)).sum(1) / 8
         assert torch.corrcoef(torch.stack([shift, place]))[0, 1] > 0.7
+
+
+def test_a_transformer_in_front_of_a_network(tmp_path, unchecked):
+    """The network keeps its names; a run of it loads; the window is its attention; weights without one are taken."""
+    options = {"depth": 8, "width": 0.5}
+    plain = sl.create_model("cifar_resnet", num_classes=3, **options).eval()
+    with pytest.warns(Notice, match="maps of layers show the window that the spatial transformer cuts out"):
+        model = sl.create_model("cifar_resnet", num_classes=3, spatial_transformer={"hidden": 4}, **options).eval()
+    added = model.state_dict().keys() - plain.state_dict().keys()
+    assert added and all(name.startswith("spatial_transformer.") for name in added)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    images = torch.rand(2, 3, 32, 32)
+    with pytest.warns(Notice):
+        given = sl.create_model(
+            "cifar_resnet", num_classes=3, weights=tmp_path / "plain.pth", spatial_transformer={"hidden": 4}, **options
+        ).eval()
+    assert torch.allclose(given(images), plain(images), atol=1e-4)
+    given.spatial_transformer.affine.bias.data.copy_(torch.tensor([0.5, 0.0, 0.5, 0.0, 0.5, -0.5]))
+    assert torch.allclose(given(images), plain(given.spatial_transformer(images)), atol=1e-6)
+    assert not torch.allclose(given(images), plain(images), atol=1e-3)
+    torch.save(given.state_dict(), tmp_path / "given.pth")
+    with pytest.warns(Notice):
+        again = sl.create_model(
+            "cifar_resnet", num_classes=3, weights=tmp_path / "given.pth", spatial_transformer={"hidden": 4}, **options
+        ).eval()
+    assert torch.equal(again(images), given(images))
+    window = sl.attention_maps(given, images)["spatial_transformer"]
+    assert window[:, :, :16, 16:].all() and window.sum() == 2 * 16 * 16  # the upper right quarter
+    copied = copy.deepcopy(given)
+    copied.spatial_transformer.affine.bias.data.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]))
+    assert torch.allclose(copied(images), plain(images), atol=1e-4)
+    with pytest.raises(ValueError, match="spatial_transformer: expected options out of size, hidden, scale_only, got"):
+        sl.create_model("cifar_resnet", spatial_transformer={"hid": 4})
+    with pytest.raises(TypeError, match="expected spatial_transformer as options such as"):
+        sl.create_model("cifar_resnet", spatial_transformer=True)
+    with pytest.raises(ValueError, match="expected a network without a spatial transformer"):
+        sl.models.transformed.add_transformer(given)

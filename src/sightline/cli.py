@@ -27,8 +27,8 @@ _ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError, Me
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of malloc.h
 _LARGEST_KEPT = 2**25  # the highest threshold that glibc takes
 _ELSEWHERE = """\
-  not for insertion: sl.attention.SpatialTransformer (in front of a network), Glimpse, Attend with the
-    alignment functions {};
+  not for insertion: the spatial transformer, in front of a network (--model.options.spatial_transformer {{}}),
+    Glimpse, Attend with the alignment functions {};
     networks of their own: vgg_att3 (Learn To Pay Attention), protopnet, tiny_vit, timm's transformers"""
 
 
@@ -226,20 +226,49 @@ def bench(options: Namespace, overrides: dict[str, Any]) -> None:
 
 
 def reproduce(options: Namespace, overrides: dict[str, Any]) -> None:
-    """Published errors beside ours, trained by the same recipe: the paper's, the authors' log's, the control's."""
-    from sightline.bench.published import published
+    """Published numbers beside ours, trained by one recipe: the paper's, the authors' log's, the control's."""
+    from sightline.bench.published import PUBLISHED, published
 
+    if options.name is None:
+        if options.out is not None or overrides:
+            raise ValueError(f"expected an experiment with these options, one of {', '.join(PUBLISHED)}; got none")
+        width = max(map(len, PUBLISHED))
+        for name, experiment in PUBLISHED.items():
+            print(f"{name:<{width}}  {experiment.title}; needs {experiment.needs}")
+        return
     paper, study = published(options.name, overrides)
-    result = None if options.out is None else _bench(study, options, None)
-    terminal.print_columns(paper.title, *paper.lines(result))
+    out = None if options.out is None else Path(options.out)
+    result = None if out is None else _bench(study, options, None)
+    columns, lines = paper.lines(result)
+    if paper.figures:
+        terminal.print_columns(paper.title, columns, lines)
+    else:
+        print(paper.title)
     changed = paper.changed(study) if result else []
     terminal.print_sentences(paper.notes)
     terminal.print_sentences([f"Ours was trained with {'; '.join(changed)}."] if changed else [])
-    if result is None:
+    if result is None or out is None:
+        print(f"needs {paper.needs}: --data FOLDER, or it is downloaded")
         print(f"to train ours: sightline reproduce {options.name} --out runs/{options.name}")
-    else:
-        terminal.print_sentences(result.sentences())
-        _end_of(result, options.row is None, str(options.out))
+        return
+    terminal.print_sentences(result.sentences())
+    if paper.draws and options.row is None:
+        _draw(paper.draws, study, out)
+    _end_of(result, options.row is None, str(out))
+
+
+def _draw(draws: dict[str, list[str]], study: "Study", out: Path) -> None:
+    """A page of the maps of several rows, for the first test images."""
+    import numpy as np
+
+    from sightline import bench, report, runs
+    from sightline.report.run_evaluation import images_of
+
+    folders = [bench.folder(out, row, study.recipe.seeds[0]) for row in draws]
+    images, _ = images_of(runs.open_run(folders[0]), "test", {})
+    shown = images.picked(np.arange(min(4, len(images))))
+    pages = report.pages([*folders], shown, out / "maps", [*draws.values()])
+    print(*pages.lines(), sep="\n")
 
 
 def _bench(study: "Study", options: Namespace, datasets: list[str] | None) -> "Bench":

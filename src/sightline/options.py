@@ -207,7 +207,7 @@ def _bench(add: _Add) -> None:
 
 
 def _reproduce(add: _Add) -> None:
-    add("name", metavar="NAME", help="ltpa-cifar10, ltpa-cifar100 or ltpa-cub")
+    add("name", nargs="?", metavar="NAME", help="an experiment (list them all)")
     _out(add, "train ours there; finished runs are kept (print the published figures)")
     _short(add, "--data", "where the images are", "PATH_OR_NAME")
     _study(add)

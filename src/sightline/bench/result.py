@@ -174,7 +174,7 @@ class Bench:
         for title, figure in self._task_figures(first=True):
             words = ("have", f"a higher {figure} ({title})", f"a lower {figure} ({title})")
             is_cheap = any(run.tasks[title].higher_is_better[figure] is False for run in self.measured if run.tasks)
-            sentences += self._difference_sentences(place, partial(_figure, title, figure), words, is_cheap)
+            sentences += self._difference_sentences(place, partial(figure_of, title, figure), words, is_cheap)
         sentences += self._map_sentences()
         if (reason := self.no_costs.get(self.datasets[0])) is not None:
             sentences.append(f"Costs are left out: {reason}.")
@@ -334,7 +334,7 @@ class Bench:
     def _task_cells(self, row: str) -> dict[str, Cell]:
         cells: dict[str, Cell] = {}
         for title, figure in self._task_figures():
-            value = partial(_figure, title, figure)
+            value = partial(figure_of, title, figure)
             cells[f"{title}, {figure}"] = _cell(self.over_seeds(row, value), 3)
             if (title, figure) in self._task_figures(first=True) and (d := self.differences(value).get(row)):
                 cells[f"{title}, {figure} to control"] = Cell(d.points(), d.mean)
@@ -364,7 +364,7 @@ class Bench:
         return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
 
 
-def _figure(title: str, figure: str, run: MeasuredRun) -> float:
+def figure_of(title: str, figure: str, run: MeasuredRun) -> float:
     """A figure of a task of the study; NaN where the run lacks it."""
     return run.tasks[title].figures.get(figure, math.nan) if title in run.tasks else math.nan
 

@@ -21,6 +21,7 @@ from sightline.models.preact import PreActResNet, RNAtt, RNAtt2
 from sightline.models.pretrained import OtherClasses, load_weights, mismatches, named_as, other_classes
 from sightline.models.protopnet import ProtoPNet
 from sightline.models.resnet import CifarResNet, MtlResNet, keep_resolution
+from sightline.models.transformed import add_transformer
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
 from sightline.models.vit import TinyViT
 from sightline.models.weights import read_weights
@@ -55,6 +56,7 @@ def create_model(
     attention_options: dict[str, Any] | None = None,
     high_resolution: int = 0,
     neck: dict[str, float] | None = None,
+    spatial_transformer: dict[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a network by name, with fresh weights or those of a file, and optionally with attention blocks.
@@ -78,6 +80,8 @@ def create_model(
             instead of 14 x 14.
         neck: options of a `BNNeck` that replaces the last linear layer, for re-identification: `{}`, or
             `{"triplet": 1.0}` with a triplet loss. None: none.
+        spatial_transformer: options of a `SpatialTransformer` in front of the network, `{}` for its defaults; see
+            `add_transformer`. None: none.
         options: keyword arguments of the network, for example `width=0.25`.
 
     Raises:
@@ -97,6 +101,11 @@ def create_model(
     if not isinstance(neck, dict | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"expected neck as options such as {{}} or {{triplet: 1.0}}, got {neck!r}; leave it out for none"
+        )
+    if not isinstance(spatial_transformer, dict | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected spatial_transformer as options such as {{}} or {{hidden: 16}}, got {spatial_transformer!r}; "
+            "leave it out for none"
         )
     if attention_options and attention is None:
         raise ValueError(f"expected attention to go with attention_options {attention_options}, got none; name a block")
@@ -124,11 +133,20 @@ def create_model(
         model = add_blocks("identity" if any(key.endswith(f".{MARK}") for key in state) else "fresh")
     if neck is not None and not blocks_last:
         add_neck(model, **neck)
+    if spatial_transformer is not None and not blocks_last:
+        add_transformer(model, **spatial_transformer)
     if read is not None and file is not None:
         notices = load_weights(model, name, read, file, new_classes)
     model = add_blocks("identity") if blocks_last else model
     if neck is not None and blocks_last:
         add_neck(model, **neck)
+    if spatial_transformer is not None and blocks_last:
+        add_transformer(model, **spatial_transformer)
+    if spatial_transformer is not None:
+        notice(
+            "maps of layers show the window that the spatial transformer cuts out, not the image; attention shows "
+            "where it lies, and saliency, occlusion and other methods on the pixels show the image"
+        )
     for text in notices:
         notice(text)
     return model

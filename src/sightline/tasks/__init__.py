@@ -1,6 +1,6 @@
 """What a trained network is good for besides naming its own test images."""
 
-from sightline.tasks import cross_domain, robustness, segmentation
+from sightline.tasks import cross_domain, robustness, segmentation, vectors
 from sightline.tasks.new_classes import few_shot
 from sightline.tasks.outcome import TASKS, Figure, Outcome, check_options, perform, register
 from sightline.tasks.retrieval import Found, embed, encoder, find, retrieval
@@ -21,4 +21,5 @@ __all__ = [
     "retrieval",
     "robustness",
     "segmentation",
+    "vectors",
 ]

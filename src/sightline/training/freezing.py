@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignor
 from sightline.attention.insertion import inserted, layers_named
 from sightline.inference import untouched
 from sightline.models.neck import BNNeck
+from sightline.models.transformed import NAME as TRANSFORMER
 from sightline.models.weights import read_weights
 from sightline.recipe import Optim
 
@@ -45,7 +46,8 @@ class Freezing:
         is_needed = optim.freeze or optim.fixed_statistics or factors != (1, 1)
         head = last_layer(network, size) if is_needed else None
         necks = [part for part in network.modules() if isinstance(part, BNNeck)]
-        new = [part for one in (head, *inserted(network), *necks) if one is not None for part in one.modules()]
+        front = getattr(network, TRANSFORMER, None)
+        new = [part for one in (head, front, *inserted(network), *necks) if one is not None for part in one.modules()]
         self._new = dict.fromkeys(new)
         self._backbone = [part for part in network.modules() if part not in self._new] if is_needed else []
         blocks = {part for block in inserted(network) for part in block.modules()}
