@@ -13,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sightline as sl
+from sightline.attention.alignment import ALIGNMENT
 from sightline.attention.bags import MILPooling
 from sightline.attention.bilinear import BilinearCNN, GeneralizedMean, GlobalAveragePool, signed_root
 from sightline.attention.parts import BilinearAttentionPooling, RepresentativeVectors, representative_vectors
+from sightline.attention.pooling import AlignmentPooling
+from sightline.models import create_model
 
 GOLDEN = Path(__file__).parent / "golden"
 UPDATES = list(product(("cosine", "normalized"), (1, 2)))
@@ -401,3 +404,45 @@ def test_bags_compiled():
     bag, mask = torch.randn(2, 5, 6), torch.arange(5) < torch.tensor([[5], [2]])
     compiled = torch.compile(block.forward_bag, backend="aot_eager", fullgraph=True)
     close(compiled(bag, mask), block.forward_bag(bag, mask), 1e-6)
+
+
+@pytest.mark.parametrize("query", ["mean", "learned"])
+@pytest.mark.parametrize("function", ALIGNMENT)
+def test_alignment_pooling_is_the_mean_weighted_by_its_function(function, query):
+    """Position by position, from the alignment function alone."""
+    torch.manual_seed(0)
+    block = AlignmentPooling(6, function=function, query=query, hidden=5, max_keys=20).double().eval()
+    features = torch.rand(2, 6, 3, 4, dtype=torch.float64)
+    weights = block.gate(features, features.mean((2, 3)) if query == "mean" else block.query.expand(2, -1))
+    pooled = block(features)
+    for i in range(2):
+        keys = [features[i, :, y, x] for y in range(3) for x in range(4)]
+        asked = torch.stack(keys).mean(0) if query == "mean" else block.query
+        scores = block.gate.attend.alignment(asked[None, None], torch.stack(keys)[None])[0, 0]
+        exponents = (scores - scores.max()).exp()
+        expected = [exponents[n] / exponents.sum() for n in range(12)]
+        torch.testing.assert_close(weights[i, 0].flatten(), torch.stack(expected))
+        torch.testing.assert_close(pooled[i], sum(w * k for w, k in zip(expected, keys, strict=True)))
+    has_query = function not in ("feature",)
+    if query == "learned" and has_query:
+        pooled.sum().backward()
+        assert block.query.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("function", ALIGNMENT)
+def test_a_network_that_pools_by_an_alignment_function(function):
+    model = create_model("cifar_resnet", num_classes=3, depth=8, width=0.5, attention=f"alignment:{function}").eval()
+    images = torch.rand(2, 3, 32, 32)
+    weights = sl.explain(model, images, methods=["attention"])["attention"]
+    assert weights.shape == (2, 1, 8, 8)
+    torch.testing.assert_close(weights.sum((2, 3)), torch.ones(2, 1))
+    assert model(images).isfinite().all()
+
+
+def test_alignment_pooling_refuses(unchecked):
+    with pytest.raises(ValueError, match=r"expected function to be one of similarity, dot, .*; got 'additiv'"):
+        create_model("cifar_resnet", depth=8, attention="alignment:additiv")
+    with pytest.raises(ValueError, match="expected at most 3 keys, got 4"):
+        AlignmentPooling(2, function="location", max_keys=3)(torch.zeros(1, 2, 2, 2))
+    with pytest.raises(ValueError, match="expected query to be one of mean, learned; got 'first'"):
+        AlignmentPooling(2, query="first")

@@ -49,7 +49,8 @@ def insert(
 
     Args:
         model: a network of `nn.Module`s whose layers yield (b, c, h, w).
-        block: a key of `ATTENTION`, or a callable that makes a block for a number of channels.
+        block: a key of `ATTENTION`, `alignment:` and a key of `ALIGNMENT`, or a callable that makes a block for a
+            number of channels.
         at: dotted names or patterns of layers, part by part as in file names: "layer3", "layer*.[0-9].bn2". None, for
             most blocks: the end of each residual branch, before the sum, in ResNets, RegNets and inverted residual
             blocks of timm and torchvision, and in other networks the end of each stage. BAM: the end of stages 1 to 3;
@@ -222,6 +223,8 @@ def _hooks(layer: nn.Module) -> list[tuple[dict[int, _Attend], int]]:
 
 def _maker(block: Block, options: dict[str, Any], init: Init) -> tuple[str, Maker]:
     """Name of a block, empty if it has none, and a constructor with its options."""
+    if isinstance(block, str) and block.startswith("alignment:"):
+        return _maker("alignment", {**options, "function": block.partition(":")[2]}, init)
     if isinstance(block, str):
         if block not in ATTENTION:
             hint = did_you_mean(block, [*ATTENTION], n=3)

@@ -1,20 +1,22 @@
 """Poolings that replace global average pooling by a weighted mean with learned weights."""
 
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sightline.attention.registry import ATTENTION, check_choice
+from sightline.attention.alignment import ALIGNMENT, Alignment, AlignmentGate
+from sightline.attention.registry import ATTENTION, check_choice, register
 
-__all__ = ["CompatibilityGate", "LearnToPayAttention"]
+__all__ = ["AlignmentPooling", "CompatibilityGate", "LearnToPayAttention"]
 
 Compat = Literal["pc", "dp", "none"]
 Norm = Literal["softmax", "sigmoid", "uniform"]
 Project = Literal["g", "l"]
+Query = Literal["mean", "learned"]
 
 
 class CompatibilityGate(nn.Module):
@@ -150,6 +152,87 @@ class LearnToPayAttention(nn.Module):
         if self.gate.norm == "sigmoid":
             weights = weights / weights.shape[2]
         return torch.bmm(weights, features.flatten(2).transpose(1, 2)).squeeze(1)
+
+
+@register("alignment")
+class AlignmentPooling(nn.Module):
+    """Pools a feature map into one vector per image, each position weighted by one of the twelve alignment functions.
+
+    The keys and values are the vectors of the positions; the query is their mean, or one learned vector for all images.
+    The child `gate` returns the weights, which sum to 1. By name: `alignment:additive`.
+
+    Args:
+        channels: channels of the feature map.
+        function: a key of `sightline.attention.ALIGNMENT`.
+        query: "mean", the global average of the features, or "learned".
+        hidden: length of the hidden vector of `concat`, `additive`, `deep` and `feature`. None: `channels`.
+        max_keys: of `location`: the most positions that a feature map can have; 56 x 56 by default.
+
+    Raises:
+        ValueError: an unknown `function` or `query`; in the forward pass, more than `max_keys` positions.
+
+    Source: Chaudhari et al., "An Attentive Survey of Attention Models" (1904.02874), table of alignment functions.
+
+    Differs: the table leaves functions open: `generalized_kernel` has elu + 1 as its feature map (Katharopoulos et al.
+    2020), `feature` the features and their squares, all others tanh.
+
+    >>> AlignmentPooling(8, function="additive")(torch.zeros(2, 8, 5, 7)).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        function: str = "scaled_dot",
+        query: Query = "mean",
+        hidden: int | None = None,
+        max_keys: int = 3136,
+    ) -> None:
+        super().__init__()
+        check_choice("function", function, tuple(ALIGNMENT))
+        check_choice("query", query, get_args(Query))
+        self.out_channels = channels
+        self.query = nn.Parameter(torch.randn(channels) / channels**0.5) if query == "learned" else None
+        self.gate = _AlignmentMap(_alignment(function, channels, hidden or channels, max_keys))
+
+    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
+        """Pool the features of each image."""
+        query = features.mean((2, 3)) if self.query is None else self.query.expand(len(features), -1)
+        weights = self.gate(features, query).flatten(2)
+        return torch.bmm(weights, features.flatten(2).mT).squeeze(1)
+
+
+class _AlignmentMap(nn.Module):
+    """The weights of an alignment function as a map."""
+
+    def __init__(self, alignment: Alignment) -> None:
+        super().__init__()
+        self.attend = AlignmentGate(alignment)
+
+    def forward(self, features: Float[Tensor, "b c h w"], query: Float[Tensor, "b c"]) -> Float[Tensor, "b 1 h w"]:
+        return self.attend(query.unsqueeze(1), features.flatten(2).mT).unflatten(2, features.shape[2:])
+
+
+def _alignment(function: str, channels: int, hidden: int, max_keys: int) -> Alignment:
+    kind: Any = ALIGNMENT[function]
+    match function:
+        case "generalized_kernel":
+            return kind(_positive)
+        case "concat" | "additive" | "deep":
+            return kind(channels, channels, hidden)
+        case "general" | "biased_general" | "activated_general":
+            return kind(channels, channels)
+        case "location":
+            return kind(channels, max_keys)
+        case "feature":
+            return kind(nn.Identity(), torch.square, (channels, channels), hidden)
+        case _:
+            return kind()
+
+
+def _positive(features: Tensor) -> Tensor:
+    return F.elu(features) + 1
 
 
 # without a query; inside the networks of its paper the query is the global vector
