@@ -17,6 +17,7 @@ from sightline.metrics.localization import jaccard
 from sightline.models import create_model
 from sightline.recipe import Recipe
 from sightline.tasks.cross_domain import STRENGTHS, support_vectors
+from sightline.tasks.images import images_for
 from sightline.tasks.robustness import flips
 from sightline.tasks.segmentation import CONTROLS, THRESHOLDS
 
@@ -65,7 +66,7 @@ def picture(color, box):
 
 @pytest.fixture
 def folder(tmp_path):
-    """12 training and 6 test images of two classes with masks of a square in the middle, and four patients per split."""
+    """12 training and 6 test images of two classes with masks of a square in the middle; four patients per split."""
     rows = ["file_name,label,mask,split,group"]
     for i in range(18):
         split = "train" if i < 12 else "test"
@@ -149,6 +150,15 @@ def test_cross_domain_reads_the_features_of_the_run_s_input(folder):
     assert accuracy.groups is not None and len(set(accuracy.groups.tolist())) == 4
     assert outcome.names["images"] == [f"{i}.png" for i in range(12, 18)]
     assert "of the 12 training images" in outcome.notices[0] and "; 2 features." in outcome.notices[0]
+
+
+def test_other_images_have_the_size_mean_and_deviation_of_the_run(folder):
+    run = toy_run(folder, "clutter")
+    sets = images_for(run, str(folder), None)
+    assert {split: len(images) for split, images in sets.items()} == {"train": 12, "test": 6}
+    assert all(images.preprocess == run.preprocess for images in sets.values())
+    assert sets["test"].batch([0]).images.shape == (1, 3, SIDE, SIDE)
+    assert len(images_for(run, str(folder), {"test_size": 3})["test"]) == 3
 
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.1, 0.3])
