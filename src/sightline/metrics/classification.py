@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from sightline.inference import run, untouched
+from sightline.inference import features_of, untouched
 from sightline.metrics.uncertainty import Interval, interval_of, limits, mean_interval, resamples, wilson_interval
 
 Array = np.ndarray
@@ -214,30 +214,12 @@ def head_features(
     is_pair = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
     batches = cast("Iterable[tuple[Tensor, Tensor]]", [data] if is_pair else data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    calls: list[tuple[Tensor, Tensor]] = []
     features: list[Tensor] = []
     labels: list[Tensor] = []
-
-    def remember(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append((inputs[0], output))
-
     with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
-        hooks = [part.register_forward_hook(remember) for part in net.modules() if isinstance(part, nn.Linear)]
-        try:
-            for images, truth in batches:
-                for chunk in images.split(batch_size):
-                    calls.clear()
-                    logits = run(net, chunk.to(device))
-                    if not calls or not torch.equal(calls[-1][1], logits):
-                        raise ValueError(
-                            f"expected a model whose logits come straight out of an nn.Linear, got "
-                            f"{type(net).__name__}; wrap its head in one"
-                        )
-                    features.append(calls[-1][0].cpu().double())
-                labels.append(truth.cpu().long())
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for images, truth in batches:
+            features += [features_of(net, chunk.to(device)).cpu().double() for chunk in images.split(batch_size)]
+            labels.append(truth.cpu().long())
     if not features:
         raise ValueError("expected at least one image to fit and one to test, got none")
     classes = torch.cat(labels)
