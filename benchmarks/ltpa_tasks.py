@@ -40,7 +40,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "cifar10": SOME,
     "cifar100": SOME,
     "tiny_imagenet50": SOME,
-    "omniglot_small": {},
+    "omniglot_small": {"resplit": True, "test": 0.5},
     "wbc_masks": {},
     "glas_tiles": {"group": "patient", "resplit": True},
 }
