@@ -181,6 +181,19 @@ def test_global_context_is_its_equation():
     equal(block(x), output)
 
 
+@pytest.mark.parametrize("pools", ["average", "maximum"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_cbam_with_one_pooling(pools, kernel):
+    block, x = shaken(CBAM(6, reduction=2, pools=pools, kernel=kernel)), features(1, 6, 5, 4)
+    array, conv = x[0].numpy(), block.spatial.gate.conv.weight.detach().numpy()
+    assert conv.shape == (1, 1, kernel, kernel)
+    channel = reference.channel_gate(array, arrays(block.channel), pools)[:, None, None]
+    equal(block.channel.gate(x), channel)
+    spatial = reference.spatial_gate(channel * array, conv, norm_of(block.spatial.gate.bn), pools)
+    equal(block(x), spatial * channel * array)
+    same(CBAM(6, pools=pools, identity=True).double()(x), x, 1e-12)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_cbam_is_its_equations(order):
     block, x = shaken(CBAM(6, reduction=2, order=order)), features(1, 6, 5, 4)

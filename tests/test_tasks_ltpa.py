@@ -17,6 +17,7 @@ from sightline.metrics.localization import jaccard
 from sightline.models import create_model
 from sightline.recipe import Recipe
 from sightline.tasks.cross_domain import STRENGTHS, support_vectors
+from sightline.tasks.images import images_for
 from sightline.tasks.robustness import flips
 from sightline.tasks.segmentation import CONTROLS, THRESHOLDS
 
@@ -47,11 +48,11 @@ class Attends(nn.Module):
         self.conv, self.attention, self.head = nn.Conv2d(3, 2, 1, bias=False), Center(), nn.Linear(2, 2)
         with torch.no_grad():
             self.conv.weight.copy_(torch.eye(2, 3)[:, :, None, None])
-            self.head.weight.copy_(torch.eye(2))
+            self.head.weight.copy_(torch.eye(2).flip(0))
             self.head.bias.zero_()
 
     def forward(self, images):
-        return self.head(self.attention(self.conv(images)))
+        return self.head(self.attention(self.conv(images).clamp(-3, 3)))  # pixels of 0 to 255 would all be 3
 
 
 def picture(color, box):
@@ -65,18 +66,18 @@ def picture(color, box):
 
 @pytest.fixture
 def folder(tmp_path):
-    """12 training and 6 test images of two classes with masks of a square in the middle, and two patients per split."""
+    """12 training and 6 test images of two classes with masks of a square in the middle; four patients per split."""
     rows = ["file_name,label,mask,split,group"]
     for i in range(18):
         split = "train" if i < 12 else "test"
-        label = ("red", "green")[i % 2]
+        label = "red" if i % 3 else "green"
         box = (4, 4, 12, 12)
-        image = picture({"red": (200 - i, 60, 128), "green": (60, 200 - i, 128)}[label], box)
+        image = picture({"red": (200 - i, 61, 128), "green": (61, 200 - i, 128)}[label], box)
         image.save(tmp_path / f"{i}.png")
         mask = np.zeros((SIDE, SIDE), np.uint8)
         mask[4:12, 4:12] = 255
         Image.fromarray(mask).save(tmp_path / f"m{i}.png")
-        rows.append(f"{i}.png,{label},m{i}.png,{split},{split}{i % 3}")
+        rows.append(f"{i}.png,{label},m{i}.png,{split},{split}{i % 4}")
     (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
     return tmp_path
 
@@ -145,10 +146,19 @@ def test_cross_domain_reads_the_features_of_the_run_s_input(folder):
     outcome = tasks.perform("cross_domain", toy_run(folder, "clutter"), model, data=str(folder))
     assert_same_state(before, state_of(model))
     accuracy = outcome.figures["accuracy"]
-    assert accuracy.values.tolist() == [1.0] * 6 and accuracy.chance == 0.5
-    assert accuracy.groups is not None and len(set(accuracy.groups.tolist())) == 3
+    assert accuracy.values.tolist() == [1.0] * 6 and accuracy.chance == 4 / 6
+    assert accuracy.groups is not None and len(set(accuracy.groups.tolist())) == 4
     assert outcome.names["images"] == [f"{i}.png" for i in range(12, 18)]
     assert "of the 12 training images" in outcome.notices[0] and "; 2 features." in outcome.notices[0]
+
+
+def test_other_images_have_the_size_mean_and_deviation_of_the_run(folder):
+    run = toy_run(folder, "clutter")
+    sets = images_for(run, str(folder), None)
+    assert {split: len(images) for split, images in sets.items()} == {"train": 12, "test": 6}
+    assert all(images.preprocess == run.preprocess for images in sets.values())
+    assert sets["test"].batch([0]).images.shape == (1, 3, SIDE, SIDE)
+    assert len(images_for(run, str(folder), {"test_size": 3})["test"]) == 3
 
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.1, 0.3])
@@ -178,22 +188,19 @@ def test_flips_of_a_linear_model_equal_the_slow_ones(epsilon):
 
 
 def test_epsilon_counts_pixels_and_not_the_network_s_input(folder):
-    """The toy compares red and green of the middle, here by 200 - i and 60 of 255, after division by the deviation."""
-    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)
-    run = toy_run(folder, folder)
-    outcome = tasks.perform("robustness", run, Attends().eval(), epsilons=(30, 80))
+    """The toy's classes are green and red: it compares the middle's 200 - i and 61 of 255 after their normalization."""
+    (red_mean, green_mean, _), (red_std, green_std, _) = toy_run(folder, folder).preprocess.mean, (0.2, 0.25, 0.5)
     gaps = []
     for i in range(12, 18):
-        red, green = (200 - i, 60) if i % 2 == 0 else (60, 200 - i)
-        # classes in order of their names: green, red; the network's logits are red, green
-        scores = [(red / 255 - mean[0]) / std[0], (green / 255 - mean[1]) / std[1]]
-        label = ("green", "red")[i % 2 == 0]
-        right = (scores[0] < scores[1]) == (label == "red")
-        gaps.append(abs(scores[0] - scores[1]) / (1 / std[0] + 1 / std[1]) * 255 if right else math.nan)
-    for epsilon in (30, 80):
+        red, green = (200 - i, 61) if i % 3 else (61, 200 - i)
+        gap = (red / 255 - red_mean) / red_std - (green / 255 - green_mean) / green_std
+        assert (gap > 0) == (i % 3 > 0)  # right
+        gaps.append(abs(gap) * 255 / (1 / red_std + 1 / green_std))
+    epsilons = sorted({math.floor(gap) + more for gap in gaps for more in (0, 1)})
+    outcome = tasks.perform("robustness", toy_run(folder, folder), Attends().eval(), epsilons=tuple(epsilons))
+    for epsilon in epsilons:
         rate = outcome.figures[f"fooled, {epsilon}/255"]
-        wanted = [math.nan if math.isnan(gap) else float(gap < epsilon) for gap in gaps]
-        np.testing.assert_array_equal(rate.values, wanted)
+        np.testing.assert_array_equal(rate.values, [float(gap < epsilon) for gap in gaps])
         assert rate.higher_is_better is False and rate.groups is not None
 
 
@@ -262,7 +269,11 @@ def test_a_network_without_attention_has_its_activation_map(folder):
         ("cross_domain", {"data": "DATA", "fields": "a"}, "task.fields: expected"),
         ("segmentation", {"data": "cifar"}, "expected images with masks or boxes, got cifar without; name others"),
         ("segmentation", {"limit": 0}, "expected a limit of 1 image or more, got 0"),
-        ("segmentation", {"methods": ("grad_kam",)}, "unknown explainer 'grad_kam'; did you mean 'grad_cam'"),
+        (
+            "segmentation",
+            {"methods": ("grad_kam",)},
+            "expected the name of an explainer, got 'grad_kam'; did you mean 'grad_cam'",
+        ),
         ("robustness", {"epsilons": ()}, "expected different epsilons of 1 to 255"),
         ("robustness", {"epsilons": (1, 1)}, "expected different epsilons of 1 to 255"),
         (

@@ -95,21 +95,26 @@ def global_context(features, u, mlp, norm):
     return weights, features + bottleneck(context, *mlp, norm=norm)[:, None, None]
 
 
-def channel_gate(features, mlp):
+def channel_gate(features, mlp, pools="both"):
     """Weights (c,)."""
-    scores = bottleneck(average(features), *mlp) + bottleneck(maximum(features), *mlp)
+    scores = np.zeros(len(features))
+    if pools != "maximum":
+        scores = scores + bottleneck(average(features), *mlp)
+    if pools != "average":
+        scores = scores + bottleneck(maximum(features), *mlp)
     return np.array([sigmoid(score) for score in scores])
 
 
-def spatial_gate(features, weight, norm):
-    """Weights (h, w)."""
+def spatial_gate(features, weight, norm, pools="both"):
+    """Weights (h, w); the maximum over channels comes first."""
     channels, height, width = features.shape
     both = np.zeros((2, height, width))
     for y in range(height):
         for x in range(width):
             both[0, y, x] = max(features[:, y, x].tolist())
             both[1, y, x] = sum(features[:, y, x].tolist()) / channels
-    return np.vectorize(sigmoid)(norm(conv(both, weight))[0])
+    pooled = {"both": both, "maximum": both[:1], "average": both[1:]}[pools]
+    return np.vectorize(sigmoid)(norm(conv(pooled, weight))[0])
 
 
 def bam(features, mlp, channel_norm, convs, norms, dilation, variant):

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sightline.attention.registry import register
+from sightline.attention.registry import check_choice, register
 
 __all__ = ["EfficientChannelAttention", "GlobalContext", "SqueezeExcite"]
+
+Pools = Literal["both", "average", "maximum"]
 
 
 def hidden_width(channels: int, reduction: int) -> int:
@@ -76,22 +79,26 @@ class Gating(nn.Module):
 
 
 class ChannelWeights(nn.Module):
-    """One weight per channel, sigmoid(W2 relu(W1 z)), from the channels' averages z, plus their `maxima` if asked for.
+    """One weight per channel, the sigmoid of the sum of W2 relu(W1 z) over its poolings z: averages, maxima or both.
 
     >>> ChannelWeights(nn.Identity())(torch.zeros(1, 2, 3, 3)).flatten()
     tensor([0.5000, 0.5000])
     """
 
-    def __init__(self, mlp: nn.Module, *, maxima: bool = False) -> None:
+    def __init__(self, mlp: nn.Module, *, pools: Pools = "average") -> None:
         super().__init__()
+        check_choice("pools", pools, get_args(Pools))
         self.mlp = mlp
-        self.maxima = maxima
+        self.pools = pools
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 1 1"]:
         """Weight of every channel."""
-        scores = self.mlp(features.mean((2, 3)))
-        if self.maxima:
-            scores = scores + self.mlp(features.amax((2, 3)))
+        if self.pools == "maximum":
+            scores = self.mlp(features.amax((2, 3)))
+        else:
+            scores = self.mlp(features.mean((2, 3)))
+            if self.pools == "both":
+                scores = scores + self.mlp(features.amax((2, 3)))
         return scores.sigmoid()[:, :, None, None]
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from sightline.attention.channel import ChannelWeights, Gating, bottleneck, hidden_width, zero
+from sightline.attention.channel import ChannelWeights, Gating, Pools, bottleneck, hidden_width, zero
 from sightline.attention.registry import check_choice, register
 
 __all__ = ["BAM", "CBAM", "AttentionGate", "ChannelGate", "SpatialGate"]
@@ -24,12 +24,13 @@ class ChannelGate(Gating):
     Args:
         channels: channels of the feature map.
         reduction: the bottleneck has `channels // reduction` units, at least 1.
+        pools: which poolings of a channel it reads: "both", "average" or "maximum".
         identity: a new block returns its input: weights count twice and the second layer starts at zero.
 
     Raises:
-        ValueError: `reduction` below 1.
+        ValueError: `reduction` below 1, unknown `pools`.
 
-    Source: Woo et al., "CBAM", ECCV 2018, equation 2.
+    Source: Woo et al., "CBAM", ECCV 2018, equation 2; one pooling alone: table 1.
     Elsewhere: `layers.cbam.ChannelAttn` (timm).
 
     Differs: fewer channels than `reduction` get one hidden unit; the authors' code then has none.
@@ -38,29 +39,35 @@ class ChannelGate(Gating):
     [3.0, 3.0, 3.0, 3.0]
     """
 
-    def __init__(self, channels: int, *, reduction: int = 16, identity: bool = False) -> None:
+    def __init__(self, channels: int, *, reduction: int = 16, pools: Pools = "both", identity: bool = False) -> None:
         mlp = bottleneck(channels, hidden_width(channels, reduction), zero_init=identity)
-        super().__init__(ChannelWeights(mlp, maxima=True), identity=identity)
+        super().__init__(ChannelWeights(mlp, pools=pools), identity=identity)
 
 
 class SpatialWeights(nn.Module):
-    """One weight per position: the maximum and the mean over channels pass a convolution and a BatchNorm.
+    """One weight per position: maximum and mean over channels, or one of them, pass a convolution and a BatchNorm.
 
     >>> SpatialWeights(7, zero_init=True)(torch.ones(2, 3, 1, 2))[0].flatten().tolist()
     [0.5, 0.5]
     """
 
-    def __init__(self, kernel: int, *, zero_init: bool) -> None:
+    def __init__(self, kernel: int, *, pools: Pools = "both", zero_init: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
+        check_choice("pools", pools, get_args(Pools))
+        self.pools = pools
+        self.conv = nn.Conv2d(2 if pools == "both" else 1, 1, kernel, padding=kernel // 2, bias=False)
         self.bn = nn.BatchNorm2d(1, momentum=0.01)
         if zero_init:
             zero(self.bn)
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
         """Weight of every position."""
-        both = torch.cat([features.amax(1, keepdim=True), features.mean(1, keepdim=True)], dim=1)
-        return self.bn(self.conv(both)).sigmoid()
+        pooled: list[Tensor] = []
+        if self.pools != "average":
+            pooled.append(features.amax(1, keepdim=True))
+        if self.pools != "maximum":
+            pooled.append(features.mean(1, keepdim=True))
+        return self.bn(self.conv(torch.cat(pooled, dim=1))).sigmoid()
 
 
 @register("spatial_gate")
@@ -70,11 +77,12 @@ class SpatialGate(Gating):
     Args:
         channels: channels of the feature map; any number takes the same weights.
         kernel: side of the convolution; odd.
+        pools: what it reads of the channels: "both" maximum and mean, or "average" or "maximum" alone.
         zero_init: the BatchNorm's weight starts at zero, so all weights start at 0.5.
         identity: a new block returns its input: weights count twice and start at 0.5.
 
     Raises:
-        ValueError: an even `kernel` or one below 1.
+        ValueError: an even `kernel` or one below 1, unknown `pools`.
 
     Source: Woo et al., "CBAM", ECCV 2018, equation 3; BatchNorm, its start and the order of the two maps as in the
     authors' code.
@@ -84,10 +92,18 @@ class SpatialGate(Gating):
     [1.5, 1.5, 1.5, 1.5]
     """
 
-    def __init__(self, channels: int, *, kernel: int = 7, zero_init: bool = True, identity: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        kernel: int = 7,
+        pools: Pools = "both",
+        zero_init: bool = True,
+        identity: bool = False,
+    ) -> None:
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"expected an odd kernel of 1 or more, got {kernel}; choose another")
-        super().__init__(SpatialWeights(kernel, zero_init=zero_init or identity), identity=identity)
+        super().__init__(SpatialWeights(kernel, pools=pools, zero_init=zero_init or identity), identity=identity)
 
 
 @register("cbam")
@@ -98,12 +114,13 @@ class CBAM(nn.Module):
         channels: channels of the feature map.
         reduction: see `ChannelGate`.
         kernel: see `SpatialGate`.
+        pools: see `ChannelGate` and `SpatialGate`; the same for both.
         order: which comes first; "parallel": both read the input, and their weights are multiplied.
         zero_init: see `SpatialGate`.
         identity: a new block returns its input: both children do.
 
     Raises:
-        ValueError: an unknown `order`, `reduction` below 1, an even `kernel` or one below 1.
+        ValueError: an unknown `order` or `pools`, `reduction` below 1, an even `kernel` or one below 1.
 
     Source: Woo et al., "CBAM", ECCV 2018, equations 1 to 3; for the other orders its table 3.
     Elsewhere: `layers.cbam.CbamModule` (timm).
@@ -120,6 +137,7 @@ class CBAM(nn.Module):
         *,
         reduction: int = 16,
         kernel: int = 7,
+        pools: Pools = "both",
         order: Order = "channel_first",
         zero_init: bool = True,
         identity: bool = False,
@@ -127,8 +145,8 @@ class CBAM(nn.Module):
         super().__init__()
         check_choice("order", order, get_args(Order))
         self.order = order
-        self.channel = ChannelGate(channels, reduction=reduction, identity=identity)
-        self.spatial = SpatialGate(channels, kernel=kernel, zero_init=zero_init, identity=identity)
+        self.channel = ChannelGate(channels, reduction=reduction, pools=pools, identity=identity)
+        self.spatial = SpatialGate(channels, kernel=kernel, pools=pools, zero_init=zero_init, identity=identity)
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Features with both weights applied."""
