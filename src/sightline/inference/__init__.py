@@ -1,6 +1,7 @@
 """Calls any model, reads its output, and leaves it unchanged."""
 
 from sightline.inference.copies import copy_of
+from sightline.inference.features import features_of
 from sightline.inference.memory import Memory, allowance, fitting_size, held_by, in_batches
 from sightline.inference.outputs import (
     ForwardCall,
@@ -41,6 +42,7 @@ __all__ = [
     "copy_of",
     "either",
     "exact",
+    "features_of",
     "fitting_size",
     "forward",
     "forward_call",

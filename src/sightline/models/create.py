@@ -16,9 +16,11 @@ from sightline.data.tables import read_class_names
 from sightline.facts import current_name, did_you_mean, notice
 from sightline.models.fcan import FCAN
 from sightline.models.mg_cnn import MGCNN
+from sightline.models.neck import add_neck
+from sightline.models.preact import PreActResNet, RNAtt, RNAtt2
 from sightline.models.pretrained import OtherClasses, load_weights, mismatches, named_as, other_classes
 from sightline.models.protopnet import ProtoPNet
-from sightline.models.resnet import CifarResNet, keep_resolution
+from sightline.models.resnet import CifarResNet, MtlResNet, keep_resolution
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
 from sightline.models.vit import TinyViT
 from sightline.models.weights import read_weights
@@ -31,7 +33,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg_att": VGGAtt,
     "vgg_att2": VGGAtt2,
     "vgg_att3": VGGAtt3,
+    "rn164": PreActResNet,
+    "rn_att": RNAtt,
+    "rn_att2": RNAtt2,
     "cifar_resnet": CifarResNet,
+    "mtl_resnet": MtlResNet,
     "tiny_vit": TinyViT,
     "protopnet": ProtoPNet,
     "fcan": FCAN,
@@ -48,6 +54,7 @@ def create_model(
     attention: Block | None = None,
     attention_options: dict[str, Any] | None = None,
     high_resolution: int = 0,
+    neck: dict[str, float] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a network by name, with fresh weights or those of a file, and optionally with attention blocks.
@@ -69,6 +76,8 @@ def create_model(
         attention_options: keyword arguments of the block; with `at`, the layers to insert at.
         high_resolution: number of last stages of a ResNet whose stride becomes 1; 2 at 448 px: 56 x 56 positions
             instead of 14 x 14.
+        neck: options of a `BNNeck` that replaces the last linear layer, for re-identification: `{}`, or
+            `{"triplet": 1.0}` with a triplet loss. None: none.
         options: keyword arguments of the network, for example `width=0.25`.
 
     Raises:
@@ -85,6 +94,10 @@ def create_model(
         )
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"expected num_classes of 1 or more, got {num_classes}")
+    if not isinstance(neck, dict | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected neck as options such as {{}} or {{triplet: 1.0}}, got {neck!r}; leave it out for none"
+        )
     if attention_options and attention is None:
         raise ValueError(f"expected attention to go with attention_options {attention_options}, got none; name a block")
     options = {current_name(option): value for option, value in options.items()}
@@ -109,9 +122,13 @@ def create_model(
     block_options = attention_options or {}
     if not blocks_last:
         model = add_blocks("identity" if any(key.endswith(f".{MARK}") for key in state) else "fresh")
+    if neck is not None and not blocks_last:
+        add_neck(model, **neck)
     if read is not None and file is not None:
         notices = load_weights(model, name, read, file, new_classes)
     model = add_blocks("identity") if blocks_last else model
+    if neck is not None and blocks_last:
+        add_neck(model, **neck)
     for text in notices:
         notice(text)
     return model

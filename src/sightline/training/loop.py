@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
 
 from sightline import data
-from sightline.inference import copy_of, logits_of, untouched
+from sightline.inference import copy_of, features_of, logits_of, untouched
+from sightline.metrics.retrieval import ranking_of_features
 from sightline.models.protopnet import ProtoPNet
 from sightline.recipe import Recipe, resolved
 from sightline.training import processes
@@ -57,7 +58,7 @@ class Training:
         self.network = network.train()
         if optim.sync_batch_norm:
             self.network = convert_sync_batchnorm(self.network)  # also converts timm's norm-activation layers
-        self.layout = _layout(self.network, self.fabric.device)
+        self.layout = memory_layout(self.network, self.fabric.device)
         if not optim.sharded:  # sharded weights have the default memory layout only
             self.network = self.network.to(memory_format=self.layout)
         self.averaged = None if optim.ema is None else copy_of(self.network).to(self.fabric.device)
@@ -259,6 +260,7 @@ class Training:
             start=start,
             ahead=self.ahead,
             part=(self.rank, self.world_size),
+            per_class=self.optim.images_per_class,
         )
 
     def _step(self, batch: data.Batch) -> None:
@@ -352,6 +354,9 @@ class Training:
         return data.normalize(images, self.train.preprocess), batch.labels.to(self.fabric.device, non_blocking=True)
 
     def _validate(self, images: data.ImageSet, tick: Callable[[], None]) -> tuple[float, float]:
+        """Accuracy and loss; of identities that are not those of the training images, rank-1 and no loss."""
+        if images.cameras is not None:
+            return self._validate_retrieval(images, images.cameras, tick), math.nan
         correct = torch.zeros_like(self.correct)
         loss = torch.zeros((), device=self.fabric.device)
         processes.broadcast_buffers(self.result)
@@ -366,6 +371,20 @@ class Training:
                 tick()
         return float(processes.all_reduce(correct)) / len(images), float(processes.all_reduce(loss)) / len(images)
 
+    def _validate_retrieval(
+        self, images: data.ImageSet, cameras: Shaped[np.ndarray, " n"], tick: Callable[[], None]
+    ) -> float:
+        """Share of the images whose nearest one from another camera has their identity."""
+        processes.broadcast_buffers(self.result)
+        features: list[Tensor] = []
+        with untouched(self.result) as network, torch.no_grad(), self.fabric.autocast():
+            for batch in data.batches(images, self.batch_size, ahead=self.ahead):
+                features.append(F.normalize(features_of(network, self._inputs(batch)[0]).float()).cpu())
+                tick()
+        whole = torch.cat(features)
+        ranked = ranking_of_features(whole, whole, images.labels, images.labels, cameras, cameras)
+        return float(ranked.cmc(1).nanmean())
+
     def _no_images(self) -> Float[Tensor, "2 3 h w"]:
         """Input of a process without images, whose shards the others need; two, the fewest that BatchNorm accepts."""
         return torch.zeros(2, 3, *self.train.preprocess.size, device=self.fabric.device)
@@ -374,14 +393,14 @@ class Training:
         return int(processes.all_reduce(torch.tensor(number, device=self.fabric.device)))
 
 
-def _layout(network: nn.Module, device: torch.device) -> torch.memory_format:
+def memory_layout(network: nn.Module, device: torch.device) -> torch.memory_format:
     """The faster memory layout that is safe.
 
-    On a CPU without AVX-512, oneDNN (seen in 3.12, of PyTorch 2.14.1) writes outside the gradient of the weights of a
-    1 x 1 convolution with a stride and fewer than 8 channels, if channels are last.
+    On a CPU, oneDNN (seen in 3.12, of PyTorch 2.14.1) writes outside the gradient of the weights of a 1 x 1 convolution
+    with a stride, if channels are last and fewer than the processor's vectors hold: 8, or 16 with AVX-512.
     """
     is_unsafe = device.type == "cpu" and any(
-        layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels // layer.groups < 8
+        layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels // layer.groups < 16
         for layer in network.modules()
         if isinstance(layer, nn.Conv2d)
     )
