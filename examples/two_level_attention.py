@@ -167,7 +167,7 @@ def draw(images: Tensor, index: Tensor, out: Path) -> None:
     figure, axes = plt.subplots(2, 6, figsize=(9, 3.2))
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     for axis, image, places in zip(axes.flat, (images - low) / (high - low), index.tolist(), strict=False):
-        axis.imshow(image.movedim(0, -1))
+        axis.imshow(image.movedim(0, -1).numpy())
         axis.axis("off")
         for place, color in zip(places, ("red", "cyan"), strict=True):
             top, left = (STRIDE * step for step in divmod(place, 5))

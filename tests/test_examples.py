@@ -94,7 +94,6 @@ def test_two_level_attention(tmp_path, capsys):
     assert example.shown(masks)[0, [0, 6]].tolist() == [[1, 0], [0, 0.5]]
 
     found = example.main(["--images", "450", "--steps", "60", "--out", str(tmp_path / "two.png")])
-    print(found)
     assert found["kept windows, on a digit"] > 1.3 * found["random windows, on a digit"]
     assert min(found[name] for name in found if name.endswith("accuracy")) > 0.15  # 0.11 by chance
     assert found["both, accuracy"] > found["kept windows, accuracy"] and found["filters in the smaller cluster"] >= 1

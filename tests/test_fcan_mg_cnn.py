@@ -113,6 +113,9 @@ def test_the_own_loss_of_fcan_by_hand_and_only_once():
     loss = Loss(Optim(), network=model)
     torch.testing.assert_close(loss(IMAGES, logits, LABELS), expected)
     torch.testing.assert_close(loss(IMAGES, logits, LABELS), F.cross_entropy(logits, LABELS))
+    policies = sum(gate.log_prob.sum() + gate.entropy.sum() for gate in gates)
+    of_trunk = torch.autograd.grad(policies, [*model.features.parameters()], retain_graph=True, allow_unused=True)
+    assert of_trunk == (None,) * len(of_trunk)  # the rewards do not train the features
     expected.backward()
     assert all(gate.u.weight.grad.abs().sum() > 0 for gate in gates)
     copy.deepcopy(model)

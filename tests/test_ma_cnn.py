@@ -68,6 +68,21 @@ def test_k_means_finds_the_best_of_all_groupings(k):
     assert torch.equal(groups, k_means(points, k))
 
 
+def test_k_means_ends_where_each_point_is_nearest_to_its_own_mean():
+    points = torch.randn(60, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    groups = k_means(points, 4)
+    means = torch.stack([points[groups == group].mean(0) for group in range(4)])
+    assert torch.equal(torch.cdist(points, means).argmin(1), groups)
+
+
+def test_k_means_finds_groups_among_copies_of_one_point():
+    """Channels that are never active all peak at the same places."""
+    points = torch.zeros(200, 2)
+    points[50], points[90] = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    groups = k_means(points, 3)
+    assert groups.bincount().tolist() == [198, 1, 1] and groups[50] == 1 and groups[90] == 2
+
+
 def test_too_few_points_are_one_clear_line():
     with pytest.raises(ValueError, match="expected at least 3 different points for 3 groups, got 2"):
         k_means(torch.tensor([[0.0], [1.0], [1.0]]), 3)
@@ -121,7 +136,7 @@ def gradients(pooling, own):
 def test_each_loss_trains_its_own_parameters():
     pooling = block()
     assert gradients(pooling, own=False)[0] == 0 and gradients(pooling, own=True) == (0, 0)  # not grouped yet
-    pooling.prepare([FEATURES])
+    pooling.grouped.fill_(True)  # without `prepare`, which makes the gates the same for all images
     gates, features = gradients(pooling, own=True)
     assert gates > 0 and features == 0
     gates, features = gradients(pooling, own=False)

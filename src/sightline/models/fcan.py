@@ -100,8 +100,8 @@ class FCAN(nn.Module):
     Source: Liu et al. 2016 (1603.06765), abstract; the reward and further details as remembered, the text was not at
     hand.
 
-    Differs: the glimpses share one trunk, so that it sees crops of one size only. The baseline of an image's reward is
-    the mean reward of the other images in the batch.
+    Differs: the glimpses share one trunk, which sees crops of one size only. The rewards train the policies, not the
+    features that these read. The baseline of an image's reward is the mean reward of the other images in the batch.
 
     >>> model = FCAN(4, backbone="cifar_resnet", backbone_options={"depth": 8})
     >>> model(torch.zeros(2, 3, 32, 32)).shape
