@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 import sightline as sl
 from sightline import bench, cli, data, runs, tasks
 from sightline.data.sets import batches
-from sightline.inference import embedder
+from sightline.inference import features_of
 from sightline.models.neck import BNNeck, batch_hard_triplet
 from sightline.recipe import Data, Model, Optim, Recipe
 from sightline.report.ranked import write_ranked
@@ -90,8 +90,8 @@ def test_neck_on_any_network(attention):
     model = sl.create_model("cifar_resnet", num_classes=7, depth=8, neck={}, **options).eval()
     images = torch.rand(2, 3, 32, 16)
     assert model(images).shape == (2, 7)
-    with torch.no_grad(), embedder(model) as embed:
-        features = embed(images)
+    with torch.no_grad():
+        features = features_of(model, images)
     neck = model.get_submodule("fc")
     assert isinstance(neck, BNNeck) and features.shape == (2, 64 * (1 if attention is None else 3))
     assert torch.equal(neck.fc(features), model(images))

@@ -77,6 +77,11 @@ class Data:
     group: str | None = _field(
         None, "Column of patient, slide or bird: groups stay within one split. None: `group` in tables, else no groups."
     )
+    classes: str | None = _field(
+        None,
+        "Few-shot: class lists `cifar_fs`, `fc100`, `mini_imagenet`, or a JSON file with the names of the classes of "
+        "train, val and test. Training uses those of train alone. None: all classes.",
+    )
     camera: str | None = _field(
         None,
         "Column of the camera; with it the classes are identities, and the test asks for images of the same identity "
@@ -213,6 +218,10 @@ class Optim:
     )
     teacher: str | None = _field(None, "Run folder of a network whose outputs this one learns too. None: labels alone.")
     temperature: float = _field(4.0, "teacher: divides its logits; more shows more of small probabilities.", POSITIVE)
+    divergence: Literal["teacher_student", "student_teacher"] = _field(
+        "teacher_student",
+        "teacher: KL(teacher || student), as Hinton's, or KL(student || teacher), as the slides of BR-NPA print it.",
+    )
     alpha: float = _field(0.6, "teacher: weight of the labels in the loss; the teacher has the rest.", FRACTION)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = _field("32-true", "Arithmetic of the training step.")
     compile: bool = _field(False, "Use torch.compile: pays off on a GPU after minutes. Needs a C++ compiler.")

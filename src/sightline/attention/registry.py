@@ -1,12 +1,12 @@
 """Attention blocks by name; each registers itself where it is defined."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["ATTENTION", "WithLoss", "register"]
+__all__ = ["ATTENTION", "Prepared", "WithLoss", "register"]
 
 Block = TypeVar("Block", bound=Callable[..., nn.Module])
 
@@ -33,6 +33,19 @@ class WithLoss(Protocol):
 
     def own_loss(self, logits: Float[Tensor, "b n"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
         """Mean over the images of the last forward in training mode; 0 if there is nothing to learn from it."""
+        ...
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A block that looks at all training images before some epochs; `sl.fit` and `sightline train` show them to it."""
+
+    def is_due(self, epoch: int, epochs: int) -> bool:
+        """Whether `prepare` is to be called before this epoch, counted from 0, of so many."""
+        ...
+
+    def prepare(self, features: Iterable[Float[Tensor, "b c h w"]], seed: int = 0) -> None:
+        """Look at what the block gets from the images, in eval mode and without augmentation, one batch at a time."""
         ...
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from sightline.data import clutter, hugging_face, people
+from sightline.data import class_lists, clutter, hugging_face, people
+from sightline.data.class_lists import of_classes, read_class_lists, with_lists
 from sightline.data.columns import table
 from sightline.data.decoded import Decoder, OnTheFly, Stored, decode_all
 from sightline.data.duplicates import copies, sentences
@@ -37,6 +38,7 @@ DATASETS = {
     "clutter-twice": "clutter with two scans of the digit, either of which tells the class, with masks",
     people.NAME: "figures of four parts in the colors of their identity, seen by four cameras, with masks, 64 x 32 px",
     **{name: alias.line for name, alias in hugging_face.ALIASES.items()},
+    **class_lists.SOURCES,
 }
 
 
@@ -46,16 +48,16 @@ def load(data: Data) -> dict[str, ImageSet]:
     With cameras (`data.camera`, or a source that has them): train, val, query and gallery, see `reid`.
 
     With `data.val` 0 there is no val unless the source has one; with `data.streaming` there is no train
-    (see `load_stream`).
+    (see `load_stream`). With `data.classes`, all three are of the classes to train on (see `load_new_classes`).
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
         ValueError: what is there is not a labeled image set, or cannot be split as asked.
         ModuleNotFoundError: the source needs a library that is not installed.
     """
+    data = _checked(data)
     if data.streaming:
         return load_stream(data)[1]
-    data = _checked(data)
     if data.source in _COMPOSED:
         return _COMPOSED[data.source](data)
     listed = _find(data)
@@ -98,6 +100,32 @@ def _normalized(sets: dict[str, ImageSet], listed: Table, data: Data) -> dict[st
     return {split: replace(images, preprocess=preprocess) for split, images in sets.items()}
 
 
+def load_new_classes(data: Data, preprocess: Preprocess) -> dict[str, ImageSet]:
+    """The images of the classes that training never sees: `val` to choose on, and `test`.
+
+    All images of these classes, whichever split of the source they are in. Images become what `preprocess` says.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or data set, or no such class lists.
+        ValueError: the recipe has no class lists, or a class is not in the source.
+        ModuleNotFoundError: the source needs a library that is not installed.
+    """
+    data = _checked(data)
+    if data.classes is None:
+        raise ValueError(
+            f"expected data.classes, the class lists of {data.source}, got none; name {', '.join(class_lists.SOURCES)} "
+            "as data.source, or lists by data.classes"
+        )
+    lists = read_class_lists(data.classes)
+    whole = _all_classes(data)
+    sets: dict[str, ImageSet] = {}
+    for part in ("val", "test"):
+        listed = of_classes(whole, getattr(lists, part))
+        images, _ = _decoded(listed, part, np.arange(len(listed.labels)), preprocess, data)
+        sets[part] = replace(images, skipped=listed.skipped + images.skipped)
+    return sets
+
+
 def load_whole(data: Data, preprocess: Preprocess | None = None) -> dict[str, ImageSet]:
     """Other images for a trained network: the splits of the source, or all of it as test; none are held out.
 
@@ -110,9 +138,9 @@ def load_whole(data: Data, preprocess: Preprocess | None = None) -> dict[str, Im
         ValueError: what is there is not an image set.
         ModuleNotFoundError: the source needs a library that is not installed.
     """
+    data = _checked(data)
     if data.streaming or data.source in _COMPOSED:
         return load(data)
-    data = _checked(data)
     listed = _find(data)
     blank = preprocess or _blank(data, listed)
     if listed.cameras is not None:
@@ -206,10 +234,21 @@ def read_images(
 
 def _checked(data: Data) -> Data:
     """The same fields, each with its type and within its limits."""
-    return load_recipe(Recipe(data=data)).data
+    data = with_lists(load_recipe(Recipe(data=data)).data)
+    if data.classes is not None and (data.streaming or data.source in clutter.PARTS):
+        what = "data.streaming true" if data.streaming else f"the source {data.source}"
+        raise ValueError(f"expected no {what} with data.classes {data.classes}; leave one out")
+    return data
 
 
 def _find(data: Data) -> Table:
+    if data.classes is None:
+        return _all_classes(data)
+    lists = read_class_lists(data.classes)
+    return of_classes(_all_classes(data), lists.train)
+
+
+def _all_classes(data: Data) -> Table:
     return _marked(data, _unmarked(data))
 
 

@@ -27,6 +27,8 @@ from sightline.recipe import Data
 Array = np.ndarray
 _Names = dict[str, list[str]]
 TABLES = (".csv", ".tsv", ".jsonl")
+_PARTS = ("train", "val", "test")
+_IMAGES = "images"
 _IMAGE = ("image", "file_name", "filename", "path", "file")
 _USUAL = {
     "label": ("label",),
@@ -136,9 +138,14 @@ def read_class_names(file: Path) -> list[str]:
 
 
 def table_files(source: Path) -> list[Path]:
-    """The table at a path, or each metadata.csv and metadata.jsonl in a folder and below it."""
+    """The table at a path, or each metadata.csv and metadata.jsonl in a folder and below it.
+
+    A folder with a train.csv beside a folder `images` has a table for each part, as miniImageNet.
+    """
     if not source.is_dir():
         return [source] if source.suffix.lower() in TABLES and source.is_file() else []
+    if (source / "train.csv").is_file() and (source / _IMAGES).is_dir():
+        return [file for part in _PARTS if (file := source / f"{part}.csv").is_file()]
     files: list[Path] = []
     for folder, below, names in os.walk(source):
         below[:] = sorted(name for name in below if not name.startswith((".", "__")))
@@ -289,7 +296,8 @@ def _files(
     loose: list[str] = []
     for line in lines:
         text = "" if line.cells.get(column) is None else str(line.cells[column]).strip()
-        file = _found(line.file.parent, text, listed) if text else None
+        folders = (line.file.parent, line.file.parent / _IMAGES) if text else ()
+        file = next((file for folder in folders if (file := _found(folder, text, listed))), None)
         files.append(file)
         if file is None and (text or what == "images"):
             missing.append(line)
@@ -359,7 +367,7 @@ def _listed(line: Line, image: Path | None, mask: Path | None, columns: Columns,
     assert image is not None  # `_files` refuses lines without an image
     folders = [*image.relative_to(root).parts[:-1]] if image.is_relative_to(root) else [image.parent.name]
     has_split = bool(folders) and folders[0].lower() in PARTS and (columns.label is not None or len(folders) > 1)
-    part = PARTS[folders[0].lower()] if has_split else ""
+    part = PARTS[folders[0].lower()] if has_split else line.file.stem if line.file.stem in _PARTS else ""
     if split := line.text(columns.split):
         if split.lower() not in PARTS:
             raise ValueError(

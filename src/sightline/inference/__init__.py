@@ -1,7 +1,7 @@
 """Calls any model, reads its output, and leaves it unchanged."""
 
 from sightline.inference.copies import copy_of
-from sightline.inference.embedding import embedder
+from sightline.inference.features import features_of
 from sightline.inference.memory import Memory, allowance, fitting_size, held_by, in_batches
 from sightline.inference.outputs import (
     ForwardCall,
@@ -41,8 +41,8 @@ __all__ = [
     "check_images",
     "copy_of",
     "either",
-    "embedder",
     "exact",
+    "features_of",
     "fitting_size",
     "forward",
     "forward_call",

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from torch import nn
@@ -13,10 +14,13 @@ from sightline.attention.insertion import MARK, Block, insert
 from sightline.data import Preprocess
 from sightline.data.tables import read_class_names
 from sightline.facts import current_name, did_you_mean, notice
+from sightline.models.fcan import FCAN
+from sightline.models.mg_cnn import MGCNN
 from sightline.models.neck import add_neck
+from sightline.models.preact import PreActResNet, RNAtt, RNAtt2
 from sightline.models.pretrained import OtherClasses, load_weights, mismatches, named_as, other_classes
 from sightline.models.protopnet import ProtoPNet
-from sightline.models.resnet import CifarResNet, keep_resolution
+from sightline.models.resnet import CifarResNet, MtlResNet, keep_resolution
 from sightline.models.vgg import VGG, VGG15, VGGAtt, VGGAtt2, VGGAtt3, VGGGap, VGGPan
 from sightline.models.vit import TinyViT
 from sightline.models.weights import read_weights
@@ -29,9 +33,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg_att": VGGAtt,
     "vgg_att2": VGGAtt2,
     "vgg_att3": VGGAtt3,
+    "rn164": PreActResNet,
+    "rn_att": RNAtt,
+    "rn_att2": RNAtt2,
     "cifar_resnet": CifarResNet,
+    "mtl_resnet": MtlResNet,
     "tiny_vit": TinyViT,
     "protopnet": ProtoPNet,
+    "fcan": FCAN,
+    "mg_cnn": MGCNN,
 }
 
 
@@ -244,8 +254,9 @@ def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
         if annotation is float and type(value) is int:
             value = float(value)
         literal = get_origin(annotation) is Literal
-        if value not in get_args(annotation) if literal else type(value) is not annotation:
-            expected = " or ".join(map(repr, get_args(annotation))) if literal else annotation.__name__
+        kinds = get_args(annotation) if literal or get_origin(annotation) is UnionType else (annotation,)
+        if value not in kinds if literal else type(value) not in [get_origin(kind) or kind for kind in kinds]:
+            expected = " or ".join(repr(kind) if literal else (get_origin(kind) or kind).__name__ for kind in kinds)
             raise ValueError(f"option {option} of {name}: expected {expected}, got {value!r}")
         checked[option] = value
     return checked

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sightline.models.trunks import timm_features
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
@@ -133,8 +135,6 @@ class ProtoPNet(nn.Module):
         push_every: int = 10,
         last: int = 20,
     ) -> None:
-        import timm
-
         super().__init__()
         for name, value, least in (
             ("num_classes", num_classes, 2),
@@ -146,23 +146,11 @@ class ProtoPNet(nn.Module):
         ):
             if value < least:
                 raise ValueError(f"expected {name} of {least} or more, got {value}")
-        if not timm.is_model(backbone):
-            raise ValueError(f"expected the name of a timm model as backbone, got {backbone!r}; see timm.list_models()")
-        try:
-            features = timm.create_model(backbone, pretrained=pretrained, features_only=True, out_indices=(level,))
-        except (AssertionError, IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"expected a backbone with a feature map at level {level}, got {backbone}: {error}; take another level"
-            ) from error
-        backbone_features = cast(Any, features)
-        if getattr(backbone_features, "output_fmt", "NCHW") != "NCHW":
-            raise ValueError(
-                f"expected a backbone with feature maps (b, c, h, w), got {backbone}; take a convolutional one"
-            )
+        features = timm_features(backbone, pretrained=pretrained, level=level)
         self.stages = Stages(warm=warm, push_every=push_every, last=last)
         self.features = features
         self.add_on = nn.Sequential(
-            nn.Conv2d(backbone_features.feature_info.channels()[-1], channels, 1),
+            nn.Conv2d(cast(Any, features).feature_info.channels()[-1], channels, 1),
             nn.ReLU(),
             nn.Conv2d(channels, channels, 1),
             nn.Sigmoid(),

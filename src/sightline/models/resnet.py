@@ -1,5 +1,6 @@
 """ResNets for small images, and ResNets whose last stages keep their resolution."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +14,39 @@ from sightline.inference import untouched
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class CifarResNet(nn.Module):
+class _SmallResNet(nn.Module):
+    """ResNet of basic blocks: a convolution, three stages of blocks, global average pooling, a linear head."""
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
+    def __init__(
+        self, num_classes: int, stem: int, stem_stride: int, stages: Sequence[tuple[int, int]], blocks: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, stem, 3, stem_stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.relu = nn.ReLU(inplace=True)
+        before = stem
+        for name, (channels, stride) in zip(STAGES, stages, strict=False):
+            self.add_module(name, _stage(before, channels, blocks, stride))
+            before = channels
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(before, num_classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
+        """Logits."""
+        features = self.relu(self.bn1(self.conv1(images)))
+        features = self.layer3(self.layer2(self.layer1(features)))
+        return self.fc(self.flatten(self.avgpool(features)))
+
+
+class CifarResNet(_SmallResNet):
     """ResNet for small images: three stages of 16, 32 and 64 channels, at full, half and a quarter of the resolution.
 
     Args:
@@ -35,38 +68,56 @@ class CifarResNet(nn.Module):
     """
 
     def __init__(self, num_classes: int = 10, *, depth: int = 20, width: float = 1.0, stem_stride: int = 1) -> None:
-        super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"expected a depth of 6n + 2, got {depth}; take 8, 14, 20, 32, 44, 56 or 110")
-        if width < 1 / 16:
-            raise ValueError(f"expected a width of 1/16 or more, got {width}; 1 is the paper's")
+        _check_width(width)
         if stem_stride < 1:
             raise ValueError(f"expected a stem_stride of 1 or more, got {stem_stride}; 1 is the paper's")
         first, second, third = (round(channels * width) for channels in (16, 32, 64))
-        blocks = depth // 6
-        self.conv1 = nn.Conv2d(3, first, 3, stem_stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(first)
-        self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(first, first, blocks, 1)
-        self.layer2 = _stage(first, second, blocks, 2)
-        self.layer3 = _stage(second, third, blocks, 2)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.flatten = nn.Flatten()
-        self.fc = nn.Linear(third, num_classes)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+        super().__init__(num_classes, first, stem_stride, ((first, 1), (second, 2), (third, 2)), depth // 6)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
-        """Logits."""
-        features = self.relu(self.bn1(self.conv1(images)))
-        features = self.layer3(self.layer2(self.layer1(features)))
-        return self.fc(self.flatten(self.avgpool(features)))
+
+class MtlResNet(_SmallResNet):
+    """The ResNet of meta-transfer learning: three stages of 160, 320 and 640 channels, each at half the resolution.
+
+    At 80 px the last map has 10 x 10 positions; with `high_resolution=2` of `create_model`, 40 x 40. The papers call it
+    ResNet-12; with 4 blocks per stage its code has 26 layers with weights.
+
+    Args:
+        num_classes: number of logits.
+        blocks: residual blocks per stage.
+        width: factor of the number of channels.
+
+    Raises:
+        ValueError: no block, or a width that leaves no channel.
+
+    Source: Sun et al., "Meta-Transfer Learning for Few-Shot Learning", CVPR 2019, and its PyTorch code; Gomez et al.
+    (2106.02566), who changed the strides.
+
+    Differs: the code has a hidden layer of 1,000 units before the logits and a bias in the first convolution; that of
+    Gomez et al. cuts two positions off each side of the 40 x 40 map.
+
+    >>> model = MtlResNet(64)
+    >>> model(torch.zeros(1, 3, 80, 80)).shape, sum(p.numel() for p in model.parameters())
+    (torch.Size([1, 64]), 36620304)
+    """
+
+    def __init__(self, num_classes: int = 64, *, blocks: int = 4, width: float = 1.0) -> None:
+        if blocks < 1:
+            raise ValueError(f"expected 1 block per stage or more, got {blocks}; 4 is the paper's")
+        _check_width(width)
+        stem, *stages = (round(channels * width) for channels in (80, 160, 320, 640))
+        super().__init__(num_classes, stem, 1, [(channels, 2) for channels in stages], blocks)
+
+
+def _check_width(width: float) -> None:
+    if width < 1 / 16:
+        raise ValueError(f"expected a width of 1/16 or more, got {width}; 1 is the paper's")
 
 
 def _stage(channels: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
     shortcut = None
-    if stride > 1:
+    if stride > 1 or channels != planes:
         shortcut = nn.Sequential(nn.Conv2d(channels, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
     first = BasicBlock(channels, planes, stride, shortcut)
     return nn.Sequential(first, *(BasicBlock(planes, planes) for _ in range(blocks - 1)))

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from sightline import data, runs
 from sightline.data.splits import draw
-from sightline.inference import copy_of, embedder, untouched
+from sightline.inference import copy_of, features_of, untouched
 from sightline.metrics.retrieval import Ranking, nearest, ranking_of_features
 from sightline.recipe import Data
 from sightline.tasks.outcome import Figure, Outcome, register
@@ -37,12 +37,12 @@ def embed(model: nn.Module, images: data.ImageSet, mirror: bool = True) -> Float
     """
     device = next(model.parameters()).device
     parts: list[Tensor] = []
-    with untouched(model) as net, torch.inference_mode(False), torch.no_grad(), embedder(net) as features_of:
+    with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
         for batch in data.batches(images.unmarked(), _BATCH):
             inputs = data.normalize(batch.images.to(device), images.preprocess)
-            features = normalize(features_of(inputs).flatten(1).float())
+            features = normalize(features_of(net, inputs).flatten(1).float())
             if mirror:
-                features = normalize(features + normalize(features_of(inputs.flip(3)).flatten(1).float()))
+                features = normalize(features + normalize(features_of(net, inputs.flip(3)).flatten(1).float()))
             parts.append(features.cpu())
     return torch.cat(parts)
 

@@ -1,6 +1,7 @@
 """Training: `fit` builds data and network from a recipe, runs the loop and keeps a run folder."""
 
+from sightline.training.episodic import Schedule, meta_transfer, prototypical
 from sightline.training.fit import fit, initial_network
 from sightline.training.loop import Training
 
-__all__ = ["Training", "fit", "initial_network"]
+__all__ = ["Schedule", "Training", "fit", "initial_network", "meta_transfer", "prototypical"]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from sightline import data
-from sightline.inference import copy_of, embedder, logits_of, untouched
+from sightline.inference import copy_of, features_of, logits_of, untouched
 from sightline.metrics.retrieval import ranking_of_features
 from sightline.models.protopnet import ProtoPNet
 from sightline.recipe import Recipe, resolved
@@ -25,7 +25,7 @@ from sightline.training.losses import Loss, Mixed
 from sightline.training.optimizers import average, create_optimizer
 from sightline.training.prototypes import finish_stage
 from sightline.training.schedule import learning_rate
-from sightline.training.stages import enter_epoch, staged_optimizer
+from sightline.training.stages import enter_epoch, prepare, staged_optimizer
 
 RESIDENT = 0.25
 """Share of a GPU's free memory that the images may take, so that no step waits for them."""
@@ -58,7 +58,7 @@ class Training:
         self.network = network.train()
         if optim.sync_batch_norm:
             self.network = convert_sync_batchnorm(self.network)  # also converts timm's norm-activation layers
-        self.layout = _layout(self.network, self.fabric.device)
+        self.layout = memory_layout(self.network, self.fabric.device)
         if not optim.sharded:  # sharded weights have the default memory layout only
             self.network = self.network.to(memory_format=self.layout)
         self.averaged = None if optim.ema is None else copy_of(self.network).to(self.fabric.device)
@@ -116,6 +116,9 @@ class Training:
                 enter_epoch(self.optimizer, self.staged.stages, self.epoch, self.step)
             else:
                 self.freezing.enter(self.epoch)
+            if not self.step:
+                with self.fabric.autocast():
+                    prepare(self.network, self.epoch, self.last_epoch, self._plain_batches, self.seed)
             while True:
                 with record_function("images"):
                     batch = next(batches, None)
@@ -236,13 +239,14 @@ class Training:
         if self.settled:  # before the training was interrupted
             return
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            assert isinstance(self.train, data.ImageSet)  # `check_stages` refuses streams
-            return (self._inputs(b) for b in data.batches(self.train, self.batch_size, ahead=self.ahead))
-
         with self.fabric.autocast():
-            finish_stage(staged, staged.stages, batches, self.batch_size, self.seed + self.epoch)
+            finish_stage(staged, staged.stages, self._plain_batches, self.batch_size, self.seed + self.epoch)
         self.settled = True
+
+    def _plain_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All training images once, in order and without augmentation."""
+        assert isinstance(self.train, data.ImageSet)  # `check_stages` refuses streams
+        return (self._inputs(b) for b in data.batches(self.train, self.batch_size, ahead=self.ahead))
 
     def _batches(self, start: int) -> Iterator[data.Batch]:
         """This process's share of the epoch's batches, from number `start` on."""
@@ -373,9 +377,9 @@ class Training:
         """Share of the images whose nearest one from another camera has their identity."""
         processes.broadcast_buffers(self.result)
         features: list[Tensor] = []
-        with untouched(self.result) as network, torch.no_grad(), self.fabric.autocast(), embedder(network) as embed:
+        with untouched(self.result) as network, torch.no_grad(), self.fabric.autocast():
             for batch in data.batches(images, self.batch_size, ahead=self.ahead):
-                features.append(F.normalize(embed(self._inputs(batch)[0]).float()).cpu())
+                features.append(F.normalize(features_of(network, self._inputs(batch)[0]).float()).cpu())
                 tick()
         whole = torch.cat(features)
         ranked = ranking_of_features(whole, whole, images.labels, images.labels, cameras, cameras)
@@ -389,14 +393,14 @@ class Training:
         return int(processes.all_reduce(torch.tensor(number, device=self.fabric.device)))
 
 
-def _layout(network: nn.Module, device: torch.device) -> torch.memory_format:
+def memory_layout(network: nn.Module, device: torch.device) -> torch.memory_format:
     """The faster memory layout that is safe.
 
-    On a CPU without AVX-512, oneDNN (seen in 3.12, of PyTorch 2.14.1) writes outside the gradient of the weights of a
-    1 x 1 convolution with a stride and fewer than 8 channels, if channels are last.
+    On a CPU, oneDNN (seen in 3.12, of PyTorch 2.14.1) writes outside the gradient of the weights of a 1 x 1 convolution
+    with a stride, if channels are last and fewer than the processor's vectors hold: 8, or 16 with AVX-512.
     """
     is_unsafe = device.type == "cpu" and any(
-        layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels // layer.groups < 8
+        layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels // layer.groups < 16
         for layer in network.modules()
         if isinstance(layer, nn.Conv2d)
     )

@@ -1,5 +1,7 @@
 """The losses that training minimizes."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +12,7 @@ from sightline.attention import WithLoss
 from sightline.inference import logits_of
 from sightline.recipe import Optim
 
+Divergence = Literal["teacher_student", "student_teacher"]
 Mixed = tuple[Int[Tensor, " b"], float]
 """Labels of the images blended in, and the weight of the images themselves."""
 
@@ -26,18 +29,29 @@ def class_weights(labels: Int[np.ndarray, " n"], classes: int) -> Float[Tensor, 
     return torch.from_numpy(len(labels) / (classes * counts.clip(min=1))).float()
 
 
-def distillation(student: Float[Tensor, "b n"], teacher: Float[Tensor, "b n"], temperature: float) -> Float[Tensor, ""]:
+def distillation(
+    student: Float[Tensor, "b n"],
+    teacher: Float[Tensor, "b n"],
+    temperature: float,
+    divergence: Divergence = "teacher_student",
+) -> Float[Tensor, ""]:
     """Distance of the student's predictions from the teacher's: T^2 KL(teacher || student) of the logits / T.
 
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2.
+    "student_teacher": T^2 KL(student || teacher). It punishes probability where the teacher has little, the usual form
+    a lack of it where the teacher has much.
 
-    Differs: the slides of BR-NPA print KL(student || teacher) without temperature; its code has this form.
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2; the other form is printed,
+    without temperature, on the slides of BR-NPA, whose code has the usual one.
 
-    >>> round(float(distillation(torch.zeros(1, 2), torch.tensor([[0.0, np.log(3)]]), 1.0)), 4)
+    >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, np.log(3)]])
+    >>> round(float(distillation(student, teacher, 1.0)), 4)
     0.1308
+    >>> round(float(distillation(student, teacher, 1.0, "student_teacher")), 4)
+    0.1438
     """
     log_student, log_teacher = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    of, to = (log_student, log_teacher) if divergence == "teacher_student" else (log_teacher, log_student)
+    return temperature**2 * F.kl_div(of, to, reduction="batchmean", log_target=True)
 
 
 class Loss(nn.Module):
@@ -81,7 +95,7 @@ class Loss(nn.Module):
         with torch.no_grad():
             teacher_logits = logits_of(self.teacher(images)).float()
         return self.optim.alpha * loss + (1 - self.optim.alpha) * distillation(
-            logits, teacher_logits, self.optim.temperature
+            logits, teacher_logits, self.optim.temperature, self.optim.divergence
         )
 
     def _cross_entropy(self, logits: Float[Tensor, "b n"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
