@@ -68,7 +68,7 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Path:
-    """The folder of a reader of the docs: examples, recipes, `photos` of three classes, `new-photos`, weights; no network.
+    """The folder of a reader of the docs: recipes, examples, `photos` of three classes, `new-photos`, weights; offline.
 
     A reader has no shape checker either, and sees the package's own errors.
     """
