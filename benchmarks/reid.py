@@ -83,16 +83,17 @@ def energies(model: nn.Module, run: Run, shift: int = 0) -> list[list[float]]:
     return (mean / torch.from_numpy(parts).double().mean((0, 2, 3))).tolist()
 
 
-def ranked_table(cells: dict[str, dict[str, Any]], control: str) -> Iterator[str]:
-    """Markdown, a line per row of the study."""
-    yield f"| row | seeds | {' | '.join(FIGURES)} | rank-1 to {control} |"
+def ranked_table(cells: dict[str, dict[str, Any]], study: bench.Study) -> Iterator[str]:
+    """Markdown, a line per row of the study, each beside its control."""
+    yield f"| row | seeds | {' | '.join(FIGURES)} | rank-1 to its control |"
     yield f"|{'---|' * (len(FIGURES) + 3)}"
     for row, seeds in cells.items():
         groups = np.array(next(iter(seeds.values()))["identities"])
         shown = [span(mean_interval(over_seeds(seeds, name), groups)) for name in FIGURES]
-        common = [seed for seed in seeds if seed in cells[control]]
-        gaps = [values(seeds[seed], "rank-1") - values(cells[control][seed], "rank-1") for seed in common]
-        gap = "-" if row == control or not gaps else span(mean_interval(np.mean(gaps, 0), groups), "+")
+        control = study.named("control").get(row, study.control)
+        others = cells.get(control, {}) if row != control else {}
+        gaps = [values(seeds[seed], "rank-1") - values(others[seed], "rank-1") for seed in seeds if seed in others]
+        gap = f"{span(mean_interval(np.mean(gaps, 0), groups), '+')} ({control})" if gaps else "-"
         yield f"| {row} | {len(seeds)} | {' | '.join(shown)} | {gap} |"
     chance = next(iter(next(iter(cells.values())).values()))["chance"]
     yield f"| chance | - | {' | '.join(f'{chance[name]:.3f}' for name in FIGURES)} | - |"
@@ -153,7 +154,7 @@ def main() -> None:
     cells = measure(study, options.runs, RESULTS / f"{options.study.stem.removeprefix('bench_')}.json")
     if not cells:
         raise SystemExit(f"no finished run of {options.study} in {options.runs}; start sightline bench first")
-    print(*ranked_table(cells, study.control), "", sep="\n")
+    print(*ranked_table(cells, study), "", sep="\n")
     if any("parts" in one for seeds in cells.values() for one in seeds.values()):
         print(*parts_table(cells), sep="\n")
 
