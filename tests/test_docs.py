@@ -68,11 +68,12 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Path:
-    """The folder of a reader of the docs: examples, `photos` of three classes, `new-photos`, weights; no network.
+    """The folder of a reader of the docs: recipes, examples, `photos` of three classes, `new-photos`, weights; offline.
 
     A reader has no shape checker either, and sees the package's own errors.
     """
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for folder in ("examples", "recipes"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     rng = np.random.default_rng(0)
     for number in range(36):
         folder = tmp_path / "photos" / ("cat", "dog", "newt")[number % 3]

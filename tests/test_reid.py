@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 import sightline as sl
-from sightline import cli, data, runs, tasks
+from sightline import bench, cli, data, runs, tasks
 from sightline.data.sets import batches
 from sightline.inference import features_of
 from sightline.models.neck import BNNeck, batch_hard_triplet
@@ -266,3 +266,17 @@ def test_maps_of_a_pair_add_up_to_its_product(run):
     maps = sl.explain(net, images, sl.targets.Similarity(partner, cosine=False), ["hires_cam"])["hires_cam"]
     products = ((features - shift) * normalize(partner)).sum(1)
     assert torch.allclose(maps.sum((1, 2, 3)), products, rtol=1e-4, atol=1e-5)
+
+
+def test_a_study_on_identities_compares_by_retrieval(tmp_path):
+    file = tmp_path / "study.yaml"
+    rows = {"GAP": {}, "parts": {"model.options.attention": "brnpa"}}
+    recipe = replace(SMALL, data=replace(SMALL.data, train_size=200, test_size=20))
+    file.write_text(sl.recipe.dump(recipe) + f"rows: {json.dumps(rows)}\ntasks: [retrieval]\n")
+    result = bench.bench(bench.load_study(file), tmp_path / "out")
+    columns, lines = result.table()
+    assert "accuracy, %" not in columns and not result.failed and not result.no_costs
+    for row, line in zip(rows, lines, strict=True):
+        network = runs.open_run(bench.folder(tmp_path / "out", row, 0))
+        expected = tasks.perform("retrieval", network).figures["rank-1"].interval.value
+        assert line[columns.index("retrieval, rank-1")] == f"{expected:.3f}"

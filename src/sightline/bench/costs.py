@@ -38,7 +38,8 @@ def costs_of_rows(result: Bench, out: Path, dataset: str, own: Mapping[str, runs
         return stored
     by_row: dict[str, Costs] = {}
     for source in dict.fromkeys(run.recipe.data for run in opened.values()):
-        images = data.load(source)["test"]
+        splits = data.load(source)
+        images = splits.get("test") or splits["query"]
         rows = {row: run for row, run in opened.items() if run.recipe.data == source}
         largest = min(run.recipe.optim.batch_size for run in rows.values())
         batch = images.batch(range(min(_TIMED, largest, len(images))))

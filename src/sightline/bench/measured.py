@@ -133,8 +133,8 @@ def _with_nan(value: Any) -> Any:
 def measure_run(row: str, run: Run, dataset: str = "", own: runs.Own | None = None) -> MeasuredRun:
     """Measure a run on its test images, and keep maps of the first ones in its folder; `own`: see `runs.load_model`."""
     splits = data.load(run.recipe.data)
-    has_identities = "gallery" in splits  # which are none of the network's classes: see `tasks.retrieval`
-    images = replace(splits["gallery" if has_identities else "test"], preprocess=run.preprocess)
+    has_identities = "query" in splits  # which are none of the network's classes: see `tasks.retrieval`
+    images = replace(splits["query" if has_identities else "test"], preprocess=run.preprocess)
     device = runs.best_device()
     model = runs.load_model(run.folder, own).to(device)
     logits: list[Tensor] = []
@@ -142,7 +142,7 @@ def measure_run(row: str, run: Run, dataset: str = "", own: runs.Own | None = No
     for batch in data.batches(images, _BATCH):
         logits.append(forward(model, data.normalize(batch.images.to(device), run.preprocess), _BATCH).cpu().double())
         areas += [] if batch.masks is None else [batch.masks.double().mean((1, 2, 3))]
-    quality, examples = _quality(model, images)
+    quality, examples = _quality(model, images, run.classes)
     _keep(run.folder / _MAPS, examples)
     return MeasuredRun(
         dataset=dataset,
@@ -211,8 +211,10 @@ def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
     )
 
 
-def _quality(model: nn.Module, images: data.ImageSet) -> tuple[dict[str, Quality], list[Example]]:
-    """The quality of each map, and the first images with their own maps."""
+def _quality(
+    model: nn.Module, images: data.ImageSet, classes: Sequence[str]
+) -> tuple[dict[str, Quality], list[Example]]:
+    """The quality of each map, and the first images with their own maps; `classes` are the network's."""
     batch = images.batch(draw(images.labels, _SCORED, seed=0))
     device = next(model.parameters()).device
     inputs = data.normalize(batch.images.to(device), images.preprocess)
@@ -234,7 +236,7 @@ def _quality(model: nn.Module, images: data.ImageSet) -> tuple[dict[str, Quality
             name=batch.names[i],
             image=batch.images[i].cpu().movedim(0, -1).numpy(),
             label=images.classes[int(batch.labels[i])],
-            prediction=images.classes[int(explanation.targets[i, 0])],
+            prediction=classes[int(explanation.targets[i, 0])],
             probability=float(probabilities[i].max()),
             maps={name: maps[name][i, 0].float().cpu().numpy() for name in (own, "center_map") if name in maps},
             verdicts={},

@@ -24,8 +24,8 @@ class BNNeck(nn.Module):
         ValueError: a negative weight or margin.
         ModuleNotFoundError: a triplet loss without pytorch-metric-learning.
 
-    Source: Luo et al. 2019 (1903.07071), "Bag of Tricks and A Strong Baseline for Deep Person Re-identification",
-    section 3.4 and figure 5.
+    Source: Luo et al. 2019 (1903.07071), "Bag of Tricks and A Strong Baseline for Deep Person Re-identification":
+    BNNeck.
 
     >>> import torch
     >>> neck = BNNeck(8, 3).eval()
@@ -81,7 +81,7 @@ def batch_hard_triplet(
     Raises:
         ModuleNotFoundError: pytorch-metric-learning is not installed.
 
-    Source: Hermans et al. 2017 (1703.07737), "In Defense of the Triplet Loss for Person Re-Identification", equation 5.
+    Source: Hermans et al. 2017 (1703.07737), "In Defense of the Triplet Loss for Person Re-Identification": batch hard.
 
     >>> import torch
     >>> two = torch.tensor([[0.0], [1.0], [1.5], [4.0]])
