@@ -96,7 +96,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> 
 
 def parse(arguments: list[str]) -> None:
     _, overrides = parse_options(arguments, cli.VERBS)
-    recipe.load(recipe.Recipe(), overrides)
+    recipe.load(recipe.Recipe(), {name: value for name, value in overrides.items() if not name.startswith("task.")})
 
 
 def sightline(arguments: list[str], note: str, place: str) -> None:

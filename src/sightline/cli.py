@@ -150,11 +150,12 @@ def evaluate(options: Namespace, overrides: dict[str, Any]) -> None:
 
 
 def explain(options: Namespace, overrides: dict[str, Any]) -> None:
-    """Draw where a model looks: a page per image as PNG, the raw maps as .npz, a table as CSV."""
+    """Draw where a model, or several, look: a page per image as PNG, the raw maps as .npz, a table as CSV."""
     from sightline import models, report, runs
 
     out = Path(options.out)
     before = set(out.iterdir()) if out.is_dir() else set[Path]()
+    images = list(options.images)
     model, classes, name = options.run, (), None
     if not Path(options.run).is_dir():
         runs.check_writable(out)
@@ -165,11 +166,18 @@ def explain(options: Namespace, overrides: dict[str, Any]) -> None:
         raise ValueError(
             "expected --weights and --classes only with the name of a model, got a run folder; leave them out"
         )
+    else:
+        others: list[str] = []
+        while images and (Path(images[0]) / "run.json").is_file():
+            others.append(images.pop(0))
+        if not images:
+            raise ValueError(f"expected images behind the run folders, got {others[-1]} as the last; name some images")
+        model = [options.run, *others] if others else options.run
     limits = {"max_pixels": overrides["data.max_pixels"]} if "data.max_pixels" in overrides else {}
     with terminal.Bar() as bar:
         pages = report.pages(
             model,
-            options.images,
+            images,
             out,
             options.methods,
             options.target,
@@ -396,7 +404,8 @@ def show(options: Namespace, _: dict[str, Any]) -> None:
             line = re.sub(r"[:,]?( of)? \$[^$]*\$", "", line)  # formulas are for the pages of the documentation
             print(f"  {name:<{width}}  {line}")
             if kind == "tasks":
-                print(f"  {'':<{width}}  options: {', '.join(f'--task.{o}' for o in sorted(options_of(thing)))}")
+                names = [f"--task.{option}" for option in sorted(options_of(tasks.TASKS[name]))]
+                print(f"  {'':<{width}}  options: {', '.join(names) or 'none'}")
         if kind == "models":
             print(f"  {'any timm model':<{width}}  by its timm name, for example resnet18 or convnext_tiny")
         if kind == "attention":

@@ -168,10 +168,14 @@ def _train(add: _Add) -> None:
 
 
 def _explain(add: _Add) -> None:
-    add("run", metavar="RUN_OR_MODEL", help="run folder, or a timm / torchvision: model with --weights")
-    add("images", nargs="+", metavar="IMAGE", help="files or folders")
-    methods = "see sightline list explainers; all = every one that fits, fast = without the slow ones (grad_cam)"
-    add("--methods", type=_names, default=["grad_cam"], metavar="A,B,...", help=methods)
+    text = "run folders, compared on one page, or a timm / torchvision: model with --weights"
+    add("run", metavar="RUN_OR_MODEL", help=text)
+    add("images", nargs="+", metavar="[RUN ...] IMAGE", help="files or folders")
+    methods = (
+        "see sightline list explainers; all = every one that fits, fast = without the slow ones (grad_cam); "
+        "of several runs A,B;C;... = those of each"
+    )
+    add("--methods", type=_lists, default=["grad_cam"], metavar="A,B,...", help=methods)
     add("--layer", type=_nonempty, metavar="NAME", help="layer or attention block (the last that feeds the logits)")
     add("--target", metavar="CLASS", help="class to explain, by name or index (the predicted one)")
     _output(add)
@@ -313,6 +317,11 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError(f"expected one name or several, A,B,..., got {text!r}; see sightline list")
     return names
+
+
+def _lists(text: str) -> list[str] | list[list[str]]:
+    """Names, or names for each of several things between semicolons."""
+    return [_names(part) for part in text.split(";")] if ";" in text else _names(text)
 
 
 def _seconds(text: str) -> float:

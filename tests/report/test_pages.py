@@ -1,6 +1,7 @@
 """Pages of maps as a notebook asks for them: from tensors, image sets and files."""
 
 import base64
+import csv
 import io
 import re
 import threading
@@ -16,12 +17,14 @@ import torch
 from PIL import Image
 
 import sightline as sl
-from sightline import maps
+from sightline import cli, maps, runs
 from sightline.data import Preprocess, read_images
 from sightline.data import images as image_files
 from sightline.data.images import open_image, open_picture, quiet
 from sightline.explainers import selection
+from sightline.recipe import Data, Model, Optim, Recipe
 from sightline.testing import PooledModel
+from sightline.training import fit
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 PREPROCESS = Preprocess(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -387,3 +390,74 @@ def test_the_index_names_the_gravest_verdict_and_images_of_a_set_have_their_clas
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     known = replace(read_images([tmp_path / "a.png"], PREPROCESS), labels=np.array([2]), classes=("r", "g", "b"))
     assert {row["true_class"] for row in pages(known, tmp_path / "set").rows} == {"b"}
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """Two runs on the same images: one without attention, one with BR-NPA."""
+    start = Recipe(data=Data(train_size=64, test_size=20), optim=Optim(epochs=1, lr=0.01))
+    options = {"depth": 8, "width": 0.25, "stem_stride": 2}
+    folder = tmp_path_factory.mktemp("networks")
+    rows = {"plain": options, "parts": options | {"attention": "brnpa"}}
+    for name, model in rows.items():
+        fit(replace(start, model=Model(name="cifar_resnet", options=model)), folder / name, progress=False)
+    return [folder / name for name in rows]
+
+
+@pytest.mark.usefixtures("few_validation_images")
+def test_several_networks_share_a_page(networks, files, tmp_path, capsys):
+    both, wanted = [str(run) for run in networks], "grad_cam,center_map;attention,activation_map"
+    cli.main(["explain", *both, *map(str, files), "--methods", wanted, "--out", str(tmp_path / "both")])
+    alone = [
+        sl.report.pages(run, files, tmp_path / run.name, methods=methods.split(","))
+        for run, methods in zip(networks, wanted.split(";"), strict=True)
+    ]
+    with (tmp_path / "both" / "maps.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["network"], row["method"]) for row in rows[:4]] == [
+        ("plain", "grad_cam"), ("plain", "center_map"), ("parts", "attention"), ("parts", "activation_map")
+    ]  # fmt: skip
+    for i in range(3):
+        together = np.load(tmp_path / "both" / f"{i}.npz")
+        for run, pages_of_one in zip(networks, alone, strict=True):
+            raw = np.load(pages_of_one.folder / f"{i}.npz")
+            assert all(np.array_equal(raw[name], together[f"{run.name}: {name}"]) for name in raw)
+            predictions = {row["prediction"] for row in pages_of_one.rows if row["maps"] == str(i)}
+            assert {r["prediction"] for r in rows if (r["maps"], r["network"]) == (str(i), run.name)} == predictions
+    said = capsys.readouterr().out
+    assert "3 images x 4 methods" in said and "parts: attention" in said
+
+
+def test_a_block_with_several_maps_is_drawn_in_color(networks, files, tmp_path):
+    run = networks[1]
+    written = sl.report.pages(run, files[:1], tmp_path, methods=["attention"], overlays=True)
+    raw = np.load(tmp_path / "0.npz")
+    assert raw["attention parts"].shape == (3, *raw["attention"].shape)
+    assert np.allclose(raw["attention parts"].mean(0), raw["attention"])
+    model = sl.load(run)
+    preprocess = runs.open_run(run).preprocess
+    inputs = sl.data.normalize(read_images(files[:1], preprocess).batch([0]).images, preprocess)
+    (weights,) = sl.attention_maps(model, inputs).values()
+    assert np.allclose(raw["attention parts"], weights[0])
+    colored = maps.parts(weights, sl.explain(model, inputs, methods=["activation_map"])["activation_map"])
+    drawn = torch.from_numpy(np.array(Image.open(tmp_path / "0--attention.png"))).movedim(-1, 0).float()
+    back = torch.nn.functional.interpolate(drawn[None], colored.shape[2:], mode="area")
+    assert np.corrcoef(back.flatten(), colored.float().flatten())[0, 1] > 0.9
+    assert written.verdicts["attention"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected images behind the run folders"),
+        (["{image}", "--methods", "cam;cam;cam"], "expected methods for all networks, or a list for each of 2, got 3"),
+        (["{image}", "--methods", "cam;"], "expected one name or several"),
+        (["{image}", "--methods", "cam;no_cam", "--strict"], "no_cam"),
+    ],
+)
+def test_bad_lists_of_networks_are_one_line(arguments, message, networks, files, tmp_path, capsys):
+    given = [argument.format(image=files[0]) for argument in arguments]
+    with pytest.raises(SystemExit):
+        cli.main(["explain", *map(str, networks), *given, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err.strip()
+    assert message in said and len(said.splitlines()) == 1

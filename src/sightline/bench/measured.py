@@ -4,10 +4,8 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -15,19 +13,19 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline import data, metrics, runs
-from sightline.attention import BilinearAttentionPooling, RepresentativeVectors
+from sightline.attention import RepresentativeVectors
 from sightline.data.splits import draw
 from sightline.evaluation import Example
-from sightline.explainers import attention_maps, explain
+from sightline.explainers import explain
 from sightline.facts import current_name
 from sightline.inference import forward
 from sightline.metrics import energy_in_mask
 from sightline.metrics.classification import accuracy
 from sightline.metrics.complexity import sparsity
+from sightline.report.parts import attention_and_parts
 from sightline.runs import Run
 from sightline.tasks import perform
 from sightline.training import initial_network
@@ -191,18 +189,16 @@ def _maps(model: nn.Module, images: data.ImageSet) -> Maps:
     for batch in data.batches(images, _BATCH):
         inputs = data.normalize(batch.images.to(device), images.preprocess)
         masks = None if batch.masks is None else batch.masks.to(device)
-        with _pooled_features(model) as pooled:
-            maps = attention_maps(model, inputs)
+        maps, parts = attention_and_parts(model, inputs)
         for name, weights in maps.items():
             if weights.shape[2] * weights.shape[3] > 1:
-                norms = torch.linalg.vector_norm(pooled[name], dim=1, keepdim=True) if name in pooled else 1
-                sparsities[name].append(sparsity(weights * norms))
+                sparsities[name].append(sparsity(weights * (parts[name].norms if name in parts else 1)))
                 energies[name].append(_energy(weights.mean(1, keepdim=True), masks))
-        for name, features in pooled.items():
+        for name, part in parts.items():
             block = model.get_submodule(name)
             if isinstance(block, RepresentativeVectors) and block.k > 1:
                 with torch.no_grad():
-                    pairs = block.similarities(features)
+                    pairs = block.similarities(part.features)
                 cosines.append((pairs.sum((1, 2)) - block.k) / (block.k * (block.k - 1)))
         activation += [_energy(size, masks) for size in _maps_by("activation_map", model, inputs).values()]
     return Maps(
@@ -299,24 +295,6 @@ def _maps_by(method: str, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]
 
 def _energy(maps: Tensor, masks: Tensor | None) -> Tensor:
     return maps.new_full((len(maps),), math.nan) if masks is None else energy_in_mask(maps, masks)
-
-
-@contextmanager
-def _pooled_features(model: nn.Module) -> Generator[dict[str, Float[Tensor, "b c h w"]]]:
-    """Features that poolings into several vectors take, by the name of the block, once the model has run."""
-    features: dict[str, Tensor] = {}
-    kinds = RepresentativeVectors | BilinearAttentionPooling
-
-    def keep(name: str, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        features[name] = inputs[0].detach()
-
-    poolings = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    handles = [block.register_forward_pre_hook(partial(keep, name)) for name, block in poolings.items()]
-    try:
-        yield features
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _mean(values: list[Tensor]) -> float:

@@ -15,6 +15,7 @@ from sightline.data.decoded import Decoder, OnTheFly, Stored, decode_all
 from sightline.data.duplicates import copies, sentences
 from sightline.data.files import image_files
 from sightline.data.images import MAX_PIXELS
+from sightline.data.layouts import from_layout
 from sightline.data.marks import Record, evenly_spaced, settle
 from sightline.data.sets import ImageSet, ImageStream, Preprocess, batches, sampled, statistics
 from sightline.data.sources import Listing, Records, Table, from_folder
@@ -216,8 +217,8 @@ def _marked(data: Data, table: Table) -> Table:
         raise ValueError(f"data.mask_values says how masks are read, but {data.source} has none; leave it out")
     if not (table.has_masks or table.has_boxes):
         return table
-    form = data.boxes or table.box_form
-    marks, notices = settle(replace(data, boxes=form), table.name, table.reader(evenly_spaced(len(table.labels))))
+    told = replace(data, boxes=data.boxes or table.box_form, mask_values=data.mask_values or table.mask_values)
+    marks, notices = settle(told, table.name, table.reader(evenly_spaced(len(table.labels))))
     return replace(table, marks=marks, notices=table.notices + notices)
 
 
@@ -230,6 +231,8 @@ def _unmarked(data: Data) -> Table:
     listing = [file for file in files if folder.is_file() or lists_images(file, data)]
     if listing:
         return from_tables(data, folder, listing)
+    if (published := from_layout(data, folder)) is not None:
+        return published
     if folder.is_dir():
         unread = tuple(f"{file} is not read, it has no column file_name with the images" for file in files)
         listed = from_folder(data, folder)

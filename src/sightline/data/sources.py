@@ -61,6 +61,8 @@ class Table(Listing):
     """Default side of the images, in pixels."""
     box_form: BoxForm | None = None
     """How boxes are written, if the source says so."""
+    mask_values: tuple[int, ...] | None = None
+    """Mask values that count as the object, if the source says so."""
     marks: Marks = USUAL
 
 

@@ -4,7 +4,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,20 +17,22 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sightline import data, maps, models, runs
+from sightline import maps, runs
 from sightline.data import ImageSet, Preprocess
-from sightline.data.files import Picture, decode_pictures, image_files
+from sightline.data.files import Picture, image_files
 from sightline.data.images import MAX_PIXELS
-from sightline.explainers import EXPLAINERS, FAST, Explanation, explain, fitting, named
-from sightline.explainers.selection import TOLD, prices, unsuited
-from sightline.facts import LEVELS, Layer, Progress, Verdict, did_you_mean, duration, percent, words, worst
-from sightline.inference import Memory, Output, forward_call, in_batches
+from sightline.explainers import named
+from sightline.explainers.selection import TOLD, prices
+from sightline.facts import LEVELS, Layer, Progress, Verdict, duration, percent, words, worst
+from sightline.inference import Memory, Output, in_batches
+from sightline.report.networks import Explained, ExplainedNetwork, Network, methods_of, name_apart, network_of
 
 _FEW, _PER_ROW = 3, 6  # maps beside an image: up to so many are large; more take rows of six
 _LARGE, _SMALL = 448, 256  # longest side of an image on a page, in pixels: beside few maps, and beside more
 _CRISP = 96  # images up to this side are enlarged by a whole factor, so that their pixels are seen
 _MARGIN = 12  # around a page, in pixels
 NO_BREAK = "\N{NO-BREAK SPACE}"
+_IN_COLOR = "red, green, blue: its first three maps; brightness: norm of the features"
 _INDEX, _OURS = "index.html", b" sightline</title>"  # in every page of templates/
 _AT_ONCE = 16  # images decoded and explained together
 
@@ -89,10 +91,10 @@ class Pages:
 
 
 def pages(
-    model: nn.Module | str | Path,
+    model: Network | Sequence[Network],
     images: Sequence[str | Path] | ImageSet | UInt8[Tensor, "b 3 h w"],
     out: str | Path,
-    methods: Sequence[str] = ("grad_cam",),
+    methods: Sequence[str] | Sequence[Sequence[str]] = ("grad_cam",),
     target: int | str | None = None,
     layer: str | None = None,
     *,
@@ -115,19 +117,23 @@ def pages(
     Each page is written as soon as its maps are there: one image after the other if a method takes many passes. After
     an interrupt, maps.csv and index.html list all pages that were written.
 
+    The attention of a block with several maps (BR-NPA, bilinear attention pooling) is drawn as `sightline.maps.parts`,
+    and its .npz has all of its maps as `attention parts`.
+
     Args:
-        model: a run folder, or a classifier.
+        model: a run folder, or a classifier; of several, each page shows the maps of all of them side by side.
         images: files and folders, an image set, or uint8 images at the size that the model takes.
         out: folder to write to; made if missing.
         methods: names of explainers, `name@layer` too; `["all"]` takes every one that fits the model, `["fast"]` those
-            that take a few passes per image. Of several, those that do not fit are left out.
+            that take a few passes per image. Of several, those that do not fit are left out. For several models also a
+            list of such lists, one for each.
         target: class to explain, by name or index. None: the predicted one.
         layer: see `sightline.explain`.
         output: see `sightline.explain`; decided once, by the first images.
         preprocess: how image files become the model's input. None: as in the run, or see `models.preprocess_of`.
         whole: resize all of each image, whatever its shape, also for a model that was trained on the middle of it.
         classes: class names of a model that is no run.
-        name: of the model. None: as in the run, or that of its class.
+        name: of the model. None: as in the run, or that of its class; of several runs, that of their folder.
         batch_size: most images per forward.
         memory: see `sightline.explain`; the images themselves are cut by it, too.
         overlays: write each map over its image as a picture of its own, too.
@@ -144,84 +150,84 @@ def pages(
     runs.check_writable(out)
     if (out / _INDEX).is_file() and _OURS not in (out / _INDEX).read_bytes():
         raise ValueError(f"expected a folder without an {_INDEX} of another program, got {out}; choose a new one")
-    is_run = not isinstance(model, nn.Module)
-    if is_run:
-        run = runs.open_run(model)
-        name = name or run.recipe.model.name.removeprefix(runs.OWN)
-        model, preprocess, classes = runs.load_model(model).to(runs.best_device()), run.preprocess, run.classes
-    is_of_model = preprocess is None
-    preprocess = preprocess or models.preprocess_of(model)
-    if whole:
-        preprocess = replace(preprocess, crop=None)
-    notices = dict[str, None]()
-    if is_of_model and not isinstance(images, ImageSet | Tensor):
-        other = "; whole=True (--whole) takes all of each image" if preprocess.crop else ""
-        notices[f"images are {preprocess}{other}"] = None
-    index = _class_index(target, classes)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    every = {"all": tuple(EXPLAINERS), "fast": FAST}.get(methods[0] if len(methods) == 1 else "")
-    has_slow = any(named(method)[1].many_passes for method in every or methods)
-    if isinstance(images, ImageSet | Tensor):
-        source = _Source(len(images), partial(_in_memory, images), [], ())
-    else:
-        decode = partial(
-            decode_pictures,
-            size=preprocess.size,
-            longest=_LARGE if len(every or methods) <= _FEW else _SMALL,
-            max_pixels=max_pixels,
-            crop=preprocess.crop,
-            interpolation=preprocess.interpolation,
+    models_given = [model] if isinstance(model, nn.Module | str | Path) else [*model]
+    chosen = methods_of(methods, len(models_given))
+    networks = [
+        network_of(
+            one,
+            wanted,
+            target,
+            preprocess,
+            whole,
+            classes,
+            name if len(models_given) == 1 else None,
+            is_file=not isinstance(images, ImageSet | Tensor),
         )
-        source = _files(images, out, decode, strict, classes)._replace(is_cropped=preprocess.crop is not None)
-    writer = _Writer(out, name or type(model).__name__, classes, is_run, source.is_cropped, overlays)
-    left_out: dict[str, str] = {}
-    notices |= dict.fromkeys(source.notices)
+        for one, wanted in zip(models_given, chosen, strict=True)
+    ]
+    name_apart(networks, models_given)
+    has_slow = any(named(method)[1].many_passes for network in networks for method in network.asked())
+    longest = _LARGE if sum(len(network.asked()) for network in networks) <= _FEW else _SMALL
+    sources = [
+        _Source(len(images), partial(_in_memory, images), [], ())
+        if isinstance(images, ImageSet | Tensor)
+        else _files(images, out, network.decoder(longest, max_pixels), strict, network.classes)
+        for network in networks
+    ]
+    total = sources[0].total
+    writer = _Writer(out, networks, any(network.preprocess.crop is not None for network in networks), overlays)
+    notices = {text: None for network in networks for text in network.notices} | dict.fromkeys(sources[0].notices)
     unchecked = dict[str, None]()
+    sizes: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
 
-    def explained(rows: range) -> tuple[_Chunk, Explanation] | None:
-        nonlocal methods, left_out, output
-        chunk = source.read(rows)
-        if chunk is None:
+    def explained(rows: range) -> list[tuple[_Chunk, Explained]] | None:
+        chunks = [source.read(rows) for source in sources]
+        read = [chunk for chunk in chunks if chunk is not None]
+        if len(read) < len(chunks) or len({tuple(chunk.names) for chunk in read}) > 1:
             return None
-        inputs = data.normalize(chunk.images.to(device), preprocess)
-        sizes: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
+        inputs = [network.inputs(chunk.images) for network, chunk in zip(networks, read, strict=True)]
         if not writer.rows:
-            call, notice = forward_call(inputs, output).settled(model, inputs)
-            output = call.output
-            notices.update(dict.fromkeys([notice] if notice else []))
-            given: dict[str, Any] = {"targets": index, "layer": layer, "output": output}
-            if every:
-                methods, left_out = fitting(model, inputs, every, **given)
-            else:
-                left_out = unsuited(model, inputs, methods, strict, **given)
-                methods = [method for method in methods if method not in left_out]
-            if tell is not None and has_slow:
-                seconds = prices(model, inputs[:1], methods=methods, **given, **sizes)
-                if sum(seconds.values()) * source.total > TOLD:
-                    tell(_expected(seconds, source.total) + "; without these: --methods fast" * (every is not None))
-        explanation = explain(model, inputs, index, methods, layer, output=output, progress=progress, **sizes)
-        return chunk, explanation
+            seconds: dict[str, float] = {}
+            for network, normalized in zip(networks, inputs, strict=True):
+                notices.update(dict.fromkeys(network.settle(normalized, layer, output, strict)))
+                if tell is not None and has_slow:
+                    given: dict[str, Any] = {"targets": network.target, "layer": layer, "output": network.output}
+                    for method, price in prices(
+                        network.model, normalized[:1], methods=network.methods, **given, **sizes
+                    ).items():
+                        seconds[method] = seconds.get(method, 0.0) + price
+            if tell is not None and sum(seconds.values()) * total > TOLD:
+                every = any(network.every for network in networks)
+                tell(_expected(seconds, total) + "; without these: --methods fast" * every)
+        return [
+            (chunk, network.explain(normalized, layer, progress, sizes))
+            for network, chunk, normalized in zip(networks, read, inputs, strict=True)
+        ]
 
-    sizes: dict[str, Any] = {"batch_size": 1 if has_slow else min(_AT_ONCE, batch_size), "memory": memory}
-    image_bytes = 3 * preprocess.size[0] * preprocess.size[1] * torch.float32.itemsize
+    at_once: dict[str, Any] = {"batch_size": 1 if has_slow else min(_AT_ONCE, batch_size), "memory": memory}
+    image_bytes = sum(3 * network.preprocess.size[0] * network.preprocess.size[1] for network in networks)
     try:
-        for rows, result in in_batches(explained, source.total, image_bytes, device, **sizes):
-            if result is not None:
-                chunk, explanation = result
-                unchecked |= dict.fromkeys(explanation.unchecked)
-                notices |= dict.fromkeys(explanation.notices)
+        for rows, results in in_batches(
+            explained, total, image_bytes * torch.float32.itemsize, networks[0].device, **at_once
+        ):
+            if results is not None:
+                chunk = results[0][0]
+                for _, (explanation, _) in results:
+                    unchecked |= dict.fromkeys(explanation.unchecked)
+                    notices |= dict.fromkeys(explanation.notices)
                 shown = zip(chunk.names, chunk.true_classes, chunk.pictures, strict=True)
-                for place, (name, true_class, picture) in enumerate(shown):
-                    writer.write(name, true_class, picture, explanation, place)
+                for place, (image, true_class, picture) in enumerate(shown):
+                    writer.write(image, true_class, picture, [result for _, result in results], place)
                 writer.keep_table()
             if progress is not None:
-                progress("explaining", rows.stop, source.total)
+                progress("explaining", rows.stop, total)
     finally:
         if writer.rows:
             writer.write_table()
             writer.write_index()
+    skipped = dict.fromkeys(skip for source in sources for skip in source.skipped)
     if not writer.rows:
-        first = "".join(f"; the first, {name}: {reason}" for name, reason in source.skipped[:1])
+        first = "".join(f"; the first, {image}: {reason}" for image, reason in [*skipped][:1])
         raise ValueError(f"expected at least one readable image, got none{first}")
     return Pages(
         folder=out,
@@ -229,8 +235,8 @@ def pages(
         rows=writer.rows,
         positions=writer.positions,
         written=frozenset(writer.written),
-        skipped=tuple(source.skipped),
-        left_out=left_out,
+        skipped=tuple(skipped),
+        left_out={network.label(method): reason for network in networks for method, reason in network.left_out.items()},
         unchecked=tuple(unchecked),
         notices=(*notices, *writer.notices),
     )
@@ -309,9 +315,7 @@ class _Writer:
     """Writes the files of one image after the other."""
 
     folder: Path
-    model: str
-    classes: Sequence[str]
-    is_run: bool
+    networks: Sequence[ExplainedNetwork]
     is_cropped: bool
     overlays: bool
     rows: list[dict[str, Any]] = field(default_factory=lambda: [])
@@ -325,56 +329,71 @@ class _Writer:
     kept: int = 0
 
     def write(
-        self, name: str, true_class: str, picture: UInt8[Tensor, "3 h w"], explanation: Explanation, place: int
+        self, name: str, true_class: str, picture: UInt8[Tensor, "3 h w"], results: Sequence[Explained], place: int
     ) -> None:
-        """The page and the raw maps of the image at this place of the explanation."""
+        """The page and the raw maps of the image at this place of each network's explanation."""
         stem = free_name(Path(name).stem, self.stems)
-        raw = {method: value[place, 0].float().cpu().numpy() for method, value in explanation.maps.items()}
-        packed = io.BytesIO()
-        np.savez_compressed(packed, allow_pickle=False, **raw)
-        self._save(f"{stem}.npz", packed.getvalue())
-        probabilities = explanation.probabilities[place].tolist()
-        explained, predicted = int(explanation.targets[place, 0]), int(explanation.probabilities[place].argmax())
-        of_class, prediction = (self.classes[i] if i < len(self.classes) else str(i) for i in (explained, predicted))
-        answers = {
-            "class": of_class,
-            "probability": f"{probabilities[explained]:.4f}",
-            "prediction": prediction,
-            "prediction_probability": f"{probabilities[predicted]:.4f}",
-            "true_class": true_class,
-        }
+        raw: dict[str, Any] = {}
         columns: dict[str, Tensor] = {}
         captions: dict[str, str] = {}
         signed: list[str] = []
         rows: list[dict[str, Any]] = []
-        for method, values in sorted(raw.items(), key=lambda item: named(item[0])[1].is_control):
-            verdicts, layer = explanation.verdicts[method][place], explanation.layers[method]
-            self.verdicts.setdefault(method, []).append(verdicts)
-            explainer = named(method)[1]
-            self.positions[method] = positions(values.shape, bool(layer), self.is_run and not explainer.is_control)
-            rows.append(
-                {
-                    "image": name,
-                    "maps": stem,
-                    **answers,
-                    "method": method,
-                    "layer": layer.name,
-                    "shape": " x ".join(map(str, layer.shape)),
-                    "positions": " x ".join(map(str, values.shape)),
-                    "lowest": float(values.min()),
-                    "highest": float(values.max()),
-                    "level": worst(verdicts) or "",
-                    "verdicts": "; ".join(verdicts),
-                }
+        headings: list[str] = []
+        for network, result in zip(self.networks, results, strict=True):
+            explanation = result.explanation
+            probabilities = explanation.probabilities[place].tolist()
+            explained, predicted = int(explanation.targets[place, 0]), int(explanation.probabilities[place].argmax())
+            of_class, prediction = (
+                network.classes[i] if i < len(network.classes) else str(i) for i in (explained, predicted)
             )
-            title = titled(method, verdicts, explainer.is_control)
-            title = method if title in columns else title
-            columns[title] = torch.from_numpy(values)[None, None]
-            captions[title] = caption(values.shape, layer, verdicts)
-            signed += [title] * explainer.is_signed
-            if self.overlays:
-                overlay = maps.overlay(picture[None], columns[title], signed=explainer.is_signed)[0, 0]
-                self._save(f"{stem}--{_file_name(method)}.png", maps.png(overlay))
+            headings.append(self._answer(network, probabilities, explained, predicted))
+            answers = {
+                "class": of_class,
+                "probability": f"{probabilities[explained]:.4f}",
+                "prediction": prediction,
+                "prediction_probability": f"{probabilities[predicted]:.4f}",
+                "true_class": true_class,
+            }
+            for method in sorted(explanation.maps, key=lambda method: named(method)[1].is_control):
+                values = explanation.maps[method][place, 0].float().cpu().numpy()
+                label, explainer = network.label(method), named(method)[1]
+                verdicts, layer = explanation.verdicts[method][place], explanation.layers[method]
+                raw[label] = values
+                self.verdicts.setdefault(label, []).append(verdicts)
+                self.positions[label] = positions(
+                    values.shape, bool(layer), network.is_run and not explainer.is_control
+                )
+                rows.append(
+                    {
+                        "image": name,
+                        "maps": stem,
+                        **({"network": network.name} if network.prefix else {}),
+                        **answers,
+                        "method": method,
+                        "layer": layer.name,
+                        "shape": " x ".join(map(str, layer.shape)),
+                        "positions": " x ".join(map(str, values.shape)),
+                        "lowest": float(values.min()),
+                        "highest": float(values.max()),
+                        "level": worst(verdicts) or "",
+                        "verdicts": "; ".join(verdicts),
+                    }
+                )
+                title = f"{network.prefix}{titled(method, verdicts, explainer.is_control)}"
+                title = label if title in columns else title
+                colored = result.picture(method, place)
+                columns[title] = torch.from_numpy(values)[None, None] if colored is None else colored
+                captions[title] = caption(values.shape, layer, verdicts)
+                if colored is not None:
+                    raw[f"{label} parts"] = result.parts[method].maps[place].float().cpu().numpy()
+                    captions[title] = f"{_IN_COLOR}\n{captions[title]}"
+                signed += [title] * explainer.is_signed
+                if self.overlays:
+                    drawn = self._drawn(picture, columns[title], explainer.is_signed)
+                    self._save(f"{stem}--{_file_name(label)}.png", maps.png(drawn))
+        packed = io.BytesIO()
+        np.savez_compressed(packed, allow_pickle=False, **raw)
+        self._save(f"{stem}.npz", packed.getvalue())
         page = maps.side_by_side(
             sized(picture, _LARGE if len(columns) <= _FEW else _SMALL)[None],
             columns,
@@ -383,19 +402,31 @@ class _Writer:
             captions=captions,
             title="what the network sees" if self.is_cropped else "image",
             per_row=None if len(columns) <= _FEW else _PER_ROW,
-            heading=self._heading(Path(name).name, true_class, probabilities, explained, predicted),
+            heading=self._heading(Path(name).name, true_class, headings),
         )
         self._save(f"{stem}--page.png", maps.png(F.pad(page, [_MARGIN] * 4, value=255)))
         first = next(iter(columns))
-        overlay = maps.overlay(picture[None], columns[first], signed=first in signed)[0, 0]
-        self.thumbnails[stem] = thumbnail([picture, overlay])
+        self.thumbnails[stem] = thumbnail([picture, self._drawn(picture, columns[first], first in signed)])
         self.rows += rows  # last, so that table and index list whole images only
 
-    def _heading(
-        self, file: str, true_class: str, probabilities: Sequence[float], explained: int, predicted: int
-    ) -> str:
+    def _drawn(self, picture: UInt8[Tensor, "3 h w"], column: Tensor, signed: bool) -> UInt8[Tensor, "3 h w"]:
+        """A map laid over the image, or a picture of maps at the size of the image."""
+        if column.is_floating_point():
+            return maps.overlay(picture[None], column, signed=signed)[0, 0]
+        return maps.resize(column.float(), picture.shape[1:])[0].round().clamp(0, 255).to(torch.uint8)
+
+    def _heading(self, file: str, true_class: str, answers: Sequence[str]) -> str:
+        """What is over a page: the answer of the network, or the image and then the answers of several."""
+        image = f"image: {file}" if maps.is_writable(file) else ""
+        of_class = f"true class: {true_class}" if true_class and maps.is_writable(true_class) else ""
+        if len(answers) > 1:
+            return "\n".join(["; ".join(filter(None, (image, of_class))) or "image", *answers])
+        first = "; ".join(filter(None, (answers[0], of_class)))
+        return f"{first}\n{', '.join(filter(None, (f'network: {self.networks[0].name}', image)))}"
+
+    def _answer(self, network: ExplainedNetwork, probabilities: Sequence[float], explained: int, predicted: int) -> str:
         def shown(index: int) -> str:
-            name = self.classes[index] if index < len(self.classes) else ""
+            name = network.classes[index] if index < len(network.classes) else ""
             if not maps.is_writable(name):
                 text = f"no font here has the letters of {name}, so pages show the numbers of such classes"
                 self.notices[f"{text}; install one that has them"] = None
@@ -403,9 +434,7 @@ class _Writer:
             return f"{name or f'class {index}'} ({percent(probabilities[index])})"
 
         prediction = ", the prediction" if explained == predicted else f"; prediction: {shown(predicted)}"
-        prediction += f"; true class: {true_class}" if true_class and maps.is_writable(true_class) else ""
-        image = f", image: {file}" if maps.is_writable(file) else ""
-        return f"explained: {shown(explained)}{prediction}\nnetwork: {self.model}{image}"
+        return f"{network.prefix or 'explained: '}{shown(explained)}{prediction}"
 
     def keep_table(self) -> None:
         """Write maps.csv if it has grown by a twentieth since, so that little is missing even if the process dies."""
@@ -425,9 +454,9 @@ class _Writer:
         """index.html, a thumbnail of each image with its prediction and the worst verdict, linked to its page."""
         from sightline.report.formats import template, uri
 
-        places = {row["method"]: row for row in self.rows}
+        places = {": ".join(filter(None, (row.get("network"), row["method"]))): row for row in self.rows}
         page = template(_INDEX).render(
-            model=self.model,
+            model=", ".join(network.name for network in self.networks),
             images=[_indexed(rows, uri("jpeg", self.thumbnails[rows[0]["maps"]])) for rows in self._by_image()],
             places={
                 method: f"{row['layer']}, {row['positions']} positions".removeprefix(", ")
@@ -551,21 +580,6 @@ def free_name(name: str, taken: set[str]) -> str:
 
 def _file_name(method: str) -> str:
     return "".join(c if c.isalnum() or c in "._-@" else "_" for c in method)
-
-
-def _class_index(target: int | str | None, classes: Sequence[str]) -> int | None:
-    """A class by its name, or else by its index."""
-    if target is None or isinstance(target, int):
-        return target
-    if target in classes:
-        return list(classes).index(target)
-    if target.removeprefix("-").isdecimal():
-        return int(target)
-    names = f"one of {len(classes)} classes such as {', '.join(classes[:3])}"
-    raise ValueError(
-        f"expected the target class by name or index, {names if classes else 'an index, there are no names'}; "
-        f"got {target!r}{did_you_mean(target, classes)}"
-    )
 
 
 def _counted(number: int, what: str) -> str:
