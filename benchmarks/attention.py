@@ -206,6 +206,7 @@ CASES = {
     "non_local": (Case("timm", timm_non_local, POOLED),),
     "ltpa": (Case("formula", PlainLearnToPayAttention, POOLED),),
     "brnpa": (),
+    "ma_cnn": (),
     "bap": (Case("formula", PlainBilinearAttentionPooling, POOLED),),
     "bilinear": (Case("formula", lambda channels: PlainBilinear(), POOLED),),
     "mil": (Case("formula", PlainMIL, POOLED),),

@@ -31,7 +31,7 @@ GATING = (
     *("se", "eca", "gc", "cbam", "channel_gate", "spatial_gate", "bam", "attention_gate"),
     *("self_attention", "non_local"),
 )
-POOLING = ("ltpa", "brnpa", "bap", "bilinear", "mil", "hard", "gap", "gem")
+POOLING = ("ltpa", "brnpa", "bap", "ma_cnn", "bilinear", "mil", "hard", "gap", "gem")
 OPTIONS: dict[str, dict[str, Any]] = {"bilinear": {"project": 8}}  # all pairs of 2,048 channels make 4 million numbers
 KINDS = ("cbam", "bam", "brnpa")
 # three classes, because images have three channels

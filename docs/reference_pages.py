@@ -29,7 +29,7 @@ GENERATED = DOCS / "reference/generated"
 OUTSIDE = {"CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog", "benchmarks/README.md": "benchmarks"}
 """Pages of the repository that the site shows too."""
 MEASURES = METRICS | MOSAIC_METRICS
-ACRONYMS = ("AUC", "BAM", "BAP", "BR-NPA", "CBAM", "ECA", "GAP", "GC", "GeM", "IoU", "LTPA", "MIL", "SE")
+ACRONYMS = ("AUC", "BAM", "BAP", "BR-NPA", "CBAM", "CNN", "ECA", "GAP", "GC", "GeM", "IoU", "LTPA", "MA", "MIL", "SE")
 SPELLINGS = {word.lower().replace("-", ""): word for word in ACRONYMS}
 """How words are spelled in names that `facts.words` leaves as they are."""
 LINK = re.compile(r"(?<!!)\[((?:[^][]|\[[^]]*\](?:\([^)]*\))?)*)\]\(([^)\s]+)\)")

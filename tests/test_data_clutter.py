@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 from sightline.data import clutter, load
@@ -205,6 +206,9 @@ def test_two_digits_never_overlap_and_the_mask_is_both(monkeypatch, name):
         across = gap.argmax(0)
         ahead = np.take_along_axis(first < second, across[None], 0)
         assert 0.35 < across.mean() < 0.65 and 0.4 < ahead.mean() < 0.6  # neither direction nor order tells anything
+        for number in (0, 1):
+            alone = compose(0, "train", range(20), size, parts=PARTS[name], marked=number)[1]
+            np.testing.assert_array_equal(alone, digit[number, :20, :size, :size])
 
 
 def test_two_digits_are_loaded_with_their_classes_and_masks():
@@ -218,7 +222,13 @@ def test_two_digits_are_loaded_with_their_classes_and_masks():
         images, mask, _ = compose(0, "test", [11], parts=PARTS[name])
         np.testing.assert_array_equal(batch.images.numpy(), images)
         np.testing.assert_array_equal(batch.masks[:, 0].numpy(), mask)
-        with pytest.raises(ValueError, match=rf"expected data\.mask of {name} to be digit, got 'patch'"):
+        first, second = (
+            load(Data(source=name, train_size=20, test_size=12, mask=kind))["test"].batch([11])
+            for kind in ("first", "second")
+        )
+        assert torch.equal(first.masks ^ second.masks, batch.masks) and first.masks.any() and second.masks.any()
+        assert torch.equal(first.images, batch.images)
+        with pytest.raises(ValueError, match=rf"expected data\.mask of {name} to be digit or first or second, got"):
             load(Data(source=name, mask="patch"))
 
 

@@ -158,7 +158,7 @@ def test_unknown_sources():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, r"data\.size: expected 1 or more, got 0"),
+        ({"size": 0}, r"data\.size: expected 1 or more, or a height and a width such as 256,128, got 0"),
         ({"train_size": -1}, r"data\.train_size: expected 1 or more, got -1"),
         ({"val": 1.5}, r"data\.val: expected 0 or more and below 1, got 1\.5"),
         ({"seed": -1}, r"data\.seed: expected a whole number from 0 to 2\*\*32 - 1, got -1"),

@@ -85,6 +85,22 @@ def test_bam_se_cbam(tmp_path, capsys):
     assert (tmp_path / "three.png").stat().st_size > 10_000
 
 
+def test_two_level_attention(tmp_path, capsys):
+    import two_level_attention as example
+
+    images, masks = torch.arange(2 * 1600.0).reshape(2, 1, 40, 40), torch.zeros(1, 2, 40, 40, dtype=torch.bool)
+    assert torch.equal(example.windows(images)[1, 7], images[1, :, 5:25, 10:30])
+    masks[0, 0, :2, :2], masks[0, 1, 24:26, 9] = True, True
+    assert example.shown(masks)[0, [0, 6]].tolist() == [[1, 0], [0, 0.5]]
+
+    found = example.main(["--images", "450", "--steps", "60", "--out", str(tmp_path / "two.png")])
+    print(found)
+    assert found["kept windows, on a digit"] > 1.3 * found["random windows, on a digit"]
+    assert min(found[name] for name in found if name.endswith("accuracy")) > 0.15  # 0.11 by chance
+    assert found["both, accuracy"] > found["kept windows, accuracy"] and found["filters in the smaller cluster"] >= 1
+    assert (tmp_path / "two.png").stat().st_size > 10_000 and "by chance" in capsys.readouterr().out
+
+
 STUDY = """
 data: {train_size: 64, test_size: 40}
 model: {name: cifar_resnet, options: {depth: 8, stem_stride: 2}}

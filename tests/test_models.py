@@ -13,7 +13,7 @@ from sightline.attention import LearnToPayAttention
 from sightline.explainers import explain
 from sightline.facts import Notice
 from sightline.models import MODELS, create_model, preprocess_of
-from sightline.models.vgg import with_gradient
+from sightline.models.ltpa import with_gradient
 
 VGGS = [name for name in MODELS if name.startswith("vgg")]
 SMALL = {"width": 1 / 16, "stem_pool": 2}

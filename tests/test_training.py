@@ -443,6 +443,16 @@ def test_distillation_is_hintons_loss_by_hand():
     assert float(loss(images, student, labels)) == pytest.approx(float(wanted), rel=1e-6)
 
 
+def test_distillation_as_the_slides_print_it_by_hand():
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    p = math.exp(2) / (1 + math.exp(2))
+    by_hand = 4 * (0.5 * math.log(0.5 / p) + 0.5 * math.log(0.5 / (1 - p)))
+    assert float(distillation(student, teacher, 2.0, "student_teacher")) == pytest.approx(by_hand, rel=1e-6)
+    asked = replace(TINY.optim, alpha=0.0, temperature=2.0, divergence="student_teacher")
+    loss = Loss(asked, None, nn.Sequential(nn.Flatten(), nn.Identity()))
+    assert float(loss(teacher[:, :, None, None], student, torch.tensor([1]))) == pytest.approx(by_hand, rel=1e-6)
+
+
 def test_hard_attention_is_trained_by_reinforce():
     """By hand: the cross entropy, and each image's reward above that of the others times its log-probability."""
     network = nn.Sequential(HardAttention(2, mixed=0.0), nn.Linear(2, 3))

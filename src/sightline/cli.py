@@ -73,7 +73,7 @@ def demo(options: Namespace, overrides: dict[str, Any]) -> None:
 
 
 def train(options: Namespace, overrides: dict[str, Any]) -> None:
-    """Train a classifier on a set of images, then evaluate it and write the report."""
+    """Train a classifier on a set of images, then evaluate it and write the report (identities: how they are found)."""
     start = _small(overrides.get("model.name")) if options.recipe is None else recipe.load(options.recipe)
     if options.print_recipe:
         from sightline.runs import filled
@@ -95,6 +95,7 @@ def _small(name: str | None) -> recipe.Recipe:
 
 
 def _train(start: recipe.Recipe, options: Namespace, overrides: dict[str, Any], profile: bool = False) -> None:
+    from sightline.data import has_identities
     from sightline.explainers import named
     from sightline.report.run_evaluation import check_size
     from sightline.training import fit, processes
@@ -110,6 +111,10 @@ def _train(start: recipe.Recipe, options: Namespace, overrides: dict[str, Any], 
         return
     runs = trained if isinstance(trained, list) else [trained]
     terminal.tell_skipped(runs[0].skipped)
+    if has_identities(runs[0].recipe.data):
+        for run in runs:
+            _perform("retrieval", run, run.folder, {})
+        return
     evaluations = [_evaluate(run, first=_tell_first, **chosen) for run in runs]
     told = runs[0].notices
     terminal.tell_notices(notice for one in evaluations for notice in one.notices if notice not in told)
@@ -254,18 +259,31 @@ def _end_of(result: "Bench", is_whole: bool, out: str) -> None:
 
 def task(options: Namespace, overrides: dict[str, Any]) -> None:
     """Measure a trained run in another task than naming its test images: figures with intervals."""
-    from sightline import runs, tasks
+    from sightline import runs
 
     run = runs.open_run(options.run)
     out = Path(options.out or run.folder)
     runs.check_writable(out)
-    chosen = {name.removeprefix("task."): value for name, value in overrides.items()}
-    outcome = tasks.perform(options.name, run, **chosen)
-    file = out / f"task-{options.name}.json"
+    _perform(options.name, run, out, {name.removeprefix("task."): value for name, value in overrides.items()})
+
+
+def _perform(name: str, run: Any, out: Path, chosen: dict[str, Any]) -> None:
+    """Measure a run in a task, print the figures and keep them."""
+    from sightline import tasks
+
+    outcome = tasks.perform(name, run, **chosen)
+    file = out / f"task-{name}.json"
     outcome.to_json(file)
-    terminal.print_columns(f"{options.name}: {run.recipe.model.name}", *outcome.table())
+    terminal.print_columns(f"{name}: {run.recipe.model.name}", *outcome.table())
     terminal.print_sentences(outcome.notices)
     print(f"figures: {file}")
+    if name == "retrieval":
+        from sightline.report.ranked import write_ranked
+        from sightline.runs import load_model
+
+        model = load_model(run.folder)
+        found = tasks.find(run, model, **tasks.check_options(name, chosen))
+        print(f"ranked lists: {write_ranked(found, model, out / 'ranked.html', run)}")
 
 
 def sight(options: Namespace, overrides: dict[str, Any]) -> None:

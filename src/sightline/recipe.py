@@ -28,6 +28,10 @@ FRACTION = Limit("between 0 and 1", lambda x: 0 <= x <= 1)
 BELOW_ONE = Limit("0 or more and below 1", lambda x: 0 <= x < 1)
 SEED = Limit("a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
 UP_TO_ONE = Limit("above 0 and at most 1", lambda x: 0 < x <= 1)
+SIDES = Limit(
+    "1 or more, or a height and a width such as 256,128",
+    lambda x: x >= 1 if isinstance(x, int) else len(x) == 2 and min(x) >= 1,
+)
 PIXELS = Limit("1 to 178,956,970", lambda x: 1 <= x <= 178_956_970)
 MASK_VALUES = Limit("one whole number of 0 or more, or several", lambda x: len(x) > 0 and min(x) >= 0)
 FREEZE = Limit("0 or more epochs, or names of modules", lambda x: x >= 0 if isinstance(x, int) else len(x) > 0)
@@ -55,7 +59,11 @@ class Data:
         None, "Column of the image. None: the only one of images (tables: `image`, `file_name`)."
     )
     label: str | None = _field(None, "Column of the class. None: `label`, or the only one of classes, or the folder.")
-    mask: str | None = _field(None, "Column of the evidence mask. None: `mask` (clutter-shortcut: `digit` or `patch`).")
+    mask: str | None = _field(
+        None,
+        "Column of the evidence mask. None: `mask` (clutter-shortcut: `digit` or `patch`; two digits: `digit`, `first` "
+        "or `second`).",
+    )
     box: str | None = _field(None, "Column with one box or several. None: `bbox` if there is one.")
     boxes: Literal["xyxy", "xywh", "relative", "relative_xywh", "cxcywh"] | None = _field(
         None,
@@ -74,11 +82,16 @@ class Data:
         "Few-shot: class lists `cifar_fs`, `fc100`, `mini_imagenet`, or a JSON file with the names of the classes of "
         "train, val and test. Training uses those of train alone. None: all classes.",
     )
-    size: int | None = _field(
+    camera: str | None = _field(
         None,
-        "Side of the model's square input in pixels. None: with model.weights the network's own, else the source's "
-        "(clutter 40, cifar 32, folder 128).",
-        COUNT,
+        "Column of the camera; with it the classes are identities, and the test asks for images of the same identity "
+        "from other cameras. None: no cameras (`clutter-person` and folders in Market-1501's layout have theirs).",
+    )
+    size: int | tuple[int, ...] | None = _field(
+        None,
+        "Side of the model's square input in pixels, or its height and width, such as 256,128. None: with "
+        "model.weights the network's own, else the source's (clutter 40, cifar 32, folder 128).",
+        SIDES,
     )
     resplit: bool = _field(False, "Merge the source's splits and split again (by group if a group column is named).")
     val: float = _field(0.1, "Fraction of the training images for validation if the source has none.", BELOW_ONE)
@@ -99,6 +112,18 @@ class Data:
     drop_duplicates: bool = _field(
         False, "Leave out test and validation images that are copies of training images, and copies with two labels."
     )
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width of the input, if `size` says.
+
+        >>> Data(size=32).sides, Data(size=(256, 128)).sides
+        ((32, 32), (256, 128))
+        """
+        if self.size is None or isinstance(self.size, int):
+            return None if self.size is None else (self.size, self.size)
+        height, width = self.size
+        return height, width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +168,12 @@ class Optim:
 
     epochs: int | None = _field(None, "Passes over the training images. None: 10 with model.weights, else 20.", COUNT)
     batch_size: int = _field(32, "Images per step, over all processes; an incomplete last batch is dropped.", COUNT)
+    images_per_class: int | None = _field(
+        None,
+        "Fill each batch with so many images of each of its classes, so that a triplet loss finds pairs (usual: 4). "
+        "None: images in random order.",
+        COUNT,
+    )
     optimizer: Literal["sgd", "adamw"] = _field("adamw", "SGD with momentum, or AdamW.")
     lr: float | None = _field(None, "Highest learning rate. None: 0.001 with model.weights, else 0.003.", POSITIVE)
     freeze: int | tuple[str, ...] | None = _field(
@@ -187,6 +218,10 @@ class Optim:
     )
     teacher: str | None = _field(None, "Run folder of a network whose outputs this one learns too. None: labels alone.")
     temperature: float = _field(4.0, "teacher: divides its logits; more shows more of small probabilities.", POSITIVE)
+    divergence: Literal["teacher_student", "student_teacher"] = _field(
+        "teacher_student",
+        "teacher: KL(teacher || student), as Hinton's, or KL(student || teacher), as the slides of BR-NPA print it.",
+    )
     alpha: float = _field(0.6, "teacher: weight of the labels in the loss; the teacher has the rest.", FRACTION)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = _field("32-true", "Arithmetic of the training step.")
     compile: bool = _field(False, "Use torch.compile: pays off on a GPU after minutes. Needs a C++ compiler.")

@@ -33,7 +33,7 @@ Own = nn.Module | Callable[..., nn.Module]
 OWN = "own:"
 """Start of the name of such a network in a recipe; what follows only tells its reader which one it was."""
 _TRANSFORMER_DECAY = 0.75
-_BLOCK_OPTIONS = ("attention", "attention_options", "high_resolution")
+_BLOCK_OPTIONS = ("attention", "attention_options", "high_resolution", "neck")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -281,6 +281,8 @@ class Similarity(Target):
 
     Args:
         embedding: (d,) for all images, or (b, d).
+        cosine: False: the dot product with the fixed embedding of length 1. Its gradient does not vanish where the two
+            are alike, and for a network with average pooling HiRes-CAM divides it among the positions.
         output: the tensor to read where the model returns several, as in `explain`.
 
     Raises:
@@ -291,23 +293,27 @@ class Similarity(Target):
 
     >>> Similarity(torch.tensor([1.0, 0.0]))(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
     tensor([0.6000, 0.0000])
+    >>> Similarity(torch.tensor([2.0, 0.0]), cosine=False)(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    tensor([3., 0.])
     """
 
     embedding: Tensor
     output: Pick = None
+    cosine: bool = True
 
     def __post_init__(self) -> None:
         check_tensor("embedding= as a tensor", self.embedding)
 
     def __call__(self, output: Any) -> Float[Tensor, " b"]:
-        """The cosine."""
+        """The cosine, or the product."""
         values, wanted = logits_of(output, self.output), self.embedding
         if wanted.shape not in (values.shape[1:], values.shape):
             raise ValueError(
                 f"expected an embedding ({values.shape[1]},), or {tuple(values.shape)} with one for each image, got "
                 f"{tuple(wanted.shape)}; take it from the same model, for example model(image)[0]"
             )
-        return F.cosine_similarity(values, wanted.detach().to(values).expand_as(values), 1)
+        wanted = wanted.detach().to(values).expand_as(values)
+        return F.cosine_similarity(values, wanted, 1) if self.cosine else (values * F.normalize(wanted)).sum(1)
 
     def at(self, rows: Int[Tensor, " n"]) -> "Similarity":
         """Each image's own embedding, if they have one each."""

@@ -6,6 +6,7 @@ from sightline.attention.bilinear import *
 from sightline.attention.channel import *
 from sightline.attention.hard import *
 from sightline.attention.insertion import *
+from sightline.attention.ma_cnn import *
 from sightline.attention.parts import *
 from sightline.attention.pooling import *
 from sightline.attention.registry import *

@@ -3,8 +3,9 @@
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sightline.attention.pooling import Compat, CompatibilityGate
 from sightline.attention.registry import check_choice, register
@@ -85,6 +86,16 @@ class HardGate(CompatibilityGate):
             soft = (noisy / self.temperature).softmax(1)
             weights = self._best(noisy) + (soft - soft.detach())
         return weights.to(features.dtype).unflatten(1, (1, *features.shape[2:]))
+
+    def reinforced(self, reward: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        """`reinforce_loss` of the positions drawn last; the baseline is the mean reward of the batch's other images.
+
+        0 if none were drawn, and for a single image, which has no others.
+        """
+        if self.log_prob is None or self.entropy is None or len(reward) < 2:
+            return reward.new_zeros(())
+        others = (reward.sum() - reward) / (len(reward) - 1)
+        return reinforce_loss(self.log_prob, reward - others, 0.0, self.entropy)
 
     def __getstate__(self) -> dict[str, Any]:
         """State for copies and files, without the tensors of the last forward's graph."""
@@ -184,6 +195,15 @@ class HardAttention(nn.Module):
         """Vector of the chosen position of each image."""
         weights = self.gate(features, query).flatten(2)
         return torch.bmm(weights, features.flatten(2).transpose(1, 2)).squeeze(1)
+
+    def own_loss(self, logits: Float[Tensor, "b n"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+        """`reinforce_loss` of the last forward in training mode; 0 with other estimators and for a single image.
+
+        The reward of an image is the log-probability of its label, the baseline the mean reward of the other images.
+
+        Differs: the paper's baseline is a moving average over batches, which would be additional training state.
+        """
+        return self.gate.reinforced(-F.cross_entropy(logits, labels, reduction="none"))
 
 
 def reinforce_loss(

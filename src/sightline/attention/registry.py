@@ -1,11 +1,12 @@
 """Attention blocks by name; each registers itself where it is defined."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar, runtime_checkable
 
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-__all__ = ["ATTENTION", "register"]
+__all__ = ["ATTENTION", "Prepared", "WithLoss", "register"]
 
 Block = TypeVar("Block", bound=Callable[..., nn.Module])
 
@@ -21,6 +22,31 @@ def register(name: str) -> Callable[[Block], Block]:
         return block
 
     return add
+
+
+@runtime_checkable
+class WithLoss(Protocol):
+    """A block or network with a loss of its own; `sl.fit` and `sightline train` add it to the loss of the labels.
+
+    A forward in training mode keeps what `own_loss` needs; the latter is called once after each such forward.
+    """
+
+    def own_loss(self, logits: Float[Tensor, "b n"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+        """Mean over the images of the last forward in training mode; 0 if there is nothing to learn from it."""
+        ...
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A block that looks at all training images before some epochs; `sl.fit` and `sightline train` show them to it."""
+
+    def is_due(self, epoch: int, epochs: int) -> bool:
+        """Whether `prepare` is to be called before this epoch, counted from 0, of so many."""
+        ...
+
+    def prepare(self, features: Iterable[Float[Tensor, "b c h w"]], seed: int = 0) -> None:
+        """Look at what the block gets from the images, in eval mode and without augmentation, one batch at a time."""
+        ...
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -132,7 +132,9 @@ def _with_nan(value: Any) -> Any:
 
 def measure_run(row: str, run: Run, dataset: str = "", own: runs.Own | None = None) -> MeasuredRun:
     """Measure a run on its test images, and keep maps of the first ones in its folder; `own`: see `runs.load_model`."""
-    images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)
+    splits = data.load(run.recipe.data)
+    has_identities = "gallery" in splits  # which are none of the network's classes: see `tasks.retrieval`
+    images = replace(splits["gallery" if has_identities else "test"], preprocess=run.preprocess)
     device = runs.best_device()
     model = runs.load_model(run.folder, own).to(device)
     logits: list[Tensor] = []
@@ -146,8 +148,8 @@ def measure_run(row: str, run: Run, dataset: str = "", own: runs.Own | None = No
         dataset=dataset,
         row=row,
         seed=run.seed,
-        accuracy=accuracy(torch.cat(logits).softmax(1).numpy(), images.labels),
-        majority=int(np.bincount(images.labels).max()) / len(images),
+        accuracy=math.nan if has_identities else accuracy(torch.cat(logits).softmax(1).numpy(), images.labels),
+        majority=math.nan if has_identities else int(np.bincount(images.labels).max()) / len(images),
         area=_mean(areas),
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=median_high(epoch["seconds"] for epoch in run.history),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 
-from sightline.data.decoded import Pixels
+from sightline.data.decoded import Composed
 from sightline.data.sets import ImageSet, sampled, statistics
 from sightline.data.sources import COLUMNS
 from sightline.data.splits import held_out
@@ -29,7 +29,6 @@ SPLITS = ("train", "val", "test")
 SIZES = {"train": 6000, "val": 1000, "test": 2000}
 CELLS = 10  # a scan of 8 x 8 with an empty cell around it
 FEWEST, FRAGMENTS = 6, 8
-CHUNK = 256
 _SINGLE = tuple((k,) for k in range(10))
 PARTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "clutter": _SINGLE,
@@ -38,6 +37,8 @@ PARTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "clutter-twice": tuple((k, k) for k in range(10)),
 }
 """The digits that the images of each class show, one or two."""
+ORDER = ("first", "second")
+"""Masks of a single digit, in the order of `PARTS`."""
 Uniform = Callable[..., Float[Array, "b ..."]]
 Below = Callable[[Any], Int64[Array, " b"]]
 PATCH_COLORS = np.array(
@@ -89,7 +90,7 @@ def _glyphs(
     return np.clip((drawn - 0.5) * (side / CELLS)[:, None, None] + 0.5, 0, 1)
 
 
-def _color(
+def hsv(
     hue: Float[Array, "..."], saturation: Float[Array, "..."], value: Float[Array, "..."]
 ) -> Shaped[Array, "... 3"]:
     """Colors in [0, 1] from hue, saturation and value in [0, 1]."""
@@ -106,9 +107,9 @@ def _texture(noise: Float[Array, "b c k k"], size: int) -> Float[Array, "b c s s
     return weights @ noise @ weights.T
 
 
-def _background(uniform: Uniform, size: int) -> Float[Array, "b s s 3"]:
+def background(uniform: Uniform, size: int) -> Float[Array, "b s s 3"]:
     """A dark color with soft clouds of other tints, relief and grain."""
-    base = _color(uniform(), 0.15 + 0.4 * uniform(), 0.25 + 0.2 * uniform())[:, None, None]
+    base = hsv(uniform(), 0.15 + 0.4 * uniform(), 0.25 + 0.2 * uniform())[:, None, None]
     tint, relief = _texture(uniform(3, 5, 5), size), _texture(uniform(1, 10, 10), size)
     clouds = (0.2 * (tint - 0.5) + 0.2 * (relief - 0.5)).transpose(0, 2, 3, 1)
     return np.clip(base + clouds + 0.06 * (uniform(size, size, 1) - 0.5), 0, 0.5)
@@ -116,7 +117,7 @@ def _background(uniform: Uniform, size: int) -> Float[Array, "b s s 3"]:
 
 def _ink_color(uniform: Uniform) -> Float[Array, "b 3"]:
     """Lighter than any background; the same for digits and fragments, so that it tells nothing."""
-    return _color(uniform(), 0.6 * uniform(), 0.75 + 0.25 * uniform())
+    return hsv(uniform(), 0.6 * uniform(), 0.75 + 0.25 * uniform())
 
 
 def _square(top: Int64[Array, " b"], left: Int64[Array, " b"], n: int) -> tuple[Array, Array, Array]:
@@ -145,11 +146,13 @@ def compose(
     size: int = 40,
     shortcut: float | None = None,
     parts: Sequence[tuple[int, ...]] = _SINGLE,
+    marked: int | None = None,
 ) -> tuple[UInt8[Array, "b 3 s s"], Bool[Array, "b s s"], Bool[Array, "b s s"]]:
     """Images with the masks of their digits and of their patch; the class is the index modulo the number of classes.
 
     Each image depends on (seed, split, index) alone. `parts` holds the digits of each class: one, or two that do not
-    overlap and are drawn smaller; two of one class are different scans. With `shortcut`, a patch covers one corner: its
+    overlap and are drawn smaller; two of one class are different scans. The mask is that of all digits, or of digit
+    number `marked` alone. With `shortcut`, a patch covers one corner: its
     color is that of the class in this share of the images, and drawn from ten classes in the others. None: no patch.
 
     >>> images, digit, patch = compose(0, "test", [7])
@@ -175,7 +178,7 @@ def compose(
     def side() -> Float[Array, " b"]:
         return (low + (high - low) * uniform()) * unit
 
-    canvas = np.pad(_background(uniform, size), ((0, 0), (0, largest), (0, largest), (0, 0)))
+    canvas = np.pad(background(uniform, size), ((0, 0), (0, largest), (0, largest), (0, 0)))
     piece = round(high / 4 * unit)
     for k in range(FRAGMENTS):  # of scans other than the first
         other = (scans[0] + 1 + below(len(ink) - 1)) % len(ink)
@@ -192,11 +195,11 @@ def compose(
         _separate(corners, np.ceil(sides).astype(np.int64), size, below)
     digit = np.zeros(canvas.shape[:3], dtype=bool)
     edge = np.zeros(len(indices), dtype=np.float32)
-    for scan, width, corner in zip(scans, sides, corners, strict=True):
+    for number, (scan, width, corner) in enumerate(zip(scans, sides, corners, strict=True)):
         alpha = _glyphs(ink[scan], width, edge, edge, largest)
         where = _square(corner[0], corner[1], largest)
         _paste(canvas, where, alpha, _ink_color(uniform))
-        digit[where] |= alpha >= 0.25
+        digit[where] |= (alpha >= 0.25) & (marked in (None, number))
     images = np.rint(canvas[:, :size, :size] * 255).astype(np.uint8)
     digit = digit[:, :size, :size]
 
@@ -228,23 +231,22 @@ def _scans(shown: Int64[Array, "k b"], count: Int64[Array, " 10"], below: Below)
     return (np.cumsum(count) - count)[shown] + chosen
 
 
-class Composed:
-    """Composes each image when it is first asked for, and keeps it."""
+def _with_mask(mask: str, *args: Any, **kwargs: Any) -> tuple[UInt8[Array, "b 3 s s"], Bool[Array, "b s s"]]:
+    """What `compose` returns, with one of its masks."""
+    images, digit, patch = compose(*args, **kwargs)
+    return images, patch if mask == "patch" else digit
 
-    def __init__(self, compose: Callable[[Int64[Array, " b"]], Sequence[Array]], n: int, size: int, mask: str):
-        self.compose, self.mask = compose, mask
-        self.images = np.zeros((n, 3, size, size), dtype=np.uint8)
-        self.masks = np.zeros((n, size, size), dtype=bool)
-        self.done = np.zeros(n, dtype=bool)
 
-    def read(self, rows: Int64[Array, " b"]) -> Pixels:
-        """The images of these rows with the mask asked for."""
-        missing = np.unique(rows[~self.done[rows]])
-        for part in np.array_split(missing, -(-len(missing) // CHUNK)) if len(missing) else []:
-            self.images[part], digit, patch = self.compose(part)
-            self.masks[part] = digit if self.mask == "digit" else patch
-            self.done[part] = True
-        return Pixels(self.images[rows], self.masks[rows], None)
+def check_composed(data: Data) -> None:
+    """Refuse fields about columns and files.
+
+    Raises:
+        ValueError: one is set.
+    """
+    for option in (*COLUMNS, "boxes", "mask_values"):
+        if option != "mask" and getattr(data, option) is not None:
+            kind = "names a column" if option in COLUMNS else "is for files"
+            raise ValueError(f"data.{option} {kind}, but {data.source} is composed; leave it out")
 
 
 def load(data: Data) -> dict[str, ImageSet]:
@@ -253,16 +255,16 @@ def load(data: Data) -> dict[str, ImageSet]:
     Raises:
         ValueError: a column or mask that the source does not have, or a canvas too small for its parts.
     """
-    for option in ("image", "label", "box", "group", "boxes", "mask_values"):
-        if getattr(data, option) is not None:
-            kind = "names a column" if option in COLUMNS else "is for files"
-            raise ValueError(f"data.{option} {kind}, but {data.source} is composed; leave it out")
+    check_composed(data)
     parts, patched = PARTS[data.source], data.source == "clutter-shortcut"
-    kinds = ("digit", "patch") if patched else ("digit",)
-    mask = data.mask or kinds[-1]
+    kinds = ("digit",) + patched * ("patch",) + (len(parts[0]) > 1) * ORDER
+    mask = data.mask or ("patch" if patched else "digit")
     if mask not in kinds:
         raise ValueError(f"expected data.mask of {data.source} to be {' or '.join(kinds)}, got {mask!r}")
-    size = data.size or 40
+    size = 40 if data.size is None else data.size
+    if not isinstance(size, int):
+        raise ValueError(f"expected data.size of {data.source} as one side, as its images are square, got {data.size}")
+    marked = ORDER.index(mask) if mask in ORDER else None
     if size < 24:
         raise ValueError(
             f"expected data.size of at least 24 for {data.source}, got {size}; a digit needs that many pixels"
@@ -271,8 +273,9 @@ def load(data: Data) -> dict[str, ImageSet]:
     stores: dict[str, Composed] = {}
     for split in SPLITS:
         shortcut = (0.0 if split == "test" else data.shortcut) if patched else None
-        composed = partial(compose, data.seed, split, size=size, shortcut=shortcut, parts=parts)
-        stores[split] = Composed(composed, sizes[split], size, mask)
+        known = {"size": size, "shortcut": shortcut, "parts": parts, "marked": marked}
+        composed = partial(_with_mask, mask, data.seed, split, **known)
+        stores[split] = Composed(composed, sizes[split], (size, size))
     preprocess = statistics(sampled(stores["train"], sizes["train"], 2000))
     return {
         split: ImageSet(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 
 from sightline.data import sources
 from sightline.data.decoded import Record
@@ -27,6 +27,7 @@ class Columns(NamedTuple):
     mask: str | None
     box: str | None
     group: str | None
+    camera: str | None = None
 
 
 def choose_columns(data: Data, source: HubSet) -> Columns:
@@ -49,7 +50,7 @@ def choose_columns(data: Data, source: HubSet) -> Columns:
     label = data.label or alias.label or ("label" if "label" in features else kinds[0] if len(kinds) == 1 else None)
     if label is None:
         raise sources.unclear_column("class", "label", alias.hub, kinds or features)
-    columns = Columns(image=image, label=label, mask=mask, box=box, group=data.group)
+    columns = Columns(image=image, label=label, mask=mask, box=box, group=data.group, camera=data.camera)
     _check_kinds(features, columns)
     for part, rows in parts.items():
         for column in filter(None, columns):
@@ -66,7 +67,7 @@ def _check_kinds(features: Mapping[str, Any], columns: Columns) -> None:
         feature = features[name]
         kind = getattr(feature, "dtype", "") if type(feature).__name__ == "Value" else ""
         text_or_number = type(feature).__name__ == "ClassLabel" or kind
-        if option in ("label", "group"):
+        if option in ("label", "group", "camera"):
             if not text_or_number:
                 raise sources.wrong_column("text or whole numbers", option, name, _words(feature))
         elif text_or_number and not any(word in kind for word in ("string", "binary")):
@@ -135,9 +136,12 @@ def table(data: Data, source: HubSet) -> sources.Table:
             raise ValueError(f"the columns of {' and '.join(parts)} in {alias.hub} differ in type: {error}") from error
     part = np.repeat(list(parts), [len(rows) for rows in parts.values()])
     classes, labels = encode_labels(whole[columns.label][:], whole.features[columns.label], columns.label)
-    groups = None
-    if columns.group is not None:
-        groups = sources.group_names(["" if v is None else str(v) for v in whole[columns.group][:]], columns.group)
+
+    def texts(column: str | None, what: str) -> Shaped[Array, " n"] | None:
+        if column is None:
+            return None
+        return sources.group_names(["" if v is None else str(v) for v in whole[column][:]], column, what)
+
     reader = RowReader(whole, columns)
     side = alias.size or sources.usual_side(reader, len(whole))
     return sources.Table(
@@ -150,7 +154,8 @@ def table(data: Data, source: HubSet) -> sources.Table:
         key=f"{sources.fingerprint(source.files)} {columns}" if source.files else None,
         size=alias.size or min(side or sources.LARGEST_SIDE, sources.LARGEST_SIDE),
         source_side=side,
-        groups=groups,
+        groups=texts(columns.group, "group"),
+        cameras=texts(columns.camera, "camera"),
         group_name=columns.group,
         has_masks=columns.mask is not None,
         has_boxes=columns.box is not None,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from errno import ENOSPC
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -154,6 +155,32 @@ class OnTheFly:
     def picked(self, places: Int64[Array, " k"]) -> "OnTheFly":
         """Only the images at these places."""
         return replace(self, rows=self.rows[places])
+
+
+class Composed:
+    """Composes each image when it is first asked for, and keeps it."""
+
+    def __init__(self, compose: Callable[[Int64[Array, " b"]], tuple[Array, Array]], n: int, size: tuple[int, ...]):
+        self.compose = compose
+        self.images = np.zeros((n, 3, *size), dtype=np.uint8)
+        self.masks = np.zeros((n, *size), dtype=bool)
+        self.done = np.zeros(n, dtype=bool)
+
+    def read(self, rows: Int64[Array, " b"]) -> Pixels:
+        """The images of these rows, with one mask each."""
+        missing = np.unique(rows[~self.done[rows]])
+        for part in np.array_split(missing, -(-len(missing) // CHUNK)) if len(missing) else []:
+            self.images[part], self.masks[part] = self.compose(part)
+            self.done[part] = True
+        return Pixels(self.images[rows], self.masks[rows], None)
+
+    def picked(self, places: Int64[Array, " k"]) -> "Composed":
+        """Only the images at these places."""
+        return Composed(partial(_composed_at, self.compose, places), len(places), self.images.shape[2:])
+
+
+def _composed_at(compose: Callable[..., tuple[Array, Array]], places: Array, rows: Array) -> tuple[Array, Array]:
+    return compose(places[rows])
 
 
 class Stored(NamedTuple):

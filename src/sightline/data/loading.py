@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from sightline.data import class_lists, clutter, hugging_face
+from sightline.data import class_lists, clutter, hugging_face, people
 from sightline.data.class_lists import of_classes, read_class_lists, with_lists
 from sightline.data.columns import table
 from sightline.data.decoded import Decoder, OnTheFly, Stored, decode_all
@@ -17,6 +17,7 @@ from sightline.data.files import image_files
 from sightline.data.images import MAX_PIXELS
 from sightline.data.layouts import from_layout
 from sightline.data.marks import Record, evenly_spaced, settle
+from sightline.data.reid import from_market, market_root, queries_and_gallery, split_identities
 from sightline.data.sets import ImageSet, ImageStream, Preprocess, batches, sampled, statistics
 from sightline.data.sources import Listing, Records, Table, from_folder
 from sightline.data.splits import assign, check_labeled, draw
@@ -29,11 +30,13 @@ from sightline.recipe import load as load_recipe
 _Examined = tuple[ImageSet, np.ndarray]
 """A split, and the imprint of each of its images."""
 
+_COMPOSED = {**dict.fromkeys(clutter.PARTS, clutter.load), people.NAME: people.load}
 DATASETS = {
     "clutter": "embedded: a handwritten digit among fragments of other digits, 10 classes with masks, 40 px",
     "clutter-shortcut": "clutter with a colored corner patch that tells the class in training only, with its mask",
     "clutter-pair": "clutter with two digits that tell the class only together, 9 classes with masks",
     "clutter-twice": "clutter with two scans of the digit, either of which tells the class, with masks",
+    people.NAME: "figures of four parts in the colors of their identity, seen by four cameras, with masks, 64 x 32 px",
     **{name: alias.line for name, alias in hugging_face.ALIASES.items()},
     **class_lists.SOURCES,
 }
@@ -41,6 +44,8 @@ DATASETS = {
 
 def load(data: Data) -> dict[str, ImageSet]:
     """The splits train, val and test of an image set, decoded once and cached if the images are small.
+
+    With cameras (`data.camera`, or a source that has them): train, val, query and gallery, see `reid`.
 
     With `data.val` 0 there is no val unless the source has one; with `data.streaming` there is no train
     (see `load_stream`). With `data.classes`, all three are of the classes to train on (see `load_new_classes`).
@@ -53,14 +58,40 @@ def load(data: Data) -> dict[str, ImageSet]:
     data = _checked(data)
     if data.streaming:
         return load_stream(data)[1]
-    if data.source in clutter.PARTS:
-        return clutter.load(data)
+    if data.source in _COMPOSED:
+        return _COMPOSED[data.source](data)
     listed = _find(data)
     blank = _blank(data, listed)
+    if listed.cameras is not None:
+        return _identities(data, listed, blank)
     rows = assign(listed.labels, listed.classes, listed.parts, listed.groups, replace(data, group=listed.group_name))
     sets = _without_copies(
         {split: _decoded(listed, split, chosen, blank, data) for split, chosen in rows.items()}, data
     )
+    return _normalized(sets, listed, data)
+
+
+def _identities(data: Data, listed: Table, blank: Preprocess) -> dict[str, ImageSet]:
+    """The splits train, val, query and gallery of images with cameras."""
+    rows = split_identities(listed, data)
+    examined = {split: _once(*_decoded(listed, split, chosen, blank, data)) for split, chosen in rows.items()}
+    return queries_and_gallery(_normalized(_without_copies(examined, data), listed, data), data)
+
+
+def _once(images: ImageSet, imprints: np.ndarray) -> _Examined:
+    """The same images without repeats of the same file, identity and camera, which a ranked list would count twice."""
+    files = np.unique(imprints["file"], axis=0, return_inverse=True)[1].reshape(-1)
+    cameras = np.unique(np.array(images.cameras), return_inverse=True)[1]
+    first = np.sort(np.unique(np.stack([files, cameras, images.labels]), axis=1, return_index=True)[1])
+    if len(first) == len(images):
+        return images, imprints
+    repeats = len(images) - len(first)
+    notice = f"{repeats:,} {images.split} images repeat another of the same identity and camera and were left out"
+    return replace(images.picked(first), notices=(*images.notices, notice)), imprints[first]
+
+
+def _normalized(sets: dict[str, ImageSet], listed: Table, data: Data) -> dict[str, ImageSet]:
+    """The same sets with the mean and deviation of the training images."""
     train = sets["train"] = replace(sets["train"], skipped=listed.skipped + sets["train"].skipped)
     if data.strict and train.skipped:
         raise ValueError(": ".join(train.skipped[0]))
@@ -108,16 +139,28 @@ def load_whole(data: Data, preprocess: Preprocess | None = None) -> dict[str, Im
         ModuleNotFoundError: the source needs a library that is not installed.
     """
     data = _checked(data)
-    if data.streaming or data.source in clutter.PARTS:
+    if data.streaming or data.source in _COMPOSED:
         return load(data)
     listed = _find(data)
     blank = preprocess or _blank(data, listed)
+    if listed.cameras is not None:
+        return _identities(data, listed, blank)
     parts = np.where(listed.parts == "", "test", listed.parts)
     rows = {part: np.flatnonzero(parts == part) for part in np.unique(parts).tolist()}
     if data.test_size is not None and data.test_size < len(rows.get("test", ())):
         rows["test"] = rows["test"][draw(listed.labels[rows["test"]], data.test_size, data.seed)]
     sets = _without_copies({part: _decoded(listed, part, chosen, blank, data) for part, chosen in rows.items()}, data)
     return {part: replace(images, skipped=listed.skipped + images.skipped) for part, images in sets.items()}
+
+
+def has_identities(data: Data) -> bool:
+    """Whether the test of this source asks for images of the same identity, instead of a class."""
+    is_composed = data.source in _COMPOSED
+    return (
+        data.camera is not None
+        or data.source == people.NAME
+        or (not is_composed and market_root(Path(data.source).expanduser()) is not None)
+    )
 
 
 def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
@@ -231,6 +274,8 @@ def _unmarked(data: Data) -> Table:
     listing = [file for file in files if folder.is_file() or lists_images(file, data)]
     if listing:
         return from_tables(data, folder, listing)
+    if (root := market_root(folder)) is not None:
+        return from_market(data, root)
     if (published := from_layout(data, folder)) is not None:
         return published
     if folder.is_dir():
@@ -247,13 +292,12 @@ def _unmarked(data: Data) -> Table:
 
 def _blank(data: Data, table: Table) -> Preprocess:
     """The size, before the mean and standard deviation are known."""
-    side = data.size or table.size
-    return Preprocess(size=(side, side), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return Preprocess(size=data.sides or (table.size, table.size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 def _without_copies(sets: dict[str, _Examined], data: Data) -> dict[str, ImageSet]:
     """The splits with notices of images that occur twice, or without these images (`data.drop_duplicates`)."""
-    order = [split for split in ("train", "val", "test") if split in sets]
+    order = [split for split in ("train", "val", "test", "query", "gallery") if split in sets]
     splits = [split for split in order for _ in range(len(sets[split][0]))]
     names = [name for split in order for name in sets[split][0].names]
     twice = copies(

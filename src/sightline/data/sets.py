@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sightline.data.decoded import LARGEST, Decoder, OnTheFly, Pixels, Record, Sample, Store, Stored
+from sightline.data.decoded import LARGEST, Composed, Decoder, OnTheFly, Pixels, Record, Sample, Store, Stored
 from sightline.data.images import Interpolation
 from sightline.data.marks import evenly_spaced
 from sightline.data.sources import Listing
@@ -181,13 +181,14 @@ class ImageSet(Listing, Dataset[Batch]):
 
     def picked(self, places: Int64[Array, " k"]) -> "ImageSet":
         """Only the images at these places, of a set that is not held on a device."""
-        if not isinstance(self.store, Stored | OnTheFly):
+        if not isinstance(self.store, Stored | OnTheFly | Composed):
             raise ValueError(f"expected images that are stored or decoded, got {type(self.store).__name__}")
         return replace(
             self,
             labels=self.labels[places],
             names=[self.names[i] for i in places.tolist()],
             groups=None if self.groups is None else self.groups[places],
+            cameras=None if self.cameras is None else self.cameras[places],
             store=self.store.picked(places),
         )
 
@@ -370,6 +371,7 @@ def batches(
     start: int = 0,
     ahead: torch.device | None = None,
     part: tuple[int, int] = (0, 1),
+    per_class: int | None = None,
 ) -> Iterator[Batch]:
     """One pass over the images.
 
@@ -384,6 +386,8 @@ def batches(
             needs no thread.
         part: (r, n): only the part of each batch for process r of n. All parts in order are the batch; one may be
             empty.
+        per_class: Images of a class that follow one another when the order is shuffled; a class with fewer, or whose
+            number is no multiple, fills its last place with others of its images. None: any order.
 
     Raises:
         ValueError: a batch size below 1, or a part that does not exist.
@@ -396,11 +400,29 @@ def batches(
         passed = images.read(batch_size, shuffle, augment, drop_last, start, part, ahead)
         return passed if ahead is None else _ahead(passed)
     n = len(images)
-    order = np.arange(n) if shuffle is None else np.random.default_rng(list(shuffle)).permutation(n)
+    order = np.arange(n)
+    if shuffle is not None:
+        rng = np.random.default_rng(list(shuffle))
+        order = rng.permutation(n) if per_class is None else _by_class(images.labels, per_class, rng)[:n]
     ends = range(0, n - n % batch_size if drop_last else n, batch_size)
     rows = [_share(order[i : i + batch_size], part) for i in ends][start:]
     passed = images.each(rows, augment, ahead)
     return passed if ahead is None or isinstance(images.store, Resident) else _ahead(passed)
+
+
+def _by_class(labels: Int64[Array, " n"], k: int, rng: np.random.Generator) -> Int64[Array, " m"]:
+    """Every row at least once, k of a class after one another, in random order.
+
+    >>> labels = np.array([0, 0, 0, 1, 1])
+    >>> labels[_by_class(labels, 2, np.random.default_rng(0))].reshape(-1, 2).tolist()
+    [[0, 0], [1, 1], [0, 0]]
+    """
+    places: list[Int64[Array, "_ k"]] = []
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        places.append(np.resize(rows, (-(-len(rows) // k), k)))
+    whole = np.concatenate(places)
+    return whole[rng.permutation(len(whole))].ravel()
 
 
 def normalize(images: UInt8[Tensor, "b 3 h w"], preprocess: Preprocess) -> Float32[Tensor, "b 3 h w"]:

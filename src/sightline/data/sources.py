@@ -35,6 +35,9 @@ class Listing:
     names: list[str]
     groups: Shaped[Array, " n"] | None = None
     """Patient, slide or bird of each image, as strings."""
+    cameras: Shaped[Array, " n"] | None = None
+    """Camera of each image, as strings. With cameras, the classes are identities: each split has its own, and those of
+    `query` are looked for in `gallery`."""
     group_name: str | None = None
     skipped: tuple[tuple[str, str], ...] = ()
     """Name and reason of each image that cannot be read; they are not counted among the others."""
@@ -119,7 +122,7 @@ def from_folder(data: Data, folder: Path) -> Table:
     )
 
 
-COLUMNS = ("image", "label", "mask", "box", "group")
+COLUMNS = ("image", "label", "mask", "box", "group", "camera")
 """The fields of a recipe that name columns."""
 
 
@@ -149,14 +152,14 @@ def wrong_column(expected: str, option: str, name: str, got: object) -> ValueErr
     return ValueError(f"expected {expected} in column {name!r}, got {got}; name another by data.{option}")
 
 
-def group_names(values: Sequence[str], column: str) -> Shaped[Array, " n"]:
-    """The group of each image.
+def group_names(values: Sequence[str], column: str, what: str = "group") -> Shaped[Array, " n"]:
+    """The group, or the camera, of each image.
 
     Raises:
         ValueError: an image has none.
     """
     if missing := values.count(""):
-        raise ValueError(f"{missing} of {len(values)} images have no {column!r}; every image needs its group")
+        raise ValueError(f"{missing} of {len(values)} images have no {column!r}; every image needs its {what}")
     return np.array(values)
 
 

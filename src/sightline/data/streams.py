@@ -54,8 +54,10 @@ def stream(data: Data, source: HubSet) -> tuple[StreamReader, int, Table]:
         ValueError: a split is missing, or the schema does not name the classes.
     """
     datasets = import_datasets()
-    if data.resplit or data.group is not None:
-        raise ValueError("data.streaming takes the splits as they are; set it to false for data.resplit and data.group")
+    if data.resplit or data.group is not None or data.camera is not None:
+        raise ValueError(
+            "data.streaming takes the splits as they are; set it to false for data.resplit, data.group and data.camera"
+        )
     missing = [part for part in ("train", "test") if part not in source.parts]
     if missing:
         raise ValueError(f"streaming needs splits named train and test, got no {missing[0]} in {source.alias.hub}")

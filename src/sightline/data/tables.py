@@ -30,7 +30,13 @@ TABLES = (".csv", ".tsv", ".jsonl")
 _PARTS = ("train", "val", "test")
 _IMAGES = "images"
 _IMAGE = ("image", "file_name", "filename", "path", "file")
-_USUAL = {"label": ("label",), "group": ("group",), "mask": ("mask", "mask_file_name"), "split": ("split",)}
+_USUAL = {
+    "label": ("label",),
+    "group": ("group",),
+    "camera": (),
+    "mask": ("mask", "mask_file_name"),
+    "split": ("split",),
+}
 _BOXES: dict[tuple[str, ...], BoxForm | None] = {
     ("bbox",): None,
     ("x0", "y0", "x1", "y1"): "xyxy",
@@ -51,6 +57,7 @@ class Columns:
     image: str
     label: str | None
     group: str | None
+    camera: str | None
     mask: str | None
     boxes: tuple[str, ...]
     """One column of boxes, or four that hold one box together."""
@@ -79,8 +86,8 @@ class Listed:
 
     line: Line
     image: Path
-    facts: tuple[str, str, str, Path | None]
-    """Label, group, split and mask, in which all lines of one image must agree."""
+    facts: tuple[str, str, str, str, Path | None]
+    """Label, group, camera, split and mask, in which all lines of one image must agree."""
     boxes: list[Any]
     """Four numbers per box, one after the other."""
 
@@ -176,7 +183,7 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> sources.Tabl
     listed = (_listed(*facts, columns, root) for facts in zip(lines, line_images, line_masks, strict=True))
     images = _merged(listed, columns)
     paths = [image.image for image in images]
-    labels, groups, parts, masks = zip(*(image.facts for image in images), strict=True)
+    labels, groups, cameras, parts, masks = zip(*(image.facts for image in images), strict=True)
     classes, numbers = _labels(labels, columns.label)
     records = [Record(image.image, mask, image.boxes) for image, mask in zip(images, masks, strict=True)]
     reader = sources.Records(records)
@@ -194,6 +201,7 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> sources.Tabl
         source_side=side,
         groups=None if columns.group is None else sources.group_names(groups, columns.group),
         group_name=columns.group,
+        cameras=None if columns.camera is None else sources.group_names(cameras, columns.camera, "camera"),
         has_masks=columns.mask is not None,
         has_boxes=bool(columns.boxes),
         box_form=columns.box_form,
@@ -376,7 +384,7 @@ def _listed(line: Line, image: Path | None, mask: Path | None, columns: Columns,
     return Listed(
         line=line,
         image=image,
-        facts=(label, line.text(columns.group), part, mask),
+        facts=(label, line.text(columns.group), line.text(columns.camera), part, mask),
         boxes=_boxes(line, columns.boxes),
     )
 
@@ -460,7 +468,7 @@ def _labels(labels: Sequence[str], column: str | None) -> tuple[tuple[str, ...],
 def _notices(data: Data, names: dict[str, None], columns: Columns) -> Iterator[str]:
     if data.group is None and columns.group is not None:
         yield f"the splits keep the groups of column {columns.group!r} together, since the table has such a column"
-    used = {columns.image, columns.label, columns.group, columns.mask, columns.split, *columns.boxes}
+    used = {columns.image, columns.label, columns.group, columns.camera, columns.mask, columns.split, *columns.boxes}
     absent = [name for name in ("label", "group", "mask", "bbox", "split") if _usual(names, (name,)) is None]
     for name in names:
         if name not in used and (hint := did_you_mean(name.casefold(), absent, cutoff=0.75)):

@@ -29,7 +29,7 @@ def features_of(model: nn.Module, images: Float[Tensor, "b c *grid"]) -> Float[T
         for hook in hooks:
             hook.remove()
     # by identity where possible: NaN does not equal itself
-    if not calls or not (calls[-1][1] is logits or torch.equal(calls[-1][1], logits)):
+    if not calls or not (calls[-1][1] is logits or torch.equal(calls[-1][1].to(logits), logits)):
         raise ValueError(
             f"expected a model whose logits come straight out of an nn.Linear, got {type(model).__name__}; wrap its "
             "head in one"

@@ -1,7 +1,16 @@
 """Scores of maps: a function with one value per image, and beside it the torchmetrics class that averages it."""
 
 from sightline.facts import old_names
-from sightline.metrics import complexity, conservation, faithfulness, grid_pointing, localization, robustness, sanity
+from sightline.metrics import (
+    complexity,
+    conservation,
+    faithfulness,
+    grid_pointing,
+    localization,
+    retrieval,
+    robustness,
+    sanity,
+)
 from sightline.metrics.agreement import krippendorff_alpha, rank_correlation, reliability, top_overlap, win_rate
 from sightline.metrics.classification import (
     Quality,
@@ -45,6 +54,7 @@ __all__ = [
     "quality",
     "rank_correlation",
     "reliability",
+    "retrieval",
     "top_overlap",
     "win_rate",
 ]

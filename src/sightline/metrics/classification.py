@@ -193,16 +193,50 @@ def linear_probe(
         raise ModuleNotFoundError(
             "the linear probe needs scikit-learn; install it: pip install 'sightline[train]'"
         ) from error
-    features, labels = _features(model, train, batch_size)
-    tested, truth = _features(model, test, batch_size)
-    mean, deviation = features.mean(0), features.std(0)
-    scale = np.where(deviation > 1e-12 * np.abs(features).max(0), deviation, np.inf)  # a constant feature becomes 0
-    scaled = [(one - mean) / scale for one in (features, tested)]
+    features, labels = head_features(model, train, batch_size)
+    tested, truth = head_features(model, test, batch_size)
+    scaled = standardized(features, features, tested)
     if len(np.unique(labels)) == 1:
         return _share(truth == labels[0], groups, 0)
     probe = LogisticRegression(C=1 / penalty if penalty else np.inf, max_iter=10_000, tol=1e-9)
     answers = probe.fit(scaled[0], labels).predict(scaled[1])
     return _share(answers == truth, groups, 0)
+
+
+def head_features(
+    model: nn.Module, data: Batches, batch_size: int = 64
+) -> tuple[Float[Array, "n d"], Int[Array, " n"]]:
+    """The input of the `nn.Linear` that makes the logits, in float64, and labels; the model stays unchanged.
+
+    Raises:
+        ValueError: no image, a negative label, or logits that do not come straight out of an `nn.Linear`.
+    """
+    is_pair = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
+    batches = cast("Iterable[tuple[Tensor, Tensor]]", [data] if is_pair else data)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
+        for images, truth in batches:
+            features += [features_of(net, chunk.to(device)).cpu().double() for chunk in images.split(batch_size)]
+            labels.append(truth.cpu().long())
+    if not features:
+        raise ValueError("expected at least one image to fit and one to test, got none")
+    classes = torch.cat(labels)
+    if (classes < 0).any():
+        raise ValueError(f"expected labels of at least 0, got {int(classes.min())}; leave out images without a label")
+    return torch.cat(features).numpy(), classes.numpy()
+
+
+def standardized(start: Float[Array, "n d"], *features: Float[Array, "_ d"]) -> list[Float[Array, "_ d"]]:
+    """Features minus the mean and divided by the deviation of `start`; one that is constant there becomes 0.
+
+    >>> [one.tolist() for one in standardized(np.array([[0.0, 5.0], [2.0, 5.0]]), np.array([[3.0, 7.0]]))]
+    [[[2.0, 0.0]]]
+    """
+    mean, deviation = start.mean(0), start.std(0)
+    scale = np.where(deviation > 1e-12 * np.abs(start).max(0), deviation, np.inf)
+    return [(one - mean) / scale for one in features]
 
 
 def _check(probabilities: Array, labels: Array) -> None:
@@ -251,22 +285,3 @@ def _totals(kinds: Int[Array, " n"], weights: Float[Array, "r n"], count: int) -
     """Sum of each row's weights over each kind."""
     places = kinds + count * np.arange(len(weights))[:, None]
     return np.bincount(places.ravel(), weights.ravel(), len(weights) * count).reshape(-1, count)
-
-
-def _features(model: nn.Module, data: Batches, batch_size: int) -> tuple[Float[Array, "n d"], Int[Array, " n"]]:
-    """Features in float64, and labels."""
-    is_pair = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
-    batches = cast("Iterable[tuple[Tensor, Tensor]]", [data] if is_pair else data)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    features: list[Tensor] = []
-    labels: list[Tensor] = []
-    with untouched(model) as net, torch.inference_mode(False), torch.no_grad():
-        for images, truth in batches:
-            features += [features_of(net, chunk.to(device)).cpu().double() for chunk in images.split(batch_size)]
-            labels.append(truth.cpu().long())
-    if not features:
-        raise ValueError("expected at least one image to fit and one to test, got none")
-    classes = torch.cat(labels)
-    if (classes < 0).any():
-        raise ValueError(f"expected labels of at least 0, got {int(classes.min())}; leave out images without a label")
-    return torch.cat(features).numpy(), classes.numpy()

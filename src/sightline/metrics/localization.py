@@ -216,6 +216,24 @@ def iou(
 IoU = mean_of(iou, "IoU")
 
 
+def jaccard(
+    maps: Float[Tensor, "b 1 h w"], masks: Shaped[Tensor, "b 1 H W"], thresholds: Sequence[float]
+) -> Float[Tensor, "b thresholds"]:
+    """`iou` of each map, scaled from its minimum 0 to its maximum 1, at each threshold; a flat map marks every pixel.
+
+    Raises:
+        ValueError: as `iou`.
+
+    >>> mask = torch.tensor([[[[True, True, False, False]]]])
+    >>> jaccard(torch.tensor([[[[9.0, 7.0, 5.0, 1.0]]]]), mask, [0.0, 0.5, 0.7, 0.9])
+    tensor([[0.5000, 0.6667, 1.0000, 0.5000]])
+    """
+    check_planes("jaccard", maps.shape)
+    scaled, masks = _fit(maps, masks)
+    scaled = _stretched(scaled)
+    return torch.stack([iou(scaled, masks, threshold=threshold) for threshold in thresholds], 1)
+
+
 @metric("higher", "how often a box around the marked part fits the object")
 def max_box_accuracy(
     maps: Float[Tensor, "b 1 h w"],
@@ -259,8 +277,7 @@ def max_box_accuracy(
         )
     check_planes("max_box_accuracy", maps.shape)
     maps, masks = _fit(maps, masks)
-    flat = maps.amax((2, 3), keepdim=True) == maps.amin((2, 3), keepdim=True)
-    scaled = pixels.normalize(maps).masked_fill(flat, 1.0)
+    scaled = _stretched(maps)
     boxes = torch.cat([pixels.boxes(scaled, threshold) for threshold in thresholds], 1)
     truth = pixels.box_around(masks)
     return _where_defined((box_iou(boxes, truth)[..., 0] >= iou).double(), maps, masks)
@@ -278,6 +295,12 @@ def _fit(maps: Tensor, masks: Tensor) -> tuple[Float[Tensor, "b 1 *grid"], Bool[
         )
     maps = maps.to(wide(maps))
     return pixels.resize(maps, tuple(masks.shape[2:])), masks.to(maps.device).bool()
+
+
+def _stretched(maps: Tensor) -> Tensor:
+    """From the minimum 0 to the maximum 1; a flat map is 1 everywhere."""
+    flat = maps.amax((2, 3), keepdim=True) == maps.amin((2, 3), keepdim=True)
+    return pixels.normalize(maps).masked_fill(flat, 1.0)
 
 
 def _where_defined(scores: Tensor, maps: Tensor, masks: Tensor) -> Tensor:

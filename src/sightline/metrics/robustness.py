@@ -1,15 +1,15 @@
 """Does a small change of the image change the map, or the prediction?"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sightline.checks import check_whole
-from sightline.inference import Output, check_classes, either, forward_call, one_target_each, untouched
+from sightline.inference import ForwardCall, Output, check_classes, either, forward_call, one_target_each, untouched
 from sightline.metrics.per_image import mean_of, metric
 from sightline.metrics.sanity import Explain, Values
 
@@ -95,21 +95,52 @@ def fooling_rate(
         raise ValueError(f"expected an epsilon of at least 0, got {epsilon}")
     call = forward_call(images, output, forward_args, forward_kwargs)
     with untouched(model) as net, torch.inference_mode(False):
-        with torch.enable_grad():
-            changed = images.detach().clone().requires_grad_()
-            answer = call(net, changed)
-            before = either(answer.logits.float())
-            labels = check_classes(one_target_each(labels, len(images)).to(images.device), before.shape[1])
-            column = labels[:, None]
-            # cross-entropy's gradient divided by 1 - p, which is 0 in float32 where the model is sure
-            loss = before.scatter(1, column, -torch.inf).logsumexp(1) - before.gather(1, column)[:, 0]
-            (gradient,) = torch.autograd.grad(loss.sum(), changed)
+        climb = loss_signs(net, images, labels, call)
         with torch.no_grad():
-            after = either(answer.call(net, images + epsilon * gradient.sign()).logits)
-    return (after.argmax(1) != labels).float().where(before.argmax(1) == labels, torch.nan)
+            after = either(climb.call(net, images + epsilon * climb.signs).logits)
+    return (after.argmax(1) != climb.labels).float().where(climb.right, torch.nan)
 
 
 FoolingRate = mean_of(fooling_rate, "FoolingRate")
+
+
+class Climb(NamedTuple):
+    """Where the loss of a model rises."""
+
+    signs: Float[Tensor, "b c *grid"]
+    """Of the gradient of the loss with respect to each value of the images: -1, 0 or 1."""
+    labels: Int[Tensor, " b"]
+    right: Bool[Tensor, " b"]
+    """Whether the model predicts the label."""
+    call: ForwardCall
+    """How to call the model again."""
+
+
+def loss_signs(
+    net: nn.Module, images: Float[Tensor, "b c *grid"], labels: Int[Tensor, "b ..."], call: ForwardCall
+) -> Climb:
+    """The direction of the fast gradient sign method, with cross-entropy; the model must be in eval mode.
+
+    Raises:
+        ValueError: a label that is no class of the model.
+
+    Source: Goodfellow et al. 2014 (1412.6572).
+
+    >>> from sightline.testing import LinearModel
+    >>> model, image = LinearModel(torch.tensor([[[[1.0]]], [[[-1.0]]]])), torch.tensor([[[[0.5]]]])
+    >>> loss_signs(model, image, torch.tensor([0]), forward_call(image)).signs.item()
+    -1.0
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        changed = images.detach().clone().requires_grad_()
+        answer = call(net, changed)
+        before = either(answer.logits.float())
+        labels = check_classes(one_target_each(labels, len(images)).to(images.device), before.shape[1])
+        column = labels[:, None]
+        # cross-entropy's gradient divided by 1 - p, which is 0 in float32 where the model is sure
+        loss = before.scatter(1, column, -torch.inf).logsumexp(1) - before.gather(1, column)[:, 0]
+        (gradient,) = torch.autograd.grad(loss.sum(), changed)
+    return Climb(gradient.sign(), labels, before.argmax(1) == labels, answer.call)
 
 
 def _change(maps: Float[Tensor, "b 1 *cells"], others: Float[Tensor, "b 1 *cells"]) -> Float[Tensor, " b"]:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from torch import nn
@@ -13,6 +14,10 @@ from sightline.attention.insertion import MARK, Block, insert
 from sightline.data import Preprocess
 from sightline.data.tables import read_class_names
 from sightline.facts import current_name, did_you_mean, notice
+from sightline.models.fcan import FCAN
+from sightline.models.mg_cnn import MGCNN
+from sightline.models.neck import add_neck
+from sightline.models.preact import PreActResNet, RNAtt, RNAtt2
 from sightline.models.pretrained import OtherClasses, load_weights, mismatches, named_as, other_classes
 from sightline.models.protopnet import ProtoPNet
 from sightline.models.resnet import CifarResNet, MtlResNet, keep_resolution
@@ -28,10 +33,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg_att": VGGAtt,
     "vgg_att2": VGGAtt2,
     "vgg_att3": VGGAtt3,
+    "rn164": PreActResNet,
+    "rn_att": RNAtt,
+    "rn_att2": RNAtt2,
     "cifar_resnet": CifarResNet,
     "mtl_resnet": MtlResNet,
     "tiny_vit": TinyViT,
     "protopnet": ProtoPNet,
+    "fcan": FCAN,
+    "mg_cnn": MGCNN,
 }
 
 
@@ -44,6 +54,7 @@ def create_model(
     attention: Block | None = None,
     attention_options: dict[str, Any] | None = None,
     high_resolution: int = 0,
+    neck: dict[str, float] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a network by name, with fresh weights or those of a file, and optionally with attention blocks.
@@ -65,6 +76,8 @@ def create_model(
         attention_options: keyword arguments of the block; with `at`, the layers to insert at.
         high_resolution: number of last stages of a ResNet whose stride becomes 1; 2 at 448 px: 56 x 56 positions
             instead of 14 x 14.
+        neck: options of a `BNNeck` that replaces the last linear layer, for re-identification: `{}`, or
+            `{"triplet": 1.0}` with a triplet loss. None: none.
         options: keyword arguments of the network, for example `width=0.25`.
 
     Raises:
@@ -81,6 +94,10 @@ def create_model(
         )
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"expected num_classes of 1 or more, got {num_classes}")
+    if not isinstance(neck, dict | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"expected neck as options such as {{}} or {{triplet: 1.0}}, got {neck!r}; leave it out for none"
+        )
     if attention_options and attention is None:
         raise ValueError(f"expected attention to go with attention_options {attention_options}, got none; name a block")
     options = {current_name(option): value for option, value in options.items()}
@@ -105,9 +122,13 @@ def create_model(
     block_options = attention_options or {}
     if not blocks_last:
         model = add_blocks("identity" if any(key.endswith(f".{MARK}") for key in state) else "fresh")
+    if neck is not None and not blocks_last:
+        add_neck(model, **neck)
     if read is not None and file is not None:
         notices = load_weights(model, name, read, file, new_classes)
     model = add_blocks("identity") if blocks_last else model
+    if neck is not None and blocks_last:
+        add_neck(model, **neck)
     for text in notices:
         notice(text)
     return model
@@ -233,8 +254,9 @@ def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
         if annotation is float and type(value) is int:
             value = float(value)
         literal = get_origin(annotation) is Literal
-        if value not in get_args(annotation) if literal else type(value) is not annotation:
-            expected = " or ".join(map(repr, get_args(annotation))) if literal else annotation.__name__
+        kinds = get_args(annotation) if literal or get_origin(annotation) is UnionType else (annotation,)
+        if value not in kinds if literal else type(value) not in [get_origin(kind) or kind for kind in kinds]:
+            expected = " or ".join(repr(kind) if literal else (get_origin(kind) or kind).__name__ for kind in kinds)
             raise ValueError(f"option {option} of {name}: expected {expected}, got {value!r}")
         checked[option] = value
     return checked

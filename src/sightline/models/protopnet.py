@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from sightline.models.trunks import timm_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,8 @@ class ProtoPNet(nn.Module):
 
     of_class: Bool[Tensor, "n p"]
     """Whether a prototype belongs to a class."""
+    last_distances: Float[Tensor, "b p h w"] | None = None
+    """Of the last forward in training mode, until `own_loss` has used them."""
 
     def __init__(
         self,
@@ -131,8 +135,6 @@ class ProtoPNet(nn.Module):
         push_every: int = 10,
         last: int = 20,
     ) -> None:
-        import timm
-
         super().__init__()
         for name, value, least in (
             ("num_classes", num_classes, 2),
@@ -144,23 +146,11 @@ class ProtoPNet(nn.Module):
         ):
             if value < least:
                 raise ValueError(f"expected {name} of {least} or more, got {value}")
-        if not timm.is_model(backbone):
-            raise ValueError(f"expected the name of a timm model as backbone, got {backbone!r}; see timm.list_models()")
-        try:
-            features = timm.create_model(backbone, pretrained=pretrained, features_only=True, out_indices=(level,))
-        except (AssertionError, IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"expected a backbone with a feature map at level {level}, got {backbone}: {error}; take another level"
-            ) from error
-        backbone_features = cast(Any, features)
-        if getattr(backbone_features, "output_fmt", "NCHW") != "NCHW":
-            raise ValueError(
-                f"expected a backbone with feature maps (b, c, h, w), got {backbone}; take a convolutional one"
-            )
+        features = timm_features(backbone, pretrained=pretrained, level=level)
         self.stages = Stages(warm=warm, push_every=push_every, last=last)
         self.features = features
         self.add_on = nn.Sequential(
-            nn.Conv2d(backbone_features.feature_info.channels()[-1], channels, 1),
+            nn.Conv2d(cast(Any, features).feature_info.channels()[-1], channels, 1),
             nn.ReLU(),
             nn.Conv2d(channels, channels, 1),
             nn.Sigmoid(),
@@ -185,4 +175,44 @@ class ProtoPNet(nn.Module):
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b n"]:
         """Logits."""
-        return self.logits_of_distances(self.distances(images))
+        distances = self.distances(images)
+        self.last_distances = distances if self.training else None
+        return self.logits_of_distances(distances)
+
+    def own_loss(self, logits: Float[Tensor, "b n"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+        """The terms of `prototype_terms` for the last forward in training mode."""
+        distances, self.last_distances = self.last_distances, None
+        return logits.new_zeros(()) if distances is None else prototype_terms(self, distances, labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies and files, without the tensors of the last forward's graph."""
+        return self.__dict__ | {"last_distances": None}
+
+
+def prototype_terms(
+    model: ProtoPNet,
+    distances: Float[Tensor, "b p h w"],
+    labels: Int[Tensor, " b"],
+    *,
+    cluster: float = 0.8,
+    separation: float = 0.08,
+    sparsity: float = 1e-4,
+) -> Float[Tensor, ""]:
+    """Cluster * Clst - separation * Sep + sparsity * L1, from `model.distances(images)`.
+
+    Clst is the mean distance of an image's nearest patch to the nearest prototype of its class, Sep to the nearest of
+    another class, L1 the sum of the head's absolute weights between a class and prototypes of others.
+
+    Source: Chen et al. 2019, section 2.2, equations for stage 1 and 3; the weights are those of the authors' code.
+
+    >>> model = ProtoPNet(2, prototypes=1, channels=4)
+    >>> distances = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> round(prototype_terms(model, distances, torch.tensor([0]), separation=0.0, sparsity=0.0).item(), 4)
+    0.8
+    """
+    nearest = distances.amin((2, 3))
+    same_class = model.of_class[labels]
+    attraction = nearest.masked_fill(~same_class, torch.inf).amin(1).mean()
+    repulsion = nearest.masked_fill(same_class, torch.inf).amin(1).mean()
+    off_class = model.head.weight.masked_fill(model.of_class, 0).abs().sum()
+    return cluster * attraction - separation * repulsion + sparsity * off_class

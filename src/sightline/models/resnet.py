@@ -17,6 +17,10 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 class _SmallResNet(nn.Module):
     """ResNet of basic blocks: a convolution, three stages of blocks, global average pooling, a linear head."""
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
         self, num_classes: int, stem: int, stem_stride: int, stages: Sequence[tuple[int, int]], blocks: int
     ) -> None:

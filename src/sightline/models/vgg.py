@@ -11,30 +11,21 @@ Differs: pools round up and the last one takes the maximum of all that is left, 
 pixels that changes nothing.
 """
 
-import math
 from collections import OrderedDict
 from itertools import pairwise
 from typing import ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline.attention.channel import Gating
 from sightline.attention.pooling import Compat, CompatibilityGate, LearnToPayAttention, Norm, Project
+from sightline.models.ltpa import Attended, ConcatHead, Head, global_vector, initialize, scaled
 
-Head = Literal["concat", "indep"]
 Read = Literal["before", "after"]
 
 CHANNELS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512, 512, 512)
 DROPOUT = {1: 0.3, 3: 0.4, 5: 0.4, 6: 0.4, 8: 0.4, 9: 0.4, 11: 0.4, 12: 0.4, 14: 0.4, 15: 0.4}
-
-
-def scaled(channels: int, width: float) -> int:
-    """Channels of a layer in a network `width` times as wide, at least 1."""
-    if not 0 < width < math.inf:
-        raise ValueError(f"expected width above 0 (1 is the paper's), got {width}")
-    return max(1, round(width * channels))
 
 
 def trunk(convs: int, pools: tuple[int, ...], width: float, stem_pool: int, dropout: float) -> nn.Sequential:
@@ -59,79 +50,6 @@ def trunk(convs: int, pools: tuple[int, ...], width: float, stem_pool: int, drop
         if number in pools:
             layers[f"pool{number}"] = nn.MaxPool2d(2, ceil_mode=True)
     return nn.Sequential(layers)
-
-
-def initialize(model: nn.Module) -> None:
-    """Draw the convolutions from N(0, sqrt(2 / (k * k * outputs))), bias 0; linear layers keep PyTorch's, as in Torch7.
-
-    Source: He et al., "Delving Deep into Rectifiers", ICCV 2015, equation 14; the authors' code.
-
-    Differs: the authors' u is a convolution with one output, hence from N(0, sqrt(2)): its softmax starts with a single
-    position and learns slowly. Ours is a linear layer.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-def with_gradient(x: Tensor, factor: float) -> Tensor:
-    """The same values with their gradient multiplied by `factor`."""
-    return x.detach() + factor * (x - x.detach())
-
-
-def global_vector(channels: int) -> nn.Sequential:
-    """From the last feature map to the global vector g: the maximum of all positions, Dropout, Linear (FC-1)."""
-    layers: dict[str, nn.Module] = {
-        "pool": nn.AdaptiveMaxPool2d(1),
-        "flatten": nn.Flatten(),
-        "dropout": nn.Dropout(0.5),
-    }
-    return nn.Sequential(OrderedDict(layers, linear=nn.Linear(channels, channels)))
-
-
-def prepared(channels: int, official: bool) -> nn.Sequential:
-    """Layers before the classifier of a vector: BatchNorm, ReLU, Dropout as in the authors' code, or none."""
-    return nn.Sequential(nn.BatchNorm1d(channels), nn.ReLU(), nn.Dropout(0.5)) if official else nn.Sequential()
-
-
-class ConcatHead(nn.Module):
-    """One linear classifier on the concatenated vectors.
-
-    >>> ConcatHead([8, 4], 3)([torch.zeros(2, 8), torch.zeros(2, 4)]).shape
-    torch.Size([2, 3])
-    """
-
-    def __init__(self, channels: list[int], num_classes: int, *, official: bool = True) -> None:
-        super().__init__()
-        self.prepare = nn.ModuleList(prepared(c, official) for c in channels)
-        self.linear = nn.Linear(sum(channels), num_classes)
-
-    def forward(self, vectors: list[Tensor]) -> Float[Tensor, "b n"]:
-        """Logits."""
-        return self.linear(torch.cat([step(v) for step, v in zip(self.prepare, vectors, strict=True)], dim=1))
-
-
-class IndepHead(nn.Module):
-    """One linear classifier per vector; the logits are the log of their mean softmax probability.
-
-    Differs: the authors' code sums log-probabilities (two levels) or logits (three levels).
-
-    >>> IndepHead([8, 4], 3)([torch.zeros(2, 8), torch.zeros(2, 4)]).shape
-    torch.Size([2, 3])
-    """
-
-    def __init__(self, channels: list[int], num_classes: int, *, official: bool = True) -> None:
-        super().__init__()
-        self.prepare = nn.ModuleList(prepared(c, official) for c in channels)
-        self.linear = nn.ModuleList(nn.Linear(c, num_classes) for c in channels)
-
-    def forward(self, vectors: list[Tensor]) -> Float[Tensor, "b n"]:
-        """Logits."""
-        levels = zip(self.prepare, self.linear, vectors, strict=True)
-        logs = torch.stack([linear(step(vector)).log_softmax(1) for step, linear, vector in levels])
-        return logs.logsumexp(0) - math.log(len(vectors))
 
 
 class VGG(nn.Module):
@@ -237,7 +155,7 @@ class VGGPan(VGG):
         return self.head([self.fc1(self.attention["conv13"](x))])
 
 
-class VGGAtt(nn.Module):
+class VGGAtt(Attended):
     """Learn To Pay Attention at convolution 13.
 
     Args:
@@ -274,43 +192,28 @@ class VGGAtt(nn.Module):
         dropout: float = 1.0,
         average_branch_grads: bool = False,
     ) -> None:
-        super().__init__()
         channels = scaled(CHANNELS[-1], width)
         if compat == "none":
-            self.features = trunk(13, (7, 10) if read == "before" else (7, 10, 13), width, stem_pool, dropout)
-            self.fc1 = None
+            features = trunk(13, (7, 10) if read == "before" else (7, 10, 13), width, stem_pool, dropout)
+            fc1 = None
         else:
-            self.features = trunk(15, (7, 10, 13, 14), width, stem_pool, dropout)
-            self.fc1 = global_vector(channels)
-        self.reads = tuple(f"{'conv' if read == 'before' else 'pool'}{level}" for level in self.levels)
-        self.default_layer = f"features.{self.reads[-1]}"
-        blocks = {
-            f"conv{level}": LearnToPayAttention(
-                scaled(CHANNELS[level - 1], width), channels, compat=compat, norm=norm, project=project
-            )
-            for level in self.levels
-        }
-        self.attention = nn.ModuleDict(blocks)
-        vectors = [block.out_channels for block in blocks.values()]
-        self.head = {"concat": ConcatHead, "indep": IndepHead}[head](vectors, num_classes, official=official_head)
-        self.average_branch_grads = average_branch_grads
-        initialize(self)
-
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
-        """Logits."""
-        x = images
-        read: list[Tensor] = []
-        last = len(self.features) - 1
-        for index, (name, layer) in enumerate(self.features.named_children()):
-            x = layer(x)
-            if name in self.reads:
-                if self.average_branch_grads and index < last:
-                    x = with_gradient(x, 1 / 2)
-                read.append(x)
-        g = None if self.fc1 is None else self.fc1(x)
-        if self.average_branch_grads and g is not None:
-            g = with_gradient(g, 1 / len(read))
-        return self.head([block(features, g) for block, features in zip(self.attention.values(), read, strict=True)])
+            features = trunk(15, (7, 10, 13, 14), width, stem_pool, dropout)
+            fc1 = global_vector(channels)
+        child = "conv" if read == "before" else "pool"
+        super().__init__(
+            features,
+            {f"conv{level}": (f"{child}{level}", scaled(CHANNELS[level - 1], width)) for level in self.levels},
+            fc1,
+            channels,
+            num_classes,
+            compat=compat,
+            norm=norm,
+            head=head,
+            project=project,
+            official_head=official_head,
+            head_dropout=0.5,
+            average_branch_grads=average_branch_grads,
+        )
 
 
 class VGGAtt2(VGGAtt):

@@ -117,8 +117,8 @@ def pages(
     Each page is written as soon as its maps are there: one image after the other if a method takes many passes. After
     an interrupt, maps.csv and index.html list all pages that were written.
 
-    The attention of a block with several maps (BR-NPA, bilinear attention pooling) is drawn as `sightline.maps.parts`,
-    and its .npz has all of its maps as `attention parts`.
+    The attention of a block with several maps (BR-NPA, bilinear attention pooling, MA-CNN) is drawn as
+    `sightline.maps.parts`, and its .npz has all of its maps as `attention parts`.
 
     Args:
         model: a run folder, or a classifier; of several, each page shows the maps of all of them side by side.

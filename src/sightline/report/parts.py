@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sightline.attention import BilinearAttentionPooling, RepresentativeVectors
+from sightline.attention import BilinearAttentionPooling, MultiAttention, RepresentativeVectors
 from sightline.explainers import attention_maps
 
-POOLINGS = (RepresentativeVectors, BilinearAttentionPooling)
+POOLINGS = (RepresentativeVectors, BilinearAttentionPooling, MultiAttention)
 
 
 class PartMaps(NamedTuple):

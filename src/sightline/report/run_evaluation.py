@@ -102,13 +102,14 @@ def images_of(run: runs.Run, split: str, overrides: dict[str, Any]) -> tuple[Ima
         OSError: the data is missing.
         ValueError: the data has no such split, other classes or another size.
     """
-    side = run.preprocess.size[0]
+    size = run.preprocess.size
     has_other_source = "data.source" in overrides
     fields = recipe.Data() if has_other_source else run.recipe.data
-    wanted = recipe.load(replace(run.recipe, data=replace(fields, size=side)), overrides).data
-    if wanted.size != side:
+    sides = size[0] if size[0] == size[1] else size
+    wanted = recipe.load(replace(run.recipe, data=replace(fields, size=sides)), overrides).data
+    if wanted.sides != size:
         raise ValueError(
-            f"data.size: expected {side}, the size that the run was trained with, got {wanted.size}; "
+            f"data.size: expected {sides}, the size that the run was trained with, got {wanted.size}; "
             "leave it out, or train with that size"
         )
     try:
@@ -129,19 +130,19 @@ def check_size(wanted: recipe.Recipe) -> None:
     Raises:
         ValueError: they are.
     """
-    size = wanted.data.size
-    if size is None or size >= _SMALL_SIDE:
+    size = wanted.data.sides
+    if size is None or max(size) >= _SMALL_SIDE:
         return
     with torch.random.fork_rng(devices=[]):
         try:
             model = models.create_model(wanted.model.name, num_classes=2, **wanted.model.options).eval()
-            model(torch.zeros(1, 3, size, size))
+            model(torch.zeros(1, 3, *size))
         except Exception:  # training fails in the same way, with a better message
             return
         try:
-            fitting(model, torch.rand(1, 3, size, size), ("attention", "activation_map"))
+            fitting(model, torch.rand(1, 3, *size), ("attention", "activation_map"))
         except ValueError as error:
             raise ValueError(
                 f"data.size: expected images on which a map of {wanted.model.name} has several positions, got "
-                f"{size} x {size} pixels; choose a larger size"
+                f"{size[1]} x {size[0]} pixels; choose a larger size"
             ) from error

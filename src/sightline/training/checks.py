@@ -34,6 +34,20 @@ def check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, othe
         raise ValueError("optim.patience needs validation images; set data.val above 0")
     if optim.class_weights and isinstance(train, data.ImageStream):
         raise ValueError("optim.class_weights needs all labels in advance; set data.streaming to false")
+    if optim.images_per_class is not None:
+        if isinstance(train, data.ImageStream):
+            raise ValueError("optim.images_per_class needs all labels in advance; set data.streaming to false")
+        if optim.batch_size % (optim.images_per_class * nodes * per_node):
+            raise ValueError(
+                f"optim.batch_size: expected a multiple of optim.images_per_class x processes, "
+                f"{optim.images_per_class} x {nodes * per_node}, got {optim.batch_size}"
+            )
+    if recipe.augment.mixup and (recipe.model.options.get("neck") or {}).get("triplet"):
+        raise ValueError(
+            "augment.mixup: expected 0 with a triplet loss, which needs one identity per image; leave it out"
+        )
+    if recipe.augment.rotate and len({*train.preprocess.size}) > 1:
+        raise ValueError("augment.rotate: expected images as high as wide, got others; set data.size to one side")
     if min(optim.batch_size, len(train)) < nodes * per_node:
         raise ValueError(
             f"optim.batch_size: expected at least one image for each of {nodes * per_node} processes, got "

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignor
 
 from sightline.attention.insertion import inserted, layers_named
 from sightline.inference import untouched
+from sightline.models.neck import BNNeck
 from sightline.models.weights import read_weights
 from sightline.recipe import Optim
 
@@ -43,7 +44,8 @@ class Freezing:
         factors = (optim.backbone_lr or 1, optim.layer_decay or 1)
         is_needed = optim.freeze or optim.fixed_statistics or factors != (1, 1)
         head = last_layer(network, size) if is_needed else None
-        new = [part for module in (head, *inserted(network)) if module is not None for part in module.modules()]
+        necks = [part for part in network.modules() if isinstance(part, BNNeck)]
+        new = [part for one in (head, *inserted(network), *necks) if one is not None for part in one.modules()]
         self._new = dict.fromkeys(new)
         self._backbone = [part for part in network.modules() if part not in self._new] if is_needed else []
         blocks = {part for block in inserted(network) for part in block.modules()}

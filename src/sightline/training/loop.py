@@ -8,23 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
 
 from sightline import data
-from sightline.inference import copy_of, logits_of, untouched
+from sightline.inference import copy_of, features_of, logits_of, untouched
+from sightline.metrics.retrieval import ranking_of_features
 from sightline.models.protopnet import ProtoPNet
 from sightline.recipe import Recipe, resolved
 from sightline.training import processes
 from sightline.training.freezing import Freezing
 from sightline.training.losses import Loss, Mixed
 from sightline.training.optimizers import average, create_optimizer
-from sightline.training.prototypes import finish_stage, prototype_loss
+from sightline.training.prototypes import finish_stage
 from sightline.training.schedule import learning_rate
-from sightline.training.stages import enter_epoch, staged_optimizer
+from sightline.training.stages import enter_epoch, prepare, staged_optimizer
 
 RESIDENT = 0.25
 """Share of a GPU's free memory that the images may take, so that no step waits for them."""
@@ -115,6 +116,9 @@ class Training:
                 enter_epoch(self.optimizer, self.staged.stages, self.epoch, self.step)
             else:
                 self.freezing.enter(self.epoch)
+            if not self.step:
+                with self.fabric.autocast():
+                    prepare(self.network, self.epoch, self.last_epoch, self._plain_batches, self.seed)
             while True:
                 with record_function("images"):
                     batch = next(batches, None)
@@ -235,13 +239,14 @@ class Training:
         if self.settled:  # before the training was interrupted
             return
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            assert isinstance(self.train, data.ImageSet)  # `check_stages` refuses streams
-            return (self._inputs(b) for b in data.batches(self.train, self.batch_size, ahead=self.ahead))
-
         with self.fabric.autocast():
-            finish_stage(staged, staged.stages, batches, self.batch_size, self.seed + self.epoch)
+            finish_stage(staged, staged.stages, self._plain_batches, self.batch_size, self.seed + self.epoch)
         self.settled = True
+
+    def _plain_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All training images once, in order and without augmentation."""
+        assert isinstance(self.train, data.ImageSet)  # `check_stages` refuses streams
+        return (self._inputs(b) for b in data.batches(self.train, self.batch_size, ahead=self.ahead))
 
     def _batches(self, start: int) -> Iterator[data.Batch]:
         """This process's share of the epoch's batches, from number `start` on."""
@@ -255,6 +260,7 @@ class Training:
             start=start,
             ahead=self.ahead,
             part=(self.rank, self.world_size),
+            per_class=self.optim.images_per_class,
         )
 
     def _step(self, batch: data.Batch) -> None:
@@ -337,10 +343,6 @@ class Training:
         self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, " b"], mixed: Mixed | None
     ) -> tuple[Float[Tensor, "_ n"], Float[Tensor, ""]]:
         """Logits and mean loss."""
-        if self.staged is not None:
-            with self.fabric.autocast():
-                distances = self.staged.distances(images)
-                return self.staged.logits_of_distances(distances), prototype_loss(self.staged, distances, labels)
         logits = logits_of(self.model(images if len(labels) else self._no_images())).float()
         if not len(labels):
             return logits, 0 * logits.sum()
@@ -352,6 +354,9 @@ class Training:
         return data.normalize(images, self.train.preprocess), batch.labels.to(self.fabric.device, non_blocking=True)
 
     def _validate(self, images: data.ImageSet, tick: Callable[[], None]) -> tuple[float, float]:
+        """Accuracy and loss; of identities that are not those of the training images, rank-1 and no loss."""
+        if images.cameras is not None:
+            return self._validate_retrieval(images, images.cameras, tick), math.nan
         correct = torch.zeros_like(self.correct)
         loss = torch.zeros((), device=self.fabric.device)
         processes.broadcast_buffers(self.result)
@@ -365,6 +370,20 @@ class Training:
                     correct += (logits.argmax(1) == labels).sum()
                 tick()
         return float(processes.all_reduce(correct)) / len(images), float(processes.all_reduce(loss)) / len(images)
+
+    def _validate_retrieval(
+        self, images: data.ImageSet, cameras: Shaped[np.ndarray, " n"], tick: Callable[[], None]
+    ) -> float:
+        """Share of the images whose nearest one from another camera has their identity."""
+        processes.broadcast_buffers(self.result)
+        features: list[Tensor] = []
+        with untouched(self.result) as network, torch.no_grad(), self.fabric.autocast():
+            for batch in data.batches(images, self.batch_size, ahead=self.ahead):
+                features.append(F.normalize(features_of(network, self._inputs(batch)[0]).float()).cpu())
+                tick()
+        whole = torch.cat(features)
+        ranked = ranking_of_features(whole, whole, images.labels, images.labels, cameras, cameras)
+        return float(ranked.cmc(1).nanmean())
 
     def _no_images(self) -> Float[Tensor, "2 3 h w"]:
         """Input of a process without images, whose shards the others need; two, the fewest that BatchNorm accepts."""

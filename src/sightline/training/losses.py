@@ -1,15 +1,18 @@
 """The losses that training minimizes."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sightline.attention import HardAttention, reinforce_loss
+from sightline.attention import WithLoss
 from sightline.inference import logits_of
 from sightline.recipe import Optim
 
+Divergence = Literal["teacher_student", "student_teacher"]
 Mixed = tuple[Int[Tensor, " b"], float]
 """Labels of the images blended in, and the weight of the images themselves."""
 
@@ -26,30 +29,33 @@ def class_weights(labels: Int[np.ndarray, " n"], classes: int) -> Float[Tensor, 
     return torch.from_numpy(len(labels) / (classes * counts.clip(min=1))).float()
 
 
-def distillation(student: Float[Tensor, "b n"], teacher: Float[Tensor, "b n"], temperature: float) -> Float[Tensor, ""]:
+def distillation(
+    student: Float[Tensor, "b n"],
+    teacher: Float[Tensor, "b n"],
+    temperature: float,
+    divergence: Divergence = "teacher_student",
+) -> Float[Tensor, ""]:
     """Distance of the student's predictions from the teacher's: T^2 KL(teacher || student) of the logits / T.
 
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2.
+    "student_teacher": T^2 KL(student || teacher). It punishes probability where the teacher has little, the usual form
+    a lack of it where the teacher has much.
 
-    Differs: the slides of BR-NPA print KL(student || teacher) without temperature; its code has this form.
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2; the other form is printed,
+    without temperature, on the slides of BR-NPA, whose code has the usual one.
 
-    >>> round(float(distillation(torch.zeros(1, 2), torch.tensor([[0.0, np.log(3)]]), 1.0)), 4)
+    >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, np.log(3)]])
+    >>> round(float(distillation(student, teacher, 1.0)), 4)
     0.1308
+    >>> round(float(distillation(student, teacher, 1.0, "student_teacher")), 4)
+    0.1438
     """
     log_student, log_teacher = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    of, to = (log_student, log_teacher) if divergence == "teacher_student" else (log_teacher, log_student)
+    return temperature**2 * F.kl_div(of, to, reduction="batchmean", log_target=True)
 
 
 class Loss(nn.Module):
-    """Cross entropy with the labels, distillation from a teacher if there is one, and REINFORCE for hard attention.
-
-    A network with hard attention that draws its positions ("reinforce") gets `reinforce_loss` added: the reward of an
-    image is the log-probability of its label, the baseline the mean reward of the other images in the batch.
-
-    Source: Xu et al., "Show, Attend and Tell", 2015, section 4.1.
-
-    Differs: their baseline is a moving average over batches, which would be additional training state.
-    """
+    """Cross entropy with the labels, the `own_loss` of each block, and distillation from a teacher if there is one."""
 
     def __init__(
         self,
@@ -61,7 +67,7 @@ class Loss(nn.Module):
         super().__init__()
         self.optim = optim
         modules = () if network is None else network.modules()
-        self.drawing = tuple(m.gate for m in modules if isinstance(m, HardAttention))  # a tuple: not part of the loss
+        self.others = tuple(m for m in modules if isinstance(m, WithLoss))  # a tuple: not part of the loss
         self.weights = weights if weights is None else nn.Buffer(weights)
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
 
@@ -82,17 +88,14 @@ class Loss(nn.Module):
         if mixed is not None:
             others, weight = mixed
             loss = weight * loss + (1 - weight) * self._cross_entropy(logits, others)
-        for gate in self.drawing:
-            if gate.log_prob is not None and gate.entropy is not None and len(labels) > 1:
-                reward = -F.cross_entropy(logits.detach(), labels, reduction="none")
-                others = (reward.sum() - reward) / (len(reward) - 1)
-                loss = loss + reinforce_loss(gate.log_prob, reward - others, 0.0, gate.entropy)
+        for block in self.others:
+            loss = loss + block.own_loss(logits, labels)
         if self.teacher is None:
             return loss
         with torch.no_grad():
             teacher_logits = logits_of(self.teacher(images)).float()
         return self.optim.alpha * loss + (1 - self.optim.alpha) * distillation(
-            logits, teacher_logits, self.optim.temperature
+            logits, teacher_logits, self.optim.temperature, self.optim.divergence
         )
 
     def _cross_entropy(self, logits: Float[Tensor, "b n"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sightline.inference import untouched
-from sightline.models.protopnet import ProtoPNet, Stages
+from sightline.models.protopnet import ProtoPNet, Stages, prototype_terms
 from sightline.training.stages import enter_epoch, staged_optimizer
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -17,20 +17,11 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def prototype_loss(
-    model: ProtoPNet,
-    distances: Float[Tensor, "b p h w"],
-    labels: Int[Tensor, " b"],
-    *,
-    cluster: float = 0.8,
-    separation: float = 0.08,
-    sparsity: float = 1e-4,
+    model: ProtoPNet, distances: Float[Tensor, "b p h w"], labels: Int[Tensor, " b"], **weights: float
 ) -> Float[Tensor, ""]:
-    """Cross-entropy + cluster * Clst - separation * Sep + sparsity * L1, from `model.distances(images)`.
+    """Cross-entropy and `prototype_terms`, from `model.distances(images)`; the weights are those of the terms.
 
-    Clst is the mean distance of an image's nearest patch to the nearest prototype of its class, Sep to the nearest of
-    another class, L1 the sum of the head's absolute weights between a class and prototypes of others.
-
-    Source: Chen et al. 2019, section 2.2, equations for stage 1 and 3; the weights are those of the authors' code.
+    Source: Chen et al. 2019, section 2.2, equations for stage 1 and 3.
 
     >>> model = ProtoPNet(2, prototypes=1, channels=4)
     >>> distances = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1)
@@ -38,13 +29,8 @@ def prototype_loss(
     >>> round((loss - error).item(), 4)
     0.8
     """
-    nearest = distances.amin((2, 3))
-    same_class = model.of_class[labels]
-    attraction = nearest.masked_fill(~same_class, torch.inf).amin(1).mean()
-    repulsion = nearest.masked_fill(same_class, torch.inf).amin(1).mean()
     error = F.cross_entropy(model.logits_of_distances(distances), labels)
-    off_class = model.head.weight.masked_fill(model.of_class, 0).abs().sum()
-    return error + cluster * attraction - separation * repulsion + sparsity * off_class
+    return error + prototype_terms(model, distances, labels, **weights)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
-"""Networks that define their own training stages."""
+"""Networks that define their own training stages, and blocks that look at the images between epochs."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sightline.attention import Prepared
+from sightline.inference import untouched
 from sightline.models.protopnet import ProtoPNet, Stages
 from sightline.recipe import FROM_SCRATCH, Optim, Recipe
 from sightline.training import processes
@@ -24,6 +27,8 @@ def check_stages(network: nn.Module, recipe: Recipe) -> str:
     Raises:
         ValueError: the recipe has a setting that such a training does not support.
     """
+    if any(isinstance(block, Prepared) for block in network.modules()):
+        _check_prepared(recipe)
     if not isinstance(network, ProtoPNet):
         return ""
     name = recipe.model.name
@@ -40,6 +45,37 @@ def check_stages(network: nn.Module, recipe: Recipe) -> str:
     return (
         f"{name} trains in its own stages, by Adam at its own rates; ignored: {', '.join(ignored)}" if ignored else ""
     )
+
+
+def _check_prepared(recipe: Recipe) -> None:
+    wrong = [f"optim.{field} {value}" for field in ("ema", "sharded") if (value := getattr(recipe.optim, field))]
+    wrong += ["data.streaming true"] if recipe.data.streaming else []
+    wrong += ["several processes"] if processes.started() != (1, 1) else []
+    if wrong:
+        raise ValueError(f"expected no {wrong[0]} with a block that looks at all training images; leave it out")
+
+
+def prepare(
+    network: nn.Module, epoch: int, epochs: int, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], seed: int
+) -> None:
+    """Show the training images to the blocks that want to see them before this epoch."""
+    for module in network.modules():
+        block = module
+        if isinstance(block, Prepared) and block.is_due(epoch, epochs):
+            block.prepare(_inputs_of(module, network, (images for images, _ in batches())), seed)
+
+
+def _inputs_of(block: nn.Module, network: nn.Module, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What a block of a network gets from batches of images, in eval mode and without gradient."""
+    seen: list[Tensor] = []
+    hook = block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        with untouched(network), torch.no_grad():
+            for images in batches:
+                network(images)
+                yield seen.pop()
+    finally:
+        hook.remove()
 
 
 def staged_optimizer(network: nn.Module) -> torch.optim.Optimizer:
