@@ -108,6 +108,7 @@ def prototypical(
     The loss of an episode is the cross-entropy of its query images, whose logits are minus the squared distances to
     the means of the support images. Images are those of the run's training part, changed as in its recipe, without
     mixup. The weights of the epoch that is best on the validation classes are kept, or the run's own if none is better.
+    The last layer stays that of the run, though the features change.
 
     Args:
         run: a run whose recipe has class lists; its network is the start.
