@@ -227,7 +227,6 @@ class _Images(NamedTuple):
 def _images(run: runs.Run, schedule: Schedule) -> _Images:
     val = data.load_new_classes(run.recipe.data, run.preprocess)["val"].unmarked()
     train = replace(data.load(run.recipe.data)["train"], preprocess=run.preprocess).unmarked()
-    schedule.drawn(train, 1)  # what is impossible is refused before the training
     return _Images(train, val, [*schedule.drawn(val, schedule.validation)])
 
 
