@@ -90,7 +90,7 @@ def cell(head: str, seed: int, method: str, options: argparse.Namespace) -> dict
 
 def table(cells: dict[str, Any]) -> str:
     """Markdown, one line per head, method and classifier: mean and deviation over seeds, half interval of the first."""
-    head = ("head", "training", "classifier", "seeds", "test, %", "± of 600 episodes", "validation, %", "published, %")
+    head = ("head", "training", "classifier", "seeds", "test, %", "± over episodes, %", "validation, %", "published, %")
     lines: list[tuple[str, ...]] = [head, ("---",) * len(head)]
     for name, methods in cells.items():
         for method, seeds in methods.items():

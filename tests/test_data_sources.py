@@ -15,6 +15,7 @@ from sightline.data import (
     DATASETS,
     Preprocess,
     batches,
+    class_lists,
     decoded,
     hugging_face,
     load,
@@ -465,7 +466,7 @@ def at_hub(tmp_path: Path, monkeypatch, name: str) -> None:
 
 def test_every_alias_has_a_layout_and_a_line():
     assert LAYOUTS.keys() == hugging_face.ALIASES.keys()
-    assert DATASETS.keys() == PARTS.keys() | hugging_face.ALIASES.keys()
+    assert DATASETS.keys() == PARTS.keys() | hugging_face.ALIASES.keys() | class_lists.SOURCES.keys()
     assert all(line and "\n" not in line for line in DATASETS.values())
 
 

@@ -98,7 +98,9 @@ def test_logistic_regression_minimizes_its_loss(few):
     support, query = few
     images, labels = F.normalize(support.flatten(0, 1), dim=1), torch.arange(4).repeat_interleave(3)
     weight, bias = torch.zeros(4, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    optimizer = torch.optim.LBFGS([weight.requires_grad_(), bias.requires_grad_()], max_iter=500, tolerance_grad=1e-12)
+    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    exact = {"max_iter": 500, "tolerance_grad": 1e-12, "tolerance_change": 0.0, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS(parameters, **exact)
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()

@@ -25,7 +25,7 @@ from sightline.recipe import Data, Model, Optim, Recipe
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 PRIVATE = Recipe(
-    data=Data(source="/data/clinic-7/slides", group="patient"),
+    data=Data(source="/data/clinic-7/slides", group="patient", classes="/data/clinic-7/lists.json"),
     model=Model(name="vgg_att2", options={"width": 1 / 16, "stem_pool": 2}, weights="/data/clinic-7/start.safetensors"),
     optim=Optim(teacher="../clinic-7/teacher"),
 )
@@ -122,7 +122,7 @@ def test_only_five_files_are_published_and_nothing_of_the_machine(run: runs.Run,
         assert b"clinic-7" not in content and b"jane-doe" not in content
     assert served.large  # the weights went by git-LFS
     published = yaml.safe_load(files["recipe.yaml"])
-    assert published["data"]["source"] == "slides"
+    assert (published["data"]["source"], published["data"]["classes"]) == ("slides", "lists.json")
     assert (published["model"]["weights"], published["optim"]["teacher"]) == ("start.safetensors", "teacher")
     facts = json.loads(files["run.json"])
     assert facts["info"]["command"] == "sightline train --data slides --optim.teacher=teacher --seeds 0"

@@ -46,8 +46,8 @@ def push(folder: Path | str, name: str, private: bool = False) -> str:
     """Upload a run to a repository of the hub, which is created if it is missing, and return its address.
 
     Uploaded are model.safetensors, recipe.yaml, run.json, metrics.csv and README.md, a model card written from the
-    run and its evaluation.json. Paths (data, options, weights, teacher, command) are shortened to their last part, and
-    the list of unreadable images is left out.
+    run and its evaluation.json. Paths (data, class lists, options, weights, teacher, command) are shortened to their
+    last part, and the list of unreadable images is left out.
 
     Args:
         folder: the run.
@@ -230,9 +230,10 @@ def _public(run: runs.Run) -> runs.Run:
     """The run without what identifies a machine or its owner: folders, names of single files."""
     recipe = run.recipe
     source = recipe.data.source if recipe.data.source in data.DATASETS else _last_part(recipe.data.source)
+    classes = recipe.data.classes and _last_part(recipe.data.classes)
     shortened = replace(
         recipe,
-        data=replace(recipe.data, source=source),
+        data=replace(recipe.data, source=source, classes=classes),
         model=replace(
             recipe.model,
             options=_last_parts(recipe.model.options),

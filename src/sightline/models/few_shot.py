@@ -60,7 +60,7 @@ def logistic(support: Float[Tensor, "n k d"], query: Float[Tensor, "m d"]) -> Fl
     ways, shots, _ = support.shape
     train, test = (F.normalize(x.double(), dim=-1).cpu().numpy() for x in (support.flatten(0, 1), query))
     labels = torch.arange(ways).repeat_interleave(shots).numpy()
-    fitted = LogisticRegression(C=1.0, max_iter=1000, tol=1e-7).fit(train, labels)
+    fitted = LogisticRegression(C=1.0, max_iter=1000, tol=1e-9).fit(train, labels)
     return torch.from_numpy(fitted.predict_log_proba(test)).to(query)
 
 

@@ -28,13 +28,13 @@ class _SmallResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, stem, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU(inplace=True)
-        before = stem
-        for name, (channels, stride) in zip(STAGES, stages, strict=False):
-            self.add_module(name, _stage(before, channels, blocks, stride))
-            before = channels
+        (first, one), (second, two), (third, three) = stages
+        self.layer1 = _stage(stem, first, blocks, one)
+        self.layer2 = _stage(first, second, blocks, two)
+        self.layer3 = _stage(second, third, blocks, three)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
-        self.fc = nn.Linear(before, num_classes)
+        self.fc = nn.Linear(third, num_classes)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out")

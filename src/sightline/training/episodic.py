@@ -108,6 +108,7 @@ def prototypical(
     The loss of an episode is the cross-entropy of its query images, whose logits are minus the squared distances to
     the means of the support images. Images are those of the run's training part, changed as in its recipe, without
     mixup. The weights of the epoch that is best on the validation classes are kept, or the run's own if none is better.
+    The last layer stays that of the run, though the features change.
 
     Args:
         run: a run whose recipe has class lists; its network is the start.
@@ -226,7 +227,6 @@ class _Images(NamedTuple):
 def _images(run: runs.Run, schedule: Schedule) -> _Images:
     val = data.load_new_classes(run.recipe.data, run.preprocess)["val"].unmarked()
     train = replace(data.load(run.recipe.data)["train"], preprocess=run.preprocess).unmarked()
-    schedule.drawn(train, 1)  # what is impossible is refused before the training
     return _Images(train, val, [*schedule.drawn(val, schedule.validation)])
 
 
