@@ -511,11 +511,13 @@ def test_jobs_are_spread_over_the_gpus():
         assert pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "GPU-7"
 
 
+@pytest.mark.filterwarnings("ignore:maps of layers show the window:sightline.facts.Notice")
 def test_published_figures_are_those_of_their_sources():
     paper, log = "paper, error %", "authors' log, error %"
     assert PUBLISHED["ltpa-cifar100"].figures[paper]["VGG"] == 30.62
     assert "VGG" not in PUBLISHED["ltpa-cifar100"].recalled
     of_ltpa = {name: of for name, of in PUBLISHED.items() if name.startswith("ltpa-c")}
+    assert PUBLISHED["ltpa-svhn"].recalled == [*PUBLISHED["ltpa-svhn"].figures[paper]]
     logs = {name: list(of.figures[log].values()) for name, of in of_ltpa.items()}
     assert logs == {
         "ltpa-cifar10": [7.7, 5.61, 5.42, 6.45],
@@ -573,6 +575,10 @@ def test_slides_figures_are_those_of_the_document():
     assert {row: " ".join(str(t.get(row, "-")) for t in of_1.values()) for row in of_1["cub"]} == printed
     vectors = PUBLISHED["brnpa-vectors"].figures["slides, accuracy %"]
     assert [*vectors.values()] == [79.5, 79.1, 77.9, 77.3, 73.2, 56.8]
+    people = PUBLISHED["brnpa-market"].figures["slides, accuracy %"]
+    assert people == {"DG-Net": 94.8, "B-CNN 16x8": 78.4, "BR-NPA 16x8": 93.6, "BR-NPA 64x32": 88.2}
+    few = PUBLISHED["brnpa-cifar-fs"].figures["slides, accuracy %"]
+    assert [*few.values()] == ["61.7 ± 0.9", "58.1 ± 1.1", "69.9 ± 0.9", "65.7 ± 0.7"]
     accuracy, sparsity = PUBLISHED["brnpa-resolution"].figures.values()
     assert [*accuracy.values()] == [82.9, 84.6, 85.2, 85.5] and [*sparsity.values()] == ["11.2", "19.6", "7.46", "21.3"]
 
