@@ -7,7 +7,7 @@ from tests.reference.self_attention import non_local, self_attention
 from timm.layers import NonLocalAttn, resample_abs_pos_embed
 from torch import nn
 
-from sightline.attention.self_attention import NonLocal, RelativeBias, SelfAttention, positions_at
+from sightline.attention.self_attention import NonLocal, RelativeBias, SelfAttention, attention_from, positions_at
 from sightline.explainers import attention_maps
 
 BLOCKS = [
@@ -263,3 +263,44 @@ def test_compile_and_export(kind, options):
     equal(torch.compile(attention, backend="aot_eager", fullgraph=True)(x), wanted)
     exported = torch.export.export(attention, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
     equal(exported.module()(x[:2]), attention(x[:2]))
+
+
+@each_block
+def test_attention_from_a_position(kind, options):
+    """Each row of the attention matrix: its mean is the map, and the values that it weights give the output there."""
+    module = block(kind, **options)
+    network = nn.Sequential(nn.Identity(), module)
+    x, (h, w) = features(), (5, 4)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    rows = {(y, c): attention_from(network, x, (y, c)) for y in range(h) for c in range(w)}
+    (received,) = attention_maps(network, x).values()
+    torch.testing.assert_close(torch.stack([*rows.values()]).mean(0), received)
+    for weights in rows.values():
+        torch.testing.assert_close(weights.sum((2, 3)), torch.ones(len(x), weights.shape[1], dtype=x.dtype))
+    heads = rows[0, 0].shape[1]
+    if kind is SelfAttention:
+        placed = x if module.positions is None else x + positions_at(module.positions, (h, w))
+        value = module.qkv(placed.flatten(2).mT)[..., 16:].unflatten(2, (heads, -1))
+        for (y, c), weights in rows.items():
+            gathered = torch.einsum("bhn,bnhd->bhd", weights.flatten(2), value).flatten(1)
+            torch.testing.assert_close(module(x)[:, :, y, c], x[:, :, y, c] + module.project(gathered))
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert not module.gate._forward_hooks
+
+
+def test_attention_from_a_pixel_of_a_coarser_grid():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.AvgPool2d(4), block(SelfAttention, heads=2), block(SelfAttention, heads=4))
+    x = features((12, 8))
+    by_cell = attention_from(network[1:], nn.AvgPool2d(4)(x), (2, 1))
+    for pixel in ((8, 4), (11, 7)):
+        torch.testing.assert_close(attention_from(network, x, pixel), by_cell)
+    assert attention_from(network, x, (0, 0), "1").shape == (3, 2, 3, 2)
+    for arguments, message in (
+        (((12, 0),), "expected a position in images of 12 x 8 pixels, got row 12, column 0"),
+        (((0, 0), "0"), "expected a block out of 1, 2, got 0; see attention_maps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention_from(network, x, *arguments)
+    with pytest.raises(ValueError, match="expected a block of self-attention in the model, got Sequential"):
+        attention_from(nn.Sequential(nn.Identity()), x, (0, 0))

@@ -1,6 +1,6 @@
 """Self-attention over a feature map: every position attends to every other."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from sightline.attention.channel import hidden_width, zero
 from sightline.attention.registry import check_choice, register
+from sightline.inference import untouched
 
-__all__ = ["NonLocal", "SelfAttention"]
+__all__ = ["NonLocal", "SelfAttention", "attention_from"]
 
 Positions = Literal["none", "learned", "relative"]
 
@@ -58,12 +59,19 @@ class ReceivedAttention(nn.Module):
         bias: Float[Tensor, "heads n n"] | None = None,
     ) -> Float[Tensor, "b heads h w"]:
         """Attention received, one map per head."""
-        if self.class_token:
-            query = query[:, :, :1]
+        received = self.weights(query[:, :, :1] if self.class_token else query, key, bias).mean(2)
+        return received[:, :, int(self.class_token) :].unflatten(2, size)
+
+    def weights(
+        self,
+        query: Float[Tensor, "b heads q d"],
+        key: Float[Tensor, "b heads n d"],
+        bias: Float[Tensor, "heads q n"] | None = None,
+    ) -> Float[Tensor, "b heads q n"]:
+        """Attention that each query pays to each key."""
         scale = query.shape[3] ** -0.5 if self.scale is None else self.scale
         scores = (query * scale) @ key.transpose(2, 3)
-        received = (scores if bias is None else scores + bias).softmax(3).mean(2)
-        return received[:, :, int(self.class_token) :].unflatten(2, size)
+        return (scores if bias is None else scores + bias).softmax(3)
 
 
 def positions_at(positions: Float[Tensor, "1 c h w"], size: tuple[int, int]) -> Float[Tensor, "1 c H W"]:
@@ -225,3 +233,54 @@ class NonLocal(nn.Module):
         last = features.is_contiguous(memory_format=torch.channels_last)
         attended = attended.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         return features + self.norm(self.project(attended))
+
+
+def attention_from(
+    model: nn.Module, images: Float[Tensor, "b c H W"], position: tuple[int, int], block: str | None = None
+) -> Float[Tensor, "b heads h w"]:
+    """Attention that one position pays to all: how a part of an image, an eye for example, relates to the others.
+
+    The mean of this map over all positions is the block's map in `sightline.attention_maps`. The model stays unchanged.
+
+    Args:
+        model: a network with `SelfAttention` or `NonLocal` blocks.
+        images: normalized as the model wants them.
+        position: row and column of a pixel; its cell of the block's grid asks.
+        block: dotted name of the block. None: the last one that runs.
+
+    Returns:
+        A map per head, each with the sum 1.
+
+    Raises:
+        ValueError: no such block, or a position outside the images.
+
+    Source: Vaswani et al. 2017 (1706.03762), equation 1: a row of the attention matrix.
+
+    >>> model = nn.Sequential(SelfAttention(4, heads=2), nn.Flatten())
+    >>> attention_from(model, torch.zeros(1, 4, 2, 2), (0, 1))[0, 0].tolist()
+    [[0.25, 0.25], [0.25, 0.25]]
+    """
+    height, width = images.shape[2:]
+    row, column = position
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(f"expected a position in images of {height} x {width} pixels, got row {row}, column {column}")
+    blocks = {name: part for name, part in model.named_modules() if isinstance(part, SelfAttention | NonLocal)}
+    if not blocks or block not in (None, *blocks):
+        choices = f"out of {', '.join(blocks)}" if blocks else "of self-attention in the model"
+        raise ValueError(f"expected a block {choices}, got {block or type(model).__name__}; see attention_maps")
+    found: list[Tensor] = []
+
+    def read(gate: ReceivedAttention, inputs: tuple[Any, ...], output: Tensor) -> None:
+        query, key, (h, w), *biases = inputs
+        cell = row * h // height * w + column * w // width
+        bias = biases[0] if biases else None
+        asked = gate.weights(query[:, :, cell, None], key, None if bias is None else bias[:, cell, None])
+        found.append(asked.squeeze(2).unflatten(2, (h, w)))
+
+    with untouched(model) as net, torch.no_grad():
+        for name in blocks if block is None else [block]:
+            net.get_submodule(f"{name}.gate".lstrip(".")).register_forward_hook(read)
+        net(images)
+    if not found:
+        raise ValueError(f"expected a block that runs, got {block or ', '.join(blocks)}, which did not")
+    return found[-1]
