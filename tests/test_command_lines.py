@@ -77,7 +77,7 @@ LINES = [
         "sight --out",
     ),
     *("bench broken.yaml --out new", "bench odd.yaml --out new", "bench images --out new", "bench notes.txt --out new"),
-    *("reproduce", "reproduce nothing", "reproduce ltpa-cifar10 --jobs 0", "sight --out new --sets nothing"),
+    *("reproduce --seeds 1", "reproduce nothing", "reproduce ltpa-cifar10 --jobs 0", "sight --out new --sets nothing"),
     *("sight --out new --budget soon", "sight --out new --known --optim.epochs 1", "push run", "push nowhere a/b"),
     *("pull a/b", "pull nothing --out new", "export run", "export run --out new.xyz", "export nowhere --out new.onnx"),
     *("train --data images", "train --data nowhere --out new", "train --out new --recipe nowhere.yaml"),

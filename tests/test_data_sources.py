@@ -21,6 +21,7 @@ from sightline.data import (
     load,
     load_stream,
     load_whole,
+    people,
     read_images,
 )
 from sightline.data.clutter import PARTS
@@ -466,7 +467,7 @@ def at_hub(tmp_path: Path, monkeypatch, name: str) -> None:
 
 def test_every_alias_has_a_layout_and_a_line():
     assert LAYOUTS.keys() == hugging_face.ALIASES.keys()
-    assert DATASETS.keys() == PARTS.keys() | hugging_face.ALIASES.keys() | class_lists.SOURCES.keys()
+    assert DATASETS.keys() == PARTS.keys() | hugging_face.ALIASES.keys() | class_lists.SOURCES.keys() | {people.NAME}
     assert all(line and "\n" not in line for line in DATASETS.values())
 
 
@@ -597,7 +598,7 @@ def test_a_stream_may_end_early(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group": "label"}, r"data\.streaming takes the splits as they are; set it to false for data\.resplit and"),
+        ({"group": "label"}, r"data\.streaming takes the splits as they are; set it to false for data\.resplit, "),
         ({"resplit": True}, r"data\.streaming takes the splits as they are"),
     ],
 )

@@ -347,9 +347,9 @@ def test_one_line_per_epoch_where_there_is_no_terminal(tmp_path: Path, capfd: py
 def test_channels_are_last_where_that_is_safe():
     cpu = torch.device("cpu")
     unsafe = models.create_model("cifar_resnet", num_classes=2, width=0.25)
-    assert loop._layout(unsafe, cpu) == torch.contiguous_format  # its shortcut: 1 x 1, stride 2, 4 channels
-    assert loop._layout(unsafe, torch.device("cuda")) == torch.channels_last
-    assert loop._layout(models.create_model("cifar_resnet", num_classes=2), cpu) == torch.channels_last
+    assert loop.memory_layout(unsafe, cpu) == torch.contiguous_format  # its shortcut: 1 x 1, stride 2, 4 channels
+    assert loop.memory_layout(unsafe, torch.device("cuda")) == torch.channels_last
+    assert loop.memory_layout(models.create_model("cifar_resnet", num_classes=2), cpu) == torch.channels_last
 
 
 @pytest.mark.parametrize("epochs", [1, 4, 13])

@@ -101,7 +101,7 @@ def diversity_loss(maps: Float[Tensor, "b k h w"], margin: float = 0.02) -> Floa
 class PartGates(nn.Module):
     """Maps of k parts: the features weighted by k nets that see their mean, summed over channels, of length 1.
 
-    >>> PartGates(8, 2)(torch.ones(1, 8, 3, 3)).square().sum((2, 3)).tolist()
+    >>> PartGates(8, 2)(torch.ones(1, 8, 3, 3)).square().sum((2, 3)).round(decimals=3).tolist()
     [[1.0, 1.0]]
     """
 

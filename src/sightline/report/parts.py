@@ -35,7 +35,7 @@ def attention_and_parts(
     >>> model = create_model("cifar_resnet", depth=8, attention="brnpa").eval()
     >>> _, parts = attention_and_parts(model, torch.rand(2, 3, 32, 32))
     >>> [(name, part.maps.shape, part.norms.shape) for name, part in parts.items()]
-    [('avgpool', torch.Size([2, 3, 8, 8]), torch.Size([2, 1, 8, 8]))]
+    [('avgpool.attention', torch.Size([2, 3, 8, 8]), torch.Size([2, 1, 8, 8]))]
     """
     features: dict[str, Tensor] = {}
 
