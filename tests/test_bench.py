@@ -517,7 +517,7 @@ def test_published_figures_are_those_of_their_sources():
     assert PUBLISHED["ltpa-cifar100"].figures[paper]["VGG"] == 30.62
     assert "VGG" not in PUBLISHED["ltpa-cifar100"].recalled
     of_ltpa = {name: of for name, of in PUBLISHED.items() if name.startswith("ltpa-c")}
-    assert PUBLISHED["ltpa-svhn"].recalled == [*PUBLISHED["ltpa-svhn"].figures[paper]]
+    assert {*PUBLISHED["ltpa-svhn"].figures[paper].values()} == {"?"}  # no source of them was read
     logs = {name: list(of.figures[log].values()) for name, of in of_ltpa.items()}
     assert logs == {
         "ltpa-cifar10": [7.7, 5.61, 5.42, 6.45],

@@ -73,7 +73,7 @@ def demo(options: Namespace, overrides: dict[str, Any]) -> None:
 
 
 def train(options: Namespace, overrides: dict[str, Any]) -> None:
-    """Train a classifier on a set of images, then evaluate it and write the report (identities: how they are found)."""
+    """Train a classifier on images, then evaluate it and write the report; with identities, measure retrieval."""
     start = _small(overrides.get("model.name")) if options.recipe is None else recipe.load(options.recipe)
     if options.print_recipe:
         from sightline.runs import filled

@@ -106,7 +106,7 @@ def _read() -> dict[str, Published]:
         only: Collection[str] = facts.pop("only", rows)
         study = Study(
             recipe=recipe.load(recipe.load(start), facts.pop("changes", {})),
-            rows={row: {key: v for key, v in rows[row].items() if key != "control" or v in only} for row in only},
+            rows={row: rows[row] for row in only},
             tasks=facts.pop("tasks", tasks),
         )
         published[name] = Published(study=study, **facts)
