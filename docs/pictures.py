@@ -1,4 +1,6 @@
-"""The pictures of README and of the reference: what README's first block draws, and one thumbnail of each explainer.
+"""The pictures of README, of the reference and of the page on volumes.
+
+They are what README's first block draws, one thumbnail of each explainer, and slices of a composed volume.
 
     python docs/pictures.py [RUN ...]
 
@@ -82,6 +84,47 @@ def with_table(page: str) -> str:
     return re.sub(r"(?<=<!-- methods -->\n).*?(?=<!-- end -->)", lambda _: table() + "\n", page, flags=re.DOTALL)
 
 
+def balls(count: int, generator: torch.Generator) -> tuple[Float[Tensor, "b 1 16 32 32"], Float[Tensor, " b"]]:
+    """Noise, in half of the volumes with a ball of radius 4, and whether there is one."""
+    volumes = 0.5 * torch.rand(count, 1, 16, 32, 32, generator=generator)
+    has_ball = torch.rand(count, generator=generator) < 0.5
+    grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (16, 32, 32)), indexing="ij"), -1)
+    for volume, there in zip(volumes, has_ball.tolist(), strict=True):
+        center = torch.stack([torch.randint(4, n - 4, (), generator=generator) for n in (16, 32, 32)])
+        volume[0] += 0.4 * there * ((grid - center).square().sum(-1) < 16)
+    return volumes, has_ball.long()
+
+
+def slices_of_a_volume(file: Path) -> None:
+    """Train a small network to tell volumes with a ball from others, and draw its map of one with a ball as slices."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv3d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool3d(2),
+        nn.Conv3d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool3d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(60):
+        volumes, labels = balls(16, generator)
+        nn.functional.cross_entropy(model(volumes), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    volumes, labels = balls(16, generator)
+    shown = volumes[labels == 1][:1]
+    full = sl.explain(model, shown, targets=1, methods=["hires_cam", "saliency"]).resized((16, 32, 32))
+    pictures = (255 * shown.clamp(max=1)).byte().expand(-1, 3, -1, -1, -1)
+    columns = {name: maps.slices(values, 5) for name, values in full.maps.items()}
+    enlarged = maps.slices(pictures, 5).repeat_interleave(3, 2).repeat_interleave(3, 3)
+    figure = maps.side_by_side(enlarged, columns, title="slices 1, 4, 8, 11, 14", signed=["hires_cam"], per_row=1)
+    file.write_bytes(maps.png(figure))
+
+
 def main(folders: list[str]) -> None:
     """Draw all pictures, and write README's table."""
     warnings.simplefilter("ignore", facts.Notice)
@@ -101,6 +144,7 @@ def main(folders: list[str]) -> None:
             drawn = Image.fromarray(thumbnail(subject, name).movedim(0, -1).numpy())
             drawn.save(THUMBNAILS / f"{name}.jpg", quality=85)
     readme.write_text(with_table(readme.read_text()))
+    slices_of_a_volume(PICTURES / "volumes.png")
 
 
 if __name__ == "__main__":
