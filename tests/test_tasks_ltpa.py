@@ -161,6 +161,16 @@ def test_other_images_have_the_size_mean_and_deviation_of_the_run(folder):
     assert len(images_for(run, str(folder), {"test_size": 3})["test"]) == 3
 
 
+def test_other_images_are_stored_at_the_size_of_a_run_whose_recipe_does_not_say_it(folder):
+    plain = toy_run(folder, "clutter", **{"data.size": None})
+    for size in ((SIDE, SIDE), (24, 16)):
+        run = replace(plain, preprocess=replace(plain.preprocess, size=size))
+        assert images_for(run, str(folder), None)["test"].batch([0]).images.shape == (1, 3, *size)
+    square = replace(plain, preprocess=replace(plain.preprocess, size=(32, 32)))
+    composed = images_for(square, "clutter-twice", {"test_size": 3, "train_size": 3})["test"]
+    assert composed.batch([0]).images.shape == (1, 3, 32, 32)
+
+
 @pytest.mark.parametrize("epsilon", [0.01, 0.1, 0.3])
 def test_flips_of_a_linear_model_equal_the_slow_ones(epsilon):
     generator = torch.Generator().manual_seed(0)

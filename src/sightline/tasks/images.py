@@ -25,7 +25,7 @@ def images_for(run: runs.Run, source: str | None, fields: Mapping[str, Any] | No
         OSError: the images are missing.
         ValueError: a wrong field, data without split for training, or another size than the run's.
     """
-    start = run.recipe.data if source is None else recipe.Data(source=source, size=run.recipe.data.size, val=0.0)
+    start = run.recipe.data if source is None else recipe.Data(source=source, size=run.preprocess.size, val=0.0)
     changes = {f"data.{name}": value for name, value in (fields or {}).items()}
     if changes.keys() & {"data.size", "data.source", "data.streaming"}:
         raise ValueError(
