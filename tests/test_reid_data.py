@@ -234,6 +234,9 @@ def test_parts_of_people_are_where_their_colors_are():
                 shares.append((cosines > 0.9).mean())  # up to brightness and noise
     assert len(shares) > 300 and min(shares) > 0.99
 
+    chosen = [int(name.removeprefix("train-")) for name in sets["train"].names]
+    assert np.bincount(np.array(chosen) % 200).tolist() == [2] * 200 and max(chosen) > 2800
+    assert np.bincount(sets["train"].cameras.astype(int))[1:].min() > 60  # all four, in about equal shares
 
 @pytest.mark.parametrize(
     ("data", "message"),
@@ -241,6 +244,7 @@ def test_parts_of_people_are_where_their_colors_are():
         ({"mask": "hat"}, r"expected data\.mask of clutter-person to be person, head, torso, legs, bag, got 'hat'"),
         ({"size": 16}, r"expected data\.size of at least 32,16 for clutter-person, got 16,16"),
         ({"camera": "c"}, r"data\.camera names a column, but clutter-person is composed"),
+    first = people.compose_people(0, "train", [chosen[3], chosen[5]])
     ],
 )
 def test_people_refuse(data, message):
@@ -253,3 +257,4 @@ def test_other_composed_images_are_square():
         sl.data.load(Data(source="clutter", size=(40, 20)))
     with pytest.raises(ValueError, match=r"data\.size: expected 1 or more, or a height and a width"):
         sl.data.load(Data(source="clutter", size=(40, 20, 3)))
+        ({"train_size": 3201}, r"expected data\.train_size of at most 3200, got 3201; there are no more"),

@@ -12,7 +12,7 @@ from sightline.data.decoded import Record
 from sightline.data.folders import contents, of_others, subfolders
 from sightline.data.sets import ImageSet
 from sightline.data.sources import COLUMNS, LARGEST_SIDE, Records, Table, fingerprint, usual_side
-from sightline.data.splits import check_labeled, draw
+from sightline.data.splits import check_labeled, draw, drawn
 from sightline.recipe import Data
 
 Array = np.ndarray
@@ -129,12 +129,7 @@ def split_identities(table: Table, data: Data) -> dict[str, Int64[Array, " _"]]:
         )
     for name in ("train", "val"):
         check_labeled(labels[rows.get(name, rows["train"])], name)
-    if data.train_size is not None:
-        if data.train_size > len(rows["train"]):
-            raise ValueError(
-                f"expected data.train_size of at most {len(rows['train'])}, got {data.train_size}; there are no more"
-            )
-        rows["train"] = rows["train"][draw(labels[rows["train"]], data.train_size, data.seed)]
+    rows["train"] = rows["train"][drawn(labels[rows["train"]], "train", data.train_size, data.seed)]
     if len(np.unique(labels[rows["train"]])) < 2:
         raise ValueError("expected at least two identities to train with, got one; add images of another")
     return rows
