@@ -12,6 +12,7 @@ from tests.same import assert_same_state, state_of
 from torch import nn
 
 from sightline import data, recipe, runs, tasks
+from sightline.attention import RepresentativeVectors
 from sightline.data.splits import held_out
 from sightline.metrics.localization import jaccard
 from sightline.models import create_model
@@ -267,6 +268,31 @@ def test_a_network_without_attention_has_its_activation_map(folder):
     outcome = tasks.perform("segmentation", run, model, fields={"mask_values": "255"}, limit=4)
     assert "The own map is activation_map." in outcome.notices
     assert len(outcome.figures["own map"].values) == 4 and outcome.figures["grad_cam"].unit == "images"
+
+
+class Vectors(nn.Sequential):
+    """Two vectors of the colors, and their classifier."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 1), RepresentativeVectors(4, k=2), nn.Linear(8, 2))
+
+
+def test_chance_and_groups_of_vectors(folder):
+    """The most frequent training class is red; of the test images here, two of six are."""
+    table = folder / "metadata.csv"
+    swap = {"red": "green", "green": "red"}
+    lines = [line.split(",") for line in table.read_text().splitlines()]
+    lines = [[*c[:1], swap[c[1]], *c[2:]] if c[3] == "test" else c for c in lines]
+    table.write_text("\n".join(map(",".join, lines)) + "\n")
+    torch.manual_seed(0)
+    model = Vectors().eval()
+    before = state_of(model)
+    outcome = tasks.perform("vectors", toy_run(folder, folder), model)
+    assert_same_state(before, state_of(model))
+    assert [*outcome.figures] == ["{1,2}", "{1}", "{2}"]
+    for figure in outcome.figures.values():
+        assert figure.chance == 2 / 6 and figure.groups is not None
+        assert len(set(figure.groups.tolist())) == figure.interval.n == 4
 
 
 @pytest.mark.parametrize(
