@@ -229,6 +229,11 @@ def test_settings_that_do_not_go_together(changes, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_as_weights_gives_both_sides_of_its_images(run):
+    start = replace(SMALL, data=Data(source="clutter-person"), model=replace(SMALL.model, weights=str(run.folder)))
+    assert runs.filled(start).data.size == (32, 16)
+
+
 def test_data_without_identities(run, tmp_path):
     with pytest.raises(ValueError, match="expected data of identities seen by cameras, got clutter; name the column"):
         tasks.perform("retrieval", run, source="clutter")
