@@ -229,6 +229,14 @@ def test_settings_that_do_not_go_together(changes, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["robustness", "segmentation"])
+def test_tasks_of_classes_refuse_identities(name, run):
+    with pytest.raises(
+        ValueError, match="expected images with classes, got identities of clutter-person; use the task"
+    ):
+        tasks.perform(name, run)
+
+
 def test_a_run_as_weights_gives_both_sides_of_its_images(run):
     start = replace(SMALL, data=Data(source="clutter-person"), model=replace(SMALL.model, weights=str(run.folder)))
     assert runs.filled(start).data.size == (32, 16)
