@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.reference import retrieval as reference
 from torch import nn
 from torch.nn.functional import normalize
@@ -227,6 +228,23 @@ def test_settings_that_do_not_go_together(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         fit(SMALL, tmp_path / "run", changes, progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_notices_of_queries_and_of_the_gallery_are_told_once(run, tmp_path):
+    for folder, names in {
+        "bounding_box_train": [f"{who:04d}_c{camera}.png" for who in (1, 2, 3) for camera in (1, 2)],
+        "query": ["0004_c1.png", "0005_c1.png"],
+        "bounding_box_test": ["0004_c2.png", "0005_c2.png"],
+    }.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            rng = np.random.default_rng([*name.encode()])
+            Image.fromarray(rng.integers(0, 256, (32, 16, 3), dtype=np.uint8)).save(tmp_path / folder / name)
+    for folder, name in (("query", "0004_c1"), ("bounding_box_test", "0005_c2")):
+        (tmp_path / folder / f"{name}_again.png").write_bytes((tmp_path / folder / f"{name}.png").read_bytes())
+    notices = tasks.perform("retrieval", run, source=str(tmp_path)).notices
+    told = [notice for notice in notices if "repeat another of the same identity and camera" in notice]
+    assert [notice.split()[1] for notice in told] == ["query", "gallery"] and len({*notices}) == len(notices)
 
 
 @pytest.mark.parametrize("name", ["robustness", "segmentation"])
