@@ -230,6 +230,26 @@ def test_settings_that_do_not_go_together(changes, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def table_of(folder, lines):
+    """A table of small images with the columns who, seen and split."""
+    rng = np.random.default_rng(0)
+    for i in range(len(lines)):
+        Image.fromarray(rng.integers(0, 256, (32, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    rows = [f"{i}.png,{line}" for i, line in enumerate(lines)]
+    (folder / "people.csv").write_text("\n".join(["image,who,seen,split", *rows]) + "\n")
+    return Data(source=str(folder / "people.csv"), label="who", camera="seen", size=(32, 16))
+
+
+def test_validation_without_a_match_is_refused(tmp_path):
+    lines = [f"{who},{camera},train" for who in "abcd" for camera in (1, 2, 3, 4)]
+    lines += [f"{who},{camera},test" for who in "ef" for camera in (1, 2)]
+    lines += [f"{who},{camera},val" for who, camera in (("g", 1), ("g", 1), ("h", 2))]
+    recipe = replace(SMALL, data=table_of(tmp_path, lines), optim=Optim(epochs=1, batch_size=8))
+    with pytest.raises(ValueError, match="expected a val image whose identity another camera has seen, got none of 3"):
+        fit(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_notices_of_queries_and_of_the_gallery_are_told_once(run, tmp_path):
     for folder, names in {
         "bounding_box_train": [f"{who:04d}_c{camera}.png" for who in (1, 2, 3) for camera in (1, 2)],

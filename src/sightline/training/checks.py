@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from sightline import data, runs
+from sightline.attention import WithLoss
+from sightline.data.reid import matched
 from sightline.inference import copy_of, logits_of
 from sightline.recipe import Recipe
 from sightline.runs import Run
@@ -30,7 +32,13 @@ def check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, othe
     devices = torch.cuda.device_count()
     if recipe.augment.crop >= side:
         raise ValueError(f"augment.crop: expected less than the side of the images, {side}, got {recipe.augment.crop}")
-    if optim.patience is not None and not others.get("val"):
+    val = others.get("val")
+    if val is not None and val.cameras is not None and not matched(val, val).any():
+        raise ValueError(
+            f"expected a val image whose identity another camera has seen, got none of {len(val)}; add some, or set "
+            "data.val to 0 if they were drawn"
+        )
+    if optim.patience is not None and not val:
         raise ValueError("optim.patience needs validation images; set data.val above 0")
     if optim.class_weights and isinstance(train, data.ImageStream):
         raise ValueError("optim.class_weights needs all labels in advance; set data.streaming to false")
