@@ -220,7 +220,7 @@ def test_train_and_task_by_the_command_line(tmp_path, capsys):
     ("changes", "message"),
     [
         ({"optim.batch_size": 30, "optim.images_per_class": 4}, r"optim\.batch_size: expected a multiple of optim\.im"),
-        ({"augment.mixup": 0.2}, r"augment\.mixup: expected 0 with a triplet loss"),
+        ({"augment.mixup": 0.2}, r"augment\.mixup: expected 0 with BNNeck, whose own loss takes one label per "),
         ({"augment.rotate": True}, r"augment\.rotate: expected images as high as wide"),
     ],
 )

@@ -50,10 +50,6 @@ def check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, othe
                 f"optim.batch_size: expected a multiple of optim.images_per_class x processes, "
                 f"{optim.images_per_class} x {nodes * per_node}, got {optim.batch_size}"
             )
-    if recipe.augment.mixup and (recipe.model.options.get("neck") or {}).get("triplet"):
-        raise ValueError(
-            "augment.mixup: expected 0 with a triplet loss, which needs one identity per image; leave it out"
-        )
     if recipe.augment.rotate and len({*train.preprocess.size}) > 1:
         raise ValueError("augment.rotate: expected images as high as wide, got others; set data.size to one side")
     if min(optim.batch_size, len(train)) < nodes * per_node:
@@ -89,6 +85,21 @@ def check_forward(network: nn.Module, recipe: Recipe, size: tuple[int, int], cla
             f"{recipe.model.name}: expected a logit for each of {classes} classes, ({batch}, {classes}), got "
             f"{tuple(logits.shape)} for {batch} images; change its last layer"
         )
+
+
+def check_mixup(network: nn.Module, recipe: Recipe, size: tuple[int, int]) -> None:
+    """No blended images for a block whose own loss learns from one label per image, tried on a copy."""
+    if not recipe.augment.mixup:
+        return
+    images, labels = torch.zeros(2, 3, *size), torch.zeros(2, dtype=torch.long)
+    trained = copy_of(network).train()
+    logits = logits_of(trained(images))
+    for block in trained.modules():
+        if isinstance(block, WithLoss) and block.own_loss(logits, labels).requires_grad:  # else it is 0
+            raise ValueError(
+                f"augment.mixup: expected 0 with {type(block).__name__}, whose own loss takes one label per image, "
+                f"got {recipe.augment.mixup}; leave it out"
+            )
 
 
 def check_same(recipe: Recipe, run: Run, classes: tuple[str, ...]) -> None:
