@@ -94,6 +94,16 @@ def test_new_classes_have_all_their_images_in_the_order_of_the_source(folder):
     assert sets["test"].preprocess == SMALL
 
 
+def test_cameras_stay_with_their_images(folder):
+    rows = [f"{name}/{i}.png,{name},{name}-{i % 3}" for name in NAMES for i in range(10)]
+    (folder / "animals" / "metadata.csv").write_text("\n".join(["image,label,seen", *rows]) + "\n")
+    wanted = of(folder, camera="seen", test=0.3, val=0.0)
+    for sets in (data.load(wanted), data.load_new_classes(wanted, SMALL)):
+        for images in sets.values():
+            expected = [f"{name.split('/')[0]}-{int(name[-5]) % 3}" for name in images.names]
+            assert images.cameras is not None and images.cameras.tolist() == expected
+
+
 def test_new_classes_of_two_lists_are_not_mixed_in_the_cache(folder):
     first = kinds(data.load_new_classes(of(folder), SMALL)["val"])
     (folder / "lists.json").write_text(json.dumps(LISTS | {"val": ["eel"], "test": ["dog", "fox"]}))
@@ -193,7 +203,7 @@ def test_lists_are_needed_for_new_classes(folder):
         data.load_new_classes(of(folder, classes=None), SMALL)
 
 
-@pytest.mark.parametrize("changes", [{"source": "clutter"}, {"streaming": True}])
+@pytest.mark.parametrize("changes", [{"source": "clutter"}, {"source": "clutter-person"}, {"streaming": True}])
 def test_lists_do_not_go_with_composed_or_streamed_images(folder, changes):
     with pytest.raises(ValueError, match=r"with data\.classes"):
         data.load(of(folder, **changes))

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.reference import retrieval as reference
 from torch import nn
 from torch.nn.functional import normalize
@@ -219,7 +220,7 @@ def test_train_and_task_by_the_command_line(tmp_path, capsys):
     ("changes", "message"),
     [
         ({"optim.batch_size": 30, "optim.images_per_class": 4}, r"optim\.batch_size: expected a multiple of optim\.im"),
-        ({"augment.mixup": 0.2}, r"augment\.mixup: expected 0 with a triplet loss"),
+        ({"augment.mixup": 0.2}, r"augment\.mixup: expected 0 with BNNeck, whose own loss takes one label per "),
         ({"augment.rotate": True}, r"augment\.rotate: expected images as high as wide"),
     ],
 )
@@ -227,6 +228,56 @@ def test_settings_that_do_not_go_together(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         fit(SMALL, tmp_path / "run", changes, progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def table_of(folder, lines):
+    """A table of small images with the columns who, seen and split."""
+    rng = np.random.default_rng(0)
+    for i in range(len(lines)):
+        Image.fromarray(rng.integers(0, 256, (32, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    rows = [f"{i}.png,{line}" for i, line in enumerate(lines)]
+    (folder / "people.csv").write_text("\n".join(["image,who,seen,split", *rows]) + "\n")
+    return Data(source=str(folder / "people.csv"), label="who", camera="seen", size=(32, 16))
+
+
+def test_validation_without_a_match_is_refused(tmp_path):
+    lines = [f"{who},{camera},train" for who in "abcd" for camera in (1, 2, 3, 4)]
+    lines += [f"{who},{camera},test" for who in "ef" for camera in (1, 2)]
+    lines += [f"{who},{camera},val" for who, camera in (("g", 1), ("g", 1), ("h", 2))]
+    recipe = replace(SMALL, data=table_of(tmp_path, lines), optim=Optim(epochs=1, batch_size=8))
+    with pytest.raises(ValueError, match="expected a val image whose identity another camera has seen, got none of 3"):
+        fit(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_notices_of_queries_and_of_the_gallery_are_told_once(run, tmp_path):
+    for folder, names in {
+        "bounding_box_train": [f"{who:04d}_c{camera}.png" for who in (1, 2, 3) for camera in (1, 2)],
+        "query": ["0004_c1.png", "0005_c1.png"],
+        "bounding_box_test": ["0004_c2.png", "0005_c2.png"],
+    }.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            rng = np.random.default_rng([*name.encode()])
+            Image.fromarray(rng.integers(0, 256, (32, 16, 3), dtype=np.uint8)).save(tmp_path / folder / name)
+    for folder, name in (("query", "0004_c1"), ("bounding_box_test", "0005_c2")):
+        (tmp_path / folder / f"{name}_again.png").write_bytes((tmp_path / folder / f"{name}.png").read_bytes())
+    notices = tasks.perform("retrieval", run, source=str(tmp_path)).notices
+    told = [notice for notice in notices if "repeat another of the same identity and camera" in notice]
+    assert [notice.split()[1] for notice in told] == ["query", "gallery"] and len({*notices}) == len(notices)
+
+
+@pytest.mark.parametrize("name", ["robustness", "segmentation"])
+def test_tasks_of_classes_refuse_identities(name, run):
+    with pytest.raises(
+        ValueError, match="expected images with classes, got identities of clutter-person; use the task"
+    ):
+        tasks.perform(name, run)
+
+
+def test_a_run_as_weights_gives_both_sides_of_its_images(run):
+    start = replace(SMALL, data=Data(source="clutter-person"), model=replace(SMALL.model, weights=str(run.folder)))
+    assert runs.filled(start).data.size == (32, 16)
 
 
 def test_data_without_identities(run, tmp_path):

@@ -180,6 +180,34 @@ def test_table_with_cameras(made):
         sl.data.load(Data(source=data.source, label="who", camera="seen_by", group="place"))
 
 
+@pytest.mark.parametrize("pair", [("train", "val"), ("train", "test"), ("val", "test")])
+def test_no_two_splits_share_an_identity(pair, made):
+    names = [f"{who}_{camera}.png" for who in range(8) for camera in "ab"]
+    root = made({".": names})
+    parts = {str(who): ("train", "train", "val", "val", "test")[who % 5] for who in range(8)}
+    lines = [f"{name},{name[0]},{name[2]},{parts[name[0]]}" for name in names]
+    (root / "images.csv").write_text("\n".join(["image,who,seen_by,split", *lines]) + "\n")
+    data = Data(source=str(root / "images.csv"), label="who", camera="seen_by", size=8)
+    assert {*sl.data.load(data)} == {"train", "val", "query", "gallery"}
+    place = next(i for i, line in enumerate(lines) if line.endswith(pair[0]))
+    lines[place] = lines[place].replace(pair[0], pair[1])
+    (root / "images.csv").write_text("\n".join(["image,who,seen_by,split", *lines]) + "\n")
+    with pytest.raises(ValueError, match=f"1 of the identities or groups in {pair[1]} also occur in {pair[0]}, which"):
+        sl.data.load(data)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_junk_of_a_set_that_is_split_again_is_in_the_gallery(seed, made):
+    junk = [f"-1_c{camera}s1_000401_0{k}.jpg" for camera in (1, 2) for k in range(8)]
+    root = made(MARKET | {"bounding_box_test": [*MARKET["bounding_box_test"], *junk]})
+    sets = sl.data.load(Data(source=str(root), size=(16, 8), resplit=True, seed=seed, test=0.3, val=0.2))
+    names = {f"bounding_box_test/{name}" for name in (*junk, "-1_c1s1_000401_03.jpg")}
+    gallery = dict(zip(sets["gallery"].names, identities(sets["gallery"]), strict=True))
+    assert {name for name, identity in gallery.items() if identity == "junk"} == names
+    assert all((sets[split].labels >= 0).all() for split in ("train", "val", "query"))
+    assert len({*gallery.values()}) > 2
+
+
 def test_the_same_file_twice_is_left_out_once(made):
     names = [f"{who}_{camera}.png" for who in range(6) for camera in "ab"]
     root = made({".": names})
@@ -206,6 +234,9 @@ def test_people_have_their_own_colors_and_cameras():
     sets = sl.data.load(Data(source="clutter-person", train_size=400, mask="torso"))
     assert [len(sets[split].classes) for split in ("train", "val", "query", "gallery")] == [200, 50, 100, 100]
     assert len(sets["train"]) == 400 and len(sets["query"]) == len(sets["gallery"]) == 800
+    chosen = [int(name.removeprefix("train-")) for name in sets["train"].names]
+    assert np.bincount(np.array(chosen) % 200).tolist() == [2] * 200 and max(chosen) > 2800
+    assert np.bincount(sets["train"].cameras.astype(int))[1:].min() > 60  # all four, in about equal shares
     colors = people._colors(0)
     used = sum(people.IDENTITIES.values())
     assert len(np.unique(colors[:used].reshape(used, -1), axis=0)) == used
@@ -213,6 +244,7 @@ def test_people_have_their_own_colors_and_cameras():
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
     assert np.array_equal(first[0][1:], people.compose_people(0, "train", [5])[0])
     assert not np.array_equal(first[0], people.compose_people(1, "train", [3, 5])[0])
+    first = people.compose_people(0, "train", [chosen[3], chosen[5]])
     batch = sets["train"].batch([3, 5])
     assert np.array_equal(batch.images, first[0]) and np.array_equal(batch.masks[:, 0], first[1][:, 1])
 
@@ -241,6 +273,7 @@ def test_parts_of_people_are_where_their_colors_are():
         ({"mask": "hat"}, r"expected data\.mask of clutter-person to be person, head, torso, legs, bag, got 'hat'"),
         ({"size": 16}, r"expected data\.size of at least 32,16 for clutter-person, got 16,16"),
         ({"camera": "c"}, r"data\.camera names a column, but clutter-person is composed"),
+        ({"train_size": 3201}, r"expected data\.train_size of at most 3200, got 3201; there are no more"),
     ],
 )
 def test_people_refuse(data, message):

@@ -89,6 +89,13 @@ def test_a_first_line_that_names_the_separator_and_a_column_of_numbers(tmp_path)
     check(tmp_path / "labels.csv")
 
 
+@pytest.mark.parametrize("name", ["train.csv", "test.csv"])
+def test_a_single_table_may_have_any_name(name, tmp_path):
+    check(usual(tmp_path, name))
+    sets = load(Data(source=str(tmp_path / name), size=8, test=0.25, val=0.25))
+    assert {*sets} == {"train", "val", "test"} and sum(map(len, sets.values())) == 12
+
+
 def test_metadata_of_a_flat_folder_and_of_splits(tmp_path):
     usual(tmp_path / "flat", "metadata.csv")
     assert check(tmp_path / "flat").name == "flat"

@@ -12,6 +12,7 @@ from tests.same import assert_same_state, state_of
 from torch import nn
 
 from sightline import data, recipe, runs, tasks
+from sightline.attention import RepresentativeVectors
 from sightline.data.splits import held_out
 from sightline.metrics.localization import jaccard
 from sightline.models import create_model
@@ -161,6 +162,16 @@ def test_other_images_have_the_size_mean_and_deviation_of_the_run(folder):
     assert len(images_for(run, str(folder), {"test_size": 3})["test"]) == 3
 
 
+def test_other_images_are_stored_at_the_size_of_a_run_whose_recipe_does_not_say_it(folder):
+    plain = toy_run(folder, "clutter", **{"data.size": None})
+    for size in ((SIDE, SIDE), (24, 16)):
+        run = replace(plain, preprocess=replace(plain.preprocess, size=size))
+        assert images_for(run, str(folder), None)["test"].batch([0]).images.shape == (1, 3, *size)
+    square = replace(plain, preprocess=replace(plain.preprocess, size=(32, 32)))
+    composed = images_for(square, "clutter-twice", {"test_size": 3, "train_size": 3})["test"]
+    assert composed.batch([0]).images.shape == (1, 3, 32, 32)
+
+
 @pytest.mark.parametrize("epsilon", [0.01, 0.1, 0.3])
 def test_flips_of_a_linear_model_equal_the_slow_ones(epsilon):
     generator = torch.Generator().manual_seed(0)
@@ -257,6 +268,31 @@ def test_a_network_without_attention_has_its_activation_map(folder):
     outcome = tasks.perform("segmentation", run, model, fields={"mask_values": "255"}, limit=4)
     assert "The own map is activation_map." in outcome.notices
     assert len(outcome.figures["own map"].values) == 4 and outcome.figures["grad_cam"].unit == "images"
+
+
+class Vectors(nn.Sequential):
+    """Two vectors of the colors, and their classifier."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 1), RepresentativeVectors(4, k=2), nn.Linear(8, 2))
+
+
+def test_chance_and_groups_of_vectors(folder):
+    """The most frequent training class is red; of the test images here, two of six are."""
+    table = folder / "metadata.csv"
+    swap = {"red": "green", "green": "red"}
+    lines = [line.split(",") for line in table.read_text().splitlines()]
+    lines = [[*c[:1], swap[c[1]], *c[2:]] if c[3] == "test" else c for c in lines]
+    table.write_text("\n".join(map(",".join, lines)) + "\n")
+    torch.manual_seed(0)
+    model = Vectors().eval()
+    before = state_of(model)
+    outcome = tasks.perform("vectors", toy_run(folder, folder), model)
+    assert_same_state(before, state_of(model))
+    assert [*outcome.figures] == ["{1,2}", "{1}", "{2}"]
+    for figure in outcome.figures.values():
+        assert figure.chance == 2 / 6 and figure.groups is not None
+        assert len(set(figure.groups.tolist())) == figure.interval.n == 4
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sightline import data, models, runs
 from sightline.attention import HardAttention
 from sightline.recipe import Augment, Data, Model, Optim, Recipe
-from sightline.training import Training, fit, loop
+from sightline.training import Training, checks, fit, loop
 from sightline.training.checkpoints import Checkpoints
 from sightline.training.log import Log
 from sightline.training.losses import Loss, class_weights, distillation
@@ -507,6 +507,37 @@ def test_mixup_counts_both_labels():
     mixed = float(loss(torch.zeros(1, 3, 1, 1), logits, labels, (others, 0.7)))
     assert mixed == pytest.approx(0.7 * each[0] + 0.3 * each[1], rel=1e-6)
     assert float(loss(torch.zeros(1, 3, 1, 1), logits, labels, (others, 1.0))) == each[0]
+
+
+PARTS = {"name": "cifar_resnet", "depth": 8, "width": 0.25}
+SYSTEM = {"backbone": "cifar_resnet", "backbone_options": {"depth": 8, "width": 0.25}}
+
+
+@pytest.mark.parametrize(
+    ("options", "block"),
+    [
+        ({"name": "fcan", **SYSTEM}, "FCAN"),
+        ({"name": "mg_cnn", "parents": [0, 0, 1, 1], **SYSTEM}, "MGCNN"),
+        ({**PARTS, "attention": "hard"}, "HardAttention"),
+        ({**PARTS, "attention": "ma_cnn"}, "MultiAttention"),
+        ({**PARTS, "neck": {"triplet": 1.0}}, "BNNeck"),
+        ({**PARTS, "attention": "hard", "attention_options": {"estimator": "gumbel"}}, None),
+        ({**PARTS, "attention": "hard", "attention_options": {"estimator": "top_k", "k": 2}}, None),
+        ({**PARTS, "attention": "ma_cnn", "attention_options": {"gates": "labels"}}, None),
+        ({**PARTS, "neck": {}}, None),
+        ({"name": "mg_cnn", "parents": [0, 0, 1, 1], "coarse_weight": 0.0, **SYSTEM}, None),
+        ({**PARTS, "attention": "se"}, None),
+    ],
+)
+def test_blends_are_refused_where_a_block_has_a_loss_of_one_label_per_image(options: dict[str, Any], block: str | None):
+    network = models.create_model(num_classes=4, **options)
+    checks.check_mixup(network, replace(TINY, augment=replace(TINY.augment, mixup=0.0)), (32, 32))
+    blended = replace(TINY, augment=replace(TINY.augment, mixup=0.2))
+    if block is None:
+        checks.check_mixup(network, blended, (32, 32))
+        return
+    with pytest.raises(ValueError, match=f"mixup: expected 0 with {block}, whose own loss takes one label .*, got 0.2"):
+        checks.check_mixup(network, blended, (32, 32))
 
 
 def test_images_are_blended_by_the_share_of_their_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -186,7 +186,10 @@ def filled(start: recipe.Recipe) -> recipe.Recipe:
     values = dict(recipe.FINE_TUNING)
     if None in (start.data.size, start.model.normalization, start.optim.layer_decay):
         own = pretrained_input(start.model)
-        values |= {"model.normalization": "data"} if own is None else {"data.size": max(own.size)}
+        if own is None:
+            values["model.normalization"] = "data"
+        else:
+            values["data.size"] = own.size if len({*own.size}) > 1 else own.size[0]
         if start.model.name not in models.MODELS and _described(start.model)[1]:
             values["optim.layer_decay"] = _TRANSFORMER_DECAY
     return recipe.filled(start, values)

@@ -112,6 +112,7 @@ def of_classes(table: Table, names: tuple[str, ...]) -> Table:
         labels=labels[rows],
         names=[table.names[row] for row in rows.tolist()],
         groups=None if table.groups is None else table.groups[rows],
+        cameras=None if table.cameras is None else table.cameras[rows],
         parts=table.parts[rows],
         reader=_Rows(table.reader, rows),
         key=None if table.key is None else f"{table.key} {names}",

@@ -261,8 +261,8 @@ def load(data: Data) -> dict[str, ImageSet]:
     mask = data.mask or ("patch" if patched else "digit")
     if mask not in kinds:
         raise ValueError(f"expected data.mask of {data.source} to be {' or '.join(kinds)}, got {mask!r}")
-    size = 40 if data.size is None else data.size
-    if not isinstance(size, int):
+    size, width = data.sides or (40, 40)
+    if size != width:
         raise ValueError(f"expected data.size of {data.source} as one side, as its images are square, got {data.size}")
     marked = ORDER.index(mask) if mask in ORDER else None
     if size < 24:

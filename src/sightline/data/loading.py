@@ -235,7 +235,7 @@ def read_images(
 def _checked(data: Data) -> Data:
     """The same fields, each with its type and within its limits."""
     data = with_lists(load_recipe(Recipe(data=data)).data)
-    if data.classes is not None and (data.streaming or data.source in clutter.PARTS):
+    if data.classes is not None and (data.streaming or data.source in _COMPOSED):
         what = "data.streaming true" if data.streaming else f"the source {data.source}"
         raise ValueError(f"expected no {what} with data.classes {data.classes}; leave one out")
     return data

@@ -15,6 +15,7 @@ from sightline.data.clutter import background, check_composed, hsv
 from sightline.data.decoded import Composed
 from sightline.data.reid import queries_and_gallery
 from sightline.data.sets import ImageSet, sampled, statistics
+from sightline.data.splits import drawn
 from sightline.recipe import Data
 
 Array = np.ndarray
@@ -111,7 +112,7 @@ def load(data: Data) -> dict[str, ImageSet]:
     """The splits train, val, query and gallery of `clutter-person`, each with its own identities.
 
     Raises:
-        ValueError: a column that the source does not have, another mask, or too few pixels.
+        ValueError: a column that the source does not have, another mask, too few pixels, or more images than there are.
     """
     check_composed(data)
     size = data.sides or (64, 32)
@@ -120,20 +121,22 @@ def load(data: Data) -> dict[str, ImageSet]:
     mask = data.mask or "person"
     if mask not in ("person", *PARTS):
         raise ValueError(f"expected data.mask of {NAME} to be person, {', '.join(PARTS)}, got {mask!r}")
-    counts = {split: n * IMAGES[split] for split, n in IDENTITIES.items()}
-    if data.train_size is not None:
-        counts["train"] = min(data.train_size, counts["train"])
-    stores = {split: Composed(partial(_masked, mask, data.seed, split, size), n, size) for split, n in counts.items()}
-    preprocess = statistics(sampled(stores["train"], counts["train"], 1000))
+    rows = {split: np.arange(n * IMAGES[split]) for split, n in IDENTITIES.items()}
+    whole = {
+        split: Composed(partial(_masked, mask, data.seed, split, size), len(of), size) for split, of in rows.items()
+    }
+    rows["train"] = drawn(rows["train"] % IDENTITIES["train"], "train", data.train_size, data.seed)
+    stores = {split: store.picked(rows[split]) for split, store in whole.items()}
+    preprocess = statistics(sampled(stores["train"], len(rows["train"]), 1000))
     sets = {
         split: ImageSet(
             name=NAME,
             split=split,
             classes=tuple(f"{split} {i:03d}" for i in range(IDENTITIES[split])),
             preprocess=preprocess,
-            labels=np.arange(counts[split]) % IDENTITIES[split],
-            names=[f"{split}-{i:05d}" for i in range(counts[split])],
-            cameras=(np.arange(counts[split]) // IDENTITIES[split] % CAMERAS + 1).astype(str),
+            labels=rows[split] % IDENTITIES[split],
+            names=[f"{split}-{i:05d}" for i in rows[split].tolist()],
+            cameras=(rows[split] // IDENTITIES[split] % CAMERAS + 1).astype(str),
             store=store,
             has_masks=True,
         )

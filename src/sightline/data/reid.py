@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from sightline.data.decoded import Record
 from sightline.data.folders import contents, of_others, subfolders
 from sightline.data.sets import ImageSet
 from sightline.data.sources import COLUMNS, LARGEST_SIDE, Records, Table, fingerprint, usual_side
-from sightline.data.splits import check_labeled, draw
+from sightline.data.splits import check_labeled, draw, drawn
 from sightline.recipe import Data
 
 Array = np.ndarray
@@ -98,30 +99,33 @@ def from_market(data: Data, root: Path) -> Table:
 def split_identities(table: Table, data: Data) -> dict[str, Int64[Array, " _"]]:
     """Rows of train, val, query and gallery; no identity, and no group, is in two of train, val and the rest.
 
-    Splits that the source lacks are fractions `data.test` and `data.val` of its identities, whole groups at a time.
+    Splits that the source lacks are fractions `data.test` and `data.val` of its identities, whole groups at a time;
+    with `data.resplit` that is all of them, and images without identity are in the gallery.
     `query` is missing where the source has no queries of its own: then each image of the gallery is one.
 
     Raises:
         ValueError: the source's own splits share identities, an identity is in two groups, or too few identities.
     """
-    labels = table.labels
+    labels, known = table.labels, table.labels >= 0
     part = np.where(table.parts == "", "train", np.where(table.parts == "test", "gallery", table.parts)).astype("<U7")
     if data.resplit:
         part[:] = "train"
     units = labels if table.groups is None else np.unique(table.groups, return_inverse=True)[1]
-    if len(np.unique(np.stack([labels, units]), axis=1)[0]) > len(np.unique(labels)):
+    if len(np.unique(np.stack([labels, units])[:, known], axis=1)[0]) > len(np.unique(labels[known])):
         raise ValueError(f"expected each identity in one group of {table.group_name!r}, got one in several; correct it")
-    is_test = np.isin(part, ("query", "gallery"))
-    for one, other, name in ((part == "train", is_test, "test"), (part == "train", part == "val", "val")):
-        shared = np.intersect1d(units[one & (labels >= 0)], units[other & (labels >= 0)])
+    sides = {"train": part == "train", "val": part == "val", "test": np.isin(part, ("query", "gallery"))}
+    for one, other in combinations(sides, 2):
+        shared = np.intersect1d(units[sides[one] & known], units[sides[other] & known])
         if len(shared):
             raise ValueError(
-                f"{len(shared)} of the identities or groups in {name} also occur in train, which would flatter the "
+                f"{len(shared)} of the identities or groups in {other} also occur in {one}, which would flatter the "
                 "scores; correct that, or split again with --data.resplit true"
             )
     for name, share in (("gallery", data.test), ("val", data.val)):
         if name not in part and share > 0:
-            part[_held_out(units, part == "train", share, data.seed)] = name
+            part[_held_out(units, (part == "train") & known, share, data.seed)] = name
+    if data.resplit:
+        part[~known] = "gallery"
     rows = {name: np.flatnonzero(part == name) for name in ("train", "val", "query", "gallery") if name in part}
     if missing := [name for name in ("train", "gallery") if name not in rows]:
         raise ValueError(
@@ -129,12 +133,7 @@ def split_identities(table: Table, data: Data) -> dict[str, Int64[Array, " _"]]:
         )
     for name in ("train", "val"):
         check_labeled(labels[rows.get(name, rows["train"])], name)
-    if data.train_size is not None:
-        if data.train_size > len(rows["train"]):
-            raise ValueError(
-                f"expected data.train_size of at most {len(rows['train'])}, got {data.train_size}; there are no more"
-            )
-        rows["train"] = rows["train"][draw(labels[rows["train"]], data.train_size, data.seed)]
+    rows["train"] = rows["train"][drawn(labels[rows["train"]], "train", data.train_size, data.seed)]
     if len(np.unique(labels[rows["train"]])) < 2:
         raise ValueError("expected at least two identities to train with, got one; add images of another")
     return rows

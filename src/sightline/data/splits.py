@@ -36,6 +36,19 @@ def draw(labels: Int64[Array, " n"], size: int, seed: int) -> Int64[Array, " k"]
     return np.sort(np.lexsort((ties, rank / count))[:size])
 
 
+def drawn(labels: Int64[Array, " n"], split: str, size: int | None, seed: int) -> Int64[Array, " k"]:
+    """Rows of a draw of so many images of a split, as `data.train_size` and `data.test_size` ask; all if that is None.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if size is None:
+        return np.arange(len(labels))
+    if size > len(labels):
+        raise ValueError(f"expected data.{split}_size of at most {len(labels)}, got {size}; there are no more")
+    return draw(labels, size, seed)
+
+
 def held_out(
     labels: Int64[Array, " n"], share: float, seed: int, groups: Shaped[Array, " n"] | None = None
 ) -> Bool[Array, " n"]:
@@ -132,12 +145,7 @@ def assign(
         )
     rows = {name: np.flatnonzero(part == name) for name in ("train", "val", "test") if name in part}
     for name, size in (("train", data.train_size), ("test", data.test_size)):
-        if size is not None:
-            if size > len(rows[name]):
-                raise ValueError(
-                    f"expected data.{name}_size of at most {len(rows[name])}, got {size}; there are no more"
-                )
-            rows[name] = rows[name][draw(labels[rows[name]], size, data.seed)]
+        rows[name] = rows[name][drawn(labels[rows[name]], name, size, data.seed)]
     trained = np.unique(labels[rows["train"]])
     if len(trained) < 2:
         raise ValueError(

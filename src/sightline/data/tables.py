@@ -180,7 +180,8 @@ def from_tables(data: Data, source: Path, files: Sequence[Path]) -> sources.Tabl
     columns = _choose(data, names, files[0])
     line_images, loose = _files(lines, columns.image, "images", root)
     line_masks, loose_masks = _files(lines, columns.mask, "masks", root)
-    listed = (_listed(*facts, columns, root) for facts in zip(lines, line_images, line_masks, strict=True))
+    parts_of = {file: file.stem for file in files if source.is_dir() and file.stem in _PARTS}
+    listed = (_listed(*facts, columns, root, parts_of) for facts in zip(lines, line_images, line_masks, strict=True))
     images = _merged(listed, columns)
     paths = [image.image for image in images]
     labels, groups, cameras, parts, masks = zip(*(image.facts for image in images), strict=True)
@@ -363,11 +364,13 @@ def _name(path: Path, root: Path) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def _listed(line: Line, image: Path | None, mask: Path | None, columns: Columns, root: Path) -> Listed:
+def _listed(
+    line: Line, image: Path | None, mask: Path | None, columns: Columns, root: Path, parts_of: dict[Path, str]
+) -> Listed:
     assert image is not None  # `_files` refuses lines without an image
     folders = [*image.relative_to(root).parts[:-1]] if image.is_relative_to(root) else [image.parent.name]
     has_split = bool(folders) and folders[0].lower() in PARTS and (columns.label is not None or len(folders) > 1)
-    part = PARTS[folders[0].lower()] if has_split else line.file.stem if line.file.stem in _PARTS else ""
+    part = PARTS[folders[0].lower()] if has_split else parts_of.get(line.file, "")
     if split := line.text(columns.split):
         if split.lower() not in PARTS:
             raise ValueError(

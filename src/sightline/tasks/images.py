@@ -23,9 +23,9 @@ def images_for(run: runs.Run, source: str | None, fields: Mapping[str, Any] | No
 
     Raises:
         OSError: the images are missing.
-        ValueError: a wrong field, data without split for training, or another size than the run's.
+        ValueError: a wrong field, data without split for training, identities, or another size than the run's.
     """
-    start = run.recipe.data if source is None else recipe.Data(source=source, size=run.recipe.data.size, val=0.0)
+    start = run.recipe.data if source is None else recipe.Data(source=source, size=run.preprocess.size, val=0.0)
     changes = {f"data.{name}": value for name, value in (fields or {}).items()}
     if changes.keys() & {"data.size", "data.source", "data.streaming"}:
         raise ValueError(
@@ -34,6 +34,8 @@ def images_for(run: runs.Run, source: str | None, fields: Mapping[str, Any] | No
     wanted = recipe.load(replace(run.recipe, data=start), changes).data
     if wanted.streaming:
         raise ValueError("expected data that is split for training and testing, got a run whose data is streamed")
+    if data.has_identities(wanted):
+        raise ValueError(f"expected images with classes, got identities of {wanted.source}; use the task retrieval")
     return {split: replace(images, preprocess=run.preprocess) for split, images in data.load(wanted).items()}
 
 

@@ -147,7 +147,10 @@ def retrieval(run: runs.Run, model: nn.Module, *, source: str | None = None, mir
         for (name, values), chance in zip(_figures(found).items(), _figures(by_chance).values(), strict=True)
     }
     return Outcome(
-        task="retrieval", figures=figures, names={"queries": query.names}, notices=(*gallery.notices, _CHOICE)
+        task="retrieval",
+        figures=figures,
+        names={"queries": query.names},
+        notices=(*dict.fromkeys((*query.notices, *gallery.notices)), _CHOICE),
     )
 
 

@@ -11,10 +11,9 @@ from sightline import data, runs
 from sightline.attention import RepresentativeVectors
 from sightline.inference import forward
 from sightline.metrics.classification import standardized
-from sightline.tasks.images import images_for
+from sightline.tasks.images import each, images_for
 from sightline.tasks.outcome import Figure, Outcome, register
 
-_BATCH = 64
 _MOST = 4
 
 
@@ -22,7 +21,8 @@ _MOST = 4
 def vectors(run: runs.Run, model: nn.Module) -> Outcome:
     """Accuracy of linear classifiers on all representative vectors, on some, and on one: which carry the class?
 
-    The network stays as it is; the classifiers are fitted to the training images.
+    The network stays as it is; the classifiers are fitted to the training images. Chance: always naming their most
+    frequent class.
 
     Args:
         run: a trained run whose network has BR-NPA with two to four vectors.
@@ -48,15 +48,16 @@ def vectors(run: runs.Run, model: nn.Module) -> Outcome:
         raise ValueError(f"expected a network with 2 to {_MOST} vectors, got {got}; train one with --attention brnpa")
     sets = images_for(run, None, None)
     (train, labels), (test, truth) = (_read(model, block, sets[split]) for split in ("train", "test"))
+    chance = float((truth == np.bincount(labels).argmax()).mean())
     figures: dict[str, Figure] = {}
     for count in range(block.k, 0, -1):
         for used in combinations(range(block.k), count):
             start, tested = (part[:, list(used)].reshape(len(part), -1) for part in (train, test))
             scaled = standardized(start, start, tested)
-            classifier = LogisticRegression(max_iter=2000).fit(scaled[0], labels)
+            classifier = LogisticRegression(max_iter=10_000, tol=1e-9).fit(scaled[0], labels)
             right = (classifier.predict(scaled[1]) == truth).astype(float)
             name = f"{{{','.join(str(number + 1) for number in used)}}}"
-            figures[name] = Figure(values=right, unit="images", chance=float(np.bincount(truth).max()) / len(truth))
+            figures[name] = Figure(values=right, unit="images", groups=sets["test"].groups, chance=chance)
     return Outcome(task="vectors", figures=figures, names={"images": sets["test"].names})
 
 
@@ -66,11 +67,10 @@ def _read(
     """The block's vectors for all images, and their classes."""
     pooled: list[Tensor] = []
     labels: list[Tensor] = []
-    device = next(model.parameters()).device
     hook = block.register_forward_hook(lambda layer, inputs, output: pooled.append(output.unflatten(1, (layer.k, -1))))
     try:
-        for batch in data.batches(images.unmarked(), _BATCH):
-            forward(model, data.normalize(batch.images.to(device), images.preprocess), _BATCH)
+        for batch in each(images.unmarked(), np.arange(len(images)), model):
+            forward(model, data.normalize(batch.images, images.preprocess), len(batch.images))
             labels.append(batch.labels.cpu())
     finally:
         hook.remove()

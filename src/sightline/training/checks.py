@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from sightline import data, runs
+from sightline.attention import WithLoss
+from sightline.data.reid import matched
 from sightline.inference import copy_of, logits_of
 from sightline.recipe import Recipe
 from sightline.runs import Run
@@ -30,7 +32,13 @@ def check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, othe
     devices = torch.cuda.device_count()
     if recipe.augment.crop >= side:
         raise ValueError(f"augment.crop: expected less than the side of the images, {side}, got {recipe.augment.crop}")
-    if optim.patience is not None and not others.get("val"):
+    val = others.get("val")
+    if val is not None and val.cameras is not None and not matched(val, val).any():
+        raise ValueError(
+            f"expected a val image whose identity another camera has seen, got none of {len(val)}; add some, or set "
+            "data.val to 0 if they were drawn"
+        )
+    if optim.patience is not None and not val:
         raise ValueError("optim.patience needs validation images; set data.val above 0")
     if optim.class_weights and isinstance(train, data.ImageStream):
         raise ValueError("optim.class_weights needs all labels in advance; set data.streaming to false")
@@ -42,10 +50,6 @@ def check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, othe
                 f"optim.batch_size: expected a multiple of optim.images_per_class x processes, "
                 f"{optim.images_per_class} x {nodes * per_node}, got {optim.batch_size}"
             )
-    if recipe.augment.mixup and (recipe.model.options.get("neck") or {}).get("triplet"):
-        raise ValueError(
-            "augment.mixup: expected 0 with a triplet loss, which needs one identity per image; leave it out"
-        )
     if recipe.augment.rotate and len({*train.preprocess.size}) > 1:
         raise ValueError("augment.rotate: expected images as high as wide, got others; set data.size to one side")
     if min(optim.batch_size, len(train)) < nodes * per_node:
@@ -81,6 +85,21 @@ def check_forward(network: nn.Module, recipe: Recipe, size: tuple[int, int], cla
             f"{recipe.model.name}: expected a logit for each of {classes} classes, ({batch}, {classes}), got "
             f"{tuple(logits.shape)} for {batch} images; change its last layer"
         )
+
+
+def check_mixup(network: nn.Module, recipe: Recipe, size: tuple[int, int]) -> None:
+    """No blended images for a block whose own loss learns from one label per image, tried on a copy."""
+    if not recipe.augment.mixup:
+        return
+    images, labels = torch.zeros(2, 3, *size), torch.zeros(2, dtype=torch.long)
+    trained = copy_of(network).train()
+    logits = logits_of(trained(images))
+    for block in trained.modules():
+        if isinstance(block, WithLoss) and block.own_loss(logits, labels).requires_grad:  # else it is 0
+            raise ValueError(
+                f"augment.mixup: expected 0 with {type(block).__name__}, whose own loss takes one label per image, "
+                f"got {recipe.augment.mixup}; leave it out"
+            )
 
 
 def check_same(recipe: Recipe, run: Run, classes: tuple[str, ...]) -> None:

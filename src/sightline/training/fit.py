@@ -250,6 +250,7 @@ class _Trainer:
         if ignored and self.progress:
             print(f"notice: {ignored}", file=sys.stderr)
         checks.check_forward(network, recipe, self.train.preprocess.size, len(self.train.classes))
+        checks.check_mixup(network, recipe, self.train.preprocess.size)
         weights = None
         if recipe.optim.class_weights and isinstance(self.train, data.ImageSet):
             weights = class_weights(self.train.labels, len(self.train.classes))
