@@ -591,6 +591,7 @@ def test_every_experiment_is_listed_and_printed(capsys: pytest.CaptureFixture[st
         cli.main(["reproduce", name])
         printed = capsys.readouterr().out
         assert f"needs {of.needs}: --data FOLDER" in printed and "ours," not in printed
+        assert (", or it is downloaded" in printed) == (name != "brnpa-market")  # not on the hub
     with pytest.raises(SystemExit):
         cli.main(["reproduce", "--out", "runs/x"])
     assert "expected an experiment with these options" in capsys.readouterr().err
@@ -619,6 +620,24 @@ def test_slides_tables_and_figures_are_trained_and_drawn(
     cli.main(["reproduce", "brnpa-figure-4", "--out", str(tmp_path / "b"), *small])
     assert "4 images x 2 methods" in capsys.readouterr().out
     assert len([*(tmp_path / "b" / "maps").glob("*--page.png")]) == 4
+
+
+def test_failures_are_told_and_nothing_is_drawn_of_a_failed_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def stops(*args: object, **options: object) -> None:
+        raise RuntimeError("the loss became infinite")
+
+    monkeypatch.setattr("sightline.bench.run.fit", stops)
+    of = PUBLISHED["brnpa-figure-4"]
+    monkeypatch.setitem(PUBLISHED, "brnpa-figure-4", replace(of, classes=None))
+    small = [*SMALL_NETWORK, "--model.options.depth", "8", "--data", "clutter"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", "brnpa-figure-4", "--out", str(tmp_path), *small])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and not (tmp_path / "maps").exists()
+    for row in of.draws:
+        assert f"failed: {row}, seed 0: the loss became infinite" in said
 
 
 def test_a_run_without_memory_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -211,10 +211,23 @@ def test_they_are_created_by_name_explained_and_loaded(name, tmp_path):
         (lambda: network(FCAN, share=1.5), r"expected a share of the image above 0 and up to 1, got 1\.5"),
         (lambda: network(FCAN, reward="x"), "expected reward to be one of greedy, final, none; got 'x'"),
         (lambda: network(MGCNN, parents=[0, 1]), "expected parents of 4 classes, got 2; name one for each class"),
-        (lambda: network(MGCNN, parents=[0, 2, 2, 0]), "expected parents counted from 0 without gaps, got 1; number"),
-        (lambda: network(MGCNN, parents=[0, -1, 1, 0]), "expected parents counted from 0 without gaps, got -1; numb"),
+        (lambda: network(MGCNN, parents=[0, 2, 2, 0]), "expected parents without gaps, got 2 but no 1; number"),
+        (lambda: network(MGCNN, parents=[0, -1, 1, 0]), "expected parents as whole numbers from 0 on, got -1; number"),
         (lambda: network(MGCNN, coarse_weight=-1.0), r"expected a coarse_weight of 0 or more, got -1\.0"),
         (lambda: Trunk("cifar_resnet", pretrained=True), "expected a timm backbone with pretrained weights, got cif"),
+        (lambda: network(MGCNN, parents=[0, 0, 2, 2]), "expected parents without gaps, got 2 but no 1; number"),
+        (
+            lambda: network(MGCNN, parents=[0, 0, "1", 1]),
+            "expected parents as whole numbers from 0 on, got '1'; number",
+        ),
+        (
+            lambda: network(MGCNN, parents=[0, 0, 1.0, 1]),
+            "expected parents as whole numbers from 0 on, got 1.0; number",
+        ),
+        (
+            lambda: Trunk("cifar_resnet", {"dept": 8}),
+            "expected options of cifar_resnet out of: depth, num_classes, stem_stride, width, got 'dept'",
+        ),
         (lambda: Trunk("x"), "expected the name of a timm model as backbone, got 'x'"),
         (
             lambda: create_model("mg_cnn", parents="0,0"),

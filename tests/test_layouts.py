@@ -168,7 +168,11 @@ def test_masks_of_birds_may_lie_beside_their_folder(tmp_path):
         (birds, "classes.txt", "classes.txt is missing; unpack the archive again"),
         (birds, "images/001.Black_footed_Albatross/Black_footed_Albatross_0000_796000.jpg", "1 of 20 images of CUB"),
         (aircraft, "images_variant_test.txt", "images_variant_test.txt is missing"),
-        (cars, "cars_test_annos_withlabels.mat", "cars_test_annos_withlabels.mat is missing"),
+        (
+            cars,
+            "cars_test_annos_withlabels.mat",
+            "withlabels.mat is missing; the authors offer it as a download of its own",
+        ),
         (flowers, "setid.mat", "setid.mat is missing"),
         (pets, "annotations/test.txt", "test.txt is missing"),
     ],

@@ -136,6 +136,7 @@ def gradients(pooling, own):
 def test_each_loss_trains_its_own_parameters():
     pooling = block()
     assert gradients(pooling, own=False)[0] == 0 and gradients(pooling, own=True) == (0, 0)  # not grouped yet
+    assert all(p.grad is None for p in pooling.gate.parameters())  # so that weight decay does not move them
     pooling.grouped.fill_(True)  # without `prepare`, which makes the gates the same for all images
     gates, features = gradients(pooling, own=True)
     assert gates > 0 and features == 0

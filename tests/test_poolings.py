@@ -446,3 +446,8 @@ def test_alignment_pooling_refuses(unchecked):
         AlignmentPooling(2, function="location", max_keys=3)(torch.zeros(1, 2, 2, 2))
     with pytest.raises(ValueError, match="expected query to be one of mean, learned; got 'first'"):
         AlignmentPooling(2, query="first")
+    for hidden in (0, -3):
+        with pytest.raises(ValueError, match=f"expected hidden of 1 or more, got {hidden}; leave it out for 2"):
+            AlignmentPooling(2, function="additive", hidden=hidden)
+    with pytest.raises(ValueError, match="expected one alignment function, got alignment:additive and function='dot'"):
+        create_model("cifar_resnet", depth=8, attention="alignment:additive", attention_options={"function": "dot"})

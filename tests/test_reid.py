@@ -19,6 +19,7 @@ from sightline import bench, cli, data, runs, tasks
 from sightline.data.sets import batches
 from sightline.inference import features_of
 from sightline.models.neck import BNNeck, batch_hard_triplet
+from sightline.models.transformed import add_transformer
 from sightline.recipe import Data, Model, Optim, Recipe
 from sightline.report.ranked import write_ranked
 from sightline.training import fit
@@ -103,8 +104,27 @@ def test_neck_refuses():
         sl.create_model("cifar_resnet", neck={"triplets": 1.0})
     with pytest.raises(ValueError, match=r"expected triplet and margin of 0 or more, got -1\.0 and 0\.3"):
         sl.create_model("cifar_resnet", neck={"triplet": -1.0})
-    with pytest.raises(ValueError, match=r"expected a network whose head is an nn\.Linear, got Sequential"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected a network with one head, an nn\.Linear that makes the logits, got Sequential; leave",
+    ):
         sl.models.neck.add_neck(nn.Sequential(nn.Conv2d(3, 2, 1)))
+
+
+def test_the_head_is_the_layer_that_makes_the_logits():
+    model = sl.create_model("cifar_resnet", num_classes=5, depth=8, neck={}).eval()
+    add_transformer(model)  # its affine map is registered last
+    assert isinstance(model.get_submodule("fc"), BNNeck)
+    images = torch.rand(2, 3, 32, 16)
+    with torch.no_grad():
+        assert torch.equal(tasks.encoder(model)(images), features_of(model, images))
+    again = sl.models.neck.add_neck(model)
+    assert not isinstance(again.get_submodule("spatial_transformer.affine"), BNNeck)
+    small = {"backbone": "cifar_resnet", "backbone_options": {"depth": 8, "width": 0.25}}
+    with pytest.raises(ValueError, match=r"expected a network with one head, .*, got FCAN; leave out neck"):
+        sl.create_model("fcan", neck={}, **small)
+    tall = {"num_classes": 3, "img_size": (64, 32), "depth": 1}
+    assert isinstance(sl.create_model("vit_tiny_patch16_224", neck={}, **tall).get_submodule("head"), BNNeck)
 
 
 def test_install_line_without_the_library(monkeypatch):

@@ -304,3 +304,14 @@ def test_attention_from_a_pixel_of_a_coarser_grid():
             attention_from(network, x, *arguments)
     with pytest.raises(ValueError, match="expected a block of self-attention in the model, got Sequential"):
         attention_from(nn.Sequential(nn.Identity()), x, (0, 0))
+
+
+def test_attention_from_bad_input_is_one_line(unchecked):
+    network, x = nn.Sequential(block(SelfAttention, heads=2)), features((12, 8))
+    for position in ((10.5, 3), (3,), (1, 2, 3)):
+        with pytest.raises(ValueError, match=r"expected a position of two whole numbers, row and column, got \("):
+            attention_from(network, x, position)
+    with pytest.raises(
+        ValueError, match=r"expected images of shape \(batch, channels, height, width\), got \(8, 12, 8\)"
+    ):
+        attention_from(network, x[0], (0, 0))

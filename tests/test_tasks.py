@@ -86,6 +86,37 @@ def test_bad_tasks_are_one_line(arguments, message, run, capsys):
     assert stop.value.code == 2 and message in said and len(said.splitlines()) == 1
 
 
+def test_a_task_that_does_not_suit_a_row_keeps_the_row(tmp_path, monkeypatch):
+    def no_plain(run: runs.Run, model: torch.nn.Module) -> Outcome:
+        if "attention" not in run.recipe.model.options:
+            raise ValueError("expected a network with attention, got cifar_resnet;\n take another")
+        return top_k(run, model)
+
+    monkeypatch.setitem(TASKS, "no_plain", no_plain)
+    file = tmp_path / "study.yaml"
+    rows = {"plain": {}, "SE": {"model.options.attention": "se"}}
+    start = recipe.dump(SMALL)
+    file.write_text(start + f"rows: {json.dumps(rows)}\ntasks: [no_plain]\n")
+    result = bench.bench(bench.load_study(file), tmp_path / "out")
+    assert not result.failed and [run.row for run in result.measured] == ["plain", "SE"]
+    reason = "expected a network with attention, got cifar_resnet; take another"
+    assert f"There are no figures of no_plain for plain: {reason}." in result.sentences()
+    columns, lines = result.table()
+    assert [line[columns.index("no_plain, top-2")] == "-" for line in lines] == [True, False]
+    assert all(line[columns.index("accuracy, %")] != "-" for line in lines)
+    kept = read(tmp_path / "out" / "plain" / "seed-0" / "measured.json")
+    assert kept.no_tasks == {"no_plain": reason} and not kept.tasks
+
+    def stops(run: runs.Run, model: torch.nn.Module) -> Outcome:
+        raise OSError("no images")
+
+    monkeypatch.setitem(TASKS, "no_plain", stops)
+    plain = tmp_path / "out" / "plain" / "seed-0" / "measured.json"
+    plain.unlink()
+    assert bench.bench(bench.load_study(file), tmp_path / "out").failed == {"plain, seed 0": "no images"}
+    assert read(plain).accuracy == kept.accuracy  # measured before the task stopped
+
+
 @pytest.mark.usefixtures("task")
 def test_a_study_measures_tasks_beside_accuracy(tmp_path, monkeypatch):
     file = tmp_path / "study.yaml"

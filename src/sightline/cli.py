@@ -222,12 +222,16 @@ def bench(options: Namespace, overrides: dict[str, Any]) -> None:
         terminal.print_columns(f"{name}, {seeds} seed{'s' * (seeds > 1)}, mean ± deviation", *part.table())
         terminal.print_columns("maps after training", *part.map_table())
         terminal.print_sentences(part.sentences())
-    _end_of(result, options.row is None and options.dataset is None, options.out)
+    _tell_end(result, options.row is None and options.dataset is None, options.out)
+    if result.failed:
+        sys.exit(1)
 
 
 def reproduce(options: Namespace, overrides: dict[str, Any]) -> None:
     """Published numbers beside ours, trained by one recipe: the paper's, the authors' log's, the control's."""
     from sightline.bench.published import PUBLISHED, published
+    from sightline.data.class_lists import SOURCES as CLASS_LISTS_OF_HUB
+    from sightline.data.hugging_face import ALIASES
 
     if options.name is None:
         if options.out is not None or overrides:
@@ -248,13 +252,17 @@ def reproduce(options: Namespace, overrides: dict[str, Any]) -> None:
     terminal.print_sentences(paper.notes)
     terminal.print_sentences([f"Ours was trained with {'; '.join(changed)}."] if changed else [])
     if result is None or out is None:
-        print(f"needs {paper.needs}: --data FOLDER, or it is downloaded")
+        is_online = study.recipe.data.source in (*ALIASES, *CLASS_LISTS_OF_HUB)
+        print(f"needs {paper.needs}: --data FOLDER{', or it is downloaded' * is_online}")
         print(f"to train ours: sightline reproduce {options.name} --out runs/{options.name}")
         return
     terminal.print_sentences(result.sentences())
-    if paper.draws and options.row is None:
+    _tell_end(result, options.row is None, str(out))
+    done = {run.row for run in result.measured if run.seed == study.recipe.seeds[0]}
+    if paper.draws and options.row is None and {*paper.draws} <= done:
         _draw(paper.draws, study, out)
-    _end_of(result, options.row is None, str(out))
+    if result.failed:
+        sys.exit(1)
 
 
 def _draw(draws: dict[str, list[str]], study: "Study", out: Path) -> None:
@@ -278,12 +286,10 @@ def _bench(study: "Study", options: Namespace, datasets: list[str] | None) -> "B
         return bench.bench(study, options.out, options.row, options.jobs, bar.update, datasets)
 
 
-def _end_of(result: "Bench", is_whole: bool, out: str) -> None:
+def _tell_end(result: "Bench", is_whole: bool, out: str) -> None:
     terminal.tell("failed:", result.failed.items())
     if is_whole:
         print(f"table: {Path(out) / 'bench.md'}\npage: {Path(out) / 'bench.html'}")
-    if result.failed:
-        sys.exit(1)
 
 
 def task(options: Namespace, overrides: dict[str, Any]) -> None:

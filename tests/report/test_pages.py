@@ -404,6 +404,25 @@ def networks(tmp_path_factory):
     return [folder / name for name in rows]
 
 
+def test_the_caption_names_as_many_colors_as_the_block_has_maps(files, tmp_path, monkeypatch):
+    captions = []
+    drawn = maps.side_by_side
+
+    def keep(*args, **options):
+        captions.extend(options["captions"].values())
+        return drawn(*args, **options)
+
+    monkeypatch.setattr(maps, "side_by_side", keep)
+    for attention, options in (("ma_cnn", {"k": 2}), ("brnpa", {}), ("ma_cnn", {"k": 4})):
+        model = sl.create_model(
+            "cifar_resnet", depth=8, width=0.25, attention=attention, attention_options=options
+        ).eval()
+        sl.report.pages(model, files[:1], tmp_path / f"{attention}{len(captions)}", methods=["attention"])
+    firsts = [text.partition("\n")[0] for text in captions]
+    three = "red, green, blue: its first three maps; brightness: norm of the features"
+    assert firsts == ["red, green: its two maps; brightness: norm of the features", three, three]
+
+
 @pytest.mark.usefixtures("few_validation_images")
 def test_several_networks_share_a_page(networks, files, tmp_path, capsys):
     both, wanted = [str(run) for run in networks], "grad_cam,center_map;attention,activation_map"

@@ -224,6 +224,10 @@ def _hooks(layer: nn.Module) -> list[tuple[dict[int, _Attend], int]]:
 def _maker(block: Block, options: dict[str, Any], init: Init) -> tuple[str, Maker]:
     """Name of a block, empty if it has none, and a constructor with its options."""
     if isinstance(block, str) and block.startswith("alignment:"):
+        if "function" in options:
+            raise ValueError(
+                f"expected one alignment function, got {block} and function={options['function']!r}; leave out one"
+            )
         return _maker("alignment", {**options, "function": block.partition(":")[2]}, init)
     if isinstance(block, str):
         if block not in ATTENTION:

@@ -156,13 +156,14 @@ class MultiAttention(nn.Module):
         ValueError: fewer than 2 parts, more parts than channels, an unknown `gates`, a negative `warm`.
 
     Source: Zheng et al., "Learning Multi-Attention Convolutional Neural Network for Fine-Grained Image Recognition",
-    ICCV 2017, sections 3.1 and 3.2. `balance` and `margin` are the paper's as remembered; its text was not at hand.
+    ICCV 2017, sections 3.1 and 3.2. `margin` is the paper's as remembered; its text was not at hand.
 
     Differs: maps have length 1, as in ports of the code; the paper has a sigmoid, which is above 0.5 wherever a
-    feature is. One linear layer reads all vectors, where the paper has a classifier for each part. The paper
-    alternates between the two losses; here each step takes both, each on its own parameters. The gates are set to
-    their groups, not trained towards them: the group is the same for every image. Networks on crops at the peaks
-    are left out.
+    feature is. Dis is in fractions of the sides here and in positions there: on a square map of n positions a
+    `balance` of 2.0 weighs Div as 2.0 * n does there. One linear layer reads all vectors, where the paper has a
+    classifier for each part. The paper alternates between the two losses; here each step takes both, each on its own
+    parameters. The gates are set to their groups, not trained towards them: the group is the same for every image.
+    Networks on crops at the peaks are left out.
 
     >>> block = MultiAttention(8, k=2)
     >>> block(torch.zeros(2, 8, 5, 7)).shape
@@ -211,9 +212,10 @@ class MultiAttention(nn.Module):
     def own_loss(self, logits: Float[Tensor, "b n"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
         """Dis + balance * Div of the last forward in training mode; 0 before the grouping and without "losses"."""
         maps, self.maps = self.maps, None
-        if maps is None or self.gates != "losses":
+        # no gradient before the grouping: with one of zero, weight decay would move the gates
+        if maps is None or self.gates != "losses" or not self.grouped:
             return logits.new_zeros(())
-        return (distance_loss(maps) + self.balance * diversity_loss(maps, self.margin)).mean() * self.grouped
+        return (distance_loss(maps) + self.balance * diversity_loss(maps, self.margin)).mean()
 
     def is_due(self, epoch: int, epochs: int) -> bool:
         """Whether the channels are grouped before this epoch, counted from 0: after `warm`, or before the last one."""

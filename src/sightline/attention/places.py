@@ -202,6 +202,8 @@ class Trace:
         like = next(model.parameters(), torch.zeros(()))
         config: dict[str, Any] = getattr(model, "default_cfg", None) or {}
         sizes: tuple[tuple[int, int], ...] = (tuple(config["input_size"][1:]),) if "input_size" in config else ()
+        built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)  # timm's transformers take no other
+        sizes = (built_for, *sizes) if isinstance(built_for, tuple) else sizes
         first = next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), 3)
         problem = ""
         for size in (*sizes, *((side, side) for side in SIDES)):

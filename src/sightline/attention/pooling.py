@@ -169,12 +169,13 @@ class AlignmentPooling(nn.Module):
         max_keys: of `location`: the most positions that a feature map can have; 56 x 56 by default.
 
     Raises:
-        ValueError: an unknown `function` or `query`; in the forward pass, more than `max_keys` positions.
+        ValueError: an unknown `function` or `query`, `hidden` below 1; in the forward pass, more than `max_keys`
+            positions.
 
     Source: Chaudhari et al., "An Attentive Survey of Attention Models" (1904.02874), table of alignment functions.
 
     Differs: the table leaves functions open: `generalized_kernel` has elu + 1 as its feature map (Katharopoulos et al.
-    2020), `feature` the features and their squares, all others tanh.
+    2020), `feature` the features and their squares, those with a hidden layer tanh.
 
     >>> AlignmentPooling(8, function="additive")(torch.zeros(2, 8, 5, 7)).shape
     torch.Size([2, 8])
@@ -192,9 +193,12 @@ class AlignmentPooling(nn.Module):
         super().__init__()
         check_choice("function", function, tuple(ALIGNMENT))
         check_choice("query", query, get_args(Query))
+        hidden = channels if hidden is None else hidden
+        if hidden < 1:
+            raise ValueError(f"expected hidden of 1 or more, got {hidden}; leave it out for {channels}")
         self.out_channels = channels
         self.query = nn.Parameter(torch.randn(channels) / channels**0.5) if query == "learned" else None
-        self.gate = _AlignmentMap(_alignment(function, channels, hidden or channels, max_keys))
+        self.gate = _AlignmentMap(_alignment(function, channels, hidden, max_keys))
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
         """Pool the features of each image."""

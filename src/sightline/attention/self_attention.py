@@ -1,5 +1,6 @@
 """Self-attention over a feature map: every position attends to every other."""
 
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -252,7 +253,7 @@ def attention_from(
         A map per head, each with the sum 1.
 
     Raises:
-        ValueError: no such block, or a position outside the images.
+        ValueError: no such block, a position outside the images, or images of another shape.
 
     Source: Vaswani et al. 2017 (1706.03762), equation 1: a row of the attention matrix.
 
@@ -260,6 +261,10 @@ def attention_from(
     >>> attention_from(model, torch.zeros(1, 4, 2, 2), (0, 1))[0, 0].tolist()
     [[0.25, 0.25], [0.25, 0.25]]
     """
+    if images.ndim != 4:
+        raise ValueError(f"expected images of shape (batch, channels, height, width), got {tuple(images.shape)}")
+    if len(position) != 2 or not all(isinstance(number, Integral) for number in position):
+        raise ValueError(f"expected a position of two whole numbers, row and column, got {position}; round it")
     height, width = images.shape[2:]
     row, column = position
     if not (0 <= row < height and 0 <= column < width):

@@ -101,6 +101,8 @@ class MeasuredRun:
     `activation_map`; and `center_map`, a blob that ignores the image."""
     tasks: dict[str, TaskFigures] = field(default_factory=dict[str, TaskFigures])
     """Title in the study -> figures."""
+    no_tasks: dict[str, str] = field(default_factory=dict[str, str])
+    """Title of a task that the run does not suit -> why."""
 
 
 def fresh(run: Run, own: runs.Own | None = None) -> nn.Module:
@@ -164,22 +166,28 @@ def measure_tasks(
 ) -> MeasuredRun:
     """The measurements with those of the tasks that they lack, or that were asked otherwise.
 
+    A task that the run does not suit is left out, with the reason in `no_tasks`.
+
     Raises:
-        ValueError: the run does not suit a task.
         OSError: the images of a task are missing.
     """
-    tasks = dict(measured.tasks)
+    tasks, no_tasks = dict(measured.tasks), dict[str, str]()
     todo = {title: dict(task) for title, task in asked.items() if title not in tasks or tasks[title].asked != task}
     model = runs.load_model(run.folder, own).to(runs.best_device()) if todo else None
     for title, task in todo.items():
         options = {name: value for name, value in task.items() if name != "task"}
-        outcome = perform(task.get("task", title), run, model, **options)
+        try:
+            outcome = perform(task.get("task", title), run, model, **options)
+        except ValueError as error:
+            tasks.pop(title, None)
+            no_tasks[title] = " ".join(str(error).split())
+            continue
         tasks[title] = TaskFigures(
             asked=task,
             figures={name: figure.interval.value for name, figure in outcome.figures.items()},
             higher_is_better={name: figure.higher_is_better for name, figure in outcome.figures.items()},
         )
-    return replace(measured, tasks={title: tasks[title] for title in asked})
+    return replace(measured, tasks={title: tasks[title] for title in asked if title in tasks}, no_tasks=no_tasks)
 
 
 def _maps(model: nn.Module, images: data.ImageSet) -> Maps:

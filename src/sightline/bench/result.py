@@ -173,8 +173,11 @@ class Bench:
         sentences = [*self._difference_sentences(place), *self._size_sentences()]
         for title, figure in self._task_figures(first=True):
             words = ("have", f"a higher {figure} ({title})", f"a lower {figure} ({title})")
-            is_cheap = any(run.tasks[title].higher_is_better[figure] is False for run in self.measured if run.tasks)
+            is_cheap = any(
+                run.tasks[title].higher_is_better[figure] is False for run in self.measured if title in run.tasks
+            )
             sentences += self._difference_sentences(place, partial(figure_of, title, figure), words, is_cheap)
+        sentences += self._task_sentences()
         sentences += self._map_sentences()
         if (reason := self.no_costs.get(self.datasets[0])) is not None:
             sentences.append(f"Costs are left out: {reason}.")
@@ -183,6 +186,15 @@ class Bench:
                 f"Runs are missing, so that nothing can hold for what they are compared with: {joined(incomplete)}."
             )
         return [capitalized(sentence) for sentence in sentences]
+
+    def _task_sentences(self) -> Iterable[str]:
+        """Rows that do not suit a task, and why."""
+        rows: dict[tuple[str, str], dict[str, None]] = {}
+        for run in self.measured:
+            for title, reason in run.no_tasks.items():
+                rows.setdefault((title, reason), {})[run.row] = None
+        for (title, reason), names in rows.items():
+            yield f"there are no figures of {title} for {joined([*names])}: {reason}."
 
     def answers(self) -> dict[str, str]:
         """The first sentences, each by the question that it answers."""

@@ -178,9 +178,16 @@ def _train_and_measure(job: _Job) -> MeasuredRun | str:
         assert isinstance(run, Run)
         file = job.folder / "measured.json"
         kept = read(file)
-        measured = measure_tasks(kept or measure_run(row, run, dataset, job.own), run, job.tasks, job.own)
+        if kept is None:
+            kept = measure_run(row, run, dataset, job.own)
+            _keep(kept, file)
+        measured = measure_tasks(kept, run, job.tasks, job.own)
         if measured != kept:
-            runs.write(file, json.dumps(runs.plain(measured), indent=1).encode())
+            _keep(measured, file)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return " ".join(str(error).split())
     return replace(measured, row=row, dataset=dataset)  # the row may have been renamed since
+
+
+def _keep(measured: MeasuredRun, file: Path) -> None:
+    runs.write(file, json.dumps(runs.plain(measured), indent=1).encode())

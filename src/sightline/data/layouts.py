@@ -120,18 +120,18 @@ def _table(file: Path, cells: int) -> dict[str, list[str]]:
     return table
 
 
-def _matlab(file: Path, *names: str) -> list[Any]:
+def _matlab(file: Path, *names: str, get: str = "unpack the archive again") -> list[Any]:
     """Variables of a Matlab file."""
     from scipy.io import loadmat
 
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; unpack the archive again")
+        raise FileNotFoundError(f"{file} is missing; {get}")
     try:
         content: Mapping[str, Any] = loadmat(str(file), squeeze_me=True, struct_as_record=True)
         return [np.atleast_1d(content[name]) for name in names]
     except Exception as error:  # a damaged file makes scipy raise anything
         expected = " and ".join(names)
-        raise ValueError(f"{file}: expected a Matlab file with {expected}; unpack the archive again") from error
+        raise ValueError(f"{file}: expected a Matlab file with {expected}; {get}") from error
 
 
 def _birds(root: Path) -> list[Entry]:
@@ -173,9 +173,10 @@ def _cars(root: Path) -> list[Entry]:
     (names,) = _matlab(root / "devkit" / "cars_meta.mat", "class_names")
     labeled = "cars_test_annos_withlabels.mat"
     tests = next((at for at in (root / labeled, root / "devkit" / labeled) if at.is_file()), root / labeled)
+    training = _matlab(root / "devkit" / "cars_train_annos.mat", "annotations")
+    testing = _matlab(tests, "annotations", get="the authors offer it as a download of its own, beside the archives")
     entries: list[Entry] = []
-    for part, file in (("train", root / "devkit" / "cars_train_annos.mat"), ("test", tests)):
-        (lines,) = _matlab(file, "annotations")
+    for part, (lines,) in (("train", training), ("test", testing)):
         for line in lines:
             box = [float(line[f"bbox_{side}"]) for side in ("x1", "y1", "x2", "y2")]
             image = root / f"cars_{part}" / str(line["fname"])

@@ -1,7 +1,7 @@
 """Calls any model, reads its output, and leaves it unchanged."""
 
 from sightline.inference.copies import copy_of
-from sightline.inference.features import features_of
+from sightline.inference.features import calls_of, features_of, head_name
 from sightline.inference.memory import Memory, allowance, fitting_size, held_by, in_batches
 from sightline.inference.outputs import (
     ForwardCall,
@@ -37,6 +37,7 @@ __all__ = [
     "Output",
     "allowance",
     "answers",
+    "calls_of",
     "check_classes",
     "check_images",
     "copy_of",
@@ -46,6 +47,7 @@ __all__ = [
     "fitting_size",
     "forward",
     "forward_call",
+    "head_name",
     "held_by",
     "in_batches",
     "is_unchanged",

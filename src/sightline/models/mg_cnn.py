@@ -3,6 +3,7 @@
 Source: Wang et al., "Multiple Granularity Descriptors for Fine-Grained Categorization", ICCV 2015.
 """
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -63,9 +64,16 @@ class MGCNN(nn.Module):
         parents = [*range(num_classes)] if parents is None else parents
         if len(parents) != num_classes:
             raise ValueError(f"expected parents of {num_classes} classes, got {len(parents)}; name one for each class")
-        if {*parents} != {*range(max(parents) + 1)}:
-            missing = min({*range(max(parents) + 1)} ^ {*parents})
-            raise ValueError(f"expected parents counted from 0 without gaps, got {missing}; number them 0, 1, 2, ...")
+        for parent in parents:
+            if not isinstance(parent, int) or parent < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ValueError(
+                    f"expected parents as whole numbers from 0 on, got {parent!r}; number them 0, 1, 2, ..."
+                )
+        missing = next(number for number in count() if number not in parents)
+        if missing < max(parents):
+            raise ValueError(
+                f"expected parents without gaps, got {max(parents)} but no {missing}; number them 0, 1, ..."
+            )
         if coarse_weight < 0:
             raise ValueError(f"expected a coarse_weight of 0 or more, got {coarse_weight}; the paper's sum has 1")
         self.coarse_weight = coarse_weight

@@ -5,6 +5,9 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sightline.attention.places import Trace
+from sightline.inference import head_name
+
 __all__ = ["BNNeck", "add_neck", "batch_hard_triplet"]
 
 
@@ -96,16 +99,21 @@ def batch_hard_triplet(
 
 
 def add_neck(model: nn.Module, **options: float) -> nn.Module:
-    """Replace the last linear layer of a model by a `BNNeck` with as many outputs, in place.
+    """Replace the linear layer that makes the logits of a model by a `BNNeck` with as many outputs, in place.
 
     Raises:
-        ValueError: there is no linear layer, or an option is wrong.
+        ValueError: no single linear layer makes the logits, or an option is wrong.
     """
-    heads = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    if not heads:
-        raise ValueError(f"expected a network whose head is an nn.Linear, got {type(model).__name__}; leave out neck")
-    parent, _, child = heads[-1].rpartition(".")
-    head: Any = model.get_submodule(heads[-1])
+    images = Trace(model).images
+    try:
+        name = head_name(model, images)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"expected a network with one head, an nn.Linear that makes the logits, got {type(model).__name__}; leave "
+            "out neck"
+        ) from error
+    parent, _, child = name.rpartition(".")
+    head: Any = model.get_submodule(name)
     try:
         neck = BNNeck(head.in_features, head.out_features, **options)
     except TypeError as error:

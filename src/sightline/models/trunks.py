@@ -6,6 +6,7 @@ from typing import Any, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sightline.arguments import checked_options
 from sightline.models.resnet import CifarResNet
 
 
@@ -58,7 +59,7 @@ class Trunk(nn.Module):
         if backbone == "cifar_resnet":
             if pretrained:
                 raise ValueError("expected a timm backbone with pretrained weights, got cifar_resnet; leave them out")
-            network = CifarResNet(**options)
+            network = CifarResNet(**checked_options(CifarResNet, options, backbone))
             layers = [*network.children()]
             self.network: nn.Module = nn.Sequential(*layers[: layers.index(network.layer3) + 1])
             self.channels: int = network.fc.in_features

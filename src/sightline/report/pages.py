@@ -32,7 +32,6 @@ _LARGE, _SMALL = 448, 256  # longest side of an image on a page, in pixels: besi
 _CRISP = 96  # images up to this side are enlarged by a whole factor, so that their pixels are seen
 _MARGIN = 12  # around a page, in pixels
 NO_BREAK = "\N{NO-BREAK SPACE}"
-_IN_COLOR = "red, green, blue: its first three maps; brightness: norm of the features"
 _INDEX, _OURS = "index.html", b" sightline</title>"  # in every page of templates/
 _AT_ONCE = 16  # images decoded and explained together
 
@@ -118,7 +117,8 @@ def pages(
     an interrupt, maps.csv and index.html list all pages that were written.
 
     The attention of a block with several maps (BR-NPA, bilinear attention pooling, MA-CNN) is drawn as
-    `sightline.maps.parts`, and its .npz has all of its maps as `attention parts`.
+    `sightline.maps.parts`, and its .npz has all of its maps as `attention parts`; of several networks, each key
+    has the network's name in front: `NETWORK: attention parts`.
 
     Args:
         model: a run folder, or a classifier; of several, each page shows the maps of all of them side by side.
@@ -386,7 +386,7 @@ class _Writer:
                 captions[title] = caption(values.shape, layer, verdicts)
                 if colored is not None:
                     raw[f"{label} parts"] = result.parts[method].maps[place].float().cpu().numpy()
-                    captions[title] = f"{_IN_COLOR}\n{captions[title]}"
+                    captions[title] = f"{in_color(len(raw[f'{label} parts']))}\n{captions[title]}"
                 signed += [title] * explainer.is_signed
                 if self.overlays:
                     drawn = self._drawn(picture, columns[title], explainer.is_signed)
@@ -535,6 +535,17 @@ def caption(grid: Sequence[int], layer: Layer, verdicts: Sequence[Verdict]) -> s
     place = f"{layer.name}, " if layer else ""
     coarse = " (coarse)" if min(grid) < maps.COARSE else ""
     return "\n".join([f"{place}{' x '.join(map(str, grid))} positions{coarse}", *verdicts])
+
+
+def in_color(count: int) -> str:
+    """What the colors mean in a picture of the maps of a block that has this many.
+
+    >>> in_color(2)
+    'red, green: its two maps; brightness: norm of the features'
+    """
+    colors = ", ".join(("red", "green", "blue")[:count])
+    which = {1: "its map", 2: "its two maps"}.get(count, "its first three maps")
+    return f"{colors}: {which}; brightness: norm of the features"
 
 
 def sized(picture: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 _ _"]:

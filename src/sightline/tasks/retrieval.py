@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sightline import data, runs
+from sightline.attention.places import Trace
 from sightline.data.splits import draw
-from sightline.inference import copy_of, features_of, untouched
+from sightline.inference import copy_of, features_of, head_name, untouched
 from sightline.metrics.retrieval import Ranking, nearest, ranking_of_features
 from sightline.recipe import Data
 from sightline.tasks.outcome import Figure, Outcome, register
@@ -97,18 +98,14 @@ def encoder(model: nn.Module) -> nn.Module:
     """A copy of a network that returns its features instead of its logits, in eval mode, for `targets.Similarity`.
 
     Raises:
-        ValueError: the network has no linear layer.
+        ValueError: the logits do not come straight out of an `nn.Linear`.
 
-    >>> encoder(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)))(torch.ones(1, 3, 1, 1)).tolist()
+    >>> network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    >>> encoder(network)(torch.ones(1, 3, 1, 1)).tolist()
     [[1.0, 1.0, 1.0]]
     """
     copied = copy_of(model).eval()
-    heads = [name for name, layer in copied.named_modules() if isinstance(layer, nn.Linear)]
-    if not heads:
-        raise ValueError(
-            f"expected a network whose head is an nn.Linear, got {type(model).__name__}; wrap its head in one"
-        )
-    parent, _, child = heads[-1].rpartition(".")
+    parent, _, child = head_name(copied, Trace(copied).images).rpartition(".")
     setattr(copied.get_submodule(parent), child, nn.Identity())
     return copied
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from sightline.attention.insertion import inserted, layers_named
-from sightline.inference import untouched
+from sightline.inference import calls_of, untouched
 from sightline.models.neck import BNNeck
 from sightline.models.transformed import NAME as TRANSFORMER
 from sightline.models.weights import read_weights
@@ -129,17 +129,7 @@ def zero_fresh_head(network: nn.Module, weights: str, size: tuple[int, int]) -> 
 
 def last_layer(network: nn.Module, size: tuple[int, int]) -> nn.Linear | nn.Conv2d | None:
     """The last linear layer or convolution that a network calls."""
-    called: list[nn.Linear | nn.Conv2d] = []
-
-    def remember(layer: nn.Linear | nn.Conv2d, inputs: Any, output: Any) -> None:
-        called.append(layer)
-
     with untouched(network) as net, torch.no_grad():
-        layers = [part for part in net.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-        hooks = [layer.register_forward_hook(remember) for layer in layers]
-        try:
-            net(torch.zeros(1, 3, *size, device=next(net.parameters()).device))
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return called[-1] if called else None
+        images = torch.zeros(1, 3, *size, device=next(net.parameters()).device)
+        calls, _ = calls_of(net, images, nn.Linear, nn.Conv2d)
+    return cast(nn.Linear | nn.Conv2d, calls[-1].layer) if calls else None
