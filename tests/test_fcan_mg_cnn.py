@@ -228,6 +228,10 @@ def test_they_are_created_by_name_explained_and_loaded(name, tmp_path):
             lambda: Trunk("cifar_resnet", {"dept": 8}),
             "expected options of cifar_resnet out of: depth, num_classes, stem_stride, width, got 'dept'",
         ),
+        (
+            lambda: Trunk("cifar_resnet", {"depth": "8"}),
+            "cifar_resnet: expected numbers as options, got {'depth': '8'}",
+        ),
         (lambda: Trunk("x"), "expected the name of a timm model as backbone, got 'x'"),
         (
             lambda: create_model("mg_cnn", parents="0,0"),

@@ -222,7 +222,7 @@ class MultiAttention(nn.Module):
         return self.gates != "labels" and epoch == min(self.warm, epochs - 1)
 
     @torch.no_grad()
-    def prepare(self, features: Iterable[Float[Tensor, "b c h w"]], seed: int = 0) -> None:
+    def prepare(self, features: Iterable[Float[Tensor, "_ c h w"]], seed: int = 0) -> None:
         """Group the channels by their peaks in these features of the training images, and set each gate to a group.
 
         Raises:

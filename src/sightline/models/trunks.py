@@ -59,7 +59,11 @@ class Trunk(nn.Module):
         if backbone == "cifar_resnet":
             if pretrained:
                 raise ValueError("expected a timm backbone with pretrained weights, got cifar_resnet; leave them out")
-            network = CifarResNet(**checked_options(CifarResNet, options, backbone))
+            chosen = checked_options(CifarResNet, options, backbone)
+            try:
+                network = CifarResNet(**chosen)
+            except TypeError as error:
+                raise ValueError(f"cifar_resnet: expected numbers as options, got {dict(options)}") from error
             layers = [*network.children()]
             self.network: nn.Module = nn.Sequential(*layers[: layers.index(network.layer3) + 1])
             self.channels: int = network.fc.in_features
