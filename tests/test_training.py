@@ -519,7 +519,7 @@ SYSTEM = {"backbone": "cifar_resnet", "backbone_options": {"depth": 8, "width": 
         ({"name": "fcan", **SYSTEM}, "FCAN"),
         ({"name": "mg_cnn", "parents": [0, 0, 1, 1], **SYSTEM}, "MGCNN"),
         ({**PARTS, "attention": "hard"}, "HardAttention"),
-        ({**PARTS, "attention": "ma_cnn"}, "MultiAttention"),
+        ({**PARTS, "attention": "ma_cnn"}, None),  # its losses take no label
         ({**PARTS, "neck": {"triplet": 1.0}}, "BNNeck"),
         ({**PARTS, "attention": "hard", "attention_options": {"estimator": "gumbel"}}, None),
         ({**PARTS, "attention": "hard", "attention_options": {"estimator": "top_k", "k": 2}}, None),
