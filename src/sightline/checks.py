@@ -39,6 +39,15 @@ def check_tensor(what: str, value: object) -> None:
         raise TypeError(f"expected {what}, got {type(value).__name__}; torch.from_numpy makes one of an array")
 
 
+def missing(needed: str, extra: str) -> ModuleNotFoundError:
+    """The error for a library that is not installed, with the extra of sightline that has it.
+
+    >>> missing("the linear probe needs scikit-learn", "train")
+    ModuleNotFoundError("the linear probe needs scikit-learn; install it: pip install 'sightline[train]'")
+    """
+    return ModuleNotFoundError(f"{needed}; install it: pip install 'sightline[{extra}]'")
+
+
 def check_planes(what: str, shape: Sequence[int]) -> None:
     """Check that images or maps are (b, c, h, w), for functions that do not support volumes.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sightline import data, models, runs
 from sightline.attention.insertion import WithMaps
+from sightline.checks import missing
 from sightline.inference import copy_of
 
 _TOLERANCE = 1e-4  # of the largest value of an output; runtimes add up in other orders
@@ -166,9 +167,7 @@ def _onnx(
         import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"ONNX needs the library {error.name}; install it: pip install 'sightline[export]'"
-        ) from None
+        raise missing(f"ONNX needs the library {error.name}", "export") from None
     exported = torch.onnx.export(
         _program(pixels, size), dynamo=True, input_names=["images"], output_names=[*names], verbose=False
     )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 
+from sightline.checks import missing
 from sightline.data.decoded import Composed
 from sightline.data.sets import ImageSet, sampled, statistics
 from sightline.data.sources import COLUMNS
@@ -56,9 +57,7 @@ def digits(split: str) -> tuple[Float[Array, "n 10 10"], Int64[Array, " n"]]:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "clutter needs scikit-learn, which holds its digits; install it: pip install 'sightline[train]'"
-        ) from None
+        raise missing("clutter needs scikit-learn, which holds its digits", "train") from None
     dataset: Any = load_digits()
     order = np.argsort(dataset.target, kind="stable")
     scans, classes = dataset.data[order], dataset.target[order].astype(np.int64)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from sightline.checks import missing
 from sightline.data.decoded import cache_folder
 from sightline.data.folders import PARTS, is_hidden
 from sightline.data.images import quiet
@@ -100,9 +101,7 @@ def import_datasets() -> ModuleType:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "parquet files and hub names need the library datasets; install it: pip install 'sightline[train]'"
-        ) from None
+        raise missing("parquet files and hub names need the library datasets", "train") from None
     return datasets
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from sightline.checks import missing
 from sightline.inference import features_of, untouched
 from sightline.metrics.uncertainty import Interval, interval_of, limits, mean_interval, resamples, wilson_interval
 
@@ -190,17 +191,28 @@ def linear_probe(
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ModuleNotFoundError(
-            "the linear probe needs scikit-learn; install it: pip install 'sightline[train]'"
-        ) from error
+        raise missing("the linear probe needs scikit-learn", "train") from error
     features, labels = head_features(model, train, batch_size)
     tested, truth = head_features(model, test, batch_size)
-    scaled = standardized(features, features, tested)
-    if len(np.unique(labels)) == 1:
-        return _share(truth == labels[0], groups, 0)
     probe = LogisticRegression(C=1 / penalty if penalty else np.inf, max_iter=10_000, tol=1e-9)
-    answers = probe.fit(scaled[0], labels).predict(scaled[1])
-    return _share(answers == truth, groups, 0)
+    return _share(linear_answers(probe, features, labels, tested) == truth, groups, 0)
+
+
+def linear_answers(
+    classifier: Any, features: Float[Array, "n d"], labels: Int[Array, " n"], tested: Float[Array, "m d"]
+) -> Int[Array, " m"]:
+    """What a classifier of scikit-learn, fitted to standardized features, says of others; of one class, that class.
+
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> known, labels = np.array([[0.0], [1.0], [5.0], [6.0]]), np.array([2, 2, 7, 7])
+    >>> linear_answers(LogisticRegression(), known, labels, np.array([[0.5], [9.0]])).tolist()
+    [2, 7]
+    """
+    if len(np.unique(labels)) == 1:
+        return np.full(len(tested), labels[0])
+    mean, deviation = features.mean(0), features.std(0)
+    scale = np.where(deviation > 1e-12 * np.abs(features).max(0), deviation, np.inf)  # a constant feature becomes 0
+    return classifier.fit((features - mean) / scale, labels).predict((tested - mean) / scale)
 
 
 def head_features(
@@ -226,17 +238,6 @@ def head_features(
     if (classes < 0).any():
         raise ValueError(f"expected labels of at least 0, got {int(classes.min())}; leave out images without a label")
     return torch.cat(features).numpy(), classes.numpy()
-
-
-def standardized(start: Float[Array, "n d"], *features: Float[Array, "_ d"]) -> list[Float[Array, "_ d"]]:
-    """Features minus the mean and divided by the deviation of `start`; one that is constant there becomes 0.
-
-    >>> [one.tolist() for one in standardized(np.array([[0.0, 5.0], [2.0, 5.0]]), np.array([[3.0, 7.0]]))]
-    [[[2.0, 0.0]]]
-    """
-    mean, deviation = start.mean(0), start.std(0)
-    scale = np.where(deviation > 1e-12 * np.abs(start).max(0), deviation, np.inf)
-    return [(one - mean) / scale for one in features]
 
 
 def _check(probabilities: Array, labels: Array) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sightline import data
+from sightline.checks import missing
 from sightline.inference import features_of, untouched
 
 
@@ -54,9 +55,7 @@ def logistic(support: Float[Tensor, "n k d"], query: Float[Tensor, "m d"]) -> Fl
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ModuleNotFoundError(
-            "logistic regression needs scikit-learn; install it: pip install 'sightline[train]'"
-        ) from error
+        raise missing("logistic regression needs scikit-learn", "train") from error
     ways, shots, _ = support.shape
     train, test = (F.normalize(x.double(), dim=-1).cpu().numpy() for x in (support.flatten(0, 1), query))
     labels = torch.arange(ways).repeat_interleave(shots).numpy()

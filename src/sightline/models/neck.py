@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sightline.attention.places import Trace
+from sightline.checks import missing
 from sightline.inference import head_name
 
 __all__ = ["BNNeck", "add_neck", "batch_hard_triplet"]
@@ -129,7 +130,5 @@ def _metric_learning() -> Any:
         import pytorch_metric_learning
         from pytorch_metric_learning import distances, losses, miners, reducers  # noqa: F401  # pyright: ignore
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "the triplet loss needs pytorch-metric-learning; install it: pip install 'sightline[reid]'"
-        ) from None
+        raise missing("the triplet loss needs pytorch-metric-learning", "reid") from None
     return pytorch_metric_learning

@@ -104,7 +104,9 @@ class ExplainedNetwork:
         chosen: dict[str, Any] = {"output": self.output, "progress": progress, **sizes}
         explanation = explain(self.model, inputs, self.target, self.methods, layer, **chosen)
         blocks = {
-            method: explanation.layers[method].name for method in explanation.maps if method.startswith("attention")
+            method: explanation.layers[method].name
+            for method in explanation.maps
+            if method.partition("@")[0] == "attention"
         }
         if not any(isinstance(module, POOLINGS) for module in self.model.modules()) or not blocks:
             return Explained(explanation, {})
@@ -163,8 +165,10 @@ def name_apart(networks: Sequence[ExplainedNetwork], given: Sequence[Network]) -
     """Name several networks by their folders, as far as these differ, and put the name in front of their methods."""
     if len(networks) < 2:
         return
-    paths = [Path(one).resolve().parts if isinstance(one, str | Path) else (network.name,) for one, network in
-             zip(given, networks, strict=True)]  # fmt: skip
+    paths = [
+        Path(one).resolve().parts if isinstance(one, str | Path) else (network.name,)
+        for one, network in zip(given, networks, strict=True)
+    ]
     depth = next((n for n in range(1, 9) if len({path[-n:] for path in paths}) == len(paths)), 0)
     for number, (network, path) in enumerate(zip(networks, paths, strict=True), 1):
         network.name = "/".join(path[-depth:]) if depth else f"{number}: {network.name}"

@@ -7,9 +7,10 @@ from jaxtyping import Float, Int64, Shaped
 from torch import nn
 
 from sightline import runs
+from sightline.checks import missing
 from sightline.data import ImageSet, normalize
 from sightline.data.splits import held_out
-from sightline.metrics.classification import head_features, standardized
+from sightline.metrics.classification import head_features, linear_answers
 from sightline.tasks.images import each, images_for
 from sightline.tasks.outcome import Figure, Outcome, register
 
@@ -42,7 +43,7 @@ def cross_domain(
         ModuleNotFoundError: scikit-learn is missing.
 
     Source: Jetley et al. 2018 (1804.02391), "Learn To Pay Attention", experiment on cross-domain classification.
-    Differs: features are standardized; the paper does not tell how C was chosen.
+    Differs: features are linear_answers; the paper does not tell how C was chosen.
     """
     if data is None:
         raise ValueError("expected the images to classify, got none; name them by --task.data PATH_OR_NAME")
@@ -101,17 +102,12 @@ def support_vectors(
 
 
 def _answers(features: Array, labels: Array, tested: Array, strength: float) -> Array:
-    if len(np.unique(labels)) == 1:
-        return np.full(len(tested), labels[0])
     try:
         from sklearn.svm import LinearSVC
     except ImportError as error:
-        raise ModuleNotFoundError(
-            "cross-domain classification needs scikit-learn; install it: pip install 'sightline[train]'"
-        ) from error
-    features, tested = standardized(features, features, tested)
+        raise missing("cross-domain classification needs scikit-learn", "train") from error
     machine: Any = LinearSVC(C=strength, dual=False, tol=1e-6, max_iter=10_000)  # pyright: ignore[reportArgumentType]
-    return machine.fit(features, labels).predict(tested)
+    return linear_answers(machine, features, labels, tested)
 
 
 def _features(model: nn.Module, images: ImageSet) -> tuple[Array, Array]:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from sightline import data, runs
 from sightline.attention import RepresentativeVectors
+from sightline.checks import missing
 from sightline.inference import forward
-from sightline.metrics.classification import standardized
+from sightline.metrics.classification import linear_answers
 from sightline.tasks.images import each, images_for
 from sightline.tasks.outcome import Figure, Outcome, register
 
@@ -36,12 +37,12 @@ def vectors(run: runs.Run, model: nn.Module) -> Outcome:
     Source: Gomez et al. 2021 (2106.02566), BR-NPA, the table of the number and rank of vectors: linear heads on
     detached features.
 
-    Differs: the classifier is a logistic regression (L2, C = 1) on standardized vectors, fitted to its optimum.
+    Differs: the classifier is a logistic regression (L2, C = 1) on linear_answers vectors, fitted to its optimum.
     """
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ModuleNotFoundError("vectors needs scikit-learn; install it: pip install 'sightline[train]'") from error
+        raise missing("vectors needs scikit-learn", "train") from error
     block = next((module for module in model.modules() if isinstance(module, RepresentativeVectors)), None)
     if block is None or not 2 <= block.k <= _MOST:
         got = f"one with k={block.k}" if block else f"{run.recipe.model.name} without BR-NPA"
@@ -53,9 +54,8 @@ def vectors(run: runs.Run, model: nn.Module) -> Outcome:
     for count in range(block.k, 0, -1):
         for used in combinations(range(block.k), count):
             start, tested = (part[:, list(used)].reshape(len(part), -1) for part in (train, test))
-            scaled = standardized(start, start, tested)
-            classifier = LogisticRegression(max_iter=10_000, tol=1e-9).fit(scaled[0], labels)
-            right = (classifier.predict(scaled[1]) == truth).astype(float)
+            classifier = LogisticRegression(max_iter=10_000, tol=1e-9)
+            right = (linear_answers(classifier, start, labels, tested) == truth).astype(float)
             name = f"{{{','.join(str(number + 1) for number in used)}}}"
             figures[name] = Figure(values=right, unit="images", groups=sets["test"].groups, chance=chance)
     return Outcome(task="vectors", figures=figures, names={"images": sets["test"].names})
