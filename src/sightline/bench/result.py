@@ -345,13 +345,14 @@ class Bench:
 
     def _task_cells(self, row: str) -> dict[str, Cell]:
         cells: dict[str, Cell] = {}
+        first = self._task_figures(first=True)
         for title, figure in self._task_figures():
             value = partial(figure_of, title, figure)
             cells[f"{title}, {figure}"] = _cell(self.over_seeds(row, value), 3)
-            if (title, figure) in self._task_figures(first=True) and (d := self.differences(value).get(row)):
-                cells[f"{title}, {figure} to control"] = Cell(d.points(), d.mean)
-            elif (title, figure) in self._task_figures(first=True):
-                cells[f"{title}, {figure} to control"] = Cell("-")
+            if (title, figure) in first:
+                difference = self.differences(value).get(row)
+                text = Cell("-") if difference is None else Cell(difference.points(), difference.mean)
+                cells[f"{title}, {figure} to control"] = text
         return cells
 
     def _runs(self, row: str) -> list[MeasuredRun]:
