@@ -145,6 +145,14 @@ def test_meta_transfer_keeps_the_network_where_no_epoch_is_better(run, tmp_path)
     assert not learner.weight.any() and not learner.bias.any()
 
 
+def test_an_epoch_that_is_only_as_good_keeps_the_weights_of_the_one_before(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sightline.training.episodic._validated", lambda course, images: 0.5)
+    new = prototypical(run, tmp_path / "tied", SHORT, progress=False)
+    before, after = (runs.load_model(one.folder).state_dict() for one in (run, new))
+    assert "kept: no epoch" in new.info["training"]
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 def test_meta_transfer_starts_with_the_rate_that_is_best_on_validation_classes(run, tmp_path):
     quiet = {"lr": 0.0, "learner_lr": 0.0, "steps": 5, "progress": False}
     one = replace(SHORT, epochs=1, episodes=1, validation=20)

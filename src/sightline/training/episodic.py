@@ -271,11 +271,12 @@ def _train(run: runs.Run, out: Path, schedule: Schedule, images: _Images, course
                     "seconds": round(time.perf_counter() - start, 3),
                 }
             )
-            if validation > best:
+            is_best = validation > best
+            if is_best:
                 best = validation
                 kept = f"{course.name} from {run.folder.name}, kept: epoch {epoch}, validation accuracy {percent(best)}"
             info |= {"wall time": f"{sum(row['seconds'] for row in history):.1f} s", "training": kept}
-            _save(replace(new, info=info), course.kept() if validation == best else None)
+            _save(replace(new, info=info), course.kept() if is_best else None)
             if progress:
                 text = f"episodes: training {percent(accuracy)}, validation {percent(validation)}"
                 print(f"epoch {epoch}/{schedule.epochs}, {text}, {duration(history[-1]['seconds'])}", file=sys.stderr)
