@@ -404,6 +404,22 @@ def _sight_mosaics(options: Namespace, overrides: dict[str, Any]) -> None:
     print(f"tables: {Path(options.out) / 'sight.md'}\nreport: {Path(options.out) / 'report.html'}")
 
 
+def serve(options: Namespace, _: dict[str, Any]) -> None:
+    """Open a page in the browser where you drop in images and see where a model looks; with an HTTP API."""
+    from sightline.serve import server
+
+    with server.listening(options.host, options.port) as socket:
+        server.serve(
+            socket,
+            options.run,
+            options.weights,
+            options.classes,
+            whole=options.whole,
+            token=options.token,
+            tell=lambda line: print(line, flush=True),
+        )
+
+
 def push(options: Namespace, _: dict[str, Any]) -> None:
     """Put a run into a repository of the Hugging Face hub, with a model card, without the paths of this machine."""
     from sightline import hub
@@ -484,6 +500,7 @@ VERBS = {
     "evaluate": evaluate,
     "task": task,
     "sight": sight,
+    "serve": serve,
     "push": push,
     "pull": pull,
     "export": export,

@@ -206,6 +206,21 @@ def _cut(maps: Float[Tensor, "*b h w"], signed: bool) -> Float[Tensor, "*b h w"]
     return maps.clamp(-end if signed else low, end).where(finite, torch.nan)
 
 
+def ends(values: Float[Tensor, "h w"], signed: bool = False) -> tuple[float, float] | None:
+    """What the first and the last color of `overlay` stand for in a raw map; None if it has no finite value.
+
+    >>> ends(torch.tensor([[1.0, 3.0]])), ends(torch.tensor([[1.0, -3.0]]), signed=True)
+    ((1.0, 3.0), (-3.0, 3.0))
+    """
+    cut = _cut(values, signed)
+    cut = cut[cut.isfinite()]
+    if not len(cut):
+        return None
+    low, high = float(cut.min()), float(cut.max())
+    largest = max(-low, high)
+    return (-largest, largest) if signed else (low, high)
+
+
 def color_bar(height: int, width: int, signed: bool = False) -> UInt8[Tensor, "3 h w"]:
     """The colors from 0 (left) to 1 (right), from -1 if `signed`.
 
@@ -393,12 +408,12 @@ def _scale(
         return sum(_font(text, letters).getlength(text) for text in texts) + 4 * _GAP <= width
 
     varies = (variation(maps) >= NEARLY_FLAT)[:, 0].tolist()
-    for strip, values, cut, has_colors in zip(strips, maps, _cut(maps, signed), varies, strict=True):
+    for strip, values, has_colors in zip(strips, maps, varies, strict=True):
         colors = color_bar(bar, width - 2 * _GAP, signed)
         strip[:, _GAP : _GAP + bar, _GAP:-_GAP] = colors if has_colors else UNDEFINED
         picture = Image.new("RGB", (width, line), "white")
         draw = ImageDraw.Draw(picture)
-        choices = _ends(values[values.isfinite()], cut[cut.isfinite()], signed, has_colors)
+        choices = _end_texts(values[0], signed, has_colors)
         texts = next((one for one in choices if fits(one)), choices[-1])
         places = [(width / 2, "md")] if len(texts) == 1 else [(_GAP, "ld"), (width - _GAP, "rd")]
         for (x, anchor), text in zip(places, texts, strict=True):
@@ -407,15 +422,13 @@ def _scale(
     return strips
 
 
-def _ends(
-    values: Float[Tensor, " n"], cut: Float[Tensor, " n"], signed: bool, has_colors: bool
-) -> list[tuple[str, ...]]:
+def _end_texts(values: Float[Tensor, "h w"], signed: bool, has_colors: bool) -> list[tuple[str, ...]]:
     """What to write below the colors of a map, the longest first: what the first and the last one stand for."""
-    if not len(values):
+    both = ends(values, signed)
+    if both is None:
         return [("no finite value",)]
-    low, high = float(cut.min()), float(cut.max())
-    if signed:
-        low, high = -max(map(abs, (low, high))), max(map(abs, (low, high)))
+    low, high = both
+    values = values[values.isfinite()]
     digits = next((n for n in range(2, 9) if f"{low:.{n}g}" != f"{high:.{n}g}"), 2)
     first, last = (f"{end:.{digits}g}".replace("-", "−") for end in (low, high))
     if not has_colors:

@@ -258,6 +258,20 @@ def _sight(add: _Add) -> None:
     add("--limit", type=_count, metavar="N", help="images to make maps of (100), or mosaics (50)")
 
 
+def _serve(add: _Add) -> None:
+    add("run", metavar="RUN_OR_MODEL", help="run folder, or a timm / torchvision: model with --weights")
+    text = "weights of a timm / torchvision: model, safetensors or .pth; pretrained = timm's, downloaded"
+    add("--weights", metavar="FILE", help=text)
+    add("--classes", metavar="FILE", help="text file with one class name per line (ImageNet's for 1,000 classes)")
+    text = "squeeze all of an image into the input (a model by name: cut out the middle, as in its training)"
+    add("--whole", action="store_true", help=text)
+    text = "address to listen on (127.0.0.1: only programs of this machine can ask)"
+    add("--host", type=_nonempty, default="127.0.0.1", metavar="ADDRESS", help=text)
+    add("--port", type=_port, default=8000, metavar="N", help="0 = any that is free (8000)")
+    text = "what a client has to send (none on 127.0.0.1, else one is made)"
+    add("--token", type=_nonempty, metavar="TEXT", help=text)
+
+
 def _push(add: _Add) -> None:
     add("run", metavar="RUN", help="run folder")
     add("name", metavar="OWNER/NAME", help="repository; created if missing")
@@ -288,6 +302,7 @@ _OPTIONS: dict[str, Callable[[_Add], None]] = {
     "evaluate": _evaluate,
     "task": _task,
     "sight": _sight,
+    "serve": _serve,
     "push": _push,
     "pull": _pull,
     "export": _export,
@@ -330,6 +345,12 @@ def _seconds(text: str) -> float:
     if scale is None or not number.replace(".", "", 1).isdigit() or not float(number):
         raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10min or 2h, got {text!r}")
     return scale * float(number)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
 
 
 def _probability(text: str) -> float:

@@ -8,10 +8,10 @@ import jinja2
 from sightline import facts
 
 
-def template(name: str) -> jinja2.Template:
-    """A template with the filters of this file."""
+def template(name: str, *packages: str) -> jinja2.Template:
+    """A template of the report, or of other packages that extend these, with the filters of this file."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sightline.report"),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package) for package in (*packages, "sightline.report")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

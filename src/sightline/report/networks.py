@@ -146,7 +146,7 @@ def network_of(
         is_run=is_run,
         methods=methods,
         every={"all": tuple(EXPLAINERS), "fast": FAST}.get(methods[0] if len(methods) == 1 else "", ()),
-        target=_class_index(target, classes),
+        target=class_index(target, classes),
         notices=notices,
     )
 
@@ -175,7 +175,7 @@ def name_apart(networks: Sequence[ExplainedNetwork], given: Sequence[Network]) -
         network.prefix = f"{network.name}: "
 
 
-def _class_index(target: int | str | None, classes: Sequence[str]) -> int | None:
+def class_index(target: int | str | None, classes: Sequence[str]) -> int | None:
     """A class by its name, or else by its index."""
     if target is None or isinstance(target, int):
         return target

@@ -53,7 +53,7 @@ def heat(
         low, high = (0.0, ends[1]) if signed else ends
         values = (values - low) / (high - low) if high > low else torch.nan * values
     drawn = maps.resize(values[None, None], (side, side))[0, 0].clamp(-1 if signed else 0, 1)
-    return uri("png", _png(maps.color(drawn, signed)))
+    return uri("png", png(maps.color(drawn, signed)))
 
 
 def is_nearly_flat(raw: Float[Array, "h w"]) -> bool:
@@ -159,7 +159,7 @@ def matrix(values: Float[Array, "c c"]) -> str:
     >>> matrix(np.eye(2))[:22]
     'data:image/png;base64,'
     """
-    return uri("png", _png(maps.color(torch.from_numpy(values))))
+    return uri("png", png(maps.color(torch.from_numpy(values))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,7 +406,7 @@ def _labeled(ticks: Float[Array, " n"], places: Float[Array, " n"]) -> dict[str,
     return {f"{tick + 0:.4g}".replace("-", "−"): round(float(at), 1) for tick, at in zip(ticks, places, strict=True)}
 
 
-def _png(image: UInt8[torch.Tensor, "3 h w"]) -> bytes:
+def png(image: UInt8[torch.Tensor, "3 h w"]) -> bytes:
     """A PNG file, with a table of its colors where they are few enough: a third of the size."""
     packed = image.long().permute(1, 2, 0) @ torch.tensor([1 << 16, 1 << 8, 1])
     colors, index = np.unique(packed.numpy(), return_inverse=True)

@@ -1,0 +1,74 @@
+"""Runs the application on a port of this machine until Ctrl-C."""
+
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from sightline.report.networks import Network
+from sightline.serve.app import LOOPBACK, create_app
+from sightline.serve.service import open_service
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens; for a start, so that nothing heavy is done before the port is known to be free.
+
+    Raises:
+        OSError: the port is in use, or the address is not one of this machine.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OSError(f"cannot listen on {host}, port {port}: {reason}; choose another --port or --host") from error
+
+
+class _Server(uvicorn.Server):
+    """Cancels its jobs when it is told to end, so that it need not wait for them."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        app: Starlette = self.config.app  # pyright: ignore[reportAssignmentType]
+        app.state.jobs.close()
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    listening: socket.socket,
+    model: Network,
+    weights: str | Path | None = None,
+    classes: str | Path | None = None,
+    *,
+    whole: bool = False,
+    token: str | None = None,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Answer requests about a model until Ctrl-C.
+
+    Args:
+        listening: where.
+        model: a run folder, a network by name, or a module.
+        weights: of a network by name.
+        classes: file of its class names.
+        whole: resize all of each image, whatever its shape.
+        token: what a client has to send. None: nothing on this machine alone; elsewhere one is made.
+        tell: called with lines about the address.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: the weights do not fit, or no method works on the model.
+    """
+    host, port = listening.getsockname()[:2]
+    is_local = host in LOOPBACK
+    service = open_service(model, weights, classes, whole=whole)
+    if not is_local:
+        token = token or secrets.token_urlsafe(16)
+        tell(f"warning: anybody who reaches {host} and has the token can use this server; nothing is encrypted")
+    app = create_app(service, token=token, is_local=is_local)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    tell(f"{service.network.name}: {address}{f'?token={token}' if token else ''} (Ctrl-C ends)")
+    config = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="off", timeout_graceful_shutdown=3)
+    _Server(config).run(sockets=[listening])

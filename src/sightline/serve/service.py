@@ -1,0 +1,500 @@
+"""What the server does with pictures, without HTTP: predictions, maps, curves and the facts of one model."""
+
+import io
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from sightline import maps, models, runs
+from sightline.data import ImageSet, Preprocess
+from sightline.data.images import MAX_PIXELS, open_mask, open_picture, quiet
+from sightline.explainers import EXPLAINERS, Explainer, Explanation, explain, find_explainer, named
+from sightline.facts import Layer, Progress, Verdict, did_you_mean
+from sightline.inference import answers, forward_call
+from sightline.inference.operations import first_tensor
+from sightline.report.networks import Explained, ExplainedNetwork, Network, class_index, network_of
+from sightline.report.pages import sized
+
+SHOWN = 448
+"""Longest side of an image as it is shown, in pixels."""
+SAMPLES = 200
+"""Test images of a run that are offered."""
+CONTROLS = tuple(name for name, explainer in EXPLAINERS.items() if explainer.is_control)
+FILLS = ("blur", "mean")
+_AT_ONCE = 16  # images explained together
+_BEST = 5  # classes of a prediction
+
+
+class Picture(NamedTuple):
+    """An image as the model takes it and as it is shown."""
+
+    name: str
+    image: UInt8[Tensor, "3 h w"]
+    """At the model's size."""
+    shown: UInt8[Tensor, "3 _ _"]
+    sample: int | None = None
+    """Its index among the samples, if it is one."""
+
+
+class Method(NamedTuple):
+    """What is known of an explainer for the model."""
+
+    name: str
+    explainer: Explainer
+    reason: str | None
+    """Why it does not work; None if it does."""
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return (self.explainer.formula.__doc__ or "").strip().splitlines()[0]
+
+
+class Asked(NamedTuple):
+    """Images to explain, and how."""
+
+    pictures: Sequence[Picture]
+    methods: tuple[str, ...]
+    target: int | None
+    """None: the predicted class of each."""
+    layer: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """One map of one image."""
+
+    method: str
+    layer: Layer
+    values: Float[np.ndarray, "h w"]
+    """The raw map."""
+    parts: Float[np.ndarray, "k h w"] | None
+    """The maps of a block with several."""
+    colored: UInt8[Tensor, "3 _ _"]
+    """At the size of the image as it is shown."""
+    is_signed: bool
+    ends: tuple[float, float] | None
+    """What the first and the last color stand for."""
+    verdicts: Sequence[Verdict]
+    is_unchecked: bool
+    seconds: float
+    """Of the call that made it, with all methods and images that shared it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The maps of one image."""
+
+    picture: Picture
+    probabilities: Float[Tensor, " classes"]
+    target: int
+    maps: Sequence[Drawn]
+
+
+class Answers(NamedTuple):
+    """The maps of the images of one request."""
+
+    images: Sequence[Answer]
+    notices: tuple[str, ...]
+
+
+class Curve(NamedTuple):
+    """The score of one image along deletion or insertion."""
+
+    metric: str
+    method: str
+    shares: list[float]
+    """Of the pixels that are removed or inserted."""
+    scores: list[float]
+    area: float
+
+
+@dataclass(kw_only=True)
+class Service:
+    """A model, how images become its input, and what is known of it."""
+
+    network: ExplainedNetwork
+    lines: Sequence[str]
+    """Python that makes `model`, `preprocess` and `classes`."""
+    samples: ImageSet | None = None
+    max_pixels: int = MAX_PIXELS
+    methods: dict[str, Method] = field(default_factory=dict[str, Method])
+    layers: list[Layer] = field(default_factory=list[Layer])
+    default_layer: str = ""
+    count: int = 0
+    """Number of classes."""
+
+    @property
+    def device(self) -> str:
+        """Where the model is."""
+        return str(self.network.device)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How an image becomes the input."""
+        return self.network.preprocess
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or its number."""
+        return self.network.classes[index] if index < len(self.network.classes) else str(index)
+
+    def try_out(self, progress: Progress | None = None) -> None:
+        """Fill in what is known only after the model has run: methods that fit, layers, number of classes.
+
+        Raises:
+            ValueError: no method fits.
+        """
+        image = torch.rand(1, 3, *self.preprocess.size, generator=torch.Generator().manual_seed(0))
+        inputs = self.inputs([(255 * image[0]).to(torch.uint8)])
+        network = replace(self.network, every=tuple(EXPLAINERS))
+        notices = network.settle(inputs, None, None, strict=False)
+        self.network = replace(network, every=(), notices=(*network.notices, *notices))
+        self.methods = {
+            name: Method(name, explainer, network.left_out.get(name)) for name, explainer in EXPLAINERS.items()
+        }
+        self.count = self.probabilities(inputs).shape[1]
+        self.layers, self.default_layer = _layers(network, inputs)
+
+    def read(self, name: str, content: bytes) -> Picture:
+        """Decode an image file as the command line does.
+
+        Raises:
+            UnreadableImage: not an image, cut off, or of too many pixels.
+        """
+        seen = self.preprocess
+        with quiet():
+            image, shown = open_picture(content, seen.size, SHOWN, self.max_pixels, seen.crop, seen.interpolation)
+        pixels, picture = (torch.from_numpy(array).movedim(-1, 0) for array in (image, shown))
+        return Picture(name, pixels, sized(picture, SHOWN))
+
+    def sample(self, index: int) -> Picture:
+        """One of the run's test images.
+
+        Raises:
+            IndexError: there is none with that index.
+        """
+        count = len(self.sample_names())
+        if self.samples is None or not 0 <= index < count:
+            raise IndexError(f"expected a sample below {count}, got {index}; see /samples")
+        image = self.samples[index].images[0].cpu()
+        return Picture(self.samples.names[index], image, sized(image, SHOWN), index)
+
+    def sample_names(self) -> list[tuple[str, str]]:
+        """Name and class of each sample."""
+        if self.samples is None:
+            return []
+        labels = self.samples.labels[:SAMPLES].tolist()
+        return [
+            (name, self.samples.classes[label] if label >= 0 else "")
+            for name, label in zip(self.samples.names, labels, strict=False)
+        ]
+
+    def inputs(self, images: Sequence[UInt8[Tensor, "3 h w"]]) -> Float[Tensor, "b 3 h w"]:
+        """Images as the model takes them."""
+        return self.network.inputs(torch.stack(list(images)))
+
+    def probabilities(self, inputs: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
+        """Of each class."""
+        return answers(self.network.model, inputs, call=forward_call(inputs, self.network.output))[1].cpu()
+
+    def best(self, probabilities: Float[Tensor, " classes"]) -> list[tuple[int, float]]:
+        """The most probable classes, and how probable they are."""
+        values, indices = probabilities.topk(min(_BEST, len(probabilities)))
+        return [*zip(indices.tolist(), values.tolist(), strict=True)]
+
+    def target(self, text: str) -> int | None:
+        """A class by name or index; None for an empty text.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        index = class_index(text, self.network.classes) if text else None
+        if index is not None and not 0 <= index < self.count:
+            raise ValueError(f"expected a target class in 0..{self.count - 1}, got {index}; see /classes")
+        return index
+
+    def chosen(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The methods of these names, each once.
+
+        Raises:
+            ValueError: there is no such method, or it does not work on the model.
+        """
+        for name in names:
+            base = find_explainer(name.partition("@")[0]).name
+            if (reason := self.methods[base].reason) and "@" not in name:
+                raise ValueError(f"expected a method that works on this model, got {name}: {reason}; see /methods")
+            named(name)
+        return tuple(dict.fromkeys(names))
+
+    def explain(self, asked: Sequence[Asked], progress: Progress | None = None) -> list[Answers]:
+        """The maps of several requests, which differ in their images alone; as `sightline.explain` makes them.
+
+        Raises:
+            ValueError: there is no such layer, or a method does not work on it.
+        """
+        first = asked[0]
+        pictures = [picture for one in asked for picture in one.pictures]
+        network = replace(self.network, methods=first.methods, target=first.target)
+        is_slow = any(named(method)[1].many_passes for method in first.methods)
+        at_once = 1 if is_slow else _AT_ONCE
+        images: list[Answer] = []
+        notices = dict.fromkeys(network.notices)
+        for start in range(0, len(pictures), at_once):
+            part = pictures[start : start + at_once]
+            if progress is not None:
+                progress("explaining", start, len(pictures))
+            begun = time.perf_counter()
+            explained = network.explain(self.inputs([picture.image for picture in part]), first.layer, progress, {})
+            seconds = time.perf_counter() - begun
+            notices |= dict.fromkeys(explained.explanation.notices)
+            images += [_answer(explained, place, picture, seconds) for place, picture in enumerate(part)]
+        if progress is not None:
+            progress("explaining", len(pictures), len(pictures))
+        parts: list[Answers] = []
+        for one in asked:
+            parts.append(Answers(images[: len(one.pictures)], tuple(notices)))
+            images = images[len(one.pictures) :]
+        return parts
+
+    def code(self, asked: Asked) -> str:
+        """Python that makes the same maps."""
+        samples = [picture.sample for picture in asked.pictures if picture.sample is not None]
+        if samples:
+            read = f'images = data.load(run.recipe.data)["test"].batch({samples}).images'
+        else:
+            names = [picture.name for picture in asked.pictures]
+            read = f"images = data.read_images({names}, preprocess).batch(range({len(names)})).images"
+        options = [f"methods={[*asked.methods]}"]
+        options += [f"targets={asked.target}"] if asked.target is not None else []
+        options += [f"layer={asked.layer!r}"] if asked.layer is not None else []
+        lines = [
+            "import sightline as sl",
+            "from sightline import data, models, runs",
+            "",
+            *self.lines,
+            read,
+            "inputs = data.normalize(images, preprocess)",
+            f"explanation = sl.explain(model, inputs, {', '.join(options)})",
+        ]
+        return "\n".join([*lines, *(f"explanation[{method!r}]" for method in asked.methods)])
+
+    def predict(
+        self, picture: Picture, mask: bytes | None = None, fill: str = "blur"
+    ) -> tuple[list[tuple[int, float]], list[tuple[int, float]], float]:
+        """The most probable classes of an image, and of the image with a part hidden; and how large this part is.
+
+        Args:
+            picture: the image.
+            mask: an image file, as large as the image is shown, white where it is to be hidden.
+            fill: what replaces hidden pixels: "blur" or "mean".
+
+        Raises:
+            UnreadableImage: the mask cannot be decoded, or has another size.
+            ValueError: an unknown fill.
+        """
+        from sightline.metrics.perturbed import substitute
+
+        if fill not in FILLS:
+            raise ValueError(f"expected fill {' or '.join(FILLS)}, got {fill!r}{did_you_mean(fill, FILLS)}")
+        inputs = self.inputs([picture.image])
+        hidden = torch.zeros(self.preprocess.size, dtype=torch.bool)
+        if mask is not None:
+            height, width = picture.shown.shape[1:]
+            with quiet():
+                read: Bool[np.ndarray, "h w"] = open_mask(
+                    mask, self.preprocess.size, (height, width), max_pixels=self.max_pixels
+                )
+            hidden = torch.from_numpy(read)
+        filled = substitute(inputs, fill).where(hidden.to(inputs.device), inputs)
+        before, after = self.probabilities(torch.cat([inputs, filled]))
+        return self.best(before), self.best(after), float(hidden.float().mean())
+
+    def measure(self, asked: Asked, progress: Progress | None = None) -> list[Curve]:
+        """Insertion and deletion curve of one image, for the methods and the controls.
+
+        Raises:
+            ValueError: as `explain`.
+        """
+        from sightline.metrics import METRICS
+        from sightline.metrics.perturbed import Perturbation
+        from sightline.metrics.together import measure
+
+        (picture,) = asked.pictures
+        methods = tuple(dict.fromkeys((*asked.methods, *CONTROLS)))
+        inputs = self.inputs([picture.image])
+        network = replace(self.network, methods=methods, target=asked.target)
+        explanation: Explanation = network.explain(inputs, asked.layer, progress, {}).explanation
+        chosen = {name: METRICS[name] for name in ("insertion_auc", "deletion_auc")}
+        measured = measure(
+            chosen,
+            {method: explanation[method] for method in methods},
+            model=network.model,
+            images=inputs,
+            targets=explanation.targets,
+            perturbation=Perturbation(output=network.output),
+            progress=progress,
+        )
+        return [
+            Curve(
+                metric.removesuffix("_auc"),
+                method,
+                measured.fields[method]["fractions"][0].tolist(),
+                measured.fields[method][metric.removesuffix("_auc")][0].tolist(),
+                float(measured.values[method, metric][0]),
+            )
+            for metric in chosen
+            for method in methods
+        ]
+
+
+def open_service(
+    model: Network,
+    weights: str | Path | None = None,
+    classes: str | Path | Sequence[str] | None = None,
+    *,
+    whole: bool = False,
+    progress: Progress | None = None,
+) -> Service:
+    """The service of a run folder, a network by name with weights, or a module; tried out.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: the weights do not fit, or no method works on the model.
+    """
+    names: Sequence[str] = ()
+    name, samples = None, None
+    if isinstance(model, nn.Module):
+        names = [] if classes is None else [*classes] if not isinstance(classes, str | Path) else ()
+        lines = ["model = ...  # yours", "preprocess = models.preprocess_of(model)"]
+        given: Network = model
+    elif Path(model).is_dir():
+        if weights or classes:
+            raise ValueError(
+                "expected --weights and --classes only with the name of a model, got a run folder; leave them out"
+            )
+        run = runs.open_run(model)
+        given, samples = model, _samples(run)
+        lines = [
+            f"run = runs.open_run({str(model)!r})",
+            f"model = sl.load({str(model)!r})",
+            "preprocess = run.preprocess",
+        ]
+    else:
+        name = str(model)
+        path = None if classes is None else str(classes)
+        given, names = models.named_model(name, weights, path)
+        given = given.to(runs.best_device())
+        files = ", ".join(repr(str(file)) for file in (name, weights, path) if file is not None)
+        lines = [f"model, classes = models.named_model({files})", "preprocess = models.preprocess_of(model)"]
+    service = Service(
+        network=network_of(given, (), None, None, whole, names, name, is_file=True), lines=lines, samples=samples
+    )
+    service.try_out(progress)
+    return service
+
+
+def _samples(run: runs.Run) -> ImageSet | None:
+    """The run's test images, if they are still there."""
+    from sightline.report.run_evaluation import images_of
+
+    with suppress(OSError, ValueError):
+        return images_of(run, "test", {})[0]
+    return None
+
+
+def _layers(network: ExplainedNetwork, inputs: Float[Tensor, "1 3 h w"]) -> tuple[list[Layer], str]:
+    """Blocks whose output has positions, by name in the order in which they run, and the automatic layer."""
+    outputs: dict[str, int] = {}
+    kept: list[Any] = []
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, given: Any, output: Any) -> None:
+            tensor = first_tensor(output)
+            if tensor is not None and tensor.ndim > 2:
+                kept.append(tensor)  # so that no other gets its id
+                outputs[name] = id(tensor)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in network.model.named_modules() if name]
+    try:
+        answers(network.model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    by_tensor: dict[int, str] = {}
+    for name, tensor in outputs.items():  # of modules that return the same tensor, the outermost one
+        by_tensor[tensor] = min(by_tensor.get(tensor, name), name, key=lambda one: one.count("."))
+    modules = dict(network.model.named_modules())
+    blocks = [name for name in by_tensor.values() if any([*part.parameters()] for part in modules[name].children())]
+    found: list[Layer] = []
+    automatic = _read(network, inputs, None)
+    for name in blocks if len(blocks) > 1 else by_tensor.values():
+        layer = _read(network, inputs, name)
+        if layer is not None:
+            found.append(layer)
+    if automatic is not None and automatic.name not in [layer.name for layer in found]:
+        found.append(automatic)
+    return found, "" if automatic is None else automatic.name
+
+
+def _read(network: ExplainedNetwork, inputs: Tensor, layer: str | None) -> Layer | None:
+    """A layer as it is read for maps; None if it cannot be."""
+    with suppress(ValueError, RuntimeError):
+        return explain(network.model, inputs, 0, ["activation_map"], layer, output=network.output).layer
+    return None
+
+
+def _answer(explained: Explained, place: int, picture: Picture, seconds: float) -> Answer:
+    explanation = explained.explanation
+    drawn: list[Drawn] = []
+    height, width = picture.shown.shape[1:]
+    for method, values in explanation.maps.items():
+        explainer = named(method)[1]
+        raw = values[place, :1].float().cpu()
+        parts = explained.picture(method, place)
+        colored = (
+            maps.overlay(picture.shown[None], raw[None], 1.0, explainer.is_signed)[0, 0]
+            if parts is None
+            else maps.resize(parts.float(), (height, width))[0].round().clamp(0, 255).to(torch.uint8)
+        )
+        drawn.append(
+            Drawn(
+                method=method,
+                layer=explanation.layers[method],
+                values=raw[0].numpy(),
+                parts=None if parts is None else explained.parts[method].maps[place].float().cpu().numpy(),
+                colored=colored,
+                is_signed=explainer.is_signed,
+                ends=maps.ends(raw[0], explainer.is_signed),
+                verdicts=explanation.verdicts[method][place],
+                is_unchecked=method in explanation.unchecked,
+                seconds=seconds,
+            )
+        )
+    return Answer(
+        picture=picture,
+        probabilities=explanation.probabilities[place].cpu(),
+        target=int(explanation.targets[place, 0]),
+        maps=drawn,
+    )
+
+
+def packed(drawn: Sequence[Drawn]) -> bytes:
+    """The raw maps of one image as `sightline explain` writes them: method -> (h, w) in a .npz file."""
+    raw: dict[str, Any] = {}
+    for one in drawn:
+        raw[one.method] = one.values
+        if one.parts is not None:
+            raw[f"{one.method} parts"] = one.parts
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **raw)
+    return file.getvalue()
