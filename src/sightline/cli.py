@@ -405,18 +405,19 @@ def _sight_mosaics(options: Namespace, overrides: dict[str, Any]) -> None:
 
 
 def serve(options: Namespace, _: dict[str, Any]) -> None:
-    """Open a page in the browser where you drop in images and see where a model looks; with an HTTP API."""
-    from sightline.serve import server
+    """Serve a page where you drop in images and see where a model looks, and an HTTP API, until Ctrl-C."""
+    from sightline import serve as server
 
-    with server.listening(options.host, options.port) as socket:
+    with server.listening(options.host, options.port) as listening, terminal.Bar() as bar:
         server.serve(
-            socket,
+            listening,
             options.run,
             options.weights,
             options.classes,
             whole=options.whole,
             token=options.token,
-            tell=lambda line: print(line, flush=True),
+            tell=bar.tell,
+            progress=bar.update,
         )
 
 

@@ -126,10 +126,12 @@ def fitting(
     output: Output = None,
     forward_args: Any = (),
     forward_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """Names of the methods that work on a model, and for each of the others the reason why not.
 
-    Each is tried on the first image; a perturbation method stops after its first batch.
+    Each is tried on the first image; a perturbation method stops after its first batch. `progress` is called with
+    (what, done, total) before each.
 
     Raises:
         ValueError: none fits.
@@ -154,7 +156,9 @@ def fitting(
     first = targets[:1] if isinstance(targets, Tensor) else targets.at(row) if isinstance(targets, Target) else targets
     one = forward_call(images, output, forward_args, forward_kwargs).at(row)
     given: dict[str, Any] = {"output": output, "forward_args": one.args, "forward_kwargs": one.kwargs}
-    for method in methods:
+    for done, method in enumerate(methods):
+        if progress is not None:
+            progress("trying methods", done, len(methods))
         try:
             explain(model, images[:1], first, [method], layer, progress=started, **given)
         except Started:

@@ -6,22 +6,25 @@ import hashlib
 import hmac
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.resources import files
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 import anyio.to_thread
 import torch
+from jaxtyping import Bool
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
 
 from sightline import maps
 from sightline.data.images import UnreadableImage
@@ -29,9 +32,10 @@ from sightline.facts import Progress, words
 from sightline.report import pictures
 from sightline.report.formats import template, uri
 from sightline.runs import plain
-from sightline.serve.jobs import Full, Job, Jobs
-from sightline.serve.service import Answer, Answers, Asked, Drawn, Picture, Service, packed
-from sightline.serve.uploads import Form, Limits, Refused, read_form
+from sightline.serve.jobs import Full, Job, Jobs, Work
+from sightline.serve.openapi import FORMS, description, is_file
+from sightline.serve.service import FILLS, Answer, Answers, Asked, Drawn, Picture, Service, packed
+from sightline.serve.uploads import Form, Limits, Refused, form_of, shown_name
 from sightline.version import __version__
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -61,8 +65,8 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_EXPLAIN = {"images": True, "sample": False, "methods": False, "target": False, "layer": False}
 _DECODED = 2  # images that are decoded at a time
+_DRAINED_BYTES, _DRAINED_SECONDS = 2**28, 5.0
 _NOTE = "one image: no interval"
 
 
@@ -73,6 +77,7 @@ class Api:
         self.service, self.limits = service, limits
         self.jobs = Jobs(limits.waiting, limits.seconds)
         self.decoding = anyio.CapacityLimiter(_DECODED)
+        self.reading = 0
 
     def routes(self) -> list[Route]:
         """All of them."""
@@ -90,6 +95,7 @@ class Api:
             ("POST", "/jobs", self.submit),
             ("GET", "/jobs/{id}", self.job),
             ("DELETE", "/jobs/{id}", self.cancel),
+            ("GET", "/openapi.json", self.openapi),
         ]
         return [Route(path, _guarded(endpoint), methods=[method]) for method, path, endpoint in table]
 
@@ -164,45 +170,41 @@ class Api:
 
     async def explain(self, request: Request) -> Response:
         """Maps of images."""
-        form = await self._form(request, _EXPLAIN | {"response": False})
-        response = form.text("response", "json")
-        if response not in ("json", "npz"):
-            raise Refused(400, f"expected response json or npz, got {response[:60]!r}")
-        asked = await self._asked(form)
+        async with self._form(request) as form:
+            response = form.text("response", "json")
+            if response not in ("json", "npz"):
+                raise Refused(400, f"expected response json or npz, got {response[:60]!r}; choose one of them")
+            asked = await self._asked(form)
         if response == "npz" and len(asked.pictures) > 1:
             raise Refused(400, f"expected one image with response npz, got {len(asked.pictures)}; ask for each alone")
-        work = self._packed if response == "npz" else self._explained
-        job = self.jobs.submit(work, asked, asked[1:], len(asked.pictures))
-        content = await self._result(request, job)
+        answers = await self._result(request, partial(self.service.explain, asked))
         if response == "json":
+            content = await self._in_thread(partial(self._answers, asked, answers))
             return Response(content, media_type="application/json")
-        return Response(content, media_type="application/octet-stream")
+        return Response(packed(answers.images[0].maps), media_type="application/octet-stream")
 
     async def predict(self, request: Request) -> Response:
         """The classes of an image before and after a part of it is hidden."""
-        form = await self._form(request, {"images": True, "sample": False, "mask": True, "fill": False})
-        (picture,) = await self._pictures(form, most=1)
-        masks = form.files.get("mask", [])
-        if len(masks) > 1:
-            raise Refused(400, f"expected one mask, got {len(masks)}; send it once")
-        mask = masks[0][1] if masks else None
-        item = (picture, mask, form.text("fill", "blur"))
-        return Response(
-            await self._result(request, self.jobs.submit(self._predicted, item)), media_type="application/json"
-        )
+        async with self._form(request) as form:
+            fill, masks = form.text("fill", "blur"), form.files.get("mask", [])
+            if fill not in FILLS:
+                raise Refused(400, f"expected fill {' or '.join(FILLS)}, got {fill[:60]!r}; choose one of them")
+            if len(masks) > 1:
+                raise Refused(400, f"expected one mask, got {len(masks)}; send it once")
+            (picture,) = await self._pictures(form, most=1)
+            hidden = await self._in_thread(partial(self._mask, masks[0].file, picture)) if masks else None
+        work = partial(self._predict, picture, hidden, fill)
+        return _json(await self._result(request, work))
 
     async def submit(self, request: Request) -> Response:
         """Begin maps or curves."""
-        form = await self._form(request, _EXPLAIN | {"kind": False})
-        kind = form.text("kind", "explain")
-        if kind not in ("explain", "measure"):
-            raise Refused(400, f"expected kind explain or measure, got {kind[:60]!r}")
-        asked = await self._asked(form, most=1 if kind == "measure" else self.limits.images)
-        if kind == "measure":
-            job = self.jobs.submit(self._measured, asked, keep=True)
-        else:
-            job = self.jobs.submit(self._explained, asked, asked[1:], len(asked.pictures), keep=True)
-        return _json({"id": job.id}, 202)
+        async with self._form(request) as form:
+            kind = form.text("kind", "explain")
+            if kind not in ("explain", "measure"):
+                raise Refused(400, f"expected kind explain or measure, got {kind[:60]!r}; choose one of them")
+            asked = await self._asked(form, most=1 if kind == "measure" else self.limits.images)
+        work = partial(self._measure if kind == "measure" else self._explain, asked)
+        return _json({"id": self.jobs.submit(work, keep=True).id}, 202)
 
     async def job(self, request: Request) -> Response:
         """The state of a job, and its result."""
@@ -233,9 +235,23 @@ class Api:
             raise Refused(404, "expected the id of a job of the last minutes, got another; begin it again")
         return job
 
-    async def _form(self, request: Request, allowed: dict[str, bool]) -> Form:
-        self.jobs.check_room()  # before anything is read
-        return await read_form(request, self.limits, allowed)
+    async def openapi(self, request: Request) -> Response:
+        """This description."""
+        return _json(description())
+
+    @asynccontextmanager
+    async def _form(self, request: Request) -> AsyncGenerator[Form]:
+        """The fields of a request, if there is room for another one."""
+        self.jobs.check_room()
+        if self.reading >= self.limits.waiting:
+            raise Full
+        fields = {name: is_file(field) for name, field in FORMS[request.scope["path"]].items()}
+        self.reading += 1
+        try:
+            async with form_of(request, self.limits, fields) as form:
+                yield form
+        finally:
+            self.reading -= 1
 
     async def _asked(self, form: Form, most: int | None = None) -> Asked:
         names = [name.strip() for text in form.texts.get("methods", ["grad_cam"]) for name in text.split(",")]
@@ -253,13 +269,20 @@ class Api:
         most = most or self.limits.images
         if len(images) > most:
             raise Refused(413, f"expected at most {most} image{'s' * (most > 1)}, got {len(images)}; send fewer")
-        return [await self._in_thread(partial(self._read, name, content)) for name, content in images]
+        return [await self._in_thread(partial(self._read, image)) for image in images]
 
-    def _read(self, name: str, content: bytes) -> Picture:
+    def _read(self, image: UploadFile) -> Picture:
+        name = shown_name(image.filename or "")
         try:
-            return self.service.read(name, content)
+            return self.service.read(name, image.file.read())
         except UnreadableImage as error:
             raise Refused(422, f"expected an image as {name}, got none that can be read: {error}") from error
+
+    def _mask(self, file: BinaryIO, picture: Picture) -> Bool[Tensor, "h w"]:
+        try:
+            return self.service.mask(file.read(), picture)
+        except UnreadableImage as error:
+            raise Refused(422, str(error)) from error
 
     async def _sample(self, index: str, status: int) -> Picture:
         try:
@@ -271,8 +294,9 @@ class Api:
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
         return await anyio.to_thread.run_sync(call, limiter=self.decoding)
 
-    async def _result(self, request: Request, job: Job) -> bytes:
-        """Wait for a job; cancel it if the client has gone."""
+    async def _result(self, request: Request, work: Work) -> Any:
+        """The result of work, which is cancelled if the client has gone."""
+        job = self.jobs.submit(work)
         over = asyncio.wrap_future(job.over)
         try:
             while not (await asyncio.wait({over}, timeout=1.0))[0]:
@@ -287,43 +311,40 @@ class Api:
             raise Refused(503, "expected a server that goes on, got one that ends; ask again")
         return job.result
 
-    def _explained(self, asked: Sequence[Asked], progress: Progress) -> list[bytes]:
-        """Answers as JSON."""
-        answers = self.service.explain(asked, progress)
-        return [_dumped(self._answers(one, its)) for one, its in zip(asked, answers, strict=True)]
+    def _explain(self, asked: Asked, progress: Progress) -> bytes:
+        return self._answers(asked, self.service.explain(asked, progress))
 
-    def _packed(self, asked: Sequence[Asked], progress: Progress) -> list[bytes]:
-        """Answers as .npz files."""
-        return [packed(its.images[0].maps) for its in self.service.explain(asked, progress)]
-
-    def _predicted(self, items: Sequence[Any], progress: Progress) -> list[bytes]:
-        (item,) = items
-        before, after, hidden = self.service.predict(*item)
-        return [_dumped({"before": self._best(before), "after": self._best(after), "hidden": hidden})]
-
-    def _measured(self, asked: Sequence[Asked], progress: Progress) -> list[bytes]:
-        (one,) = asked
+    def _measure(self, asked: Asked, progress: Progress) -> bytes:
         curves = [
             {
                 "metric": curve.metric,
                 "method": curve.method,
                 "title": words(curve.method),
-                "control": self.service.methods[curve.method.partition("@")[0]].explainer.is_control,
+                "control": curve.is_control,
                 "shares": curve.shares,
                 "scores": curve.scores,
                 "area": curve.area,
             }
-            for curve in self.service.measure(one, progress)
+            for curve in self.service.measure(asked, progress)
         ]
-        return [_dumped({"curves": curves, "note": _NOTE})]
+        return _dumped({"curves": curves, "note": _NOTE})
 
-    def _answers(self, asked: Asked, answers: Answers) -> dict[str, Any]:
-        return {
-            "images": [self._answer(answer) for answer in answers.images],
-            "notices": answers.notices,
-            "code": self.service.code(asked),
-            "scale": {"colors": pictures.color_stops(), "signed": pictures.color_stops(signed=True)},
-        }
+    def _predict(
+        self, picture: Picture, hidden: Bool[Tensor, "h w"] | None, fill: str, progress: Progress
+    ) -> dict[str, Any]:
+        before, after = self.service.predict(picture, hidden, fill)
+        share = 0.0 if hidden is None else float(hidden.float().mean())
+        return {"before": self._best(before), "after": self._best(after), "hidden": share}
+
+    def _answers(self, asked: Asked, answers: Answers) -> bytes:
+        return _dumped(
+            {
+                "images": [self._answer(answer) for answer in answers.images],
+                "notices": answers.notices,
+                "code": self.service.code(asked),
+                "scale": {"colors": pictures.color_stops(), "signed": pictures.color_stops(signed=True)},
+            }
+        )
 
     def _answer(self, answer: Answer) -> dict[str, Any]:
         return {
@@ -375,7 +396,7 @@ def refusal(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Refused):
         return error.status, text
     if isinstance(error, HTTPException):
-        return error.status_code, f"expected another request, got {error.detail.lower()}; see /openapi.json"
+        return error.status_code, f"expected a path and method out of /openapi.json, got {error.detail.lower()}"
     if isinstance(error, Full):
         return 503, "expected room in the queue, got a full one; ask again in a few seconds"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -404,13 +425,37 @@ def _guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Re
 def _answered(request: Request, error: Exception) -> Response:
     status, line = refusal(error)
     if status == 500:
-        print(f"sightline: error in {request.method} {request.url.path}: {line}", file=sys.stderr)
+        print(f"sightline: error in {request.method} {request.scope['path']}: {line}", file=sys.stderr)
     headers = dict(getattr(error, "headers", None) or {})
     if status == 503:
         headers["Retry-After"] = "5"
     response = _json({"error": line}, status)
     response.headers.update(headers)
     return response
+
+
+class _Body:
+    """The rest of a body that nobody wanted is read and dropped, else its client would not come to read the answer."""
+
+    def __init__(self, request: Request, receive: Receive) -> None:
+        self._receive = receive
+        headers = request.headers
+        is_sent = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        self.is_coming = is_sent and "expect" not in headers
+
+    async def receive(self) -> Message:
+        """The next part."""
+        message = await self._receive()
+        self.is_coming = self.is_coming and message.get("more_body", False)
+        return message
+
+    async def drain(self) -> None:
+        """Drop the rest, as far as it comes soon."""
+        dropped = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAINED_SECONDS):
+                while self.is_coming and dropped < _DRAINED_BYTES:
+                    dropped += len((await self.receive()).get("body", b""))
 
 
 class Guard:
@@ -427,14 +472,18 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        request = Request(scope)
+        body = _Body(request, receive)
+
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+                if message["status"] >= 400:
+                    await body.drain()
             await send(message)
 
-        request = Request(scope)
         try:
             response = self._checked(request)
         except Refused as error:
@@ -442,9 +491,9 @@ class Guard:
             if error.status == 401:
                 response.headers["WWW-Authenticate"] = "Bearer"
         if response is None:
-            await self.app(scope, receive, secured)
+            await self.app(scope, body.receive, secured)
         else:
-            await response(scope, receive, secured)
+            await response(scope, body.receive, secured)
 
     def _checked(self, request: Request) -> Response | None:
         """None if the request may go on, or the answer that sets the cookie.
@@ -460,8 +509,8 @@ class Guard:
             raise Refused(403, "expected a request of this server's own page, got one of another site; ask it directly")
         if self.token is None:
             return None
-        given = parse_qs(request.url.query).get("token", [""])[0]
-        if request.url.path == "/" and request.method == "GET" and given and self._is_token(given):
+        given = parse_qs(request.scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        if request.scope["path"] == "/" and request.method == "GET" and given and self._is_token(given):
             response = RedirectResponse("/", 303)
             response.set_cookie(self.cookie, self.token, httponly=True, samesite="strict", path="/")
             return response

@@ -9,6 +9,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
+from sightline.facts import Progress
 from sightline.report.networks import Network
 from sightline.serve.app import LOOPBACK, create_app
 from sightline.serve.service import open_service
@@ -45,6 +46,7 @@ def serve(
     whole: bool = False,
     token: str | None = None,
     tell: Callable[[str], None] = print,
+    progress: Progress | None = None,
 ) -> None:
     """Answer requests about a model until Ctrl-C.
 
@@ -56,6 +58,7 @@ def serve(
         whole: resize all of each image, whatever its shape.
         token: what a client has to send. None: nothing on this machine alone; elsewhere one is made.
         tell: called with lines about the address.
+        progress: called with (what, done, total) before the server is ready.
 
     Raises:
         OSError: a file is missing.
@@ -63,12 +66,25 @@ def serve(
     """
     host, port = listening.getsockname()[:2]
     is_local = host in LOOPBACK
-    service = open_service(model, weights, classes, whole=whole)
+    service = open_service(model, weights, classes, whole=whole, progress=progress)
     if not is_local:
         token = token or secrets.token_urlsafe(16)
         tell(f"warning: anybody who reaches {host} and has the token can use this server; nothing is encrypted")
     app = create_app(service, token=token, is_local=is_local)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     tell(f"{service.network.name}: {address}{f'?token={token}' if token else ''} (Ctrl-C ends)")
-    config = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="off", timeout_graceful_shutdown=3)
-    _Server(config).run(sockets=[listening])
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
+    )
+    try:
+        _Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped") from None

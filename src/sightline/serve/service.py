@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sightline import maps, models, runs
 from sightline.data import ImageSet, Preprocess
 from sightline.data.images import MAX_PIXELS, open_mask, open_picture, quiet
-from sightline.explainers import EXPLAINERS, Explainer, Explanation, explain, find_explainer, named
-from sightline.facts import Layer, Progress, Verdict, did_you_mean
+from sightline.explainers import EXPLAINERS, Explainer, Explanation, explain, find_explainer, fitting, named
+from sightline.facts import Layer, Progress, Verdict
 from sightline.inference import answers, forward_call
 from sightline.inference.operations import first_tensor
 from sightline.report.networks import Explained, ExplainedNetwork, Network, class_index, network_of
@@ -100,7 +100,7 @@ class Answer:
 
 
 class Answers(NamedTuple):
-    """The maps of the images of one request."""
+    """The maps of several images."""
 
     images: Sequence[Answer]
     notices: tuple[str, ...]
@@ -111,6 +111,7 @@ class Curve(NamedTuple):
 
     metric: str
     method: str
+    is_control: bool
     shares: list[float]
     """Of the pixels that are removed or inserted."""
     scores: list[float]
@@ -154,14 +155,13 @@ class Service:
         """
         image = torch.rand(1, 3, *self.preprocess.size, generator=torch.Generator().manual_seed(0))
         inputs = self.inputs([(255 * image[0]).to(torch.uint8)])
-        network = replace(self.network, every=tuple(EXPLAINERS))
-        notices = network.settle(inputs, None, None, strict=False)
-        self.network = replace(network, every=(), notices=(*network.notices, *notices))
-        self.methods = {
-            name: Method(name, explainer, network.left_out.get(name)) for name, explainer in EXPLAINERS.items()
-        }
+        call, notice = forward_call(inputs, None).settled(self.network.model, inputs)
+        notices = (*self.network.notices, notice) if notice else self.network.notices
+        self.network = replace(self.network, output=call.output, notices=notices)
+        _, reasons = fitting(self.network.model, inputs, output=call.output, progress=progress)
+        self.methods = {name: Method(name, explainer, reasons.get(name)) for name, explainer in EXPLAINERS.items()}
         self.count = self.probabilities(inputs).shape[1]
-        self.layers, self.default_layer = _layers(network, inputs)
+        self.layers, self.default_layer = _layers(self.network, inputs)
 
     def read(self, name: str, content: bytes) -> Picture:
         """Decode an image file as the command line does.
@@ -234,35 +234,27 @@ class Service:
             named(name)
         return tuple(dict.fromkeys(names))
 
-    def explain(self, asked: Sequence[Asked], progress: Progress | None = None) -> list[Answers]:
-        """The maps of several requests, which differ in their images alone; as `sightline.explain` makes them.
+    def explain(self, asked: Asked, progress: Progress | None = None) -> Answers:
+        """The maps of images, as `sightline.explain` makes them.
 
         Raises:
             ValueError: there is no such layer, or a method does not work on it.
         """
-        first = asked[0]
-        pictures = [picture for one in asked for picture in one.pictures]
-        network = replace(self.network, methods=first.methods, target=first.target)
-        is_slow = any(named(method)[1].many_passes for method in first.methods)
-        at_once = 1 if is_slow else _AT_ONCE
+        network = replace(self.network, methods=asked.methods, target=asked.target)
+        is_slow = any(named(method)[1].many_passes for method in asked.methods)
+        at_once, total = 1 if is_slow else _AT_ONCE, len(asked.pictures)
         images: list[Answer] = []
         notices = dict.fromkeys(network.notices)
-        for start in range(0, len(pictures), at_once):
-            part = pictures[start : start + at_once]
+        for start in range(0, total, at_once):
+            part = asked.pictures[start : start + at_once]
             if progress is not None:
-                progress("explaining", start, len(pictures))
+                progress("explaining", start, total)
             begun = time.perf_counter()
-            explained = network.explain(self.inputs([picture.image for picture in part]), first.layer, progress, {})
+            explained = network.explain(self.inputs([picture.image for picture in part]), asked.layer, progress, {})
             seconds = time.perf_counter() - begun
             notices |= dict.fromkeys(explained.explanation.notices)
             images += [_answer(explained, place, picture, seconds) for place, picture in enumerate(part)]
-        if progress is not None:
-            progress("explaining", len(pictures), len(pictures))
-        parts: list[Answers] = []
-        for one in asked:
-            parts.append(Answers(images[: len(one.pictures)], tuple(notices)))
-            images = images[len(one.pictures) :]
-        return parts
+        return Answers(images, tuple(notices))
 
     def code(self, asked: Asked) -> str:
         """Python that makes the same maps."""
@@ -286,36 +278,30 @@ class Service:
         ]
         return "\n".join([*lines, *(f"explanation[{method!r}]" for method in asked.methods)])
 
-    def predict(
-        self, picture: Picture, mask: bytes | None = None, fill: str = "blur"
-    ) -> tuple[list[tuple[int, float]], list[tuple[int, float]], float]:
-        """The most probable classes of an image, and of the image with a part hidden; and how large this part is.
-
-        Args:
-            picture: the image.
-            mask: an image file, as large as the image is shown, white where it is to be hidden.
-            fill: what replaces hidden pixels: "blur" or "mean".
+    def mask(self, content: bytes, picture: Picture) -> Bool[Tensor, "h w"]:
+        """The white part of an image file as large as a picture is shown, at the model's size.
 
         Raises:
-            UnreadableImage: the mask cannot be decoded, or has another size.
-            ValueError: an unknown fill.
+            UnreadableImage: it cannot be decoded, or has another size.
         """
+        height, width = picture.shown.shape[1:]
+        with quiet():
+            return torch.from_numpy(
+                open_mask(content, self.preprocess.size, (height, width), max_pixels=self.max_pixels)
+            )
+
+    def predict(
+        self, picture: Picture, hidden: Bool[Tensor, "h w"] | None = None, fill: str = "blur"
+    ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """The most probable classes of an image, and of the image with a part replaced by `fill`."""
         from sightline.metrics.perturbed import substitute
 
-        if fill not in FILLS:
-            raise ValueError(f"expected fill {' or '.join(FILLS)}, got {fill!r}{did_you_mean(fill, FILLS)}")
         inputs = self.inputs([picture.image])
-        hidden = torch.zeros(self.preprocess.size, dtype=torch.bool)
-        if mask is not None:
-            height, width = picture.shown.shape[1:]
-            with quiet():
-                read: Bool[np.ndarray, "h w"] = open_mask(
-                    mask, self.preprocess.size, (height, width), max_pixels=self.max_pixels
-                )
-            hidden = torch.from_numpy(read)
+        if hidden is None:
+            hidden = torch.zeros(self.preprocess.size, dtype=torch.bool)
         filled = substitute(inputs, fill).where(hidden.to(inputs.device), inputs)
         before, after = self.probabilities(torch.cat([inputs, filled]))
-        return self.best(before), self.best(after), float(hidden.float().mean())
+        return self.best(before), self.best(after)
 
     def measure(self, asked: Asked, progress: Progress | None = None) -> list[Curve]:
         """Insertion and deletion curve of one image, for the methods and the controls.
@@ -346,6 +332,7 @@ class Service:
             Curve(
                 metric.removesuffix("_auc"),
                 method,
+                named(method)[1].is_control,
                 measured.fields[method]["fractions"][0].tolist(),
                 measured.fields[method][metric.removesuffix("_auc")][0].tolist(),
                 float(measured.values[method, metric][0]),

@@ -1,7 +1,8 @@
 """Multipart bodies, read with limits. What a client calls a file is a text and never a path."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from sightline.data.images import MAX_PIXELS
+from sightline.facts import did_you_mean
 
 _FIELD_BYTES = 2**16
 
@@ -49,8 +51,8 @@ class Form:
     """The fields of a request."""
 
     texts: dict[str, list[str]]
-    files: dict[str, list[tuple[str, bytes]]]
-    """Name and content."""
+    files: dict[str, list[UploadFile]]
+    """In memory, or from 1 MB on in a temporary file without a name."""
 
     def text(self, name: str, default: str = "") -> str:
         """The only value of a field.
@@ -78,15 +80,16 @@ class _Parser(MultiPartParser):
         super().on_part_begin()
 
 
-async def read_form(request: Request, limits: Limits, allowed: dict[str, bool]) -> Form:
-    """The fields of a request; `allowed`: their names, and whether they are files.
+@asynccontextmanager
+async def form_of(request: Request, limits: Limits, fields: Mapping[str, bool]) -> AsyncGenerator[Form]:
+    """The fields of a request; `fields`: the names that are known, and whether they are files.
 
     Raises:
         Refused: no multipart body, a broken one, one beyond a limit, or another field.
     """
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "multipart/form-data":
-        got = kind.partition(";")[0][:60] or "none"
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        got = repr(kind[:60]) if kind else "none"
         raise Refused(415, f"expected the content type multipart/form-data, got {got}; send the image as a form field")
     too_large = Refused(413, f"expected at most {limits.bytes:,} bytes, got more; send fewer or smaller images")
     length = request.headers.get("content-length", "")
@@ -101,44 +104,42 @@ async def read_form(request: Request, limits: Limits, allowed: dict[str, bool]) 
                 raise too_large
             yield chunk
 
-    texts: dict[str, list[str]] = {}
-    files: dict[str, list[tuple[str, bytes]]] = {}
     try:
         async with asyncio.timeout(limits.upload_seconds):
-            form = await _Parser(request, stream(), limits).parse()
+            data = await _Parser(request, stream(), limits).parse()
     except TimeoutError as error:
-        late = f"expected the whole request within {limits.upload_seconds:g} s, got a part; send smaller images"
+        late = f"expected the whole request within {limits.upload_seconds:g} s, got a part of it; send smaller images"
         raise Refused(408, late) from error
     except MultiPartException as error:
-        reason = f"expected a multipart body with names and a boundary, got a broken one: {error.message}"
-        raise Refused(400, f"{reason.rstrip('.')}; use an HTTP library to write it") from error
+        broken = error.message.rstrip(".").lower()
+        raise Refused(
+            400, f"expected a multipart body, got a broken one ({broken}); let an HTTP library write it"
+        ) from error
     except ClientDisconnect as error:
-        raise Refused(400, "expected a whole request, got a part; send it again") from error
+        raise Refused(400, "expected a whole request, got a part of it; send it again") from error
     try:
-        for name, value in form.multi_items():
-            if name not in allowed:
-                raise Refused(400, f"expected fields out of {', '.join(allowed)}; got {name[:60]!r}")
-            if allowed[name] != isinstance(value, UploadFile):
-                what = ("a text", "a file") if allowed[name] else ("a file", "a text")
-                raise Refused(400, f"expected {what[1]} as {name}, got {what[0]}; {_advice(allowed[name])}")
+        form = Form(texts={}, files={})
+        for name, value in data.multi_items():
+            if name not in fields:
+                hint = did_you_mean(name[:60], fields, f"known are {', '.join(fields)}")
+                raise Refused(400, f"expected a known field, got {name[:60]!r}{hint}")
+            if isinstance(value, UploadFile) != fields[name]:
+                which = ("a file", "with") if fields[name] else ("a text", "without")
+                raise Refused(400, f"expected {which[0]} as {name}, got none; send it {which[1]} a filename")
             if isinstance(value, UploadFile):
-                files.setdefault(name, []).append((_shown(value.filename or ""), await value.read()))
+                form.files.setdefault(name, []).append(value)
             else:
-                texts.setdefault(name, []).append(value)
+                form.texts.setdefault(name, []).append(value)
+        yield form
     finally:
-        await form.close()
-    return Form(texts=texts, files=files)
+        await data.close()
 
 
-def _advice(is_file: bool) -> str:
-    return "send it with a filename" if is_file else "send it without a filename"
-
-
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     r"""A file's name as a text of bounded length: its last part, printable.
 
-    >>> _shown("../../etc/passwd"), _shown("C:\\photos\\cat.jpg"), _shown("a\x00b"), len(_shown(10**4 * "x"))
-    ('passwd', 'cat.jpg', 'a_b', 120)
+    >>> shown_name("../../etc/passwd"), shown_name("C:\\photos\\cat.jpg"), shown_name("a\x00b"), shown_name("")
+    ('passwd', 'cat.jpg', 'a_b', 'image')
     """
     last = name.replace("\\", "/").rpartition("/")[2][-120:]
     return "".join(letter if letter.isprintable() else "_" for letter in last) or "image"
