@@ -28,12 +28,27 @@ def listening(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host}, port {port}: {reason}; choose another --port or --host") from error
 
 
-class _Server(uvicorn.Server):
-    """Cancels its jobs when it is told to end, so that it need not wait for them."""
+class Server(uvicorn.Server):
+    """Runs what `create_app` made; a signal cancels its jobs, so that it need not wait for them."""
+
+    def __init__(self, app: Starlette) -> None:
+        self.app = app
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=3,
+        )
+        super().__init__(config)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        app: Starlette = self.config.app  # pyright: ignore[reportAssignmentType]
-        app.state.jobs.close()
+        """Called on Ctrl-C."""
+        self.app.state.jobs.close()
         super().handle_exit(sig, frame)
 
 
@@ -73,18 +88,7 @@ def serve(
     app = create_app(service, token=token, is_local=is_local)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     tell(f"{service.network.name}: {address}{f'?token={token}' if token else ''} (Ctrl-C ends)")
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        log_level="critical",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=3,
-    )
     try:
-        _Server(config).run(sockets=[listening])
+        Server(app).run(sockets=[listening])
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped") from None
