@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 import anyio.to_thread
+import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
@@ -352,7 +353,7 @@ class Api:
             "size": answer.picture.shown.shape[1:],
             "shown": uri("png", maps.png(answer.picture.shown)),
             "prediction": self._best(self.service.best(answer.probabilities)),
-            "target": {"class": self.service.class_name(answer.target), "index": answer.target},
+            "target": self._best([(answer.target, float(answer.probabilities[answer.target]))])[0],
             "maps": [_map(drawn) for drawn in answer.maps],
         }
 
@@ -374,12 +375,19 @@ def _map(drawn: Drawn) -> dict[str, Any]:
         "low": low,
         "high": high,
         "color": uri("png", pictures.png(drawn.colored)),
-        "values": base64.b64encode(drawn.values.astype("<f4").tobytes()).decode(),
+        "values": _encoded(drawn.values),
         "shape": drawn.values.shape,
+        "parts": None if drawn.parts is None else {"values": _encoded(drawn.parts), "shape": drawn.parts.shape},
+        "text": pictures.in_words(drawn.values),
         "verdicts": [{"level": verdict.level, "text": str(verdict)} for verdict in drawn.verdicts],
         "unchecked": drawn.is_unchecked,
         "seconds": drawn.seconds,
     }
+
+
+def _encoded(values: Float[np.ndarray, "..."]) -> str:
+    """As base64 of float32, the lowest byte first."""
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
 
 
 def _dumped(content: Any) -> bytes:

@@ -150,6 +150,14 @@ _SCHEMAS: dict[str, Schema] = {
         color=_text("data URI of a PNG of the colored map, as large as the image is shown"),
         values=_text("the raw map: base64 of 32-bit little-endian floats, row by row"),
         shape=_side("height and width of the raw map"),
+        parts=_or_null(
+            _object(
+                values=_text("as base64 of 32-bit little-endian floats"),
+                shape=_list(_whole("maps, height, width"), minItems=3, maxItems=3),
+            )
+            | {"description": "the maps of a block with several, which the color shows together; null for others"}
+        ),
+        text=_text("the map in words"),
         verdicts=_list(
             _object(level=_text("how severe", enum=[*LEVELS]), text=_text("what speaks against the map")),
             "reasons to distrust the map",
@@ -162,7 +170,7 @@ _SCHEMAS: dict[str, Schema] = {
         size=_side("height and width of the image as it is shown"),
         shown=_text("data URI of a PNG of the part of the image that the model sees"),
         prediction=_list(_named("Class"), "the most probable classes, at most five"),
-        target=_object(**{"class": _text("name")}, index=_whole("of the class that was explained")),
+        target=_named("Class"),
         maps=_list(_named("Map"), "in the order in which they were asked for"),
     ),
     "Explanation": _object(
