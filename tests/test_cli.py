@@ -244,7 +244,7 @@ def test_explain_a_class_by_its_name_beside_the_prediction(tmp_path, capsys):
     assert row["class"] == "cat"
     capsys.readouterr()
     said = refused(capsys, *given, "--target", "fisch")
-    assert "expected the target class by name or index, one of 3 classes such as cat, dog, fish; got 'fisch'" in said
+    assert "expected the target class by name or index, one of 3 classes such as cat, dog, fish, got 'fisch'" in said
     assert "did you mean 'fish'?" in said
 
 

@@ -19,6 +19,7 @@ from sightline.facts import Progress, did_you_mean
 from sightline.inference import Output, forward_call
 from sightline.report.parts import POOLINGS, PartMaps, attention_and_parts
 
+_DIGITS, _SHOWN = 19, 60  # letters of an index, and of a name in an error
 Network = nn.Module | str | Path
 """A classifier, or the folder of a run."""
 
@@ -181,10 +182,10 @@ def class_index(target: int | str | None, classes: Sequence[str]) -> int | None:
         return target
     if target in classes:
         return list(classes).index(target)
-    if target.removeprefix("-").isdecimal():
+    if target.removeprefix("-").isdecimal() and len(target) < _DIGITS:
         return int(target)
     names = f"one of {len(classes)} classes such as {', '.join(classes[:3])}"
     raise ValueError(
-        f"expected the target class by name or index, {names if classes else 'an index, there are no names'}; "
-        f"got {target!r}{did_you_mean(target, classes)}"
+        f"expected the target class by name or index, {names if classes else 'an index, there are no names'}, "
+        f"got {target[:_SHOWN]!r}{did_you_mean(target, classes)}"
     )

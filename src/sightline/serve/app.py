@@ -5,15 +5,16 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.resources import files
 from typing import Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
-import anyio.to_thread
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
@@ -77,7 +78,7 @@ class Api:
     def __init__(self, service: Service, limits: Limits) -> None:
         self.service, self.limits = service, limits
         self.jobs = Jobs(limits.waiting, limits.seconds)
-        self.decoding = anyio.CapacityLimiter(_DECODED)
+        self.decoding = ThreadPoolExecutor(_DECODED)
         self.reading = 0
 
     def routes(self) -> list[Route]:
@@ -275,15 +276,15 @@ class Api:
     def _read(self, image: UploadFile) -> Picture:
         name = shown_name(image.filename or "")
         try:
-            return self.service.read(name, image.file.read())
+            return self.service.read(name, image.file.read(), self.limits.pixels)
         except UnreadableImage as error:
             raise Refused(422, f"expected an image as {name}, got none that can be read: {error}") from error
 
     def _mask(self, file: BinaryIO, picture: Picture) -> Bool[Tensor, "h w"]:
         try:
-            return self.service.mask(file.read(), picture)
+            return self.service.mask(file.read(), picture, self.limits.pixels)
         except UnreadableImage as error:
-            raise Refused(422, str(error)) from error
+            raise Refused(422, f"expected a mask as large as the image is shown, got another: {error}") from error
 
     async def _sample(self, index: str, status: int) -> Picture:
         try:
@@ -293,7 +294,7 @@ class Api:
             raise Refused(status, str(error)) from error
 
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
-        return await anyio.to_thread.run_sync(call, limiter=self.decoding)
+        return await asyncio.get_running_loop().run_in_executor(self.decoding, call)
 
     async def _result(self, request: Request, work: Work) -> Any:
         """The result of work, which is cancelled if the client has gone."""
@@ -552,6 +553,18 @@ def _is_of_another_site(headers: Headers, host: str) -> bool:
     return headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
 
 
+def check_token(token: str | None) -> None:
+    """Refuse a token that headers, cookies and addresses would write in several ways.
+
+    Raises:
+        ValueError: it has other characters than letters, digits, and - . _ ~.
+
+    >>> check_token("ab-1")
+    """
+    if token is not None and not re.fullmatch(r"[A-Za-z0-9._~-]+", token):
+        raise ValueError("expected a token of letters, digits and - . _ ~ alone, got another; choose one")
+
+
 def create_app(
     service: Service, *, token: str | None = None, is_local: bool = True, limits: Limits | None = None
 ) -> Starlette:
@@ -562,7 +575,11 @@ def create_app(
         token: what a client must send; None: nothing.
         is_local: whether only this machine can ask, so that other names of the host are refused.
         limits: of requests.
+
+    Raises:
+        ValueError: as `check_token`.
     """
+    check_token(token)
     api = Api(service, limits or Limits())
     guard = Middleware(Guard, token=token, is_local=is_local)
     app = Starlette(routes=api.routes(), middleware=[guard], exception_handlers={HTTPException: _answered})

@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 
 from sightline.facts import Progress
 from sightline.report.networks import Network
-from sightline.serve.app import LOOPBACK, create_app
+from sightline.serve.app import LOOPBACK, check_token, create_app
 from sightline.serve.service import open_service
 
 
@@ -77,8 +77,9 @@ def serve(
 
     Raises:
         OSError: a file is missing.
-        ValueError: the weights do not fit, or no method works on the model.
+        ValueError: the weights do not fit, no method works on the model, or as `check_token`.
     """
+    check_token(token)
     host, port = listening.getsockname()[:2]
     is_local = host in LOOPBACK
     service = open_service(model, weights, classes, whole=whole, progress=progress)

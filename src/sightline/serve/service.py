@@ -126,7 +126,6 @@ class Service:
     lines: Sequence[str]
     """Python that makes `model`, `preprocess` and `classes`."""
     samples: ImageSet | None = None
-    max_pixels: int = MAX_PIXELS
     methods: dict[str, Method] = field(default_factory=dict[str, Method])
     layers: list[Layer] = field(default_factory=list[Layer])
     default_layer: str = ""
@@ -163,7 +162,7 @@ class Service:
         self.count = self.probabilities(inputs).shape[1]
         self.layers, self.default_layer = _layers(self.network, inputs)
 
-    def read(self, name: str, content: bytes) -> Picture:
+    def read(self, name: str, content: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
         """Decode an image file as the command line does.
 
         Raises:
@@ -171,7 +170,7 @@ class Service:
         """
         seen = self.preprocess
         with quiet():
-            image, shown = open_picture(content, seen.size, SHOWN, self.max_pixels, seen.crop, seen.interpolation)
+            image, shown = open_picture(content, seen.size, SHOWN, max_pixels, seen.crop, seen.interpolation)
         pixels, picture = (torch.from_numpy(array).movedim(-1, 0) for array in (image, shown))
         return Picture(name, pixels, sized(picture, SHOWN))
 
@@ -278,7 +277,7 @@ class Service:
         ]
         return "\n".join([*lines, *(f"explanation[{method!r}]" for method in asked.methods)])
 
-    def mask(self, content: bytes, picture: Picture) -> Bool[Tensor, "h w"]:
+    def mask(self, content: bytes, picture: Picture, max_pixels: int = MAX_PIXELS) -> Bool[Tensor, "h w"]:
         """The white part of an image file as large as a picture is shown, at the model's size.
 
         Raises:
@@ -286,9 +285,7 @@ class Service:
         """
         height, width = picture.shown.shape[1:]
         with quiet():
-            return torch.from_numpy(
-                open_mask(content, self.preprocess.size, (height, width), max_pixels=self.max_pixels)
-            )
+            return torch.from_numpy(open_mask(content, self.preprocess.size, (height, width), max_pixels=max_pixels))
 
     def predict(
         self, picture: Picture, hidden: Bool[Tensor, "h w"] | None = None, fill: str = "blur"

@@ -67,17 +67,25 @@ class Form:
 
 
 class _Parser(MultiPartParser):
-    """Starlette's, which counts all parts."""
+    """Starlette's, which counts all parts, and knows whether the body came to its end."""
 
-    def __init__(self, request: Request, stream: AsyncGenerator[bytes, None], limits: Limits) -> None:
+    def __init__(self, request: Request, stream: AsyncGenerator[bytes, None], most: int) -> None:
         super().__init__(request.headers, stream, max_part_size=_FIELD_BYTES)
-        self.parts, self.limits = 0, limits
+        self.parts, self.most, self.has_ended = 0, most, False
 
     def on_part_begin(self) -> None:
         self.parts += 1
-        if self.parts > self.limits.fields:
-            raise Refused(413, f"expected at most {self.limits.fields} fields, got more; send fewer")
+        if self.parts > self.most:
+            raise Refused(413, f"expected at most {self.most} fields, got more; send fewer")
         super().on_part_begin()
+
+    def on_end(self) -> None:
+        self.has_ended = True
+
+    def close(self) -> None:
+        """Close all files, those of a part that did not end too."""
+        for file in self._files_to_close_on_error:
+            file.close()
 
 
 @asynccontextmanager
@@ -104,20 +112,22 @@ async def form_of(request: Request, limits: Limits, fields: Mapping[str, bool]) 
                 raise too_large
             yield chunk
 
+    parser = _Parser(request, stream(), limits.fields)
     try:
-        async with asyncio.timeout(limits.upload_seconds):
-            data = await _Parser(request, stream(), limits).parse()
-    except TimeoutError as error:
-        late = f"expected the whole request within {limits.upload_seconds:g} s, got a part of it; send smaller images"
-        raise Refused(408, late) from error
-    except MultiPartException as error:
-        broken = error.message.rstrip(".").lower()
-        raise Refused(
-            400, f"expected a multipart body, got a broken one ({broken}); let an HTTP library write it"
-        ) from error
-    except ClientDisconnect as error:
-        raise Refused(400, "expected a whole request, got a part of it; send it again") from error
-    try:
+        try:
+            async with asyncio.timeout(limits.upload_seconds):
+                data = await parser.parse()
+        except TimeoutError as error:
+            late = f"expected the whole request within {limits.upload_seconds:g} s, got a part of it; send less"
+            raise Refused(408, late) from error
+        except MultiPartException as error:
+            broken = error.message.rstrip(".").lower()
+            reason = f"expected a multipart body, got a broken one ({broken}); let an HTTP library write it"
+            raise Refused(400, reason) from error
+        except ClientDisconnect as error:
+            raise Refused(400, "expected a whole request, got a part of it; send it again") from error
+        if not parser.has_ended:
+            raise Refused(400, "expected a multipart body with its last boundary, got a part of it; send it again")
         form = Form(texts={}, files={})
         for name, value in data.multi_items():
             if name not in fields:
@@ -132,7 +142,7 @@ async def form_of(request: Request, limits: Limits, fields: Mapping[str, bool]) 
                 form.texts.setdefault(name, []).append(value)
         yield form
     finally:
-        await data.close()
+        parser.close()
 
 
 def shown_name(name: str) -> str:
