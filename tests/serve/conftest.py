@@ -8,38 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from benchmarks.serve_load import small_run
 from PIL import Image
 from starlette.testclient import TestClient
 
-from sightline import models, runs
-from sightline.data import Preprocess
-from sightline.recipe import Data, Model, Recipe
 from sightline.serve import Limits, Service, create_app, listening, open_service
 from sightline.serve.server import Server
 
-OPTIONS = {"width": 1 / 16, "stem_pool": 2}
 HERE = "http://127.0.0.1"
-
-
-def small_run(folder: Path) -> Path:
-    """A run that nobody trained, of digits on clutter at 24 px."""
-    torch.manual_seed(0)
-    run = runs.Run(
-        folder=folder,
-        recipe=Recipe(
-            data=Data(source="clutter", train_size=20, test_size=5, size=24),
-            model=Model(name="vgg_gap", options=OPTIONS),
-        ),
-        seed=0,
-        classes=tuple("0123456789"),
-        preprocess=Preprocess(size=(24, 24), mean=(0.5,) * 3, std=(0.2,) * 3),
-        info={},
-        history=[],
-        skipped=[],
-    )
-    runs.save(run, models.create_model("vgg_gap", num_classes=10, **OPTIONS).state_dict())
-    return folder
 
 
 def png(height: int = 30, width: int = 40, seed: int = 0, **how: Any) -> bytes:

@@ -437,7 +437,7 @@ def _answered(request: Request, error: Exception) -> Response:
         print(f"sightline: error in {request.method} {request.scope['path']}: {line}", file=sys.stderr)
     headers = dict(getattr(error, "headers", None) or {})
     if status == 503:
-        headers["Retry-After"] = "5"
+        headers["Retry-After"] = "2"
     response = _json({"error": line}, status)
     response.headers.update(headers)
     return response

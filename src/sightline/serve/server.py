@@ -1,5 +1,6 @@
 """Runs the application on a port of this machine until Ctrl-C."""
 
+import logging
 import secrets
 import socket
 from collections.abc import Callable
@@ -45,6 +46,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=3,
         )
         super().__init__(config)
+        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it tells of each broken body
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called on Ctrl-C."""
