@@ -17,13 +17,13 @@ import torch
 from jsonschema import Draft202012Validator
 from PIL import Image
 from starlette.testclient import TestClient
-from tests.serve.conftest import png
+from tests.serve.conftest import HERE, png
 
 import sightline as sl
 from sightline import data, runs
 from sightline.metrics.perturbed import substitute
 from sightline.report import pages
-from sightline.serve import Service
+from sightline.serve import Service, create_app, open_service
 from sightline.serve.app import Api
 from sightline.serve.openapi import FORMS, description
 from sightline.serve.service import CONTROLS
@@ -354,3 +354,28 @@ def test_model_is_left_alone(client: TestClient, service: Service) -> None:
     assert all((value == before[name]).all() for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
     assert (torch.get_rng_state() == state).all()
+
+
+def test_service_of_a_module() -> None:
+    torch.manual_seed(0)
+    model = sl.create_model("cifar_resnet", num_classes=3, depth=8).eval()
+    preprocess = data.Preprocess(size=(16, 16), mean=(0.5,) * 3, std=(0.2,) * 3)
+    service = open_service(model, classes=["cat", "dog", "newt"], preprocess=preprocess)
+    client = TestClient(create_app(service), base_url=HERE)
+    (image,) = valid(send(client, target="newt", methods="cam"), "Explanation")["images"]
+    assert image["target"]["class"] == "newt" and image["target"]["index"] == 2
+    assert valid(client.get("/samples"), "Samples") == {"samples": []}
+    client.app.state.jobs.close()
+
+
+def test_block_with_several_maps_has_its_parts() -> None:
+    torch.manual_seed(0)
+    model = sl.create_model("cifar_resnet", num_classes=3, depth=8, attention="brnpa").eval()
+    preprocess = data.Preprocess(size=(16, 16), mean=(0.5,) * 3, std=(0.2,) * 3)
+    client = TestClient(create_app(open_service(model, preprocess=preprocess)), base_url=HERE)
+    (one,) = valid(send(client, methods="attention"), "Explanation")["images"][0]["maps"]
+    assert one["parts"]["shape"] == [3, *one["shape"]]
+    arrays = np.load(io.BytesIO(send(client, methods="attention", response="npz").content))
+    parts = np.frombuffer(base64.b64decode(one["parts"]["values"]), "<f4").reshape(one["parts"]["shape"])
+    assert (arrays["attention parts"] == parts).all()
+    client.app.state.jobs.close()

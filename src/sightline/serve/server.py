@@ -43,6 +43,7 @@ class Server(uvicorn.Server):
             log_level="critical",
             access_log=False,
             server_header=False,
+            timeout_keep_alive=75,  # longer than a client waits before it asks again
             timeout_graceful_shutdown=3,
         )
         super().__init__(config)

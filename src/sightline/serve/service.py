@@ -344,43 +344,43 @@ def open_service(
     weights: str | Path | None = None,
     classes: str | Path | Sequence[str] | None = None,
     *,
+    preprocess: Preprocess | None = None,
     whole: bool = False,
     progress: Progress | None = None,
 ) -> Service:
-    """The service of a run folder, a network by name with weights, or a module; tried out.
+    """The service of a model, which is tried out.
+
+    Args:
+        model: a run folder, a network by name, or a module.
+        weights: those of a network by name: a file, or "pretrained".
+        classes: the file with the class names of a network by name, or the class names of a module.
+        preprocess: how an image becomes the input. None: as in the run, or see `models.preprocess_of`.
+        whole: resize all of each image, whatever its shape.
+        progress: called with (what, done, total).
 
     Raises:
         OSError: a file is missing.
         ValueError: the weights do not fit, or no method works on the model.
     """
-    names: Sequence[str] = ()
     name, samples = None, None
+    names = [] if classes is None or isinstance(classes, str | Path) else [*classes]
+    is_by_name = not isinstance(model, nn.Module) and not Path(model).is_dir()
+    if not is_by_name and (weights or (classes and not names)):
+        given = "a module" if isinstance(model, nn.Module) else "a run folder"
+        raise ValueError(f"expected --weights and --classes only with the name of a model, got {given}; leave them out")
     if isinstance(model, nn.Module):
-        names = [] if classes is None else [*classes] if not isinstance(classes, str | Path) else ()
-        lines = ["model = ...  # yours", "preprocess = models.preprocess_of(model)"]
-        given: Network = model
+        lines = ["model = ...  # yours"]
     elif Path(model).is_dir():
-        if weights or classes:
-            raise ValueError(
-                "expected --weights and --classes only with the name of a model, got a run folder; leave them out"
-            )
-        run = runs.open_run(model)
-        given, samples = model, _samples(run)
-        lines = [
-            f"run = runs.open_run({str(model)!r})",
-            f"model = sl.load({str(model)!r})",
-            "preprocess = run.preprocess",
-        ]
+        samples = _samples(runs.open_run(model))
+        lines = [f"run, model = runs.open_run({str(model)!r}), sl.load({str(model)!r})"]
     else:
-        name = str(model)
-        path = None if classes is None else str(classes)
-        given, names = models.named_model(name, weights, path)
-        given = given.to(runs.best_device())
-        files = ", ".join(repr(str(file)) for file in (name, weights, path) if file is not None)
-        lines = [f"model, classes = models.named_model({files})", "preprocess = models.preprocess_of(model)"]
-    service = Service(
-        network=network_of(given, (), None, None, whole, names, name, is_file=True), lines=lines, samples=samples
-    )
+        name, file = str(model), None if classes is None else str(classes)
+        named_files = ", ".join(repr(str(one)) for one in (name, weights, file) if one is not None)
+        lines = [f"model, classes = models.named_model({named_files})"]
+        model, names = models.named_model(name, weights, file)
+        model = model.to(runs.best_device())
+    network = network_of(model, (), None, preprocess, whole, names, name, is_file=True)
+    service = Service(network=network, lines=[*lines, f"preprocess = data.{network.preprocess!r}"], samples=samples)
     service.try_out(progress)
     return service
 
