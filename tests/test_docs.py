@@ -15,8 +15,10 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import jupytext
 import numpy as np
@@ -109,6 +111,16 @@ def sightline(arguments: list[str], note: str, place: str) -> None:
     cli.main(arguments + shlex.split(note.removeprefix("with ")))
 
 
+def request(arguments: list[str], place: str) -> None:
+    """A request of `sightline serve`: its path and its fields are described."""
+    from sightline.serve.openapi import FORMS, description
+
+    path = urlsplit(arguments[0]).path
+    assert path in description()["paths"], f"{place}: {path} is not described"
+    fields = {text.partition("=")[0] for flag, text in pairwise(arguments) if flag == "-F"}
+    assert fields <= FORMS.get(path, {}).keys(), f"{place}: {fields} are not described"
+
+
 def check_command(words: list[str], note: str, place: str) -> None:
     program, *arguments = words
     if program == "sightline":
@@ -123,7 +135,9 @@ def check_command(words: list[str], note: str, place: str) -> None:
     elif program == "pip":
         assert arguments[0] == "install", place
         extras = re.findall(r"\[(\w+)\]", " ".join(arguments))
-        assert set(extras) <= {"train", "export", "docs", "dev"}, place
+        assert set(extras) <= {"train", "export", "serve", "docs", "dev"}, place
+    elif program == "curl":
+        request(arguments, place)
     elif program in (".venv/bin/python", "python"):
         assert arguments[0] == "-m" or (ROOT / arguments[0]).is_file(), place
     else:
@@ -243,6 +257,8 @@ def test_a_broken_example_is_found(reader: Path, monkeypatch: pytest.MonkeyPatch
         ("```pycon\n>>> 1 + 1\n3\n```\n", AssertionError, "page.md:1: another output"),
         ("```yaml\noptim: {epoch: 3}\n```\n", ValueError, "did you mean 'optim.epochs'"),
         ("```bash\nrm -rf photos\n```\n", AssertionError, "rm is not a command"),
+        ("```bash\ncurl http://a/explains\n```\n", AssertionError, "/explains is not described"),
+        ("```bash\ncurl http://a/explain -F image=@a\n```\n", AssertionError, "image.* are not described"),
         (
             "```python\nprint(1)\n```\n<!-- test: printed -->\n```text\n2\n```\n",
             AssertionError,
