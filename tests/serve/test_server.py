@@ -98,6 +98,15 @@ def test_port_in_use_is_told_before_anything_else(capfd: pytest.CaptureFixture[s
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = refused(capfd, "serve", "nothing", "--port", port)
+        code = f"""
+import sys
+from sightline import cli
+try:
+    cli.main(["serve", "nothing", "--port", "{port}"])
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
     assert f"port {port}" in line and "in use" in line and "--port" in line
 
 

@@ -16,19 +16,6 @@ from sightline.serve.app import LOOPBACK, check_token, create_app
 from sightline.serve.service import open_service
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens; for a start, so that nothing heavy is done before the port is known to be free.
-
-    Raises:
-        OSError: the port is in use, or the address is not one of this machine.
-    """
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise OSError(f"cannot listen on {host}, port {port}: {reason}; choose another --port or --host") from error
-
-
 class Server(uvicorn.Server):
     """Runs what `create_app` made; a signal cancels its jobs, so that it need not wait for them."""
 
