@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from tests.serve.conftest import HERE, png
 
 import sightline as sl
 from sightline import data, runs
+from sightline.facts import Notice
 from sightline.metrics.perturbed import substitute
 from sightline.report import pages
 from sightline.serve import Service, create_app, open_service
@@ -356,26 +358,30 @@ def test_model_is_left_alone(client: TestClient, service: Service) -> None:
     assert (torch.get_rng_state() == state).all()
 
 
-def test_service_of_a_module() -> None:
-    torch.manual_seed(0)
-    model = sl.create_model("cifar_resnet", num_classes=3, depth=8).eval()
-    preprocess = data.Preprocess(size=(16, 16), mean=(0.5,) * 3, std=(0.2,) * 3)
-    service = open_service(model, classes=["cat", "dog", "newt"], preprocess=preprocess)
-    client = TestClient(create_app(service), base_url=HERE)
-    (image,) = valid(send(client, target="newt", methods="cam"), "Explanation")["images"]
-    assert image["target"]["class"] == "newt" and image["target"]["index"] == 2
-    assert valid(client.get("/samples"), "Samples") == {"samples": []}
-    client.app.state.jobs.close()
+def test_run_without_its_images_has_no_samples(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = shutil.copytree(run_folder, tmp_path / "run")
+    recipe = (moved / "recipe.yaml").read_text()
+    (moved / "recipe.yaml").write_text(recipe.replace("source: clutter", f"source: {tmp_path}/gone"))
+    monkeypatch.setattr(Service, "try_out", lambda self, progress: None)
+    with pytest.warns(Notice, match="no test images are offered: .*gone"):
+        service = open_service(moved)
+    assert service.samples is None and service.sample_names() == []
 
 
-def test_block_with_several_maps_has_its_parts() -> None:
+def test_module_with_a_block_of_several_maps() -> None:
     torch.manual_seed(0)
     model = sl.create_model("cifar_resnet", num_classes=3, depth=8, attention="brnpa").eval()
     preprocess = data.Preprocess(size=(16, 16), mean=(0.5,) * 3, std=(0.2,) * 3)
-    client = TestClient(create_app(open_service(model, preprocess=preprocess)), base_url=HERE)
-    (one,) = valid(send(client, methods="attention"), "Explanation")["images"][0]["maps"]
+    app = create_app(open_service(model, classes=["cat", "dog", "newt"], preprocess=preprocess))
+    client = TestClient(app, base_url=HERE)
+    assert valid(client.get("/samples"), "Samples") == {"samples": []}
+    (image,) = valid(send(client, target="newt", methods="attention"), "Explanation")["images"]
+    assert image["target"]["class"] == "newt" and image["target"]["index"] == 2
+    (one,) = image["maps"]
     assert one["parts"]["shape"] == [3, *one["shape"]]
     arrays = np.load(io.BytesIO(send(client, methods="attention", response="npz").content))
     parts = np.frombuffer(base64.b64decode(one["parts"]["values"]), "<f4").reshape(one["parts"]["shape"])
     assert (arrays["attention parts"] == parts).all()
-    client.app.state.jobs.close()
+    app.state.jobs.close()

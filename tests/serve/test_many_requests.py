@@ -9,8 +9,8 @@ from benchmarks.serve_load import load
 
 
 def test_many_clients_get_the_maps_of_explain(address_of: Callable[..., str], run_folder: Path) -> None:
-    row = load(address_of(waiting=4), run_folder, clients=8, requests=24)
-    assert row["answered"] == 24 and row["other errors"] == 0 and row["differs"] == 0
+    row = load(address_of(waiting=2), run_folder, clients=6, requests=12)
+    assert row["answered"] == 12 and row["other errors"] == 0 and row["differs"] == 0
 
 
 def test_malformed_requests_are_refused(address_of: Callable[..., str], unchecked: None) -> None:

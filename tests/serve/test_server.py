@@ -138,19 +138,17 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch, capfd: pyt
     assert "pip install 'sightline[serve]'" in refused(capfd, "serve", "nothing", "--port", 0)
 
 
-def test_other_host_needs_a_token(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    apps: list[Any] = []
-
+def test_other_host_needs_a_token(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(of: server.Server, sockets: Any) -> None:
-        apps.append(of.app)
         of.app.state.jobs.close()
 
     monkeypatch.setattr(server.Server, "run", run)
+    monkeypatch.setattr(server, "open_service", lambda *_, **__: service)
     for host, given in (("0.0.0.0", None), ("0.0.0.0", "abc"), ("127.0.0.1", None)):
         lines: list[str] = []
         with serve.listening(host, 0) as listening:
             port = listening.getsockname()[1]
-            serve.serve(listening, run_folder, token=given, tell=lines.append)
+            serve.serve(listening, "run", token=given, tell=lines.append)
         if host == "127.0.0.1":
             assert lines == [f"vgg_gap: http://127.0.0.1:{port}/ (Ctrl-C ends)"]
         else:

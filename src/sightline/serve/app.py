@@ -489,7 +489,7 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
-                if message["status"] >= 400:
+                if message["status"] >= 400 and message["status"] != 408:
                     await body.drain()
             await send(message)
 

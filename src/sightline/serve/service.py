@@ -17,7 +17,7 @@ from sightline import maps, models, runs
 from sightline.data import ImageSet, Preprocess
 from sightline.data.images import MAX_PIXELS, open_mask, open_picture, quiet
 from sightline.explainers import EXPLAINERS, Explainer, Explanation, explain, find_explainer, fitting, named
-from sightline.facts import Layer, Progress, Verdict
+from sightline.facts import Layer, Progress, Verdict, notice
 from sightline.inference import answers, forward_call
 from sightline.inference.operations import first_tensor
 from sightline.report.networks import Explained, ExplainedNetwork, Network, class_index, network_of
@@ -154,8 +154,8 @@ class Service:
         """
         image = torch.rand(1, 3, *self.preprocess.size, generator=torch.Generator().manual_seed(0))
         inputs = self.inputs([(255 * image[0]).to(torch.uint8)])
-        call, notice = forward_call(inputs, None).settled(self.network.model, inputs)
-        notices = (*self.network.notices, notice) if notice else self.network.notices
+        call, decision = forward_call(inputs, None).settled(self.network.model, inputs)
+        notices = (*self.network.notices, decision) if decision else self.network.notices
         self.network = replace(self.network, output=call.output, notices=notices)
         _, reasons = fitting(self.network.model, inputs, output=call.output, progress=progress)
         self.methods = {name: Method(name, explainer, reasons.get(name)) for name, explainer in EXPLAINERS.items()}
@@ -389,8 +389,10 @@ def _samples(run: runs.Run) -> ImageSet | None:
     """The run's test images, if they are still there."""
     from sightline.report.run_evaluation import images_of
 
-    with suppress(OSError, ValueError):
+    try:
         return images_of(run, "test", {})[0]
+    except (OSError, ValueError) as error:
+        notice(f"no test images are offered: {error}")
     return None
 
 
