@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -43,6 +45,16 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser that draws the pages."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        give_up = pytest.fail if "SIGHTLINE_REQUIRE_BROWSER" in os.environ else pytest.skip
+        give_up("no chromium is installed (Debian: apt-get install chromium)")
+    return found
 
 
 @pytest.fixture

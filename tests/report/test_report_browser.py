@@ -4,7 +4,6 @@ import json
 import os
 import re
 import select
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from sightline import report, runs
 from sightline.evaluation import Evaluation
 from sightline.metrics.uncertainty import Interval
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run
 --disable-background-networking --disable-component-update --disable-sync --remote-debugging-pipe""".split()
 
@@ -98,11 +96,8 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        give_up = pytest.fail if "SIGHTLINE_REQUIRE_BROWSER" in os.environ else pytest.skip
-        give_up("no chromium is installed (Debian: apt-get install chromium)")
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}", "about:blank"]
+def browser(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    command = [chromium, *FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}", "about:blank"]
     with subprocess.Popen(
         ["sh", "-c", 'exec "$@" 3<&0 4>&1 </dev/null >/dev/null 2>&1', "sh", *command],
         stdin=subprocess.PIPE,

@@ -118,7 +118,7 @@ function cancel(id) {
 
 addEventListener("pagehide", () => running.forEach(cancel));
 
-/** Runs `work({signal, show})` with a row that shows its progress and can cancel it. */
+/** Runs `work({signal, show})` with a row that shows its progress and can cancel it; `work` may return what to say. */
 async function task(title, work, stop = new AbortController()) {
   const bar = make("progress", { "aria-label": title });
   const detail = make("span", { class: "quiet" }, "starting");
@@ -136,8 +136,8 @@ async function task(title, work, stop = new AbortController()) {
   complain("");
   say(`Started: ${title}.`);
   try {
-    await work({ signal: stop.signal, show });
-    say(`Finished: ${title}.`);
+    const outcome = await work({ signal: stop.signal, show });
+    say(outcome ?? `Finished: ${title}.`);
   } catch (error) {
     if (error.name === "AbortError") say(`Canceled: ${title}.`);
     else {
@@ -173,7 +173,9 @@ function showMethods() {
   $("controls").append(...fits.filter((method) => method.control).map(checkbox));
   $("slow").hidden = !slow.length;
   $("slow").querySelector("summary").textContent = `Slow: many passes (${slow.length})`;
-  $("slow").querySelector("ul").append(...slow.map(checkbox));
+  $("slow")
+    .querySelector("ul")
+    .append(...slow.map(checkbox));
   $("unsuited").hidden = !unsuited.length;
   $("unsuited").querySelector("summary").textContent = `Do not fit this network (${unsuited.length})`;
   $("unsuited")
@@ -184,6 +186,16 @@ function showMethods() {
 function showLayers({ layers, default: usual }) {
   const option = ({ name, shape }) => make("option", { value: name }, `${name} (${shape.join(" x ")})`);
   $("layer").append(make("option", { value: "" }, `default: ${usual}`), ...layers.map(option));
+}
+
+/** What is set, for when the settings are folded. */
+function summarize() {
+  const boxes = [...$("settings").elements.methods].filter((box) => box.checked);
+  const methods = boxes.map((box) => box.closest("label").textContent.trim());
+  const shown = methods.length > 3 ? [...methods.slice(0, 2), `${methods.length - 2} more`] : methods;
+  const of = target.index === null ? "the predicted class" : network.classes[target.index];
+  $("chosen").textContent =
+    `${shown.join(", ") || "no method"} · ${of}${$("layer").value ? ` · ${$("layer").value}` : ""}`;
 }
 
 const chosenMethods = () => [...$("settings").elements.methods].filter((box) => box.checked).map((box) => box.value);
@@ -198,6 +210,7 @@ function combobox(input, list) {
     target.index = option.dataset.index === "" ? null : Number(option.dataset.index);
     input.value = target.index === null ? "" : option.dataset.name;
     close();
+    summarize();
   }
 
   function move(to) {
@@ -242,7 +255,10 @@ function combobox(input, list) {
     if (found.length > most) {
       list.append(make("li", { role: "presentation", class: "quiet" }, `${found.length - most} more: type to narrow`));
     }
-    if (text) say(found.length ? `${found.length} ${found.length === 1 ? "class" : "classes"}` : "No class has this in its name.");
+    if (text)
+      say(
+        found.length ? `${found.length} ${found.length === 1 ? "class" : "classes"}` : "No class has this in its name.",
+      );
     list.hidden = false;
     input.setAttribute("aria-expanded", "true");
     move(text && found.length ? 0 : -1);
@@ -257,12 +273,12 @@ function combobox(input, list) {
 
   input.addEventListener("input", () => {
     target.index = null;
+    input.removeAttribute("aria-invalid");
     open(input.value);
   });
   input.addEventListener("click", () => list.hidden && open(""));
   input.addEventListener("blur", () => {
     if (active >= 0 && input.value) choose(options()[active]);
-    else if (target.index === null) input.value = "";
     close();
   });
   input.addEventListener("keydown", (event) => {
@@ -337,6 +353,10 @@ function update() {
 async function explain(images) {
   const asked = { methods: chosenMethods(), index: target.index, layer: $("layer").value };
   if (!asked.methods.length) return complain("Choose at least one method or control.");
+  if (asked.index === null && $("target").value.trim()) {
+    $("target").setAttribute("aria-invalid", "true");
+    return complain(`No class is called “${$("target").value.trim()}”: choose one from the list, or empty the field.`);
+  }
   const stop = new AbortController();
   explaining.add(stop);
   const title = images.length === 1 ? `maps of ${images[0].name}` : `maps of ${images.length} images`;
@@ -367,6 +387,10 @@ async function explain(images) {
         }
       }
       if (faults.length) throw new Error([...new Set(faults)].join(" "));
+      const [only] = images;
+      if (images.length > 1 || !only.result) return;
+      const [best] = only.result.prediction;
+      return `${only.name}: ${best.class}, ${percent(best.probability)}.`;
     },
     stop,
   );
@@ -378,42 +402,48 @@ function showResult(card, result, asked) {
   card.result = image;
   card.asked = asked;
   card.code = result.code;
+  card.scale = result.scale;
+  for (const notice of result.notices) {
+    if (![...$("notices").children].some((one) => one.textContent === notice))
+      $("notices").append(make("li", {}, notice));
+  }
   for (const [name, colors] of [
-    ["--colors", result.scale.colors],
-    ["--signed", result.scale.signed],
+    ["--colors", card.scale.colors],
+    ["--signed", card.scale.signed],
   ]) {
     document.documentElement.style.setProperty(name, `linear-gradient(90deg, ${colors.join(", ")})`);
   }
   const methods = image.maps.filter((map) => !isControl(map.method));
   const controls = image.maps.filter((map) => isControl(map.method));
+  const seen = make(
+    "li",
+    {},
+    make("div", { class: "sight", role: "img", "aria-label": image.name }, picture(image.shown, image)),
+    make("p", { class: "name" }, make("b", {}, "image")),
+    predictions(image.prediction),
+  );
   card.body.replaceChildren(
-    make("p", { class: "answer" }, "Explained: ", make("b", {}, image.target.class), ` ${percent(image.target.probability)}`),
-    ...result.notices.map((notice) => make("p", { class: "quiet" }, notice)),
+    make(
+      "p",
+      { class: "answer" },
+      make("span", {}, "explained ", make("b", {}, image.target.class), ` ${percent(image.target.probability)}`),
+    ),
     make(
       "div",
       { class: "row" },
-      make(
-        "ul",
-        { class: "tiles" },
-        make(
-          "li",
-          {},
-          make("div", { class: "sight", role: "img", "aria-label": image.name }, picture(image.shown, image)),
-          predictions(image.prediction),
-        ),
-        methods.map((map) => tile(image, map)),
-      ),
+      tiles([seen, ...methods.map((map) => tile(image, map))]),
       controls.length > 0 &&
-        make(
-          "div",
-          { class: "apart" },
-          make("h4", {}, "Controls"),
-          make("ul", { class: "tiles" }, controls.map((map) => tile(image, map))),
-        ),
+        make("div", { class: "apart" }, make("h4", {}, "Controls"), tiles(controls.map((map) => tile(image, map)))),
     ),
     actions(card),
   );
   update();
+}
+
+function tiles(items) {
+  const list = make("ul", { class: "tiles" }, items);
+  list.style.setProperty("--tiles", items.length);
+  return list;
 }
 
 const picture = (url, { size }, kind = "") =>
@@ -430,21 +460,33 @@ function predictions(rows) {
 
 function tile(image, map) {
   const verdict = ({ level, text }) =>
-    make("span", { class: level.replaceAll(" ", "-"), title: level }, level === "do not read" ? `do not read: ${text}` : text);
+    make(
+      "span",
+      { class: level.replaceAll(" ", "-"), title: level },
+      level === "do not read" ? `do not read: ${text}` : text,
+    );
   const verdicts = [
     ...map.verdicts.map(verdict),
     ...(map.unchecked ? [make("span", { class: "note" }, "not compared with another class")] : []),
   ];
+  if (!verdicts.length && !isControl(map.method))
+    verdicts.push(make("span", { class: "note" }, "no reason found to distrust it"));
+  const shared = image.maps.length > 1 ? `${duration(map.seconds)} for all` : duration(map.seconds);
   return make(
     "li",
     { "data-method": map.method },
     make(
       "div",
-      { class: "sight", role: "img", "aria-label": `${map.title} of ${image.name}` },
+      { class: "sight", role: "img", "aria-label": `${map.title} of ${image.name}: ${map.text}` },
       picture(image.shown, image),
       picture(map.color, image, "map"),
     ),
-    make("p", { class: "name" }, make("b", {}, map.title), verdicts.flatMap((one) => [" ", one])),
+    make(
+      "p",
+      { class: "name" },
+      make("b", {}, map.title),
+      verdicts.flatMap((one) => [" ", one]),
+    ),
     make(
       "p",
       { class: "bar" },
@@ -455,7 +497,7 @@ function tile(image, map) {
     make(
       "p",
       { class: "range" },
-      [map.layer, `${map.positions.join(" x ")} positions`, duration(map.seconds)].filter(Boolean).join(" · "),
+      [map.layer, `${map.positions.join(" x ")} positions`, shared].filter(Boolean).join(" · "),
     ),
   );
 }
@@ -463,9 +505,10 @@ function tile(image, map) {
 /** Buttons under the maps of one image, some with a part that they open. */
 function actions(card) {
   const parts = [];
-  function opens(text, build) {
-    const part = make("div", { id: unique("part"), class: "part", hidden: true });
-    const button = make("button", { type: "button", "aria-expanded": "false", "aria-controls": part.id }, text);
+  const newPart = () => make("div", { id: unique("part"), class: "part", hidden: true });
+  function opens(text, build, part = newPart()) {
+    const expanded = String(!part.hidden);
+    const button = make("button", { type: "button", "aria-expanded": expanded, "aria-controls": part.id }, text);
     button.addEventListener("click", () => {
       part.hidden = !part.hidden;
       button.setAttribute("aria-expanded", String(!part.hidden));
@@ -477,7 +520,7 @@ function actions(card) {
   const simple = (text, click) => make("button", { type: "button", click }, text);
   const buttons = [
     opens("Measure these maps", (part) => measure(card, part)),
-    opens("Hide what I brush over", (part) => brush(card, part)),
+    opens("Hide what I brush over", (part) => brush(card, part), (card.brush ??= newPart())),
     opens("Python", (part) => python(card, part)),
     simple("Save as PNG", async () => save(await drawn(card), `${stem(card.name)}--page.png`)),
     simple("Save raw maps (.npz)", () => saveRaw(card)),
@@ -486,13 +529,66 @@ function actions(card) {
   return make("div", {}, group, parts);
 }
 
+/** The raw maps as `sightline explain` writes them. */
 function saveRaw(card) {
-  return task(`raw maps of ${card.name}`, async ({ signal }) => {
-    const body = fields(card, { ...card.asked, index: card.result.target.index });
-    body.set("response", "npz");
-    const response = await ask("explain", { method: "POST", body, signal });
-    save(await response.blob(), `${stem(card.name)}.npz`);
-  });
+  const arrays = card.result.maps.flatMap(({ method, values, shape, parts }) => [
+    [method, values, shape],
+    ...(parts ? [[`${method} parts`, parts.values, parts.shape]] : []),
+  ]);
+  save(zip(arrays.map(([name, values, shape]) => [`${name}.npy`, npy(values, shape)])), `${stem(card.name)}.npz`);
+}
+
+/** A file of NumPy: the header, padded to a multiple of 64 bytes, then float32 values. */
+function npy(values, shape) {
+  const described = `{'descr': '<f4', 'fortran_order': False, 'shape': (${shape.join(", ")},), }`;
+  const header = `${described.padEnd(64 * Math.ceil((described.length + 11) / 64) - 11)}\n`;
+  const start = [
+    0x93,
+    ...[..."NUMPY"].map((letter) => letter.charCodeAt(0)),
+    1,
+    0,
+    header.length & 255,
+    header.length >> 8,
+  ];
+  const bytes = (text) => Uint8Array.from(text, (letter) => letter.charCodeAt(0));
+  return new Uint8Array([...start, ...bytes(header), ...bytes(atob(values))]);
+}
+
+function crc32(bytes) {
+  let crc = ~0;
+  for (const byte of bytes) {
+    crc ^= byte;
+    for (let bit = 0; bit < 8; bit++) crc = (crc >>> 1) ^ (crc & 1 ? 0xedb88320 : 0);
+  }
+  return ~crc >>> 0;
+}
+
+/** Files in an archive, not compressed. */
+function zip(files) {
+  const little = (value, size) => Array.from({ length: size }, (_, i) => Math.floor(value / 256 ** i) & 255);
+  const [parts, index] = [[], []];
+  let offset = 0;
+  for (const [name, bytes] of files) {
+    const letters = new TextEncoder().encode(name);
+    const facts = [20, 0x800, 0, 0, 0x21].flatMap((value) => little(value, 2));
+    facts.push(
+      ...[crc32(bytes), bytes.length, bytes.length].flatMap((value) => little(value, 4)),
+      ...little(letters.length, 2),
+      0,
+      0,
+    );
+    const head = new Uint8Array([0x50, 0x4b, 3, 4, ...facts, ...letters]);
+    index.push(new Uint8Array([0x50, 0x4b, 1, 2, 20, 0, ...facts, ...little(0, 10), ...little(offset, 4), ...letters]));
+    parts.push(head, bytes);
+    offset += head.length + bytes.length;
+  }
+  const length = index.reduce((sum, part) => sum + part.length, 0);
+  const counts = [0, 0, files.length, files.length].flatMap((value) => little(value, 2));
+  return new Blob([
+    ...parts,
+    ...index,
+    new Uint8Array([0x50, 0x4b, 5, 6, ...counts, ...little(length, 4), ...little(offset, 4), 0, 0]),
+  ]);
 }
 
 function python(card, part) {
@@ -570,12 +666,18 @@ function showMeasures(part, { curves, note }, card) {
     );
   const better = { insertion: "↑ higher is better", deletion: "↓ lower is better" };
   part.replaceChildren(
-    make("p", { class: "quiet" }, `Score of ${card.result.target.class}. ${note}`),
+    make("p", { class: "quiet" }, `Score of ${card.result.target.class} · ${note}`),
     make("ul", { class: "legend" }, legend),
     make(
       "div",
       { class: "charts" },
-      metrics.map((metric) => chart(metric, curves.filter((curve) => curve.metric === metric), kind)),
+      metrics.map((metric) =>
+        chart(
+          metric,
+          curves.filter((curve) => curve.metric === metric),
+          kind,
+        ),
+      ),
     ),
     make(
       "table",
@@ -588,11 +690,16 @@ function showMeasures(part, { curves, note }, card) {
           "tr",
           {},
           make("th", { scope: "col" }, "map"),
-          metrics.map((metric) => make("th", { scope: "col", class: "count" }, metric, make("small", {}, better[metric]))),
+          metrics.map((metric) =>
+            make("th", { scope: "col", class: "count" }, metric, make("small", {}, better[metric])),
+          ),
         ),
       ),
       rows("Methods", methods),
-      rows("Controls", names.filter((one) => one.control)),
+      rows(
+        "Controls",
+        names.filter((one) => one.control),
+      ),
     ),
   );
 }
@@ -605,7 +712,8 @@ function chart(metric, curves, kind) {
   const y = (score) => (height * (1 - (score - low) / (high - low))).toFixed(1);
   const path = ({ shares, scores }) => shares.map((share, i) => `${i ? "L" : "M"}${x(share)} ${y(scores[i])}`).join("");
   const [title, text] = [unique("chart"), unique("chart")];
-  const words = ({ title, scores, area }) => `${title} from ${number(scores[0])} to ${number(scores.at(-1))}, area ${number(area)}`;
+  const words = ({ title, scores, area }) =>
+    `${title} from ${number(scores[0])} to ${number(scores.at(-1))}, area ${number(area)}`;
   const name = metric[0].toUpperCase() + metric.slice(1);
   const svg = make(
     "svg",
@@ -645,11 +753,16 @@ function brush(card, part) {
   });
   const help = make("p", { id: unique("help"), class: "quiet" });
   help.textContent =
-    "Paint with mouse or finger. With the keyboard: arrow keys move the brush (with Shift in small steps), Space hides, Delete shows again.";
+    "Paint with mouse or finger. With the keyboard: arrow keys move the brush (with Shift in small steps), Space hides, Delete uncovers.";
   shown.setAttribute("aria-describedby", help.id);
   const size = make("input", { type: "range", min: 1, max: 30, value: 10 });
   const erase = make("input", { type: "checkbox" });
-  const fill = make("select", {}, make("option", { value: "blur" }, "blurred"), make("option", { value: "mean" }, "the mean color"));
+  const fill = make(
+    "select",
+    {},
+    make("option", { value: "blur" }, "blurred"),
+    make("option", { value: "mean" }, "the mean color"),
+  );
   const outcome = make("div", { class: "outcome" });
   const cursor = { x: width / 2, y: height / 2, visible: false };
   const pen = mask.getContext("2d");
@@ -702,6 +815,7 @@ function brush(card, part) {
     ink.drawImage(mask, 0, 0);
     body.set("mask", await new Promise((resolve) => solid.toBlob(resolve, "image/png")), "mask.png");
     body.set("fill", fill.value);
+    outcome.setAttribute("aria-busy", "true");
     try {
       const answer = await (await ask("predict", { method: "POST", body, signal: stop.signal })).json();
       showChange(outcome, answer);
@@ -710,6 +824,8 @@ function brush(card, part) {
       complain("");
     } catch (error) {
       if (error.name !== "AbortError") complain(error.message);
+    } finally {
+      if (request === stop) outcome.removeAttribute("aria-busy");
     }
   }
 
@@ -777,7 +893,7 @@ function brush(card, part) {
       "div",
       { class: "actions" },
       make("label", {}, "Brush size ", size),
-      make("label", {}, erase, " Show again"),
+      make("label", {}, erase, " Uncover"),
       make("label", {}, "Hidden parts are ", fill),
       make("button", { type: "button", click: clear }, "Clear"),
     ),
@@ -798,7 +914,11 @@ function showChange(outcome, { before, after, hidden }) {
       make(
         "thead",
         {},
-        make("tr", {}, ["class", "before", "now"].map((name, i) => make("th", { scope: "col", class: i && "count" }, name))),
+        make(
+          "tr",
+          {},
+          ["class", "before", "now"].map((name, i) => make("th", { scope: "col", class: i && "count" }, name)),
+        ),
       ),
       make(
         "tbody",
@@ -843,16 +963,27 @@ async function drawn(card) {
     }
     return lines;
   }
+  function colorBar(map, left, base) {
+    const [low, high] = [map.low, map.high].map(number);
+    const [before, after] = [low, high].map((text) => pen.measureText(text).width + 6);
+    const colors = map.signed ? card.scale.signed : card.scale.colors;
+    const gradient = pen.createLinearGradient(left + before, 0, left + side - after, 0);
+    colors.forEach((one, i) => gradient.addColorStop(i / (colors.length - 1), one));
+    pen.fillText(low, left, base);
+    pen.fillText(high, left + side - after + 6, base);
+    pen.fillStyle = map.low === map.high ? "rgb(128 128 128)" : gradient;
+    pen.fillRect(left + before, base - 9, side - before - after, 9);
+  }
   pen.font = font(400, 13);
   const captions = [
     image.prediction.map((one) => `${one.class} ${percent(one.probability)}`),
     ...image.maps.map((map) => [
       map.title + (isControl(map.method) ? " (control)" : ""),
-      `${number(map.low)} to ${number(map.high)}`,
-      map.layer ?? "",
+      "", // the color bar
+      [map.layer, `${map.positions.join(" x ")} positions`].filter(Boolean).join(" · "),
       ...map.verdicts.map(({ level, text }) => (level === "do not read" ? `do not read: ${text}` : text)),
     ]),
-  ].map((texts) => texts.filter(Boolean).flatMap((text) => wrapped(text, side)));
+  ].map((texts) => texts.flatMap((text) => wrapped(text, side)));
   const rows = Math.ceil(captions.length / columns);
   const heights = Array.from({ length: rows }, (_, row) => {
     const lines = Math.max(...captions.slice(row * columns, (row + 1) * columns).map((texts) => texts.length));
@@ -865,7 +996,12 @@ async function drawn(card) {
   pen.fillRect(0, 0, canvas.width, canvas.height);
   pen.fillStyle = color("--ink");
   pen.font = font(600, 15);
-  pen.fillText(`${image.name}: ${image.target.class} ${percent(image.target.probability)}`, gap, 1.6 * gap, canvas.width / scale - 2 * gap);
+  pen.fillText(
+    `${image.name}: ${image.target.class} ${percent(image.target.probability)}`,
+    gap,
+    1.6 * gap,
+    canvas.width / scale - 2 * gap,
+  );
   captions.forEach((texts, i) => {
     const left = gap + (i % columns) * (side + gap);
     const top = 2.5 * gap + heights.slice(0, Math.floor(i / columns)).reduce((a, b) => a + b, 0);
@@ -879,6 +1015,7 @@ async function drawn(card) {
       pen.fillStyle = color(row ? "--quiet" : "--ink");
       pen.fillText(text, left, top + high + line * (row + 1), side);
     });
+    if (i) colorBar(image.maps[i - 1], left, top + high + line * (texts.indexOf("") + 1));
   });
   return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
 }
@@ -926,22 +1063,24 @@ function takeImages() {
 }
 
 async function start() {
+  if (matchMedia("(max-width: 52rem)").matches) $("settings").querySelector("details").open = false;
   showOpacity();
   $("opacity").addEventListener("input", showOpacity);
+  $("settings").addEventListener("change", summarize);
   $("settings").addEventListener("submit", (event) => {
     event.preventDefault();
     explaining.forEach((stop) => stop.abort());
     explain([...cards]);
   });
   try {
-    const [health, { methods }, layers, { classes }, { samples }] = await Promise.all(
-      ["health", "methods", "layers", "classes", "samples"].map(get),
+    const [{ methods }, layers, { classes }, { samples }] = await Promise.all(
+      ["methods", "layers", "classes", "samples"].map(get),
     );
-    $("about").textContent += ` ${classes.length || "Unnamed"} classes, ${health.device}, sightline ${health.version}.`;
     Object.assign(network, { methods, classes });
     showMethods();
     showLayers(layers);
     combobox($("target"), $("target-list"));
+    summarize();
     showSamples(samples);
     takeImages();
   } catch (error) {
