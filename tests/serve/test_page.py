@@ -153,7 +153,9 @@ def test_drop_images_and_see_maps(opened: Open, pictures: list[Path], service: S
     tile = card.locator("[data-method=grad_cam]")
     expect(tile).to_contain_text("Grad-CAM")
     expect(tile).to_contain_text("7 x 7 positions")
-    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert page.evaluate(
+        "[...document.querySelectorAll('.card img')].every(image => image.complete && image.naturalWidth > 0)"
+    )
     page.get_by_role("button", name="Remove one.png").click()
     assert page.locator(".card h3").all_inner_texts() == ["two.png"]
     assert page.evaluate("document.activeElement.ariaLabel") == "Remove two.png"
