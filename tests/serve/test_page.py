@@ -24,7 +24,7 @@ from sightline import data, facts
 from sightline.serve import Service, open_service
 from sightline.serve.app import create_app
 
-CLASSES = (*(f"class {i}" for i in range(1997)), "Siamese cat", "tabby", "t" * 200)
+CLASSES = (*(f"class {i}" for i in range(1996)), "fabrication", "Siamese cat", "tabby", "t" * 200)
 SECONDS = 30_000  # most that anything may take, in ms
 
 
@@ -195,7 +195,11 @@ def test_a_class_out_of_two_thousand_and_a_layer(opened: Open, pictures: list[Pa
     target.click()
     options = page.locator("#target-list [role=option]")
     assert options.count() == 101  # the predicted class and a hundred others
-    target.type("ta")
+    target.type("9")
+    assert options.first.inner_text() == "class 9\n9"
+    target.fill("ca")
+    assert options.all_inner_texts() == ["Siamese cat\n1997", "fabrication\n1996"]
+    target.fill("ta")
     assert options.all_inner_texts() == ["tabby\n1998"]
     assert target.get_attribute("aria-activedescendant") == "target-1998"
     page.keyboard.press("Enter")
@@ -385,6 +389,15 @@ def test_a_server_that_has_gone(opened: Open, pictures: list[Path]):
     page.route("**/jobs", lambda route: route.abort())
     page.set_input_files("#files", pictures[0])
     expect(page.get_by_role("alert")).to_have_text("The server does not answer; is it still running?")
+
+
+def test_what_does_not_work_leaves_the_maps_that_are_there(opened: Open, pictures: list[Path]):
+    page = opened(faults=["400"])
+    with_maps(page, pictures[0], "grad_cam")
+    page.route("**/jobs", lambda route: route.fulfill(status=400, json={"error": "expected another layer"}))
+    page.click("#explain")
+    expect(page.get_by_role("alert")).to_have_text("expected another layer")
+    assert maps_of(page) == ["grad_cam"]
 
 
 def saved(page: Page, button: str) -> tuple[str, bytes]:

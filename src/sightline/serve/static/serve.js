@@ -222,14 +222,19 @@ function combobox(input, list) {
     all[active].scrollIntoView({ block: "nearest" });
   }
 
+  /** Classes with this number, this word, this start, a word that starts so, or this anywhere: in this order. */
   function matching(text) {
     const wanted = text.trim().toLowerCase();
     const rank = (name, index) => {
-      const at = name.toLowerCase().indexOf(wanted);
-      return String(index) === wanted ? 0 : at === 0 ? 1 : at > 0 ? 2 : 3;
+      const words = name.toLowerCase().split(/[\s_,()-]+/);
+      if (String(index) === wanted || name.toLowerCase() === wanted) return 0;
+      if (words.includes(wanted)) return 1;
+      if (name.toLowerCase().startsWith(wanted)) return 2;
+      if (words.some((word) => word.startsWith(wanted))) return 3;
+      return name.toLowerCase().includes(wanted) ? 4 : 5;
     };
-    const ranked = network.classes.map((name, index) => ({ name, index, rank: wanted ? rank(name, index) : 1 }));
-    return ranked.filter((one) => one.rank < 3).sort((a, b) => a.rank - b.rank || a.index - b.index);
+    const ranked = network.classes.map((name, index) => ({ name, index, rank: wanted ? rank(name, index) : 0 }));
+    return ranked.filter((one) => one.rank < 5).sort((a, b) => a.rank - b.rank || a.index - b.index);
   }
 
   function open(text) {
@@ -379,9 +384,7 @@ async function explain(images) {
         } catch (error) {
           if (error.name === "AbortError") throw error;
           faults.push(error.message);
-          card.result = null;
-          card.body.replaceChildren(make("p", { class: "wrong" }, error.message));
-          update();
+          if (!card.result) card.body.replaceChildren(make("p", { class: "wrong" }, error.message));
         } finally {
           card.element.removeAttribute("aria-busy");
         }
