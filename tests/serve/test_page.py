@@ -532,6 +532,9 @@ def test_the_run_s_own_images(opened: Open):
     assert page.locator(".samples button").all_inner_texts() == ["tabby", "class 3"]
     page.locator(".samples button").nth(1).click()
     expect(page.locator(".card h3")).to_contain_text("two.png")
+    expect(page.locator(".card .answer")).to_contain_text("true class 3")
+    best = page.locator(".prediction li span").first.inner_text()
+    expect(page.locator(".card .answer")).to_contain_text("✓ correct" if best == "class 3" else "✗ wrong")
     expect(page.locator(".card .map")).to_have_count(1)
     page.get_by_role("button", name="Hide what I brush over").click()
     page.locator(".card canvas").click()

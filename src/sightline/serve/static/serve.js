@@ -129,7 +129,8 @@ async function task(title, work, stop = new AbortController()) {
     if (total && state === "running") bar.max = total;
     if (total && state === "running") bar.value = done;
     else bar.removeAttribute("value");
-    const time = left === null || left === undefined ? "" : `, about ${duration(left)} left`;
+    const isKnown = left !== null && left !== undefined && done >= total / 20; // the first steps take longer
+    const time = isKnown ? `, about ${duration(left)} left` : "";
     detail.textContent = state === "waiting" ? "waiting for its turn" : `${what || "running"}${time}`;
   };
   $("tasks").append(row);
@@ -423,11 +424,7 @@ function showResult(card, result, asked) {
     predictions(image.prediction),
   );
   card.body.replaceChildren(
-    make(
-      "p",
-      { class: "answer" },
-      make("span", {}, "explained ", make("b", {}, image.target.class), ` ${percent(image.target.probability)}`),
-    ),
+    make("p", { class: "answer" }, answers(card, image)),
     make(
       "div",
       { class: "row" },
@@ -438,6 +435,15 @@ function showResult(card, result, asked) {
     actions(card),
   );
   update();
+}
+
+/** The class that is explained and, of a test image, the true one. */
+function answers({ label }, { target, prediction: [best] }) {
+  const explained = make("span", {}, "explained ", make("b", {}, target.class), ` ${percent(target.probability)}`);
+  if (!label) return [explained];
+  const isRight = label === best.class;
+  const verdict = make("span", { class: isRight ? "right" : "wrong" }, isRight ? "✓ correct" : "✗ wrong");
+  return [make("span", {}, "true ", make("b", {}, label)), explained, verdict];
 }
 
 /** Decisions about the images and the model that one may want to change, each once. */
@@ -1043,7 +1049,7 @@ function showSamples(samples) {
     .querySelector("ul")
     .append(
       ...samples.map(({ index, name, class: label }) => {
-        const click = () => explain([newCard({ name, sample: index })]);
+        const click = () => explain([newCard({ name, sample: index, label })]);
         const image = make("img", { src: `samples/${index}`, alt: name, loading: "lazy", width: 72, height: 72 });
         return make("li", {}, make("button", { type: "button", click }, image, make("small", {}, label ?? "")));
       }),
