@@ -50,9 +50,7 @@ def service(pictures: list[Path]) -> Service:
     with torch.no_grad():
         network[-1].weight *= 40  # so that it is sure of what it says
     preprocess = data.Preprocess(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sightline.models.preprocess_of", lambda model: preprocess)
-        service = open_service(network.eval(), classes=CLASSES)
+    service = open_service(network.eval(), classes=CLASSES, preprocess=preprocess)
     samples = data.read_images(pictures[:2], preprocess)
     names = [picture.name for picture in pictures[:2]]
     service.samples = replace(samples, labels=np.array([1998, 3]), classes=CLASSES, names=names)
