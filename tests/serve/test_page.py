@@ -364,6 +364,14 @@ def test_errors_of_the_server_are_shown_as_they_are(opened: Open, pictures: list
     assert page.locator(".card").first.locator(".wrong").inner_text() == said
 
 
+def test_a_folder_is_not_taken_for_a_server_that_has_gone(opened: Open, pictures: list[Path]):
+    page = opened()
+    page.evaluate("void (Blob.prototype.arrayBuffer = () => Promise.reject(new Error('as for a folder')))")
+    drop(page, pictures[0])
+    expect(page.get_by_role("alert")).to_have_text("one.png cannot be read: drop image files, not folders.")
+    assert page.locator(".card").count() == 0
+
+
 def test_a_full_queue_is_waited_for(opened: Open, pictures: list[Path]):
     page = opened(faults=["503"])
     refusals: list[Route] = []

@@ -320,9 +320,15 @@ function fields(card, { methods, index, layer } = {}) {
   return body;
 }
 
-function add(files) {
-  const images = [...files].map((file) => newCard({ name: file.name || "pasted image", file }));
+/** Files are read at once, so that they may change or go afterwards. */
+async function add(files) {
+  const read = async (file) => ({ name: file.name || "pasted image", file: new Blob([await file.arrayBuffer()]) });
+  const names = [...files].map((file) => file.name);
+  const contents = await Promise.allSettled([...files].map(read));
+  const images = contents.flatMap(({ value }) => (value ? [newCard(value)] : []));
   if (images.length) explain(images);
+  const unread = names.filter((_, i) => !contents[i].value);
+  if (unread.length) complain(`${unread.join(", ")} cannot be read: drop image files, not folders.`);
 }
 
 function newCard(card) {
