@@ -1,0 +1,319 @@
+"""Bags: the features of all tiles of a slide, computed once and kept as one file."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from sightline import runs
+from sightline.data import Preprocess, normalize
+from sightline.data.slides import Slide, Tiles, UnreadableSlide, open_slide, sharpness, stain, tiles_of, tissue_of
+from sightline.facts import Progress
+from sightline.inference import features_of, untouched
+
+Array = np.ndarray
+_KIND = "sightline bag 1"
+
+
+class TileReport(NamedTuple):
+    """How the tiles of a slide were read."""
+
+    read: int
+    damaged: int
+    """Tiles left out, because the file is damaged there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bag:
+    """The tiles of one slide as vectors."""
+
+    name: str
+    """File name of the slide."""
+    features: Float[Tensor, "n c"]
+    tiles: Tiles
+    sharpness: Float[Array, " n"]
+    """See `sightline.data.slides.sharpness`."""
+    stain: Float[Array, " n"]
+    """See `sightline.data.slides.stain`."""
+    size: tuple[int, int]
+    """Height and width of the slide, in pixels of its full resolution."""
+    mpp: float
+    """Micrometers per pixel of its full resolution."""
+    settings: dict[str, Any]
+    """What made the features: network, weights, tiles."""
+    report: TileReport
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def save(self, file: Path) -> None:
+        """Write as safetensors, in one step: there is no half of a bag.
+
+        Raises:
+            OSError: the disk is full or read-only.
+        """
+        arrays = {
+            "corners": self.tiles.corners,
+            "places": self.tiles.places,
+            "tissue": self.tiles.tissue,
+            "sharpness": self.sharpness,
+            "stain": self.stain,
+        }
+        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+        tensors["features"] = self.features.contiguous()
+        facts = {
+            "kind": _KIND,
+            "name": self.name,
+            "slide": {"size": self.size, "mpp": self.mpp},
+            "tile": {name: getattr(self.tiles, name) for name in ("extent", "size", "mpp")},
+            "settings": self.settings,
+            "report": self.report._asdict(),
+        }
+        runs.write(file, save(tensors, {"sightline": json.dumps(facts, sort_keys=True)}))
+
+
+def read_bag(file: Path) -> Bag:
+    """Read a bag that `Bag.save` wrote.
+
+    Raises:
+        OSError: no such file.
+        ValueError: it is no bag.
+    """
+    content = file.read_bytes()
+    try:
+        tensors = load(content)
+        length = int.from_bytes(content[:8], "little")
+        facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["sightline"])
+        if facts["kind"] != _KIND:
+            raise ValueError(facts["kind"])
+        arrays = {name: tensors[name].numpy() for name in ("corners", "places", "tissue")}
+        return Bag(
+            name=facts["name"],
+            features=tensors["features"],
+            tiles=Tiles(**arrays, **facts["tile"]),
+            sharpness=tensors["sharpness"].numpy(),
+            stain=tensors["stain"].numpy(),
+            size=(int(facts["slide"]["size"][0]), int(facts["slide"]["size"][1])),
+            mpp=facts["slide"]["mpp"],
+            settings=facts["settings"],
+            report=TileReport(**facts["report"]),
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: expected the features of a slide, got another file ({reason}); delete it") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How slides are cut into tiles; see `sightline.data.slides.tiles_of`."""
+
+    size: int = 224
+    """Side of a tile in pixels."""
+    mpp: float = 0.5
+    """Micrometers per pixel."""
+    overlap: int = 0
+    """Pixels that neighbors share."""
+    least: float = 0.5
+    """Share of a tile that must be tissue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What `write_bags` did."""
+
+    files: dict[str, Path]
+    """Slide -> its bag."""
+    skipped: dict[str, str] = field(default_factory=dict[str, str])
+    """Slide -> why there is no bag of it."""
+    damaged: dict[str, int] = field(default_factory=dict[str, int])
+    """Slide -> tiles that could not be read."""
+    tiles: int = 0
+    """Tiles computed now."""
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    """Time of now by part: finding tissue, waiting for tiles, network, writing."""
+
+
+class TilePixels(Dataset[tuple[UInt8[Tensor, "3 size size"], float, float, bool]]):
+    """The pixels of tiles, sharpness, stain, and whether they could be read; each process opens the slide itself."""
+
+    def __init__(self, path: Path, mpp: float, tiles: Tiles) -> None:
+        self._path, self._mpp, self._tiles = path, mpp, tiles
+        self._slide: tuple[int, Slide] | None = None
+
+    def __len__(self) -> int:
+        return len(self._tiles)
+
+    def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "3 size size"], float, float, bool]:
+        if self._slide is None or self._slide[0] != os.getpid():  # a handle does not survive a fork
+            self._slide = os.getpid(), open_slide(self._path, self._mpp)
+        size = self._tiles.size
+        try:
+            pixels = self._slide[1].region(self._tiles.box(index), (size, size))
+        except UnreadableSlide:
+            return torch.zeros(3, size, size, dtype=torch.uint8), 0.0, 0.0, False
+        return torch.tensor(pixels).movedim(-1, 0), sharpness(pixels), stain(pixels), True
+
+    def close(self) -> None:
+        """Close the slide, if this process has opened it."""
+        if self._slide is not None:
+            self._slide[1].close()
+
+
+def write_bags(
+    slides: Sequence[Path],
+    out: Path,
+    model: nn.Module,
+    preprocess: Preprocess,
+    grid: Grid | None = None,
+    *,
+    mpp: float | None = None,
+    made_by: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Written:
+    """Write the features of all tiles of slides, a file OUT/SLIDE.safetensors for each.
+
+    A slide whose file is there is not read again, so a second call continues after an interrupt or a crash. Tiles are
+    read ahead by other processes while the network runs; memory does not grow with the slide.
+
+    Args:
+        slides: their files.
+        out: folder of the bags; made if missing.
+        model: a network; the features are the input of its last linear layer. It is left unchanged.
+        preprocess: its normalization; tiles are read at the grid's size, not resized again.
+        grid: how slides are cut.
+        mpp: micrometers per pixel of slides whose files do not tell them.
+        made_by: what the features come from, such as the names of network and weights; kept in each file.
+        batch_size: tiles per forward.
+        workers: processes that read ahead. 0: none, reading and network take turns.
+        progress: called with (slide, tiles done, tiles in all).
+
+    Raises:
+        OSError: `out` cannot be written.
+        ValueError: two slides of one name, a bag there was made in another way, or no slide could be read.
+    """
+    grid = grid or Grid()
+    names = [path.name for path in slides]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"expected slides of different names, got {twice} twice; rename one")
+    runs.check_writable(out)
+    settings = {**asdict(grid), **(made_by or {})}
+    files: dict[str, Path] = {}
+    skipped: dict[str, str] = {}
+    damaged: dict[str, int] = {}
+    seconds: dict[str, float] = dict.fromkeys(("tissue", "reading", "network", "writing"), 0.0)
+    total = 0
+    for path in slides:
+        file = out / f"{path.name}.safetensors"
+        if file.is_file():
+            bag = read_bag(file)
+            if bag.settings != settings:
+                changed = [name for name in settings | bag.settings if settings.get(name) != bag.settings.get(name)]
+                raise ValueError(
+                    f"{file}: expected features with {changed[0]} {settings.get(changed[0])}, got some with "
+                    f"{bag.settings.get(changed[0])}; choose another folder"
+                )
+        else:
+            try:
+                bag = _bag(path, model, preprocess, grid, mpp, settings, batch_size, workers, seconds, progress)
+            except (UnreadableSlide, FileNotFoundError) as error:
+                skipped[path.name] = str(error)
+                continue
+            start = time.perf_counter()
+            bag.save(file)
+            seconds["writing"] += time.perf_counter() - start
+            total += len(bag)
+        files[path.name] = file
+        if bag.report.damaged:
+            damaged[path.name] = bag.report.damaged
+    if not files:
+        name, reason = next(iter(skipped.items()), ("", "no slide was given"))
+        raise ValueError(f"expected at least one readable slide, got none; the first, {name}: {reason}")
+    return Written(files=files, skipped=skipped, damaged=damaged, tiles=total, seconds=seconds)
+
+
+def _bag(
+    path: Path,
+    model: nn.Module,
+    preprocess: Preprocess,
+    grid: Grid,
+    mpp: float | None,
+    settings: dict[str, Any],
+    batch_size: int,
+    workers: int,
+    seconds: dict[str, float],
+    progress: Progress | None,
+) -> Bag:
+    start = time.perf_counter()
+    with open_slide(path, mpp) as slide:
+        try:
+            mask, _ = tissue_of(slide)
+            tiles = tiles_of(slide, mask, **asdict(grid))
+        except ValueError as error:
+            raise UnreadableSlide(str(error)) from error
+        size, its_mpp = slide.size, slide.mpp
+    seconds["tissue"] += time.perf_counter() - start
+    if not len(tiles):
+        raise UnreadableSlide(
+            f"{path.name}: no tile has {grid.least:.0%} tissue or more; lower the share, or leave it out"
+        )
+    pixels_of = TilePixels(path, its_mpp, tiles)
+    loader = DataLoader(
+        pixels_of,
+        batch_size=batch_size,
+        num_workers=min(workers, -(-len(tiles) // batch_size)),
+        prefetch_factor=2 if workers else None,
+    )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    features: list[Tensor] = []
+    sharp: list[Tensor] = []
+    stained: list[Tensor] = []
+    readable: list[Tensor] = []
+    start = time.perf_counter()
+    with closing(pixels_of), untouched(model) as net, torch.inference_mode():
+        for pixels, edges, dye, there in loader:
+            arrived = time.perf_counter()
+            seconds["reading"] += arrived - start
+            features.append(features_of(net, normalize(pixels.to(device), preprocess)).float().cpu())
+            sharp.append(edges)
+            stained.append(dye)
+            readable.append(there)
+            start = time.perf_counter()
+            seconds["network"] += start - arrived
+            if progress is not None:
+                progress(path.name, sum(map(len, features)), len(tiles))
+    kept = torch.cat(readable)
+    if not kept.any():
+        raise UnreadableSlide(f"{path.name}: none of its {len(tiles)} tiles can be read")
+    inside = kept.numpy()
+    return Bag(
+        name=path.name,
+        features=torch.cat(features)[kept],
+        tiles=Tiles(
+            corners=tiles.corners[inside],
+            places=tiles.places[inside],
+            tissue=tiles.tissue[inside],
+            extent=tiles.extent,
+            size=tiles.size,
+            mpp=tiles.mpp,
+        ),
+        sharpness=torch.cat(sharp)[kept].numpy(),
+        stain=torch.cat(stained)[kept].numpy(),
+        size=size,
+        mpp=its_mpp,
+        settings=settings,
+        report=TileReport(int(kept.sum()), int((~kept).sum())),
+    )
