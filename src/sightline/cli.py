@@ -421,6 +421,87 @@ def serve(options: Namespace, _: dict[str, Any]) -> None:
         )
 
 
+def slides(options: Namespace, _: dict[str, Any]) -> None:
+    """Tissue slides with one label each: learn with attention over tiles, and see where on a slide it looks."""
+    {"train": _train_slides, "explain": _explain_slides}[options.action](options)
+
+
+def _train_slides(options: Namespace) -> None:
+    from sightline import runs
+    from sightline.slides import POOLINGS, bags, networks, study
+
+    out = Path(options.out)
+    runs.check_writable(out)
+    table = study.read_labels(Path(options.labels), options.label, options.patient, options.slide)
+    files = study.slide_files(Path(options.slides), table.slides)
+    how = study.Training(
+        poolings=tuple(options.poolings or POOLINGS), folds=options.folds, seeds=options.repeats, epochs=options.epochs
+    )
+    network, preprocess, identity = networks.open_network(options.model, options.weights)
+    grid = bags.Grid(
+        size=options.size or preprocess.size[0], mpp=options.tile_mpp, overlap=options.overlap, least=options.tissue
+    )
+    with terminal.Bar() as bar:
+        written = bags.write_bags(
+            files, out / "bags", network.to(runs.best_device()), preprocess, grid,
+            mpp=options.mpp, made_by=identity, batch_size=options.batch_size, workers=options.workers,
+            progress=bar.update,
+        )  # fmt: skip
+        named = {
+            name: written.files[file.name]
+            for name, file in zip(table.slides, files, strict=True)
+            if file.name in written.files
+        }
+        run = study.train(named, table, out, how, network=(options.model, options.weights), progress=bar.update)
+    terminal.tell_skipped(tuple(written.skipped.items()))
+    terminal.tell("tiles that could not be read:", ((name, str(n)) for name, n in written.damaged.items()))
+    print(written.line())
+    terminal.print_columns(run.title(), *study.summary(run))
+    print(f"run: {out}\nto see where it looks: sightline slides explain {out} SLIDE --out FOLDER")
+
+
+def _explain_slides(options: Namespace) -> None:
+    from sightline import runs
+    from sightline.report.slides import explain_slide
+    from sightline.slides import bags, networks, study
+
+    run, out = study.open_slide_run(Path(options.run)), Path(options.out)
+    runs.check_writable(out)
+    name, weights = run.network
+    network, preprocess, identity = networks.open_network(name, options.weights or weights)
+    network = network.to(runs.best_device())
+    grid = bags.Grid(**{field: run.settings[field] for field in ("size", "mpp", "overlap", "least")})
+    annotations = None if options.annotations is None else Path(options.annotations)
+    skipped: list[tuple[str, str]] = []
+    for slide in map(Path, options.slides):
+        kept = run.folder / "bags"
+        folder = kept if (kept / f"{slide.name}.safetensors").is_file() else out / "bags"
+        with terminal.Bar() as bar:
+            try:
+                written = bags.write_bags(
+                    [slide], folder, network, preprocess, grid,
+                    mpp=options.mpp, made_by=identity, batch_size=options.batch_size, workers=options.workers,
+                    progress=bar.update,
+                )  # fmt: skip
+            except bags.NoSlide as error:
+                skipped.append((slide.name, str(error)))
+                continue
+        file = annotations
+        if annotations is not None and annotations.is_dir():
+            file = annotations / f"{slide.name.split('.')[0]}.geojson"
+            file = file if file.is_file() else None
+        pages = explain_slide(
+            run, slide, bags.read_bag(written.files[slide.name]), network, preprocess, out,
+            target=options.target, method=options.method, tiles=options.inside, annotations=file,
+            names=options.names or (),
+        )  # fmt: skip
+        terminal.print_columns(f"{slide.name}: {pages.prediction}, {pages.probability:.1%}", *pages.columns())
+        print(f"page: {pages.files['page']}")
+    terminal.tell_skipped(tuple(skipped))
+    if len(skipped) == len(options.slides):
+        sys.exit(1)
+
+
 def push(options: Namespace, _: dict[str, Any]) -> None:
     """Put a run into a repository of the Hugging Face hub, with a model card, without the paths of this machine."""
     from sightline import hub
@@ -502,6 +583,7 @@ VERBS = {
     "task": task,
     "sight": sight,
     "serve": serve,
+    "slides": slides,
     "push": push,
     "pull": pull,
     "export": export,

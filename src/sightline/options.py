@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
     """Errors in one line, with a hint at what was meant; the recipe's fields below the help of verbs that take them."""
 
     def format_help(self) -> str:
-        parts = RECIPE_PARTS.get(self.prog.rpartition(" ")[2])
+        parts = RECIPE_PARTS.get(self.prog.partition(" ")[2])
         return super().format_help() + (_fields(parts) if parts and parts != ("task",) else "")
 
     def error(self, message: str) -> NoReturn:
@@ -101,7 +101,12 @@ def parser(verbs: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
     for name, function in verbs.items():
         line = (function.__doc__ or "").strip()
         added = subparsers.add_parser(name, help=line, description=line, allow_abbrev=False)
-        _OPTIONS[name](added.add_argument)
+        if name in _ACTIONS:
+            actions = added.add_subparsers(required=True, metavar="ACTION", dest="action")
+            for action, (text, options) in _ACTIONS[name].items():
+                options(actions.add_parser(action, help=text, description=text, allow_abbrev=False).add_argument)
+        else:
+            _OPTIONS[name](added.add_argument)
     return whole
 
 
@@ -272,6 +277,52 @@ def _serve(add: _Add) -> None:
     add("--token", type=_nonempty, metavar="TEXT", help=text)
 
 
+def _slides_train(add: _Add) -> None:
+    add("--slides", metavar="FOLDER", required=True, help="where the files of the slides are")
+    add("--labels", metavar="TABLE.csv", required=True, help="columns slide, label and patient, one row per slide")
+    columns = ("slide", "the file", "label", "the class", "patient", "the patient, who is never in two folds")
+    for name, text in zip(columns[::2], columns[1::2], strict=True):
+        add(f"--{name}", type=_nonempty, default=name, metavar="COLUMN", help=f"column of {text} ({name})")
+    add("--model", metavar="NAME_OR_RUN", required=True, help="network of the features, by name or a run folder")
+    add("--weights", metavar="FILE", help="its weights: safetensors or .pth; pretrained = timm's, downloaded")
+    _tiles(add)
+    add("--poolings", type=_names, metavar="A,B,...", help="attention, uniform, mean, max, top_k (all)")
+    add("--folds", type=_count, default=5, metavar="N", help="parts of the patients, each predicted by the others (5)")
+    add("--repeats", type=_count, default=3, metavar="N", help="how often, with other folds and weights (3)")
+    add("--epochs", type=_count, default=40, metavar="N", help="passes over the slides (40)")
+    _out(add, "run folder; features that are there are kept", required=True)
+
+
+def _slides_explain(add: _Add) -> None:
+    add("run", metavar="RUN", help="folder of sightline slides train")
+    add("slides", nargs="+", metavar="SLIDE", help="files of slides")
+    add("--target", metavar="CLASS", help="class to explain (the predicted one)")
+    text = "explainer for the inside of the tiles with the highest attention (grad_cam)"
+    add("--method", type=_nonempty, default="grad_cam", metavar="NAME", help=text)
+    add("--inside", type=_count, default=50, metavar="N", help="how many of these tiles (50)")
+    text = "GeoJSON from QuPath, or a folder with NAME.geojson for slides NAME.*"
+    add("--annotations", metavar="PATH", help=text)
+    add("--names", type=_names, metavar="A,B,...", help="classifications of annotations that count (all)")
+    add("--weights", metavar="FILE", help="weights of the network, where their file has moved")
+    _reading(add)
+    _out(add, "folder to write", required=True)
+
+
+def _tiles(add: _Add) -> None:
+    add("--size", type=_count, metavar="PIXELS", help="side of a tile (the network's)")
+    add("--tile-mpp", type=_positive, default=0.5, metavar="UM", help="micrometers per pixel of a tile (0.5)")
+    add("--overlap", type=int, default=0, metavar="PIXELS", help="pixels that neighbors share (0)")
+    add("--tissue", type=_probability, default=0.5, metavar="SHARE", help="least share of tissue in a tile (0.5)")
+    _reading(add)
+
+
+def _reading(add: _Add) -> None:
+    text = "micrometers per pixel of slides whose files do not tell them"
+    add("--mpp", type=_positive, metavar="UM", help=text)
+    add("--workers", type=int, default=1, metavar="N", help="processes that read tiles ahead (1)")
+    add("--batch-size", type=_count, default=64, metavar="N", help="tiles per forward (64)")
+
+
 def _push(add: _Add) -> None:
     add("run", metavar="RUN", help="run folder")
     add("name", metavar="OWNER/NAME", help="repository; created if missing")
@@ -308,6 +359,14 @@ _OPTIONS: dict[str, Callable[[_Add], None]] = {
     "export": _export,
     "list": _list,
 }
+
+_ACTIONS: dict[str, dict[str, tuple[str, Callable[[_Add], None]]]] = {
+    "slides": {
+        "train": ("Learn from the labels of slides, and compare attention with its controls.", _slides_train),
+        "explain": ("Write the map of slides: a page, GeoJSON for QuPath, OME-TIFF and a table.", _slides_explain),
+    },
+}
+"""Verbs with several actions: what each does, and its options."""
 
 
 def _fields(parts: Sequence[str]) -> str:
@@ -356,6 +415,12 @@ def _port(text: str) -> int:
 def _probability(text: str) -> float:
     if not re.fullmatch(r"[01]|[01]?\.\d+", text) or float(text) > 1:
         raise argparse.ArgumentTypeError(f"expected a probability from 0 to 1, got {text!r}")
+    return float(text)
+
+
+def _positive(text: str) -> float:
+    if not re.fullmatch(r"\d*\.?\d+", text) or float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return float(text)
 
 

@@ -4,7 +4,7 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 from xml.etree import ElementTree
@@ -418,6 +418,12 @@ class Tiles:
 
     def __len__(self) -> int:
         return len(self.corners)
+
+    def picked(self, rows: Sequence[int] | Bool[Array, " n"]) -> "Tiles":
+        """Some of the tiles."""
+        rows = np.asarray(rows)
+        parts = {name: getattr(self, name)[rows] for name in ("corners", "places", "tissue")}
+        return replace(self, **parts)
 
     def box(self, index: int) -> Box:
         """Left, top, right and bottom of one tile, in pixels of the full resolution."""

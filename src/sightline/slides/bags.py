@@ -20,11 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from sightline import runs
 from sightline.data import Preprocess, normalize
 from sightline.data.slides import Slide, Tiles, UnreadableSlide, open_slide, sharpness, stain, tiles_of, tissue_of
-from sightline.facts import Progress
+from sightline.facts import Progress, duration
 from sightline.inference import features_of, untouched
 
 Array = np.ndarray
 _KIND = "sightline bag 1"
+
+
+class NoSlide(ValueError):
+    """None of the slides can be used."""
 
 
 class TileReport(NamedTuple):
@@ -144,6 +148,17 @@ class Written:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     """Time of now by part: finding tissue, waiting for tiles, network, writing."""
 
+    def line(self) -> str:
+        """A summary for the terminal."""
+        total = sum(self.seconds.values())
+        if not self.tiles:
+            return f"features of {len(self.files)} slides, all from before"
+        parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in self.seconds.items())
+        return (
+            f"features of {len(self.files)} slides; {self.tiles:,} tiles in {duration(total)}, "
+            f"{duration(1000 * total / self.tiles)} per 1,000 ({parts})"
+        )
+
 
 class TilePixels(Dataset[tuple[UInt8[Tensor, "3 size size"], float, float, bool]]):
     """The pixels of tiles, sharpness, stain, and whether they could be read; each process opens the slide itself."""
@@ -203,7 +218,8 @@ def write_bags(
 
     Raises:
         OSError: `out` cannot be written.
-        ValueError: two slides of one name, a bag there was made in another way, or no slide could be read.
+        NoSlide: no slide could be read.
+        ValueError: two slides of one name, or a bag there was made in another way.
     """
     grid = grid or Grid()
     names = [path.name for path in slides]
@@ -241,7 +257,7 @@ def write_bags(
             damaged[path.name] = bag.report.damaged
     if not files:
         name, reason = next(iter(skipped.items()), ("", "no slide was given"))
-        raise ValueError(f"expected at least one readable slide, got none; the first, {name}: {reason}")
+        raise NoSlide(f"expected at least one readable slide, got none; the first, {name}: {reason}")
     return Written(files=files, skipped=skipped, damaged=damaged, tiles=total, seconds=seconds)
 
 
@@ -298,18 +314,10 @@ def _bag(
     kept = torch.cat(readable)
     if not kept.any():
         raise UnreadableSlide(f"{path.name}: none of its {len(tiles)} tiles can be read")
-    inside = kept.numpy()
     return Bag(
         name=path.name,
         features=torch.cat(features)[kept],
-        tiles=Tiles(
-            corners=tiles.corners[inside],
-            places=tiles.places[inside],
-            tissue=tiles.tissue[inside],
-            extent=tiles.extent,
-            size=tiles.size,
-            mpp=tiles.mpp,
-        ),
+        tiles=tiles.picked(kept.numpy()),
         sharpness=torch.cat(sharp)[kept].numpy(),
         stain=torch.cat(stained)[kept].numpy(),
         size=size,

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sightline import runs
 from sightline.checks import missing
+from sightline.data.slides import SLIDES
 from sightline.facts import Interval, Progress
 from sightline.metrics.uncertainty import interval_of, limits, resamples
 from sightline.slides.bags import read_bag
@@ -219,10 +220,21 @@ class SlideRun:
     patients: tuple[str, ...]
     settings: dict[str, Any]
     """What made the features; new slides are cut and embedded in the same way."""
+    network: tuple[str, str | None]
+    """The network of the features: its name or run folder, and the file of its weights."""
     training: dict[str, Any]
     folds: list[list[int]]
     """For each seed, the part of each slide."""
     channels: int
+
+    def title(self) -> str:
+        """What was trained on, in one line."""
+        counts = ", ".join(f"{self.labels.count(i)} {name}" for i, name in enumerate(self.classes))
+        folds = max(max(parts) for parts in self.folds) + 1
+        return (
+            f"{len(self.slides)} slides ({counts}) of {len(set(self.patients))} patients, {folds} folds by patient, "
+            f"{len(self.folds)} seeds; intervals over patients"
+        )
 
     def probabilities(self, pooling: str) -> Float[Array, "s n classes"]:
         """What was predicted for each slide by networks that had seen no slide of its patient, for each seed."""
@@ -256,6 +268,8 @@ def train(
     table: Labels,
     out: Path,
     how: Training | None = None,
+    *,
+    network: tuple[str, str | None] = ("", None),
     progress: Progress | None = None,
 ) -> SlideRun:
     """Train every pooling on every fold with every seed, and keep the networks and what they predict in a folder.
@@ -265,6 +279,7 @@ def train(
         table: classes and patients; slides without a bag are left out.
         out: folder of the run.
         how: settings.
+        network: see `SlideRun.network`; kept for new slides.
         progress: called with (what, done, total).
 
     Raises:
@@ -306,6 +321,7 @@ def train(
         "labels": labels.tolist(),
         "patients": patients,
         "settings": loaded[0].settings,
+        "network": network,
         "training": {name: getattr(how, name) for name in how.__dataclass_fields__},
         "folds": [parts.tolist() for parts in folds],
         "channels": vectors[0].shape[1],
@@ -328,10 +344,30 @@ def open_slide_run(folder: Path) -> SlideRun:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         facts.pop("probabilities")
-        tuples = {name: tuple(facts.pop(name)) for name in ("classes", "slides", "labels", "patients")}
+        tuples = {name: tuple(facts.pop(name)) for name in ("classes", "slides", "labels", "patients", "network")}
         return SlideRun(folder=folder, **tuples, **facts)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: expected a run of `sightline slides train`, got a damaged file: {error}") from error
+
+
+def slide_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Files of slides in a folder, by their names; a name without its ending is enough if one file fits.
+
+    A slide that is not there keeps its name, so that it is listed when it is read.
+
+    Raises:
+        FileNotFoundError: no such folder, or none of the slides is in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    there = [file for file in folder.iterdir() if file.is_file() and file.name.lower().endswith(SLIDES)]
+    found: list[Path] = []
+    for name in names:
+        fitting = [file for file in there if file.name == name or file.name.split(".")[0] == name]
+        found.append(fitting[0] if len(fitting) == 1 else folder / name)
+    if not any(file in there for file in found):
+        raise FileNotFoundError(f"none of the {len(found)} slides of the table is in {folder}; the first is {names[0]}")
+    return found
 
 
 def summary(run: SlideRun) -> tuple[list[str], list[list[str]]]:

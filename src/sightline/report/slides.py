@@ -1,0 +1,240 @@
+"""A slide as files and a page: where bag classifiers look on it, beside controls."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from sightline import maps, runs
+from sightline.data import Preprocess, normalize
+from sightline.data.slides import open_slide
+from sightline.explainers import explain, find_explainer
+from sightline.report.formats import template, uri
+from sightline.report.pictures import color_stops, picture
+from sightline.slides.bags import Bag
+from sightline.slides.files import colored, write_geojson, write_ome_tiff, write_table
+from sightline.slides.maps import (
+    TileClassifier,
+    TileValues,
+    annotated,
+    area,
+    controls,
+    curve,
+    energy,
+    highest,
+    raster,
+    tile_values,
+)
+from sightline.slides.study import SlideRun
+
+__all__ = ["SlidePages", "explain_slide"]
+
+Array = np.ndarray
+_THUMBNAIL = 1400  # pixels of its longest side on the page
+_SHOWN = 10  # highest and random tiles on the page
+_PER_TILE = 8  # pixels of the map of a slide per side of a tile
+_INSIDE = 32  # the same where explainers look into tiles
+_AT_ONCE = 8  # tiles explained together
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidePages:
+    """What `explain_slide` wrote, and what it found."""
+
+    files: dict[str, Path]
+    """Kind of file -> its path."""
+    prediction: str
+    probability: float
+    is_unseen: bool
+    """Whether the networks had seen no slide of this patient."""
+    deletion: dict[str, float]
+    """Map or control -> mean probability of the class while its highest tiles are taken out; lower is better."""
+    insertion: dict[str, float]
+    """The same while they are added; higher is better."""
+    inside: dict[str, float] = field(default_factory=dict[str, float])
+    """Map or control -> share of it in the annotations."""
+    chance: float = float("nan")
+    """Share of the tiles in the annotations."""
+
+    def columns(self) -> tuple[list[str], list[list[str]]]:
+        """A table with a row for each map and control."""
+        names = ["tiles by", "deletion", "insertion", *(["in the annotation"] if self.inside else [])]
+        lines = [
+            [
+                name,
+                f"{self.deletion[name]:.3f}",
+                f"{self.insertion[name]:.3f}",
+                *([f"{self.inside[name]:.3f}"] if self.inside else []),
+            ]
+            for name in self.deletion
+        ]
+        return names, lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One tile on the page."""
+
+    place: str
+    """Left and top, in pixels of the full resolution."""
+    attention: str
+    image: str
+    over: str
+    """The same under the map of the explainer."""
+
+
+def explain_slide(
+    run: SlideRun,
+    slide: Path,
+    bag: Bag,
+    network: nn.Module,
+    preprocess: Preprocess,
+    out: Path,
+    *,
+    target: str | None = None,
+    method: str = "grad_cam",
+    tiles: int = 50,
+    annotations: Path | None = None,
+    names: Sequence[str] = (),
+    seed: int = 0,
+) -> SlidePages:
+    """Write the map of a slide as NAME.geojson, NAME.csv, NAME.attention.ome.tif, NAME.METHOD.ome.tif and NAME.html.
+
+    Args:
+        run: trained bag classifiers. Those that saw slides of this patient in their training are left out.
+        slide: the file.
+        bag: its features, as the run's settings make them.
+        network: the network of the features.
+        preprocess: its normalization.
+        out: folder to write to; made if missing.
+        target: class to explain. None: the most probable.
+        method: explainer for the inside of the tiles with the highest attention.
+        tiles: how many of these.
+        annotations: a pathologist's annotations as GeoJSON, to compare with.
+        names: classifications of annotations that count; empty: all.
+        seed: of the random tiles.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: no such class or explainer, or annotations without an area.
+    """
+    runs.check_writable(out)
+    find_explainer(method)
+    if target is not None and target not in run.classes:
+        raise ValueError(f"expected a class out of {', '.join(run.classes)}; got {target!r}")
+    models = run.models(bag.name)
+    found = tile_values(bag, models, None if target is None else run.classes.index(target))
+    scored, others = found.scored(), controls(bag, seed)
+    deletion, insertion = (
+        {
+            name: area(*curve(bag, models, values, found.target, inserts=inserts))
+            for name, values in (scored | others).items()
+        }
+        for inserts in (False, True)
+    )
+    shares = None if annotations is None else annotated(annotations, bag.tiles, bag.size, names)
+    inside = {} if shares is None else {name: energy(values, shares) for name, values in (scored | others).items()}
+    best = highest(found.attention, max(tiles, _SHOWN))
+    random = np.random.default_rng(seed).permutation(len(bag))[:_SHOWN].tolist()
+    with open_slide(slide, bag.mpp) as opened:
+        sides = (bag.tiles.size, bag.tiles.size)
+        pixels = {i: opened.region(bag.tiles.box(i), sides) for i in dict.fromkeys([*best, *random])}
+        thumbnail = opened.overview(bag.mpp * max(1.0, max(bag.size) / _THUMBNAIL))
+    inner = _inner_maps(TileClassifier(network, models), preprocess, pixels, found.target, method)
+    name = bag.name.removesuffix(".tif").removesuffix(".tiff").removesuffix(".ome")
+    files = {kind: out / f"{name}{ending}" for kind, ending in _ENDINGS.items()}
+    files["inside"] = out / f"{name}.{method}.ome.tif"
+    write_geojson(files["tiles"], bag, scored)
+    write_table(files["table"], bag, scored | others | ({} if shares is None else {"annotated": shares}))
+    pixel = bag.tiles.extent / _PER_TILE
+    attention = raster(bag.tiles, found.attention[:, None, None], bag.size, pixel)
+    write_ome_tiff(files["attention"], colored(attention), bag.mpp * pixel)
+    fine = bag.tiles.extent / _INSIDE
+    some = bag.tiles.picked(best)
+    write_ome_tiff(
+        files["inside"], colored(raster(some, np.stack([inner[i] for i in best]), bag.size, fine)), bag.mpp * fine
+    )
+    pages = SlidePages(
+        files=files,
+        prediction=run.classes[int(found.probabilities.argmax())],
+        probability=float(found.probabilities.max()),
+        is_unseen=bag.name not in run.slides or len(models) < sum(max(parts) + 1 for parts in run.folds),
+        deletion=deletion,
+        insertion=insertion,
+        inside=inside,
+        chance=float("nan") if shares is None else float(shares.mean()),
+    )
+    shown = {
+        title: [_tile(bag, found, i, pixels[i], inner[i]) for i in places]
+        for title, places in (("highest", best[:_SHOWN]), ("random", random))
+    }
+    page = template("slide.html").render(
+        name=bag.name,
+        run=run,
+        target=run.classes[found.target],
+        pages=pages,
+        bag=bag,
+        method=method,
+        controls=[*others],
+        probabilities=dict(zip(run.classes, found.probabilities.tolist(), strict=True)),
+        thumbnail=_jpeg(thumbnail),
+        size=thumbnail.shape[:2],
+        attention=_over(attention),
+        evidence=_over(raster(bag.tiles, found.evidence[:, None, None], bag.size, pixel)),
+        shown=shown,
+        colors=(color_stops(), color_stops(signed=True)),
+        facts={"slide": str(slide), "run": str(run.folder), "tiles": len(bag), **run.settings, **runs.surroundings()},
+    )
+    runs.write(files["page"], page.encode())
+    return pages
+
+
+_ENDINGS = {"page": ".html", "tiles": ".geojson", "table": ".csv", "attention": ".attention.ome.tif"}
+
+
+def _inner_maps(
+    model: TileClassifier, preprocess: Preprocess, pixels: dict[int, UInt8[Array, "h w 3"]], target: int, method: str
+) -> dict[int, Float[Array, "h w"]]:
+    """Map of each tile on its own."""
+    model = model.eval()
+    device = next(model.network.parameters()).device
+    places = [*pixels]
+    found: dict[int, Float[Array, "h w"]] = {}
+    for start in range(0, len(places), _AT_ONCE):
+        some = places[start : start + _AT_ONCE]
+        images = torch.from_numpy(np.stack([pixels[i] for i in some])).movedim(-1, 1).to(device)
+        drawn = explain(model.to(device), normalize(images, preprocess), target, [method])[method]
+        found |= {i: one[0].cpu().numpy() for i, one in zip(some, drawn, strict=True)}
+    return found
+
+
+def _tile(bag: Bag, found: TileValues, place: int, pixels: UInt8[Array, "h w 3"], over: Float[Array, "h w"]) -> Tile:
+    image: Tensor = torch.from_numpy(pixels.copy()).movedim(-1, 0)[None]
+    raw = torch.from_numpy(over.astype(np.float32))[None, None]
+    drawn = maps.overlay(image, raw, signed=bool((raw < 0).any()))[0, 0].movedim(0, -1).numpy()
+    left, top = bag.tiles.corners[place]
+    times = found.attention[place] * len(bag)
+    return Tile(
+        place=f"{left:,.0f}, {top:,.0f}",
+        attention=f"{times:.3g} times the mean",
+        image=picture(pixels),
+        over=picture(np.ascontiguousarray(drawn)),
+    )
+
+
+def _jpeg(pixels: UInt8[Array, "h w 3"]) -> str:
+    return picture(pixels, max(pixels.shape[:2]))
+
+
+def _over(values: Float[Array, "h w"]) -> str:
+    """A raster as a picture that is transparent where there is no tile."""
+    drawn = np.dstack([colored(values), np.where(np.isnan(values), 0, 255).astype(np.uint8)])
+    file = io.BytesIO()
+    Image.fromarray(drawn).save(file, "PNG", optimize=True)
+    return uri("png", file.getvalue())
