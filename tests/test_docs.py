@@ -10,6 +10,7 @@ commands and not run.
 
 import doctest
 import io
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.slide_files import pyramid
 
 from sightline import bench, cli, recipe
 from sightline.options import parse as parse_options
@@ -70,7 +72,8 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Path:
-    """The folder of a reader of the docs: recipes, examples, `photos` of three classes, `new-photos`, weights; offline.
+    """The folder of a reader: recipes, examples, `photos` of three classes, `new-photos`, weights, and
+    `slides` with `slides.csv` and `annotations`; offline.
 
     A reader has no shape checker either, and sees the package's own errors.
     """
@@ -86,6 +89,20 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> 
         if number < 3:
             (tmp_path / "new-photos").mkdir(exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / "new-photos" / f"{number}.jpg")
+
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "annotations").mkdir()
+    lines = ["slide,label,patient"]
+    for number, patient in enumerate("abcd"):
+        pixels = np.full((640, 640, 3), 240, dtype=np.uint8)
+        stains = ((190, 110, 170), (140, 80, 160))
+        pixels[:, :320] = rng.normal(stains[number % 2], 20, (640, 320, 3)).clip(0, 255)
+        pyramid(tmp_path / "slides" / f"{patient}-1.tif", pixels, 2)
+        lines.append(f"{patient}-1.tif,{('tumor', 'healthy')[number % 2]},{patient}")
+        ring = [[0, 0], [100, 0], [100, 100], [0, 100], [0, 0]]
+        area = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}}
+        (tmp_path / "annotations" / f"{patient}-1.geojson").write_text(json.dumps([area]))
+    (tmp_path / "slides.csv").write_text("\n".join(lines))
 
     import timm
 
@@ -135,7 +152,7 @@ def check_command(words: list[str], note: str, place: str) -> None:
     elif program == "pip":
         assert arguments[0] == "install", place
         extras = re.findall(r"\[(\w+)\]", " ".join(arguments))
-        assert set(extras) <= {"train", "export", "serve", "docs", "dev"}, place
+        assert set(extras) <= {"train", "slides", "export", "serve", "docs", "dev"}, place
     elif program == "curl":
         request(arguments, place)
     elif program in (".venv/bin/python", "python"):

@@ -95,7 +95,7 @@ class Slide:
         y, y_end = _read(part[1], part[3], height if margin else None, level.height)
         pixels = self._source.read(index, x, y, x_end - x, y_end - y)
         inner = (part[0] - x, part[1] - y, part[2] - x, part[3] - y)
-        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, inner))
+        return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, inner))
 
     def overview(self, mpp: float) -> UInt8[Array, "h w 3"]:
         """The whole slide at a coarse resolution, read in blocks: memory is bounded also where coarse levels lack.

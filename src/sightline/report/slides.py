@@ -200,21 +200,26 @@ _ENDINGS = {"page": ".html", "tiles": ".geojson", "table": ".csv", "attention": 
 
 def _inner_maps(
     model: TileClassifier, preprocess: Preprocess, pixels: dict[int, UInt8[Array, "h w 3"]], target: int, method: str
-) -> dict[int, Float[Array, "h w"]]:
+) -> dict[int, Float[Array, "map_h map_w"]]:
     """Map of each tile on its own."""
-    model = model.eval()
     device = next(model.network.parameters()).device
+    model = model.to(device).eval()
+    tile = normalize(torch.from_numpy(next(iter(pixels.values()))).movedim(-1, 0)[None].to(device), preprocess)
+    # several bag classifiers are too many layers for finding the last feature map from the logits
+    layer = explain(model.network, tile, methods=["activation_map"]).layer.name
     places = [*pixels]
-    found: dict[int, Float[Array, "h w"]] = {}
-    for start in range(0, len(places), _AT_ONCE):
-        some = places[start : start + _AT_ONCE]
+    found: dict[int, Float[Array, "map_h map_w"]] = {}
+    for first in range(0, len(places), _AT_ONCE):
+        some = places[first : first + _AT_ONCE]
         images = torch.from_numpy(np.stack([pixels[i] for i in some])).movedim(-1, 1).to(device)
-        drawn = explain(model.to(device), normalize(images, preprocess), target, [method])[method]
+        drawn = explain(model, normalize(images, preprocess), target, [method], f"network.{layer}")[method]
         found |= {i: one[0].cpu().numpy() for i, one in zip(some, drawn, strict=True)}
     return found
 
 
-def _tile(bag: Bag, found: TileValues, place: int, pixels: UInt8[Array, "h w 3"], over: Float[Array, "h w"]) -> Tile:
+def _tile(
+    bag: Bag, found: TileValues, place: int, pixels: UInt8[Array, "h w 3"], over: Float[Array, "map_h map_w"]
+) -> Tile:
     image: Tensor = torch.from_numpy(pixels.copy()).movedim(-1, 0)[None]
     raw = torch.from_numpy(over.astype(np.float32))[None, None]
     drawn = maps.overlay(image, raw, signed=bool((raw < 0).any()))[0, 0].movedim(0, -1).numpy()

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
+from sightline.checks import missing
 from sightline.data.slides import Tiles, shares_of
 from sightline.inference import features_of
 from sightline.slides.bags import Bag
@@ -135,22 +136,26 @@ def annotated(file: Path, tiles: Tiles, size: tuple[int, int], names: Sequence[s
         OSError: no such file.
         ValueError: it is no GeoJSON, or has no area of these names.
     """
+    try:
+        from skimage.draw import polygon
+    except ImportError as error:
+        raise missing("reading annotations needs scikit-image", "slides") from error
     scale = _PER_TILE / tiles.extent
-    height, width = (max(1, round(side * scale)) for side in size)
-    mask = Image.new("1", (width, height))
-    across, down = width / size[1], height / size[0]
+    shape = tuple(max(1, round(side * scale)) for side in size)
+    down, across = shape[0] / size[0], shape[1] / size[1]
+    mask = np.zeros(shape, dtype=bool)
     found = False
     for rings in _polygons(file, names):
         found = True
-        one = Image.new("1", (width, height))
-        draw = ImageDraw.Draw(one)
-        for place, ring in enumerate(rings):
-            draw.polygon([(x * across - 0.5, y * down - 0.5) for x, y, *_ in ring], fill=place == 0)
-        mask.paste(1, mask=one)
+        one = np.zeros(shape, dtype=bool)
+        for ring in rings:  # the first is the outline, the others are holes
+            x, y = np.array([point[:2] for point in ring], dtype=float).T
+            one[polygon(y * down - 0.5, x * across - 0.5, shape)] ^= True
+        mask |= one
     if not found:
         among = f" named {' or '.join(names)}" if names else ""
         raise ValueError(f"{file}: expected annotations with an area{among}, got none; export them from QuPath")
-    return shares_of(np.asarray(mask), tiles.corners, tiles.extent, size)
+    return shares_of(mask, tiles.corners, tiles.extent, size)
 
 
 def _polygons(file: Path, names: Sequence[str]) -> Iterator[list[Any]]:

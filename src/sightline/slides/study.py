@@ -100,7 +100,9 @@ class Training:
             raise ValueError(f"expected a pooling out of {', '.join(POOLINGS)}; got {wrong!r}")
 
 
-def folds_of(labels: Int[Array, " n"], patients: Sequence[str], count: int, seed: int) -> Int[Array, " n"]:
+def folds_of(
+    labels: Int[Array, " n"], patients: Sequence[str], count: int, seed: int, classes: Sequence[str] = ()
+) -> Int[Array, " n"]:
     """The part of each slide: no patient is in two, and classes are spread as evenly as that allows.
 
     Raises:
@@ -113,7 +115,8 @@ def folds_of(labels: Int[Array, " n"], patients: Sequence[str], count: int, seed
     named = np.array(patients)
     for kind in np.unique(labels):
         if len(np.unique(named[labels == kind])) < 2:
-            raise ValueError(f"expected two patients or more of each class, got one of class {kind}; add slides")
+            name = classes[kind] if classes else f"class {kind}"
+            raise ValueError(f"expected two patients or more of each class, got one of {name}; add slides")
     count = min(count, min(len(np.unique(named[labels == kind])) for kind in np.unique(labels)))
     parts = np.empty(len(labels), dtype=int)
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
@@ -297,7 +300,7 @@ def train(
         raise ValueError(f"expected bags made in one way, got others in {other.name}; choose another folder")
     vectors = [bag.features for bag in loaded]
     targets = torch.from_numpy(labels)
-    folds = [folds_of(labels, patients, how.folds, seed) for seed in range(how.seeds)]
+    folds = [folds_of(labels, patients, how.folds, seed, table.classes) for seed in range(how.seeds)]
     classes = len(table.classes)
     found = {name: np.zeros((how.seeds, len(slides), classes)) for name in how.poolings}
     total = len(how.poolings) * sum(int(parts.max()) + 1 for parts in folds)

@@ -1,0 +1,148 @@
+"""`sightline slides`: a folder and a table become a run, maps and a page; bad input is one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("openslide")
+
+from tests.slide_files import pyramid
+
+import sightline as sl
+from sightline import cli
+
+PINK, VIOLET, GLASS = (220, 120, 180), (120, 60, 160), (240, 240, 240)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slides of six patients: pink tissue; every second has one violet tile, at row 1 and column 2."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "slides").mkdir()
+    lines = ["slide,label,patient"]
+    for i in range(6):
+        colors = np.array([[PINK] * 4] * 3, dtype=np.uint8)
+        colors[2, 3] = GLASS
+        if i % 2:
+            colors[1, 2] = VIOLET
+        pixels = np.repeat(np.repeat(colors, 64, 0), 64, 1)
+        pyramid(folder / "slides" / f"s{i}.tif", pixels, 1, 8.0)
+        lines.append(f"s{i}.tif,{'tumor' if i % 2 else 'healthy'},p{i}")
+    (folder / "slides.csv").write_text("\n".join(lines))
+    torch.manual_seed(0)
+    torch.save(sl.create_model("cifar_resnet").state_dict(), folder / "weights.pth")
+    square = [[128, 64], [192, 64], [192, 128], [128, 128], [128, 64]]
+    area = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [square]}}
+    (folder / "s1.geojson").write_text(json.dumps(area))
+    cli.main(command(folder))
+    return folder
+
+
+def command(folder: Path, **changes: str) -> list[str]:
+    options = {
+        "slides": str(folder / "slides"), "labels": str(folder / "slides.csv"), "model": "cifar_resnet",
+        "weights": str(folder / "weights.pth"), "size": "32", "tile-mpp": "16", "workers": "0", "folds": "3",
+        "repeats": "1", "epochs": "2", "out": str(folder / "run"),
+    } | changes  # fmt: skip
+    return ["slides", "train", *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+
+def failing(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    return error
+
+
+def test_a_second_call_reads_nothing_again(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(command(lab))
+    printed = capsys.readouterr().out
+    assert "features of 6 slides, all from before" in printed
+    assert "6 slides (3 healthy, 3 tumor) of 6 patients, 3 folds by" in printed and "attention" in printed
+
+
+def test_maps_and_page(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The planted tile is where the files say."""
+    slide = str(lab / "slides" / "s1.tif")
+    cli.main(
+        ["slides", "explain", str(lab / "run"), slide, "--target", "tumor", "--annotations", str(lab / "s1.geojson"),
+         "--out", str(lab / "maps"), "--workers", "0", "--inside", "3"]
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "in the annotation" in printed and "random tiles" in printed and "s1.html" in printed
+    names = {file.name for file in (lab / "maps").iterdir()}
+    assert names == {"s1.html", "s1.geojson", "s1.csv", "s1.attention.ome.tif", "s1.grad_cam.ome.tif"}
+    tiles = json.loads((lab / "maps" / "s1.geojson").read_text())["features"]
+    assert len(tiles) == 11
+    assert [[128, 64], [192, 64], [192, 128], [128, 128], [128, 64]] in [t["geometry"]["coordinates"][0] for t in tiles]
+    page = (lab / "maps" / "s1.html").read_text()
+    assert (
+        page.count("<h3>") == 2
+        and "had seen no slide of this patient" in page
+        and "http://" not in page.split("<body>")[1].replace("http://www.w3.org", "")
+    )
+    table = (lab / "maps" / "s1.csv").read_text().splitlines()
+    annotated = [line.split(",")[-1] for line in table[1:]]
+    assert sorted(map(float, annotated))[-1] == 1.0 and sum(map(float, annotated)) == 1.0
+
+
+def test_a_new_slide(lab: Path) -> None:
+    """Its features go beside its maps, not into the run."""
+    file = pyramid(lab / "new.tif", np.full((192, 256, 3), PINK, dtype=np.uint8), 1, 8.0)
+    cli.main(["slides", "explain", str(lab / "run"), str(file), "--out", str(lab / "new"), "--workers", "0"])
+    assert (lab / "new" / "bags" / "new.tif.safetensors").is_file() and (lab / "new" / "new.html").is_file()
+    assert not (lab / "run" / "bags" / "new.tif.safetensors").exists()
+
+
+def test_bad_input_of_training(lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    table = tmp_path / "other.csv"
+    for changes, reason in [
+        ({"slides": str(tmp_path / "none")}, f"no folder {tmp_path / 'none'}"),
+        ({"slides": str(tmp_path)}, f"none of the 6 slides of the table is in {tmp_path}; the first is s0.tif"),
+        ({"labels": str(tmp_path / "none.csv")}, "none.csv"),
+        ({"label": "grade"}, "expected a column 'grade', got slide, label, patient; rename one"),
+        ({"weights": str(tmp_path / "none.pth")}, "none.pth"),
+        ({"poolings": "sum"}, "expected a pooling out of attention, uniform, mean, max, top_k; got 'sum'"),
+        ({"tissue": "2"}, "expected a probability from 0 to 1, got '2'"),
+        ({"tile-mpp": "0"}, "expected a number above 0, got '0'"),
+        ({"overlap": "32"}, "expected an overlap from 0 to below the tile's 32 pixels, got 32; lower it"),
+        ({"tile-mpp": "4"}, "expected tiles of 8 micrometers per pixel or more"),
+        ({"folds": "1"}, "expected 2 folds or more"),
+    ]:
+        assert reason in failing(capsys, command(lab, out=out, **changes)), changes
+    table.write_text("slide,label,patient\ns0.tif,healthy,p\ns1.tif,tumor,q\ns2.tif,healthy,r\n")
+    assert "two patients or more of each class, got one of tumor" in failing(
+        capsys, command(lab, out=out, labels=str(table))
+    )
+    assert "choose another folder" in failing(capsys, command(lab, size="16"))
+    assert "expected --weights FILE" in failing(
+        capsys, [w for w in command(lab, out=out) if w not in ("--weights", str(lab / "weights.pth"))]
+    )
+    file = tmp_path / "file"
+    file.touch()
+    assert "is a file; expected a folder to write to" in failing(capsys, command(lab, out=str(file)))
+
+
+def test_bad_input_of_maps(lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slide, out = str(lab / "slides" / "s1.tif"), ["--out", str(tmp_path / "out"), "--workers", "0"]
+    start = ["slides", "explain", str(lab / "run"), slide, *out]
+    (tmp_path / "points.geojson").write_text(
+        '{"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}}'
+    )
+    for arguments, reason in [
+        ([*start, "--target", "cat"], "expected a class out of healthy, tumor; got 'cat'"),
+        ([*start, "--method", "grad_cams"], "did you mean 'grad_cam'?"),
+        ([*start, "--annotations", str(tmp_path / "points.geojson")], "expected annotations with an area, got none"),
+        ([*start, "--annotations", str(tmp_path / "none.geojson")], "none.geojson"),
+        (["slides", "explain", str(tmp_path), slide, *out], "expected a run of `sightline slides train`"),
+    ]:
+        assert reason in failing(capsys, arguments), arguments
+    (tmp_path / "bad.svs").write_bytes(b"no slide")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["slides", "explain", str(lab / "run"), str(tmp_path / "bad.svs"), *out])
+    assert stopped.value.code == 1 and "bad.svs: expected a slide" in capsys.readouterr().err
