@@ -1,0 +1,174 @@
+"""Does attention find the malignant regions of a slide, and from which share on does it help?
+
+Slides of scripts/make_slides.py, whose malignant regions are known:
+
+    python scripts/make_slides.py TILES SLIDES
+    python benchmarks/slides.py SLIDES lite0.pth [--out runs/slides]
+
+Features are those of EfficientNet-Lite0 with ImageNet weights, at the tiles' own resolution; they are kept per slide,
+and a second start continues. Each slide is predicted by networks that saw no slide of its patient. Figures:
+
+- AUROC of each pooling, of all slides and of the malignant slides with one share against all benign ones;
+- of the malignant slides, share of the map in the malignant regions, beside chance and the controls, and the areas of
+  the deletion and insertion curves over tiles; means over slides. All intervals resample patients.
+
+With --large FILE, also the time per 1,000 tiles by part and the peak memory for one large slide, in a process of its
+own. The results are written into results/slides.json.
+"""
+
+import argparse
+import csv
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import RESULTS, hardware, keep_freed_memory
+
+from sightline import runs
+from sightline.metrics.uncertainty import mean_interval
+from sightline.slides import bags, networks, study
+from sightline.slides.maps import annotated, area, controls, curve, energy, tile_values
+
+MPP = 0.62
+
+
+def auroc_table(run: study.SlideRun, shares: np.ndarray) -> dict[str, Any]:
+    """Share ("all", or of the malignant tissue) -> pooling -> AUROC, and difference to the control."""
+    found: dict[str, Any] = {}
+    labels = np.array(run.labels)
+    for share in ("all", *sorted(set(shares[labels == 1].tolist()))):
+        rows = np.flatnonzero((labels == 0) | (shares == share) | (share == "all"))
+        by_name = {name: run.probabilities(name)[:, rows] for name in run.training["poolings"]}
+        own, differences = study.auroc_intervals(by_name, labels[rows], [run.patients[i] for i in rows])
+        found[str(share)] = {
+            name: {"auroc": plain(own[name]), "to uniform": plain(differences[name]) if name in differences else None}
+            for name in by_name
+        }
+    return found
+
+
+def map_table(run: study.SlideRun, folder: Path, shares: np.ndarray) -> dict[str, Any]:
+    """Share of the malignant tissue -> map or control -> energy, deletion and insertion, and chance."""
+    values: dict[str, dict[str, dict[str, list[float]]]] = {}
+    patients: dict[str, list[str]] = {}
+    for i, slide in enumerate(run.slides):
+        if not run.labels[i]:
+            continue
+        bag, models = bags.read_bag(run.folder / "bags" / f"{slide}.safetensors"), run.models(slide)
+        found = tile_values(bag, models, 1)
+        inside = annotated(folder / f"{slide.split('.')[0]}.geojson", bag.tiles, bag.size)
+        for share in ("all", str(shares[i])):
+            patients.setdefault(share, []).append(run.patients[i])
+            of_share = values.setdefault(share, {})
+            for name, one in (found.scored() | controls(bag)).items():
+                of_name = of_share.setdefault(name, {})
+                of_name.setdefault("energy", []).append(energy(one, inside))
+                of_name.setdefault("deletion", []).append(area(*curve(bag, models, one, 1)))
+                of_name.setdefault("insertion", []).append(area(*curve(bag, models, one, 1, inserts=True)))
+            of_share.setdefault("chance", {}).setdefault("energy", []).append(float(inside.mean()))
+    return {
+        share: {
+            name: {
+                figure: plain(mean_interval(np.array(one), np.array(patients[share])))
+                for figure, one in figures.items()
+            }
+            for name, figures in of_share.items()
+        }
+        for share, of_share in values.items()
+    }
+
+
+def plain(interval: Any) -> list[float]:
+    return [round(float(value), 4) for value in (interval.value, interval.low, interval.high)]
+
+
+def large(file: Path, weights: str, out: Path, workers: int) -> None:
+    """Features of one slide, in this process; prints time by part and the peak memory."""
+    keep_freed_memory()
+    network, preprocess, identity = networks.open_network("tf_efficientnet_lite0", weights)
+    written = bags.write_bags([file], out, network, preprocess, bags.Grid(mpp=MPP), made_by=identity, workers=workers)
+    peaks = {
+        who: resource.getrusage(getattr(resource, who)).ru_maxrss / 2**20 for who in ("RUSAGE_SELF", "RUSAGE_CHILDREN")
+    }
+    print(json.dumps({"tiles": written.tiles, "seconds": written.seconds, "peak GB": peaks, "workers": workers}))
+
+
+def lines(results: dict[str, Any]) -> Iterator[str]:
+    """Markdown tables."""
+    yield "| malignant tissue | pooling | AUROC | to uniform weights |\n|---|---|---|---|"
+    for share, by_name in results["auroc"].items():
+        for name, one in by_name.items():
+            to_uniform = span(one["to uniform"]) if one["to uniform"] else "-"
+            yield f"| {share} | {name} | {span(one['auroc'])} | {to_uniform} |"
+    yield "\n| malignant tissue | map | in the regions | deletion | insertion |\n|---|---|---|---|---|"
+    for share, by_name in results["maps"].items():
+        for name, one in by_name.items():
+            shown = [span(one[figure]) if figure in one else "-" for figure in ("energy", "deletion", "insertion")]
+            yield f"| {share} | {name} | {' | '.join(shown)} |"
+
+
+def span(values: list[float]) -> str:
+    return f"{values[0]:.3f} [{values[1]:.3f}, {values[2]:.3f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slides", type=Path)
+    parser.add_argument("weights")
+    parser.add_argument("--out", type=Path, default=Path("runs/slides"), help="run folder (runs/slides)")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--large", type=Path, help="a large slide, for time and memory")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        large(options.large, options.weights, options.out, options.workers)
+        return
+    keep_freed_memory()
+    file = RESULTS / "slides.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    table = study.read_labels(options.slides / "slides.csv")
+    shares = shares_of(options.slides / "slides.csv")
+    network, preprocess, identity = networks.open_network("tf_efficientnet_lite0", options.weights)
+    files = study.slide_files(options.slides, table.slides)
+    told = ""
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal told
+        if what != told:
+            told = what
+            print(what, flush=True)
+
+    written = bags.write_bags(
+        files, options.out / "bags", network, preprocess, bags.Grid(mpp=MPP), made_by=identity,
+        workers=options.workers, progress=tell,
+    )  # fmt: skip
+    run = study.train(
+        written.files, table, options.out, network=("tf_efficientnet_lite0", options.weights), progress=tell
+    )
+    of_run = np.array([shares[slide] for slide in run.slides])
+    results |= {"slides": len(run.slides), "tiles": sum(len(bags.read_bag(f)) for f in written.files.values())}
+    results |= {"auroc": auroc_table(run, of_run), "maps": map_table(run, options.slides, of_run)}
+    if options.large:
+        results["large"] = []
+        for workers in (0, 1):
+            command = [sys.executable, __file__, str(options.slides), options.weights, "--large", str(options.large)]
+            command += ["--alone", "--workers", str(workers), "--out", str(options.out / f"large-{workers}")]
+            found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            results["large"].append(json.loads(found))
+    results |= {"hardware": hardware(), "versions": runs.surroundings()["versions"]}
+    runs.write(file, json.dumps(results, indent=1).encode())
+    print(*lines(results), sep="\n")
+
+
+def shares_of(file: Path) -> dict[str, float]:
+    with file.open(newline="") as opened:
+        return {row["slide"]: float(row["share"]) for row in csv.DictReader(opened)}
+
+
+if __name__ == "__main__":
+    main()
