@@ -155,6 +155,7 @@ def annotation(painter: Painter) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Read the tiles, then build the slides that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tiles", type=Path)
     parser.add_argument("out", type=Path)
