@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,9 +34,9 @@ class Hub:
     def files(self, name: str) -> dict[str, bytes]:
         return list(self.repositories[name].commits.values())[-1]
 
-    def commit(self, name: str, files: dict[str, bytes]) -> str:
+    def commit(self, name: str, files: dict[str, bytes], deleted: Collection[str] = ()) -> str:
         repository = self.repositories.setdefault(name, Repository())
-        new = self.files(name) | files
+        new = {path: content for path, content in (self.files(name) | files).items() if path not in deleted}
         oid = hashlib.sha1(repr((len(repository.commits), sorted(new.items()))).encode()).hexdigest()
         repository.commits[oid] = new
         return oid
@@ -107,13 +107,16 @@ def hub() -> Generator[Hub]:
                 self.reply(200, {"files": modes})
             elif found := re.fullmatch(r"/api/models/(.+)/commit/main", path):
                 lines = [json.loads(line) for line in body.splitlines()]
-                values = {line["value"]["path"]: line["value"] for line in lines if line["key"] != "header"}
+                values = {line["value"]["path"]: line["value"] for line in lines if line["key"].endswith("ile")}
+                deleted = {path for path in values if {"key": "deletedFile", "value": {"path": path}} in lines}
                 oid = served.commit(
                     found[1],
                     {
                         name: base64.b64decode(value["content"]) if "content" in value else served.large[value["oid"]]
                         for name, value in values.items()
+                        if name not in deleted
                     },
+                    deleted,
                 )
                 self.reply(200, {"commitUrl": f"{served.url}/{found[1]}/commit/{oid}", "commitOid": oid})
             else:

@@ -19,7 +19,7 @@ from sightline.models.scale_and_shift import ScaleAndShift
 from sightline.recipe import Augment, Data, Model, Optim, Recipe
 from sightline.tasks.new_classes import half_width
 from sightline.training import Schedule, episodic, fit, meta_transfer, prototypical
-from sightline.training.episodic import BASE_LEARNER, BaseLearner, read_base_learner
+from sightline.training.episodic import BaseLearner, read_base_learner
 
 LISTS = {"train": ["ant", "bee", "crab", "dog"], "val": ["eel", "fox"], "test": ["gnu", "hare", "ibis"]}
 SHORT = Schedule(epochs=2, episodes=3, ways=2, queries=4, validation=5)
@@ -281,6 +281,6 @@ def test_a_run_without_a_base_learner_has_none(run):
 
 
 def test_a_damaged_base_learner_is_refused(tmp_path):
-    (tmp_path / BASE_LEARNER).write_bytes(runs.pack({"weight": torch.zeros(2, 2)}, {}))
+    (tmp_path / runs.BASE_LEARNER).write_bytes(runs.pack({"weight": torch.zeros(2, 2)}, {}))
     with pytest.raises(ValueError, match="is damaged: no 'bias'"):
         read_base_learner(tmp_path)

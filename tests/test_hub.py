@@ -19,6 +19,7 @@ from tests.hub_stand_in import Hub, Repository, hub
 import sightline as sl
 from sightline import cli, models, runs
 from sightline.data import Preprocess
+from sightline.facts import Interval
 from sightline.recipe import Data, Model, Optim, Recipe
 
 # huggingface_hub's own upload of large files to a hub that does not speak Xet
@@ -111,6 +112,45 @@ def test_a_run_goes_to_the_hub_and_comes_back(
     wanted = runs.load_model(run.folder)(images)
     assert torch.equal(sl.load(tmp_path / "back")(images), wanted)
     assert torch.equal(sl.load("hub:jane/slides")(images), wanted)
+
+
+def test_a_run_with_everything_loses_what_is_named_and_nothing_else(
+    run: runs.Run, served: Hub, tmp_path: Path
+) -> None:
+    everything = replace(
+        run,
+        recipe=replace(PRIVATE, data=Data(source="clutter"), model=replace(PRIVATE.model, weights=None), optim=Optim()),
+        preprocess=replace(run.preprocess, crop=0.875, interpolation="bicubic"),
+        info={"command": "sightline train", "training": "by its own stages"},
+        notices=["3 images of clinic-7 are copies"],
+        probe=Interval(value=0.5, low=0.25, high=0.75, n=8),
+    )
+    runs.save(everything)
+    learner = runs.pack({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, {"steps": 3, "lr": 0.5})
+    runs.write(run.folder / runs.BASE_LEARNER, learner)
+    sl.hub.push(run.folder, "jane/slides")
+    back = sl.hub.pull("jane/slides", tmp_path / "back")
+    assert back == replace(everything, folder=back.folder, notices=[], skipped=[])
+    assert (back.folder / runs.BASE_LEARNER).read_bytes() == learner
+    (run.folder / runs.BASE_LEARNER).unlink()
+    sl.hub.push(run.folder, "jane/slides")
+    assert runs.BASE_LEARNER not in served.files("jane/slides")  # it belonged to the earlier run
+
+
+def test_a_network_of_your_own_goes_to_the_hub_and_comes_back(run: runs.Run, served: Hub, tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 24 * 20, 2))
+    model = Model(name=runs.own_name(network))
+    runs.save(replace(run, recipe=replace(PRIVATE, model=model)), network.state_dict())
+    sl.hub.push(run.folder, "jane/own")
+    sl.hub.pull("jane/own", tmp_path / "back")
+    images = torch.randn(2, 3, 24, 20)
+    for source in ("hub:jane/own", tmp_path / "back"):
+        assert torch.equal(sl.load(source, model=network)(images), network(images))
+    card = served.files("jane/own")["README.md"].decode()
+    assert 'sl.load("hub:jane/own", model=...)' in card and "sightline pull" not in card and "own:" not in card
+    runs.write(run.folder / "model.safetensors", b"cut")
+    with pytest.raises(ValueError, match="is damaged"):
+        sl.hub.push(run.folder, "jane/own")
 
 
 def test_only_five_files_are_published_and_nothing_of_the_machine(run: runs.Run, served: Hub) -> None:

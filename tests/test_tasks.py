@@ -55,6 +55,16 @@ def test_a_figure_draws_groups_together():
     assert together.high - together.low > alone.high - alone.low
 
 
+def test_groups_are_not_called_units(tmp_path):
+    grouped = Figure(values=np.array([0.0, 1.0, 1.0, math.nan]), unit="queries", groups=np.array([0, 0, 1, 1]), of="ids")
+    outcome = Outcome(task="toy", figures={"hit": grouped, "alone": replace(grouped, groups=None)}, names={})
+    assert [line[-1] for line in outcome.table()[1]] == ["3 queries of 2 ids", "3 queries"]
+    outcome.to_json(tmp_path / "toy.json")
+    hit, alone = json.loads((tmp_path / "toy.json").read_text())["figures"].values()
+    assert (hit["n"], hit["unit"], hit["groups"], hit["of"], hit["undefined"]) == (3, "queries", 2, "ids", 1)
+    assert (alone["n"], alone["unit"], alone["groups"], alone["of"]) == (3, "queries", None, None)
+
+
 @pytest.mark.usefixtures("task")
 def test_the_verb_prints_and_writes_the_figures(run, tmp_path, capsys):
     cli.main(["task", "top_k", str(run.folder), "--task.k", "10", "--out", str(tmp_path)])

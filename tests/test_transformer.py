@@ -13,6 +13,7 @@ import sightline as sl
 from sightline.attention.transformer import SpatialTransformer, Window
 from sightline.explainers import attention_maps
 from sightline.facts import Notice
+from sightline.models.create import tell_of_window
 
 
 def inputs(batch=2, channels=3, size=(5, 7), dtype=torch.float32):
@@ -222,25 +223,24 @@ def test_a_transformer_in_front_of_a_network(tmp_path, unchecked):
     """The network keeps its names; a run of it loads; the window is its attention; weights without one are taken."""
     options = {"depth": 8, "width": 0.5}
     plain = sl.create_model("cifar_resnet", num_classes=3, **options).eval()
+    tell_of_window.cache_clear()
     with pytest.warns(Notice, match="maps of layers show the window that the spatial transformer cuts out"):
         model = sl.create_model("cifar_resnet", num_classes=3, spatial_transformer={"hidden": 4}, **options).eval()
     added = model.state_dict().keys() - plain.state_dict().keys()
     assert added and all(name.startswith("spatial_transformer.") for name in added)
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
     images = torch.rand(2, 3, 32, 32)
-    with pytest.warns(Notice):
-        given = sl.create_model(
-            "cifar_resnet", num_classes=3, weights=tmp_path / "plain.pth", spatial_transformer={"hidden": 4}, **options
-        ).eval()
+    given = sl.create_model(  # told once per process: a study makes many
+        "cifar_resnet", num_classes=3, weights=tmp_path / "plain.pth", spatial_transformer={"hidden": 4}, **options
+    ).eval()
     assert torch.allclose(given(images), plain(images), atol=1e-4)
     given.spatial_transformer.affine.bias.data.copy_(torch.tensor([0.5, 0.0, 0.5, 0.0, 0.5, -0.5]))
     assert torch.allclose(given(images), plain(given.spatial_transformer(images)), atol=1e-6)
     assert not torch.allclose(given(images), plain(images), atol=1e-3)
     torch.save(given.state_dict(), tmp_path / "given.pth")
-    with pytest.warns(Notice):
-        again = sl.create_model(
-            "cifar_resnet", num_classes=3, weights=tmp_path / "given.pth", spatial_transformer={"hidden": 4}, **options
-        ).eval()
+    again = sl.create_model(
+        "cifar_resnet", num_classes=3, weights=tmp_path / "given.pth", spatial_transformer={"hidden": 4}, **options
+    ).eval()
     assert torch.equal(again(images), given(images))
     window = sl.attention_maps(given, images)["spatial_transformer"]
     assert window[:, :, :16, 16:].all() and window.sum() == 2 * 16 * 16  # the upper right quarter

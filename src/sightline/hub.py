@@ -20,6 +20,8 @@ from sightline.data.hugging_face import ALIASES
 PREFIX = "hub:"
 _WEIGHTS = "model.safetensors"
 _FACTS = ("recipe.yaml", "metrics.csv", "run.json")
+_MORE = (runs.BASE_LEARNER,)
+"""Files that only some runs have."""
 _LISTED = 30  # classes named in the card
 _READS = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
 """Options that make timm read or write the files a recipe names, which might be pickles."""
@@ -45,9 +47,9 @@ def load(source: Path | str, model: runs.Own | None = None) -> nn.Module:
 def push(folder: Path | str, name: str, private: bool = False) -> str:
     """Upload a run to a repository of the hub, which is created if it is missing, and return its address.
 
-    Uploaded are model.safetensors, recipe.yaml, run.json, metrics.csv and README.md, a model card written from the
-    run and its evaluation.json. Paths (data, class lists, options, weights, teacher, command) are shortened to their
-    last part, and the list of unreadable images is left out.
+    Uploaded are model.safetensors, recipe.yaml, run.json, metrics.csv, base_learner.safetensors if there is one, and
+    README.md, a model card written from the run and its evaluation.json. Paths (data, class lists, options, weights,
+    teacher, command) are shortened to their last part, and the list of unreadable images is left out.
 
     Args:
         folder: the run.
@@ -67,7 +69,7 @@ def push(folder: Path | str, name: str, private: bool = False) -> str:
         )
     run = runs.open_run(folder)
     _refuse_files(run)
-    runs.load_model(folder)
+    _check_weights(run)
     if huggingface_hub.get_token() is None:
         raise PermissionError("expected a Hugging Face token to push, found none; log in: hf auth login")
     public = _public(run)
@@ -79,10 +81,13 @@ def push(folder: Path | str, name: str, private: bool = False) -> str:
         else:
             api.create_repo(name, private=private or None, exist_ok=True)
         runs.save(replace(public, folder=Path(temporary)))
-        files = {file: Path(temporary, file) for file in _FACTS} | {_WEIGHTS: run.folder / _WEIGHTS}
+        files = {file: Path(temporary, file) for file in _FACTS}
+        files |= {file: run.folder / file for file in (_WEIGHTS, *_MORE) if (run.folder / file).is_file()}
         contents = {**files, "README.md": readme.encode()}
-        additions = [huggingface_hub.CommitOperationAdd(file, content) for file, content in contents.items()]
-        api.create_commit(name, additions, commit_message="A run of sightline")
+        changes: list[Any] = [huggingface_hub.CommitOperationAdd(file, content) for file, content in contents.items()]
+        left = [file for file in _MORE if file not in files and api.file_exists(name, file)]  # of an earlier run
+        changes += [huggingface_hub.CommitOperationDelete(file) for file in left]
+        api.create_commit(name, changes, commit_message="A run of sightline")
     return f"{api.endpoint}/{name}"
 
 
@@ -102,8 +107,9 @@ def pull(name: str, out: Path | str) -> runs.Run:
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose a new folder")
     folder = fetch(name)
-    runs.load_model(folder)
-    for file in (_WEIGHTS, *_FACTS):  # run.json last: an incomplete copy is no run
+    _check_weights(runs.open_run(folder))
+    more = [file for file in _MORE if (folder / file).is_file()]
+    for file in (_WEIGHTS, *more, *_FACTS):  # run.json last: an incomplete copy is no run
         runs.write(out / file, (folder / file).read_bytes())
     return runs.open_run(out)
 
@@ -111,7 +117,7 @@ def pull(name: str, out: Path | str) -> runs.Run:
 def fetch(name: str) -> Path:
     """Download the run of a hub repository into the cache and return its folder; without network, the cached one.
 
-    Only the four data files of a run are downloaded, the weights only if the others are those of a run.
+    Only the data files of a run are downloaded, the weights only if the others are those of a run.
 
     Args:
         name: OWNER/NAME or OWNER/NAME@REVISION.
@@ -129,7 +135,7 @@ def fetch(name: str) -> Path:
     _check_files(folder, _FACTS, name)
     _refuse_files(runs.open_run(folder))
     with _errors_of(f"weights of {name}"):  # the folder is named by its commit
-        huggingface_hub.snapshot_download(repository, revision=folder.name, allow_patterns=[_WEIGHTS])
+        huggingface_hub.snapshot_download(repository, revision=folder.name, allow_patterns=[_WEIGHTS, *_MORE])
         if not (folder / _WEIGHTS).is_file():
             huggingface_hub.HfApi().file_exists(repository, _WEIGHTS, revision=folder.name)  # raises without network
     _check_files(folder, (_WEIGHTS,), name)
@@ -147,6 +153,8 @@ def card(run: runs.Run, name: str, evaluation: dict[str, Any] | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     network, source, title = run.recipe.model.name, run.recipe.data.source, name.partition("/")[2]
+    own = ", model=..." if network.startswith(runs.OWN) else ""
+    network = network.removeprefix(runs.OWN)
     parameters = f", {run.info['parameters']} parameters" if "parameters" in run.info else ""
     more = f" and {len(run.classes) - _LISTED} more, see run.json" if len(run.classes) > _LISTED else ""
     accuracy = _accuracy(run, evaluation)
@@ -178,8 +186,9 @@ def card(run: runs.Run, name: str, evaluation: dict[str, Any] | None) -> str:
         f"An image classifier: `{network}`{parameters}, trained with sightline. "
         f"{len(run.classes)} classes: {', '.join(run.classes[:_LISTED])}{more}.",
         "## Load it",
-        f'```python\nimport sightline as sl\n\nmodel = sl.load("{PREFIX}{name}")  # normalized images to logits\n```',
-        f"```bash\nsightline pull {name} --out run\nsightline explain run photo.jpg --methods grad_cam --out maps\n```",
+        f'```python\nimport sightline as sl\n\nmodel = sl.load("{PREFIX}{name}"{own})  # normalized images to logits\n```',
+        "" if own else f"```bash\nsightline pull {name} --out run\nsightline explain run photo.jpg --methods grad_cam "
+        "--out maps\n```",
         f"The input is the image in red, green and blue, {run.preprocess}, divided by 255, minus "
         f"{[*run.preprocess.mean]}, divided by {[*run.preprocess.std]}. The logits are in the order of the classes.",
         "## How good it is",
@@ -279,6 +288,14 @@ def _refuse_files(run: runs.Run) -> None:
             f"expected a run whose weights are in model.safetensors, got one with the option {options[0]}; "
             "leave it out of the recipe"
         )
+
+
+def _check_weights(run: runs.Run) -> None:
+    """Refuse weights that are missing or damaged, or those of another network if this package can build the run's."""
+    if run.recipe.model.name.startswith(runs.OWN) and (run.folder / _WEIGHTS).is_file():
+        runs.unpack(run.folder / _WEIGHTS)
+    else:
+        runs.load_model(run.folder)
 
 
 def _check_target(name: str, repository: Any, private: bool) -> None:

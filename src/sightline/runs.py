@@ -32,6 +32,8 @@ Own = nn.Module | Callable[..., nn.Module]
 """A network of your own: a module, or a function or class that builds one (see `build`)."""
 OWN = "own:"
 """Start of the name of such a network in a recipe; what follows only tells its reader which one it was."""
+BASE_LEARNER = "base_learner.safetensors"
+"""File of a run of meta-transfer learning: where its base learner starts, and how it learns."""
 _TRANSFORMER_DECAY = 0.75
 _BLOCK_OPTIONS = ("attention", "attention_options", "high_resolution", "neck", "spatial_transformer")
 

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -143,13 +143,19 @@ def create_model(
     if spatial_transformer is not None and blocks_last:
         add_transformer(model, **spatial_transformer)
     if spatial_transformer is not None:
-        notice(
-            "maps of layers show the window that the spatial transformer cuts out, not the image; attention shows "
-            "where it lies, and saliency, occlusion and other methods on the pixels show the image"
-        )
+        tell_of_window()
     for text in notices:
         notice(text)
     return model
+
+
+@cache
+def tell_of_window() -> None:
+    """Tell, once per process, what maps of a network behind a spatial transformer show."""
+    notice(
+        "maps of layers show the window that the spatial transformer cuts out, not the image; attention shows "
+        "where it lies, and saliency, occlusion and other methods on the pixels show the image"
+    )
 
 
 def named_model(

@@ -10,7 +10,7 @@ from sightline import data, runs
 from sightline.facts import did_you_mean
 from sightline.models.few_shot import LEARNERS, Learner, episode_accuracies, features_at
 from sightline.tasks.outcome import Figure, Outcome, register
-from sightline.training.episodic import BASE_LEARNER, read_base_learner
+from sightline.training.episodic import read_base_learner
 
 META_TRANSFER = "base learner"
 
@@ -55,7 +55,7 @@ def few_shot(
     Differs: Bertinetto et al. test with 10,000 episodes.
     """
     own: dict[str, Learner] = (
-        {META_TRANSFER: read_base_learner(run.folder)} if (run.folder / BASE_LEARNER).is_file() else {}
+        {META_TRANSFER: read_base_learner(run.folder)} if (run.folder / runs.BASE_LEARNER).is_file() else {}
     )
     available = own | LEARNERS
     for name in learners or ():

@@ -34,6 +34,8 @@ class Figure:
     """What is counted, in the plural."""
     groups: Shaped[Array, " n"] | None = None
     """Units with the same group, such as the queries of a person, are drawn together for the interval."""
+    of: str = "groups"
+    """What the groups are, in the plural."""
     higher_is_better: bool | None = True
     """None: neither."""
     chance: float | None = None
@@ -44,6 +46,20 @@ class Figure:
         """The mean with its 95 % bootstrap interval."""
         return mean_interval(self.values, self.groups)
 
+    @property
+    def counted(self) -> str:
+        """How many units the mean is over, and how many groups the interval.
+
+        >>> Figure(values=np.ones(4), unit="queries", groups=np.array([0, 0, 1, 1]), of="identities").counted
+        '4 queries of 2 identities'
+        """
+        units = f"{self._defined:,} {self.unit}"
+        return units if self.groups is None else f"{units} of {self.interval.n:,} {self.of}"
+
+    @property
+    def _defined(self) -> int:
+        return int((~np.isnan(self.values)).sum())
+
     def facts(self) -> dict[str, Any]:
         """What a file keeps of it."""
         interval = self.interval
@@ -51,9 +67,11 @@ class Figure:
             "value": interval.value,
             "low": interval.low,
             "high": interval.high,
-            "n": interval.n,
+            "n": self._defined,
             "unit": self.unit,
-            "undefined": int(np.isnan(self.values).sum()),
+            "groups": None if self.groups is None else interval.n,
+            "of": None if self.groups is None else self.of,
+            "undefined": len(self.values) - self._defined,
             "higher_is_better": self.higher_is_better,
             "chance": self.chance,
         }
@@ -83,7 +101,7 @@ class Outcome:
             interval = figure.interval
             chance = "-" if figure.chance is None else f"{figure.chance:.3f}"
             ends = f"[{interval.low:.3f}, {interval.high:.3f}]"
-            lines.append([name, f"{interval.value:.3f}", ends, chance, f"{interval.n:,} {figure.unit}"])
+            lines.append([name, f"{interval.value:.3f}", ends, chance, figure.counted])
         return ["figure", "mean", "95 % interval", "chance", "over"], lines
 
     def to_json(self, file: Path) -> None:

@@ -139,6 +139,7 @@ def retrieval(run: runs.Run, model: nn.Module, *, source: str | None = None, mir
             values=values,
             unit="queries",
             groups=np.array([query.classes[label] for label in query.labels]),
+            of="identities",
             chance=float(np.nanmean(chance)),
         )
         for (name, values), chance in zip(_figures(found).items(), _figures(by_chance).values(), strict=True)

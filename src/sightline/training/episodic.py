@@ -24,9 +24,6 @@ from sightline.models.scale_and_shift import ScaleAndShift
 from sightline.training.checks import check_folder
 from sightline.training.loop import memory_layout
 
-BASE_LEARNER = "base_learner.safetensors"
-"""File of a run: where the base learner of meta-transfer learning starts, and how it learns."""
-
 
 class BaseLearner(NamedTuple):
     """The linear classifier of meta-transfer learning: where it starts, and its gradient steps in an episode."""
@@ -58,7 +55,7 @@ def read_base_learner(folder: Path) -> BaseLearner:
         FileNotFoundError: the run has none.
         ValueError: the file is damaged.
     """
-    file = folder / BASE_LEARNER
+    file = folder / runs.BASE_LEARNER
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no base learner; it is not a run of sightline.training.meta_transfer")
     tensors, facts = runs.unpack(file)
@@ -188,7 +185,7 @@ def meta_transfer(
 
     def kept() -> _Kept:
         state = runs.pack({"weight": weight, "bias": bias}, {"steps": learner.steps, "lr": learner.lr})
-        return _Kept(network.folded().state_dict(), {BASE_LEARNER: state})
+        return _Kept(network.folded().state_dict(), {runs.BASE_LEARNER: state})
 
     course = _Course("meta-transfer learning", network, learner, torch.optim.Adam(groups), kept)
     return _train(run, Path(out), schedule, images, course, progress)
