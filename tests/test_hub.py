@@ -114,9 +114,7 @@ def test_a_run_goes_to_the_hub_and_comes_back(
     assert torch.equal(sl.load("hub:jane/slides")(images), wanted)
 
 
-def test_a_run_with_everything_loses_what_is_named_and_nothing_else(
-    run: runs.Run, served: Hub, tmp_path: Path
-) -> None:
+def test_a_run_with_everything_loses_what_is_named_and_nothing_else(run: runs.Run, served: Hub, tmp_path: Path) -> None:
     everything = replace(
         run,
         recipe=replace(PRIVATE, data=Data(source="clutter"), model=replace(PRIVATE.model, weights=None), optim=Optim()),

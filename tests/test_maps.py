@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 from tests.reference import maps as reference
 
+import sightline as sl
 from sightline import maps
 
 # the published table of inferno: #000004, #bc3754, #fcffa4
@@ -768,3 +769,32 @@ def test_volumes_are_cut_before_they_are_drawn(unchecked: None):
         maps.side_by_side(picture, {"map": volume})
     with pytest.raises(ValueError, match=r"\(1, 1, 2, 4, 4\); cut volumes by maps\.slices$"):
         maps.boxes(volume)
+
+
+def test_channel_weights_are_the_means_of_the_classes():
+    model = sl.create_model("test_resnet", num_classes=3, attention="cbam").eval()
+    images, labels = torch.rand(5, 3, 32, 32), torch.tensor([2, 0, 2, 2, 0])
+    weights = sl.attention_maps(model, images)
+    figure = maps.channel_weights(weights, labels, ["cat", "dog", "eel"])
+    channel = {name: one for name, one in weights.items() if one.shape[1] > 1}  # the spatial gates have one
+    panels = [panel for panel in figure.axes if panel.lines]
+    assert 0 < len(channel) < len(weights) and [panel.get_title() for panel in panels] == [*channel]
+    for panel, one in zip(panels, channel.values(), strict=True):
+        lines = {line.get_label(): torch.from_numpy(line.get_ydata()) for line in panel.lines}
+        assert [*lines] == ["cat", "eel", "all"]  # no image of a dog
+        for name, rows in {"cat": [1, 4], "eel": [0, 2, 3], "all": [0, 1, 2, 3, 4]}.items():
+            torch.testing.assert_close(lines[name], one[rows, :, 0, 0].mean(0))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["cat", "eel", "all"]
+
+
+def test_channel_weights_bad_input():
+    weights = {"se": torch.rand(2, 4, 1, 1)}
+    for bad, message in (
+        (({}, torch.tensor([0, 1])), "got no attention; choose a network"),
+        (({"map": torch.rand(2, 1, 3, 3)}, torch.tensor([0, 1])), r"got map \(2, 1, 3, 3\); choose"),
+        ((weights, torch.tensor([0])), r"each of the 2 images of 'se', got labels of shape \(1,\)"),
+        ((weights, torch.tensor([0, 2]), ["cat", "dog"]), r"labels of 2 classes .*, got \[0, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            maps.channel_weights(*bad)

@@ -56,7 +56,9 @@ def test_a_figure_draws_groups_together():
 
 
 def test_groups_are_not_called_units(tmp_path):
-    grouped = Figure(values=np.array([0.0, 1.0, 1.0, math.nan]), unit="queries", groups=np.array([0, 0, 1, 1]), of="ids")
+    grouped = Figure(
+        values=np.array([0.0, 1.0, 1.0, math.nan]), unit="queries", groups=np.array([0, 0, 1, 1]), of="ids"
+    )
     outcome = Outcome(task="toy", figures={"hit": grouped, "alone": replace(grouped, groups=None)}, names={})
     assert [line[-1] for line in outcome.table()[1]] == ["3 queries of 2 ids", "3 queries"]
     outcome.to_json(tmp_path / "toy.json")

@@ -22,6 +22,7 @@ _WEIGHTS = "model.safetensors"
 _FACTS = ("recipe.yaml", "metrics.csv", "run.json")
 _MORE = (runs.BASE_LEARNER,)
 """Files that only some runs have."""
+_EXPLAIN = "sightline explain run photo.jpg --methods grad_cam --out maps"
 _LISTED = 30  # classes named in the card
 _READS = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
 """Options that make timm read or write the files a recipe names, which might be pickles."""
@@ -186,9 +187,8 @@ def card(run: runs.Run, name: str, evaluation: dict[str, Any] | None) -> str:
         f"An image classifier: `{network}`{parameters}, trained with sightline. "
         f"{len(run.classes)} classes: {', '.join(run.classes[:_LISTED])}{more}.",
         "## Load it",
-        f'```python\nimport sightline as sl\n\nmodel = sl.load("{PREFIX}{name}"{own})  # normalized images to logits\n```',
-        "" if own else f"```bash\nsightline pull {name} --out run\nsightline explain run photo.jpg --methods grad_cam "
-        "--out maps\n```",
+        f'```python\nimport sightline as sl\n\nmodel = sl.load("{PREFIX}{name}"{own})  # images to logits\n```',
+        "" if own else f"```bash\nsightline pull {name} --out run\n{_EXPLAIN}\n```",
         f"The input is the image in red, green and blue, {run.preprocess}, divided by 255, minus "
         f"{[*run.preprocess.mean]}, divided by {[*run.preprocess.std]}. The logits are in the order of the classes.",
         "## How good it is",

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from sightline.checks import check_tensor
 from sightline.facts import old_names, words
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNDEFINED = 128
 """Gray level of a value that is not finite, and of a map that is nearly flat; no color of the map is gray."""
@@ -291,6 +294,71 @@ def parts(maps: Float[Tensor, "b k h w"], norm: Float[Tensor, "b 1 h w"] | None 
     rgb = F.pad(channels, (0, 0, 0, 0, 0, 3 - channels.shape[1]))
     undefined = rgb.isnan().any(1, keepdim=True)
     return (rgb.float() * 255).round().masked_fill(undefined, UNDEFINED).to(torch.uint8)
+
+
+def channel_weights(
+    weights: Mapping[str, Float[Tensor, "b _ _ _"]],
+    labels: Int[Tensor, " b"],
+    classes: Sequence[str] | None = None,
+) -> "Figure":
+    """Curves of channel attention, one panel per block: the mean weight of each channel in the images of a class.
+
+    `channel_weights(sl.attention_maps(model, images), labels, classes)` draws the squeeze-and-excitation blocks of a
+    network, the first one first, and every other block with one position and several channels (ECA, the channel gate of
+    CBAM). "all" is the mean over all these images. Curves that lie on each other: the block weighs its channels alike
+    for all classes. The figure is matplotlib's: `figure.savefig("weights.png")`.
+
+    Args:
+        weights: block -> its weights (b, c, 1, 1); blocks of other shapes are left out.
+        labels: class of each image.
+        classes: names of the classes 0, 1, ...; None: their numbers.
+
+    Raises:
+        ValueError: no block has one position and several channels, or labels that do not fit images or classes.
+
+    Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, figure 5.
+
+    >>> weights = torch.tensor([[0.0, 1.0], [0.5, 1.0]])[:, :, None, None]
+    >>> figure = channel_weights({"layer1.se": weights}, torch.tensor([1, 0]), ["cat", "dog"])
+    >>> {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
+    {'cat': [0.5, 1.0], 'dog': [0.0, 1.0], 'all': [0.25, 1.0]}
+    """
+    from matplotlib.figure import Figure
+
+    shown = {name: one for name, one in weights.items() if one.ndim == 4 and one.shape[1] > 1 == one.shape[2:].numel()}
+    if not shown:
+        shapes = ", ".join(f"{name} {tuple(one.shape)}" for name, one in weights.items())
+        raise ValueError(
+            f"expected weights of channels (b, c, 1, 1), got {shapes or 'no attention'}; choose a network with a block "
+            "such as se, or draw maps of positions with overlay"
+        )
+    for name, one in shown.items():
+        if labels.shape != one.shape[:1]:
+            raise ValueError(
+                f"expected a label for each of the {len(one)} images of {name!r}, got labels of shape "
+                f"{tuple(labels.shape)}"
+            )
+    present = labels.unique().tolist()
+    if not present or (classes is not None and not 0 <= present[0] <= present[-1] < len(classes)):
+        count = "any number of" if classes is None else len(classes)
+        raise ValueError(f"expected labels of {count} classes for at least one image, got {present or 'none'}")
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(max(5.0, 3.4 * columns), 0.6 + 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for panel, (name, one) in zip(panels, shown.items(), strict=False):
+        values = one.detach().flatten(1).float().cpu()
+        for label in present:
+            mean = values[(labels == label).cpu()].mean(0)
+            panel.plot(mean.numpy(), linewidth=1, label=str(label) if classes is None else classes[label])
+        panel.plot(values.mean(0).numpy(), "--", color="black", linewidth=1, label="all")
+        panel.set(title=name, xlabel="channel", ylim=(0, max(1.0, float(values.max()))))
+    for panel in panels[len(shown) :]:
+        panel.set_axis_off()
+    for panel in panels[::columns]:
+        panel.set_ylabel("mean weight")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
 
 
 def side_by_side(
