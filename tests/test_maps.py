@@ -788,7 +788,7 @@ def test_channel_weights_are_the_means_of_the_classes():
     assert [text.get_text() for text in legend.get_texts()] == ["cat", "eel", "all"]
 
 
-def test_channel_weights_bad_input():
+def test_channel_weights_bad_input(unchecked):
     weights = {"se": torch.rand(2, 4, 1, 1)}
     for bad, message in (
         (({}, torch.tensor([0, 1])), "got no attention; choose a network"),

@@ -35,6 +35,7 @@ SIDES = Limit(
 PIXELS = Limit("1 to 178,956,970", lambda x: 1 <= x <= 178_956_970)
 MASK_VALUES = Limit("one whole number of 0 or more, or several", lambda x: len(x) > 0 and min(x) >= 0)
 FREEZE = Limit("0 or more epochs, or names of modules", lambda x: x >= 0 if isinstance(x, int) else len(x) > 0)
+NAMES = Limit("one name or several", lambda x: len(x) > 0)
 SEEDS = Limit(
     "different whole numbers from 0 to 2**32 - 1",
     lambda x: len(x) > 0 and len(set(x)) == len(x) and min(x) >= 0 and max(x) < 2**32,
@@ -235,13 +236,32 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What can be watched while the network trains; it changes no weight."""
+
+    logger: Literal["tensorboard", "wandb", "mlflow", "trackio", "csv"] | None = _field(
+        None, "Where the figures of each epoch go, and the maps. None: TensorBoard if it is installed."
+    )
+    every: int = _field(
+        0, "Draw the maps of the same images after every so many epochs, and before the first. 0: never.", NOT_NEGATIVE
+    )
+    images: int = _field(4, "Images that are drawn, from the validation images, else the training images.", COUNT)
+    measured: int = _field(
+        64, "Images on which the share of each map in its mask is measured, where the data has masks or boxes.", COUNT
+    )
+    methods: tuple[str, ...] = _field(("grad_cam",), "Which maps, such as `grad_cam,attention`.", NAMES)
+    layer: str | None = _field(None, "Where the maps are read. None: as `sightline explain` chooses.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training: data, model, optimization, seeds."""
+    """One training: data, model, optimization, what is watched, seeds."""
 
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     model: Model = field(default_factory=Model)
     optim: Optim = field(default_factory=Optim)
+    watch: Watch = field(default_factory=Watch)
     seeds: tuple[int, ...] = _field(
         (0,), "Seeds of weights, order and augmentation; several seeds give one run each.", SEEDS
     )
@@ -278,7 +298,7 @@ class Setting(NamedTuple):
     """One or two sentences, and the default."""
 
 
-_SECTIONS: dict[str, Any] = {"data": Data, "augment": Augment, "model": Model, "optim": Optim}
+_SECTIONS: dict[str, Any] = {"data": Data, "augment": Augment, "model": Model, "optim": Optim, "watch": Watch}
 PARTS = tuple(_SECTIONS)
 """The parts of a recipe that have fields."""
 

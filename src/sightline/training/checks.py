@@ -16,6 +16,7 @@ from sightline.inference import copy_of, logits_of
 from sightline.recipe import Recipe
 from sightline.runs import Run
 from sightline.training import processes
+from sightline.training.loggers import check_logger
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -28,6 +29,11 @@ def check_folder(out: Path, resume: bool) -> None:
 def check_possible(recipe: Recipe, train: data.ImageSet | data.ImageStream, others: dict[str, data.ImageSet]) -> None:
     """Settings that these images, processes and devices allow."""
     optim, side = recipe.optim, min(train.preprocess.size)
+    check_logger(recipe.watch.logger)
+    if recipe.watch.every and optim.sharded:
+        raise ValueError("watch.every: maps need the whole network in one process; set optim.sharded to false")
+    if recipe.watch.every and isinstance(train, data.ImageStream) and not others.get("val"):
+        raise ValueError("watch.every: expected validation images beside a stream, got none; set it to 0")
     nodes, per_node = processes.started()
     devices = torch.cuda.device_count()
     if recipe.augment.crop >= side:

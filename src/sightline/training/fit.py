@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import nn
 
 from sightline import data, models, runs
-from sightline.facts import Interval, percent
-from sightline.recipe import Data, Model, Recipe
+from sightline.facts import Interval, notice, percent
+from sightline.recipe import Data, Model, Recipe, Watch
 from sightline.recipe import load as load_recipe
 from sightline.runs import Run
 from sightline.training import checks, processes
@@ -23,11 +24,13 @@ from sightline.training.checkpoints import Checkpoints, RunFiles
 from sightline.training.environment import many_graphs, stop_requests, tf32
 from sightline.training.freezing import zero_fresh_head
 from sightline.training.log import Log, header
+from sightline.training.loggers import create_logger
 from sightline.training.loop import Training
 from sightline.training.losses import Loss, class_weights
 from sightline.training.probe import probe
 from sightline.training.profile import StepProfile
 from sightline.training.stages import check_stages
+from sightline.training.watch import Watcher
 
 
 class _Stop(Exception):
@@ -225,6 +228,25 @@ class _Trainer:
             )
             return self._train(training, run, RunFiles(folder, checkpoints, training), profiler)
 
+    def _watcher(self, watch: Watch) -> Watcher | None:
+        """What looks at the network between epochs, in the first process."""
+        if not watch.every or not processes.first():
+            return None
+        images = self.others.get("val") or self.train
+        assert isinstance(images, data.ImageSet)  # `check_possible` refuses streams
+        chosen = np.random.default_rng(0).permutation(len(images))[: max(watch.images, watch.measured)]
+        batch = images.batch(chosen)
+        is_known = images.classes == self.train.classes and bool((batch.labels >= 0).all())
+        return Watcher(
+            pictures=batch.images,
+            inputs=data.normalize(batch.images, images.preprocess),
+            masks=batch.regions,
+            labels=batch.labels if is_known else None,
+            methods=watch.methods,
+            layer=watch.layer,
+            drawn=watch.images,
+        )
+
     def _probe(self, recipe: Recipe, training: Training) -> Interval | None:
         """The linear probe of pretrained weights, on the test images."""
         test = self.others.get("test")
@@ -258,9 +280,16 @@ class _Trainer:
         return Training(network, self.train, self.others.get("val") or None, recipe, loss), ignored
 
     def _train(self, training: Training, run: Run, files: RunFiles, profiler: StepProfile | None) -> Run:
+        watch = run.recipe.watch
+        watcher = self._watcher(watch)
+        first = None if watcher is None else watcher.look(training.result)  # refuses methods before anything is written
         files.write_checkpoint()
         files.write_run(run)
-        with Log(run.folder, training.last_epoch, training.steps, self.progress, training.freezing.epochs) as log:
+        logger = create_logger(watch.logger, run.folder) if processes.first() else None
+        with Log(logger, training.last_epoch, training.steps, self.progress, training.freezing.epochs) as log:
+            if watcher is not None and first is not None and not training.epoch:
+                watcher.judge(first)
+                watcher.log(logger, first, 0)
 
             def tick() -> None:
                 log.step(training.epoch * training.steps + training.step)
@@ -281,6 +310,13 @@ class _Trainer:
                     files.write_run(run, training.weights() if training.improved else None)
                     files.end_epoch()
                     log.epoch(row)
+                    if watcher is not None and (training.epoch % watch.every == 0 or training.finished):
+                        look = watcher.look(training.result)
+                        watcher.log(logger, look, training.epoch)
+                        if sentence := watcher.judge(look, row["val_accuracy"]):
+                            notice(sentence)
+                            run = replace(run, info=run.info | {"shortcut": sentence})
+                            files.write_run(run)
             except _Stop:
                 training.check_finite()
                 files.write_checkpoint()

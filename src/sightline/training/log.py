@@ -1,10 +1,10 @@
-"""What a training shows: what is trained, the expected time, a progress bar, a line per epoch, TensorBoard."""
+"""What a training shows: what is trained, the expected time, a progress bar, a line per epoch, a logger."""
 
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from sightline import data, runs
 from sightline.facts import duration
 from sightline.recipe import Recipe
 from sightline.training.loop import Training
-from sightline.training.processes import first
 
 _LISTED = 8
 """Classes whose images are counted one by one."""
@@ -24,9 +23,9 @@ _TIMED = 5
 
 
 class Log(ExitStack):
-    """A progress bar on a terminal, one line per epoch, and scalars for TensorBoard if it is installed."""
+    """A progress bar on a terminal, one line per epoch, and the figures for a logger, which is closed in the end."""
 
-    def __init__(self, folder: Path, epochs: int, steps: int, show: bool, frozen: int = 0) -> None:
+    def __init__(self, logger: Any, epochs: int, steps: int, show: bool, frozen: int = 0) -> None:
         super().__init__()
         self.epochs, self.steps, self.show = epochs, steps, show
         self.stages = [(start, end) for start, end in ((0, min(frozen, epochs)), (frozen, epochs)) if start < end]
@@ -36,12 +35,9 @@ class Log(ExitStack):
         hidden = not (show and self.console.is_terminal)
         self.bar = self.enter_context(Progress(*columns, console=self.console, transient=True, disable=hidden))
         self.task = self.bar.add_task("", total=epochs * steps)
-        self.writer = None
-        if first():
-            with suppress(ModuleNotFoundError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = self.enter_context(SummaryWriter(str(folder / "tensorboard")))
+        self.logger = logger
+        if logger is not None:
+            self.push(lambda kind, *_: logger.finalize("success" if kind is None else "failed"))
 
     def step(self, done: int) -> None:
         """Move the bar to this step of the whole training; after the first steps, print the expected time."""
@@ -65,10 +61,9 @@ class Log(ExitStack):
     def epoch(self, row: dict[str, float]) -> None:
         """Log the figures of an epoch."""
         number = int(row["epoch"])
-        if self.writer is not None:
-            for name, value in row.items():
-                if name != "epoch" and not math.isnan(value):
-                    self.writer.add_scalar(name, value, number)
+        if self.logger is not None:
+            figures = {name: value for name, value in row.items() if name != "epoch" and not math.isnan(value)}
+            self.logger.log_metrics(figures, step=number)
         if self.show:
             line = f"epoch {number}/{self.epochs}  lr {row['lr']:.3g}  loss {row['train_loss']:.3f}"
             line += f"  accuracy {row['train_accuracy']:.1%}"
