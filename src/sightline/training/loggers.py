@@ -50,8 +50,15 @@ def create_logger(name: str | None, folder: Path) -> Any:
     if name == "mlflow":
         from lightning.pytorch.loggers import MLFlowLogger
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute()}/mlflow.db"
-        return MLFlowLogger(experiment_name=PROJECT, run_name=folder.name, tracking_uri=uri)
+        server, here = os.environ.get("MLFLOW_TRACKING_URI"), folder.absolute() / "mlflow"
+        if not server:
+            here.mkdir(parents=True, exist_ok=True)
+        return MLFlowLogger(
+            experiment_name=PROJECT,
+            run_name=folder.name,
+            tracking_uri=server or f"sqlite:///{here}/mlflow.db",
+            artifact_location=None if server else (here / "artifacts").as_uri(),
+        )
     return TrackioLogger(folder.name)
 
 
@@ -67,8 +74,9 @@ class TrackioLogger:
         self._trackio.log(dict(metrics), step=step)
 
     def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
-        """Log images (h, w, 3) at a step."""
-        self._trackio.log({key: [self._trackio.Image(image) for image in images]}, step=step)
+        """Log images (h, w, 3) at a step; it takes no lists, so those after the first get a number."""
+        for number, image in enumerate(images):
+            self._trackio.log({f"{key}-{number}" if number else key: self._trackio.Image(image)}, step=step)
 
     def finalize(self, status: str) -> None:
         """End the run."""

@@ -21,6 +21,7 @@ from sightline.training.loggers import log_picture
 
 _AT_ONCE = 32
 _SIDE = 128  # longer side of an image that is drawn, in pixels
+_GAIN = 0.1  # share of the wrong answers that must have become right: less is chance, while maps still wander
 _FEWEST = 8  # images with a mask from which the rule draws conclusions
 
 
@@ -127,8 +128,8 @@ class Watcher:
         in the masks,
 
         - the mean difference of the shares, image by image, lies below 0 with its whole 95 % bootstrap interval;
-        - the mean share is below the area of the masks, so that equal weights everywhere would show more of the object;
-        - the accuracy is higher; None: before training, that of guessing.
+        - the mean share is below the area of the masks, so equal weights everywhere would show more of the object;
+        - the accuracy has gained a tenth or more of what it lacked; None: before training, that of guessing.
         """
         accuracy = look.chance if accuracy is None else accuracy
         if math.isnan(accuracy):
@@ -147,11 +148,12 @@ class Watcher:
             difference = mean_interval(now - best)
             area = float(self.masks.double().mean((1, 2, 3))[torch.from_numpy(~np.isnan(now))].mean())
             mean = float(np.nanmean(now)) if _some(now) else math.nan
-            if difference.n >= _FEWEST and difference.high < 0 and mean < area and accuracy > before:
+            rises = accuracy > before + _GAIN * (1 - before)
+            if rises and difference.n >= _FEWEST and difference.high < 0 and mean < area:
                 return (
                     f"maps leave the object while validation accuracy rises to {percent(accuracy)}: of {method}, "
-                    f"{percent(float(np.nanmean(best)))} lay in the masks, now {percent(mean)}, less than their area of "
-                    f"{percent(area)}; the network may be learning a shortcut, see the pictures watch/maps"
+                    f"{percent(float(np.nanmean(best)))} lay in the masks, now {percent(mean)}, less than their area "
+                    f"of {percent(area)}; the network may be learning a shortcut, see the pictures watch/maps"
                 )
         return ""
 
