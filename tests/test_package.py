@@ -35,6 +35,7 @@ NAMES = {
     "runs",
     "targets",
     "testing",
+    "training",
 }
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -230,6 +231,12 @@ def test_bad_input_is_one_line(change: dict[str, Any], error: type[Exception], m
     with pytest.raises(error, match=message) as caught:
         sl.training.Watch(given.pop("images"), **given)
     assert "\n" not in str(caught.value)
+
+
+def test_the_callback_is_found_by_its_documented_name() -> None:
+    code = "import sightline as sl, lightning.pytorch as pl; assert issubclass(sl.training.Watch, pl.Callback)"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_gray_images_and_large_ones() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         runs,
         targets,
         testing,
+        training,
     )
     from sightline.attention import insert
     from sightline.evaluation import evaluate
@@ -51,6 +52,7 @@ __all__ = [
     "runs",
     "targets",
     "testing",
+    "training",
 ]
 
 _HOMES = {
