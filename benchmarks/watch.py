@@ -3,7 +3,7 @@
 The same small network with attention learns 2,000 images of `clutter-shortcut`, whose class a patch in a corner gives
 away, and of `clutter`, where nothing does; the masks are those of the digit. Each method is judged alone.
 
-    python benchmarks/watch.py --seeds 10,11,12,13,14
+    python benchmarks/watch.py --seeds 10,11,12
 """
 
 import argparse
@@ -27,7 +27,7 @@ SETS = ("clutter-shortcut", "clutter")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", default="10,11,12,13,14", help="of weights, order and images")
+    parser.add_argument("--seeds", default="10,11,12", help="of weights, order and images")
     parser.add_argument("--epochs", type=int, default=5, help="of 62 steps")
     options = parser.parse_args()
     rows = []

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import subprocess
 import sys
@@ -394,3 +395,17 @@ def test_the_command_line_refuses_before_training(
         cli.main(["train", *small, *arguments, "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1] and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_the_page_tells_the_hits_and_false_alarms_that_were_measured() -> None:
+    root = Path(__file__).parent.parent
+    rows = json.loads((root / "benchmarks/results/watch.json").read_text())["rows"]
+    page = (root / "docs/howto/watch-training.md").read_text()
+    for method, written in (("grad_cam", "Grad-CAM"), ("attention",) * 2, ("saliency",) * 2):
+        of = {
+            source: sum(row["warned in epoch"][method] > 0 for row in rows if row["data"] == source)
+            for source in ("clutter-shortcut", "clutter")
+        }
+        line = next(line for line in page.splitlines() if line.startswith(f"| {written} |"))
+        assert line.split("|")[2].strip().startswith(f"{of['clutter-shortcut']},") and line.split("|")[3].strip() == "0"
+        assert of["clutter"] == 0
