@@ -187,6 +187,13 @@ def test_broken_body(client: TestClient, name: str, path: str) -> None:
         error_of(answer, status)
 
 
+def test_body_that_is_cut_is_told_so(client: TestClient) -> None:
+    whole = part("images", PHOTO, "a.png") + b"--b--\r\n"
+    for length in (len(whole) - 6, len(whole) - 20, 60):
+        assert "got a part of it" in error_of(post(client, whole[:length]), 400)
+    assert post(client, whole).status_code == 200
+
+
 def test_large_body(client_of: Callable[..., TestClient]) -> None:
     client = client_of(bytes=2000)
     assert "2,000 bytes" in error_of(send(client, image=bytes(3000)), 413)
