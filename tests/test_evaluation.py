@@ -298,6 +298,8 @@ def test_bad_requests_say_what_to_do(unchecked):
     with pytest.raises(ValueError, match="expected a model with 3 classes like the data, got 2"):
         evaluate(PooledModel(torch.ones(2, 3)), data)
     with pytest.raises(ValueError, match=r"expected batches \(images, labels"):
+        evaluate(model, [3])
+    with pytest.raises(FileNotFoundError, match="no file or folder picture"):
         evaluate(model, ["picture"])
 
 
@@ -316,7 +318,7 @@ def test_bad_requests_say_what_to_do(unchecked):
             (torch.rand(2, 3, 4, 4), torch.tensor([0, 1]), torch.full((2, 1, 4, 4), 2, dtype=torch.uint8)),
             r"expected masks that are bool or 0 and 1 in the batch that starts with image 2, got values from 2 to 2",
         ),
-        ((torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])), "expected float images of shape"),
+        ((torch.zeros(2, 3, 4, 4, dtype=torch.int64), torch.tensor([0, 1])), "expected float images of shape"),
         ({"images": torch.rand(2, 3, 4, 4), "names": ["a"]}, "expected 2 names in the batch .*, got 1"),
     ],
 )

@@ -105,7 +105,7 @@ export.write = export  # pyright: ignore[reportFunctionMemberAccess]  # its name
 
 
 def _input_of(model: nn.Module) -> data.Preprocess:
-    if not hasattr(model, "pretrained_cfg"):  # of timm
+    if not (hasattr(model, "pretrained_cfg") or isinstance(getattr(model, "preprocess", None), data.Preprocess)):
         raise ValueError(
             f"expected `preprocess` for {type(model).__name__}, got none; give the size, mean and standard "
             "deviation of its images as sl.data.Preprocess"

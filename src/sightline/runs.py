@@ -100,6 +100,8 @@ def open_run(folder: Path | str) -> Run:
 def load_model(folder: Path | str, model: Own | None = None) -> nn.Module:
     """The trained model of a run, a plain module in eval mode on the CPU.
 
+    Its attributes `preprocess` and `classes` are those of the run, unless the network has such attributes itself.
+
     Args:
         folder: the run.
         model: the module that was trained, or what builds it, for a run of a network of your own: a run folder holds
@@ -128,14 +130,22 @@ def load_model(folder: Path | str, model: Own | None = None) -> nn.Module:
             loaded = models.create_model(
                 network.name, num_classes=len(run.classes), weights=weights, new_head=False, **network.options
             )
-            return loaded.eval()
+            return _described_by_run(loaded, run).eval()
         loaded = build(model, len(run.classes))
     try:
         loaded.load_state_dict(unpack(weights)[0])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"weights of run {folder} do not fit the model: {reason}; pass what was trained") from error
-    return loaded.eval()
+    return _described_by_run(loaded, run).eval()
+
+
+def _described_by_run(model: nn.Module, run: Run) -> nn.Module:
+    """The same model, which now says how its images are prepared and what its classes are called."""
+    for name in ("preprocess", "classes"):
+        if not hasattr(model, name):
+            setattr(model, name, getattr(run, name))
+    return model
 
 
 def build(model: Own, num_classes: int) -> nn.Module:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sightline.data.folders import contents, marked, of_others
-from sightline.data.images import Interpolation, UnreadableImage, open_picture, quiet
+from sightline.data.images import File, Interpolation, UnreadableImage, open_picture, quiet
 
 Array = np.ndarray
 
@@ -25,9 +25,9 @@ class Picture(NamedTuple):
 
 
 def image_files(
-    paths: Sequence[str | Path], strict: bool = False
+    paths: str | Path | Sequence[str | Path], strict: bool = False
 ) -> tuple[list[Path], list[tuple[str, str]], tuple[str, ...]]:
-    """The image files among paths, and in folders and their sub-folders.
+    """The image files among paths, or a single path, and in folders and their sub-folders.
 
     Returns:
         The files, (file, reason) of each that is skipped, and notices about files that are taken for masks.
@@ -39,7 +39,8 @@ def image_files(
     files: list[Path] = []
     skipped: list[tuple[str, str]] = []
     notices: list[str] = []
-    for path in (Path(p).expanduser() for p in paths):
+    each = [paths] if isinstance(paths, str | Path) else paths
+    for path in (Path(p).expanduser() for p in each):
         if not path.exists():
             raise FileNotFoundError(f"no file or folder {path}")
         if not path.is_dir():
@@ -58,7 +59,7 @@ def image_files(
 
 
 def decode_pictures(
-    files: Sequence[Path],
+    files: Sequence[File],
     size: tuple[int, int],
     longest: int,
     max_pixels: int,
@@ -67,7 +68,7 @@ def decode_pictures(
 ) -> list[Picture | str]:
     """Each file at the model's `size` and with a `longest` side to be shown, or why it cannot be read; on all cores."""
 
-    def decode(file: Path) -> Picture | str:
+    def decode(file: File) -> Picture | str:
         try:
             return Picture(*open_picture(file, size, longest, max_pixels, crop, interpolation))
         except UnreadableImage as error:

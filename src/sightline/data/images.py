@@ -34,10 +34,13 @@ _TURNS = {
 # EPS starts another program; the others are known to Pillow by name alone
 _NOT_READ = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "WMF"}
 _one_at_a_time = threading.Lock()
+_loading = threading.Lock()
 _LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom, in pixels."""
+File = Path | bytes | Image.Image
+"""A file, its content, or an image that Pillow has opened."""
 
 
 class UnreadableImage(ValueError):
@@ -116,7 +119,7 @@ def _scaling(
 
 
 def open_image(
-    file: Path | bytes,
+    file: File,
     size: tuple[int, int] | int,
     max_pixels: int = MAX_PIXELS,
     crop: float | None = None,
@@ -145,7 +148,7 @@ def open_image(
 
 
 def open_picture(
-    file: Path | bytes,
+    file: File,
     size: tuple[int, int],
     longest: int,
     max_pixels: int = MAX_PIXELS,
@@ -168,7 +171,7 @@ def open_picture(
     return open_image(file, size, max_pixels, crop, interpolation)[0], shown
 
 
-def _reduced(file: Path | bytes, side: int) -> tuple[int, ...]:
+def _reduced(file: File, side: int) -> tuple[int, ...]:
     """The size at which an image is decoded, and for the largest also the side that it is averaged to."""
     with _opened(file) as image:
         side = min(side, max(image.size))
@@ -218,7 +221,7 @@ def _part(
     return np.array(upright.resize((size[1], size[0]), resampling, box))
 
 
-def _decoded(file: Path | bytes, side: int, max_pixels: int, room: ExitStack) -> tuple[Image.Image, tuple[int, int]]:
+def _decoded(file: File, side: int, max_pixels: int, room: ExitStack) -> tuple[Image.Image, tuple[int, int]]:
     """An upright RGB image, large ones reduced, and its own height and width."""
     with _opened(file) as image:
         width, height = image.size
@@ -342,9 +345,14 @@ def stored_size(file: Path | bytes) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(file: Path | bytes) -> Generator[Image.Image]:
+def _opened(file: File) -> Generator[Image.Image]:
     kinds = tuple(dict.fromkeys(formats().values()))
     try:
+        if isinstance(file, Image.Image):
+            with _loading:  # the same image may be given twice
+                file.load()  # then nothing below changes it
+            yield file
+            return
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=kinds) as image:
             yield image
     except UnreadableImage:
@@ -354,8 +362,8 @@ def _opened(file: Path | bytes) -> Generator[Image.Image]:
         raise UnreadableImage(_reason(error, file)) from error
 
 
-def _reason(error: Exception, file: Path | bytes) -> str:
-    if isinstance(error, UnidentifiedImageError):
+def _reason(error: Exception, file: File) -> str:
+    if isinstance(error, UnidentifiedImageError) and not isinstance(file, Image.Image):
         with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as opened:
             head = opened.read(12)
         if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
@@ -375,6 +383,8 @@ def _draft(image: Image.Image, side: int) -> int:
         How many pixels are then decoded.
     """
     whole = image.width * image.height
+    if not getattr(image, "tile", ()):  # it is decoded already
+        return whole
     image.draft(None, (2 * side, 2 * side))  # JPEG: a half, a quarter or an eighth
     if whole <= LARGE:
         return image.width * image.height

@@ -207,7 +207,10 @@ def load_stream(data: Data) -> tuple[ImageStream, dict[str, ImageSet]]:
 
 
 def read_images(
-    paths: Sequence[str | Path], preprocess: Preprocess, strict: bool = False, max_pixels: int = MAX_PIXELS
+    paths: str | Path | Sequence[str | Path],
+    preprocess: Preprocess,
+    strict: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageSet:
     """Image files, and those in folders and their sub-folders, without labels; nothing is cached.
 

@@ -3,20 +3,22 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sightline import inference
 from sightline.checks import check_planes
-from sightline.data import ImageSet, normalize
+from sightline.data import ImageSet, Preprocess, read_images
 from sightline.evaluation.scores import digest_of, exact_text
 from sightline.facts import Progress
-from sightline.inference import Memory, Output, check_images, forward_call
+from sightline.inference import Memory, Output, classes_of, forward_call, inputs_of, normalized, preparation
 
 Array = np.ndarray
 
@@ -77,10 +79,27 @@ class Source:
     """The data to evaluate, and what the first pass tells about it."""
 
     def __init__(
-        self, model: nn.Module, data: Any, batch_size: int, memory: Memory, classes: Sequence[str] | None
+        self,
+        model: nn.Module,
+        data: Any,
+        batch_size: int,
+        memory: Memory,
+        classes: Sequence[str] | None,
+        preprocess: Preprocess | None = None,
     ) -> None:
         weights = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
-        self.device, self.dtype = weights.device, weights.dtype
+        self.model, self.preprocess, self.device = model, preprocess, weights.device
+        paths: Any = [data] if isinstance(data, str | Path) else data if isinstance(data, list | tuple) else []
+        told: tuple[str, ...] = ()
+        if paths and all(isinstance(path, str | Path) for path in paths):
+            preprocess, told = preparation(model, preprocess)
+            data = read_images(paths, preprocess)
+        elif paths and all(isinstance(image, Image.Image) for image in paths):
+            data = [{"images": paths}]
+        elif isinstance(data, ImageSet) and preprocess is not None:
+            raise ValueError(
+                "expected no preprocess= with an image set, which has its own; dataclasses.replace sets it"
+            )
         self.data = data
         self.batch_size = batch_size
         self.memory_limit = memory
@@ -93,8 +112,9 @@ class Source:
         self.unit = (images.group_name or "images") if images else "images"
         self.classes = classes or (images.classes if images else None)
         self.skipped = images.skipped if images else ()
-        self.notices = images.notices if images else ()
-        self.mean, self.std = (images.preprocess.mean, images.preprocess.std) if images else (None, None)
+        self.notices = (*images.notices, *told) if images else ()
+        known = images.preprocess if images else preprocess
+        self.mean, self.std = (known.mean, known.std) if known else (None, None)
         self.total = len(images) if images else 0
         self.sums: dict[int, Tensor] = {}  # of each image, by the first of its batch
         self.memory: list[Any] | None = None
@@ -134,7 +154,7 @@ class Source:
             pictures = batch.images
             batch = batch.to(self.device)
             yield Batch(
-                images=normalize(batch.images, images.preprocess).to(self.dtype),
+                images=normalized(self.model, batch.images, images.preprocess),
                 labels=batch.labels.cpu(),
                 masks=batch.regions,
                 names=batch.names,
@@ -146,14 +166,15 @@ class Source:
     def _converted(self, batch: Any, start: int) -> Batch:
         if isinstance(batch, tuple | list):
             batch = dict(zip(("images", "labels", "masks"), batch, strict=False))
-        if not isinstance(batch, dict) or not isinstance(batch.get("images"), Tensor):
+        if not isinstance(batch, dict) or "images" not in batch:
             raise ValueError(
                 f"expected batches (images, labels[, masks]) or dicts with 'images', got {type(batch).__name__}"
             )
         batch = {key: value for key, value in batch.items() if value is not None}
-        check_images(batch["images"])
-        check_planes("evaluate", batch["images"].shape)
-        images = batch["images"].to(self.device)
+        inputs = inputs_of(self.model, batch["images"], self.preprocess)
+        self.notices = (*dict.fromkeys((*self.notices, *inputs.notices)),)
+        check_planes("evaluate", inputs.images.shape)
+        images = inputs.images.to(self.device)
         count = len(images)
         where = f"the batch that starts with image {start}"
         self._check_same(images, start, where)
@@ -162,16 +183,15 @@ class Source:
         for key in ("names", "groups"):
             if key in batch and len(batch[key]) != count:
                 raise ValueError(f"expected {count} {key} in {where}, got {len(batch[key])}; give one per image")
-        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-        pictures = ((images - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8).cpu()
+        names = inputs.names if all(inputs.names) else ()
         return Batch(
             images=images,
             labels=labels,
             masks=None if masks is None else masks.to(self.device).bool(),
-            names=[str(name) for name in batch.get("names", [f"image {start + i}" for i in range(count)])],
+            names=[str(name) for name in batch.get("names", names or [f"image {start + i}" for i in range(count)])],
             groups=[str(group) for group in batch["groups"]] if "groups" in batch else None,
             rows=torch.arange(start, start + count),
-            pictures=pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures[:, :3],
+            pictures=_stretched(images) if inputs.pixels is None else inputs.pixels.cpu(),
             forward_args=_on(self.device, batch.get("forward_args", ())),
             forward_kwargs=_on(self.device, batch.get("forward_kwargs")),
         )
@@ -184,6 +204,13 @@ class Source:
                 f"expected the same images in every pass over the data, got others in {where}; "
                 "leave out shuffling and random augmentation"
             )
+
+
+def _stretched(images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 h w"]:
+    """Pictures of normalized images: from the lowest value of each to its highest."""
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    pictures = ((images - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8).cpu()
+    return pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures[:, :3]
 
 
 def _checked_labels(labels: Any, count: int, where: str) -> Int[Tensor, " b"]:
@@ -285,7 +312,8 @@ def predict(model: nn.Module, source: Source, progress: Progress, output: Output
     if groups and source.unit == "images":
         source.unit = "group"
     joined = torch.cat(probabilities)
-    classes = tuple(source.classes or map(str, range(joined.shape[1])))
+    count = joined.shape[1]
+    classes = tuple(source.classes or classes_of(model, count) or map(str, range(count)))
     _check_predictions(joined, names, labels, classes)
     certainty, predictions = joined.max(1)
     return Predictions(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline import maps as pixels
-from sightline.data import ImageSet
+from sightline.data import ImageSet, Preprocess
 from sightline.evaluation import ranking
 from sightline.evaluation.batches import Batch, Predictions, Source, predict
 from sightline.evaluation.findings import findings
@@ -42,10 +42,11 @@ _WORST = 3
 
 def evaluate(
     model: nn.Module,
-    data: ImageSet | Iterable[Any],
+    data: ImageSet | str | Path | Iterable[Any],
     methods: Sequence[Method] | str | None = None,
     metrics: Sequence[str] | str | None = None,
     *,
+    preprocess: Preprocess | None = None,
     controls: Sequence[Method] = ("random_map", "center_map", "edge_map", "contrast_map"),
     limit: int = 500,
     budget: float | None = None,
@@ -68,11 +69,12 @@ def evaluate(
 ) -> Evaluation:
     """Score every method by every metric on the same images, next to controls.
 
-    `data` is an `ImageSet`, or batches of normalized images: tuples (images, labels) or (images, labels, masks), or
-    dicts with `images` and, where known, `labels`, `masks`, `names`, `groups`, and the further arguments of the model
-    for these images, `forward_args` and `forward_kwargs` (see `explain`). Batches of up to 1 GB in all are read once,
-    others twice. Accuracy counts all images; maps are made for `limit` of them, drawn by `seed`. The predicted class is
-    explained.
+    `data` is an `ImageSet`; or paths of image files and folders, one or a list, or a list of Pillow's images, without
+    labels; or batches: tuples (images, labels) or (images, labels, masks), or dicts with `images` and, where known,
+    `labels`, `masks`, `names`, `groups`, and the further arguments of the model for these images, `forward_args` and
+    `forward_kwargs`. The images of a batch are what `explain` takes: normalized, or pictures. Batches of up to 1 GB in
+    all are read once, others twice. Accuracy counts all images; maps are made for `limit` of them, drawn by `seed`. The
+    predicted class is explained.
 
     Methods are given as in `explain`; None takes the attention of each block, and activation map, CAM and Grad-CAM as
     far as the model allows, `"all"` every method that fits, `"fast"` those of them that take a few passes per image.
@@ -89,6 +91,7 @@ def evaluate(
         data: see above.
         methods: see above.
         metrics: see above.
+        preprocess: how pictures become the model's input. None: as in its training, see `models.preprocess_of`.
         controls: see above.
         limit: number of images to make maps of.
         budget: seconds for all maps and scores. First the number of images is reduced, to 50; then the steps of
@@ -127,7 +130,7 @@ def evaluate(
     chosen = listed(methods, controls)
     _check_metrics(metrics)
     report = progress or (lambda what, done, total: None)
-    source = Source(model, data, batch_size, memory, classes)
+    source = Source(model, data, batch_size, memory, classes, preprocess)
     sizes: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
     perturbation = Perturbation(steps=steps, fill=fill, cells=cells, mean=source.mean, std=source.std, **sizes)
     predictions = predict(model, source, report, output)

@@ -5,17 +5,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline.arguments import checked_options
+from sightline.data import Preprocess
 from sightline.explainers import cams, controls, gradients, intrinsic, perturbation, relevance, rollout
 from sightline.explainers.capture import LayerLike
 from sightline.explainers.evidence import Settings
 from sightline.explainers.explainer import Explainer, Explanation, Request, explanation_of
 from sightline.explainers.scorer import Targets
 from sightline.facts import Progress, current_name, did_you_mean
-from sightline.inference import Memory, Output, check_images, forward_call
+from sightline.inference import Images, Memory, Output, forward_call, inputs_of
 from sightline.targets import Target
 
 EXPLAINERS: dict[str, Explainer] = {
@@ -33,11 +33,12 @@ Method = str | Explainer | partial[Any]
 
 def explain(
     model: nn.Module,
-    images: Float[Tensor, "b c *grid"],
+    images: Images,
     targets: Targets = None,
     methods: Sequence[Method] = ("grad_cam",),
     layer: LayerLike | Sequence[str | nn.Module] = None,
     *,
+    preprocess: Preprocess | None = None,
     output: Output = None,
     forward_args: Any = (),
     forward_kwargs: Mapping[str, Any] | None = None,
@@ -66,7 +67,8 @@ def explain(
     Args:
         model: any classifier that takes (b, c, h, w), or (b, c, d, h, w), and returns logits: a tensor, the only one in
             a tuple or a dict, or that of an object with `.logits`.
-        images: normalized as the model wants them.
+        images: a float tensor, normalized as the model wants it; or pictures: a uint8 tensor (b, 3, h, w), images of
+            Pillow, or paths of files and folders, one or a list. Pictures are kept in the explanation to be shown.
         targets: None = the predicted class, an int = that class in every image, class indices (b,) or (b, t), or a
             function from the model's output to one score per image, (b,) or (b, t); `sightline.targets` has functions
             for regression, segmentation, detection and embeddings. A single logit counts as two
@@ -74,6 +76,7 @@ def explain(
             average of several softmaxes, say) are explained by their logarithm, a label's own by its log-odds.
         methods: which maps to make; they share the forward and the backward.
         layer: where to read.
+        preprocess: how pictures become the model's input. None: as in its training, see `models.preprocess_of`.
         output: which tensor of several that the model returns: a key, an index, a (dotted) attribute, or a function
             from the output to a tensor. `"logits"` or `"probabilities"` say what the numbers are, if this is misread (a
             notice says how they were read); `(which, "probabilities")` says both. A function in `targets` still gets
@@ -93,7 +96,9 @@ def explain(
             linear layer; the first call takes about a minute, and on a CPU needs a C++ compiler.
 
     Raises:
-        ValueError: an unknown method or layer, targets out of range, a method that does not work on this model.
+        ValueError: an unknown method or layer, targets out of range, a method that does not work on this model, a
+            picture that cannot be read.
+        OSError: there is no such file.
 
     >>> import torch
     >>> from sightline.testing import PooledModel
@@ -103,8 +108,8 @@ def explain(
     >>> explanation.layer, explanation.verdicts["cam"]
     ('features (3 x 2 x 2)', [['flat']])
     """
-    check_images(images)
-    forward = forward_call(images, output, forward_args, forward_kwargs)
+    inputs = inputs_of(model, images, preprocess)
+    forward = forward_call(inputs.images, output, forward_args, forward_kwargs)
     settings = Settings(
         call=call,
         batch_size=batch_size,
@@ -113,16 +118,17 @@ def explain(
         differentiable=differentiable,
         compile=compile,
     )
-    return explanation_of(model, images, targets, _requests(methods, layer), forward, settings)
+    return explanation_of(model, inputs, targets, _requests(methods, layer), forward, settings)
 
 
 def fitting(
     model: nn.Module,
-    images: Float[Tensor, "b c *grid"],
+    images: Images,
     methods: Sequence[str] = tuple(EXPLAINERS),
     targets: Targets = None,
     layer: LayerLike = None,
     *,
+    preprocess: Preprocess | None = None,
     output: Output = None,
     forward_args: Any = (),
     forward_kwargs: Mapping[str, Any] | None = None,
@@ -151,7 +157,7 @@ def fitting(
 
     fitted: list[str] = []
     reasons: dict[str, str] = {}
-    check_images(images)
+    images = inputs_of(model, images, preprocess).images
     row = torch.zeros(1, dtype=torch.long)
     first = targets[:1] if isinstance(targets, Tensor) else targets.at(row) if isinstance(targets, Target) else targets
     one = forward_call(images, output, forward_args, forward_kwargs).at(row)

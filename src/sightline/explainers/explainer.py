@@ -7,10 +7,11 @@ from functools import cached_property, update_wrapper
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from sightline import arguments, maps
+from sightline.data import Preprocess
 from sightline.explainers.capture import LayerLike, has_known_plan, is_known_code
 from sightline.explainers.evidence import GUIDED, Evidence, Settings, gather
 from sightline.explainers.scorer import Targets
@@ -19,11 +20,14 @@ from sightline.explainers.verdicts import Compared, Doubts, Map
 from sightline.facts import Layer, Progress, Verdict, current_name
 from sightline.inference import (
     ForwardCall,
+    Images,
+    Inputs,
     Memory,
     Output,
-    check_images,
+    classes_of,
     exact,
     forward_call,
+    inputs_of,
     untouched,
     unwrapped,
     version_of,
@@ -54,6 +58,17 @@ class Explanation:
     notices: tuple[str, ...] = ()
     """Decisions about the model that you may want to change, one sentence each: how its output was read, where a
     layer's positions were guessed."""
+    signed: tuple[str, ...] = ()
+    """Maps whose negative values speak against the class."""
+    controls: tuple[str, ...] = ()
+    """Maps that were made without looking at what the model does."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, where they are known: the model's attribute `classes`, as `sightline.load` sets it, or
+    ImageNet's for a network of timm with its 1,000 classes."""
+    images: tuple[UInt8[Tensor, "3 _ _"], ...] = ()
+    """The images as they look, each in its own shape; empty where they were given normalized."""
+    names: tuple[str, ...] = ()
+    """Names of the image files."""
     doubts: dict[str, Doubts]
     """What the verdicts on each map are made from."""
 
@@ -149,10 +164,11 @@ class Explainer:
     def __call__(
         self,
         model: nn.Module,
-        images: Float[Tensor, "b c *grid"],
+        images: Images,
         targets: Targets = None,
         layer: LayerLike = None,
         *,
+        preprocess: Preprocess | None = None,
         output: Output = None,
         forward_args: Any = (),
         forward_kwargs: Mapping[str, Any] | None = None,
@@ -163,11 +179,11 @@ class Explainer:
         **options: Any,
     ) -> Float[Tensor, "b t *cells"]:
         """The map that `explain` makes, alone: raw, per target, at the layer's own resolution, float32 or float64."""
-        check_images(images)
+        inputs = inputs_of(model, images, preprocess)
         request = Request(self.name, self, arguments.checked_options(self.formula, options, self.name), layer)
-        forward = forward_call(images, output, forward_args, forward_kwargs)
+        forward = forward_call(inputs.images, output, forward_args, forward_kwargs)
         settings = Settings(call=call, batch_size=batch_size, memory=memory, progress=progress)
-        return explanation_of(model, images, targets, [request], forward, settings)[self.name]
+        return explanation_of(model, inputs, targets, [request], forward, settings)[self.name]
 
     def map_of(self, evidence: Evidence, **options: Any) -> Map:
         """The formula on evidence that is already there.
@@ -214,7 +230,7 @@ class Request(NamedTuple):
 
 def explanation_of(
     model: nn.Module,
-    images: Float[Tensor, "b c *grid"],
+    inputs: Inputs,
     targets: Targets,
     requests: Sequence[Request],
     forward: ForwardCall,
@@ -228,19 +244,20 @@ def explanation_of(
     explainers = [request.explainer for request in requests]
     is_ours = all(type(explainer) is Explainer and is_known_code(explainer.formula) for explainer in explainers)
     with untouched(model, lazily=is_ours and not settings.compile and has_known_plan(unwrapped(model))), exact():
-        return _explanation(model, images, targets, requests, forward, settings)
+        return _explanation(model, inputs, targets, requests, forward, settings)
 
 
 def _explanation(
     model: nn.Module,
-    images: Tensor,
+    inputs: Inputs,
     targets: Targets,
     requests: Sequence[Request],
     forward: ForwardCall,
     settings: Settings,
 ) -> Explanation:
+    explainers = [request.explainer for request in requests]
     fields = [(request.layer, request.explainer.needs) for request in requests]
-    gathered = gather(model, images, fields, targets, forward, settings)
+    gathered = gather(model, inputs.images, fields, targets, forward, settings)
     first: Sequence[Evidence | None] = ()
     parts: list[list[Map]] = [[] for _ in requests]
     for block in gathered.blocks():
@@ -284,6 +301,11 @@ def _explanation(
         logits=gathered.logits,
         probabilities=gathered.probabilities,
         layers=layers,
-        notices=tuple(scorer.notices),
+        signed=tuple(name for name, explainer in zip(values, explainers, strict=True) if explainer.is_signed),
+        controls=tuple(name for name, explainer in zip(values, explainers, strict=True) if explainer.is_control),
+        classes=() if callable(targets) else classes_of(model, gathered.logits.shape[1]),
+        images=inputs.shown,
+        names=inputs.names,
+        notices=(*inputs.notices, *scorer.notices),
         doubts=doubts,
     )

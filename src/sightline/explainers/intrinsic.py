@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sightline.data import Preprocess
 from sightline.explainers.evidence import gather
 from sightline.explainers.explainer import Explainer
-from sightline.inference import check_images, forward_call, preserving
+from sightline.inference import Images, forward_call, inputs_of, preserving
 
 __all__ = ["attention_maps", "attention", "activation_map"]
 
@@ -17,8 +18,9 @@ __all__ = ["attention_maps", "attention", "activation_map"]
 @preserving
 def attention_maps(
     model: nn.Module,
-    images: Float[Tensor, "b c H W"],
+    images: Images,
     *,
+    preprocess: Preprocess | None = None,
     forward_args: Any = (),
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Float[Tensor, "b _ _ _"]]:
@@ -27,13 +29,13 @@ def attention_maps(
     A block is any module with a child called `gate` that returns a 4-D tensor, or the attention of a vision transformer
     between all its tokens: (b, heads, h, w), the attention that each patch receives from the class token if the head
     reads that token, else from all patches on average. The model runs once, in eval mode, and is left unchanged.
-    `forward_args` and `forward_kwargs` are those of `explain`.
+    `images`, `preprocess`, `forward_args` and `forward_kwargs` are those of `explain`.
 
     >>> from sightline.testing import PlantedAttention
     >>> attention_maps(PlantedAttention(), torch.ones(1, 3, 2, 2))["pool"].flatten().tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
-    check_images(images)
+    images = inputs_of(model, images, preprocess).images
     forward = forward_call(images, None, forward_args, forward_kwargs)
     no_score = images.new_zeros(len(images))  # the model may return anything
     return gather(model, images, [(None, frozenset({"gates"}))], lambda output: no_score, forward).gates

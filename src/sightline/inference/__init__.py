@@ -2,6 +2,16 @@
 
 from sightline.inference.copies import copy_of
 from sightline.inference.features import calls_of, features_of, head_name
+from sightline.inference.inputs import (
+    Images,
+    Inputs,
+    classes_of,
+    imagenet_classes,
+    inputs_of,
+    normalized,
+    preparation,
+    preprocess_of,
+)
 from sightline.inference.memory import Memory, allowance, fitting_size, held_by, in_batches
 from sightline.inference.outputs import (
     ForwardCall,
@@ -32,6 +42,14 @@ from sightline.inference.preserve import (
 from sightline.inference.probabilities import version_of
 
 __all__ = [
+    "preprocess_of",
+    "normalized",
+    "preparation",
+    "inputs_of",
+    "imagenet_classes",
+    "classes_of",
+    "Inputs",
+    "Images",
     "ForwardCall",
     "Memory",
     "Output",

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 from torch import nn
 
 from sightline.attention.insertion import MARK, Block, insert
-from sightline.data import Preprocess
 from sightline.data.tables import read_class_names
 from sightline.facts import current_name, did_you_mean, notice
+from sightline.inference import imagenet_classes, preprocess_of
 from sightline.models.fcan import FCAN
 from sightline.models.mg_cnn import MGCNN
 from sightline.models.neck import add_neck
@@ -180,22 +180,9 @@ def named_model(
         advice = f"{classes} names {len(names)} classes" if names else "name its classes by --classes FILE"
         raise ValueError(f"{error}; {advice}") from error
     if not names and name not in MODELS and getattr(model, "num_classes", 1000) == 1000:
-        names = imagenet_classes()
+        names = [*imagenet_classes()]
         notice("1,000 classes without names are taken for those of ImageNet; name yours by --classes FILE")
     return model, names
-
-
-def imagenet_classes() -> list[str]:
-    """The 1,000 classes of ImageNet (ILSVRC 2012) in their usual order; a number is added where two share a name.
-
-    >>> names = imagenet_classes()
-    >>> names[281], names[134], names[517]
-    ('tabby', 'crane (134)', 'crane (517)')
-    """
-    from timm.data.imagenet_info import ImageNetInfo
-
-    names = [text.partition(",")[0] for text in ImageNetInfo().label_descriptions()]
-    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def input_of(
@@ -208,37 +195,6 @@ def input_of(
     """
     preprocess = preprocess_of(model)
     return preprocess.size, preprocess.mean, preprocess.std
-
-
-def preprocess_of(model: nn.Module) -> Preprocess:
-    """How images become the input of a timm model, or of one that `create_model` made: as where it was trained.
-
-    A model without such a configuration gets all of each image at 224 px, with the mean and deviation of ImageNet. Two
-    ways of timm are not followed: images that are squashed and then cut, and images that are padded; there all of each
-    image is resized, and a notice says so.
-
-    For all of each image instead of the middle: `dataclasses.replace(preprocess_of(model), crop=None)`.
-
-    >>> print(preprocess_of(create_model("tf_efficientnet_lite0")))
-    scaled until the shorter side is 256 px, and the middle 224 x 224 px are cut out (crop 0.875, bicubic)
-    >>> print(preprocess_of(nn.Identity()))
-    resized to 224 x 224 px, all of the image (bilinear)
-    """
-    from timm.data.config import resolve_model_data_config
-
-    config = resolve_model_data_config(model)
-    size, mean, std = config["input_size"][1:], config["mean"], config["std"]
-    if not getattr(model, "pretrained_cfg", None):
-        return Preprocess(size=size, mean=mean, std=std)
-    mode, crop = config["crop_mode"], config["crop_pct"]
-    if mode == "border" or (mode == "squash" and crop < 1):
-        theirs = "pads them to its shape" if mode == "border" else f"cuts out the middle {crop:.4g} of each side"
-        width, height = size[1], size[0]
-        notice(
-            f"images are resized to {width} x {height} px, all of each; timm {theirs}, so scores may differ a little"
-        )
-    crop = crop if mode == "center" else None
-    return Preprocess(size=size, mean=mean, std=std, crop=crop, interpolation=config["interpolation"])
 
 
 def _head_of_download(name: str, model: nn.Module, num_classes: int | None, new_head: bool) -> tuple[str, ...]:

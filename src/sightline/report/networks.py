@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from sightline import data, maps, models, runs
+from sightline import maps, models, runs
 from sightline.data import Preprocess
 from sightline.data.files import Picture, decode_pictures
 from sightline.explainers import EXPLAINERS, FAST, Explanation, explain, fitting
 from sightline.explainers.selection import unsuited
 from sightline.facts import Progress, did_you_mean
-from sightline.inference import Output, forward_call
+from sightline.inference import Output, forward_call, normalized
 from sightline.report.parts import POOLINGS, PartMaps, attention_and_parts
 
 _DIGITS, _SHOWN = 19, 60  # letters of an index, and of a name in an error
@@ -84,7 +84,7 @@ class ExplainedNetwork:
 
     def inputs(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Images of its size as the network takes them."""
-        return data.normalize(images.to(self.device), self.preprocess)
+        return normalized(self.model, images, self.preprocess)
 
     def settle(self, inputs: Tensor, layer: str | None, output: Output, strict: bool) -> list[str]:
         """Decide, on the first images, what the output is and which methods fit; what to tell about it."""
