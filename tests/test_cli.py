@@ -20,8 +20,9 @@ from PIL import Image
 
 from sightline import attention, cli, maps, recipe, runs, terminal
 from sightline.explainers import EXPLAINERS, Verdict
+from sightline.explainers.drawing import caption, titled
 from sightline.facts import Layer, percent, words
-from sightline.report.pages import Pages, caption, free_name, positions, titled
+from sightline.report.pages import Pages, free_name, positions
 
 ROOT = Path(__file__).parent.parent
 TINY = [

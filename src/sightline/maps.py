@@ -370,7 +370,7 @@ def side_by_side(
     scales: bool = False,
     captions: Mapping[str, str] | None = None,
     per_row: int | None = None,
-    title: str = "image",
+    title: str | None = "image",
     heading: str = "",
 ) -> UInt8[Tensor, "3 H W"]:
     """One figure: a row per image, first the image, then each column under its title.
@@ -387,7 +387,7 @@ def side_by_side(
         scales: below each map its colors, and what its ends stand for.
         captions: text at the foot of columns, by title.
         per_row: number of columns beside the images; the others go below, beside the images again.
-        title: over the images.
+        title: over the images. None: leave out their column; with `opacity` 1 the maps are alone.
         heading: over all of it, the first line in larger letters.
 
     Raises:
@@ -425,8 +425,11 @@ def side_by_side(
         values = column.detach().cpu() if is_map else None
         cells.append(cell(shown, *[_scale(values, len(images), wide, as_signed)] * scales))
     names, count = list(columns), per_row or max(1, len(columns))
+    first = 0 if title is None else 1
     panels = [
-        _panel([title, *names[i : i + count]], cells[:1] + cells[i + 1 : i + 1 + count], captions or {})
+        _panel(
+            [title or ""] * first + names[i : i + count], cells[:first] + cells[i + 1 : i + 1 + count], captions or {}
+        )
         for i in range(0, max(1, len(names)), count)
     ]
     full = panels[0].shape[2]
@@ -445,9 +448,9 @@ def _panel(
     grid = grid.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
     heads = _texts([words(title) for title in titles], width, _large(width), "md")
     panel = torch.cat([heads.to(grid.device), grid[:, :-_GAP, :-_GAP]], 1)
-    if not captions.keys() & set(titles[1:]):
+    if not captions.keys() & set(titles):
         return panel
-    foot = _texts(["", *(captions.get(name, "") for name in titles[1:])], width, _small(width), "ma")
+    foot = _texts([captions.get(name, "") for name in titles], width, _small(width), "ma")
     return torch.cat([panel, foot.to(grid.device)], 1)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sightline import data, models, recipe
 from sightline.facts import Interval, old_names
+from sightline.files import write
 from sightline.inference import copy_of
 from sightline.version import __version__
 
@@ -262,24 +263,6 @@ def save(run: Run, weights: dict[str, Tensor] | None = None) -> None:
     write(run.folder / "metrics.csv", table.getvalue().encode())
     write(run.folder / "recipe.yaml", recipe.dump(run.recipe).encode())
     write(run.folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False).encode())
-
-
-def write(path: Path, content: bytes) -> None:
-    """Replace a file in one step; after a crash, Ctrl-C or on a full disk the old one is left.
-
-    Raises:
-        OSError: the disk is full or the folder is read-only.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:

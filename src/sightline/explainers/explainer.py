@@ -4,20 +4,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, update_wrapper
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from sightline import arguments, maps
+from sightline import arguments, maps, notebook
 from sightline.data import Preprocess
+from sightline.explainers import drawing
 from sightline.explainers.capture import LayerLike, has_known_plan, is_known_code
 from sightline.explainers.evidence import GUIDED, Evidence, Settings, gather
 from sightline.explainers.scorer import Targets
 from sightline.explainers.tokens import SmoothAttention
 from sightline.explainers.verdicts import Compared, Doubts, Map
 from sightline.facts import Layer, Progress, Verdict, current_name
+from sightline.files import write
 from sightline.inference import (
     ForwardCall,
     Images,
@@ -34,6 +37,7 @@ from sightline.inference import (
 )
 from sightline.targets import name_of
 
+_SHOWN = 8  # most images that are shown unasked
 _FIELDS = [field.name for field in fields(Evidence)]
 _SAME_FOR_ALL_CLASSES = {"images", "targets", "activations", "gate", "layer"}
 
@@ -99,6 +103,64 @@ class Explanation:
         places = {name: f" at {layer}" if layer else "" for name, layer in self.layers.items()}
         shapes = ", ".join(f"{name} {tuple(value.shape)}{places[name]}" for name, value in self.maps.items())
         return f"Explanation({shapes}{f' of {self.target}' if self.target else ''})"
+
+    def _repr_html_(self) -> str:
+        return self._html(None)
+
+    def _html(self, rows: Sequence[int] | None) -> str:
+        count = len(self.targets)
+        shown = range(min(count, _SHOWN)) if rows is None else rows
+        figure = drawing.figure_of(self, shown)
+        image = notebook.picture(maps.png(figure), drawing.text_of(self, shown), figure.shape[2])
+        left_out = f"These are {len(shown)} of {count} images: show([{count - 1}]) shows the last, save() writes all."
+        return image + notebook.sentences([*self.notices, *([left_out] if len(shown) < count and rows is None else ())])
+
+    def show(self, rows: Sequence[int] | None = None) -> None:
+        """Show the maps in a notebook, as an explanation at the end of a cell shows itself; each image is a row.
+
+        In a terminal it prints how to write them into a file.
+
+        Args:
+            rows: which images, counted from 0. None: the first eight.
+
+        Raises:
+            ValueError: there is no such image.
+        """
+        if not notebook.in_notebook():
+            print(f"{self}\nPictures are shown in notebooks; here, write a file: explanation.save('maps.png')")
+            return
+        from IPython.display import HTML, display
+
+        display(HTML(self._html(rows)))
+
+    def save(
+        self, path: str | Path, rows: Sequence[int] | None = None, captions: Mapping[str, str] | None = None
+    ) -> Path:
+        """Write the maps, the whole file or none of it.
+
+        A .png is what `show` shows. An .npz holds the raw maps by method, as those of `sightline explain`: (h, w) if
+        one image and one target are explained, and otherwise as they are in `maps`.
+
+        Args:
+            path: a name that ends in .png or .npz.
+            rows: which images, counted from 0. None: all.
+            captions: method -> further words below its maps, in a .png.
+
+        Raises:
+            ValueError: another ending, no such image, or no such method.
+            OSError: the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in (".png", ".npz"):
+            raise ValueError(f"expected a file name that ends in .png or .npz, got {path}; choose one of them")
+        if path.suffix.lower() == ".png":
+            write(path, maps.png(drawing.figure_of(self, rows, captions)))
+            return path
+        chosen = [*range(len(self.targets))] if rows is None else [*rows]
+        raw = {name: value[chosen].detach().float().cpu().numpy() for name, value in self.maps.items()}
+        is_single = len(chosen) == self.targets.shape[1] == 1
+        write(path, drawing.packed({name: value[0, 0] if is_single else value for name, value in raw.items()}))
+        return path
 
     @property
     def layer(self) -> Layer:

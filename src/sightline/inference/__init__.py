@@ -3,6 +3,7 @@
 from sightline.inference.copies import copy_of
 from sightline.inference.features import calls_of, features_of, head_name
 from sightline.inference.inputs import (
+    SHOWN,
     Images,
     Inputs,
     classes_of,
@@ -42,6 +43,7 @@ from sightline.inference.preserve import (
 from sightline.inference.probabilities import version_of
 
 __all__ = [
+    "SHOWN",
     "preprocess_of",
     "normalized",
     "preparation",

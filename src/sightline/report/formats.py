@@ -1,6 +1,5 @@
 """The templates of the pages, and how they write numbers and pictures."""
 
-import base64
 import math
 
 import jinja2
@@ -21,15 +20,6 @@ def template(name: str, *packages: str) -> jinja2.Template:
         percent=percent, number=number, p_value=p_value, hundredths=hundredths, words=facts.words
     )
     return environment.get_template(name)
-
-
-def uri(kind: str, content: bytes) -> str:
-    """A picture as a data URI.
-
-    >>> uri("png", b"abc")
-    'data:image/png;base64,YWJj'
-    """
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def percent(fraction: float) -> str:

@@ -10,28 +10,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sightline import maps, runs
 from sightline.data import ImageSet, Preprocess
 from sightline.data.files import Picture, image_files
 from sightline.data.images import MAX_PIXELS
-from sightline.explainers import named
+from sightline.explainers import drawing, named
 from sightline.explainers.selection import TOLD, prices
-from sightline.facts import LEVELS, Layer, Progress, Verdict, duration, percent, words, worst
-from sightline.inference import Memory, Output, in_batches
+from sightline.facts import LEVELS, Progress, Verdict, duration, words, worst
+from sightline.inference import SHOWN, Memory, Output, in_batches
 from sightline.report.networks import Explained, ExplainedNetwork, Network, methods_of, name_apart, network_of
 
 _FEW, _PER_ROW = 3, 6  # maps beside an image: up to so many are large; more take rows of six
-_LARGE, _SMALL = 448, 256  # longest side of an image on a page, in pixels: beside few maps, and beside more
-_CRISP = 96  # images up to this side are enlarged by a whole factor, so that their pixels are seen
-_MARGIN = 12  # around a page, in pixels
-NO_BREAK = "\N{NO-BREAK SPACE}"
+_LARGE, _SMALL = SHOWN, 256  # longest side of an image on a page, in pixels: beside few maps, and beside more
 _INDEX, _OURS = "index.html", b" sightline</title>"  # in every page of templates/
 _AT_ONCE = 16  # images decoded and explained together
 
@@ -91,7 +86,7 @@ class Pages:
 
 def pages(
     model: Network | Sequence[Network],
-    images: Sequence[str | Path] | ImageSet | UInt8[Tensor, "b 3 h w"],
+    images: str | Path | Sequence[str | Path] | ImageSet | UInt8[Tensor, "b 3 h w"],
     out: str | Path,
     methods: Sequence[str] | Sequence[Sequence[str]] = ("grad_cam",),
     target: int | str | None = None,
@@ -276,15 +271,16 @@ def _folded(name: str) -> str:
 
 
 def _files(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     out: Path,
     decode: Callable[[Sequence[Path]], list[Picture | str]],
     strict: bool,
     classes: Sequence[str],
 ) -> _Source:
-    if any(Path(path).is_dir() and out.resolve() == Path(path).resolve() for path in paths):
+    each = [paths] if isinstance(paths, str | Path) else paths
+    if any(Path(path).is_dir() and out.resolve() == Path(path).resolve() for path in each):
         raise ValueError(f"expected an output folder other than that of the images, got {out}; choose a new one")
-    files, skipped, notices = image_files(paths, strict)
+    files, skipped, notices = image_files(each, strict)
     folders = {_folded(name): name for name in classes}
 
     def read(rows: range) -> _Chunk | None:
@@ -334,9 +330,7 @@ class _Writer:
         """The page and the raw maps of the image at this place of each network's explanation."""
         stem = free_name(Path(name).stem, self.stems)
         raw: dict[str, Any] = {}
-        columns: dict[str, Tensor] = {}
-        captions: dict[str, str] = {}
-        signed: list[str] = []
+        columns: list[drawing.Column] = []
         rows: list[dict[str, Any]] = []
         headings: list[str] = []
         for network, result in zip(self.networks, results, strict=True):
@@ -354,14 +348,14 @@ class _Writer:
                 "prediction_probability": f"{probabilities[predicted]:.4f}",
                 "true_class": true_class,
             }
-            for method in sorted(explanation.maps, key=lambda method: named(method)[1].is_control):
+            for method in sorted(explanation.maps, key=lambda method: method in explanation.controls):
                 values = explanation.maps[method][place, 0].float().cpu().numpy()
-                label, explainer = network.label(method), named(method)[1]
+                label = network.label(method)
                 verdicts, layer = explanation.verdicts[method][place], explanation.layers[method]
                 raw[label] = values
                 self.verdicts.setdefault(label, []).append(verdicts)
                 self.positions[label] = positions(
-                    values.shape, bool(layer), network.is_run and not explainer.is_control
+                    values.shape, bool(layer), network.is_run and method not in explanation.controls
                 )
                 rows.append(
                     {
@@ -379,41 +373,35 @@ class _Writer:
                         "verdicts": "; ".join(verdicts),
                     }
                 )
-                title = f"{network.prefix}{titled(method, verdicts, explainer.is_control)}"
-                title = label if title in columns else title
                 colored = result.picture(method, place)
-                columns[title] = torch.from_numpy(values)[None, None] if colored is None else colored
-                captions[title] = caption(values.shape, layer, verdicts)
-                if colored is not None:
+                if colored is None:
+                    column = drawing.column(explanation, method, place)
+                else:
                     raw[f"{label} parts"] = result.parts[method].maps[place].float().cpu().numpy()
-                    captions[title] = f"{in_color(len(raw[f'{label} parts']))}\n{captions[title]}"
-                signed += [title] * explainer.is_signed
+                    column = drawing.column(explanation, method, place, before=in_color(len(raw[f"{label} parts"])))
+                    column = column._replace(content=colored)
+                column = column._replace(name=label, title=f"{network.prefix}{column.title}")
+                columns.append(column)
                 if self.overlays:
-                    drawn = self._drawn(picture, columns[title], explainer.is_signed)
-                    self._save(f"{stem}--{_file_name(label)}.png", maps.png(drawn))
-        packed = io.BytesIO()
-        np.savez_compressed(packed, allow_pickle=False, **raw)
-        self._save(f"{stem}.npz", packed.getvalue())
-        page = maps.side_by_side(
-            sized(picture, _LARGE if len(columns) <= _FEW else _SMALL)[None],
+                    self._save(f"{stem}--{_file_name(label)}.png", maps.png(self._drawn(picture, column)))
+        self._save(f"{stem}.npz", drawing.packed(raw))
+        page = drawing.figure(
+            picture,
             columns,
-            signed=signed,
-            scales=True,
-            captions=captions,
-            title="what the network sees" if self.is_cropped else "image",
+            self._heading(Path(name).name, true_class, headings),
+            side=_LARGE if len(columns) <= _FEW else _SMALL,
             per_row=None if len(columns) <= _FEW else _PER_ROW,
-            heading=self._heading(Path(name).name, true_class, headings),
+            title="what the network sees" if self.is_cropped else "image",
         )
-        self._save(f"{stem}--page.png", maps.png(F.pad(page, [_MARGIN] * 4, value=255)))
-        first = next(iter(columns))
-        self.thumbnails[stem] = thumbnail([picture, self._drawn(picture, columns[first], first in signed)])
+        self._save(f"{stem}--page.png", maps.png(page))
+        self.thumbnails[stem] = thumbnail([picture, self._drawn(picture, columns[0])])
         self.rows += rows  # last, so that table and index list whole images only
 
-    def _drawn(self, picture: UInt8[Tensor, "3 h w"], column: Tensor, signed: bool) -> UInt8[Tensor, "3 h w"]:
+    def _drawn(self, picture: UInt8[Tensor, "3 h w"], column: drawing.Column) -> UInt8[Tensor, "3 h w"]:
         """A map laid over the image, or a picture of maps at the size of the image."""
-        if column.is_floating_point():
-            return maps.overlay(picture[None], column, signed=signed)[0, 0]
-        return maps.resize(column.float(), picture.shape[1:])[0].round().clamp(0, 255).to(torch.uint8)
+        if column.content.is_floating_point():
+            return maps.overlay(picture[None], column.content, signed=column.is_signed)[0, 0]
+        return maps.resize(column.content.float(), picture.shape[1:])[0].round().clamp(0, 255).to(torch.uint8)
 
     def _heading(self, file: str, true_class: str, answers: Sequence[str]) -> str:
         """What is over a page: the answer of the network, or the image and then the answers of several."""
@@ -425,16 +413,12 @@ class _Writer:
         return f"{first}\n{', '.join(filter(None, (f'network: {self.networks[0].name}', image)))}"
 
     def _answer(self, network: ExplainedNetwork, probabilities: Sequence[float], explained: int, predicted: int) -> str:
-        def shown(index: int) -> str:
-            name = network.classes[index] if index < len(network.classes) else ""
+        for name in (network.classes[i] for i in {explained, predicted} if i < len(network.classes)):
             if not maps.is_writable(name):
                 text = f"no font here has the letters of {name}, so pages show the numbers of such classes"
                 self.notices[f"{text}; install one that has them"] = None
-                name = ""
-            return f"{name or f'class {index}'} ({percent(probabilities[index])})"
-
-        prediction = ", the prediction" if explained == predicted else f"; prediction: {shown(predicted)}"
-        return f"{network.prefix or 'explained: '}{shown(explained)}{prediction}"
+        before = network.prefix or "explained: "
+        return drawing.answer(probabilities, explained, predicted, network.classes, before)
 
     def keep_table(self) -> None:
         """Write maps.csv if it has grown by a twentieth since, so that little is missing even if the process dies."""
@@ -452,7 +436,8 @@ class _Writer:
 
     def write_index(self) -> None:
         """index.html, a thumbnail of each image with its prediction and the worst verdict, linked to its page."""
-        from sightline.report.formats import template, uri
+        from sightline.notebook import uri
+        from sightline.report.formats import template
 
         places = {": ".join(filter(None, (row.get("network"), row["method"]))): row for row in self.rows}
         page = template(_INDEX).render(
@@ -516,27 +501,6 @@ def thumbnail(pictures: Sequence[UInt8[Tensor, "3 h w"]], side: int = 128) -> by
     return file.getvalue()
 
 
-def titled(method: str, verdicts: Sequence[Verdict], is_control: bool = False) -> str:
-    """A method with the most severe level of the verdicts on its map, unless that is a note.
-
-    >>> titled("lrp", [Verdict("flat")]), titled("center_map", [], is_control=True)
-    ('LRP (doubt)', 'control: center map')
-    """
-    level, title = worst(verdicts), f"{'control: ' * is_control}{words(method)}"
-    return title if level in (None, "note") else f"{title} ({level.replace(' ', NO_BREAK)})"
-
-
-def caption(grid: Sequence[int], layer: Layer, verdicts: Sequence[Verdict]) -> str:
-    r"""Where a map was read, how many positions it has, and in further lines the verdicts on it.
-
-    >>> caption((4, 4), Layer("layer4", (512, 4, 4)), [Verdict("flat", "do not read")])
-    'layer4, 4 x 4 positions (coarse)\nflat'
-    """
-    place = f"{layer.name}, " if layer else ""
-    coarse = " (coarse)" if min(grid) < maps.COARSE else ""
-    return "\n".join([f"{place}{' x '.join(map(str, grid))} positions{coarse}", *verdicts])
-
-
 def in_color(count: int) -> str:
     """What the colors mean in a picture of the maps of a block that has this many.
 
@@ -546,23 +510,6 @@ def in_color(count: int) -> str:
     colors = ", ".join(("red", "green", "blue")[:count])
     which = {1: "its map", 2: "its two maps"}.get(count, "its first three maps")
     return f"{colors}: {which}; brightness: norm of the features"
-
-
-def sized(picture: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 _ _"]:
-    """A picture as it is shown on a page, its longer side about `side` pixels.
-
-    Small ones are enlarged by a whole factor, so that each of their pixels is seen, others smoothly.
-
-    >>> sized(torch.zeros(3, 64, 32, dtype=torch.uint8), 448).shape, sized(torch.zeros(3, 300, 200).byte(), 448).shape
-    (torch.Size([3, 448, 224]), torch.Size([3, 448, 299]))
-    """
-    height, width = picture.shape[1:]
-    longest = max(height, width)
-    if longest <= _CRISP:
-        return picture.repeat_interleave(side // longest, 1).repeat_interleave(side // longest, 2)
-    size = max(1, round(width * side / longest)), max(1, round(height * side / longest))
-    resized = Image.fromarray(picture.movedim(0, -1).numpy()).resize(size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized)).movedim(-1, 0)
 
 
 def positions(grid: Sequence[int], has_layer: bool, can_be_trained: bool) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sightline import facts, maps
 from sightline.evaluation import Curve, Example
-from sightline.report.formats import uri
+from sightline.notebook import uri
 from sightline.report.studies import Effect
 from sightline.report.tables import along
 

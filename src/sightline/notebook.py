@@ -1,0 +1,107 @@
+"""How results show themselves: in a notebook as pictures, tables and sentences, elsewhere in a few lines."""
+
+import base64
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from html import escape
+from reprlib import Repr
+from typing import Any
+
+
+def in_notebook() -> bool:
+    """Whether this is the kernel of a notebook, where HTML is shown."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return hasattr(shell, "kernel")
+
+
+def uri(kind: str, content: bytes) -> str:
+    """A picture as a data URI.
+
+    >>> uri("png", b"abc")
+    'data:image/png;base64,YWJj'
+    """
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def picture(png: bytes, text: str, width: int) -> str:
+    """A picture as HTML, as wide as it is: shrunk to two thirds where there is less room, and then scrolled.
+
+    >>> 'alt="a &lt;cat&gt;"' in picture(b"abc", "a <cat>", 300)
+    True
+    """
+    style = f"max-width:100%;min-width:{round(width / 1.5)}px;height:auto;margin:0"
+    image = f'<img style="{style}" width="{width}" src="{uri("png", png)}" alt="{escape(text)}">'
+    return f'<div style="overflow-x:auto">{image}</div>'
+
+
+def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table as HTML; the first column names the lines.
+
+    >>> table(["map", "score"], [["<own>", "0.5"]]).count("<td"), "&lt;own&gt;" in table(["map"], [["<own>"]])
+    (1, True)
+    """
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        first, *rest = (escape(cell) for cell in cells)
+        others = "".join(f'<{tag} style="text-align:right">{cell}</{tag}>' for cell in rest)
+        return f'<tr><th style="text-align:left;white-space:nowrap">{first}</th>{others}</tr>'
+
+    head, body = row("th", columns), "".join(row("td", line) for line in lines)
+    return f'<div style="overflow-x:auto"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def sentences(texts: Iterable[str]) -> str:
+    """Sentences as an HTML list; nothing where there are none.
+
+    >>> sentences(["a < b"]), sentences([])
+    ('<ul><li>a &lt; b</li></ul>', '')
+    """
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def heading(text: str) -> str:
+    """A line above a table.
+
+    >>> heading("a & b")
+    '<p><b>a &amp; b</b></p>'
+    """
+    return f"<p><b>{escape(text)}</b></p>"
+
+
+class _Brief(Repr):
+    """Values in few letters: tensors and arrays by type and shape, the first items of long collections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = self.maxtuple = self.maxlist = self.maxdict = self.maxset = 3
+        self.maxstring = self.maxother = 80
+
+    def repr_Tensor(self, value: Any, level: int) -> str:
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+    repr_ndarray = repr_Tensor
+
+
+def brief(result: Any) -> str:
+    """A dataclass in few letters, as its `__repr__`: fields that are empty are left out.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Found:
+    ...     names: list[str]
+    ...     reason: str = ""
+    ...     __repr__ = brief
+    >>> Found(["a"] * 500)
+    Found(names=['a', 'a', 'a', ...])
+    """
+    values = {each.name: getattr(result, each.name) for each in fields(result) if each.repr}
+    given = {
+        name: value for name, value in values.items() if hasattr(value, "shape") or value not in (None, "", (), [], {})
+    }
+    return f"{type(result).__name__}({', '.join(f'{name}={_BRIEF.repr(value)}' for name, value in given.items())})"
+
+
+_BRIEF = _Brief()
