@@ -3,7 +3,10 @@
 import io
 import re
 from base64 import b64decode
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from html import escape
+from importlib import import_module
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,10 +15,15 @@ from PIL import Image
 from torch import nn
 
 import sightline as sl
-from sightline import maps, notebook
+from sightline import bench, maps, notebook
+from sightline.bench.measured import Maps, MeasuredRun
 from sightline.data import Preprocess
+from sightline.evaluation import Evaluation
+from sightline.evaluation.result import Example
 from sightline.explainers.drawing import heading_of, sized
+from sightline.facts import words
 from sightline.targets import Value
+from sightline.tasks import Figure, Outcome
 from sightline.testing import PooledModel
 
 MODEL = PooledModel(torch.eye(3))
@@ -178,3 +186,110 @@ def test_show_in_a_notebook_shows_the_html(monkeypatch):
     explanation.show([1])
     assert displayed[0].data == explanation._repr_html_()
     assert shown(displayed[1].data)[0][0].height == shown(displayed[0].data)[0][0].height // 2
+
+
+def parts_of(kind):
+    return [kind] if isinstance(kind, type) else [part for each in get_args(kind) for part in parts_of(each)]
+
+
+def results():
+    """The dataclasses that public functions return, and those in their fields."""
+    names = "attention bench data evaluation explainers exporting hub maps metrics models recipe report runs sight"
+    modules = [import_module(f"sightline.{name}") for name in [*names.split(), "targets", "tasks", "training"]]
+    waiting = []
+    for module in modules:
+        for name in getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")]):
+            value = getattr(module, name)
+            if getattr(value, "__module__", "").startswith("sightline"):
+                waiting += [value] if isinstance(value, type) else parts_of(get_type_hints(value).get("return"))
+    found = {}
+    while waiting:
+        kind = waiting.pop()
+        if kind not in found and is_dataclass(kind) and kind.__module__.startswith("sightline"):
+            found[kind] = [part for hint in get_type_hints(kind).values() for part in parts_of(hint)]
+            waiting += found[kind]
+    return found
+
+
+def prints_all(kind):
+    code = getattr(getattr(kind.__repr__, "__wrapped__", None), "__code__", None)
+    return code is not None and code.co_filename == "<string>"  # as dataclasses writes it
+
+
+def test_no_result_prints_its_tensors():
+    kinds = results()
+    assert {sl.explainers.Explanation, Evaluation, bench.Bench, Outcome, sl.data.ImageSet, Example} <= kinds.keys()
+    arrays = [k for k, parts in kinds.items() if any(hasattr(part, "array_type") for part in parts)]
+    assert len(arrays) > 8 and [kind.__name__ for kind in arrays if prints_all(kind)] == []
+
+
+def nested(value):
+    """A result and the dataclasses in it."""
+    if is_dataclass(value):
+        yield value
+        value = [getattr(value, field.name) for field in fields(value)]
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from nested(each)
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    """Forty images of <classes>, some metrics."""
+    images = torch.eye(3)[torch.arange(40) % 3][:, :, None, None].expand(-1, 3, 4, 4) + torch.rand(40, 3, 4, 4)
+    data = [(images, torch.arange(40) % 3, torch.ones(40, 1, 4, 4) > 0)]
+    metrics = ["insertion_auc", "deletion_auc", "energy_in_mask", "sparsity"]
+    return sl.evaluate(MODEL, data, ["grad_cam", "saliency"], metrics, name="<b>colors</b>")
+
+
+def test_an_evaluation_is_a_few_lines(evaluation):
+    lines = repr(evaluation).splitlines()
+    assert lines[0] == "Evaluation of PooledModel on <b>colors</b>, 40 images: 2 methods and 4 controls by 4 metrics"
+    best = evaluation.standings["insertion_auc"].best
+    assert lines[1].startswith(f"  best in insertion: {words(best)} {evaluation.score(best, 'insertion_auc').interval}")
+    assert len(lines) == 1 + len(evaluation.standings) and len(repr(evaluation)) < 1000
+    long = [(type(part).__name__, len(repr(part))) for part in nested(evaluation) if part is not evaluation]
+    assert [each for each in long if each[1] > 500] == []
+
+
+def test_an_evaluation_is_a_table_in_a_notebook(evaluation):
+    html = evaluation._repr_html_()
+    assert "<b>colors" not in html and "&lt;b&gt;colors&lt;/b&gt;, 40 images" in html
+    interval = evaluation.score("saliency", "energy_in_mask").interval
+    assert re.search(f">saliency</th>.*?>{re.escape(str(interval))}<", html)
+    assert html.count("<tr>") == 1 + 6 + 1 and "random_map (control)" in html and ">chance<" in html
+    assert "energy_in_mask ↑" in html and "deletion_auc ↓" in html
+    assert all(escape(sentence) in html for sentence in evaluation.summary)
+
+
+def test_outcomes_and_pages_are_short(tmp_path):
+    hits = Figure(values=np.array([0.0, 1.0, 1.0, 1.0] * 500), unit="queries", chance=0.1)
+    outcome = Outcome(task="<i>retrieval</i>", figures={"rank-1": hits}, names={}, notices=("a < b",))
+    assert repr(outcome) == f"Outcome of <i>retrieval</i>:\n  rank-1: {hits.interval} over 2,000 queries"
+    assert repr(hits) == "Figure(values=float64 (2000,), unit='queries', chance=0.1)"
+    html = outcome._repr_html_()
+    assert "&lt;i&gt;retrieval" in html and f">{hits.interval.value:.3f}<" in html and "<li>a &lt; b</li>" in html
+    pages = sl.report.pages(MODEL, pixels(9), tmp_path, ["grad_cam", "random_map"], preprocess=PREPROCESS)
+    assert repr(pages).startswith(f"Pages: 9 images x 2 methods in {tmp_path}; ") and len(repr(pages).splitlines()) == 2
+
+
+def test_a_study_is_short_and_a_table(tmp_path):
+    def run(row, seed, accuracy):
+        maps = Maps(energy={}, sparsity={}, activation_energy=0.5, similarity=0.1)
+        facts = {"majority": 0.1, "area": 0.1, "parameters": 7, "seconds": 1.0, "before": maps, "after": maps}
+        return MeasuredRun(row=row, seed=seed, accuracy=accuracy, **facts)
+
+    runs = tuple(run(row, seed, a + seed / 100) for row, a in (("plain", 0.5), ("<se>", 0.7)) for seed in range(3))
+    study = bench.Bench(control="plain", rows=("plain", "<se>"), measured=runs, failed={"<se>, 3": "no <memory>"})
+    assert repr(study).splitlines() == [
+        "Bench of 2 networks: 6 runs, 1 failed",
+        "  most accurate <se> 71.0 ± 1.0 %; control plain 51.0 ± 1.0 %",
+    ]
+    html = study._repr_html_()
+    assert "<se>" not in html and ">71.0 ± 1.0<" in html and "failed: &lt;se&gt;, 3: no &lt;memory&gt;" in html
+    assert all(escape(sentence) in html for sentence in study.sentences())
+
+
+def test_recipes_show_what_differs_from_the_defaults():
+    recipe = sl.recipe.load(sl.recipe.Recipe(), {"optim.epochs": 3, "data.source": "photos"})
+    assert repr(sl.recipe.Recipe()) == "Recipe()"
+    assert repr(recipe) == "Recipe(data=Data(source='photos'), optim=Optim(epochs=3))"

@@ -3,7 +3,7 @@
 import base64
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from html import escape
 from reprlib import Repr
 from typing import Any
@@ -77,7 +77,7 @@ class _Brief(Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel = self.maxtuple = self.maxlist = self.maxdict = self.maxset = 3
-        self.maxstring = self.maxother = 80
+        self.maxstring = self.maxother = 60
 
     def repr_Tensor(self, value: Any, level: int) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
@@ -85,8 +85,8 @@ class _Brief(Repr):
     repr_ndarray = repr_Tensor
 
 
-def brief(result: Any) -> str:
-    """A dataclass in few letters, as its `__repr__`: fields that are empty are left out.
+def brief(self: Any) -> str:
+    """A dataclass in few letters, as its `__repr__`: fields with their default values are left out.
 
     >>> from dataclasses import dataclass
     >>> @dataclass
@@ -97,11 +97,12 @@ def brief(result: Any) -> str:
     >>> Found(["a"] * 500)
     Found(names=['a', 'a', 'a', ...])
     """
-    values = {each.name: getattr(result, each.name) for each in fields(result) if each.repr}
-    given = {
-        name: value for name, value in values.items() if hasattr(value, "shape") or value not in (None, "", (), [], {})
-    }
-    return f"{type(result).__name__}({', '.join(f'{name}={_BRIEF.repr(value)}' for name, value in given.items())})"
+    shown = {each.name: getattr(self, each.name) for each in fields(self) if each.repr}
+    for each in fields(self):
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if default is not MISSING and type(default) is type(shown.get(each.name)) and default == shown[each.name]:
+            del shown[each.name]
+    return f"{type(self).__name__}({', '.join(f'{name}={_BRIEF.repr(value)}' for name, value in shown.items())})"
 
 
 _BRIEF = _Brief()

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 import yaml
 
 from sightline.facts import did_you_mean
+from sightline.notebook import brief
 
 _Value = TypeVar("_Value")
 
@@ -50,6 +51,8 @@ def _field(default: Any, text: str, limit: Limit | None = None) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Which images, which columns, which splits."""
+
+    __repr__ = brief
 
     source: str = _field(
         "clutter",
@@ -131,6 +134,8 @@ class Data:
 class Augment:
     """Random changes of a training image; masks and boxes follow the image."""
 
+    __repr__ = brief
+
     crop: int = _field(0, "Pad by so many pixels and crop back at a random place. 0: no crop.", NOT_NEGATIVE)
     flip: bool | None = _field(None, "Mirror left and right half of the time. None: yes, except for digits.")
     scale: float = _field(1.0, "Smallest area of a random resized crop, as a fraction. 1: no such crop.", UP_TO_ONE)
@@ -145,6 +150,8 @@ class Augment:
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Which network."""
+
+    __repr__ = brief
 
     name: str = _field("vgg_att2", "A name from `sightline list models`, or any timm model.")
     options: dict[str, Any] = field(
@@ -166,6 +173,8 @@ class Model:
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     """How the weights are optimized."""
+
+    __repr__ = brief
 
     epochs: int | None = _field(None, "Passes over the training images. None: 10 with model.weights, else 20.", COUNT)
     batch_size: int = _field(32, "Images per step, over all processes; an incomplete last batch is dropped.", COUNT)
@@ -256,6 +265,8 @@ class Watch:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training: data, model, optimization, what is watched, seeds."""
+
+    __repr__ = brief
 
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)

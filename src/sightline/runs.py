@@ -43,6 +43,10 @@ _BLOCK_OPTIONS = ("attention", "attention_options", "high_resolution", "neck", "
 class Run:
     """One training: its recipe, its results, and what a user of the weights needs to know."""
 
+    def __repr__(self) -> str:
+        what = f"{self.recipe.model.name} on {self.recipe.data.source}, {len(self.classes)} classes, seed {self.seed}"
+        return f"Run({str(self.folder)!r}: {what}, {len(self.history)} epochs)"
+
     folder: Path
     recipe: recipe.Recipe
     """With every field resolved, and this run's seed only."""

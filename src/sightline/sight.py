@@ -45,6 +45,12 @@ _PER_ROW = 6  # maps beside a mosaic
 class Sight:
     """The result of the sight test."""
 
+    def __repr__(self) -> str:
+        return "\n".join(["Sight:", *(f"  {name}: {result}" for name, result in self.evaluations.items())])
+
+    def _repr_markdown_(self) -> str:
+        return self.markdown()
+
     evaluations: dict[str, Evaluation]
     predicts: dict[str, dict[str, Interval]]
     """Data set -> metric -> rank correlation over methods and controls between the metric and the truth."""

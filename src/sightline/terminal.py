@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sightline.facts import Notice, duration
 
 if TYPE_CHECKING:
-    from sightline.evaluation import Evaluation, Score
+    from sightline.evaluation import Evaluation
     from sightline.models.costs import Costs
 
 _EVERY = 30.0  # seconds between lines of progress
@@ -20,7 +20,6 @@ _LISTED = 20  # unreadable images that are named; the report names all
 _COLUMNS = 6  # columns of a study side by side
 _METRICS = 4  # metrics side by side
 _WIDTH = 140  # columns of a table where there is no terminal
-_ARROWS = {True: "↑", False: "↓", None: "(not ranked)"}
 
 
 @contextmanager
@@ -96,28 +95,14 @@ def print_columns(title: str, columns: Sequence[str], lines: Iterable[Sequence[s
         for name in columns[part]:
             table.add_column(name, justify="right")
         for line in lines:
-            table.add_row(line[0], *line[part])
+            if any(line[part]):
+                table.add_row(line[0], *line[part])
         console.print(table)
 
 
 def print_scores(evaluation: "Evaluation") -> None:
     """Scores of all methods, with intervals."""
-    names = {method: evaluation.label(method) for method in evaluation.methods}
-    for start in range(0, len(evaluation.metrics), _METRICS):
-        metrics = evaluation.metrics[start : start + _METRICS]
-        images = evaluation.provenance["images with maps"]
-        title = f"{evaluation.model} on {evaluation.data} ({evaluation.split}), {images} images" if not start else ""
-        columns = [f"{metric} {_ARROWS[evaluation.higher_is_better[metric]]}" for metric in metrics]
-        lines = [[names[m], *(_cell(evaluation.score(m, metric)) for metric in metrics)] for m in evaluation.methods]
-        if evaluation.chance.keys() & set(metrics):
-            lines.append(
-                ["chance", *(f"{evaluation.chance[m]:.3f}" if m in evaluation.chance else "" for m in metrics)]
-            )
-        print_columns(title, ["method", *columns], lines)
-
-
-def _cell(score: "Score") -> str:
-    return f"{score.interval}, {score.undefined} undefined" if score.undefined else str(score.interval)
+    print_columns(evaluation.title, *evaluation.table(), width=_METRICS)
 
 
 def print_costs(title: str, costs: Mapping[str, "Costs"]) -> None:

@@ -25,6 +25,7 @@ from sightline.inference import forward
 from sightline.metrics import energy_in_mask
 from sightline.metrics.classification import accuracy
 from sightline.metrics.complexity import sparsity
+from sightline.notebook import brief
 from sightline.report.parts import attention_and_parts
 from sightline.runs import Run
 from sightline.tasks import perform
@@ -80,6 +81,8 @@ class TaskFigures:
 @dataclass(frozen=True, kw_only=True)
 class MeasuredRun:
     """One trained network."""
+
+    __repr__ = brief
 
     dataset: str = ""
     row: str

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import ttest_1samp
 
+from sightline import notebook
 from sightline.bench.measured import QUALITY, MeasuredRun
 from sightline.evaluation.ranking import LEVEL
 from sightline.facts import capitalized, joined
@@ -109,6 +110,30 @@ class Bench:
     """Data set -> row -> costs of a forward pass, time and memory per image; forward passes are interleaved."""
     no_costs: dict[str, str] = field(default_factory=dict[str, str])
     """Data set -> why its costs were not measured."""
+
+    def __repr__(self) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        lines = [f"Bench of {len(self.rows)} networks: {len(self.measured)} runs{failed}"]
+        for dataset in self.datasets:
+            result = self.on(dataset)
+            accuracy = {row: result.over_seeds(row, _accuracy) for row in self.rows}
+            accuracy = {row: over_seeds for row, over_seeds in accuracy.items() if not math.isnan(over_seeds.mean)}
+            if accuracy:
+                best = max(accuracy, key=lambda row: accuracy[row].mean)
+                control = f"; control {self.control} {accuracy[self.control].text(1, percent=True)} %"
+                where = f"on {dataset}: " if dataset else ""
+                shown = control if self.control in accuracy and self.control != best else ""
+                lines.append(f"  {where}most accurate {best} {accuracy[best].text(1, percent=True)} %{shown}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        parts: list[str] = []
+        for dataset in self.datasets:
+            result = self.on(dataset)
+            parts += [notebook.heading(dataset)] if dataset else []
+            parts += [notebook.sentences(result.sentences())]
+            parts += [notebook.table(*table) for table in (result.table(), result.map_table()) if len(table[0]) > 1]
+        return "".join(parts) + notebook.sentences(f"failed: {run}: {reason}" for run, reason in self.failed.items())
 
     def on(self, dataset: str) -> "Bench":
         """The results on one data set.

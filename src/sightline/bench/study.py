@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sightline import data, models, recipe, runs
+from sightline.notebook import brief
 from sightline.recipe import Data, Model, Recipe
 from sightline.tasks import check_options
 
@@ -25,6 +26,8 @@ class Study:
         ValueError: a row whose `control` or `as_large_as` cannot be one, or no such task or option of it.
         TypeError: an option of a task that is of the wrong type.
     """
+
+    __repr__ = brief
 
     recipe: Recipe
     rows: dict[str, dict[str, Any]]

@@ -22,6 +22,7 @@ from sightline.data.marks import evenly_spaced
 from sightline.data.sources import Listing
 from sightline.data.transforms import DRAWS, draws
 from sightline.data.transforms import augment as augmented
+from sightline.notebook import brief
 from sightline.recipe import Augment
 
 Array = np.ndarray
@@ -82,6 +83,8 @@ class Preprocess:
 class Batch:
     """Images with their labels, masks, boxes and names."""
 
+    __repr__ = brief
+
     images: UInt8[Tensor, "b 3 h w"]
     labels: Int64[Tensor, " b"]
     """-1 where there is no label."""
@@ -139,6 +142,10 @@ class Resident(NamedTuple):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSet(Listing, Dataset[Batch]):
     """The images of one split."""
+
+    def __repr__(self) -> str:
+        counts = f"{len(self):,} images, {len(self.classes)} classes"
+        return f"ImageSet({self.name!r}, {self.split}: {counts}, {self.preprocess})"
 
     split: str
     preprocess: Preprocess
@@ -253,6 +260,8 @@ class ImageSet(Listing, Dataset[Batch]):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageStream:
     """Training images that are read one after the other and not kept; they support `batches` only."""
+
+    __repr__ = brief
 
     name: str
     classes: tuple[str, ...]

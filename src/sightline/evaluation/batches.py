@@ -139,7 +139,8 @@ class Source:
             yield from self.memory
             return
         memory, size = list[Any](), 0
-        for batch in self.data:
+        given: Any = self.data
+        for batch in given:
             size += sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor | np.ndarray))
             if size <= MEMORY:
                 memory.append(batch)

@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from sightline.facts import Finding, Interval, Verdict
+from sightline import notebook
+from sightline.facts import Finding, Interval, Verdict, listed, words
 from sightline.metrics.classification import Quality
 from sightline.metrics.uncertainty import Comparison
+from sightline.notebook import brief
 from sightline.runs import plain, write
 
 Array = np.ndarray
+_ARROWS = {True: "↑", False: "↓", None: "(not ranked)"}
+_NAMED = 5  # metrics whose best method the short form names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ class Standing:
 class Curve:
     """The score along deletion or insertion, mean over images."""
 
+    __repr__ = brief
+
     shares: Float[Array, " n"]
     """Fractions of the pixels changed."""
     mean: Float[Array, " n"]
@@ -59,6 +65,8 @@ class Curve:
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One image with what the report shows of it."""
+
+    __repr__ = brief
 
     name: str
     image: UInt8[Array, "h w 3"]
@@ -150,6 +158,40 @@ class Evaluation:
     """command, seed, date, wall time, hardware, versions."""
 
     @property
+    def title(self) -> str:
+        """What was evaluated on what."""
+        split = f" ({self.split})" if self.split else ""
+        return f"{self.model} on {self.data}{split}, {self.provenance.get('images with maps', self.n_images)} images"
+
+    def __repr__(self) -> str:
+        controls = f" and {len(self.controls)} controls" if self.controls else ""
+        size = f"{len(self.methods) - len(self.controls)} methods{controls} by {len(self.metrics)} metrics"
+        lines = [f"Evaluation of {self.title}: {size}"]
+        for metric, standing in [*self.standings.items()][:_NAMED]:
+            tied = f"; like {listed(standing.tied, 2)}" if standing.tied else ""
+            unbeaten = f"; does not beat {listed(standing.unbeaten, 2)}" if standing.unbeaten else ""
+            best = f"{words(standing.best)} {self.score(standing.best, metric).interval}"
+            lines.append(f"  best in {words(metric)}: {best}{tied}{unbeaten}")
+        if (more := len(self.standings) - _NAMED) > 0:
+            lines.append(f"  and {more} more metrics")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        scores = notebook.table(*self.table()) if self.metrics else ""
+        return notebook.heading(self.title) + scores + notebook.sentences([*self.summary, *self.notices])
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Names of the columns, and a line of texts per method: the means with their intervals, then chance."""
+        lines = [
+            [self.label(method), *(_cell(self.score(method, metric)) for metric in self.metrics)]
+            for method in self.methods
+        ]
+        if self.chance:
+            chance = (f"{self.chance[metric]:.3f}" if metric in self.chance else "" for metric in self.metrics)
+            lines.append(["chance", *chance])
+        return ["method", *(f"{metric} {_ARROWS[self.higher_is_better[metric]]}" for metric in self.metrics)], lines
+
+    @property
     def ranking(self) -> tuple[str, ...]:
         """Those of `metrics` that say which map is better."""
         return tuple(metric for metric in self.metrics if self.higher_is_better[metric] is not None)
@@ -192,3 +234,7 @@ class Evaluation:
         path = Path(path)
         write(path, text.getvalue().encode())
         return path
+
+
+def _cell(score: Score) -> str:
+    return f"{score.interval}, {score.undefined} undefined" if score.undefined else str(score.interval)

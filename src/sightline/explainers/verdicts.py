@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sightline import maps as pixels
 from sightline.facts import Level, Verdict
+from sightline.notebook import brief
 
 _SAME = 0.999  # correlation of the maps of two classes
 _GAPS: tuple[tuple[float, Level], ...] = ((1.0, "do not read"), (0.1, "doubt"), (0.01, "note"))
@@ -23,6 +24,8 @@ _LARGEST_COPY = 2**16  # numbers in maps
 @dataclass(frozen=True, kw_only=True)
 class Map:
     """What a formula returns if it has more to say than the values of its map."""
+
+    __repr__ = brief
 
     values: Float[Tensor, "b t *grid"]
     """Raw; larger = more important."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sightline.checks import missing
 from sightline.inference import features_of, untouched
 from sightline.metrics.uncertainty import Interval, interval_of, limits, mean_interval, resamples, wilson_interval
+from sightline.notebook import brief
 
 Array = np.ndarray
 Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
@@ -35,6 +36,8 @@ class ClassQuality:
 @dataclass(frozen=True, kw_only=True)
 class Quality:
     """The quality of a classifier on labeled images; 95 % intervals over images or groups."""
+
+    __repr__ = brief
 
     accuracy: Interval
     macro_f1: Interval

@@ -29,6 +29,7 @@ from sightline.inference import (
     wide,
 )
 from sightline.metrics.inpainting import inpaint
+from sightline.notebook import brief
 
 Fill = str | float | Tensor
 Score = str | Callable[[Tensor, Tensor], Tensor]
@@ -54,6 +55,8 @@ FIELDS = (*_PER_MAP, "original", "drops", "fractions", "map_means", "map_sums")
 @dataclass(frozen=True, kw_only=True)
 class Perturbation:
     """How images are perturbed, and which score of the model is read then."""
+
+    __repr__ = brief
 
     steps: int = 32
     """Number of equal chunks in which pixels are replaced."""

@@ -52,6 +52,9 @@ class Pages:
     notices: tuple[str, ...]
     """Decisions about images and model that you may want to change."""
 
+    def __repr__(self) -> str:
+        return f"Pages: {next(self.lines())}\nindex: {self.folder / _INDEX}"
+
     def levels(self) -> str:
         """How many maps have a verdict, by the most severe level of each."""
         counts = Counter(worst(image) for images in self.verdicts.values() for image in images)

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Float64, Shaped
 from torch import nn
 
-from sightline import recipe, runs
+from sightline import notebook, recipe, runs
 from sightline.arguments import checked_options
 from sightline.facts import Interval, did_you_mean
 from sightline.metrics.uncertainty import mean_interval
+from sightline.notebook import brief
 
 _Function = TypeVar("_Function", bound=Callable[..., "Outcome"])
 Array = np.ndarray
@@ -27,6 +28,8 @@ class Figure:
     >>> Figure(values=np.array([0.0, 1.0, np.nan]), unit="queries").interval.value
     0.5
     """
+
+    __repr__ = brief
 
     values: Float64[Array, " n"]
     """One per unit; NaN where there is none."""
@@ -88,6 +91,16 @@ class Outcome:
     """Unit -> the name of each, where they have names."""
     notices: tuple[str, ...] = ()
     """Decisions that a reader of the figures should know; one sentence each."""
+
+    def __repr__(self) -> str:
+        figures = (
+            f"  {name}: {figure.interval} over {figure.interval.n:,} {figure.unit}"
+            for name, figure in self.figures.items()
+        )
+        return "\n".join([f"Outcome of {self.task}:", *figures])
+
+    def _repr_html_(self) -> str:
+        return notebook.heading(self.task) + notebook.table(*self.table()) + notebook.sentences(self.notices)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Names of the columns, and a line of texts per figure.

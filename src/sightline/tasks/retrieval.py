@@ -13,6 +13,7 @@ from sightline.attention.places import Trace
 from sightline.data.splits import draw
 from sightline.inference import copy_of, features_of, head_name, untouched
 from sightline.metrics.retrieval import Ranking, nearest, ranking_of_features
+from sightline.notebook import brief
 from sightline.recipe import Data
 from sightline.tasks.outcome import Figure, Outcome, register
 
@@ -51,6 +52,8 @@ def embed(model: nn.Module, images: data.ImageSet, mirror: bool = True) -> Float
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
     """The gallery as a network ranks it for some queries, junk included."""
+
+    __repr__ = brief
 
     query: data.ImageSet
     gallery: data.ImageSet
