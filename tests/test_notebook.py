@@ -11,6 +11,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+import tqdm.auto
 from PIL import Image
 from torch import nn
 
@@ -293,3 +294,27 @@ def test_recipes_show_what_differs_from_the_defaults():
     recipe = sl.recipe.load(sl.recipe.Recipe(), {"optim.epochs": 3, "data.source": "photos"})
     assert repr(sl.recipe.Recipe()) == "Recipe()"
     assert repr(recipe) == "Recipe(data=Data(source='photos'), optim=Optim(epochs=3))"
+
+
+def test_bars_count_and_close(monkeypatch):
+    shown = []
+
+    class Recorded(tqdm.auto.tqdm):
+        def close(self):
+            if not self.disable:
+                shown.append((self.desc, self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Recorded)
+    explained(methods=["occlusion"], progress=True)
+    assert len(shown) == 1 and shown[0][1] == shown[0][2] > 0 and "occlusion" in shown[0][0]
+    called = []
+    explained(methods=["occlusion"], progress=lambda *told: called.append(told))
+    assert called[-1] == shown[0] and len(shown) == 1
+    explained(methods=["occlusion"], progress=False)
+    sl.evaluate(MODEL, pixels_of_colors(), ["grad_cam"], ["sparsity"], controls=[], progress=True)
+    assert ("explaining and scoring", 6, 6) in shown
+
+
+def pixels_of_colors():
+    return [(torch.eye(3)[torch.arange(6) % 3][:, :, None, None].expand(-1, 3, 4, 4), torch.arange(6) % 3)]

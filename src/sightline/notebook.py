@@ -7,6 +7,9 @@ from dataclasses import MISSING, fields
 from html import escape
 from reprlib import Repr
 from typing import Any
+from warnings import catch_warnings, simplefilter
+
+from sightline.facts import Progress
 
 
 def in_notebook() -> bool:
@@ -69,6 +72,28 @@ def heading(text: str) -> str:
     '<p><b>a &amp; b</b></p>'
     """
     return f"<p><b>{escape(text)}</b></p>"
+
+
+def bars(progress: Progress | bool | None) -> Progress | None:
+    """What to call with (what, done, total): `progress` itself, or for True bars of tqdm, which fit where they are."""
+    if not isinstance(progress, bool):
+        return progress
+    if not progress:
+        return None
+    with catch_warnings():
+        simplefilter("ignore")  # without ipywidgets its bars are letters
+        from tqdm.auto import tqdm
+    shown: dict[str, Any] = {}
+
+    def update(what: str, done: int, total: int) -> None:
+        if what not in shown:
+            shown[what] = tqdm(desc=what, total=total, leave=False)
+        shown[what].total = total
+        shown[what].update(done - shown[what].n)
+        if done >= total:
+            shown.pop(what).close()
+
+    return update
 
 
 class _Brief(Repr):

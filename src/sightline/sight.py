@@ -83,7 +83,7 @@ def sight_test(
     methods: Sequence[Method] | str = "all",
     limit: int = 200,
     budget: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Sight:
     """Rank all explainers by known evidence, and all metrics by how well they forecast that ranking.
@@ -101,7 +101,7 @@ def sight_test(
         methods: as for `evaluate`.
         limit: number of images to make maps of.
         budget: seconds for the maps and scores of one set.
-        progress: called with (what, done, total).
+        progress: True shows bars; a function is called with (what, done, total).
         tell: as for `evaluate`.
 
     Raises:
@@ -146,7 +146,7 @@ def sight_mosaics(
     limit: int = 50,
     budget: float | None = None,
     strict: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Evaluation:
     """Rank explainers on any model by the grid pointing game, see `evaluate_mosaics`; nothing is trained.
 
@@ -164,7 +164,7 @@ def sight_mosaics(
         limit: number of mosaics.
         budget: seconds for all maps.
         strict: whether a named method that does not fit the model is an error.
-        progress: called with (what, done, total).
+        progress: True shows bars; a function is called with (what, done, total).
 
     Raises:
         ValueError: not enough images of different classes that the model names correctly.

@@ -20,6 +20,7 @@ from sightline.bench.page import write_bench
 from sightline.bench.result import Bench
 from sightline.bench.study import Study, folder
 from sightline.facts import Progress
+from sightline.notebook import bars
 from sightline.recipe import Recipe
 from sightline.runs import Run
 from sightline.training import fit
@@ -43,7 +44,7 @@ def bench(
     out: Path | str,
     only: Iterable[str] | None = None,
     jobs: int = 1,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     datasets: Iterable[str] | None = None,
 ) -> Bench:
     """Train and measure every row with every seed of the study's recipe; finished runs in `out` are not repeated.
@@ -55,7 +56,7 @@ def bench(
         jobs: runs at a time, each in its own process with its share of the cores, and of the GPUs if there are
             several. With more than one, a script needs the guard `if __name__ == "__main__"`, and networks of your own
             must be classes or functions of a module.
-        progress: called after each run.
+        progress: True shows a bar; a function is called with (what, done, total) after each run.
         datasets: data sets to do. None: all; then, if all rows are done too, bench.json, bench.md and bench.html are
             written.
 
@@ -67,7 +68,7 @@ def bench(
         ValueError: an unknown row or data set, or a network that cannot be built.
         OSError: `out` cannot be written.
     """
-    out = Path(out)
+    out, report = Path(out), bars(progress)
     rows = _chosen("rows", only, study.rows)
     chosen_datasets = _chosen("data sets", datasets, study.datasets)
     if jobs < 1:
@@ -95,8 +96,8 @@ def bench(
         ]
         for key, outcome in _results(todo, jobs):
             outcomes[key] = outcome
-            if progress:
-                progress("training and measuring", len(outcomes), len(keys))
+            if report is not None:
+                report("training and measuring", len(outcomes), len(keys))
     reasons = {key: reason for key in keys if isinstance(reason := outcomes[key], str)}
     result = Bench(
         control=study.control,

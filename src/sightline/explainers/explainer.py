@@ -237,14 +237,14 @@ class Explainer:
         call: int | None = None,
         batch_size: int = 64,
         memory: Memory = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         **options: Any,
     ) -> Float[Tensor, "b t *cells"]:
         """The map that `explain` makes, alone: raw, per target, at the layer's own resolution, float32 or float64."""
         inputs = inputs_of(model, images, preprocess)
         request = Request(self.name, self, arguments.checked_options(self.formula, options, self.name), layer)
         forward = forward_call(inputs.images, output, forward_args, forward_kwargs)
-        settings = Settings(call=call, batch_size=batch_size, memory=memory, progress=progress)
+        settings = Settings(call=call, batch_size=batch_size, memory=memory, progress=notebook.bars(progress))
         return explanation_of(model, inputs, targets, [request], forward, settings)[self.name]
 
     def map_of(self, evidence: Evidence, **options: Any) -> Map:
