@@ -28,14 +28,14 @@ def uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def picture(png: bytes, text: str, width: int) -> str:
+def picture(jpeg: bytes, text: str, width: int) -> str:
     """A picture as HTML, as wide as it is: shrunk to two thirds where there is less room, and then scrolled.
 
     >>> 'alt="a &lt;cat&gt;"' in picture(b"abc", "a <cat>", 300)
     True
     """
     style = f"max-width:100%;min-width:{round(width / 1.5)}px;height:auto;margin:0"
-    image = f'<img style="{style}" width="{width}" src="{uri("png", png)}" alt="{escape(text)}">'
+    image = f'<img style="{style}" width="{width}" src="{uri("jpeg", jpeg)}" alt="{escape(text)}">'
     return f'<div style="overflow-x:auto">{image}</div>'
 
 
@@ -74,8 +74,11 @@ def heading(text: str) -> str:
     return f"<p><b>{escape(text)}</b></p>"
 
 
-def bars(progress: Progress | bool | None) -> Progress | None:
-    """What to call with (what, done, total): `progress` itself, or for True bars of tqdm, which fit where they are."""
+def bar_of(progress: Progress | bool | None) -> Progress | None:
+    """What to call with (what, done, total): `progress` itself, or for True a bar of tqdm.
+
+    It is a single bar that also says what else has begun: notebooks without ipywidgets cannot show one below another.
+    """
     if not isinstance(progress, bool):
         return progress
     if not progress:
@@ -83,15 +86,24 @@ def bars(progress: Progress | bool | None) -> Progress | None:
     with catch_warnings():
         simplefilter("ignore")  # without ipywidgets its bars are letters
         from tqdm.auto import tqdm
-    shown: dict[str, Any] = {}
+    bars: list[Any] = []
+    begun: dict[str, str] = {}
 
     def update(what: str, done: int, total: int) -> None:
-        if what not in shown:
-            shown[what] = tqdm(desc=what, total=total, leave=False)
-        shown[what].total = total
-        shown[what].update(done - shown[what].n)
+        is_new = what not in begun
+        begun[what] = f"{what} ({done} of {total})"
+        if not bars:
+            bars.append(tqdm(total=total, leave=False))
+        elif is_new or bars[0].total != total:
+            bars[0].reset(total)
+        bars[0].set_description(
+            "; ".join([*(text for name, text in begun.items() if name != what), what]), refresh=False
+        )
+        bars[0].update(done - bars[0].n)
         if done >= total:
-            shown.pop(what).close()
+            del begun[what]
+        if not begun:
+            bars.pop().close()
 
     return update
 

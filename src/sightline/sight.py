@@ -101,7 +101,7 @@ def sight_test(
         methods: as for `evaluate`.
         limit: number of images to make maps of.
         budget: seconds for the maps and scores of one set.
-        progress: True shows bars; a function is called with (what, done, total).
+        progress: True shows a bar; a function is called with (what, done, total).
         tell: as for `evaluate`.
 
     Raises:
@@ -164,7 +164,7 @@ def sight_mosaics(
         limit: number of mosaics.
         budget: seconds for all maps.
         strict: whether a named method that does not fit the model is an error.
-        progress: True shows bars; a function is called with (what, done, total).
+        progress: True shows a bar; a function is called with (what, done, total).
 
     Raises:
         ValueError: not enough images of different classes that the model names correctly.

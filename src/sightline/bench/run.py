@@ -20,7 +20,7 @@ from sightline.bench.page import write_bench
 from sightline.bench.result import Bench
 from sightline.bench.study import Study, folder
 from sightline.facts import Progress
-from sightline.notebook import bars
+from sightline.notebook import bar_of
 from sightline.recipe import Recipe
 from sightline.runs import Run
 from sightline.training import fit
@@ -68,7 +68,7 @@ def bench(
         ValueError: an unknown row or data set, or a network that cannot be built.
         OSError: `out` cannot be written.
     """
-    out, report = Path(out), bars(progress)
+    out, report = Path(out), bar_of(progress)
     rows = _chosen("rows", only, study.rows)
     chosen_datasets = _chosen("data sets", datasets, study.datasets)
     if jobs < 1:

@@ -30,7 +30,7 @@ from sightline.metrics.agreement import ranks
 from sightline.metrics.classification import quality
 from sightline.metrics.per_image import Chance
 from sightline.metrics.perturbed import Fill, substitute
-from sightline.notebook import bars
+from sightline.notebook import bar_of
 
 Array = np.ndarray
 
@@ -111,7 +111,7 @@ def evaluate(
         name: of the data.
         classes: their names.
         provenance: what to save with the numbers.
-        progress: True shows bars; a function is called with (what, done, total).
+        progress: True shows a bar; a function is called with (what, done, total).
         tell: called with a sentence about the expected time before the first map; a few images are timed for it.
         first: called before the scores with what is known then: an evaluation without metrics, of the examples alone,
             by the methods that None takes.
@@ -130,7 +130,7 @@ def evaluate(
     _check_numbers(limit, examples, budget)
     chosen = listed(methods, controls)
     _check_metrics(metrics)
-    report = bars(progress) or (lambda what, done, total: None)
+    report = bar_of(progress) or (lambda what, done, total: None)
     source = Source(model, data, batch_size, memory, classes, preprocess)
     sizes: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
     perturbation = Perturbation(steps=steps, fill=fill, cells=cells, mean=source.mean, std=source.std, **sizes)

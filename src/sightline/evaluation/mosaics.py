@@ -24,7 +24,7 @@ from sightline.explainers.selection import unsuited
 from sightline.facts import Progress
 from sightline.inference import Memory, Output, forward, forward_call
 from sightline.metrics import MOSAIC_METRICS, Disconnected, Perturbation, draw_mosaics, grid_pointing_game, mosaics
-from sightline.notebook import bars
+from sightline.notebook import bar_of
 
 Array = np.ndarray
 
@@ -85,7 +85,7 @@ def evaluate_mosaics(
         name: of the data.
         classes: their names.
         provenance: what to save with the numbers.
-        progress: True shows bars; a function is called with (what, done, total).
+        progress: True shows a bar; a function is called with (what, done, total).
         partial_results: folder for intermediate results: one file for each method that is done.
 
     Raises:
@@ -98,7 +98,7 @@ def evaluate_mosaics(
     >>> result.score("grad_cam", "grid_pointing_game").interval.value, result.chance["grid_pointing_game"]
     (1.0, 0.25)
     """
-    report = bars(progress) or (lambda what, done, total: None)
+    report = bar_of(progress) or (lambda what, done, total: None)
     source = Source(model, data, batch_size, memory, classes)
     predictions = predict(model, source, report, output)
     game = _game(model, source, predictions, grid, confidence, limit, seed)

@@ -167,6 +167,17 @@ def answer(
     return f"{before}{shown(explained)}{prediction}"
 
 
+def jpeg(image: UInt8[Tensor, "3 h w"]) -> bytes:
+    """One RGB image as the bytes of a JPEG file, a third of the size of a PNG.
+
+    >>> jpeg(torch.zeros(3, 2, 2, dtype=torch.uint8))[:2].hex()
+    'ffd8'
+    """
+    file = io.BytesIO()
+    Image.fromarray(image.movedim(0, -1).numpy()).save(file, "JPEG", quality=90, subsampling=0)
+    return file.getvalue()
+
+
 def packed(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Arrays by name as the bytes of a compressed .npz file.
 

@@ -16,7 +16,7 @@ from sightline.explainers.explainer import Explainer, Explanation, Request, expl
 from sightline.explainers.scorer import Targets
 from sightline.facts import Progress, current_name, did_you_mean
 from sightline.inference import Images, Memory, Output, forward_call, inputs_of
-from sightline.notebook import bars
+from sightline.notebook import bar_of
 from sightline.targets import Target
 
 EXPLAINERS: dict[str, Explainer] = {
@@ -91,7 +91,7 @@ def explain(
         memory: bytes that one of these forwards, with its backward, may take, or a size such as "2GB"; it decides the
             number of images up to `batch_size`. None: 300 MB on a CPU, half of the free memory on a GPU. The images
             themselves run through the model together.
-        progress: True shows bars; a function is called by these methods with (what, images done, images in all).
+        progress: True shows a bar; a function is called by these methods with (what, images done, images in all).
         differentiable: keep the graph, so that maps and logits can stand in a loss. The model is in eval mode.
         compile: use a compiled copy of the model, for class activation maps of a model that ends in pooling and one
             linear layer; the first call takes about a minute, and on a CPU needs a C++ compiler.
@@ -115,7 +115,7 @@ def explain(
         call=call,
         batch_size=batch_size,
         memory=memory,
-        progress=bars(progress),
+        progress=bar_of(progress),
         differentiable=differentiable,
         compile=compile,
     )

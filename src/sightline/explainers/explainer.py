@@ -111,7 +111,7 @@ class Explanation:
         count = len(self.targets)
         shown = range(min(count, _SHOWN)) if rows is None else rows
         figure = drawing.figure_of(self, shown)
-        image = notebook.picture(maps.png(figure), drawing.text_of(self, shown), figure.shape[2])
+        image = notebook.picture(drawing.jpeg(figure), drawing.text_of(self, shown), figure.shape[2])
         left_out = f"These are {len(shown)} of {count} images: show([{count - 1}]) shows the last, save() writes all."
         return image + notebook.sentences([*self.notices, *([left_out] if len(shown) < count and rows is None else ())])
 
@@ -244,7 +244,7 @@ class Explainer:
         inputs = inputs_of(model, images, preprocess)
         request = Request(self.name, self, arguments.checked_options(self.formula, options, self.name), layer)
         forward = forward_call(inputs.images, output, forward_args, forward_kwargs)
-        settings = Settings(call=call, batch_size=batch_size, memory=memory, progress=notebook.bars(progress))
+        settings = Settings(call=call, batch_size=batch_size, memory=memory, progress=notebook.bar_of(progress))
         return explanation_of(model, inputs, targets, [request], forward, settings)[self.name]
 
     def map_of(self, evidence: Evidence, **options: Any) -> Map:

@@ -23,7 +23,7 @@ from sightline.explainers import drawing, named
 from sightline.explainers.selection import TOLD, prices
 from sightline.facts import LEVELS, Progress, Verdict, duration, words, worst
 from sightline.inference import SHOWN, Memory, Output, in_batches
-from sightline.notebook import bars
+from sightline.notebook import bar_of
 from sightline.report.networks import Explained, ExplainedNetwork, Network, methods_of, name_apart, network_of
 
 _FEW, _PER_ROW = 3, 6  # maps beside an image: up to so many are large; more take rows of six
@@ -138,14 +138,14 @@ def pages(
         overlays: write each map over its image as a picture of its own, too.
         strict: raise instead of leaving out an unreadable image or a named method that does not fit.
         max_pixels: larger image files are skipped.
-        progress: True shows bars; a function is called with (what, done, total).
+        progress: True shows a bar; a function is called with (what, done, total).
         tell: called with a sentence about the expected time, before the maps, if it is long.
 
     Raises:
         OSError: `out` cannot be written, or images or the run are missing.
         ValueError: no readable image, an unknown method, class or layer, or `out` has an index.html that is not ours.
     """
-    out, progress = Path(out), bars(progress)
+    out, progress = Path(out), bar_of(progress)
     runs.check_writable(out)
     if (out / _INDEX).is_file() and _OURS not in (out / _INDEX).read_bytes():
         raise ValueError(f"expected a folder without an {_INDEX} of another program, got {out}; choose a new one")
