@@ -269,7 +269,7 @@ def test_outcomes_and_pages_are_short(tmp_path):
     assert repr(outcome) == f"Outcome of <i>retrieval</i>:\n  rank-1: {hits.interval} over 2,000 queries"
     assert repr(hits) == "Figure(values=float64 (2000,), unit='queries', chance=0.1)"
     html = outcome._repr_html_()
-    assert "&lt;i&gt;retrieval" in html and f">{hits.interval.value:.3f}<" in html and "<li>a &lt; b</li>" in html
+    assert "&lt;i&gt;retrieval" in html and f">{hits.interval.value:.3f}<" in html and "<li>A &lt; b</li>" in html
     pages = sl.report.pages(MODEL, pixels(9), tmp_path, ["grad_cam", "random_map"], preprocess=PREPROCESS)
     assert repr(pages).startswith(f"Pages: 9 images x 2 methods in {tmp_path}; ") and len(repr(pages).splitlines()) == 2
 
@@ -287,7 +287,7 @@ def test_a_study_is_short_and_a_table(tmp_path):
         "  most accurate <se> 71.0 ± 1.0 %; control plain 51.0 ± 1.0 %",
     ]
     html = study._repr_html_()
-    assert "<se>" not in html and ">71.0 ± 1.0<" in html and "failed: &lt;se&gt;, 3: no &lt;memory&gt;" in html
+    assert "<se>" not in html and ">71.0 ± 1.0<" in html and "Failed: &lt;se&gt;, 3: no &lt;memory&gt;" in html
     assert all(escape(sentence) in html for sentence in study.sentences())
 
 

@@ -9,7 +9,7 @@ from reprlib import Repr
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
-from sightline.facts import Progress
+from sightline.facts import Progress, capitalized
 
 
 def in_notebook() -> bool:
@@ -59,9 +59,9 @@ def sentences(texts: Iterable[str]) -> str:
     """Sentences as an HTML list; nothing where there are none.
 
     >>> sentences(["a < b"]), sentences([])
-    ('<ul><li>a &lt; b</li></ul>', '')
+    ('<ul><li>A &lt; b</li></ul>', '')
     """
-    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    items = "".join(f"<li>{escape(capitalized(text))}</li>" for text in texts)
     return f"<ul>{items}</ul>" if items else ""
 
 

@@ -160,7 +160,7 @@ class Evaluation:
     @property
     def title(self) -> str:
         """What was evaluated on what."""
-        split = f" ({self.split})" if self.split else ""
+        split = f" ({self.split})" if self.split not in ("", self.data) else ""
         return f"{self.model} on {self.data}{split}, {self.provenance.get('images with maps', self.n_images)} images"
 
     def __repr__(self) -> str:
