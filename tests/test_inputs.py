@@ -172,9 +172,13 @@ def test_evaluate_takes_pictures(files, opened):
         (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ValueError, r"got \(1, 8, 8, 3\); move the channels"),
         (torch.zeros(3, 8, 8), ValueError, r"expected float images of shape \(b, c, h, w\)"),
         (np.zeros((8, 8, 3), np.uint8), TypeError, "got ndarray; PIL.Image.fromarray makes an image of an array"),
-        ([np.zeros((8, 8, 3), np.uint8)], TypeError, "got ndarray in it; see PIL.Image.fromarray"),
-        ([torch.zeros(3, 8, 8)], TypeError, "got Tensor in it; torch.stack makes one tensor of several"),
-        (7, TypeError, "expected a tensor of images .*, got int; give one of these"),
+        (
+            [np.zeros((8, 8, 3), np.uint8)],
+            TypeError,
+            "got ndarray in a list; PIL.Image.fromarray makes an image of an array",
+        ),
+        ([torch.zeros(3, 8, 8)], TypeError, "got Tensor in a list; torch.stack makes one tensor of several"),
+        (7, TypeError, "expected paths or Pillow images, one or a list, got int; give one of these"),
         ([], ValueError, "expected at least one image, got an empty list"),
         ("nowhere.jpg", FileNotFoundError, "no file or folder nowhere.jpg"),
     ],
@@ -183,6 +187,11 @@ def test_other_things_are_refused_in_one_line(images, error, message, unchecked)
     with pytest.raises(error, match=message) as raised:
         sl.explain(MODEL, images)
     assert "\n" not in str(raised.value)
+
+
+def test_image_sets_are_read_from_paths(opened, unchecked):
+    with pytest.raises(TypeError, match="expected paths, got an image that Pillow has opened"):
+        read_images(opened, PREPROCESS)
 
 
 def test_broken_files_and_a_useless_preprocess_are_refused(tmp_path, unchecked):
@@ -197,6 +206,9 @@ def test_broken_files_and_a_useless_preprocess_are_refused(tmp_path, unchecked):
         sl.explain(MODEL, torch.zeros(1, 3, 8, 8), preprocess=PREPROCESS)
 
 
-def test_single_paths_are_understood_everywhere(files):
+def test_single_paths_and_open_images_are_understood_everywhere(files, opened):
     assert len(read_images(str(files[0]), PREPROCESS)) == 1
+    out = files[0].parent / "drawn"
+    pages = sl.report.pages(MODEL, [opened[0], Image.new("L", (9, 9))], out, preprocess=PREPROCESS)
+    assert [row["image"] for row in pages.rows] == [str(files[0]), "image-1"]
     assert len(sl.report.pages(MODEL, str(files[0]), Path(files[0].parent, "out"), preprocess=PREPROCESS).rows) == 1

@@ -331,3 +331,13 @@ def test_a_bar_counts_and_closes(monkeypatch):
 
 def pixels_of_colors():
     return [(torch.eye(3)[torch.arange(6) % 3][:, :, None, None].expand(-1, 3, 4, 4), torch.arange(6) % 3)]
+
+
+def test_volumes_are_shown_as_slices(tmp_path):
+    explanation = sl.explain(Volumes(), torch.rand(1, 1, 5, 4, 4), methods=["grad_cam"])
+    depth = torch.arange(5.0)[None, None, :, None, None].expand(1, 1, 5, 4, 4)
+    figure = drawn(replace(explanation, maps={"grad_cam": depth}), tmp_path / "maps.png")
+    expected = maps.color(torch.arange(5.0)[None] / 4)[:, 0]
+    centers = figure[:, :, [12 + 90 * i + 45 for i in range(5)]]
+    assert any(torch.equal(centers[:, row], expected) for row in range(figure.shape[1]))
+    assert figure.shape[2] == 448 + 24

@@ -218,7 +218,10 @@ def read_images(
         FileNotFoundError: a path is not there, or a folder holds no image.
         ValueError: no image can be read; with `strict`, one cannot.
     """
-    files, skipped, notices = image_files(paths, strict)
+    given, skipped, notices = image_files(paths, strict)
+    files = [file for file in given if isinstance(file, Path)]
+    if len(files) < len(given):
+        raise TypeError("expected paths, got an image that Pillow has opened; sightline.explain takes these")
     listed = Table(
         name="images",
         classes=(),

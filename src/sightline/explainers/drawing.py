@@ -67,7 +67,8 @@ def figure(
         titles[each.name if each.title in titles else each.title] = each
     contents = {name: each.content for name, each in titles.items()}
     if picture is None:
-        contents = _alone(contents, side)
+        contents, which = _alone(contents, side)
+        heading = f"{heading}\n{which}".strip()
         picture = torch.zeros(3, *next(iter(contents.values())).shape[2:], dtype=torch.uint8)
         over: dict[str, Any] = {"opacity": 1.0, "title": None}
     else:
@@ -86,18 +87,21 @@ def figure(
     return F.pad(drawn, [_MARGIN] * 4, value=255)
 
 
-def _alone(contents: Mapping[str, Tensor], side: int) -> dict[str, Float[Tensor, "1 1 _ _"]]:
-    """Maps without an image, all of one size, their positions as squares; of volumes some slices."""
+def _alone(contents: Mapping[str, Tensor], side: int) -> tuple[dict[str, Float[Tensor, "1 1 _ _"]], str]:
+    """Maps without an image, all of one size, their positions as squares; of volumes some slices, and which ones."""
     grid = [max(sides) for sides in zip(*(values.shape[2:] for values in contents.values()), strict=True)]
-    flat = dict(contents)
+    flat, which = dict(contents), ""
     if len(grid) == 3:
         count = min(_SLICES, grid[0])
+        depths = [(2 * i + 1) * grid[0] // (2 * count) for i in range(count)]
+        which = f"slices {', '.join(map(str, depths))} of 0 to {grid[0] - 1}"
         whole = {name: maps.resize(values, tuple(grid), "nearest") for name, values in contents.items()}
-        flat = {name: maps.slices(values, count) for name, values in whole.items()}
-        grid, side = [grid[1], count * grid[2]], 3 * side
+        flat = {name: maps.slices(values, depths) for name, values in whole.items()}
+        grid, side = [grid[1], count * grid[2]], 2 * side
     scale = side / max(grid)
     size = max(1, round(scale * grid[0])), max(1, round(scale * grid[1]))
-    return {name: maps.resize(values, size, "nearest" if scale >= 1 else "bilinear") for name, values in flat.items()}
+    mode = "nearest" if scale >= 1 else "bilinear"
+    return {name: maps.resize(values, size, mode) for name, values in flat.items()}, which
 
 
 def figure_of(

@@ -2,22 +2,20 @@
 
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor, nn
 
 from sightline.data import Preprocess, normalize
-from sightline.data.files import decode_pictures, image_files
+from sightline.data.files import Given, decode_pictures, image_files, path_of
 from sightline.data.images import MAX_PIXELS
 from sightline.facts import notice
 from sightline.inference.outputs import check_images
 from sightline.inference.preserve import unwrapped
 
-Images = Float[Tensor, "b c *grid"] | UInt8[Tensor, "b 3 h w"] | Image.Image | str | Path | Sequence[Any]
+Images = Float[Tensor, "b c *grid"] | UInt8[Tensor, "b 3 h w"] | Given | Sequence[Given]
 """Normalized images, or pictures: uint8 at the size that the model is to see, Pillow's images, or paths."""
 SHOWN = 448
 """Longest side of a picture that is kept to be shown, in pixels."""
@@ -55,6 +53,7 @@ def inputs_of(model: nn.Module, images: Images, preprocess: Preprocess | None = 
         TypeError: neither a tensor nor pictures.
         ValueError: tensors of another shape, a file that cannot be read, or `preprocess` for a float tensor.
 
+    >>> from PIL import Image
     >>> gray = Preprocess(size=(2, 2), mean=(0.5,) * 3, std=(0.5,) * 3)
     >>> inputs_of(nn.Identity(), Image.new("L", (8, 4), 255), gray).images[0, :, 0, 0].tolist()
     [1.0, 1.0, 1.0]
@@ -70,11 +69,14 @@ def inputs_of(model: nn.Module, images: Images, preprocess: Preprocess | None = 
     if isinstance(images, Tensor):
         _check_pixels(images)
         return Inputs(normalized(model, images, wanted), images, tuple(images.cpu()), (), told[1:])
-    files, names, notices = _files(images)
+    files, _, notices = image_files(images, strict=True)
+    if not files:
+        raise ValueError("expected at least one image, got an empty list; name files or folders")
+    names = tuple("" if path is None else path.name for path in map(path_of, files))
     pictures = decode_pictures(files, wanted.size, SHOWN, MAX_PIXELS, wanted.crop, wanted.interpolation)
     for file, picture in zip(files, pictures, strict=True):
         if isinstance(picture, str):
-            raise ValueError(f"{_place(file)}: {picture}")
+            raise ValueError(f"{path_of(file) or 'an image'}: {picture}")
     readable = [picture for picture in pictures if not isinstance(picture, str)]
     pixels = torch.stack([torch.from_numpy(picture.image).movedim(-1, 0) for picture in readable]).contiguous()
     shown = tuple(torch.from_numpy(picture.shown).movedim(-1, 0) for picture in readable)
@@ -108,39 +110,6 @@ def _check_pixels(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         hint = "for one image pass images[None]" if images.ndim == 3 else "move the channels: images.movedim(-1, 1)"
         raise ValueError(f"expected uint8 images of shape (b, 3, h, w), got {tuple(images.shape)}; {hint}")
-
-
-def _files(
-    images: Image.Image | str | Path | Sequence[Any],
-) -> tuple[list[Image.Image | Path], tuple[str, ...], tuple[str, ...]]:
-    """Pictures one by one, their names, and notices about files that are left out."""
-    one = isinstance(images, Image.Image | str | Path)
-    if not one and not isinstance(images, list | tuple):
-        hint = "PIL.Image.fromarray makes an image of an array" if hasattr(images, "shape") else "give one of these"
-        raise TypeError(
-            f"expected a tensor of images (b, c, h, w), PIL images or paths, got {type(images).__name__}; {hint}"
-        )
-    files: list[Image.Image | Path] = []
-    notices: tuple[str, ...] = ()
-    for image in [images] if one else images:
-        if isinstance(image, Image.Image):
-            files.append(image)
-        elif isinstance(image, str | Path):
-            inside, _, told = image_files(image, strict=True)
-            files += inside
-            notices += told
-        else:
-            hint = "torch.stack makes one tensor of several" if isinstance(image, Tensor) else "see PIL.Image.fromarray"
-            raise TypeError(f"expected a list of PIL images or paths, got {type(image).__name__} in it; {hint}")
-    if not files:
-        raise ValueError("expected at least one image, got an empty list")
-    return files, tuple(Path(_place(file)).name for file in files), notices
-
-
-def _place(file: Image.Image | Path) -> str:
-    """The path of a file; of Pillow's images too, where there is one."""
-    path = getattr(file, "filename", "") if isinstance(file, Image.Image) else file
-    return str(path) if isinstance(path, str | Path) else ""
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sightline import maps, models, runs
 from sightline.data import Preprocess
 from sightline.data.files import Picture, decode_pictures
+from sightline.data.images import File
 from sightline.explainers import EXPLAINERS, FAST, Explanation, explain, fitting
 from sightline.explainers.selection import unsuited
 from sightline.facts import Progress, did_you_mean
@@ -71,7 +72,7 @@ class ExplainedNetwork:
         """A method, with the network's name where there are several."""
         return f"{self.prefix}{method}"
 
-    def decoder(self, longest: int, max_pixels: int) -> Callable[[Sequence[Path]], list[Picture | str]]:
+    def decoder(self, longest: int, max_pixels: int) -> Callable[[Sequence[File]], list[Picture | str]]:
         """Reads files as the network's input and as they are shown."""
         return partial(
             decode_pictures,

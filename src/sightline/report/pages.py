@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sightline import maps, runs
 from sightline.data import ImageSet, Preprocess
-from sightline.data.files import Picture, image_files
-from sightline.data.images import MAX_PIXELS
+from sightline.data.files import Given, Picture, image_files, path_of
+from sightline.data.images import MAX_PIXELS, File
 from sightline.explainers import drawing, named
 from sightline.explainers.selection import TOLD, prices
 from sightline.facts import LEVELS, Progress, Verdict, duration, words, worst
@@ -90,7 +90,7 @@ class Pages:
 
 def pages(
     model: Network | Sequence[Network],
-    images: str | Path | Sequence[str | Path] | ImageSet | UInt8[Tensor, "b 3 h w"],
+    images: Given | Sequence[Given] | ImageSet | UInt8[Tensor, "b 3 h w"],
     out: str | Path,
     methods: Sequence[str] | Sequence[Sequence[str]] = ("grad_cam",),
     target: int | str | None = None,
@@ -121,7 +121,8 @@ def pages(
 
     Args:
         model: a run folder, or a classifier; of several, each page shows the maps of all of them side by side.
-        images: files and folders, an image set, or uint8 images at the size that the model takes.
+        images: files and folders, or Pillow images, one or a list; an image set; or uint8 images at the size that the
+            model takes.
         out: folder to write to; made if missing.
         methods: names of explainers, `name@layer` too; `["all"]` takes every one that fits the model, `["fast"]` those
             that take a few passes per image. Of several, those that do not fit are left out. For several models also a
@@ -275,14 +276,16 @@ def _folded(name: str) -> str:
 
 
 def _files(
-    paths: str | Path | Sequence[str | Path],
+    images: Given | Sequence[Given],
     out: Path,
-    decode: Callable[[Sequence[Path]], list[Picture | str]],
+    decode: Callable[[Sequence[File]], list[Picture | str]],
     strict: bool,
     classes: Sequence[str],
 ) -> _Source:
-    each = [paths] if isinstance(paths, str | Path) else paths
-    if any(Path(path).is_dir() and out.resolve() == Path(path).resolve() for path in each):
+    each = [images] if isinstance(images, Given) else images
+    if any(
+        isinstance(path, str | Path) and Path(path).is_dir() and out.resolve() == Path(path).resolve() for path in each
+    ):
         raise ValueError(f"expected an output folder other than that of the images, got {out}; choose a new one")
     files, skipped, notices = image_files(each, strict)
     folders = {_folded(name): name for name in classes}
@@ -291,7 +294,8 @@ def _files(
         names: list[str] = []
         readable: list[Picture] = []
         part = files[rows.start : rows.stop]
-        for name, picture in zip(map(str, part), decode(part), strict=True):
+        called = [str(path_of(file) or f"image-{number}") for number, file in zip(rows, part, strict=False)]
+        for name, picture in zip(called, decode(part), strict=True):
             if not isinstance(picture, str):
                 names.append(name)
                 readable.append(picture)
@@ -301,10 +305,10 @@ def _files(
                 skipped.append((name, picture))
         if not names:
             return None
-        images = torch.stack([torch.from_numpy(picture.image) for picture in readable]).movedim(-1, 1)
+        pixels = torch.stack([torch.from_numpy(picture.image) for picture in readable]).movedim(-1, 1)
         true_classes = [folders.get(_folded(Path(name).resolve().parent.name), "") for name in names]
         return _Chunk(
-            names, true_classes, images, [torch.from_numpy(picture.shown).movedim(-1, 0) for picture in readable]
+            names, true_classes, pixels, [torch.from_numpy(picture.shown).movedim(-1, 0) for picture in readable]
         )
 
     return _Source(len(files), read, skipped, notices)
