@@ -64,7 +64,8 @@ def test_names_in_other_libraries_are_collected(pages: dict[str, str]) -> None:
 
 
 def test_signatures_show_shapes(pages: dict[str, str]) -> None:
-    assert '(model: nn.Module, images: Float[Tensor, "b c *grid"], targets: Targets=None' in pages["api/sightline.md"]
+    assert "(model: nn.Module, images: Images, targets: Targets=None" in pages["api/sightline.md"]
+    assert 'dict[str, Float[Tensor, "b _ _ _"]]' in pages["api/sightline.md"]
     assert "{py:class} sl.recipe.Optim" in pages["api/recipe.md"]
     momentum = "{py:attribute} sl.recipe.Optim.momentum\n:type: float\n:value: 0.9\n\nMomentum of SGD.\n"
     assert momentum in pages["api/recipe.md"]
