@@ -63,15 +63,8 @@ def printed(cell: Any) -> str:
 
 
 def is_shown(output: Any) -> bool:
-    """Whether the notebook keeps it: text and pictures, not the bars of the trainings."""
-    return output.get("name") == "stdout" or "image/jpeg" in output.get("data", {})
-
-
-def small(output: Any) -> Any:
-    """The output with the smallest form of a picture only."""
-    if "data" in output:
-        del output.data["image/png"]
-    return output
+    """Whether the notebook keeps it: text, pictures and tables, not the bars of the trainings."""
+    return output.get("name") == "stdout" or "text/html" in output.get("data", {})
 
 
 def check(figures: dict[str, Any]) -> None:
@@ -115,7 +108,7 @@ def main() -> None:
         notebook.cells = shown
         for cell in shown:
             if cell.cell_type == "code":
-                cell.outputs = [small(output) for output in cell.outputs if is_shown(output)]
+                cell.outputs = [output for output in cell.outputs if is_shown(output)]
         jupytext.write(notebook, PAGE.with_suffix(".ipynb"))
         print(save("tutorial", [*rows[:-1], {"figures": figures}]))
     check(figures)
