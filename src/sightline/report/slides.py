@@ -15,7 +15,8 @@ from sightline import maps, runs
 from sightline.data import Preprocess, normalize
 from sightline.data.slides import open_slide
 from sightline.explainers import explain, find_explainer
-from sightline.report.formats import template, uri
+from sightline.notebook import uri
+from sightline.report.formats import template
 from sightline.report.pictures import color_stops, picture
 from sightline.slides.bags import Bag
 from sightline.slides.files import colored, write_geojson, write_ome_tiff, write_table

@@ -31,8 +31,9 @@ from torch import Tensor
 from sightline import maps
 from sightline.data.images import UnreadableImage
 from sightline.facts import Progress, words
+from sightline.notebook import uri
 from sightline.report import pictures
-from sightline.report.formats import template, uri
+from sightline.report.formats import template
 from sightline.runs import plain
 from sightline.serve.jobs import Full, Job, Jobs, Work
 from sightline.serve.openapi import FORMS, description, is_file

@@ -17,11 +17,11 @@ from sightline import maps, models, runs
 from sightline.data import ImageSet, Preprocess
 from sightline.data.images import MAX_PIXELS, open_mask, open_picture, quiet
 from sightline.explainers import EXPLAINERS, Explainer, Explanation, explain, find_explainer, fitting, named
+from sightline.explainers.drawing import sized
 from sightline.facts import Layer, Progress, Verdict, notice
 from sightline.inference import answers, forward_call
 from sightline.inference.operations import first_tensor
 from sightline.report.networks import Explained, ExplainedNetwork, Network, class_index, network_of
-from sightline.report.pages import sized
 
 SHOWN = 448
 """Longest side of an image as it is shown, in pixels."""
