@@ -194,6 +194,13 @@ def parts_of(kind):
     return [kind] if isinstance(kind, type) else [part for each in get_args(kind) for part in parts_of(each)]
 
 
+def returned(function):
+    try:
+        return get_type_hints(function).get("return")
+    except NameError:  # a library that is imported for its types alone
+        return None
+
+
 def results():
     """The dataclasses that public functions return, and those in their fields."""
     names = "attention bench data evaluation explainers exporting hub maps metrics models recipe report runs sight"
@@ -203,7 +210,7 @@ def results():
         for name in getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")]):
             value = getattr(module, name)
             if getattr(value, "__module__", "").startswith("sightline"):
-                waiting += [value] if isinstance(value, type) else parts_of(get_type_hints(value).get("return"))
+                waiting += [value] if isinstance(value, type) else parts_of(returned(value))
     found = {}
     while waiting:
         kind = waiting.pop()
