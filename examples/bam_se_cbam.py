@@ -40,7 +40,7 @@ from statistics import mean
 
 import matplotlib
 import torch
-from spatial_and_channel import CHANNELS, CLASSES, squares, trained
+from spatial_and_channel import CHANNELS, COLORS, squares, trained
 from torch import Tensor, nn
 
 import sightline as sl
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     if options.bench:
         study(options.bench)
 
-    images, labels, masks = squares(300, seed=10_000)
+    images, labels, _, masks = squares(300, 10_000)
     blocks = {
         "none": nn.Identity(),
         "SE": SqueezeExcite(CHANNELS, reduction=4),
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     where: dict[str, Tensor] = {}
     what: dict[str, Tensor] = {}
     for name, block in blocks.items():
-        model = trained(block, steps=options.steps)
+        model = trained(block, squares, len(COLORS), 0.01, options.steps)
         with torch.no_grad():
             result[name]["accuracy"] = float((model(images).argmax(1) == labels).float().mean())
             if name == "none":
@@ -201,7 +201,7 @@ def draw(
     axes[1, 0].set(title="what it adds to a ResNet-50", xlim=(0, 70), xlabel="% more")
     axes[1, 0].legend()
     for axis, name in zip(axes[1, 1:], BLOCKS, strict=True):
-        for label, color in enumerate(CLASSES):
+        for label, color in enumerate(COLORS):
             axis.plot(what[name][labels == label].mean(0).numpy(), "o-", color=color, label=color)
         axis.set(ylim=(0, 1), xlabel="channel")
     axes[1, 1].set_ylabel("what: weight of each channel")

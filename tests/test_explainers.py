@@ -435,7 +435,7 @@ def test_bad_models_and_images_say_what_to_do(images, unchecked):
         )
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got function"):
         explain(F.relu, images)
-    with pytest.raises(TypeError, match=r"expected a tensor of images \(b, c, h, w\), got ndarray"):
+    with pytest.raises(TypeError, match=r"expected paths or Pillow images, one or a list, got ndarray; PIL.Image.fromarray makes"):
         explain(seeded(Net), images.numpy())
     with pytest.raises(RuntimeError, match=r"images that Net can take, got 4 x 1 x 9 x 8, torch.float32 on cpu: "):
         explain(seeded(Net), images[:, :1])
@@ -472,7 +472,7 @@ def test_logits_are_found_in_tuples_dicts_and_objects(images):
 def test_an_explainer_shows_its_options_in_its_signature():
     from inspect import signature
 
-    asked = ["model", "images", "targets", "layer", "output", "forward_args", "forward_kwargs"]
+    asked = ["model", "images", "targets", "layer", "preprocess", "output", "forward_args", "forward_kwargs"]
     asked += ["call", "batch_size", "memory", "progress"]
     assert list(signature(explainers.activation_map).parameters) == [*asked, "norm"]
     assert list(signature(explainers.cam).parameters) == asked

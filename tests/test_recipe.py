@@ -66,7 +66,7 @@ def test_text_of_a_command_line(field: str, text: str, value: object):
         ("optim.epoch", 3, ValueError, r"^optim\.epoch: no such field in a recipe; did you mean 'optim\.epochs'\?$"),
         ("epochs", 3, ValueError, r"^epochs: no such field in a recipe; did you mean 'optim\.epochs'\?$"),
         ("augment.xyz", 3, ValueError, r"^augment\.xyz: no such .*; expected one of augment\.crop, .*augment\.mixup$"),
-        ("xyz", 3, ValueError, r"expected one of data, augment, model, optim, seeds$"),
+        ("xyz", 3, ValueError, r"expected one of data, augment, model, optim, watch, seeds$"),
         ("optim.epochs", "many", TypeError, r"^optim\.epochs: expected a whole number or null, got 'many'$"),
         ("optim.epochs", 2.5, TypeError, r"^optim\.epochs: expected a whole number or null, got 2\.5$"),
         ("optim.epochs", True, TypeError, r"^optim\.epochs: expected a whole number or null, got True$"),

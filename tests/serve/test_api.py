@@ -137,7 +137,7 @@ def test_samples_are_the_test_images(client: TestClient, run_folder: Path) -> No
 def test_page_and_its_files(client: TestClient) -> None:
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html") and "vgg_gap" in page.text
-    linked = set(re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text))
+    linked = {f"/{name}" for name in re.findall(r'(?:src|href)="(static/[^"]+)"', page.text)}
     assert linked >= {"/static/serve.js", "/static/serve.css", "/static/style.css"}
     for path in linked:
         assert client.get(path).status_code == 200

@@ -4,6 +4,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -79,7 +80,8 @@ def serve(
     app = create_app(service, token=token, is_local=is_local)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     tell(f"{service.network.name}: {address}{f'?token={token}' if token else ''} (Ctrl-C ends)")
-    try:
-        Server(app).run(sockets=[listening])
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped") from None
+    server = Server(app)
+    with suppress(KeyboardInterrupt):  # raised again by uvicorn, unless a finalizer swallows it
+        server.run(sockets=[listening])
+    if server.should_exit:
+        raise KeyboardInterrupt("stopped")

@@ -43,6 +43,7 @@ class Watch(Callback):
     Attributes:
         shortcut: the warning, once it was given; else empty.
 
+    >>> import torch
     >>> Watch(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), methods=["saliency"]).shortcut
     ''
     """
