@@ -311,6 +311,24 @@ def test_slides_named_without_their_ending_are_known_again(tmp_path: Path) -> No
     assert run.slides == ("0.svs", "1.svs", "2.svs", "3.svs") and len(run.models("1.svs", "uniform")) == 1
 
 
+def test_networks_of_a_training_that_was_stopped_are_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folds of the run before it would call slides unseen that the new networks have seen."""
+    files = {f"{i}.svs": tmp_path / f"{i}.safetensors" for i in range(4)}
+    for name, file in files.items():
+        replace(bag(torch.randn(3, 4)), name=name).save(file)
+    table = read_labels(labels_file(tmp_path / "a.csv", [(f"{i}.svs", "ab"[i % 2], f"p{i}") for i in range(4)]))
+    how = Training(poolings=("uniform",), folds=2, seeds=1, epochs=1)
+    train(files, table, tmp_path / "run", how)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(files, table, tmp_path / "run", how, progress=stopped)
+    with pytest.raises(FileNotFoundError, match=r"got a folder without slides.json"):
+        open_slide_run(tmp_path / "run")
+
+
 def test_a_class_whose_slides_were_all_left_out() -> None:
     with pytest.raises(ValueError, match=r"two patients or more of each class, got none of yes"):
         folds_of(np.array([0, 0, 0]), ["a", "b", "c"], 2, 0, ("no", "yes"))

@@ -323,6 +323,7 @@ def train(
     found = {name: np.zeros((how.seeds, len(slides), classes)) for name in how.poolings}
     total = len(how.poolings) * sum(int(parts.max()) + 1 for parts in folds)
     done = 0
+    (out / RUN).unlink(missing_ok=True)  # the folds of an earlier run would not be those of the new networks
     for seed, parts in enumerate(folds):
         for part in range(int(parts.max()) + 1):
             inside, outside = np.flatnonzero(parts != part), np.flatnonzero(parts == part)
