@@ -465,6 +465,26 @@ def test_curves_by_hand(planted: tuple[Path, dict[str, Path]]) -> None:
     assert area(in_shares, rising) > area(*curve(one, models, random, 1, inserts=True, steps=40))
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_curves_are_those_of_smaller_bags(pooling: str) -> None:
+    """As if each bag were run on its own, though the network runs once."""
+    torch.manual_seed(0)
+    models = [BagClassifier(8, 3, pooling, k=4).eval() for _ in range(2)]
+    one, values = bag(torch.randn(12, 8)), np.random.default_rng(0).random(12)
+    calls: list[int] = []
+    hook = models[0].score.register_forward_hook(lambda *_: calls.append(1))
+    _, falling = curve(one, models, values, 2)
+    _, rising = curve(one, models, values, 2, inserts=True)
+    hook.remove()
+    assert len(calls) == 2
+    order = np.argsort(-values)
+    for i in range(12):
+        for found, inside in ((falling[i], order[i:]), (rising[i], order[: i + 1])):
+            with torch.inference_mode():
+                expected = torch.stack([model(one.features[inside][None])[0].softmax(0)[2] for model in models]).mean()
+            assert found == pytest.approx(float(expected), abs=1e-6)
+
+
 @pytest.mark.parametrize("inserts", [False, True])
 def test_curves_of_tiny_slides(planted: tuple[Path, dict[str, Path]], inserts: bool) -> None:
     """One tile cannot be taken out; of two, the one and the whole are left."""

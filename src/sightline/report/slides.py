@@ -29,6 +29,7 @@ from sightline.slides.maps import (
     curve,
     energy,
     highest,
+    parts_of,
     raster,
     tile_values,
 )
@@ -140,11 +141,12 @@ def explain_slide(
                 f"two slides have the name {bag.name}, rename one"
             )
     models = run.models(bag.name)
-    found = tile_values(bag, models, None if target is None else run.classes.index(target))
+    parts = parts_of(bag, models)
+    found = tile_values(bag, models, None if target is None else run.classes.index(target), parts)
     scored, others = found.scored(), controls(bag, seed)
     deletion, insertion = (
         {
-            name: area(*curve(bag, models, values, found.target, inserts=inserts))
+            name: area(*curve(bag, models, values, found.target, inserts=inserts, parts=parts))
             for name, values in (scored | others).items()
         }
         for inserts in (False, True)

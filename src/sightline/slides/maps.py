@@ -46,11 +46,15 @@ class TileValues:
         return {"attention": self.attention, "evidence": self.evidence}
 
 
-def tile_values(bag: Bag, models: Sequence[BagClassifier], target: int | None = None) -> TileValues:
-    """Values of the tiles of a slide for a class; None: the most probable.
+Parts = tuple[Float[Tensor, "models n classes"], Float[Tensor, "models n classes"]]
+"""Weight and score of each tile, by each bag classifier."""
+
+
+def parts_of(bag: Bag, models: Sequence[BagClassifier]) -> Parts:
+    """The parts of a slide's logits; see `BagClassifier.parts`.
 
     Raises:
-        ValueError: features of another network, or no such class.
+        ValueError: features of another network.
     """
     channels = models[0].mean.numel()
     if bag.features.shape[1] != channels:
@@ -58,8 +62,19 @@ def tile_values(bag: Bag, models: Sequence[BagClassifier], target: int | None = 
     with torch.inference_mode():
         parts = [model.parts(bag.features[None]) for model in models]
         weights, scores = (torch.stack([part[i][0] for part in parts]).double() for i in (0, 1))
-        logits = (weights * scores).sum(1)
-        probabilities = logits.softmax(1).mean(0).numpy()
+    return weights, scores
+
+
+def tile_values(
+    bag: Bag, models: Sequence[BagClassifier], target: int | None = None, parts: Parts | None = None
+) -> TileValues:
+    """Values of the tiles of a slide for a class; None: the most probable.
+
+    Raises:
+        ValueError: features of another network, or no such class.
+    """
+    weights, scores = parts or parts_of(bag, models)
+    probabilities = (weights * scores).sum(1).softmax(1).mean(0).numpy()
     classes = probabilities.size
     if target is not None and not 0 <= target < classes:
         raise ValueError(f"expected a class from 0 to {classes - 1}, got {target}; name one of the run")
@@ -90,6 +105,7 @@ def curve(
     *,
     inserts: bool = False,
     steps: int = 20,
+    parts: Parts | None = None,
 ) -> tuple[Float[Array, " steps"], Float[Array, " steps"]]:
     """Probability of a class while tiles are taken out of a slide, the highest values first; no image is run again.
 
@@ -100,19 +116,22 @@ def curve(
         target: the class.
         inserts: begin with the highest tile alone and add the others, in place of taking out.
         steps: bags in all.
+        parts: what `parts_of` returns for this slide; several curves share it.
 
     Returns:
         Share of the tiles that are out (or in), and the probability.
+
+    Raises:
+        ValueError: features of another network.
     """
+    weights, scores = parts or parts_of(bag, models)
     order = np.argsort(-values, kind="stable")
     kept_or_out = np.unique(np.linspace(1 if inserts else 0, len(bag) - (not inserts), min(steps, len(bag))).round())
     probabilities: list[float] = []
-    with torch.inference_mode():
-        for count in kept_or_out.astype(int):
-            inside = order[:count] if inserts else order[count:]
-            features = bag.features[torch.from_numpy(np.sort(inside))][None]
-            each = [model(features)[0].softmax(0)[target] for model in models]
-            probabilities.append(float(torch.stack(each).mean()))
+    for count in kept_or_out.astype(int):
+        inside = torch.from_numpy(order[:count] if inserts else order[count:])
+        each = [model.pooled(w[inside], s[inside]) for model, w, s in zip(models, weights, scores, strict=True)]
+        probabilities.append(float(torch.stack(each).softmax(1)[:, target].mean()))
     return kept_or_out / len(bag), np.array(probabilities)
 
 
