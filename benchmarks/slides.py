@@ -32,7 +32,7 @@ from measure import RESULTS, hardware, keep_freed_memory
 from sightline import runs
 from sightline.metrics.uncertainty import mean_interval
 from sightline.slides import bags, networks, study
-from sightline.slides.maps import annotated, area, controls, curve, energy, tile_values
+from sightline.slides.maps import annotated, area, controls, curve, energy, parts_of, tile_values
 
 MPP = 0.62
 
@@ -60,7 +60,8 @@ def map_table(run: study.SlideRun, folder: Path, shares: np.ndarray) -> dict[str
         if not run.labels[i]:
             continue
         bag, models = bags.read_bag(run.folder / "bags" / f"{slide}.safetensors"), run.models(slide)
-        found = tile_values(bag, models, 1)
+        parts = parts_of(bag, models)
+        found = tile_values(bag, models, 1, parts)
         inside = annotated(folder / f"{slide.split('.')[0]}.geojson", bag.tiles, bag.size)
         for share in ("all", str(shares[i])):
             patients.setdefault(share, []).append(run.patients[i])
@@ -68,8 +69,8 @@ def map_table(run: study.SlideRun, folder: Path, shares: np.ndarray) -> dict[str
             for name, one in (found.scored() | controls(bag)).items():
                 of_name = of_share.setdefault(name, {})
                 of_name.setdefault("energy", []).append(energy(one, inside))
-                of_name.setdefault("deletion", []).append(area(*curve(bag, models, one, 1)))
-                of_name.setdefault("insertion", []).append(area(*curve(bag, models, one, 1, inserts=True)))
+                of_name.setdefault("deletion", []).append(area(*curve(bag, models, one, 1, parts=parts)))
+                of_name.setdefault("insertion", []).append(area(*curve(bag, models, one, 1, inserts=True, parts=parts)))
             of_share.setdefault("chance", {}).setdefault("energy", []).append(float(inside.mean()))
     return {
         share: {

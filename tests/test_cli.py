@@ -651,3 +651,16 @@ def test_kept_memory_is_used_again_without_page_faults():
         )
         faults.append(int(done.stdout))
     assert faults[0] < 100 and faults[1] > 2000
+
+
+def test_an_interrupt_says_that_nothing_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "list", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["list"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "sightline: stopped; no half-written file was left behind\n"

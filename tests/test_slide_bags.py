@@ -25,6 +25,7 @@ from sightline.slides import POOLINGS, Bag, BagClassifier, TileReport, read_bag,
 from sightline.slides.bags import Grid  # noqa: E402
 from sightline.slides.files import colored, write_geojson, write_ome_tiff, write_table  # noqa: E402
 from sightline.slides.maps import (  # noqa: E402
+    NoArea,
     TileClassifier,
     annotated,
     area,
@@ -41,6 +42,7 @@ from sightline.slides.study import (  # noqa: E402
     folds_of,
     open_slide_run,
     read_labels,
+    slide_files,
     train,
 )
 
@@ -133,7 +135,7 @@ def test_slides_that_cannot_be_read_are_listed(tmp_path: Path) -> None:
     assert written.skipped["c.tif"] == "c.tif: no tile has 50% tissue or more; lower the share, or leave it out"
     assert "expected tiles of 32 micrometers per pixel or more" in written.skipped["d.tif"]
     assert written.skipped["b.svs"].startswith("b.svs: expected a slide") and "no file" in written.skipped["e.svs"]
-    with pytest.raises(ValueError, match=r"at least one readable slide, got none; the first, b.svs: b.svs: expected"):
+    with pytest.raises(ValueError, match=r"at least one readable slide, got none; the first: b.svs: expected"):
         write_bags([tmp_path / "b.svs"], tmp_path / "none", MeanColors(), PLAIN, GRID)
     with pytest.raises(ValueError, match=r"slides of different names, got a.tif twice"):
         write_bags([good, good], tmp_path / "none", MeanColors(), PLAIN, GRID)
@@ -272,6 +274,66 @@ def test_tables_of_labels(tmp_path: Path) -> None:
             read_labels(file)
 
 
+def test_spaces_make_no_other_patient(tmp_path: Path) -> None:
+    table = read_labels(labels_file(tmp_path / "a.csv", [("a.svs", " no", "7 "), ("b.svs ", "yes", " 7")]))
+    assert table.patients == ("7", "7") and table.slides == ("a.svs", "b.svs") and table.classes == ("no", "yes")
+
+
+def test_a_column_of_patients_that_is_asked_for_has_to_be_there(tmp_path: Path) -> None:
+    file = labels_file(tmp_path / "a.csv", [("a.svs", "no"), ("b.svs", "yes")], ("slide", "label"))
+    assert read_labels(file).patients == ("a.svs", "b.svs")
+    with pytest.raises(ValueError, match=r"expected a column 'case', got slide, label; rename one"):
+        read_labels(file, patient="case")
+    labels_file(file, [("", "no"), ("b.svs", "yes")], ("slide", "label"))
+    with pytest.raises(ValueError, match=r"expected the file name of a slide in every row"):
+        read_labels(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"a.csv: expected a table in CSV, got another file"):
+        read_labels(file)
+
+
+def test_names_without_their_ending(tmp_path: Path) -> None:
+    """Also such with points, as in TCGA-A1-DX1.5F2C.svs; one that fits two files is none."""
+    for name in ("A1-DX1.5F2C.svs", "A10.svs", "A1.ome.tif", "b.svs", "b.tif"):
+        (tmp_path / name).touch()
+    found = slide_files(tmp_path, ["A1-DX1.5F2C", "A1-DX1", "A1", "A10.svs", "b", "c"])
+    assert [file.name for file in found] == ["A1-DX1.5F2C.svs", "A1-DX1.5F2C.svs", "A1.ome.tif", "A10.svs", "b", "c"]
+
+
+def test_slides_named_without_their_ending_are_known_again(tmp_path: Path) -> None:
+    """Else networks that were trained on a slide would explain it as a new one."""
+    files: dict[str, Path] = {}
+    for i in range(4):
+        files[f"{i}"] = tmp_path / f"{i}.safetensors"
+        replace(bag(torch.randn(3, 4)), name=f"{i}.svs").save(files[f"{i}"])
+    table = read_labels(labels_file(tmp_path / "a.csv", [(f"{i}", "ab"[i % 2], f"p{i}") for i in range(4)]))
+    run = train(files, table, tmp_path / "run", Training(poolings=("uniform",), folds=2, seeds=1, epochs=1))
+    assert run.slides == ("0.svs", "1.svs", "2.svs", "3.svs") and len(run.models("1.svs", "uniform")) == 1
+
+
+def test_networks_of_a_training_that_was_stopped_are_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folds of the run before it would call slides unseen that the new networks have seen."""
+    files = {f"{i}.svs": tmp_path / f"{i}.safetensors" for i in range(4)}
+    for name, file in files.items():
+        replace(bag(torch.randn(3, 4)), name=name).save(file)
+    table = read_labels(labels_file(tmp_path / "a.csv", [(f"{i}.svs", "ab"[i % 2], f"p{i}") for i in range(4)]))
+    how = Training(poolings=("uniform",), folds=2, seeds=1, epochs=1)
+    train(files, table, tmp_path / "run", how)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(files, table, tmp_path / "run", how, progress=stopped)
+    with pytest.raises(FileNotFoundError, match=r"got a folder without slides.json"):
+        open_slide_run(tmp_path / "run")
+
+
+def test_a_class_whose_slides_were_all_left_out() -> None:
+    with pytest.raises(ValueError, match=r"two patients or more of each class, got none of yes"):
+        folds_of(np.array([0, 0, 0]), ["a", "b", "c"], 2, 0, ("no", "yes"))
+
+
 def test_no_patient_is_in_two_folds() -> None:
     rng = np.random.default_rng(0)
     patients = [f"p{i}" for i in rng.integers(0, 15, 60)]
@@ -307,6 +369,15 @@ def test_intervals_are_those_of_patients() -> None:
     copies = {name: np.repeat(one, 4, 1) for name, one in probabilities.items()}
     often, _ = auroc_intervals(copies, np.repeat(labels, 4), [str(i) for i in np.repeat(np.arange(20), 4)])
     assert often["uniform"].low == pytest.approx(once["uniform"].low) and often["uniform"].n == 20
+
+
+def test_a_difference_is_no_fraction() -> None:
+    """Two poolings that are always right differ by 0, in each resample."""
+    labels = np.array([0, 1] * 6)
+    sure = np.stack([1.0 - labels, labels], 1)[None]
+    own, differences = auroc_intervals({"uniform": sure, "attention": sure}, labels, [str(i) for i in range(12)])
+    assert own["attention"].low < 1.0
+    assert differences["attention"].low == differences["attention"].high == 0.0
 
 
 @pytest.fixture(scope="module")
@@ -394,6 +465,36 @@ def test_curves_by_hand(planted: tuple[Path, dict[str, Path]]) -> None:
     assert area(in_shares, rising) > area(*curve(one, models, random, 1, inserts=True, steps=40))
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_curves_are_those_of_smaller_bags(pooling: str) -> None:
+    """As if each bag were run on its own, though the network runs once."""
+    torch.manual_seed(0)
+    models = [BagClassifier(8, 3, pooling, k=4).eval() for _ in range(2)]
+    one, values = bag(torch.randn(12, 8)), np.random.default_rng(0).random(12)
+    calls: list[int] = []
+    hook = models[0].score.register_forward_hook(lambda *_: calls.append(1))
+    _, falling = curve(one, models, values, 2)
+    _, rising = curve(one, models, values, 2, inserts=True)
+    hook.remove()
+    assert len(calls) == 2
+    order = np.argsort(-values)
+    for i in range(12):
+        for found, inside in ((falling[i], order[i:]), (rising[i], order[: i + 1])):
+            with torch.inference_mode():
+                expected = torch.stack([model(one.features[inside][None])[0].softmax(0)[2] for model in models]).mean()
+            assert found == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("inserts", [False, True])
+def test_curves_of_tiny_slides(planted: tuple[Path, dict[str, Path]], inserts: bool) -> None:
+    """One tile cannot be taken out; of two, the one and the whole are left."""
+    models = open_slide_run(planted[0]).models("new.svs")
+    for tiles, points in ((1, 1), (2, 2), (3, 3)):
+        shares, found = curve(bag(torch.randn(tiles, 8)), models, np.ones(tiles), 1, inserts=inserts)
+        assert len(shares) == len(found) == points and np.isfinite(found).all()
+        assert np.isnan(area(shares, found)) == (tiles == 1)
+
+
 def test_controls_by_hand() -> None:
     found = controls(bag(torch.zeros(16, 2)))
     middle = found["middle of the tissue"].reshape(4, 4)
@@ -421,7 +522,9 @@ def test_annotations_by_hand(tmp_path: Path) -> None:
     inside = annotated(ring, one.tiles, one.size).reshape(4, 4)
     assert inside[1:3, 1:3] == pytest.approx(0.0) and inside[0] == pytest.approx(1.0)
     assert energy(np.ones(16), shares) == pytest.approx(shares.mean())
-    with pytest.raises(ValueError, match=r"annotations with an area named Stroma, got none"):
+    outside = geojson(tmp_path / "d.geojson", [square(-30, -30, -10, -10)])
+    assert not annotated(outside, one.tiles, one.size).any()
+    with pytest.raises(NoArea, match=r"annotations with an area named Stroma, got none"):
         annotated(half, one.tiles, one.size, ["Stroma"])
     (tmp_path / "c.geojson").write_text("[1]")
     with pytest.raises(ValueError, match=r"c.geojson: expected GeoJSON as QuPath exports it"):

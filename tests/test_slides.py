@@ -215,3 +215,85 @@ def test_blur_lowers_sharpness() -> None:
     edge[1, 1] = 255
     assert sharpness(edge) == 0.0  # one value has no variance
     assert sharpness(blurred) < sharpness(pixels)
+
+
+def test_places_count_from_the_scanned_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a slide with bounds, as QuPath has it; levels, tiles and pixels are those of the part."""
+    pixels = picture()
+    file = pyramid(tmp_path / "a.tif", pixels)
+
+    class Bounded(openslide.OpenSlide):
+        @property
+        def properties(self) -> dict[str, str]:
+            bounds = {"x": "120", "y": "40", "width": "400", "height": "320"}
+            return dict(super().properties) | {f"openslide.bounds-{name}": value for name, value in bounds.items()}
+
+    monkeypatch.setattr(openslide, "OpenSlide", Bounded)
+    with open_slide(file) as slide:
+        assert slide.size == (320, 400)
+        assert [(level.height, level.width) for level in slide.levels] == [(320, 400), (160, 200), (80, 100)]
+        np.testing.assert_array_equal(slide.region(box(10, 20, 110, 120), (100, 100)), pixels[60:160, 130:230])
+        part = halved(pixels, 1)[20:180, 60:260]
+        np.testing.assert_array_equal(slide.region(box(0, 0, 400, 320), (160, 200)), part)
+
+
+def test_the_file_is_believed_where_it_tells_a_resolution(tmp_path: Path) -> None:
+    """Slides with and without are read by one call, so what is given must not change those that tell it."""
+    pixels = picture(100, 100)
+    with open_slide(ome(tmp_path / "a.ome.tif", pixels, 1, 0.25), mpp=0.5) as slide:
+        assert slide.mpp == pytest.approx(0.25)
+    with open_slide(pyramid(tmp_path / "b.tif", pixels, 1, 352.8), mpp=0.7) as slide:
+        assert slide.mpp == 0.7
+
+
+def test_resolution_of_the_image_that_is_read(tmp_path: Path) -> None:
+    """Not of a label in front of it; the mean, where the sides differ."""
+    file = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(file, ome=True) as tiff:
+        for side, x, y in [(64, 9.0, 9.0), (256, 0.4, 0.6)]:
+            size = {"PhysicalSizeX": x, "PhysicalSizeY": y}
+            tiff.write(picture(side, side), photometric="rgb", metadata={"axes": "YXS", **size})
+    with open_slide(file) as slide:
+        assert slide.size == (256, 256) and slide.mpp == pytest.approx(0.5)
+
+
+def test_damaged_headers_are_told(tmp_path: Path) -> None:
+    """Whatever byte of the tags is wrong, the slide is read or refused."""
+    rng, pixels = np.random.default_rng(0), picture(200, 200)
+    refused = 0
+    for file in (
+        pyramid(tmp_path / "a.tif", pixels, 1, tile=None, rowsperstrip=50),
+        ome(tmp_path / "b.ome.tif", pixels, 2),
+    ):
+        whole = file.read_bytes()
+        for _ in range(60):
+            data = bytearray(whole)
+            data[rng.integers(0, 400)] = rng.integers(0, 256)
+            data[rng.integers(len(data) - 3000, len(data))] = rng.integers(0, 256)
+            file.write_bytes(data)
+            try:
+                with open_slide(file, 0.5) as slide:
+                    slide.region(box(0, 0, 100, 100), (50, 50))
+            except UnreadableSlide:
+                refused += 1
+    assert 20 < refused < 120
+
+
+def test_a_picture_in_one_piece_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would have to be decoded as a whole for each tile; a coarse level of this kind is left out."""
+    pixels = picture()
+    whole = pyramid(tmp_path / "a.tif", pixels, 1, tile=None, rowsperstrip=400)
+    with open_slide(whole) as slide:
+        assert slide.size == (400, 600)
+    monkeypatch.setattr("sightline.data.slides._PART", 2**18)
+    with pytest.raises(UnreadableSlide, match=r"strips of up to 0 MB are read, the file has one of 0 MB; write tiles"):
+        open_slide(whole)
+    with open_slide(ome(tmp_path / "b.ome.tif", pixels)) as slide:
+        assert len(slide.levels) == 3
+
+
+def test_noise_in_the_black_around_the_scan_is_no_tissue() -> None:
+    drawn = RNG.integers(0, 12, (40, 40, 3), dtype=np.uint8)
+    drawn[10:30, 10:30] = 240
+    drawn[16:24, 16:24] = 190, 110, 170
+    assert tissue_in(drawn).sum() == 64

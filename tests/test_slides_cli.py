@@ -96,6 +96,81 @@ def test_a_new_slide(lab: Path) -> None:
     cli.main(["slides", "explain", str(lab / "run"), str(file), "--out", str(lab / "new"), "--workers", "0"])
     assert (lab / "new" / "bags" / "new.tif.safetensors").is_file() and (lab / "new" / "new.html").is_file()
     assert not (lab / "run" / "bags" / "new.tif.safetensors").exists()
+    page = (lab / "new" / "new.html").read_text()
+    assert "This slide is not part of the run" in page and "had seen no slide of this patient" not in page
+
+
+def test_another_slide_of_the_same_name(lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It must not be drawn with the features of the run's slide."""
+    file = pyramid(tmp_path / "s1.tif", np.full((128, 128, 3), PINK, dtype=np.uint8), 1, 8.0)
+    start = ["slides", "explain", str(lab / "run"), str(file), "--out", str(tmp_path / "out"), "--workers", "0"]
+    assert "expected the slide of the features, 256 x 192 pixels, got one of 128 x 128 pixels" in failing(capsys, start)
+    both = [*start[:4], str(lab / "slides" / "s1.tif"), *start[4:]]
+    assert "expected slides of different names, got s1 twice" in failing(capsys, both)
+
+
+def test_features_of_other_weights(lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A new slide has no features yet that could tell it."""
+    torch.manual_seed(1)
+    torch.save(sl.create_model("cifar_resnet").state_dict(), tmp_path / "other.pth")
+    file = pyramid(tmp_path / "other.tif", np.full((192, 256, 3), PINK, dtype=np.uint8), 1, 8.0)
+    start = ["slides", "explain", str(lab / "run"), str(file), "--out", str(tmp_path / "out"), "--workers", "0"]
+    assert "expected the network of the run, weights " in failing(
+        capsys, [*start, "--weights", str(tmp_path / "other.pth")]
+    )
+
+
+def test_one_slide_does_not_stop_the_others(lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One without annotated areas, and one whose file is gone though its features are there."""
+    (tmp_path / "s0.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    (tmp_path / "s1.geojson").write_text((lab / "s1.geojson").read_text())
+    slides = [str(lab / "slides" / name) for name in ("s0.tif", "s1.tif")]
+    (lab / "slides" / "s5.tif").rename(lab / "s5.tif")
+    arguments = [*slides, str(lab / "slides" / "s5.tif"), "--annotations", str(tmp_path), "--inside", "1"]
+    try:
+        cli.main(["slides", "explain", str(lab / "run"), *arguments, "--out", str(tmp_path / "out"), "--workers", "0"])
+    finally:
+        (lab / "s5.tif").rename(lab / "slides" / "s5.tif")
+    printed = capsys.readouterr()
+    assert "without annotations: s0.tif" in printed.err and "skipped s5.tif: no file" in printed.err
+    assert printed.out.count("page: ") == 2 and "in the annotation" in printed.out
+
+
+def test_large_maps_are_bounded(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tifffile
+
+    monkeypatch.setattr("sightline.report.slides._LONGEST", 16)
+    slide = str(lab / "slides" / "s1.tif")
+    cli.main(["slides", "explain", str(lab / "run"), slide, "--out", str(tmp_path), "--workers", "0"])
+    for name in ("s1.attention.ome.tif", "s1.grad_cam.ome.tif"):
+        with tifffile.TiffFile(tmp_path / name) as tiff:
+            assert tiff.series[0].shape == (12, 16, 3) and 'PhysicalSizeX="128.0"' in (tiff.ome_metadata or "")
+
+
+def test_the_network_of_the_map_is_left_alone(lab: Path, tmp_path: Path) -> None:
+    from sightline.report.slides import explain_slide
+    from sightline.slides import networks, read_bag, study
+
+    network, preprocess, _ = networks.open_network("cifar_resnet", str(lab / "weights.pth"))
+    network.train()
+    run, bag = study.open_slide_run(lab / "run"), read_bag(lab / "run" / "bags" / "s1.tif.safetensors")
+    explain_slide(run, lab / "slides" / "s1.tif", bag, network, preprocess, tmp_path, tiles=1)
+    assert all(part.training for part in network.modules())
+
+
+def test_a_class_without_readable_slides(lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The slides that were left out are named before the end; too few patients in the table end it at once."""
+    lines = ["slide,label,patient", "s0.tif,healthy,p0", "s2.tif,healthy,p2", "bad1.tif,tumor,a", "bad2.tif,tumor,b"]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    with pytest.raises(SystemExit):
+        cli.main(command(lab, labels=str(tmp_path / "a.csv"), out=str(tmp_path / "out")))
+    error = capsys.readouterr().err
+    assert "skipped bad1.tif: no file" in error and "got none of tumor" in error
+    (tmp_path / "a.csv").write_text("\n".join(lines[:4]))
+    assert "got one of tumor" in failing(
+        capsys, command(lab, labels=str(tmp_path / "a.csv"), out=str(tmp_path / "early"))
+    )
+    assert not (tmp_path / "early").exists()
 
 
 def test_bad_input_of_training(lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,13 @@
 """The command line: each verb calls one function and prints what it returns. Verbs import torch, not this file."""
 
 import ctypes
+import logging
 import os
 import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with terminal.notices_shown():
             VERBS[options.verb](options, overrides)
     except KeyboardInterrupt as stop:
-        print(f"sightline: {stop or 'stopped; no half-written file was left behind'}", file=sys.stderr)
+        print(f"sightline: {str(stop) or 'stopped; no half-written file was left behind'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
@@ -423,10 +425,13 @@ def serve(options: Namespace, _: dict[str, Any]) -> None:
 
 def slides(options: Namespace, _: dict[str, Any]) -> None:
     """Tissue slides with one label each: learn with attention over tiles, and see where on a slide it looks."""
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # hundreds of lines on one damaged file
     {"train": _train_slides, "explain": _explain_slides}[options.action](options)
 
 
 def _train_slides(options: Namespace) -> None:
+    import numpy as np
+
     from sightline import runs
     from sightline.slides import POOLINGS, bags, networks, study
 
@@ -438,6 +443,7 @@ def _train_slides(options: Namespace) -> None:
         poolings=tuple(options.poolings or POOLINGS), folds=options.folds, seeds=options.repeats, epochs=options.epochs
     )
     network, preprocess, identity = networks.open_network(options.model, options.weights)
+    study.folds_of(np.array(table.labels), table.patients, how.folds, 0, table.classes)  # raises before the work
     grid = bags.Grid(
         size=options.size or preprocess.size[0], mpp=options.tile_mpp, overlap=options.overlap, least=options.tissue
     )
@@ -447,54 +453,74 @@ def _train_slides(options: Namespace) -> None:
             mpp=options.mpp, made_by=identity, batch_size=options.batch_size, workers=options.workers,
             progress=bar.update,
         )  # fmt: skip
-        named = {
-            name: written.files[file.name]
-            for name, file in zip(table.slides, files, strict=True)
-            if file.name in written.files
-        }
-        run = study.train(named, table, out, how, network=(options.model, options.weights), progress=bar.update)
     terminal.tell_skipped(tuple(written.skipped.items()))
     terminal.tell("tiles that could not be read:", ((name, str(n)) for name, n in written.damaged.items()))
     print(written.line())
+    named = {
+        name: written.files[file.name]
+        for name, file in zip(table.slides, files, strict=True)
+        if file.name in written.files
+    }
+    with terminal.Bar() as bar:
+        run = study.train(named, table, out, how, network=(options.model, options.weights), progress=bar.update)
     terminal.print_columns(run.title(), *study.summary(run))
     print(f"run: {out}\nto see where it looks: sightline slides explain {out} SLIDE --out FOLDER")
 
 
 def _explain_slides(options: Namespace) -> None:
     from sightline import runs
+    from sightline.data.slides import UnreadableSlide, stem
     from sightline.report.slides import explain_slide
-    from sightline.slides import bags, networks, study
+    from sightline.slides import bags, maps, networks, study
 
     run, out = study.open_slide_run(Path(options.run)), Path(options.out)
+    slides = [Path(name) for name in options.slides]
+    stems = [stem(slide.name) for slide in slides]
+    if twice := next((name for name in stems if stems.count(name) > 1), None):
+        raise ValueError(f"expected slides of different names, got {twice} twice; give another --out to one")
     runs.check_writable(out)
     name, weights = run.network
     network, preprocess, identity = networks.open_network(name, options.weights or weights)
+    if changed := next((key for key, value in identity.items() if run.settings.get(key) != value), None):
+        raise ValueError(
+            f"expected the network of the run, {changed} {run.settings.get(changed)}, got {identity[changed]}; "
+            "name its weights by --weights"
+        )
     network = network.to(runs.best_device())
     grid = bags.Grid(**{field: run.settings[field] for field in ("size", "mpp", "overlap", "least")})
     annotations = None if options.annotations is None else Path(options.annotations)
+    draw = partial(
+        explain_slide, run, network=network, preprocess=preprocess, out=out, target=options.target,
+        method=options.method, tiles=options.inside, names=options.names or (),
+    )  # fmt: skip
     skipped: list[tuple[str, str]] = []
-    for slide in map(Path, options.slides):
+    for slide in slides:
         kept = run.folder / "bags"
         folder = kept if (kept / f"{slide.name}.safetensors").is_file() else out / "bags"
-        with terminal.Bar() as bar:
-            try:
+        file = annotations
+        if annotations is not None and annotations.is_dir():
+            named = [annotations / f"{one}.geojson" for one in (stem(slide.name), slide.name.split(".")[0])]
+            file = next((one for one in named if one.is_file()), None)
+        try:
+            if not slide.is_file():
+                raise UnreadableSlide(f"no file {slide}")
+            with terminal.Bar() as bar:
                 written = bags.write_bags(
                     [slide], folder, network, preprocess, grid,
                     mpp=options.mpp, made_by=identity, batch_size=options.batch_size, workers=options.workers,
                     progress=bar.update,
                 )  # fmt: skip
-            except bags.NoSlide as error:
-                skipped.append((slide.name, str(error)))
-                continue
-        file = annotations
-        if annotations is not None and annotations.is_dir():
-            file = annotations / f"{slide.name.split('.')[0]}.geojson"
-            file = file if file.is_file() else None
-        pages = explain_slide(
-            run, slide, bags.read_bag(written.files[slide.name]), network, preprocess, out,
-            target=options.target, method=options.method, tiles=options.inside, annotations=file,
-            names=options.names or (),
-        )  # fmt: skip
+            bag = bags.read_bag(written.files[slide.name])
+            try:
+                pages = draw(slide, bag, annotations=file)
+            except maps.NoArea as error:
+                if file == annotations:
+                    raise
+                terminal.tell("without annotations:", [(slide.name, str(error))])
+                pages = draw(slide, bag)
+        except (bags.NoSlide, UnreadableSlide) as error:
+            skipped.append((slide.name, str(error)))
+            continue
         terminal.print_columns(f"{slide.name}: {pages.prediction}, {pages.probability:.1%}", *pages.columns())
         print(f"page: {pages.files['page']}")
     terminal.tell_skipped(tuple(skipped))

@@ -24,7 +24,19 @@ _BLOCK = 2048  # pixels a side of the parts that an overview is put together fro
 _LONGEST = 4096  # pixels of the longest side of an overview for finding tissue
 _TISSUE_MPP = 8.0
 _GRAY, _COLORED = 0.05, 0.15  # saturations: up to the first nothing is tissue, above the second everything
+_PART = 2**28  # bytes of the largest tile or strip of a TIFF that is decoded
+_BLACK = 25  # of 255: around a scan, where the noise of JPEG has any color
 _UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0, "in": 25400.0}
+
+
+def stem(name: str) -> str:
+    """File name of a slide without its ending.
+
+    >>> stem("a.b.svs"), stem("a.ome.tif")
+    ('a.b', 'a')
+    """
+    ending = next((one for one in (".ome.tif", ".ome.tiff", *SLIDES) if name.lower().endswith(one)), "")
+    return name[: len(name) - len(ending)]
 
 
 class UnreadableSlide(ValueError):
@@ -93,7 +105,12 @@ class Slide:
         (height, width), level = size, self.levels[index]
         x, x_end = _read(part[0], part[2], width if margin else None, level.width)
         y, y_end = _read(part[1], part[3], height if margin else None, level.height)
-        pixels = self._source.read(index, x, y, x_end - x, y_end - y)
+        try:
+            pixels = self._source.read(index, x, y, x_end - x, y_end - y)
+        except UnreadableSlide:
+            raise
+        except _DAMAGE as error:
+            raise UnreadableSlide(f"{self.path.name}: {_line(error)}") from error
         inner = (part[0] - x, part[1] - y, part[2] - x, part[3] - y)
         return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, inner))
 
@@ -147,13 +164,14 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
 
     Args:
         path: the file.
-        mpp: micrometers per pixel of its full resolution, where the file does not tell them; a file that does is
-            believed less than you.
+        mpp: micrometers per pixel of its full resolution, where the file does not tell them or what it tells is no
+            microscope's.
 
     Raises:
         FileNotFoundError: no such file.
         ModuleNotFoundError: the libraries of the extra `slides` are not installed.
         UnreadableSlide: no slide, or no resolution in the file and none given.
+        ValueError: `mpp` is not above 0.
     """
     path = Path(path)
     if not path.is_file():
@@ -161,10 +179,11 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
     if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
         raise ValueError(f"expected micrometers per pixel above 0, got {mpp}; 0.5 is usual at 20 x")
     source = _source(path)
-    known = mpp or source.mpp
-    if known is None or not (mpp or _MICROSCOPE[0] <= known <= _MICROSCOPE[1]):
+    is_told = source.mpp is not None and _MICROSCOPE[0] <= source.mpp <= _MICROSCOPE[1]
+    known = source.mpp if is_told else mpp
+    if known is None:
         source.close()
-        told = "none" if known is None else f"{known:.4g}, which is no microscope's"
+        told = "none" if source.mpp is None else f"{source.mpp:.4g}, which is no microscope's"
         raise UnreadableSlide(
             f"{path.name}: expected the micrometers per pixel in the file, got {told}; give them: --mpp 0.5"
         )
@@ -182,7 +201,7 @@ def _source(path: Path) -> _Source:
     if kind is not None and not (kind == "generic-tiff" and _is_ome(path)):
         try:
             return _OpenSlide(path)
-        except openslide.OpenSlideError as error:
+        except (openslide.OpenSlideError, *_DAMAGE) as error:
             raise UnreadableSlide(f"{path.name}: {_line(error)}") from error
     try:
         return _Tiff(path)
@@ -204,7 +223,11 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-_DAMAGE = (ValueError, RuntimeError, OSError, zlib.error, struct.error, IndexError, KeyError)
+# what tifffile and the codecs raise at damaged tags and pixels
+_DAMAGE = (
+    ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, OSError, MemoryError,
+    AssertionError, zlib.error, struct.error,
+)  # fmt: skip
 
 
 class _OpenSlide:
@@ -216,8 +239,13 @@ class _OpenSlide:
         self._path = path
         self._file = openslide.OpenSlide(path)
         properties = self._file.properties
+        # the scanned part of a mostly empty slide; places of QuPath count from it, too
+        bounds = [int(properties.get(f"openslide.bounds-{name}", 0)) for name in ("x", "y", "width", "height")]
+        self._corner = (bounds[0], bounds[1])
+        whole = self._file.dimensions
+        wide, high = bounds[2] or whole[0] - bounds[0], bounds[3] or whole[1] - bounds[1]
         self.levels = [
-            Level(height, width, scale)
+            Level(max(1, round(high * height / whole[1])), max(1, round(wide * width / whole[0])), scale)
             for (width, height), scale in zip(self._file.level_dimensions, self._file.level_downsamples, strict=True)
         ]
         sides = [properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
@@ -230,14 +258,25 @@ class _OpenSlide:
         import openslide
 
         scale = self.levels[level].scale
+        place = round(self._corner[0] + left * scale), round(self._corner[1] + top * scale)
         try:
-            part = self._file.read_region((round(left * scale), round(top * scale)), level, (width, height))
+            part = self._file.read_region(place, level, (width, height))
         except openslide.OpenSlideError as error:
-            self._file.close()
-            self._file = openslide.OpenSlide(self._path)  # after an error, the old one refuses every read
+            self._reopen()
             raise UnreadableSlide(f"{self._path.name}: {_line(error)}") from error
         whole = Image.new("RGBA", part.size, (*self._background, 255))
         return np.asarray(Image.alpha_composite(whole, part).convert("RGB"))
+
+    def _reopen(self) -> None:
+        """After an error, an open file of OpenSlide refuses every read."""
+        import openslide
+
+        try:
+            opened = openslide.OpenSlide(self._path)
+        except (openslide.OpenSlideError, OSError):
+            return  # the old one goes on telling its error
+        self._file.close()
+        self._file = opened
 
     def close(self) -> None:
         self._file.close()
@@ -258,11 +297,14 @@ class _Tiff:
                 raise ValueError(f"8 or 16 bits of gray or RGB are read, the file has {found}")
             largest = max(pictures, key=lambda one: math.prod(one.shape))
             self._pages = [level.keyframe for level in largest.levels]
+            if reason := _unusable(self._pages[0]):
+                raise ValueError(reason)
+            self._pages = [page for page in self._pages if not _unusable(page)]
             height, width = self._pages[0].imagelength, self._pages[0].imagewidth
             self.levels = [Level(p.imagelength, p.imagewidth, width / p.imagewidth) for p in self._pages]
             if any(abs(level.height * level.scale - height) > 2 * level.scale for level in self.levels):
                 self._pages, self.levels = self._pages[:1], self.levels[:1]
-            self.mpp = _ome_mpp(self._file.ome_metadata or "") or _tag_mpp(self._pages[0])
+            self.mpp = _ome_mpp(self._file.ome_metadata or "", width, height) or _tag_mpp(self._pages[0])
         except BaseException:
             self._file.close()
             raise
@@ -270,11 +312,7 @@ class _Tiff:
     def read(self, level: int, left: int, top: int, width: int, height: int) -> UInt8[Array, "h w 3"]:
         page = self._pages[level]
         drawn = np.full((height, width, 3), 255, dtype=np.uint8)
-        high = page.tilelength if page.is_tiled else page.rowsperstrip
-        wide = page.tilewidth if page.is_tiled else page.imagewidth
-        high = min(high, page.imagelength)
-        columns, rows = -(-page.imagewidth // wide), -(-page.imagelength // high)
-        planes = page.samplesperpixel if page.planarconfig == 2 else 1
+        high, wide, rows, columns, planes = _parts(page)
         right, bottom = min(left + width, page.imagewidth), min(top + height, page.imagelength)
         for row in range(max(top, 0) // high, -(-bottom // high)):
             for column in range(max(left, 0) // wide, -(-right // wide)):
@@ -293,18 +331,34 @@ class _Tiff:
 
     def _decode(self, page: Any, place: int) -> Array | None:
         file = self._file.filehandle
-        try:
-            if not page.databytecounts[place]:
-                return None
-            file.seek(page.dataoffsets[place])
-            data = file.read(page.databytecounts[place])
-            segment, _, shape = page.decode(data, place, jpegtables=page.jpegtables)
-        except _DAMAGE as error:
-            raise UnreadableSlide(f"{self._path.name}: {_line(error)}") from error
+        if not page.databytecounts[place]:
+            return None
+        file.seek(page.dataoffsets[place])
+        data = file.read(page.databytecounts[place])
+        segment, _, shape = page.decode(data, place, jpegtables=page.jpegtables)
         return None if segment is None else segment[0, : shape[1], : shape[2]]
 
     def close(self) -> None:
         self._file.close()
+
+
+def _parts(page: Any) -> tuple[int, int, int, int, int]:
+    """Height and width of the tiles or strips of a page, and how many there are: rows, columns, planes."""
+    high = min(page.tilelength if page.is_tiled else page.rowsperstrip, page.imagelength)
+    wide = page.tilewidth if page.is_tiled else page.imagewidth
+    planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    return high, wide, -(-page.imagelength // high), -(-page.imagewidth // wide), planes
+
+
+def _unusable(page: Any) -> str | None:
+    """Why a page cannot be read in parts."""
+    high, wide, rows, columns, planes = _parts(page)
+    size = high * wide * page.samplesperpixel // planes * page.dtype.itemsize
+    if size > _PART:
+        return f"tiles or strips of up to {_PART >> 20} MB are read, the file has one of {size >> 20:,} MB; write tiles"
+    if len(page.dataoffsets) < rows * columns * planes:
+        return f"its size needs {rows * columns * planes} tiles or strips, the file has {len(page.dataoffsets)}"
+    return None
 
 
 def _is_picture(series: Any) -> bool:
@@ -329,17 +383,22 @@ def _rgb(parts: Sequence[Array | None], is_inverted: bool) -> UInt8[Array, "h w 
     return np.repeat(pixels[..., :1], 3, axis=2) if pixels.shape[2] < 3 else pixels
 
 
-def _ome_mpp(metadata: str) -> float | None:
-    """Micrometers per pixel of the first image in OME-XML."""
+def _ome_mpp(metadata: str, width: int, height: int) -> float | None:
+    """Micrometers per pixel of the image of this size in OME-XML, mean of both sides; of the first, if none fits."""
     if not metadata:
         return None
     try:
-        pixels = next((one for one in ElementTree.fromstring(metadata).iter() if one.tag.endswith("}Pixels")), None)
-        if pixels is None or "PhysicalSizeX" not in pixels.attrib:
-            return None
-        return float(pixels.attrib["PhysicalSizeX"]) * _UNITS[pixels.attrib.get("PhysicalSizeXUnit", "µm")]
-    except (ElementTree.ParseError, ValueError, KeyError):
+        images = [one.attrib for one in ElementTree.fromstring(metadata).iter() if one.tag.endswith("}Pixels")]
+        fitting = [one for one in images if (one.get("SizeX"), one.get("SizeY")) == (str(width), str(height))]
+        pixels = (fitting or images)[0]
+        sides = [
+            float(pixels[f"PhysicalSize{axis}"]) * _UNITS[pixels.get(f"PhysicalSize{axis}Unit", "µm")]
+            for axis in "XY"
+            if f"PhysicalSize{axis}" in pixels
+        ]
+    except (ElementTree.ParseError, ValueError, LookupError):
         return None
+    return sum(sides) / len(sides) if sides else None
 
 
 def _tag_mpp(page: Any) -> float | None:
@@ -370,7 +429,7 @@ def tissue_of(
     Source: Otsu, "A threshold selection method from gray-level histograms", IEEE Trans. SMC 1979.
 
     Differs: the threshold is kept between 0.05 and 0.15, so that glass alone has no tissue, and a slide without glass
-    is not divided into pale and dark tissue.
+    is not divided into pale and dark tissue; black is no tissue.
     """
     mpp = max(_TISSUE_MPP, slide.mpp, slide.mpp * max(slide.size) / _LONGEST)
     drawn = slide.overview(mpp)
@@ -391,7 +450,7 @@ def tissue_in(drawn: UInt8[Array, "h w 3"], specks: float = 0.0, holes: float = 
     except ImportError as error:
         raise missing("finding tissue needs scikit-image", "slides") from error
     most, least = drawn.max(2).astype(float), drawn.min(2).astype(float)
-    saturation = (most - least) / np.maximum(most, 1.0)
+    saturation = np.where(most < _BLACK, 0.0, (most - least) / np.maximum(most, 1.0))
     if saturation.max() <= _GRAY:
         return np.zeros(drawn.shape[:2], dtype=bool)
     mask = saturation > min(max(_GRAY, float(threshold_otsu(saturation))), _COLORED)

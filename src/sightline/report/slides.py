@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sightline import maps, runs
 from sightline.data import Preprocess, normalize
-from sightline.data.slides import open_slide
+from sightline.data.slides import open_slide, stem
 from sightline.explainers import explain, find_explainer
 from sightline.notebook import uri
 from sightline.report.formats import template
@@ -29,6 +29,7 @@ from sightline.slides.maps import (
     curve,
     energy,
     highest,
+    parts_of,
     raster,
     tile_values,
 )
@@ -41,6 +42,7 @@ _THUMBNAIL = 1400  # pixels of its longest side on the page
 _SHOWN = 10  # highest and random tiles on the page
 _PER_TILE = 8  # pixels of the map of a slide per side of a tile
 _INSIDE = 32  # the same where explainers look into tiles
+_LONGEST = 8192  # pixels of the longest side of these maps
 _AT_ONCE = 8  # tiles explained together
 
 
@@ -52,8 +54,9 @@ class SlidePages:
     """Kind of file -> its path."""
     prediction: str
     probability: float
-    is_unseen: bool
-    """Whether the networks had seen no slide of this patient."""
+    is_new: bool
+    """Whether the slide is not part of the run, and all networks explain it. A slide of the run is explained by those
+    that have seen no slide of its patient."""
     deletion: dict[str, float]
     """Map or control -> mean probability of the class while its highest tiles are taken out; lower is better."""
     insertion: dict[str, float]
@@ -123,23 +126,31 @@ def explain_slide(
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: no such class or explainer, or annotations without an area.
+        UnreadableSlide: no part of the file can be read.
+        ValueError: no such class or explainer, the features are those of another slide, or annotations without an area.
     """
     runs.check_writable(out)
     find_explainer(method)
     if target is not None and target not in run.classes:
         raise ValueError(f"expected a class out of {', '.join(run.classes)}; got {target!r}")
+    shares = None if annotations is None else annotated(annotations, bag.tiles, bag.size, names)
+    with open_slide(slide, bag.mpp) as opened:
+        if opened.size != bag.size:
+            raise ValueError(
+                f"{slide}: expected the slide of the features, {_pixels(bag.size)}, got one of {_pixels(opened.size)}; "
+                f"two slides have the name {bag.name}, rename one"
+            )
     models = run.models(bag.name)
-    found = tile_values(bag, models, None if target is None else run.classes.index(target))
+    parts = parts_of(bag, models)
+    found = tile_values(bag, models, None if target is None else run.classes.index(target), parts)
     scored, others = found.scored(), controls(bag, seed)
     deletion, insertion = (
         {
-            name: area(*curve(bag, models, values, found.target, inserts=inserts))
+            name: area(*curve(bag, models, values, found.target, inserts=inserts, parts=parts))
             for name, values in (scored | others).items()
         }
         for inserts in (False, True)
     )
-    shares = None if annotations is None else annotated(annotations, bag.tiles, bag.size, names)
     inside = {} if shares is None else {name: energy(values, shares) for name, values in (scored | others).items()}
     best = highest(found.attention, max(tiles, _SHOWN))
     random = np.random.default_rng(seed).permutation(len(bag))[:_SHOWN].tolist()
@@ -148,15 +159,16 @@ def explain_slide(
         pixels = {i: opened.region(bag.tiles.box(i), sides) for i in dict.fromkeys([*best, *random])}
         thumbnail = opened.overview(bag.mpp * max(1.0, max(bag.size) / _THUMBNAIL))
     inner = _inner_maps(TileClassifier(network, models), preprocess, pixels, found.target, method)
-    name = bag.name.removesuffix(".tif").removesuffix(".tiff").removesuffix(".ome")
+    name = stem(bag.name)
     files = {kind: out / f"{name}{ending}" for kind, ending in _ENDINGS.items()}
     files["inside"] = out / f"{name}.{method}.ome.tif"
     write_geojson(files["tiles"], bag, scored)
     write_table(files["table"], bag, scored | others | ({} if shares is None else {"annotated": shares}))
-    pixel = bag.tiles.extent / _PER_TILE
+    finest = max(bag.size) / _LONGEST
+    pixel = max(bag.tiles.extent / _PER_TILE, finest)
     attention = raster(bag.tiles, found.attention[:, None, None], bag.size, pixel)
     write_ome_tiff(files["attention"], colored(attention), bag.mpp * pixel)
-    fine = bag.tiles.extent / _INSIDE
+    fine = max(bag.tiles.extent / _INSIDE, finest)
     some = bag.tiles.picked(best)
     write_ome_tiff(
         files["inside"], colored(raster(some, np.stack([inner[i] for i in best]), bag.size, fine)), bag.mpp * fine
@@ -165,7 +177,7 @@ def explain_slide(
         files=files,
         prediction=run.classes[int(found.probabilities.argmax())],
         probability=float(found.probabilities.max()),
-        is_unseen=bag.name not in run.slides or len(models) < sum(max(parts) + 1 for parts in run.folds),
+        is_new=bag.name not in run.slides,
         deletion=deletion,
         insertion=insertion,
         inside=inside,
@@ -196,6 +208,10 @@ def explain_slide(
     return pages
 
 
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[1]:,} x {size[0]:,} pixels"
+
+
 _ENDINGS = {"page": ".html", "tiles": ".geojson", "table": ".csv", "attention": ".attention.ome.tif"}
 
 
@@ -204,7 +220,7 @@ def _inner_maps(
 ) -> dict[int, Float[Array, "map_h map_w"]]:
     """Map of each tile on its own."""
     device = next(model.network.parameters()).device
-    model = model.to(device).eval()
+    model = model.to(device)
     tile = normalize(torch.from_numpy(next(iter(pixels.values()))).movedim(-1, 0)[None].to(device), preprocess)
     # several bag classifiers are too many layers for finding the last feature map from the logits
     layer = explain(model.network, tile, methods=["activation_map"]).layer.name

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -89,17 +89,16 @@ class Bag:
 
 
 def read_bag(file: Path) -> Bag:
-    """Read a bag that `Bag.save` wrote.
+    """Open a bag that `Bag.save` wrote; its features stay on the disk until they are used.
 
     Raises:
         OSError: no such file.
         ValueError: it is no bag.
     """
-    content = file.read_bytes()
     try:
-        tensors = load(content)
-        length = int.from_bytes(content[:8], "little")
-        facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["sightline"])
+        with safe_open(file, "pt") as opened:
+            facts = json.loads(opened.metadata()["sightline"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         if facts["kind"] != _KIND:
             raise ValueError(facts["kind"])
         arrays = {name: tensors[name].numpy() for name in ("corners", "places", "tissue")}
@@ -202,7 +201,8 @@ def write_bags(
     """Write the features of all tiles of slides, a file OUT/SLIDE.safetensors for each.
 
     A slide whose file is there is not read again, so a second call continues after an interrupt or a crash. Tiles are
-    read ahead by other processes while the network runs; memory does not grow with the slide.
+    read ahead by other processes while the network runs. Memory grows with a slide by its features alone: 5 kB per tile
+    at a length of 1,280.
 
     Args:
         slides: their files.
@@ -256,8 +256,8 @@ def write_bags(
         if bag.report.damaged:
             damaged[path.name] = bag.report.damaged
     if not files:
-        name, reason = next(iter(skipped.items()), ("", "no slide was given"))
-        raise NoSlide(f"expected at least one readable slide, got none; the first, {name}: {reason}")
+        reason = next(iter(skipped.values()), "no slide was given")
+        raise NoSlide(f"expected at least one readable slide, got none; the first: {reason}")
     return Written(files=files, skipped=skipped, damaged=damaged, tiles=total, seconds=seconds)
 
 

@@ -70,11 +70,13 @@ def write_table(file: Path, bag: Bag, values: Mapping[str, Float[Array, " n"]]) 
 
 
 def colored(values: Float[Array, "h w"]) -> UInt8[Array, "h w 3"]:
-    """A raster in colors, white where it is NaN; signed values diverge from white."""
-    defined = torch.from_numpy(np.nan_to_num(values)).float()
-    is_signed = bool((defined < 0).any())
-    drawn = maps.color(maps.normalize(defined, signed=is_signed), signed=is_signed).movedim(0, -1).numpy()
-    return np.where(np.isnan(values)[..., None], np.uint8(255), drawn)
+    """A raster in colors from 0 to its highest value, white where it is NaN; signed values diverge from white."""
+    there = ~np.isnan(values)
+    some = torch.from_numpy(np.append(values[there], 0.0)).float()[None]
+    is_signed = bool((some < 0).any())
+    drawn = np.full((*values.shape, 3), 255, dtype=np.uint8)
+    drawn[there] = maps.color(maps.normalize(some, signed=is_signed), signed=is_signed)[:, 0, :-1].T.numpy()
+    return drawn
 
 
 def write_ome_tiff(file: Path, drawn: UInt8[Array, "h w 3"], mpp: float) -> None:

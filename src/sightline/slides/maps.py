@@ -23,6 +23,10 @@ CONTROLS = ("random tiles", "tissue share", "middle of the tissue", "stain")
 _PER_TILE = 16  # pixels of an annotation's mask per side of a tile
 
 
+class NoArea(ValueError):
+    """A file of annotations has none that count."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TileValues:
     """What bag classifiers say of one slide."""
@@ -42,11 +46,15 @@ class TileValues:
         return {"attention": self.attention, "evidence": self.evidence}
 
 
-def tile_values(bag: Bag, models: Sequence[BagClassifier], target: int | None = None) -> TileValues:
-    """Values of the tiles of a slide for a class; None: the most probable.
+Parts = tuple[Float[Tensor, "models n classes"], Float[Tensor, "models n classes"]]
+"""Weight and score of each tile, by each bag classifier."""
+
+
+def parts_of(bag: Bag, models: Sequence[BagClassifier]) -> Parts:
+    """The parts of a slide's logits; see `BagClassifier.parts`.
 
     Raises:
-        ValueError: features of another network, or no such class.
+        ValueError: features of another network.
     """
     channels = models[0].mean.numel()
     if bag.features.shape[1] != channels:
@@ -54,8 +62,19 @@ def tile_values(bag: Bag, models: Sequence[BagClassifier], target: int | None = 
     with torch.inference_mode():
         parts = [model.parts(bag.features[None]) for model in models]
         weights, scores = (torch.stack([part[i][0] for part in parts]).double() for i in (0, 1))
-        logits = (weights * scores).sum(1)
-        probabilities = logits.softmax(1).mean(0).numpy()
+    return weights, scores
+
+
+def tile_values(
+    bag: Bag, models: Sequence[BagClassifier], target: int | None = None, parts: Parts | None = None
+) -> TileValues:
+    """Values of the tiles of a slide for a class; None: the most probable.
+
+    Raises:
+        ValueError: features of another network, or no such class.
+    """
+    weights, scores = parts or parts_of(bag, models)
+    probabilities = (weights * scores).sum(1).softmax(1).mean(0).numpy()
     classes = probabilities.size
     if target is not None and not 0 <= target < classes:
         raise ValueError(f"expected a class from 0 to {classes - 1}, got {target}; name one of the run")
@@ -86,6 +105,7 @@ def curve(
     *,
     inserts: bool = False,
     steps: int = 20,
+    parts: Parts | None = None,
 ) -> tuple[Float[Array, " steps"], Float[Array, " steps"]]:
     """Probability of a class while tiles are taken out of a slide, the highest values first; no image is run again.
 
@@ -96,19 +116,22 @@ def curve(
         target: the class.
         inserts: begin with the highest tile alone and add the others, in place of taking out.
         steps: bags in all.
+        parts: what `parts_of` returns for this slide; several curves share it.
 
     Returns:
         Share of the tiles that are out (or in), and the probability.
+
+    Raises:
+        ValueError: features of another network.
     """
+    weights, scores = parts or parts_of(bag, models)
     order = np.argsort(-values, kind="stable")
     kept_or_out = np.unique(np.linspace(1 if inserts else 0, len(bag) - (not inserts), min(steps, len(bag))).round())
     probabilities: list[float] = []
-    with torch.inference_mode():
-        for count in kept_or_out.astype(int):
-            inside = order[:count] if inserts else order[count:]
-            features = bag.features[torch.from_numpy(np.sort(inside))][None]
-            each = [model(features)[0].softmax(0)[target] for model in models]
-            probabilities.append(float(torch.stack(each).mean()))
+    for count in kept_or_out.astype(int):
+        inside = torch.from_numpy(order[:count] if inserts else order[count:])
+        each = [model.pooled(w[inside], s[inside]) for model, w, s in zip(models, weights, scores, strict=True)]
+        probabilities.append(float(torch.stack(each).softmax(1)[:, target].mean()))
     return kept_or_out / len(bag), np.array(probabilities)
 
 
@@ -134,7 +157,8 @@ def annotated(file: Path, tiles: Tiles, size: tuple[int, int], names: Sequence[s
 
     Raises:
         OSError: no such file.
-        ValueError: it is no GeoJSON, or has no area of these names.
+        NoArea: it has no area of these names.
+        ValueError: it is no GeoJSON.
     """
     try:
         from skimage.draw import polygon
@@ -147,18 +171,21 @@ def annotated(file: Path, tiles: Tiles, size: tuple[int, int], names: Sequence[s
     found = False
     for rings in _polygons(file, names):
         found = True
-        one = np.zeros(shape, dtype=bool)
-        for ring in rings:  # the first is the outline, the others are holes
-            x, y = np.array([point[:2] for point in ring], dtype=float).T
-            one[polygon(y * down - 0.5, x * across - 0.5, shape)] ^= True
-        mask |= one
+        drawn = [ring * (across, down) for ring in rings]  # the first is the outline, the others are holes
+        left, top = np.floor(drawn[0].min(0)).clip(0).astype(int)
+        right, bottom = np.ceil(drawn[0].max(0)).clip(0).astype(int)
+        part = mask[top:bottom, left:right]
+        one = np.zeros_like(part)
+        for x, y in (ring.T for ring in drawn):
+            one[polygon(y - top - 0.5, x - left - 0.5, one.shape)] ^= True
+        part |= one
     if not found:
         among = f" named {' or '.join(names)}" if names else ""
-        raise ValueError(f"{file}: expected annotations with an area{among}, got none; export them from QuPath")
+        raise NoArea(f"{file}: expected annotations with an area{among}, got none; export them from QuPath")
     return shares_of(mask, tiles.corners, tiles.extent, size)
 
 
-def _polygons(file: Path, names: Sequence[str]) -> Iterator[list[Any]]:
+def _polygons(file: Path, names: Sequence[str]) -> Iterator[list[Float[Array, "points 2"]]]:
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
         features = content.get("features", [content]) if isinstance(content, dict) else content
@@ -167,10 +194,9 @@ def _polygons(file: Path, names: Sequence[str]) -> Iterator[list[Any]]:
             geometry = feature["geometry"]
             if names and kind not in names:
                 continue
-            if geometry["type"] == "Polygon":
-                yield geometry["coordinates"]
-            elif geometry["type"] == "MultiPolygon":
-                yield from geometry["coordinates"]
+            shapes = {"Polygon": [geometry["coordinates"]], "MultiPolygon": geometry["coordinates"]}
+            for rings in shapes.get(geometry["type"], []):
+                yield [np.array([point[:2] for point in ring], dtype=float).reshape(-1, 2) for ring in rings]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file}: expected GeoJSON as QuPath exports it, got another file ({reason})") from error
@@ -198,7 +224,7 @@ def raster(
         pixel: side of a pixel of the result, in these pixels.
     """
     height, width = (int(np.ceil(side / pixel)) for side in size)
-    sums, counts = np.zeros((height, width)), np.zeros((height, width))
+    sums, counts = np.zeros((height, width), np.float32), np.zeros((height, width), np.uint16)
     for (left, top), value in zip(tiles.corners / pixel, values, strict=True):
         rows = slice(round(top), max(round(top + tiles.extent / pixel), round(top) + 1))
         columns = slice(round(left), max(round(left + tiles.extent / pixel), round(left) + 1))
@@ -206,8 +232,9 @@ def raster(
         image = Image.fromarray(value.astype(np.float32))
         sums[rows, columns] += np.asarray(image.resize(drawn.shape[::-1], Image.Resampling.BILINEAR))
         counts[rows, columns] += 1
-    with np.errstate(invalid="ignore"):
-        return sums / np.where(counts > 0, counts, np.nan)
+    sums /= np.maximum(counts, 1)
+    sums[counts == 0] = np.nan
+    return sums
 
 
 class TileClassifier(nn.Module):

@@ -99,6 +99,15 @@ class BagClassifier(nn.Module):
             weights = (there / there.sum(1, keepdim=True))[..., None].expand_as(scores)
         return weights, scores
 
+    def pooled(
+        self, weights: Float[Tensor, "n classes"], scores: Float[Tensor, "n classes"]
+    ) -> Float[Tensor, " classes"]:
+        """Logits of a bag of some tiles of another bag, by their `parts` there: nothing is computed again."""
+        if self.pooling in ("max", "top_k"):
+            k = 1 if self.pooling == "max" else min(self.k, len(scores))
+            return scores.topk(k, dim=0).values.mean(0)
+        return (weights * scores).sum(0) / weights.sum(0)
+
     def forward(
         self, features: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b classes"]:

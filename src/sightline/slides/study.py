@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from sightline.slides.pooling import POOLINGS, BagClassifier
 Array = np.ndarray
 RUN = "slides.json"
 CONTROL = "uniform"
+PATIENT = "patient"
+_STANDARDIZING = 2**17  # most tiles of all slides whose mean and deviation are taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +44,31 @@ class Labels:
     """The slide itself where the table has no patients."""
 
 
-def read_labels(file: Path, label: str = "label", patient: str = "patient", slide: str = "slide") -> Labels:
+def read_labels(file: Path, label: str = "label", patient: str = PATIENT, slide: str = "slide") -> Labels:
     """A CSV table with a row per slide: its file name, its class, and its patient if there is such a column.
+
+    Without a column "patient", each slide counts as a patient; a column of another name has to be there.
 
     Raises:
         OSError: no such file.
-        ValueError: a column is missing, a slide has two rows, or there are fewer than two classes.
+        ValueError: it is no such table, a column is missing, a row has no slide or no label, a slide has two rows, or
+            there are fewer than two classes.
     """
     with file.open(newline="", encoding="utf-8-sig") as opened:
-        table = csv.DictReader(opened)
-        columns = list(table.fieldnames or [])
-        rows = [row for row in table if any(row.values())]
-    for name in (slide, label):
+        try:
+            cells = [[cell.strip() for cell in row] for row in csv.reader(opened) if any(map(str.strip, row))]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: expected a table in CSV, got another file: {error}") from error
+    columns = cells[0] if cells else []
+    rows = [dict(zip_longest(columns, row[: len(columns)], fillvalue="")) for row in cells[1:]]
+    for name in (slide, label, *([patient] if patient != PATIENT else [])):
         if name not in columns:
             raise ValueError(f"{file}: expected a column {name!r}, got {', '.join(columns) or 'none'}; rename one")
     names = [row[slide] for row in rows]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{file}: expected one row for each slide, got two for {twice}; remove one")
+    if "" in names:
+        raise ValueError(f"{file}: expected the file name of a slide in every row, got a row without; remove it")
     if empty := next((row[slide] for row in rows if not row[label]), None):
         raise ValueError(
             f"{file}: expected a {label} for every slide, got none for {empty}; fill it in or remove the row"
@@ -113,11 +124,14 @@ def folds_of(
     except ImportError as error:
         raise missing("splitting slides by patient needs scikit-learn", "slides") from error
     named = np.array(patients)
-    for kind in np.unique(labels):
-        if len(np.unique(named[labels == kind])) < 2:
+    kinds = range(len(classes)) if classes else np.unique(labels)
+    found = {kind: len(np.unique(named[labels == kind])) for kind in kinds}
+    for kind, number in found.items():
+        if number < 2:
             name = classes[kind] if classes else f"class {kind}"
-            raise ValueError(f"expected two patients or more of each class, got one of {name}; add slides")
-    count = min(count, min(len(np.unique(named[labels == kind])) for kind in np.unique(labels)))
+            number = "one" if number else "none"
+            raise ValueError(f"expected two patients or more of each class, got {number} of {name}; add slides")
+    count = min(count, *found.values())
     parts = np.empty(len(labels), dtype=int)
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     for part, (_, inside) in enumerate(splitter.split(named[:, None], labels, named)):
@@ -134,11 +148,12 @@ def train_one(
     seed: int,
 ) -> BagClassifier:
     """One classifier, trained on these bags alone for a fixed number of epochs: nothing is chosen by other slides."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = BagClassifier(bags[0].shape[1], classes, pooling)
         rng = torch.Generator().manual_seed(seed)
-        drawn = [bag[torch.randperm(len(bag), generator=rng)[: how.tiles]] for bag in bags]
+        most = min(how.tiles, max(2, _STANDARDIZING // len(bags)))
+        drawn = [bag[torch.randperm(len(bag), generator=rng)[:most]] for bag in bags]
         model.standardize(torch.cat(drawn))
         optimizer = torch.optim.AdamW(model.parameters(), how.lr, weight_decay=how.weight_decay)
         counts = torch.bincount(labels, minlength=classes)
@@ -171,7 +186,7 @@ def auroc(
     above = (scores[positive][:, None] > scores[~positive]) + 0.5 * (scores[positive][:, None] == scores[~positive])
     high, low = weights[:, positive], weights[:, ~positive]
     with np.errstate(invalid="ignore"):
-        return np.einsum("rp,pn,rn->r", high, above, low) / (high.sum(1) * low.sum(1))
+        return ((high @ above) * low).sum(1) / (high.sum(1) * low.sum(1))
 
 
 def mean_auroc(
@@ -199,16 +214,16 @@ def auroc_intervals(
     values = {name: float(mean_auroc(one, labels)[0]) for name, one in probabilities.items()}
     all_drawn = {name: np.concatenate(parts) for name, parts in drawn.items()}
 
-    def interval(value: float, statistics: Array) -> Interval:
+    def ends(statistics: Array) -> tuple[float, float]:
         low, high = limits(statistics[:, None], np.array([len(names)]))
-        return interval_of(value, float(low[0]), float(high[0]), len(names))
+        return float(low[0]), float(high[0])
 
-    own = {name: interval(values[name], all_drawn[name]) for name in probabilities}
-    differences = {
-        name: interval(values[name] - values[CONTROL], all_drawn[name] - all_drawn[CONTROL])
-        for name in probabilities
-        if CONTROL in probabilities and name != CONTROL
-    }
+    def difference(name: str) -> Interval:
+        low, high = ends(all_drawn[name] - all_drawn[CONTROL])
+        return Interval(value=values[name] - values[CONTROL], low=low, high=high, n=len(names))
+
+    own = {name: interval_of(values[name], *ends(all_drawn[name]), len(names)) for name in probabilities}
+    differences = {name: difference(name) for name in probabilities if CONTROL in probabilities and name != CONTROL}
     return own, differences
 
 
@@ -219,6 +234,7 @@ class SlideRun:
     folder: Path
     classes: tuple[str, ...]
     slides: tuple[str, ...]
+    """File names."""
     labels: tuple[int, ...]
     patients: tuple[str, ...]
     settings: dict[str, Any]
@@ -292,10 +308,12 @@ def train(
     how = how or Training()
     runs.check_writable(out)
     rows = [i for i, slide in enumerate(table.slides) if slide in bags]
-    slides = tuple(table.slides[i] for i in rows)
     patients = tuple(table.patients[i] for i in rows)
     labels = np.array([table.labels[i] for i in rows])
-    loaded = [read_bag(bags[slide]) for slide in slides]
+    loaded = [read_bag(bags[table.slides[i]]) for i in rows]
+    if not loaded:
+        raise ValueError("expected features of the slides of the table, got none of them")
+    slides = tuple(bag.name for bag in loaded)  # a table may name them without their ending
     if other := next((bag for bag in loaded if bag.settings != loaded[0].settings), None):
         raise ValueError(f"expected bags made in one way, got others in {other.name}; choose another folder")
     vectors = [bag.features for bag in loaded]
@@ -305,6 +323,7 @@ def train(
     found = {name: np.zeros((how.seeds, len(slides), classes)) for name in how.poolings}
     total = len(how.poolings) * sum(int(parts.max()) + 1 for parts in folds)
     done = 0
+    (out / RUN).unlink(missing_ok=True)  # the folds of an earlier run would not be those of the new networks
     for seed, parts in enumerate(folds):
         for part in range(int(parts.max()) + 1):
             inside, outside = np.flatnonzero(parts != part), np.flatnonzero(parts == part)
@@ -366,7 +385,7 @@ def slide_files(folder: Path, names: Sequence[str]) -> list[Path]:
     there = [file for file in folder.iterdir() if file.is_file() and file.name.lower().endswith(SLIDES)]
     found: list[Path] = []
     for name in names:
-        fitting = [file for file in there if file.name == name or file.name.split(".")[0] == name]
+        fitting = [file for file in there if file.name == name or file.name.startswith(f"{name}.")]
         found.append(fitting[0] if len(fitting) == 1 else folder / name)
     if not any(file in there for file in found):
         raise FileNotFoundError(f"none of the {len(found)} slides of the table is in {folder}; the first is {names[0]}")
