@@ -194,6 +194,20 @@ def test_image_sets_are_read_from_paths(opened, unchecked):
         read_images(opened, PREPROCESS)
 
 
+def test_pictures_are_kept_as_they_were_explained():
+    given = torch.from_numpy(noise(1, 3, 24, 16))
+    explanation, before = sl.explain(MODEL, given, preprocess=PREPROCESS), given.clone()
+    given.zero_()
+    assert torch.equal(explanation.images[0], before[0])
+
+
+def test_a_large_file_is_refused_without_naming_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr("sightline.inference.inputs.MAX_PIXELS", 100)
+    Image.fromarray(noise(64, 64, 3)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match=r"large.png: expected at most 100 pixels .*; scale it down$"):
+        sl.explain(MODEL, tmp_path / "large.png")
+
+
 def test_broken_files_and_a_useless_preprocess_are_refused(tmp_path, unchecked):
     broken = tmp_path / "broken.jpg"
     Image.fromarray(noise(64, 64, 3)).save(broken)

@@ -153,6 +153,7 @@ def test_other_host_needs_a_token(service: Service, monkeypatch: pytest.MonkeyPa
             assert lines == [f"vgg_gap: http://127.0.0.1:{port}/ (Ctrl-C ends)"]
         else:
             assert lines[0].startswith("warning: ") and "encrypted" in lines[0]
+            assert f"http://{socket.gethostname()}:{port}/?" in lines[1]  # nobody can open 0.0.0.0 from elsewhere
             token = re.search(r"token=([\w-]+)", lines[1])
             assert token and (token[1] == given if given else len(token[1]) >= 20)
 

@@ -16,6 +16,8 @@ from PIL import Image, Jpeg2KImagePlugin, TiffImagePlugin, UnidentifiedImageErro
 
 Array = np.ndarray
 MAX_PIXELS = 89_478_485  # Pillow warns above this
+OR_RAISE = " or raise data.max_pixels"
+"""End of the reason for refusing a large image, for those who can."""
 LARGE = 2**24  # pixels; larger images are decoded one at a time and brought to their size in bands
 _MOST_BYTES = 900_000_000  # that one image may take while it is decoded
 _MOST_IN_PYTHON = 2**23  # pixels of formats whose decoder is written in Python: about a million in a second
@@ -433,7 +435,7 @@ def _room(pixels: int, max_pixels: int, image: Image.Image) -> Generator[None]:
     """
     if pixels > max_pixels:
         raise UnreadableImage(
-            f"expected at most {max_pixels:,} pixels to decode, got {pixels:,}; scale it down or raise data.max_pixels"
+            f"expected at most {max_pixels:,} pixels to decode, got {pixels:,}; scale it down{OR_RAISE}"
         )
     most, reason = _most(image, pixels)
     if pixels > most:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sightline.data import Preprocess, normalize
 from sightline.data.files import Given, decode_pictures, image_files, path_of
-from sightline.data.images import MAX_PIXELS
+from sightline.data.images import MAX_PIXELS, OR_RAISE
 from sightline.facts import notice
 from sightline.inference.outputs import check_images
 from sightline.inference.preserve import unwrapped
@@ -68,7 +68,7 @@ def inputs_of(model: nn.Module, images: Images, preprocess: Preprocess | None = 
     wanted, told = preparation(model, preprocess)
     if isinstance(images, Tensor):
         _check_pixels(images)
-        return Inputs(normalized(model, images, wanted), images, tuple(images.cpu()), (), told[1:])
+        return Inputs(normalized(model, images, wanted), images, tuple(images.cpu().clone()), (), told[1:])
     files, _, notices = image_files(images, strict=True)
     if not files:
         raise ValueError("expected at least one image, got an empty list; name files or folders")
@@ -76,7 +76,7 @@ def inputs_of(model: nn.Module, images: Images, preprocess: Preprocess | None = 
     pictures = decode_pictures(files, wanted.size, SHOWN, MAX_PIXELS, wanted.crop, wanted.interpolation)
     for file, picture in zip(files, pictures, strict=True):
         if isinstance(picture, str):
-            raise ValueError(f"{path_of(file) or 'an image'}: {picture}")
+            raise ValueError(f"{path_of(file) or 'an image'}: {picture.removesuffix(OR_RAISE)}")
     readable = [picture for picture in pictures if not isinstance(picture, str)]
     pixels = torch.stack([torch.from_numpy(picture.image).movedim(-1, 0) for picture in readable]).contiguous()
     shown = tuple(torch.from_numpy(picture.shown).movedim(-1, 0) for picture in readable)

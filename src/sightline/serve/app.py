@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 from sightline import maps
-from sightline.data.images import UnreadableImage
+from sightline.data.images import OR_RAISE, UnreadableImage
 from sightline.facts import Progress, words
 from sightline.notebook import uri
 from sightline.report import pictures
@@ -37,7 +37,7 @@ from sightline.report.formats import template
 from sightline.runs import plain
 from sightline.serve.jobs import Full, Job, Jobs, Work
 from sightline.serve.openapi import FORMS, description, is_file
-from sightline.serve.service import FILLS, Answer, Answers, Asked, Drawn, Picture, Service, packed
+from sightline.serve.service import FILLS, Answer, Answers, Asked, Drawn, Picture, Service, raw_maps
 from sightline.serve.uploads import Form, Limits, Refused, form_of, shown_name
 from sightline.version import __version__
 
@@ -108,8 +108,6 @@ class Api:
             model=self.service.network.name,
             device=self.service.device,
             version=__version__,
-            limits=self.limits.facts(),
-            has_samples=self.service.samples is not None,
         )
         return Response(text, media_type="text/html")
 
@@ -184,7 +182,8 @@ class Api:
         if response == "json":
             content = await self._in_thread(partial(self._answers, asked, answers))
             return Response(content, media_type="application/json")
-        return Response(packed(answers.images[0].maps), media_type="application/octet-stream")
+        content = await self._in_thread(partial(raw_maps, answers.images[0].maps))
+        return Response(content, media_type="application/octet-stream")
 
     async def predict(self, request: Request) -> Response:
         """The classes of an image before and after a part of it is hidden."""
@@ -227,7 +226,7 @@ class Api:
         return Response(head[:-1].encode() + b', "result": ' + result + b"}", media_type="application/json")
 
     async def cancel(self, request: Request) -> Response:
-        """Cancel a job."""
+        """Cancel a job, or forget it if it is over."""
         job = self._known(request)
         self.jobs.cancel(job)
         return _json({"id": job.id, "state": job.state})
@@ -260,6 +259,13 @@ class Api:
         names = [name.strip() for text in form.texts.get("methods", ["grad_cam"]) for name in text.split(",")]
         methods = self.service.chosen([name for name in names if name] or ["grad_cam"])
         target, layer = self.service.target(form.text("target")), form.text("layer") or None
+        count = len(form.files.get("images", [])) or 1
+        if count * len(methods) > self.limits.maps:
+            raise Refused(
+                413,
+                f"expected at most {self.limits.maps:,} maps, images times methods, got {count * len(methods):,}; "
+                "ask for fewer at a time",
+            )
         return Asked(await self._pictures(form, most), methods, target, layer)
 
     async def _pictures(self, form: Form, most: int | None = None) -> Sequence[Picture]:
@@ -279,13 +285,15 @@ class Api:
         try:
             return self.service.read(name, image.file.read(), self.limits.pixels)
         except UnreadableImage as error:
-            raise Refused(422, f"expected an image as {name}, got none that can be read: {error}") from error
+            reason = str(error).removesuffix(OR_RAISE)
+            raise Refused(422, f"expected an image as {name}, got none that can be read: {reason}") from error
 
     def _mask(self, file: BinaryIO, picture: Picture) -> Bool[Tensor, "h w"]:
         try:
             return self.service.mask(file.read(), picture, self.limits.pixels)
         except UnreadableImage as error:
-            raise Refused(422, f"expected a mask as large as the image is shown, got another: {error}") from error
+            reason = str(error).removesuffix(OR_RAISE)
+            raise Refused(422, f"expected a mask as large as the image is shown, got another: {reason}") from error
 
     async def _sample(self, index: str, status: int) -> Picture:
         try:
@@ -305,14 +313,16 @@ class Api:
             while not (await asyncio.wait({over}, timeout=1.0))[0]:
                 if await request.is_disconnected():
                     self.jobs.cancel(job)
+            if job.error is not None:
+                raise job.error
+            if job.state == "cancelled":
+                raise Refused(503, "expected a server that goes on, got one that ends; ask again")
+            return job.result
         except asyncio.CancelledError:
             self.jobs.cancel(job)
             raise
-        if job.error is not None:
-            raise job.error
-        if job.state == "cancelled":
-            raise Refused(503, "expected a server that goes on, got one that ends; ask again")
-        return job.result
+        finally:
+            del job  # else its error and this frame would hold each other, and the images
 
     def _explain(self, asked: Asked, progress: Progress) -> bytes:
         return self._answers(asked, self.service.explain(asked, progress))
@@ -437,7 +447,7 @@ def _answered(request: Request, error: Exception) -> Response:
     if status == 500:
         print(f"sightline: error in {request.method} {request.scope['path']}: {line}", file=sys.stderr)
     headers = dict(getattr(error, "headers", None) or {})
-    if status == 503:
+    if isinstance(error, Full):
         headers["Retry-After"] = "2"
     response = _json({"error": line}, status)
     response.headers.update(headers)

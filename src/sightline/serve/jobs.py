@@ -44,9 +44,10 @@ class Job:
     @property
     def left(self) -> float | None:
         """Seconds that what it does now will still take; None if that cannot be told."""
-        if self.state != "running" or not 0 < self.done < self.total:
+        done, total = self.done, self.total  # the other thread may begin to count anew
+        if self.state != "running" or not 0 < done < total:
             return None
-        return (time.monotonic() - self.since) / self.done * (self.total - self.done)
+        return (time.monotonic() - self.since) / done * (total - done)
 
     def run(self, seconds: float) -> None:
         """Do the work, for so many seconds at most."""
@@ -72,9 +73,10 @@ class Job:
         except Cancelled:
             self.end("cancelled")
         except BaseException as error:
-            self.end("failed", error=error)
+            error.__cause__ = error.__context__ = None  # their frames hold the images
+            self.end("failed", error=error.with_traceback(None))
         else:
-            self.end("done", result)
+            self.end("cancelled") if self.is_cancelled else self.end("done", result)
 
     def end(self, state: State, result: Any = None, error: BaseException | None = None) -> None:
         """Keep the result, or why there is none, and nothing else."""
@@ -102,7 +104,7 @@ class Jobs:
             seconds: most that a job runs.
             kept: most finished jobs that are remembered.
             kept_seconds: how long they are.
-            kept_bytes: most that their results may take.
+            kept_bytes: most that their results may take; the last one is kept whatever its size.
         """
         self.limit, self.seconds = waiting, seconds
         self.kept, self.kept_seconds, self.kept_bytes = kept, kept_seconds, kept_bytes
@@ -151,9 +153,11 @@ class Jobs:
             return self.known.get(id)
 
     def cancel(self, job: Job) -> None:
-        """End a job: at once if it waits, at its next progress call if it runs."""
+        """End a job: at once if it waits, at its next progress call if it runs; forget it if it is over."""
         with self.change:
             job.is_cancelled = True
+            if job.over.done():
+                self.known.pop(job.id, None)
             if job in self.queue:
                 self.queue.remove(job)
                 job.end("cancelled")
@@ -173,7 +177,9 @@ class Jobs:
         over = sorted((job for job in self.known.values() if job.over.done()), key=lambda job: job.ended)
         total = sum(len(job.result or b"") for job in over)
         while over and (
-            len(over) > self.kept or total > self.kept_bytes or time.monotonic() - over[0].ended > self.kept_seconds
+            len(over) > self.kept
+            or (total > self.kept_bytes and len(over) > 1)
+            or time.monotonic() - over[0].ended > self.kept_seconds
         ):
             job = over.pop(0)
             total -= len(job.result or b"")
@@ -184,8 +190,10 @@ class Jobs:
             with self.change:
                 self.running = None
                 while not self.queue and not self.is_closed:
-                    self.change.wait()
+                    self.change.wait(self.kept_seconds / 10 if self.known else None)
+                    self._forget()
                 if self.is_closed:
                     return
                 self.running = job = self.queue.popleft()
             job.run(self.seconds)
+            del job  # its result holds the images

@@ -92,6 +92,7 @@ _SCHEMAS: dict[str, Schema] = {
         bytes=_whole("most bytes of a request"),
         pixels=_whole("most pixels of an image that is decoded"),
         images=_whole("most images of a request"),
+        maps=_whole("most maps of a request: images times methods"),
         fields=_whole("most fields of a request, images among them"),
         upload_seconds=_number("longest time in which a request may arrive"),
         seconds=_number("longest time that a job may run"),
@@ -228,18 +229,11 @@ _OPERATIONS: Sequence[tuple[str, str, str, int, str, Sequence[int]]] = (
     ("get", "/classes", "The names of the classes.", 200, "Classes", ()),
     ("get", "/samples", "The first test images of the run.", 200, "Samples", ()),
     ("get", "/samples/{index}", "One of them.", 200, "image/png", (404,)),
-    ("post", "/explain", "Maps of images, at once.", 200, "Explanation", (400, 408, 413, 415, 422, 503)),
-    (
-        "post",
-        "/predict",
-        "Classes before and after a part is hidden.",
-        200,
-        "Prediction",
-        (400, 408, 413, 415, 422, 503),
-    ),
-    ("post", "/jobs", "Begin maps, or curves of one image.", 202, "Begun", (400, 408, 413, 415, 422, 503)),
+    ("post", "/explain", "Maps of images, at once.", 200, "Explanation", _OF_FORMS),
+    ("post", "/predict", "Classes before and after a part is hidden.", 200, "Prediction", _OF_FORMS),
+    ("post", "/jobs", "Begin maps, or curves of one image.", 202, "Begun", _OF_FORMS),
     ("get", "/jobs/{id}", "The state of a job, and its result.", 200, "Job", (404,)),
-    ("delete", "/jobs/{id}", "Cancel a job.", 200, "Cancelled", (404,)),
+    ("delete", "/jobs/{id}", "Cancel a job, or forget it if it is over.", 200, "Cancelled", (404,)),
     ("get", "/openapi.json", "This description.", 200, "application/json", ()),
 )
 _REASONS = {
@@ -252,7 +246,7 @@ _REASONS = {
     415: "no multipart body",
     421: "another Host than this server's",
     422: "an image that cannot be read",
-    503: "the queue is full; Retry-After says when to ask again",
+    503: "the queue is full, and Retry-After says when to ask again; or there is too little memory",
 }
 
 

@@ -78,6 +78,7 @@ def serve(
         token = token or secrets.token_urlsafe(16)
         tell(f"warning: anybody who reaches {host} and has the token can use this server; nothing is encrypted")
     app = create_app(service, token=token, is_local=is_local)
+    host = socket.gethostname() if host in ("0.0.0.0", "::") else host
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     tell(f"{service.network.name}: {address}{f'?token={token}' if token else ''} (Ctrl-C ends)")
     server = Server(app)

@@ -1,6 +1,5 @@
 """What the server does with pictures, without HTTP: predictions, maps, curves and the facts of one model."""
 
-import io
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,14 +16,12 @@ from sightline import maps, models, runs
 from sightline.data import ImageSet, Preprocess
 from sightline.data.images import MAX_PIXELS, open_mask, open_picture, quiet
 from sightline.explainers import EXPLAINERS, Explainer, Explanation, explain, find_explainer, fitting, named
-from sightline.explainers.drawing import sized
+from sightline.explainers.drawing import packed, sized
 from sightline.facts import Layer, Progress, Verdict, notice
-from sightline.inference import answers, forward_call
+from sightline.inference import SHOWN, answers, forward_call
 from sightline.inference.operations import first_tensor
 from sightline.report.networks import Explained, ExplainedNetwork, Network, class_index, network_of
 
-SHOWN = 448
-"""Longest side of an image as it is shown, in pixels."""
 SAMPLES = 200
 """Test images of a run that are offered."""
 CONTROLS = tuple(name for name, explainer in EXPLAINERS.items() if explainer.is_control)
@@ -474,13 +471,11 @@ def _answer(explained: Explained, place: int, picture: Picture, seconds: float) 
     )
 
 
-def packed(drawn: Sequence[Drawn]) -> bytes:
+def raw_maps(drawn: Sequence[Drawn]) -> bytes:
     """The raw maps of one image as `sightline explain` writes them: method -> (h, w) in a .npz file."""
-    raw: dict[str, Any] = {}
+    raw: dict[str, np.ndarray] = {}
     for one in drawn:
         raw[one.method] = one.values
         if one.parts is not None:
             raw[f"{one.method} parts"] = one.parts
-    file = io.BytesIO()
-    np.savez_compressed(file, allow_pickle=False, **raw)
-    return file.getvalue()
+    return packed(raw)

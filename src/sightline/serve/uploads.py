@@ -25,6 +25,8 @@ class Limits:
     pixels: int = MAX_PIXELS
     """Of an image that is decoded."""
     images: int = 16
+    maps: int = 1000
+    """Images of a request times its methods."""
     fields: int = 64
     """Fields of a request, images among them."""
     upload_seconds: float = 60.0
@@ -99,17 +101,17 @@ async def form_of(request: Request, limits: Limits, fields: Mapping[str, bool]) 
     if kind != "multipart/form-data":
         got = repr(kind[:60]) if kind else "none"
         raise Refused(415, f"expected the content type multipart/form-data, got {got}; send the image as a form field")
-    too_large = Refused(413, f"expected at most {limits.bytes:,} bytes, got more; send fewer or smaller images")
+    too_large = f"expected at most {limits.bytes:,} bytes, got more; send fewer or smaller images"
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limits.bytes:
-        raise too_large
+        raise Refused(413, too_large)
 
     async def stream() -> AsyncGenerator[bytes, None]:
         total = 0
         async for chunk in request.stream():
             total += len(chunk)
             if total > limits.bytes:
-                raise too_large
+                raise Refused(413, too_large)
             yield chunk
 
     parser = _Parser(request, stream(), limits.fields)

@@ -80,8 +80,8 @@ async function ask(path, options = {}, signal = options.signal) {
     }
     if (response.ok) return response;
     const said = await response.json().catch(() => ({}));
-    if (response.status !== 503) throw new Error(said.error ?? `${response.status} ${response.statusText}`);
-    const seconds = Number(response.headers.get("Retry-After")) || 2;
+    const seconds = Number(response.headers.get("Retry-After"));
+    if (!seconds) throw new Error(said.error ?? `${response.status} ${response.statusText}`);
     say(`The server is busy. Trying again in ${seconds} s.`);
     await pause(seconds, signal);
   }
@@ -99,7 +99,10 @@ async function job(body, { signal, show }) {
     for (let wait = 0.1; ; wait = Math.min(1.4 * wait, 1)) {
       await pause(wait, signal);
       const now = await (await ask(`jobs/${id}`, { signal })).json();
-      if (now.state === "done") return now.result;
+      if (now.state === "done") {
+        cancel(id);
+        return now.result;
+      }
       if (now.state === "failed") throw new Error(now.error);
       if (now.state === "cancelled") throw new DOMException("cancelled on the server", "AbortError");
       show(now);
@@ -112,6 +115,7 @@ async function job(body, { signal, show }) {
   }
 }
 
+/** Cancels a job, or lets the server forget its result. */
 function cancel(id) {
   fetch(`jobs/${id}`, { method: "DELETE", keepalive: true }).catch(() => {});
 }
