@@ -92,6 +92,16 @@ def test_many_images_are_shown_in_part_and_saved_whole(tmp_path):
     assert drawn(explanation, tmp_path / "b.png", rows=[9, 2]).shape[1] == 2 * rows
     with pytest.raises(ValueError, match=r"expected images out of 0..9, got 10; count them from 0"):
         explanation.show([10]) if notebook.in_notebook() else explanation.save(tmp_path / "c.png", [10])
+    for rows, message in (([10], "out of 0..9, got 10"), ([-1], "out of 0..9, got -1"), ([], "got none")):
+        for name in ("c.png", "c.npz"):
+            with pytest.raises(ValueError, match=f"expected .* {message}; count them from 0"):
+                explanation.save(tmp_path / name, rows)
+
+
+def test_a_picture_too_tall_for_a_jpeg_is_shown_in_parts():
+    count = 1 + 65_000 // shown(explained()._repr_html_())[0][0].height
+    pictures, texts = shown(explained(2)._html([0, 1] * ((count + 1) // 2)))
+    assert len(pictures) == len(texts) == 2 and pictures[0].height == 65_000 and texts[0] and not texts[1]
 
 
 @pytest.mark.parametrize("missing", ["file", "half"])

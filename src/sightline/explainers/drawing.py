@@ -110,12 +110,9 @@ def figure_of(
     """All maps of these images, one image below the other; None: all images.
 
     Raises:
-        ValueError: there is no such image, or no map with such a caption.
+        ValueError: as `rows_of`, or there is no map with such a caption.
     """
-    count = len(explanation.targets)
-    chosen = range(count) if rows is None else rows
-    if wrong := [row for row in chosen if not 0 <= row < count]:
-        raise ValueError(f"expected images out of 0..{count - 1}, got {wrong[0]}; count them from 0")
+    chosen = rows_of(explanation, rows)
     if wrong := [name for name in captions or () if name not in explanation.maps]:
         raise ValueError(f"expected captions of maps out of {', '.join(explanation.maps)}; got {wrong[0]!r}")
     methods = sorted(explanation.maps, key=lambda method: method in explanation.controls)
@@ -129,6 +126,21 @@ def figure_of(
             drawn.append(figure(shown, columns, heading_of(explanation, row, target), per_row=per_row))
     width = max(each.shape[2] for each in drawn)
     return torch.cat([F.pad(each, (0, width - each.shape[2], 0, 0), value=255) for each in drawn], 1)
+
+
+def rows_of(explanation: "Explanation", rows: Sequence[int] | None) -> Sequence[int]:
+    """The images that are asked for; None: all.
+
+    Raises:
+        ValueError: there is no such image, or none is asked for.
+    """
+    count = len(explanation.targets)
+    chosen = range(count) if rows is None else rows
+    if wrong := [row for row in chosen if not 0 <= row < count]:
+        raise ValueError(f"expected images out of 0..{count - 1}, got {wrong[0]}; count them from 0")
+    if not chosen:
+        raise ValueError(f"expected at least one image out of 0..{count - 1}, got none; count them from 0")
+    return chosen
 
 
 def text_of(explanation: "Explanation", rows: Sequence[int]) -> str:

@@ -38,6 +38,7 @@ from sightline.inference import (
 from sightline.targets import name_of
 
 _SHOWN = 8  # most images that are shown unasked
+_TALLEST = 65_000  # pixels; no JPEG can be taller than 65,500
 _FIELDS = [field.name for field in fields(Evidence)]
 _SAME_FOR_ALL_CLASSES = {"images", "targets", "activations", "gate", "layer"}
 
@@ -111,7 +112,11 @@ class Explanation:
         count = len(self.targets)
         shown = range(min(count, _SHOWN)) if rows is None else rows
         figure = drawing.figure_of(self, shown)
-        image = notebook.picture(drawing.jpeg(figure), drawing.text_of(self, shown), figure.shape[2])
+        texts = {0: drawing.text_of(self, shown)}
+        image = "".join(
+            notebook.picture(drawing.jpeg(part), texts.get(i, ""), figure.shape[2])
+            for i, part in enumerate(figure.split(_TALLEST, 1))
+        )
         left_out = f"These are {len(shown)} of {count} images: show([{count - 1}]) shows the last, save() writes all."
         return image + notebook.sentences([*self.notices, *([left_out] if len(shown) < count and rows is None else ())])
 
@@ -124,7 +129,7 @@ class Explanation:
             rows: which images, counted from 0. None: the first eight.
 
         Raises:
-            ValueError: there is no such image.
+            ValueError: there is no such image, or none is asked for.
         """
         if not notebook.in_notebook():
             print(f"{self}\nPictures are shown in notebooks; here, write a file: explanation.save('maps.png')")
@@ -147,7 +152,7 @@ class Explanation:
             captions: method -> further words below its maps, in a .png.
 
         Raises:
-            ValueError: another ending, no such image, or no such method.
+            ValueError: another ending, no such image, or in a .png no such method.
             OSError: the file cannot be written.
         """
         path = Path(path)
@@ -156,7 +161,7 @@ class Explanation:
         if path.suffix.lower() == ".png":
             write(path, maps.png(drawing.figure_of(self, rows, captions)))
             return path
-        chosen = [*range(len(self.targets))] if rows is None else [*rows]
+        chosen = [*drawing.rows_of(self, rows)]
         raw = {name: value[chosen].detach().float().cpu().numpy() for name, value in self.maps.items()}
         is_single = len(chosen) == self.targets.shape[1] == 1
         write(path, drawing.packed({name: value[0, 0] if is_single else value for name, value in raw.items()}))
