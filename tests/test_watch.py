@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -161,7 +161,7 @@ def squares(n: int, side: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     return images, labels, masks
 
 
-def trained(folder: Path, *callbacks: Any, logger: Any = False, epochs: int = 2) -> Strangers:
+def trained(folder: Path, *callbacks: Any, logger: Any = False, epochs: int = 2, checkpoint: Any = None) -> Strangers:
     seed_everything(1, verbose=False)
     module = Strangers()
     images, labels, _ = squares(64)
@@ -172,7 +172,7 @@ def trained(folder: Path, *callbacks: Any, logger: Any = False, epochs: int = 2)
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
         log_every_n_steps=1,
     )  # fmt: skip
-    trainer.fit(module, loader, DataLoader(TensorDataset(images / 255, labels), 20))
+    trainer.fit(module, loader, DataLoader(TensorDataset(images / 255, labels), 20), ckpt_path=checkpoint)
     return module
 
 
@@ -211,6 +211,20 @@ def test_a_module_is_looked_at_before_it_trains(tmp_path: Path) -> None:
             trained(tmp_path, sl.training.Watch(images, **options))
 
 
+@quiet
+def test_a_training_that_goes_on_is_not_taken_for_a_fresh_one(tmp_path: Path) -> None:
+    class Kept(Callback):
+        def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    images, labels, masks = squares(8)
+    first, second = (sl.training.Watch(images, masks, labels, model="net") for _ in range(2))
+    trained(tmp_path, first, Kept(), epochs=1)
+    assert len(first.watcher.seen) == 2 and first.watcher.seen[0][0] == 0.5
+    trained(tmp_path, second, epochs=2, checkpoint=tmp_path / "last.ckpt")
+    assert len(second.watcher.seen) == 1  # after its epoch; the look before it is not that of a network that guesses
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -245,6 +259,18 @@ def test_gray_images_and_large_ones() -> None:
     pictures = torch.randint(256, (2, 1, 400, 200), dtype=torch.uint8)
     look = Watcher(pictures=pictures, inputs=pictures / 255).look(network)
     assert look.chance == 0.5 and max(look.picture.shape[1:]) < 320  # 128 px each
+
+
+def test_a_map_is_drawn_in_the_colors_of_its_method() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    network[-1].weight.data.abs_()
+    pictures = torch.randint(256, (2, 3, 100, 100), dtype=torch.uint8)
+    given = {"methods": ["grad_cam", "hires_cam"], "layer": "1"}
+    look = Watcher(pictures=pictures, inputs=pictures / 255, **given).look(network)
+    maps = sl.explain(network, pictures / 255, **given).maps
+    assert all((one >= 0).all() for one in maps.values())  # no value shows which of them is signed
+    assert torch.equal(look.picture, sl.maps.side_by_side(pictures, maps, signed=["hires_cam"]))
 
 
 def seen(**shares: list[float]) -> dict[str, np.ndarray]:

@@ -80,10 +80,11 @@ class Watch(Callback):
         self.shortcut = ""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look before training."""
+        """Look before training; a network that goes on training is no longer guessing, so its look is not judged."""
         if trainer.is_global_zero:
             look = self._look(trainer, pl_module)
-            self.watcher.judge(look)
+            if trainer.ckpt_path is None and not trainer.global_step:
+                self.watcher.judge(look)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look after the epoch's training and validation."""

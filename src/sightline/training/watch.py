@@ -88,12 +88,13 @@ class Watcher:
         device = next((tensor.device for tensor in model.parameters()), self.inputs.device)
         parts: dict[str, list[Tensor]] = {}
         classes = 2  # a single logit counts as two
+        signed: tuple[str, ...] = ()
         with torch.enable_grad():
             for start in range(0, len(self.inputs), _AT_ONCE):
                 rows = slice(start, start + _AT_ONCE)
                 targets = None if self.labels is None else self.labels[rows].to(device)
                 explanation = explain(model, self.inputs[rows].to(device), targets, self.methods, self.layer)
-                classes = max(classes, explanation.logits.shape[-1])
+                classes, signed = max(classes, explanation.logits.shape[-1]), explanation.signed
                 for method, one in explanation.maps.items():
                     parts.setdefault(str(method), []).append(one[:, :1].detach().float().cpu())
         found = {method: torch.cat(ones) for method, ones in parts.items()}
@@ -101,14 +102,14 @@ class Watcher:
         if self.masks is not None:
             masks = self.masks.cpu()
             shares = {method: energy_in_mask(one, masks).numpy() for method, one in found.items()}
-        return Look(self._picture(found), shares, 1 / classes)
+        return Look(self._picture(found, signed), shares, 1 / classes)
 
-    def _picture(self, found: Mapping[str, Tensor]) -> UInt8[Tensor, "3 h w"]:
+    def _picture(self, found: Mapping[str, Tensor], signed: Sequence[str]) -> UInt8[Tensor, "3 h w"]:
         pictures = self.pictures[: self.drawn].cpu()
         factor = min(1.0, _SIDE / max(pictures.shape[2:]))
         size = tuple(max(1, round(factor * side)) for side in pictures.shape[2:])
         small = maps.resize(pictures.float(), size).round().to(torch.uint8).expand(-1, 3, -1, -1)
-        return maps.side_by_side(small, {method: one[: self.drawn] for method, one in found.items()})
+        return maps.side_by_side(small, {method: one[: self.drawn] for method, one in found.items()}, signed=signed)
 
     def log(self, logger: Any, look: Look, step: int) -> None:
         """Give the picture and the mean shares to a logger of Lightning."""
