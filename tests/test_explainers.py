@@ -435,7 +435,9 @@ def test_bad_models_and_images_say_what_to_do(images, unchecked):
         )
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got function"):
         explain(F.relu, images)
-    with pytest.raises(TypeError, match=r"expected paths or Pillow images, one or a list, got ndarray; PIL.Image.fromarray makes"):
+    with pytest.raises(
+        TypeError, match=r"expected paths or Pillow images, one or a list, got ndarray; PIL.Image.fromarray makes"
+    ):
         explain(seeded(Net), images.numpy())
     with pytest.raises(RuntimeError, match=r"images that Net can take, got 4 x 1 x 9 x 8, torch.float32 on cpu: "):
         explain(seeded(Net), images[:, :1])

@@ -98,7 +98,7 @@ SCHEDULE = Schedule()
 
 
 def prototypical(
-    run: runs.Run, out: Path | str, schedule: Schedule = SCHEDULE, *, lr: float = 1e-3, progress: bool = True
+    run: runs.Run, out: Path | str, schedule: Schedule = SCHEDULE, *, lr: float = 1e-4, progress: bool = True
 ) -> runs.Run:
     """Train a run's network on, so that images lie near the centroid of their class: prototypical networks.
 
@@ -120,8 +120,8 @@ def prototypical(
 
     Source: Snell et al., "Prototypical Networks for Few-shot Learning", NeurIPS 2017, algorithm 1.
 
-    Differs: the paper starts from random weights, trains on more classes per episode than it tests with, and halves the
-    rate every 2,000 episodes.
+    Differs: the paper starts from random weights with a rate of 1e-3, which ruins features that are trained already;
+    it trains on more classes per episode than it tests with, and halves the rate every 2,000 episodes.
     """
     check_folder(Path(out), resume=False)
     images = _images(run, schedule)
