@@ -69,16 +69,8 @@ class SlidePages:
     def columns(self) -> tuple[list[str], list[list[str]]]:
         """A table with a row for each map and control."""
         names = ["tiles by", "deletion", "insertion", *(["in the annotation"] if self.inside else [])]
-        lines = [
-            [
-                name,
-                f"{self.deletion[name]:.3f}",
-                f"{self.insertion[name]:.3f}",
-                *([f"{self.inside[name]:.3f}"] if self.inside else []),
-            ]
-            for name in self.deletion
-        ]
-        return names, lines
+        parts = [self.deletion, self.insertion, *([self.inside] if self.inside else [])]
+        return names, [[name, *(f"{part[name]:.3f}" for part in parts)] for name in self.deletion]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -245,6 +245,8 @@ class SlideRun:
     folds: list[list[int]]
     """For each seed, the part of each slide."""
     channels: int
+    predictions: dict[str, list[list[list[float]]]] = field(repr=False)
+    """Pooling -> seed -> slide -> probabilities."""
 
     def title(self) -> str:
         """What was trained on, in one line."""
@@ -257,8 +259,7 @@ class SlideRun:
 
     def probabilities(self, pooling: str) -> Float[Array, "s n classes"]:
         """What was predicted for each slide by networks that had seen no slide of its patient, for each seed."""
-        found = json.loads((self.folder / RUN).read_text(encoding="utf-8"))["probabilities"]
-        return np.array(found[pooling])
+        return np.array(self.predictions[pooling])
 
     def models(self, slide: str, pooling: str = "attention") -> list[BagClassifier]:
         """The classifiers that have seen no slide of this one's patient; for a new slide, all of them.
@@ -344,10 +345,10 @@ def train(
         "patients": patients,
         "settings": loaded[0].settings,
         "network": network,
-        "training": {name: getattr(how, name) for name in how.__dataclass_fields__},
+        "training": asdict(how),
         "folds": [parts.tolist() for parts in folds],
         "channels": vectors[0].shape[1],
-        "probabilities": {name: one.tolist() for name, one in found.items()},
+        "predictions": {name: one.tolist() for name, one in found.items()},
     }
     runs.write(out / RUN, json.dumps(facts).encode())
     return open_slide_run(out)
@@ -365,7 +366,6 @@ def open_slide_run(folder: Path) -> SlideRun:
         raise FileNotFoundError(f"{folder}: expected a run of `sightline slides train`, got a folder without {RUN}")
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-        facts.pop("probabilities")
         tuples = {name: tuple(facts.pop(name)) for name in ("classes", "slides", "labels", "patients", "network")}
         return SlideRun(folder=folder, **tuples, **facts)
     except (ValueError, KeyError, TypeError) as error:
