@@ -13,15 +13,19 @@ and a second start continues. Each slide is predicted by networks that saw no sl
   the deletion and insertion curves over tiles; means over slides. All intervals resample patients.
 
 With --large FILE, also the time per 1,000 tiles by part and the peak memory for one large slide, in a process of its
-own. The results are written into results/slides.json.
+own. With --kills N, the features of twelve slides are also written by a process that gets SIGKILL at N random moments
+and is started again; they must equal, byte for byte, those of an undisturbed one. The results are written into
+results/slides.json; --only leaves the rest as it is there.
 """
 
 import argparse
 import csv
 import json
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,15 +92,43 @@ def plain(interval: Any) -> list[float]:
     return [round(float(value), 4) for value in (interval.value, interval.low, interval.high)]
 
 
-def large(file: Path, weights: str, out: Path, workers: int) -> None:
-    """Features of one slide, in this process; prints time by part and the peak memory."""
+def alone(files: list[Path], weights: str, out: Path, workers: int) -> None:
+    """Features of slides, in this process; prints time by part and the peak memory."""
     keep_freed_memory()
     network, preprocess, identity = networks.open_network("tf_efficientnet_lite0", weights)
-    written = bags.write_bags([file], out, network, preprocess, bags.Grid(mpp=MPP), made_by=identity, workers=workers)
+    print("ready", flush=True)
+    written = bags.write_bags(files, out, network, preprocess, bags.Grid(mpp=MPP), made_by=identity, workers=workers)
     peaks = {
         who: resource.getrusage(getattr(resource, who)).ru_maxrss / 2**20 for who in ("RUSAGE_SELF", "RUSAGE_CHILDREN")
     }
     print(json.dumps({"tiles": written.tiles, "seconds": written.seconds, "peak GB": peaks, "workers": workers}))
+
+
+def command_of(files: list[Path], weights: str, out: Path, workers: int) -> list[str]:
+    options = ["--alone", *map(str, files), "--out", str(out), "--workers", str(workers)]
+    return [sys.executable, __file__, "-", weights, *options]
+
+
+def killed(files: list[Path], weights: str, out: Path, kills: int) -> dict[str, Any]:
+    """Features written in spite of SIGKILLs, against those of a process that was left alone."""
+    subprocess.run(command_of(files, weights, out / "undisturbed", 1), check=True, capture_output=True)
+    rng, done, whole = np.random.default_rng(), 0, 0
+    while done < kills:
+        with subprocess.Popen(command_of(files, weights, out / "killed", 1), stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            time.sleep(rng.uniform(0, 6))
+            if process.poll() is not None:
+                break
+            process.send_signal(signal.SIGKILL)
+        done += 1
+        for file in (out / "killed").glob("*.safetensors"):
+            bags.read_bag(file)
+        whole = len([*(out / "killed").glob("*.safetensors")])
+        print(f"{done} kills, {whole} of {len(files)} slides", flush=True)
+    subprocess.run(command_of(files, weights, out / "killed", 1), check=True, capture_output=True)
+    names = [f"{file.name}.safetensors" for file in files]
+    equal = sum((out / "killed" / name).read_bytes() == (out / "undisturbed" / name).read_bytes() for name in names)
+    return {"kills": done, "slides": len(files), "before the last start": whole, "equal": equal}
 
 
 def lines(results: dict[str, Any]) -> Iterator[str]:
@@ -117,21 +149,8 @@ def span(values: list[float]) -> str:
     return f"{values[0]:.3f} [{values[1]:.3f}, {values[2]:.3f}]"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("slides", type=Path)
-    parser.add_argument("weights")
-    parser.add_argument("--out", type=Path, default=Path("runs/slides"), help="run folder (runs/slides)")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--large", type=Path, help="a large slide, for time and memory")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.alone:
-        large(options.large, options.weights, options.out, options.workers)
-        return
-    keep_freed_memory()
-    file = RESULTS / "slides.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+def tables(options: argparse.Namespace) -> dict[str, Any]:
+    """Both tables, of all slides."""
     table = study.read_labels(options.slides / "slides.csv")
     shares = shares_of(options.slides / "slides.csv")
     network, preprocess, identity = networks.open_network("tf_efficientnet_lite0", options.weights)
@@ -152,15 +171,42 @@ def main() -> None:
         written.files, table, options.out, network=("tf_efficientnet_lite0", options.weights), progress=tell
     )
     of_run = np.array([shares[slide] for slide in run.slides])
-    results |= {"slides": len(run.slides), "tiles": sum(len(bags.read_bag(f)) for f in written.files.values())}
-    results |= {"auroc": auroc_table(run, of_run), "maps": map_table(run, options.slides, of_run)}
+    return {
+        "slides": len(run.slides),
+        "tiles": sum(len(bags.read_bag(f)) for f in written.files.values()),
+        "auroc": auroc_table(run, of_run),
+        "maps": map_table(run, options.slides, of_run),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slides", type=Path)
+    parser.add_argument("weights")
+    parser.add_argument("--out", type=Path, default=Path("runs/slides"), help="run folder (runs/slides)")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--large", type=Path, help="a large slide, for time and memory")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--only", action="store_true", help="what --large and --kills ask for, without the tables")
+    parser.add_argument("--alone", type=Path, nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        alone(options.alone, options.weights, options.out, options.workers)
+        return
+    keep_freed_memory()
+    file = RESULTS / "slides.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if not options.only:
+        results |= tables(options)
     if options.large:
         results["large"] = []
         for workers in (0, 1):
-            command = [sys.executable, __file__, str(options.slides), options.weights, "--large", str(options.large)]
-            command += ["--alone", "--workers", str(workers), "--out", str(options.out / f"large-{workers}")]
+            command = command_of([options.large], options.weights, options.out / f"large-{workers}", workers)
             found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             results["large"].append(json.loads(found))
+    if options.kills:
+        files = sorted(options.slides.glob("*.tif"))[:12]
+        results["kills"] = killed(files, options.weights, options.out / "kills", options.kills)
     results |= {"hardware": hardware(), "versions": runs.surroundings()["versions"]}
     runs.write(file, json.dumps(results, indent=1).encode())
     print(*lines(results), sep="\n")

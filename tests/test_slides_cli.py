@@ -1,6 +1,7 @@
 """`sightline slides`: a folder and a table become a run, maps and a page; bad input is one line."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from tests.slide_files import pyramid
 
 import sightline as sl
 from sightline import cli
+from sightline.data import Preprocess
+from sightline.slides.bags import Grid, write_bags
+from sightline.slides.study import open_slide_run
 
 PINK, VIOLET, GLASS = (220, 120, 180), (120, 60, 160), (240, 240, 240)
 
@@ -63,6 +67,38 @@ def test_a_second_call_reads_nothing_again(lab: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "features of 6 slides, all from before" in printed
     assert "6 slides (3 healthy, 3 tumor) of 6 patients, 3 folds by" in printed and "attention" in printed
+
+
+def test_the_page_of_a_training(lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All slides with the prediction of networks that had not seen them, the worst first, and those left out."""
+    (tmp_path / "slides.csv").write_text((lab / "slides.csv").read_text() + "\ngone.tif,tumor,p9\n")
+    cli.main(command(lab, labels=str(tmp_path / "slides.csv")))
+    printed = capsys.readouterr()
+    assert f"page: {lab / 'run' / 'slides.html'}" in printed.out and "skipped gone.tif" in printed.err
+    page = (lab / "run" / "slides.html").read_text()
+    run = open_slide_run(lab / "run")
+    mean = run.probabilities("attention").mean(0)
+    own = mean[np.arange(6), list(run.labels)]
+    lines = re.findall(r'<th scope="row" data-value="(s\d.tif)">.*?<td class="count" data-value="([\d.e-]+)">', page)
+    order = np.argsort(own, kind="stable")
+    assert [(name, float(value)) for name, value in lines] == [(run.slides[i], own[i]) for i in order]
+    assert page.count("✗ wrong") == int((mean.argmax(1) != np.array(run.labels)).sum())
+    assert "Attention" in page.split("<h1>")[1] and "gone.tif" in page.split('id="skipped"')[1]
+
+
+def test_time_left_over_all_slides(tmp_path: Path) -> None:
+    """From the second slide on, it is the mean time of those before times the number of those to come."""
+    files = [pyramid(tmp_path / f"{i}.tif", np.full((64, 64, 3), PINK, dtype=np.uint8), 1, 8.0) for i in range(3)]
+    told: list[str] = []
+    write_bags(
+        files, tmp_path / "bags", sl.create_model("cifar_resnet"), Preprocess(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3),
+        Grid(size=32, mpp=16.0), progress=lambda what, done, total: told.append(what),
+    )  # fmt: skip
+    assert told[0] == "0.tif (1 of 3)"
+    assert [re.sub(r"\d+ s left", "T left", what) for what in told[1:]] == [
+        "1.tif (2 of 3, T left)",
+        "2.tif (3 of 3, T left)",
+    ]
 
 
 def test_maps_and_page(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:

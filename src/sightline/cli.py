@@ -7,7 +7,6 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -433,6 +432,7 @@ def _train_slides(options: Namespace) -> None:
     import numpy as np
 
     from sightline import runs
+    from sightline.report.slide_run import write_run
     from sightline.slides import POOLINGS, bags, networks, study
 
     out = Path(options.out)
@@ -463,68 +463,42 @@ def _train_slides(options: Namespace) -> None:
     }
     with terminal.Bar() as bar:
         run = study.train(named, table, out, how, network=(options.model, options.weights), progress=bar.update)
-    terminal.print_columns(run.title(), *study.summary(run))
-    print(f"run: {out}\nto see where it looks: sightline slides explain {out} SLIDE --out FOLDER")
+    reports = {name: bags.read_bag(file).report for name, file in written.files.items()}
+    page = write_run(run, reports, written.skipped)
+    terminal.print_columns(run.title(), *page.table())
+    print(f"run: {out}\npage: {page.file}\nto see where it looks: sightline slides explain {out} SLIDE --out FOLDER")
 
 
 def _explain_slides(options: Namespace) -> None:
-    from sightline import runs
-    from sightline.data.slides import UnreadableSlide, stem
-    from sightline.report.slides import explain_slide
-    from sightline.slides import bags, maps, networks, study
+    from sightline.report.slides import SlidePages, explain_slides
+    from sightline.slides import study
 
-    run, out = study.open_slide_run(Path(options.run)), Path(options.out)
-    slides = [Path(name) for name in options.slides]
-    stems = [stem(slide.name) for slide in slides]
-    if twice := next((name for name in stems if stems.count(name) > 1), None):
-        raise ValueError(f"expected slides of different names, got {twice} twice; give another --out to one")
-    runs.check_writable(out)
-    name, weights = run.network
-    network, preprocess, identity = networks.open_network(name, options.weights or weights)
-    if changed := next((key for key, value in identity.items() if run.settings.get(key) != value), None):
-        raise ValueError(
-            f"expected the network of the run, {changed} {run.settings.get(changed)}, got {identity[changed]}; "
-            "name its weights by --weights"
-        )
-    network = network.to(runs.best_device())
-    grid = bags.Grid(**{field: run.settings[field] for field in ("size", "mpp", "overlap", "least")})
-    annotations = None if options.annotations is None else Path(options.annotations)
-    draw = partial(
-        explain_slide, run, network=network, preprocess=preprocess, out=out, target=options.target,
-        method=options.method, tiles=options.inside, names=options.names or (),
-    )  # fmt: skip
-    skipped: list[tuple[str, str]] = []
-    for slide in slides:
-        kept = run.folder / "bags"
-        folder = kept if (kept / f"{slide.name}.safetensors").is_file() else out / "bags"
-        file = annotations
-        if annotations is not None and annotations.is_dir():
-            named = [annotations / f"{one}.geojson" for one in (stem(slide.name), slide.name.split(".")[0])]
-            file = next((one for one in named if one.is_file()), None)
-        try:
-            if not slide.is_file():
-                raise UnreadableSlide(f"no file {slide}")
-            with terminal.Bar() as bar:
-                written = bags.write_bags(
-                    [slide], folder, network, preprocess, grid,
-                    mpp=options.mpp, made_by=identity, batch_size=options.batch_size, workers=options.workers,
-                    progress=bar.update,
-                )  # fmt: skip
-            bag = bags.read_bag(written.files[slide.name])
-            try:
-                pages = draw(slide, bag, annotations=file)
-            except maps.NoArea as error:
-                if file == annotations:
-                    raise
-                terminal.tell("without annotations:", [(slide.name, str(error))])
-                pages = draw(slide, bag)
-        except (bags.NoSlide, UnreadableSlide) as error:
-            skipped.append((slide.name, str(error)))
-            continue
-        terminal.print_columns(f"{slide.name}: {pages.prediction}, {pages.probability:.1%}", *pages.columns())
-        print(f"page: {pages.files['page']}")
-    terminal.tell_skipped(tuple(skipped))
-    if len(skipped) == len(options.slides):
+    written = 0
+    with terminal.Bar() as bar:
+        for name, found in explain_slides(
+            study.open_slide_run(Path(options.run)),
+            options.slides,
+            options.out,
+            weights=options.weights,
+            target=options.target,
+            method=options.method,
+            tiles=options.inside,
+            annotations=options.annotations,
+            names=options.names or (),
+            mpp=options.mpp,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            progress=bar.update,
+        ):
+            if not isinstance(found, SlidePages):
+                terminal.tell("skipped", [(name, found)])
+                continue
+            written += 1
+            if found.without:
+                terminal.tell("without annotations:", [(name, found.without)])
+            terminal.print_columns(f"{name}: {found.prediction}, {found.probability:.1%}", *found.columns())
+            print(f"page: {found.files['page']}")
+    if not written:
         sys.exit(1)
 
 

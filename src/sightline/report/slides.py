@@ -1,8 +1,9 @@
 """A slide as files and a page: where bag classifiers look on it, beside controls."""
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,17 @@ from torch import Tensor, nn
 
 from sightline import maps, runs
 from sightline.data import Preprocess, normalize
-from sightline.data.slides import open_slide, stem
+from sightline.data.slides import UnreadableSlide, open_slide, stem
 from sightline.explainers import explain, find_explainer
+from sightline.facts import Progress
 from sightline.notebook import uri
 from sightline.report.formats import template
 from sightline.report.pictures import color_stops, picture
-from sightline.slides.bags import Bag
+from sightline.slides import networks
+from sightline.slides.bags import Bag, Grid, NoSlide, read_bag, write_bags
 from sightline.slides.files import colored, write_geojson, write_ome_tiff, write_table
 from sightline.slides.maps import (
+    NoArea,
     TileClassifier,
     TileValues,
     annotated,
@@ -35,7 +39,7 @@ from sightline.slides.maps import (
 )
 from sightline.slides.study import SlideRun
 
-__all__ = ["SlidePages", "explain_slide"]
+__all__ = ["SlidePages", "explain_slide", "explain_slides"]
 
 Array = np.ndarray
 _THUMBNAIL = 1400  # pixels of its longest side on the page
@@ -65,6 +69,8 @@ class SlidePages:
     """Map or control -> share of it in the annotations."""
     chance: float = float("nan")
     """Share of the tiles in the annotations."""
+    without: str = ""
+    """Why annotations that were there are not used."""
 
     def columns(self) -> tuple[list[str], list[list[str]]]:
         """A table with a row for each map and control."""
@@ -83,6 +89,93 @@ class Tile:
     image: str
     over: str
     """The same under the map of the explainer."""
+
+
+def explain_slides(
+    run: SlideRun,
+    slides: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: str | None = None,
+    target: str | None = None,
+    method: str = "grad_cam",
+    tiles: int = 50,
+    annotations: str | Path | None = None,
+    names: Sequence[str] = (),
+    mpp: float | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, SlidePages | str]]:
+    """Write the maps of slides, one after the other: yields the name of each, and its pages or why there are none.
+
+    Features that the run has are used; others are written into OUT/bags once.
+
+    Args:
+        run: trained bag classifiers.
+        slides: files.
+        out: folder to write to; made if missing.
+        weights: file of the network's weights. None: that of the training.
+        target: see `explain_slide`; so are `method`, `tiles` and `names`.
+        method: explainer for the inside of tiles.
+        tiles: how many.
+        annotations: a file for all slides, or a folder with NAME.geojson for some.
+        names: classifications of annotations that count.
+        mpp: micrometers per pixel of slides whose files do not tell them.
+        batch_size: tiles per forward.
+        workers: processes that read ahead.
+        progress: called with (slide, tiles done, tiles in all).
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: two slides of one name, other weights than those of the run, no such class or explainer, or
+            annotations for all slides without an area.
+    """
+    out, files = Path(out), [Path(slide) for slide in slides]
+    stems = [stem(file.name) for file in files]
+    if twice := next((name for name in stems if stems.count(name) > 1), None):
+        raise ValueError(f"expected slides of different names, got {twice} twice; give another --out to one")
+    runs.check_writable(out)
+    name, its_weights = run.network
+    network, preprocess, identity = networks.open_network(name, weights or its_weights)
+    if changed := next((key for key, value in identity.items() if run.settings.get(key) != value), None):
+        raise ValueError(
+            f"expected the network of the run, {changed} {run.settings.get(changed)}, got {identity[changed]}; "
+            "name its weights by --weights"
+        )
+    network = network.to(runs.best_device())
+    grid = Grid(**{field: run.settings[field] for field in ("size", "mpp", "overlap", "least")})
+    draw = partial(
+        explain_slide, run, network=network, preprocess=preprocess, out=out, target=target, method=method, tiles=tiles,
+        names=names,
+    )  # fmt: skip
+    for file in files:
+        kept = run.folder / "bags"
+        folder = kept if (kept / f"{file.name}.safetensors").is_file() else out / "bags"
+        marked = None if annotations is None else _annotations_of(file, Path(annotations))
+        try:
+            if not file.is_file():
+                raise UnreadableSlide(f"no file {file}")
+            written = write_bags(
+                [file], folder, network, preprocess, grid,
+                mpp=mpp, made_by=identity, batch_size=batch_size, workers=workers, progress=progress,
+            )  # fmt: skip
+            bag = read_bag(written.files[file.name])
+            try:
+                yield file.name, draw(file, bag, annotations=marked)
+            except NoArea as error:
+                if annotations is not None and not Path(annotations).is_dir():
+                    raise
+                yield file.name, replace(draw(file, bag), without=str(error))
+        except (NoSlide, UnreadableSlide) as error:
+            yield file.name, str(error)
+
+
+def _annotations_of(slide: Path, given: Path) -> Path | None:
+    if not given.is_dir():
+        return given
+    named = [given / f"{one}.geojson" for one in dict.fromkeys((stem(slide.name), slide.name.split(".")[0]))]
+    return next((one for one in named if one.is_file()), None)
 
 
 def explain_slide(

@@ -3,9 +3,10 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,7 +215,7 @@ def write_bags(
         made_by: what the features come from, such as the names of network and weights; kept in each file.
         batch_size: tiles per forward.
         workers: processes that read ahead. 0: none, reading and network take turns.
-        progress: called with (slide, tiles done, tiles in all).
+        progress: called with (slide and the time that the other slides will take, tiles done, tiles in all).
 
     Raises:
         OSError: `out` cannot be written.
@@ -232,6 +233,8 @@ def write_bags(
     damaged: dict[str, int] = {}
     seconds: dict[str, float] = dict.fromkeys(("tissue", "reading", "network", "writing"), 0.0)
     total = 0
+    waiting = [path for path in slides if not (out / f"{path.name}.safetensors").is_file()]
+    started = time.perf_counter()
     for path in slides:
         file = out / f"{path.name}.safetensors"
         if file.is_file():
@@ -243,8 +246,14 @@ def write_bags(
                     f"{bag.settings.get(changed[0])}; choose another folder"
                 )
         else:
+            number = waiting.index(path)
+            what = path.name
+            if len(waiting) > 1:
+                left = (time.perf_counter() - started) / number * (len(waiting) - number) if number else None
+                what += f" ({number + 1} of {len(waiting)}{'' if left is None else f', {duration(left)} left'})"
+            told = None if progress is None else partial(progress, what)
             try:
-                bag = _bag(path, model, preprocess, grid, mpp, settings, batch_size, workers, seconds, progress)
+                bag = _bag(path, model, preprocess, grid, mpp, settings, batch_size, workers, seconds, told)
             except (UnreadableSlide, FileNotFoundError) as error:
                 skipped[path.name] = str(error)
                 continue
@@ -271,7 +280,7 @@ def _bag(
     batch_size: int,
     workers: int,
     seconds: dict[str, float],
-    progress: Progress | None,
+    progress: Callable[[int, int], None] | None,
 ) -> Bag:
     start = time.perf_counter()
     with open_slide(path, mpp) as slide:
@@ -310,7 +319,7 @@ def _bag(
             start = time.perf_counter()
             seconds["network"] += start - arrived
             if progress is not None:
-                progress(path.name, sum(map(len, features)), len(tiles))
+                progress(sum(map(len, features)), len(tiles))
     kept = torch.cat(readable)
     if not kept.any():
         raise UnreadableSlide(f"{path.name}: none of its {len(tiles)} tiles can be read")

@@ -392,14 +392,52 @@ def slide_files(folder: Path, names: Sequence[str]) -> list[Path]:
     return found
 
 
-def summary(run: SlideRun) -> tuple[list[str], list[list[str]]]:
-    """A table: AUROC of each pooling with its interval over patients, and the difference to the control."""
+@dataclass(frozen=True, kw_only=True)
+class PoolingScore:
+    """How well slides are told apart by one pooling."""
+
+    name: str
+    auroc: Interval
+    """With its interval over patients."""
+    difference: Interval | None
+    """To uniform weights; None for these themselves, and in a run without them."""
+    seeds: tuple[float, ...]
+    """The AUROC of each seed."""
+
+    def columns(self) -> list[str]:
+        """Name, AUROC and difference for a table."""
+        return [self.name, _span(self.auroc), _span(self.difference, "+") if self.difference else "-"]
+
+
+def scores_of(run: SlideRun) -> list[PoolingScore]:
+    """The score of each pooling of a run."""
     by_name = {name: run.probabilities(name) for name in run.training["poolings"]}
-    own, differences = auroc_intervals(by_name, np.array(run.labels), run.patients)
-    lines = [
-        [name, _span(own[name]), _span(differences[name], "+") if name in differences else "-"] for name in by_name
+    labels = np.array(run.labels)
+    own, differences = auroc_intervals(by_name, labels, run.patients)
+    return [
+        PoolingScore(
+            name=name,
+            auroc=own[name],
+            difference=differences.get(name),
+            seeds=tuple(float(mean_auroc(one[None], labels)[0]) for one in by_name[name]),
+        )
+        for name in by_name
     ]
-    return ["pooling", "AUROC", f"to {CONTROL} weights"], lines
+
+
+def conclusion(scores: Sequence[PoolingScore]) -> str:
+    """Whether attention tells slides apart better than uniform weights, in one sentence.
+
+    >>> interval = Interval(value=0.1, low=-0.1, high=0.3, n=9)
+    >>> conclusion([PoolingScore(name="attention", auroc=interval, difference=interval, seeds=())])
+    'Attention has not been shown to differ from uniform weights'
+    """
+    found = next((one.difference for one in scores if one.name == "attention"), None)
+    if found is None or math.isnan(found.low):
+        return f"Poolings of {len(scores)} kinds side by side" if len(scores) > 1 else f"One pooling: {scores[0].name}"
+    if found.low <= 0 <= found.high:
+        return f"Attention has not been shown to differ from {CONTROL} weights"
+    return f"Attention tells slides apart {'better' if found.low > 0 else 'worse'} than {CONTROL} weights"
 
 
 def _span(interval: Interval, sign: str = "") -> str:
