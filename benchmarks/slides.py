@@ -101,7 +101,12 @@ def alone(files: list[Path], weights: str, out: Path, workers: int) -> None:
     peaks = {
         who: resource.getrusage(getattr(resource, who)).ru_maxrss / 2**20 for who in ("RUSAGE_SELF", "RUSAGE_CHILDREN")
     }
-    print(json.dumps({"tiles": written.tiles, "seconds": written.seconds, "peak GB": peaks, "workers": workers}))
+    size = bags.read_bag(written.files[files[0].name]).size
+    print(
+        json.dumps(
+            {"size": size, "tiles": written.tiles, "seconds": written.seconds, "peak GB": peaks, "workers": workers}
+        )
+    )
 
 
 def command_of(files: list[Path], weights: str, out: Path, workers: int) -> list[str]:
@@ -199,11 +204,9 @@ def main() -> None:
     if not options.only:
         results |= tables(options)
     if options.large:
-        results["large"] = []
-        for workers in (0, 1):
-            command = command_of([options.large], options.weights, options.out / f"large-{workers}", workers)
-            found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-            results["large"].append(json.loads(found))
+        command = command_of([options.large], options.weights, options.out / "large", options.workers)
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        results["large"] = json.loads(found)
     if options.kills:
         files = sorted(options.slides.glob("*.tif"))[:12]
         results["kills"] = killed(files, options.weights, options.out / "kills", options.kills)

@@ -90,10 +90,9 @@ def test_time_left_over_all_slides(tmp_path: Path) -> None:
     """From the second slide on, it is the mean time of those before times the number of those to come."""
     files = [pyramid(tmp_path / f"{i}.tif", np.full((64, 64, 3), PINK, dtype=np.uint8), 1, 8.0) for i in range(3)]
     told: list[str] = []
-    write_bags(
-        files, tmp_path / "bags", sl.create_model("cifar_resnet"), Preprocess(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3),
-        Grid(size=32, mpp=16.0), progress=lambda what, done, total: told.append(what),
-    )  # fmt: skip
+    how = Preprocess(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3), Grid(size=32, mpp=16.0)
+    network = sl.create_model("cifar_resnet")
+    write_bags(files, tmp_path / "bags", network, *how, progress=lambda what, done, total: told.append(what))
     assert told[0] == "0.tif (1 of 3)"
     assert [re.sub(r"\d+ s left", "T left", what) for what in told[1:]] == [
         "1.tif (2 of 3, T left)",
