@@ -528,10 +528,9 @@ def test_published_figures_are_those_of_their_sources():
         assert of.figures[log].keys() == of.study.rows.keys() - {of.study.control}
         assert of.figures[paper].keys() <= of.figures[log].keys()
         assert of.study.control == "vgg15, the same trunk"
-    for of in PUBLISHED.values():
-        for row in of.study.rows:
-            wanted = of.study.of(row, 0, Path("out")).model
-            create_model(wanted.name, num_classes=10, **wanted.options)
+    wanted = [of.study.of(row, 0, Path("out")).model for of in PUBLISHED.values() for row in of.study.rows]
+    for model in {str(model): model for model in wanted}.values():
+        create_model(model.name, num_classes=10, **model.options)
     training = PUBLISHED["ltpa-cub"].study.of("(VGG-att2)-concat-pc", 1, Path("out"))
     assert training.optim == replace(
         PUBLISHED["ltpa-cifar10"].study.recipe.optim, epochs=320, lr=0.04, warmup=5.0, step_epochs=30

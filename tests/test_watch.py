@@ -17,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -209,6 +210,14 @@ def test_a_module_is_looked_at_before_it_trains(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message.replace("?", r"\?")):
             trained(tmp_path, sl.training.Watch(images, **options))
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+def test_weights_in_parts_are_refused_in_every_process(strategy: type, unchecked: None) -> None:
+    trainer = SimpleNamespace(strategy=object.__new__(strategy), is_global_zero=False)
+    callback = sl.training.Watch(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=f"got {strategy.__name__}; use DDP, or leave Watch out"):
+        callback.setup(trainer, None, "fit")
 
 
 @quiet

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxtyping import Bool, Int64, UInt8
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from sightline.facts import did_you_mean, notice
@@ -38,7 +39,7 @@ class Watch(Callback):
     Raises:
         TypeError: images that are not uint8 tensors.
         ValueError: volumes, no images, or masks or labels that do not fit them; before training also a method, layer
-            or model that does not work.
+            or model that does not work, or a strategy that shards weights.
 
     Attributes:
         shortcut: the warning, once it was given; else empty.
@@ -78,6 +79,12 @@ class Watch(Callback):
         self.every = every
         self.accuracy = accuracy
         self.shortcut = ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse weights in parts: the other processes would wait for ever while one of them looks."""
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            name = type(trainer.strategy).__name__
+            raise ValueError(f"expected whole weights in every process, got {name}; use DDP, or leave Watch out")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look before training; a network that goes on training is no longer guessing, so its look is not judged."""
