@@ -116,12 +116,14 @@ def command_of(files: list[Path], weights: str, out: Path, workers: int) -> list
 
 def killed(files: list[Path], weights: str, out: Path, kills: int) -> dict[str, Any]:
     """Features written in spite of SIGKILLs, against those of a process that was left alone."""
+    start = time.perf_counter()
     subprocess.run(command_of(files, weights, out / "undisturbed", 1), check=True, capture_output=True)
+    longest = (time.perf_counter() - start) / kills * 1.5
     rng, done, whole = np.random.default_rng(), 0, 0
     while done < kills:
         with subprocess.Popen(command_of(files, weights, out / "killed", 1), stdout=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-            time.sleep(rng.uniform(0, 6))
+            time.sleep(rng.uniform(0, longest))
             if process.poll() is not None:
                 break
             process.send_signal(signal.SIGKILL)

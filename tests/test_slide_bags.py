@@ -170,6 +170,24 @@ def test_a_second_call_continues(tmp_path: Path) -> None:
         read_bag(first.files["a.tif"])
 
 
+@pytest.mark.parametrize(("tiles_that_fit", "most"), [(1, 1), (3, 2), (9, 4)])
+def test_batches_are_cut_by_memory(
+    tiles_that_fit: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to a power of two, and never above the number that is asked for."""
+    file, seen = slide(tmp_path / "a.tif", [[PINK, VIOLET] * 3] * 3), list[int]()
+
+    class Counting(MeanColors):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return super().forward(x)
+
+    monkeypatch.setattr("sightline.slides.bags.held_by", lambda call: (call(), 100_000_000))
+    monkeypatch.setattr("sightline.slides.bags.allowance", lambda *_: tiles_that_fit * 100_000_000)
+    written = write_bags([file], tmp_path / "bags", Counting(), PLAIN, GRID, batch_size=5)
+    assert max(seen) == most and sum(seen) == len(read_bag(written.files["a.tif"])) + 1
+
+
 _KILLED = """
 import sys
 from pathlib import Path

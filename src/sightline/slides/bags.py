@@ -22,7 +22,7 @@ from sightline import runs
 from sightline.data import Preprocess, normalize
 from sightline.data.slides import Slide, Tiles, UnreadableSlide, open_slide, sharpness, stain, tiles_of, tissue_of
 from sightline.facts import Progress, duration
-from sightline.inference import features_of, untouched
+from sightline.inference import allowance, features_of, fitting_size, held_by, untouched
 
 Array = np.ndarray
 _KIND = "sightline bag 1"
@@ -213,7 +213,7 @@ def write_bags(
         grid: how slides are cut.
         mpp: micrometers per pixel of slides whose files do not tell them.
         made_by: what the features come from, such as the names of network and weights; kept in each file.
-        batch_size: tiles per forward.
+        batch_size: most tiles per forward; as many as fit into 300 MB on a CPU, and into half of a GPU's free memory.
         workers: processes that read ahead. 0: none, reading and network take turns.
         progress: called with (slide and the time that the other slides will take, tiles done, tiles in all).
 
@@ -296,19 +296,23 @@ def _bag(
             f"{path.name}: no tile has {grid.least:.0%} tissue or more; lower the share, or leave it out"
         )
     pixels_of = TilePixels(path, its_mpp, tiles)
-    loader = DataLoader(
-        pixels_of,
-        batch_size=batch_size,
-        num_workers=min(workers, -(-len(tiles) // batch_size)),
-        prefetch_factor=2 if workers else None,
-    )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     features: list[Tensor] = []
     sharp: list[Tensor] = []
     stained: list[Tensor] = []
     readable: list[Tensor] = []
-    start = time.perf_counter()
     with closing(pixels_of), untouched(model) as net, torch.inference_mode():
+        first = normalize(pixels_of[0][0][None].to(device), preprocess)
+        held = held_by(lambda: features_of(net, first))[1]
+        fitting = fitting_size(allowance(None, device), first.nbytes, batch_size, held)
+        # a power of two: features, equal but for rounding, are bit-equal for about the same free memory
+        loader = DataLoader(
+            pixels_of,
+            batch_size=2 ** (fitting.bit_length() - 1),
+            num_workers=min(workers, -(-len(tiles) // fitting)),
+            prefetch_factor=2 if workers else None,
+        )
+        start = time.perf_counter()
         for pixels, edges, dye, there in loader:
             arrived = time.perf_counter()
             seconds["reading"] += arrived - start
