@@ -179,6 +179,7 @@ def tables(options: argparse.Namespace) -> dict[str, Any]:
     )
     of_run = np.array([shares[slide] for slide in run.slides])
     return {
+        "side": max(bags.read_bag(next(iter(written.files.values()))).size),
         "slides": len(run.slides),
         "tiles": sum(len(bags.read_bag(f)) for f in written.files.values()),
         "auroc": auroc_table(run, of_run),
@@ -204,7 +205,8 @@ def main() -> None:
     file = RESULTS / "slides.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     if not options.only:
-        results |= tables(options)
+        of_side = tables(options)
+        results.setdefault("by side", {})[str(of_side["side"])] = of_side
     if options.large:
         command = command_of([options.large], options.weights, options.out / "large", options.workers)
         found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
@@ -214,7 +216,8 @@ def main() -> None:
         results["kills"] = killed(files, options.weights, options.out / "kills", options.kills)
     results |= {"hardware": hardware(), "versions": runs.surroundings()["versions"]}
     runs.write(file, json.dumps(results, indent=1).encode())
-    print(*lines(results), sep="\n")
+    for side, of_side in results["by side"].items():
+        print(f"\nslides of {side} pixels", *lines(of_side), sep="\n")
 
 
 def shares_of(file: Path) -> dict[str, float]:
