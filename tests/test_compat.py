@@ -269,6 +269,20 @@ def test_pictures_are_those_of_the_original():
         image.show_cam_on_image(pixels, mask, colormap=4)
 
 
+def test_a_layer_with_one_position_has_a_map_of_zeros(net, images):
+    net.pool = nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(net.one, net.last, net.pool, nn.Flatten(), nn.Linear(6, 3))
+    got = of(ours, "GradCAM", model, images, layers=[net.pool])
+    assert got.shape == (3, 16, 16) and got.dtype == np.float32 and not got.any()
+    assert "pool" not in said() and "2 has a single position" in said()
+    np.testing.assert_array_equal(of(theirs, "GradCAM", model, images, layers=[net.pool]), got)
+    both = of(ours, "GradCAM", model, images, layers=[net.last, net.pool])
+    np.testing.assert_allclose(of(theirs, "GradCAM", model, images, layers=[net.last, net.pool]), both, atol=1e-5)
+    assert both.any()
+    with pytest.raises(ValueError, match="expected a target for each of 3 images, got 2"):
+        of(ours, "GradCAM", model, images, [ClassifierOutputTarget(0)] * 2, [net.pool])
+
+
 def test_a_flat_map_is_zero():
     assert not image.scale_cam_image(np.full((1, 2, 2), 7.0)).any()
 

@@ -56,6 +56,7 @@ class BaseCAM:
         self.explanation: Explanation | None = None
         """Of the last call: the raw maps, and the verdicts on each."""
         self._is_checked = False
+        self._reshaped: dict[str, Tensor] = {}
 
     def __enter__(self) -> "BaseCAM":
         return self
@@ -103,26 +104,32 @@ class BaseCAM:
         methods = [explainer, *(doubt for doubt, _ in self.doubts)]
         if self.reshape_transform is not None and not self._is_checked:
             methods.append(_reader(seen))
+        layers = self.target_layers
+        if layers and not self._is_checked:
+            layers = self._with_positions(images, layers)
+        if layers is not None and not layers:
+            return self._without_positions(images, asked)
         self.explanation = explanation = explain(
             self.model,
             images,
             asked,
             methods,
-            self.target_layers,
+            layers,
             call=0,  # pytorch-grad-cam reads the first of several runs
             batch_size=getattr(self, "batch_size", 64),
         )
-        if not self._is_checked and self.target_layers:
-            self._check(images, self.target_layers, seen)
+        for name, read in zip(self._reshaped, seen, strict=False):
+            _check_positions(name, self._reshaped[name], read[:1])
+        self._is_checked = layers is self.target_layers
         for doubt, sentence in self.doubts:
-            share = float(torch.cat([value for value in _of(explanation, doubt)]).mean())
+            share = float(torch.cat(_of(explanation, doubt)).mean())
             if share:
                 note(type(self).__name__, sentence, share)
-        layers = [
-            maps.resize(stretched(values.clamp(min=0)[:, 0])[:, None], tuple(images.shape[2:]))
-            for values in _of(explanation, explainer)
+        sides = tuple(images.shape[2:])
+        scaled = [
+            maps.resize(stretched(values.clamp(min=0)[:, 0])[:, None], sides) for values in _of(explanation, explainer)
         ]
-        return stretched(torch.cat(layers, 1).mean(1)).cpu().numpy()
+        return stretched(torch.cat(scaled, 1).mean(1)).cpu().numpy()
 
     def _augmented(
         self, images: Float[Tensor, "b c *grid"], targets: Sequence[ModelTarget] | None, eigen_smooth: bool
@@ -163,8 +170,11 @@ class BaseCAM:
                 else "pytorch-grad-cam leaves a gradient on every parameter; here they have none.",
             )
 
-    def _check(self, images: Tensor, layers: Sequence[nn.Module], seen: Sequence[Tensor]) -> None:
-        """See in a forward of the first image whether the layers' outputs are changed later, and how they look."""
+    def _with_positions(self, images: Tensor, layers: Sequence[nn.Module]) -> Sequence[nn.Module]:
+        """The layers with more than one position, found in a forward of the first image.
+
+        It also shows whether their outputs are changed later, and what `reshape_transform` makes of them.
+        """
         kept: dict[str, tuple[Any, Tensor, int]] = {}
 
         def keep(name: str, output: Any) -> None:
@@ -179,14 +189,8 @@ class BaseCAM:
                 hook = layer.register_forward_hook(lambda _, inputs, output, name=name: keep(name, output))
                 hooks.callback(hook.remove)
             network(images[:1])
-        for name, read in zip(names, seen, strict=False):
-            wanted, here = kept[name][0], read[:1]
-            is_same = wanted.shape == here.shape and (wanted - here).abs().max() <= 1e-3 * here.abs().max()
-            if not is_same:
-                raise ValueError(
-                    f"expected a reshape_transform to {tuple(here.shape[1:])}, the positions that sightline finds in "
-                    f"{name}, got {tuple(wanted.shape[1:])} or another order; leave it out"
-                )
+        self._reshaped = {name: copied for name, (copied, _, _) in kept.items() if copied is not None}
+        single: set[str] = set()
         for name, (_, tensor, version) in kept.items():
             if version_of(tensor) != version:
                 note(
@@ -194,7 +198,27 @@ class BaseCAM:
                     f"the model changes the output of {name} in place afterwards: on a CPU, pytorch-grad-cam reads the "
                     "activations after the change, and the gradients before it; here both are before it.",
                 )
-        self._is_checked = True
+            if tensor.ndim == images.ndim and tensor[0, 0].numel() == 1:
+                single.add(name)
+                note(type(self).__name__, f"{name} has a single position, so its map is 0, as in pytorch-grad-cam.")
+        return (
+            layers if not single else [layer for name, layer in zip(names, layers, strict=True) if name not in single]
+        )
+
+    def _without_positions(self, images: Tensor, asked: OfEach) -> Float[np.ndarray, "b *grid"]:
+        """Maps of 0, after the targets are checked."""
+        with untouched(self.model) as network, torch.no_grad():
+            output = network(images)
+            asked.fixed(output)(output)
+        return np.zeros((len(images), *images.shape[2:]), dtype=np.float32)
+
+
+def _check_positions(name: str, wanted: Tensor, here: Tensor) -> None:
+    if wanted.shape != here.shape or (wanted - here).abs().max() > 1e-3 * here.abs().max():
+        raise ValueError(
+            f"expected a reshape_transform to {tuple(here.shape[1:])}, the positions that sightline finds in {name}, "
+            f"got {tuple(wanted.shape[1:])} or another order; leave it out"
+        )
 
 
 EIGEN = (
