@@ -17,6 +17,7 @@ NAMES = {
     "attention",
     "attention_maps",
     "bench",
+    "compat",
     "create_model",
     "data",
     "evaluate",

@@ -10,7 +10,7 @@ from torch import nn
 
 import sightline as sl
 from sightline.explainers import explain, fitting, occlusion, rise
-from sightline.targets import Box, Region, Similarity, Target, Value
+from sightline.targets import Box, Class, Difference, Region, Similarity, Target, Value
 from sightline.testing import LinearModel
 
 COVERED = partial(occlusion, patch=2, stride=2)
@@ -396,3 +396,54 @@ def test_where_the_layer_cannot_be_found_it_must_be_named(images):
     with pytest.raises(ValueError, match="expected layer= for Padding, whose forward writes into views"):
         explain(model, images)
     assert explain(model, images, layer="conv")["grad_cam"].shape == (3, 1, 4, 4)
+
+
+def test_a_difference_has_the_difference_of_the_maps(images):
+    model = Returns(lambda x: torch.stack([x[:, :, :2].flatten(1).sum(1), x[:, 1].square().flatten(1).sum(1)], 1))
+    one, two = (only(explain(model, images, Class(label), ["input_x_gradient"])) for label in (0, 1))
+    explanation = explain(model, images, Difference(0, 1), ["input_x_gradient"])
+    assert close(only(explanation), one - two) and explanation.target == "Difference(one=0, other=1)"
+    assert close(explanation.logits[:, 0], model(images)[:, 0] - model(images)[:, 1])
+    with pytest.raises(ValueError, match=r"expected a label in 0\.\.1, got 2; the model has no other class"):
+        explain(model, images, Difference(0, 2), ["input_x_gradient"])
+
+
+@pytest.mark.parametrize("method", [COVERED, MASKS], ids=["occlusion", "rise"])
+def test_both_parts_of_a_difference_follow_their_image(method, images):
+    embeddings = torch.rand(3, 2, generator=torch.Generator().manual_seed(2))
+    model = Returns(lambda x: x.flatten(2).mean(2))
+    target = Difference(Similarity(embeddings), Similarity(embeddings.flip(1)))
+    whole = only(explain(model, images, target, [method]))
+    for row in range(3):
+        alone = Difference(Similarity(embeddings[row]), Similarity(embeddings[row].flip(0)))
+        assert close(whole[[row]], only(explain(model, images[[row]], alone, [method])))
+
+
+def test_the_region_of_a_segmentation_network_has_no_gradient_elsewhere():
+    from torchvision.models import segmentation
+
+    torch.manual_seed(0)
+    model = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()
+    mask = torch.zeros(64, 64)
+    mask[:16, :16] = 1
+    explanation = explain(
+        model, torch.rand(1, 3, 64, 64), Region(1, mask), ["hires_cam"], layer="classifier.high_classifier"
+    )
+    values = explanation["hires_cam"]
+    assert values.shape == (1, 1, 8, 8)
+    assert values[..., :2, :2].all() and not values[..., 3:, :].any() and not values[..., 3:].any()
+
+
+def test_two_texts_of_clip():
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=8, **small)
+    tower, images = CLIPVisionModelWithProjection(config).eval(), torch.rand(2, 3, 32, 32)
+    texts = [Similarity(torch.rand(8), output="image_embeds") for _ in range(2)]
+    one, two = (explain(tower, images, text, ["hires_cam"]) for text in texts)
+    both = explain(tower, images, Difference(*texts), ["hires_cam"])
+    assert both["hires_cam"].any() and close(both["hires_cam"], one["hires_cam"] - two["hires_cam"])
+    assert close(both.logits, one.logits - two.logits)
+    assert both.target.startswith("Difference(one=Similarity(embedding=a tensor (8,), output='image_embeds'), other=")

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sightline import (
         attention,
         bench,
+        compat,
         data,
         explainers,
         hub,
@@ -34,6 +35,7 @@ __all__ = [
     "attention",
     "attention_maps",
     "bench",
+    "compat",
     "create_model",
     "data",
     "evaluate",

@@ -233,6 +233,15 @@ class Optim:
         "teacher: KL(teacher || student), as Hinton's, or KL(student || teacher), as the slides of BR-NPA print it.",
     )
     alpha: float = _field(0.6, "teacher: weight of the labels in the loss; the teacher has the rest.", FRACTION)
+    map_loss: str | None = _field(
+        None,
+        "Method whose maps are trained to lie in the masks or boxes of the data: `saliency` (right for the right "
+        "reasons), or a class activation map or `attention`. None: no such loss.",
+    )
+    map_weight: float = _field(1.0, "map_loss: its weight beside that of the labels, 1.", POSITIVE)
+    map_layer: str | None = _field(
+        None, "map_loss: where the map is read, or which block of attention. None: as `sightline explain` chooses."
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = _field("32-true", "Arithmetic of the training step.")
     compile: bool = _field(False, "Use torch.compile: pays off on a GPU after minutes. Needs a C++ compiler.")
     micro_batches: int = _field(

@@ -16,7 +16,7 @@ from sightline import maps
 from sightline.checks import check_tensor, check_whole
 from sightline.inference.outputs import Pick, logits_of, picked
 
-__all__ = ["Box", "Region", "Similarity", "Target", "Value"]
+__all__ = ["Box", "Class", "Difference", "Region", "Similarity", "Target", "Value"]
 
 Reduction = Literal["mean", "sum"]
 _LEAST_OVERLAP = 0.1
@@ -321,6 +321,81 @@ class Similarity(Target):
         return self if wanted.ndim == 1 else replace(self, embedding=wanted[rows.to(wanted.device)])
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Class(Target):
+    """The model's output for a class, as it is: a final softmax is not undone, which `targets=3` does.
+
+    Args:
+        label: the class.
+        output: the tensor to read where the model returns several, as in `explain`.
+
+    Raises:
+        ValueError: the model has no such class.
+        TypeError: it returns nothing of shape (b, n).
+
+    >>> Class(1)(torch.tensor([[3.0, 5.0]]))
+    tensor([5.])
+    """
+
+    label: int
+    output: Pick = None
+
+    def __post_init__(self) -> None:
+        check_whole(label=self.label)
+
+    def __call__(self, output: Any) -> Float[Tensor, " b"]:
+        """The output."""
+        values = logits_of(output, self.output)
+        if not 0 <= self.label < values.shape[1]:
+            raise ValueError(
+                f"expected a label in 0..{values.shape[1] - 1}, got {self.label}; the model has no other class"
+            )
+        return values[:, self.label]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Difference(Target):
+    """One target's score less another's: what speaks for this class, text or region and not for that one.
+
+    Args:
+        one: a target, or the label of a class.
+        other: what is subtracted, likewise.
+
+    Raises:
+        TypeError: neither a target nor a label.
+
+    >>> Difference(0, 1)(torch.tensor([[3.0, 5.0]]))
+    tensor([-2.])
+    >>> Difference(Value(0), Value(2))
+    Difference(one=Value(index=0), other=Value(index=2))
+    """
+
+    one: Target | int
+    other: Target | int
+
+    def __post_init__(self) -> None:
+        for name in ("one", "other"):
+            value = getattr(self, name)
+            if not isinstance(value, Target):
+                check_whole(**{name: value})
+
+    def __call__(self, output: Any) -> Float[Tensor, " b"]:
+        """The difference."""
+        return _target(self.one)(output) - _target(self.other)(output)
+
+    def fixed(self, output: Any) -> "Difference":
+        """Both, with what each reads from the output for these images."""
+        return replace(self, one=_target(self.one).fixed(output), other=_target(self.other).fixed(output))
+
+    def at(self, rows: Int[Tensor, " n"]) -> "Difference":
+        """Both for these rows."""
+        return replace(self, one=_target(self.one).at(rows), other=_target(self.other).at(rows))
+
+
+def _target(target: Target | int) -> Target:
+    return target if isinstance(target, Target) else Class(target)
+
+
 def name_of(target: Callable[[Any], Tensor]) -> str:
     """A target in words: its formula's name and arguments, or the name of the function.
 
@@ -339,4 +414,4 @@ def _shown(value: Any) -> str:
         return f"[{', '.join(map(_shown, cast(Sequence[Any], value)))}]"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return repr(value) if isinstance(value, int | str) else getattr(value, "__name__", type(value).__name__)
+    return repr(value) if isinstance(value, int | str | Target) else getattr(value, "__name__", type(value).__name__)

@@ -80,12 +80,7 @@ def grad_cam_plus_plus(
     >>> grad_cam_plus_plus.formula(activations, gradients).tolist()  # weight 2 / (2 + 3 * 2)
     [[[[0.25, 0.5]]]]
     """
-    flat = activations.flatten(2)
-    distinct = _distinct(gradients)
-    alphas = _ratio((distinct > 0).to(distinct), 2 + flat.sum(2)[:, None, :, None] * distinct)
-    weights = (alphas * distinct).sum(3)
-    weights = _ratio(weights, alphas.sum(3)) if normalize_alpha else weights * (flat.shape[2] // distinct.shape[3])
-    return _weighted(weights, activations).relu()
+    return _weighted(plus_plus_weights(activations, gradients, normalize_alpha), activations).relu()
 
 
 @Explainer
@@ -107,10 +102,7 @@ def xgrad_cam(
     >>> xgrad_cam.formula(activations, gradients).tolist()  # weight (2 + 12) / 4
     [[[[3.5, 10.5]]]]
     """
-    distinct = _distinct(gradients)
-    parts = activations.flatten(2).unflatten(2, (distinct.shape[3], -1)).sum(3)
-    weights = _ratio((distinct * parts[:, None]).sum(3), parts.sum(2)[:, None])
-    return _weighted(weights, activations).relu()
+    return _weighted(xgrad_weights(activations, gradients), activations).relu()
 
 
 @Explainer
@@ -199,6 +191,26 @@ def finer_cam(
     [[[[0.0, 1.0]]]]
     """
     return _weighted(mean_gradients - gamma * _distinct(runner_up_gradients).mean(3), activations).relu()
+
+
+def plus_plus_weights(
+    activations: Float[Tensor, "b k *grid"], gradients: Float[Tensor, "b t k *grid"], normalize_alpha: bool = False
+) -> Float[Tensor, "b t k"]:
+    """The channels' weights of `grad_cam_plus_plus`."""
+    flat = activations.flatten(2)
+    distinct = _distinct(gradients)
+    alphas = _ratio((distinct > 0).to(distinct), 2 + flat.sum(2)[:, None, :, None] * distinct)
+    weights = (alphas * distinct).sum(3)
+    return _ratio(weights, alphas.sum(3)) if normalize_alpha else weights * (flat.shape[2] // distinct.shape[3])
+
+
+def xgrad_weights(
+    activations: Float[Tensor, "b k *grid"], gradients: Float[Tensor, "b t k *grid"]
+) -> Float[Tensor, "b t k"]:
+    """The channels' weights of `xgrad_cam`."""
+    distinct = _distinct(gradients)
+    parts = activations.flatten(2).unflatten(2, (distinct.shape[3], -1)).sum(3)
+    return _ratio((distinct * parts[:, None]).sum(3), parts.sum(2)[:, None])
 
 
 def _weighted(weights: Float[Tensor, "b t k"], activations: Float[Tensor, "b k *grid"]) -> Float[Tensor, "b t *grid"]:

@@ -85,22 +85,7 @@ def integrated_gradients(
 
     Differs: Gauss-Legendre nodes and weights; the paper's eq. 3 sums equal steps from the right.
     """
-    check_whole(steps=steps)
-    if steps < 1:
-        raise ValueError(f"expected at least one step, got steps={steps}; take 32")
-    start = _baseline(images, baseline)
-    points, factors = leggauss(steps)
-    places = torch.as_tensor((points + 1) / 2, dtype=wide(images), device=images.device)
-    weights = torch.as_tensor(factors / 2, dtype=wide(images), device=images.device)
-    mean = _zeros(images, score)
-
-    def on_the_way(items: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-        rows = items // steps
-        there = _over(places[items % steps], images).to(images)
-        return start[rows] + there * (images - start)[rows], rows
-
-    for items, gradients in score.stream("integrated_gradients", len(images) * steps, on_the_way, score.gradients):
-        mean.index_add_(0, items // steps, gradients.to(mean) * _over(weights[items % steps], gradients))
+    start, mean = gradients_on_the_way(images, score, steps, baseline)
     ends = score.stream("baseline of integrated_gradients", len(images), lambda rows: (start[rows], rows), score)
     total = score.of(score.targets).detach() - torch.cat([end for _, end in ends])
     return Map(values=((images - start)[:, None] * mean).sum(2), total=total)
@@ -228,6 +213,29 @@ def guided_grad_cam_plus_plus(
     Source: Chattopadhyay et al. 2018 (1710.11063), eq. 20.
     """
     return _guided(grad_cam_plus_plus.formula(activations, gradients), guided_gradients, interpolation)
+
+
+def gradients_on_the_way(
+    images: Float[Tensor, "b c *grid"], score: Scorer, steps: int, baseline: float | Tensor
+) -> tuple[Float[Tensor, "b c *grid"], Float[Tensor, "b t c *grid"]]:
+    """The baseline of each image, and the mean gradient on the line from there; see `integrated_gradients`."""
+    check_whole(steps=steps)
+    if steps < 1:
+        raise ValueError(f"expected at least one step, got steps={steps}; take 32")
+    start = _baseline(images, baseline)
+    points, factors = leggauss(steps)
+    places = torch.as_tensor((points + 1) / 2, dtype=wide(images), device=images.device)
+    weights = torch.as_tensor(factors / 2, dtype=wide(images), device=images.device)
+    mean = _zeros(images, score)
+
+    def on_the_way(items: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        rows = items // steps
+        there = _over(places[items % steps], images).to(images)
+        return start[rows] + there * (images - start)[rows], rows
+
+    for items, gradients in score.stream("integrated_gradients", len(images) * steps, on_the_way, score.gradients):
+        mean.index_add_(0, items // steps, gradients.to(mean) * _over(weights[items % steps], gradients))
+    return start, mean
 
 
 def _guided(

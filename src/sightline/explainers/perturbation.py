@@ -158,28 +158,7 @@ def score_cam(
     pytorch-grad-cam, which enlarges with aligned corners, and torch-cam, which scales before it enlarges: both also
     weight flat channels.
     """
-    check_whole(channels=channels)
-    if channels is not None and channels < 1:
-        raise ValueError(f"expected channels of at least 1, got {channels}; leave it out for all")
-    flat = activations.flatten(2)
-    chosen = flat.amax(2) - flat.amin(2) > 8 * torch.finfo(flat.dtype).eps * flat.abs().amax(2)
-    if channels is not None and channels < flat.shape[1]:
-        most = flat.norm(dim=2).where(chosen, -1).topk(channels, dim=1).indices
-        chosen = chosen & torch.zeros_like(chosen).scatter(1, most, True)
-    rows, columns = chosen.nonzero(as_tuple=True)
-
-    def seen(items: Tensor) -> tuple[Tensor, Tensor]:
-        row = rows[items]
-        masks = maps.resize(activations[row, columns[items], None], tuple(images.shape[2:]))
-        dims = tuple(range(2, masks.ndim))
-        low, high = masks.amin(dims, keepdim=True), masks.amax(dims, keepdim=True)
-        masks = (masks - low) / (high - low).clamp(min=torch.finfo(masks.dtype).tiny)
-        return images[row] * masks.to(images.dtype), row
-
-    scores = activations.new_full((*chosen.shape, score.targets.shape[1]), torch.finfo(activations.dtype).min)
-    if len(rows):
-        scores[rows, columns] = score.collect("score_cam", len(rows), seen, score).to(scores.dtype)
-    weights = scores.softmax(1).where(chosen[..., None], 0)
+    weights = score_weights(images, activations, score, channels)
     return torch.einsum("bkt,bk...->bt...", weights, activations).relu()
 
 
@@ -211,13 +190,56 @@ def ablation_cam(
     Differs: from pytorch-grad-cam, which sets a channel to its layer's minimum less 1e7 where the layer has negative
     values.
     """
+    weights = ablation_weights(images, activations, head, layer, call, score)
+    return torch.einsum("bkt,bk...->bt...", weights, activations).relu()
+
+
+def score_weights(
+    images: Float[Tensor, "b c *grid"],
+    activations: Float[Tensor, "b k *small"],
+    score: Scorer,
+    channels: int | None = None,
+) -> Float[Tensor, "b k t"]:
+    """The channels' weights of `score_cam`."""
+    check_whole(channels=channels)
+    if channels is not None and channels < 1:
+        raise ValueError(f"expected channels of at least 1, got {channels}; leave it out for all")
+    flat = activations.flatten(2)
+    chosen = flat.amax(2) - flat.amin(2) > 8 * torch.finfo(flat.dtype).eps * flat.abs().amax(2)
+    if channels is not None and channels < flat.shape[1]:
+        most = flat.norm(dim=2).where(chosen, -1).topk(channels, dim=1).indices
+        chosen = chosen & torch.zeros_like(chosen).scatter(1, most, True)
+    rows, columns = chosen.nonzero(as_tuple=True)
+
+    def seen(items: Tensor) -> tuple[Tensor, Tensor]:
+        row = rows[items]
+        masks = maps.resize(activations[row, columns[items], None], tuple(images.shape[2:]))
+        dims = tuple(range(2, masks.ndim))
+        low, high = masks.amin(dims, keepdim=True), masks.amax(dims, keepdim=True)
+        masks = (masks - low) / (high - low).clamp(min=torch.finfo(masks.dtype).tiny)
+        return images[row] * masks.to(images.dtype), row
+
+    scores = activations.new_full((*chosen.shape, score.targets.shape[1]), torch.finfo(activations.dtype).min)
+    if len(rows):
+        scores[rows, columns] = score.collect("score_cam", len(rows), seen, score).to(scores.dtype)
+    return scores.softmax(1).where(chosen[..., None], 0)
+
+
+def ablation_weights(
+    images: Float[Tensor, "b c *grid"],
+    activations: Float[Tensor, "b k *small"],
+    head: Float[Tensor, "n k"] | None,
+    layer: str,
+    call: int,
+    score: Scorer,
+) -> Float[Tensor, "b k t"]:
+    """The channels' weights of `ablation_cam`."""
     whole = score.of(score.targets)[:, None].to(activations.dtype)
     if head is not None:
         lost = activations.flatten(2).mean(2)[:, :, None] * rows_of(head, score.targets).mT
     else:
         lost = whole - _ablated_scores(images, activations, layer, call, score)
-    weights = torch.where(whole != 0, lost / whole, 0)
-    return torch.einsum("bkt,bk...->bt...", weights, activations).relu()
+    return torch.where(whole != 0, lost / whole, 0)
 
 
 def _covered(images: Tensor, patch: int | None, stride: int | None) -> list[Bool[Tensor, "positions side"]]:

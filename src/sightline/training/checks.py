@@ -6,17 +6,20 @@ from dataclasses import asdict
 from errno import ENOSPC
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from sightline import data, runs
 from sightline.attention import WithLoss
 from sightline.data.reid import matched
+from sightline.explainers.explain import find_explainer
 from sightline.inference import copy_of, logits_of
 from sightline.recipe import Recipe
 from sightline.runs import Run
 from sightline.training import processes
 from sightline.training.loggers import check_logger
+from sightline.training.map_loss import GRADIENT, MapLoss
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -106,6 +109,51 @@ def check_mixup(network: nn.Module, recipe: Recipe, size: tuple[int, int]) -> No
                 f"augment.mixup: expected 0 with {type(block).__name__}, whose own loss takes one label per image, "
                 f"got {recipe.augment.mixup}; leave it out"
             )
+
+
+def check_map_loss(network: nn.Module, recipe: Recipe, train: data.ImageSet | data.ImageStream) -> None:
+    """A loss on maps that these images, settings and this network allow, tried on a copy."""
+    optim = recipe.optim
+    if optim.map_loss is None:
+        if optim.map_layer is not None:
+            raise ValueError("optim.map_layer: expected a method as optim.map_loss, got none; name one")
+        return
+    if isinstance(train, data.ImageStream) or not (train.has_masks or train.has_boxes):
+        kind = "a stream" if isinstance(train, data.ImageStream) else f"{train.name} without"
+        raise ValueError(
+            f"optim.map_loss: expected training images with masks or boxes, got {kind}; name their column in data.mask "
+            "or data.box"
+        )
+    for name, is_set in (("augment.mixup", recipe.augment.mixup), ("optim.sharded", optim.sharded)):
+        if is_set:
+            raise ValueError(
+                f"{name}: cannot be combined with optim.map_loss, whose maps are of whole images; unset it"
+            )
+    if own := next((type(block).__name__ for block in network.modules() if isinstance(block, WithLoss)), ""):
+        raise ValueError(f"optim.map_loss: cannot be combined with {own}, which has a loss of its own; leave one out")
+    try:
+        explainer = find_explainer(optim.map_loss)
+    except ValueError as error:
+        raise ValueError(f"optim.map_loss: {error}") from None
+    if explainer.many_passes or explainer.is_control:
+        why = "runs the network on many changed images" if explainer.many_passes else "does not look at the network"
+        raise ValueError(f"optim.map_loss: {optim.map_loss} {why}; take saliency, grad_cam or attention")
+    if optim.map_loss == GRADIENT and optim.map_layer is not None:
+        raise ValueError("optim.map_layer: saliency is read at the pixels; leave it out")
+    batch = train.batch(np.arange(min(len(train), 2)))
+    images, masks = (
+        data.normalize(batch.images, train.preprocess),
+        torch.zeros(len(batch.images), 1, *train.preprocess.size),
+    )
+    masks[..., : masks.shape[3] // 2] = 1
+    try:
+        loss, _ = MapLoss(optim.map_loss, optim.map_layer)(copy_of(network), images, batch.labels, masks.bool())
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"optim.map_loss: {optim.map_loss} cannot be trained: {' '.join(str(error).split())}"
+        ) from error
+    if not loss.requires_grad:
+        raise ValueError(f"optim.map_loss: {optim.map_loss} has no gradient at the weights; take saliency or grad_cam")
 
 
 def check_same(recipe: Recipe, run: Run, classes: tuple[str, ...]) -> None:

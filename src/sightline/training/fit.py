@@ -273,6 +273,7 @@ class _Trainer:
             print(f"notice: {ignored}", file=sys.stderr)
         checks.check_forward(network, recipe, self.train.preprocess.size, len(self.train.classes))
         checks.check_mixup(network, recipe, self.train.preprocess.size)
+        checks.check_map_loss(network, recipe, self.train)
         weights = None
         if recipe.optim.class_weights and isinstance(self.train, data.ImageSet):
             weights = class_weights(self.train.labels, len(self.train.classes))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +22,7 @@ from sightline.recipe import Recipe, resolved
 from sightline.training import processes
 from sightline.training.freezing import Freezing
 from sightline.training.losses import Loss, Mixed
+from sightline.training.map_loss import MapLoss
 from sightline.training.optimizers import average, create_optimizer
 from sightline.training.prototypes import finish_stage
 from sightline.training.schedule import learning_rate
@@ -53,7 +54,12 @@ class Training:
         self.fabric = processes.join(optim, network, train.preprocess.size)
         self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
         self.ahead = None if self.fabric.device.type == "cpu" else self.fabric.device
-        self.train = _resident(train, self.fabric.device) if isinstance(train, data.ImageSet) else train
+        self.map_loss = None
+        if optim.map_loss is not None:
+            self.map_loss = MapLoss(optim.map_loss, optim.map_layer)
+        if isinstance(train, data.ImageSet):
+            train = _resident(train, self.fabric.device, marked=self.map_loss is not None)
+        self.train = train
         self.val = None if val is None else _resident(val, self.fabric.device)
         self.network = network.train()
         if optim.sync_batch_norm:
@@ -275,7 +281,10 @@ class Training:
             share = generator.beta(self.augment.mixup, self.augment.mixup)
             images = (share * images + (1 - share) * images.roll(1, 0)).to(memory_format=self.layout)
             mixed = (labels.roll(1, 0), float(share))
-        self._gradients(int(seed), images, labels, mixed)
+        masks = None
+        if self.map_loss is not None and (regions := batch.regions) is not None:
+            masks = regions.to(self.fabric.device, non_blocking=True)
+        self._gradients(int(seed), images, labels, mixed, masks)
         with record_function("optimizer"):
             if self.optim.clip_norm is not None:
                 self.fabric.clip_gradients(
@@ -289,7 +298,12 @@ class Training:
         self.step, self.seen = self.step + 1, self.seen + len(labels)
 
     def _gradients(
-        self, seed: int, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, " b"], mixed: Mixed | None
+        self,
+        seed: int,
+        images: Float[Tensor, "b 3 h w"],
+        labels: Int64[Tensor, " b"],
+        mixed: Mixed | None,
+        masks: Bool[Tensor, "b 1 h w"] | None = None,
     ) -> None:
         """Forward and backward passes; if the recipe leaves the micro-batches open, in as many as memory requires."""
         search = self.optim.micro_batches == 0 and self.world_size == 1
@@ -298,7 +312,7 @@ class Training:
             buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()] if search else []
             correct = self.correct.clone() if search else self.correct
             try:
-                self._forward_and_backward(images, labels, mixed)
+                self._forward_and_backward(images, labels, mixed, masks)
                 return
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
@@ -318,7 +332,11 @@ class Training:
             self.micro_batches *= 2
 
     def _forward_and_backward(
-        self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, " b"], mixed: Mixed | None
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        labels: Int64[Tensor, " b"],
+        mixed: Mixed | None,
+        masks: Bool[Tensor, "b 1 h w"] | None,
     ) -> None:
         """Gradients of the mean loss over the batch of all processes, computed in micro-batches."""
         expected = len(labels) if self.world_size == 1 else self.batch_size / self.world_size
@@ -332,6 +350,10 @@ class Training:
             with self.fabric.no_backward_sync(self.model, enabled=place is not parts[-1] and self.world_size > 1):
                 with record_function("forward"):
                     logits, loss = self._forward(x, y, None if mixed is None else (mixed[0][place], mixed[1]))
+                    if self.map_loss is not None and masks is not None and len(y):
+                        outside, plain = self.map_loss(self.network, x, y, masks[place])
+                        # BatchNorm differs in eval mode: without the labels there, maps are cleaned by breaking it
+                        loss = (loss + self.loss(x, plain, y)) / 2 + self.optim.map_weight * outside
                     if len(y) != expected:
                         loss = loss * (len(y) / expected)
                 with record_function("backward"):
@@ -407,9 +429,9 @@ def memory_layout(network: nn.Module, device: torch.device) -> torch.memory_form
     return torch.contiguous_format if is_unsafe else torch.channels_last
 
 
-def _resident(images: data.ImageSet, device: torch.device) -> data.ImageSet:
-    """The images without masks and boxes, moved to a GPU if they fit well."""
-    images = images.unmarked()
+def _resident(images: data.ImageSet, device: torch.device, *, marked: bool = False) -> data.ImageSet:
+    """The images, without masks and boxes unless `marked`, moved to a GPU if they fit well."""
+    images = images if marked else images.unmarked()
     needed = images.resident_bytes if device.type == "cuda" else None
     fits = needed is not None and needed < RESIDENT * torch.cuda.mem_get_info(device)[0]
     return images.to(device) if fits else images

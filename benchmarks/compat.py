@@ -1,0 +1,90 @@
+"""The tests of pytorch-grad-cam, run on `sightline.compat.pytorch_grad_cam`.
+
+    python benchmarks/compat.py PATH    a checkout of jacobgil/pytorch-grad-cam, with tests/ and examples/both.png
+
+The tests are copied into a temporary folder, where two things are changed: the imports name our package, and networks
+have random weights, as theirs would be downloaded. The files in PATH stay as they are.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from measure import save
+
+CHANGES = [
+    (r"(from|import) pytorch_grad_cam", r"\1 sightline.compat.pytorch_grad_cam"),
+    (r'weights="DEFAULT"', "weights=None"),
+    (r"pretrained=(True|False)", "weights=None"),
+]
+METHOD = re.compile(r"\b([A-Z]\w*CAM\w*|FullGrad)\b")
+
+
+def run(source: Path) -> list[dict[str, Any]]:
+    """What every test says, grouped by file, by the method that it uses, and by the reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        there = Path(folder)
+        (there / "examples").symlink_to((source / "examples").resolve())
+        for file in sorted((source / "tests").glob("test_*.py")):
+            text = file.read_text()
+            for pattern, replacement in CHANGES:
+                text = re.sub(pattern, replacement, text)
+            (there / file.name).write_text(text)
+        report = there / "report.xml"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--continue-on-collection-errors",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            ".",
+        ]
+        subprocess.run(command, cwd=there, env=os.environ, check=False)
+        cases = [*ET.parse(report).getroot().iter("testcase")]
+    rows = Counter(map(outcome, cases))
+    return [
+        dict(zip(("file", "method", "outcome", "reason", "tests"), (*row, n), strict=True)) for row, n in rows.items()
+    ]
+
+
+def outcome(case: ET.Element) -> tuple[str, str, str, str]:
+    """File, method, passed or failed, and why."""
+    broken = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+    name = case.get("name", "")
+    method = METHOD.search(name)
+    file = (case.get("classname") or name).split(".")[0]
+    if broken is None:
+        return file, method[0] if method else "", "passed", ""
+    text = f"{broken.get('message', '')}\n{broken.text or ''}"
+    lines = [line for line in text.splitlines() if re.match(r"(E +)?\w*(Error|Exception)\b", line)]
+    reason = re.sub(r"^E +", "", lines[0]) if lines else text.splitlines()[0]
+    return file, method[0] if method else "", "failed", re.sub(r" \(/.*", "", reason)
+
+
+def main() -> None:
+    """Run, print a table and write results/compat.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="checkout of pytorch-grad-cam")
+    source = parser.parse_args().source
+    if not (source / "tests").is_dir() or not (source / "examples" / "both.png").exists():
+        parser.error(f"expected a folder with tests/ and examples/both.png, got {source}; check pytorch-grad-cam out")
+    rows = run(source)
+    for row in rows:
+        print(f"| `{row['file']}` | {row['method']} | {row['tests']} {row['outcome']} | {row['reason']} |")
+    passed = sum(row["tests"] for row in rows if row["outcome"] == "passed")
+    print(f"{passed} of {sum(row['tests'] for row in rows)} passed")
+    save("compat", rows)
+
+
+if __name__ == "__main__":
+    main()
