@@ -169,6 +169,10 @@ class Gathered:
                 block = self._block(slice(start, start + size), is_last=start == starts[-1])
             yield [None if start and "score" in p.needs else e for p, e in zip(self.places, block, strict=True)]
 
+    def whole(self) -> list[Evidence]:
+        """Evidence of every request with all targets at once, in the caller's grad mode."""
+        return self._block(slice(None), is_last=True)
+
     def _block_size(self) -> int:
         """Targets whose gradients, at all layers and on the way back to the images, are held at once."""
         sizes: dict[tuple[int, bool], int] = {}
