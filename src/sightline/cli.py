@@ -548,7 +548,12 @@ def export(options: Namespace, _: dict[str, Any]) -> None:
     from sightline.exporting import check_request
     from sightline.exporting import export as write
 
-    maps = {"maps": options.maps or (), "layer": options.layer, "targets": options.target, "opset": options.opset}
+    maps: dict[str, Any] = {
+        "maps": options.maps or (),
+        "layer": options.layer,
+        "targets": options.target,
+        "opset": options.opset,
+    }
     check_request(options.out, **maps)
     model, preprocess, classes = options.run, None, ()
     if not Path(options.run).is_dir():

@@ -235,7 +235,7 @@ def _onnx(
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ModuleNotFoundError as error:
         raise missing(f"ONNX needs the library {error.name}", "export") from None
-    inputs = ["images", "targets"][: len(program.example_inputs[0])]
+    inputs = ["images", "targets"][: len(program.graph_signature.user_inputs)]
     exported = torch.onnx.export(
         program, dynamo=True, input_names=inputs, output_names=[*names], opset_version=opset, verbose=False
     )

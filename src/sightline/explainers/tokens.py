@@ -215,7 +215,7 @@ class AttentionWeights(SmoothAttention):
         count = self.prefix + prod(self.grid)
         with unset_fake_temporarily(), disable_proxy_modes_tracing():  # a tracer has no values
             places = torch.arange(count, device=tokens.device)
-            sides = [side if isinstance(side, int) else 1 for side in tokens.shape]
+            sides = [side if type(side) is int else 1 for side in tokens.shape]
             return any(
                 sides[axis] == count
                 and not bool(pick.func(places.view(shape).expand(sides), *pick.args[1:], **pick.kwargs).any())

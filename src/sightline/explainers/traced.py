@@ -1,7 +1,7 @@
 """The maps of `explain` as plain operations, gradients included, for torch.export and runtimes without a backward."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -267,7 +267,7 @@ def _gates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, gate) for name, gate in gates if isinstance(gate, nn.Module)]
 
 
-def traced(network: nn.Module, inputs: Sequence[Tensor], free: Sequence[Sequence[int]]) -> torch.fx.GraphModule:
+def traced(network: nn.Module, inputs: Sequence[Tensor], free: Sequence[Collection[int]]) -> torch.fx.GraphModule:
     """The network in eval mode as a graph of operations, its backward among them.
 
     Args:
