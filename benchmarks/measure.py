@@ -39,6 +39,13 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """Processor time of one call, of all threads of this process: other programs change it little."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the median; the same values always give the same interval."""
     rng = np.random.default_rng(0)
@@ -47,7 +54,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def pairs(ours: Callable[[], object], reference: Callable[[], object], n: int = 21) -> Ratio:
+def pairs(
+    ours: Callable[[], object],
+    reference: Callable[[], object],
+    n: int = 21,
+    clock: Callable[[Callable[[], object]], float] = seconds,
+) -> Ratio:
     """Ratio ours / reference over `n` interleaved rounds of reference, ours, reference.
 
     The order of the first two alternates, because the machine drifts less within a round than between rounds. Each call
@@ -59,10 +71,10 @@ def pairs(ours: Callable[[], object], reference: Callable[[], object], n: int = 
     same: list[float] = []
     for turn in range(n):
         if turn % 2:
-            mine, first = seconds(ours), seconds(reference)
+            mine, first = clock(ours), clock(reference)
         else:
-            first, mine = seconds(reference), seconds(ours)
-        second = seconds(reference)
+            first, mine = clock(reference), clock(ours)
+        second = clock(reference)
         ratios.append(mine / first)
         same.append(second / first)
     return Ratio(statistics.median(ratios), *interval(ratios), statistics.median(same))

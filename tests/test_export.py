@@ -142,7 +142,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     cli.main(["export", str(folder), "--out", str(tmp_path / "net.pt2")])
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"{tmp_path}/net.pt2: images uint8 (b, 3, 32, 32) -> logits, attention.conv10, attention.conv13"
-    assert second == "checked: differs from the run by at most 0.0e+00 of the largest value"
+    assert second == "checked: differs from the network by at most 0.0e+00 of the largest value"
     for wanted, message in (
         (("export", folder, "--out", tmp_path / "net.tflite"), "expected a file name that ends in .onnx or .pt2, got "),
         (("export", tmp_path / "nowhere", "--out", tmp_path / "net.pt2"), "nowhere: no such run"),

@@ -517,16 +517,34 @@ def pull(options: Namespace, _: dict[str, Any]) -> None:
 
 
 def export(options: Namespace, _: dict[str, Any]) -> None:
-    """Write the network of a run as ONNX or as PyTorch's exported program: pixels in, logits and maps out."""
+    """Write a network as ONNX or as PyTorch's exported program: pixels in, logits and maps out."""
+    from sightline import models
+    from sightline.exporting import check_request
     from sightline.exporting import export as write
 
-    exported = write(options.run, options.out)
-    height, width = exported.size
-    print(f"{exported.path}: images uint8 (b, 3, {height}, {width}) -> {', '.join(exported.outputs)}")
+    maps: dict[str, Any] = {
+        "maps": options.maps or (),
+        "layer": options.layer,
+        "targets": options.target,
+        "opset": options.opset,
+    }
+    check_request(options.out, **maps)
+    model, preprocess, classes = options.run, None, ()
+    if not Path(options.run).is_dir():
+        model, classes = models.named_model(options.run, options.weights, options.classes)
+        preprocess = models.preprocess_of(model)
+    elif options.weights or options.classes:
+        raise ValueError(
+            "expected --weights and --classes only with the name of a model, got a run folder; leave them out"
+        )
+    exported = write(model, options.out, preprocess, classes, any_size=options.any_size, **maps)
+    height, width = ("height", "width") if options.any_size else exported.size
+    given = f"images uint8 (b, 3, {height}, {width})" + ", targets int64 (b,)" * (options.target == "input")
+    print(f"{exported.path}: {given} -> {', '.join(exported.outputs)}")
     if exported.difference is None:
         print("not checked: onnxruntime is not installed; pip install 'sightline[export]'", file=sys.stderr)
     else:
-        print(f"checked: differs from the run by at most {exported.difference:.1e} of the largest value")
+        print(f"checked: differs from the network by at most {exported.difference:.1e} of the largest value")
 
 
 def show(options: Namespace, _: dict[str, Any]) -> None:

@@ -335,7 +335,17 @@ def _pull(add: _Add) -> None:
 
 
 def _export(add: _Add) -> None:
-    add("run", metavar="RUN", help="run folder")
+    add("run", metavar="RUN_OR_MODEL", help="run folder, or a timm / torchvision: model with --weights")
+    text = "maps in the file, such as grad_cam,layer_cam@layer3 (the weights of each attention block)"
+    add("--maps", type=_names, metavar="A,B,...", help=text)
+    add("--layer", type=_nonempty, metavar="NAME", help="layer or attention block (the last that feeds the logits)")
+    text = "class of the maps: predicted, input = a second input, all = one map per class (predicted)"
+    add("--target", choices=("predicted", "input", "all"), default="predicted", metavar="WHICH", help=text)
+    add("--any-size", action="store_true", help="take images of any height and width")
+    add("--opset", type=_count, metavar="N", help="version of ONNX's operators, 18 to 23 (that of torch.onnx)")
+    text = "weights of a timm / torchvision: model, safetensors or .pth; pretrained = timm's, downloaded"
+    add("--weights", metavar="FILE", help=text)
+    add("--classes", metavar="FILE", help="text file with one class name per line (ImageNet's for 1,000 classes)")
     _out(add, "FILE.onnx, or FILE.pt2 for torch.export.load", "FILE", required=True)
 
 

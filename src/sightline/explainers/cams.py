@@ -214,9 +214,9 @@ def xgrad_weights(
 
 
 def _weighted(weights: Float[Tensor, "b t k"], activations: Float[Tensor, "b k *grid"]) -> Float[Tensor, "b t *grid"]:
-    if weights.stride(0) == 0 < len(weights) - 1:  # the same for all images: one product, not one for each
+    if weights.stride(0) == 0 < weights.shape[0] - 1:  # the same for all images: one product, not one for each
         columns = activations.transpose(0, 1).flatten(1)
-        return (weights[0] @ columns).unflatten(1, (len(activations), *activations.shape[2:])).transpose(0, 1)
+        return (weights[0] @ columns).unflatten(1, (activations.shape[0], *activations.shape[2:])).transpose(0, 1)
     return (weights @ activations.flatten(2)).unflatten(2, activations.shape[2:])
 
 

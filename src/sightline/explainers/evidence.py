@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -127,12 +127,21 @@ class _Place:
         return self.reads_gradients and (self.head is not None or self.layer is None) and not self.needs & _OF_TARGET
 
 
+class Seen(Protocol):
+    """What a forward showed, and how its scores are made."""
+
+    model: nn.Module
+    scorer: Scorer
+    gates: dict[str, Tensor]
+    captured: list[Captured]
+
+
 class Gathered:
     """One forward with its graph; `blocks` goes back through it, as many targets at a time as memory should hold."""
 
     def __init__(
         self,
-        capture: Capture | CompiledCapture,
+        capture: Seen,
         requests: Sequence[Request],
         images: Tensor,
         rectifiers: Rectifiers,
@@ -168,6 +177,10 @@ class Gathered:
             with torch.inference_mode(False), torch.enable_grad():
                 block = self._block(slice(start, start + size), is_last=start == starts[-1])
             yield [None if start and "score" in p.needs else e for p, e in zip(self.places, block, strict=True)]
+
+    def whole(self) -> list[Evidence]:
+        """Evidence of every request with all targets at once, in the caller's grad mode."""
+        return self._block(slice(None), is_last=True)
 
     def _block_size(self) -> int:
         """Targets whose gradients, at all layers and on the way back to the images, are held at once."""

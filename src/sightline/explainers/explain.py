@@ -119,7 +119,7 @@ def explain(
         differentiable=differentiable,
         compile=compile,
     )
-    return explanation_of(model, inputs, targets, _requests(methods, layer), forward, settings)
+    return explanation_of(model, inputs, targets, requests_of(methods, layer), forward, settings)
 
 
 def fitting(
@@ -223,7 +223,12 @@ def named(method: Method) -> tuple[str, Explainer, dict[str, Any], LayerLike]:
     return f"{explainer.name}({text})", explainer, options, None
 
 
-def _requests(methods: Sequence[Method], layer: LayerLike | Sequence[str | nn.Module]) -> list[Request]:
+def requests_of(methods: Sequence[Method], layer: LayerLike | Sequence[str | nn.Module]) -> list[Request]:
+    """The maps to make; see `explain`.
+
+    Raises:
+        ValueError, TypeError: no methods or layers, or one that does not exist.
+    """
     if isinstance(methods, str) or not methods:
         raise ValueError(f"expected a list of methods, got {methods!r}; write methods=['grad_cam']")
     layers: Sequence[LayerLike] = layer if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]

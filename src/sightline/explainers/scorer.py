@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from sightline.checks import check_whole
 from sightline.facts import Progress
@@ -222,8 +223,10 @@ class Scorer:
 
 def rows_of(weights: Float[Tensor, "n k"], classes: Int[Tensor, "b t"], divisor: int = 1) -> Float[Tensor, "b t k"]:
     """Each class's row divided by `divisor`; stored once if all images have the same classes."""
-    if len(classes) == 1 or (classes == classes[:1]).all():
-        return (weights[classes[0]] / divisor).expand(len(classes), -1, -1)
+    count = classes.shape[0]
+    alike = count == 1 or classes.stride(0) == 0
+    if alike or (not isinstance(classes, FakeTensor) and (classes == classes[:1]).all()):  # a tracer has no values
+        return (weights[classes[0]] / divisor).expand(count, -1, -1)
     return weights[classes] / divisor
 
 

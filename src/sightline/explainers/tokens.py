@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn import functional as F
 
 from sightline.inference.operations import Operation, Operations, tensors_in
@@ -148,7 +150,7 @@ class AttentionWeights(SmoothAttention):
                 place = self._place(output.shape)
                 return output if place is None else self._keep(*place, output)
         elif name in ("flatten", "reshape", "view") and not self._begun and output.ndim == 3 and first.ndim > 3:
-            self._flattened += [(len(first), grid) for grid in _grids(first.shape, output.shape)]
+            self._flattened += [(first.shape[0], grid) for grid in _grids(first.shape, output.shape)]
         elif name in ("getitem", "select", "narrow", "index_select") and self.weights and first.ndim == 3:
             self.from_first |= self._picks_first(first, operation)
         elif name.startswith("conv") and self.weights:
@@ -203,19 +205,22 @@ class AttentionWeights(SmoothAttention):
                 if not isinstance(frame.f_locals["self"], nn.Softmax):
                     names.append(self._names[frame.f_locals["self"]])
                 given = tensors_in((frame.f_locals["args"], frame.f_locals["kwargs"]))
-                batch = next((len(tensor) for tensor in given if tensor.ndim), 0)
+                batch = next((tensor.shape[0] for tensor in given if tensor.ndim), 0)
             frame = frame.f_back
         return names[0] if names else "", batch
 
     def _picks_first(self, tokens: Tensor, pick: Operation) -> bool:
         if not self.prefix:
             return False
-        places = torch.arange(self.prefix + prod(self.grid), device=tokens.device)
-        return any(
-            tokens.shape[axis] == len(places)
-            and not bool(pick.func(places.view(shape).expand_as(tokens), *pick.args[1:], **pick.kwargs).any())
-            for axis, shape in enumerate([(-1, 1, 1), (1, -1, 1)])  # (n, b, c) or (b, n, c)
-        )
+        count = self.prefix + prod(self.grid)
+        with unset_fake_temporarily(), disable_proxy_modes_tracing():  # a tracer has no values
+            places = torch.arange(count, device=tokens.device)
+            sides = [side if type(side) is int else 1 for side in tokens.shape]
+            return any(
+                sides[axis] == count
+                and not bool(pick.func(places.view(shape).expand(sides), *pick.args[1:], **pick.kwargs).any())
+                for axis, shape in enumerate([(-1, 1, 1), (1, -1, 1)])  # (n, b, c) or (b, n, c)
+            )
 
 
 def _grids(before: torch.Size, after: torch.Size) -> list[Grid]:

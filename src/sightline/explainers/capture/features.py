@@ -60,7 +60,7 @@ class Captured:
     tensor: Tensor
     layout: Layout
     call: int
-    """Which run of the module of that name, from 0."""
+    """Which run of the module, or of the operation, of that name, from 0."""
     head: Tensor | None = None
     """Weights of the head, where they are known without a graph."""
 
@@ -140,6 +140,8 @@ class LastFeatures(Watch):
         self.layers_behind = 0
         """Weight layers so far that read a tensor that depends on a leaf."""
         self.calls: Counter[str] = Counter()
+        self.operations: Counter[str] = Counter()
+        """Calls so far, by the name of the function."""
         self.producers: dict[int, tuple[weakref.ref[Tensor], int, str, int]] = {}
         """By id of a module's output: the output, its version, the module's name, and which of its runs it was."""
         self.sources: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
@@ -188,6 +190,7 @@ class LastFeatures(Watch):
     def on(self, operation: Operation) -> Any:
         """The result of the operation, with a graph if it depends on a feature map that may be the last."""
         is_weight_layer = operation.name in WEIGHT_LAYERS
+        self.operations[getattr(operation.func, "__name__", "")] += 1
         self.layers += is_weight_layer
         if not self.leaves:  # only the first summary matters until there is one
             output = operation()
@@ -288,7 +291,9 @@ class LastFeatures(Watch):
             layout, is_guess = self._layout(value)
             assert layout is not None
             name, call = self._producer(value)
-            name = name or f"input of {operation.func.__name__}"
+            if not name:
+                func = operation.func.__name__
+                name, call = f"input of {func}", self.operations[func] - 1
             counts = self.layers - (operation.name in WEIGHT_LAYERS), self.layers_behind
             self.leaves.append(_Leaf(tensor, name, call, layout, is_guess, *counts, value, version_of(value)))
         leaves.add(place)
