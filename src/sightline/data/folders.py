@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -55,33 +55,47 @@ def contents(folder: Path, deep: bool = True) -> Contents:
     Files without a suffix count as images if they begin like one.
     """
     listed = Contents([], [], Counter())
+    for path, reason in scan(folder, deep):
+        if reason is None:
+            listed.images.append(path)
+        elif reason:
+            listed.skipped.append((path, reason))
+        else:
+            listed.others[_suffix(path) or "no suffix"] += 1
+    return Contents(sorted(listed.images), sorted(listed.skipped), listed.others)
+
+
+def scan(folder: Path, deep: bool = True) -> Iterator[tuple[Path, str | None]]:
+    """The files that `contents` sorts, as they are found: with None an image, with "" no image.
+
+    An image that cannot be read, or a link that leads nowhere or back, comes with the reason.
+    """
     visited = {at.resolve() for at in (folder, *folder.resolve().parents)}
     coming = [folder]
     while coming:
         here = coming.pop()
+        inner: list[Path] = []
         try:
-            with os.scandir(here) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name)
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    path = here / entry.name
+                    if is_hidden(path):
+                        continue
+                    if entry.is_dir():
+                        inner.append(path)
+                    elif entry.is_file():
+                        yield path, _reason(path)
+                    elif entry.is_symlink():
+                        yield path, "a link to a file that does not exist"
         except OSError as error:
-            listed.skipped.append((here, error.strerror or type(error).__name__))
+            yield here, error.strerror or type(error).__name__
             continue
-        for entry in entries:
-            path = here / entry.name
-            if is_hidden(path):
-                continue
-            if entry.is_dir():
-                if not deep:
-                    continue
-                if path.resolve() in visited:
-                    listed.skipped.append((path, "a link back to a folder above it, or to one that was read already"))
-                else:
-                    visited.add(path.resolve())
-                    coming.append(path)
-            elif entry.is_file():
-                _add(path, listed)
-            elif entry.is_symlink():
-                listed.skipped.append((path, "a link to a file that does not exist"))
-    return Contents(sorted(listed.images), sorted(listed.skipped), listed.others)
+        for path in sorted(inner) if deep else ():
+            if path.resolve() in visited:
+                yield path, "a link back to a folder above it, or to one that was read already"
+            else:
+                visited.add(path.resolve())
+                coming.append(path)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -89,16 +103,16 @@ def image_files(folder: Path) -> list[Path]:
     return contents(folder).images
 
 
-def _add(file: Path, listed: Contents) -> None:
+def _suffix(file: Path) -> str:
     suffix = file.suffix.lower()
-    if not any(c.isalpha() for c in suffix):  # none, or a number such as .95
-        suffix = ""
+    return suffix if any(c.isalpha() for c in suffix) else ""  # a number such as .95 is none
+
+
+def _reason(file: Path) -> str | None:
+    suffix = _suffix(file)
     if suffix in formats() or (not suffix and is_image(file)):
-        listed.images.append(file)
-    elif suffix in _UNREAD:
-        listed.skipped.append((file, _UNREAD[suffix]))
-    else:
-        listed.others[suffix or "no suffix"] += 1
+        return None
+    return _UNREAD.get(suffix, "")
 
 
 def is_hidden(path: Path) -> bool:
