@@ -406,6 +406,39 @@ def _sight_mosaics(options: Namespace, overrides: dict[str, Any]) -> None:
     print(f"tables: {Path(options.out) / 'sight.md'}\nreport: {Path(options.out) / 'report.html'}")
 
 
+def explore(options: Namespace, overrides: dict[str, Any]) -> None:
+    """Findings from many maps: where a network looks by class, what is strange, and whether that region decides."""
+    from dataclasses import replace
+
+    from sightline import runs
+    from sightline.explainers import named
+    from sightline.exploration import RunLooks
+    from sightline.exploration import explore as find
+    from sightline.report.explore import write_exploration
+    from sightline.report.run_evaluation import images_of
+
+    out = Path(options.out)
+    runs.check_writable(out)
+    for name in options.methods:
+        named(name)  # a wrong name is refused before the maps are made
+    run = runs.open_run(options.run)
+    images, _ = images_of(run, options.split, overrides)
+    terminal.tell_skipped(images.skipped)
+    model = runs.load_model(run.folder).to(runs.best_device())
+    source = RunLooks(model, images, options.methods)
+    with terminal.Bar() as bar:
+        exploration = find(
+            source, sample=options.sample, tests=options.tests, window=options.window, progress=bar.update
+        )
+    exploration = replace(exploration, provenance={"run": str(run.folder), **runs.surroundings()})
+    exploration.to_json(out / "explore.json")
+    exploration.to_csv(out / "explore.csv")
+    page = write_exploration(exploration, out)
+    terminal.tell_notices(exploration.notices)
+    terminal.print_sentences([*exploration.summary, *exploration.duplicates])
+    print(f"page: {page}\ntable: {out / 'explore.csv'}")
+
+
 def serve(options: Namespace, _: dict[str, Any]) -> None:
     """Serve a page where you drop in images and see where a model looks, and an HTTP API, until Ctrl-C."""
     from sightline import serve as server
@@ -608,6 +641,7 @@ VERBS = {
     "evaluate": evaluate,
     "task": task,
     "sight": sight,
+    "explore": explore,
     "serve": serve,
     "slides": slides,
     "push": push,
