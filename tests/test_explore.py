@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sightline.exploration import Look, cover_effect, explore, paste_effect, spectral, strangeness
+from sightline.exploration import Look, cover_effect, explore, paste_effect, regions, spectral, strangeness, study
 from sightline.exploration import clusters as clustering
-from sightline.exploration import regions, study
 from sightline.exploration.interventions import CONTROLS, covered, windows_of
 from sightline.metrics.uncertainty import holm
 

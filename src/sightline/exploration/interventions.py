@@ -15,7 +15,7 @@ from sightline.metrics.uncertainty import mean_interval, paired_test
 Array = np.ndarray
 Predict = Callable[[UInt8[Array, "n 3 h w"]], Int64[Array, " n"]]
 """The predicted class of each image."""
-CONTROLS = 4
+CONTROLS = 2
 """Random regions beside each region."""
 
 
@@ -52,8 +52,9 @@ def windows_of(top_left: Int64[Array, "n 2"], size: tuple[int, int], window: tup
 def covered(images: UInt8[Array, "n 3 h w"], region: Bool[Array, "n h w"]) -> UInt8[Array, "n 3 h w"]:
     """Images whose region is painted from its surroundings, see `sightline.metrics.inpainting.inpaint`.
 
-    >>> covered(np.array([0, 9, 2], np.uint8).reshape(1, 1, 1, 3).repeat(3, 1), np.array([[[False, True, False]]]))[0, 0]
-    array([[0, 1, 2]], dtype=uint8)
+    >>> image = np.array([0, 9, 2], np.uint8).reshape(1, 1, 1, 3).repeat(3, 1)
+    >>> covered(image, np.array([[[False, True, False]]]))[0, 0].tolist()
+    [[0, 1, 2]]
     """
     painted = inpaint(torch.from_numpy(images).float(), torch.from_numpy(region)[:, None])
     return painted.round().clamp(0, 255).to(torch.uint8).numpy()
@@ -152,7 +153,8 @@ def _effect(
     control: Float[Array, " n"] = (others == target).mean(0)
     known = np.zeros(len(own), dtype=bool) if labels is None else labels >= 0
     right = [
-        float((answers == labels)[..., known].mean()) if known.any() else float("nan") for answers in (before, own, others)
+        float((answers == labels)[..., known].mean()) if known.any() else float("nan")
+        for answers in (before, own, others)
     ]
     return Effect(
         before=float((before == target).mean()),

@@ -1,6 +1,7 @@
 """Places where a network should seldom have to look, and the window of an image where it looks most."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def text(images: UInt8[Array, "n 3 h w"]) -> Bool[Array, "n h w"]:
     """
     gray = np.einsum("nchw,c->nhw", images / np.float32(255), np.array([0.299, 0.587, 0.114], np.float32))
     steps = np.diff(gray, axis=2, prepend=gray[:, :, :1])
-    window = (1, max(round(gray.shape[1] / 16), 3), max(round(gray.shape[2] / 4), 3))
+    window: Any = (1, max(round(gray.shape[1] / 16), 3), max(round(gray.shape[2] / 4), 3))
     up, down = (ndimage.uniform_filter((sign * steps >= _STROKE).astype(np.float32), window) for sign in (1, -1))
     return (up + down >= _STROKES) & (np.minimum(up, down) * 2 >= np.maximum(up, down))
 
@@ -72,7 +73,8 @@ def colored_patch(images: UInt8[Array, "n 3 h w"]) -> Bool[Array, "n h w"]:
     core = (values.max(1) - values.min(1) >= _COLORFUL) & (spread <= _EVEN)
     found = np.zeros_like(core)
     for one, kept in zip(core, found, strict=True):
-        areas, count = ndimage.label(one)
+        labeled: Any = ndimage.label(one)
+        areas, count = labeled
         sizes = np.bincount(areas.ravel(), minlength=count + 1)
         small = sizes <= _LARGEST * one.size
         small[0] = False

@@ -121,8 +121,7 @@ class Suspicion:
 
     @property
     def verdict(self) -> str:
-        """`confirmed`: the region decides. `object`: it does, and belongs to the marked object. `not confirmed`, `not
-        tested`."""
+        """`confirmed`: the region decides; `object`: so it does, in a marked object; `not confirmed`; `not tested`."""
         if self.cover is None:
             return "not tested"
         return "not confirmed" if not self.is_finding else "object" if self.is_object else "confirmed"
@@ -158,8 +157,7 @@ class Exploration:
 
     @property
     def findings(self) -> tuple[tuple[Suspicion, ...], ...]:
-        """Suspicions that both interventions confirm, those of one class and method together; the one that concerns
-        most images with the largest effect comes first."""
+        """Suspicions that both interventions confirm, by class and method; those that reach farthest come first."""
         found: dict[tuple[str, str, bool], list[Suspicion]] = {}
         for one in self.suspicions:
             if one.is_finding:

@@ -81,7 +81,9 @@ class RunLooks:
                 self.model, normalized(self.model, batch.images, self.set.preprocess), None, self.methods
             )
             confidence, predicted = explanation.probabilities.max(1)
-            facts = zip(batch.indices.tolist(), predicted.tolist(), confidence.tolist(), batch.labels.tolist(), strict=True)
+            facts = zip(
+                batch.indices.tolist(), predicted.tolist(), confidence.tolist(), batch.labels.tolist(), strict=True
+            )
             maps = {name: values[:, 0].float().cpu().numpy() for name, values in explanation.maps.items()}
             for row, (place, answer, sure, label) in enumerate(facts):
                 for method, values in maps.items():

@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64
 
 from sightline import maps as pixels
 from sightline.checks import check_whole
 from sightline.data import duplicates
 from sightline.exploration import clusters as clustering
 from sightline.exploration import interventions, regions
-from sightline.exploration.clusters import GRID
 from sightline.exploration.regions import DETECTORS
 from sightline.exploration.result import Cluster, Exploration, Group, Picture, Share, Suspicion
 from sightline.exploration.sources import Look, Source
@@ -30,7 +29,7 @@ RATIO = 2.0
 """Weight in a place, in shares of its area, from which an image is suspicious."""
 FEWEST = 8
 """Images below which nothing is suspected."""
-COVERED, PASTED = 64, 128
+COVERED, PASTED = 64, 100
 """Most images whose region is covered, and images that regions are pasted into."""
 COMPARED = 20_000
 """Most images that are compared to find copies in several splits."""
@@ -171,7 +170,9 @@ def _kept(raw: Float[Array, "h w"]) -> Float[Array, "h2 w2"]:
     """The positive part of a map, at `_FINEST` positions along a side at most, in 32 bits."""
     positive = np.maximum(np.nan_to_num(raw, posinf=0.0), 0).astype(np.float32)
     height, width = positive.shape
-    return positive if max(height, width) <= _FINEST else _resized(positive, (min(height, _FINEST), min(width, _FINEST)))
+    return (
+        positive if max(height, width) <= _FINEST else _resized(positive, (min(height, _FINEST), min(width, _FINEST)))
+    )
 
 
 def _resized(raw: Float[Array, "h w"], size: tuple[int, ...]) -> Float[Array, "h2 w2"]:
@@ -303,14 +304,13 @@ def _tested(
         pasted=len(others),
         in_object=inside,
         pictures=tuple(
-            Picture(keys[i], images[i].transpose(1, 2, 0).copy(), maps[i], (*windows[i].tolist(), *sides)) for i in shown
+            Picture(keys[i], images[i].transpose(1, 2, 0).copy(), maps[i], (*windows[i].tolist(), *sides))
+            for i in shown
         ),
     )
 
 
-def _others(
-    samples: dict[tuple[str, int], _Sample], method: str, target: int, rng: np.random.Generator
-) -> list[Look]:
+def _others(samples: dict[tuple[str, int], _Sample], method: str, target: int, rng: np.random.Generator) -> list[Look]:
     """Random images that are neither labeled nor predicted as a class."""
     looks = [
         look
