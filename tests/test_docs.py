@@ -152,7 +152,7 @@ def check_command(words: list[str], note: str, place: str) -> None:
     elif program == "pip":
         assert arguments[0] == "install", place
         extras = re.findall(r"\[(\w+)\]", " ".join(arguments))
-        assert set(extras) <= {"train", "slides", "export", "serve", "docs", "dev"}, place
+        assert set(extras) <= {"train", "slides", "scale", "export", "serve", "docs", "dev"}, place
     elif program == "curl":
         request(arguments, place)
     elif program in (".venv/bin/python", "python"):

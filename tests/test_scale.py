@@ -1,25 +1,30 @@
 """Many images: shards are final, whole and right, whoever was killed meanwhile."""
 
+import io
 import json
+import os
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch import nn
 
 pa = pytest.importorskip("pyarrow")
+import fsspec  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+from tests.deadly import Deadly  # noqa: E402
 
-from sightline.scale import results  # noqa: E402
+from sightline.data import Preprocess  # noqa: E402
+from sightline.explainers import explain  # noqa: E402
+from sightline.scale import decoding, explain_many, plan, results  # noqa: E402
+from sightline.scale.plan import Entry, contents_of, entries_of, in_order, plan_of  # noqa: E402
 from sightline.scale.results import Results, packed_map, read_map, shard_file, write_asked, write_shard  # noqa: E402
 
-FACTS = {
-    "sightline": "0",
-    "network": "toy",
-    "methods": ["cam"],
-    "classes": ["a", "b"],
-    "sources": ["photos"],
-    "images": 5,
-    "images_per_shard": 2,
-}
+FACTS = dict.fromkeys(results._FACTS[1:-1]) | {"methods": ["cam"], "images": 5, "images_per_shard": 2}
 
 
 def row(number: int, digest: str) -> dict[str, object]:
@@ -100,3 +105,305 @@ def test_damage_is_told(tmp_path: Path) -> None:
     (tmp_path / "asked.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         Results.open(tmp_path)
+
+
+def picture(number: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8))
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(number).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Eleven images in two classes, one of which cannot be read."""
+    folder = tmp_path / "photos"
+    for number in range(10):
+        file = folder / ("cat", "dog")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(number))
+    (folder / "cat" / "broken.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
+    return folder
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+        )
+    model.preprocess = Preprocess(size=(16, 16), mean=(0.5,) * 3, std=(0.2,) * 3)
+    return model.eval()
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [row for batch in Results.open(folder).batches() for row in batch.to_pylist()]
+
+
+def many(sources: Any, out: Path, **options: Any) -> Any:
+    chosen = {"classes": ["Cat", "Dog"], "per_shard": 3, "methods": ["grad_cam", "saliency"], **options}
+    return explain_many(network(), sources, out, **chosen)
+
+
+KEYS = ["cat/0.png", "cat/2.png", "cat/4.png", "cat/6.png", "cat/8.png", "cat/broken.jpg"] + [
+    f"dog/{number}.png" for number in range(1, 10, 2)
+]
+
+
+class TestPlan:
+    def test_a_folder(self, photos: Path, tmp_path: Path) -> None:
+        (photos / "test" / "dog").mkdir(parents=True)
+        (photos / "test" / "dog" / "last.png").symlink_to("nowhere")
+        entries = list(entries_of(str(photos), ["Cat", "Dog"], tmp_path))
+        assert [entry.key for entry in entries] == [*KEYS, "test/dog/last.png"]
+        assert [entry.label for entry in entries] == [0] * 6 + [1] * 6
+        assert entries[-1].split == "test" and entries[-1].reason == "a link to a file that does not exist"
+        assert entries[0].split is None and entries[0].reason is None
+        assert [read() for read in contents_of(entries[:1])] == [photos / "cat/0.png"]
+
+    def test_names_that_are_no_text(self, tmp_path: Path) -> None:
+        file = os.fsencode(tmp_path / "a") + b"\xff.png"
+        with open(file, "wb") as opened:
+            opened.write(png(0))
+        (entry,) = entries_of(str(tmp_path), [], tmp_path)
+        assert entry.key == "a\\xff.png" and entry.reason == "its name is not UTF-8; rename it"
+
+    def test_many_names_are_sorted_in_parts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plan, "_SORTED_AT_ONCE", 3)
+        names = [(f"{number * 7 % 10}\n", "reason" if number == 4 else None) for number in range(10)]
+        assert list(in_order(iter(names), tmp_path)) == sorted(names)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_tar_files(self, tmp_path: Path) -> None:
+        for name, numbers in (("b.tar", [2, 3]), ("a.tar", [0, 1, 1])):
+            with tarfile.open(tmp_path / name, "w") as tar:
+                for number in numbers:
+                    for suffix, content in ((".png", png(number)), (".cls", b"1"), (".json", b"{}")):
+                        member = tarfile.TarInfo(f"{number}{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+        for source in (tmp_path, f"{tmp_path}/*.tar"):
+            entries = list(entries_of(str(source), [], tmp_path))
+            assert [entry.key for entry in entries] == ["a.tar/0.png", "a.tar/1.png", "b.tar/2.png", "b.tar/3.png"]
+            assert [read() for read in contents_of(entries)] == [png(number) for number in range(4)]
+            assert {entry.label for entry in entries} == {1}
+        (tmp_path / "c.tar").write_bytes(b"x" * 2000)
+        with pytest.raises(ValueError, match="expected an uncompressed tar file"):
+            list(entries_of(str(tmp_path), [], tmp_path))
+
+    def test_parquet_files(self, tmp_path: Path) -> None:
+        cells = [{"bytes": png(number), "path": None} for number in range(7)] + [{"bytes": None, "path": None}]
+        for name, part in (("train-0.parquet", cells[:5]), ("test-0.parquet", cells[5:])):
+            table = pa.table({"id": range(len(part)), "image": part, "label": list(range(len(part)))})
+            pq.write_table(table, tmp_path / name, row_group_size=2)
+        entries = list(entries_of(str(tmp_path), [], tmp_path))
+        assert [entry.key for entry in entries[2:5]] == ["test-0.parquet/2", "train-0.parquet/0", "train-0.parquet/1"]
+        assert [entry.label for entry in entries] == [0, 1, 2, 0, 1, 2, 3, 4]
+        assert [entry.split for entry in entries] == ["test"] * 3 + ["train"] * 5
+        expected = [png(5), png(6), "its cell is empty", *map(png, range(5))]
+        for part in (slice(0, 8), slice(1, 5), slice(4, 8), slice(2, 3)):
+            assert [read() for read in contents_of(entries[part])] == expected[part]
+        pq.write_table(pa.table({"a": [b""], "b": [b""]}), tmp_path / "unclear.parquet")
+        with pytest.raises(ValueError, match=r"cannot tell which column of .*unclear\.parquet holds the images: a, b"):
+            list(entries_of(f"{tmp_path}/unclear.parquet", [], tmp_path))
+
+    def test_a_set_of_the_hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        datasets = pytest.importorskip("datasets")
+        features = datasets.Features(
+            image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]), text=datasets.Value("string")
+        )
+        sets = {
+            name: datasets.Dataset.from_dict(
+                {"image": [{"bytes": png(n), "path": None} for n in numbers], "label": [1] * 2, "text": ["", ""]},
+                features,
+            )
+            for name, numbers in (("train", (0, 1)), ("test", (2, 3)))
+        }
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(sets))
+        entries = list(entries_of("hub:somebody/pets", [], tmp_path))
+        assert [entry.key for entry in entries] == ["train/0", "train/1", "test/0", "test/1"]
+        assert {entry.label for entry in entries} == {1}
+        assert [read() for read in contents_of(entries[1:])] == [png(1), png(2), png(3)]
+
+    def test_addresses(self, tmp_path: Path) -> None:
+        fs = fsspec.filesystem("memory")
+        for number in (1, 0):
+            fs.pipe(f"/bucket/images/dog/{number}.png", png(number))
+        fs.pipe("/bucket/images/dog/readme.md", b"no image")
+        entries = list(entries_of("memory://bucket/images", ["dog"], tmp_path))
+        assert entries == [Entry(f"dog/{n}.png", f"memory:///bucket/images/dog/{n}.png", label=0) for n in (0, 1)]
+        assert [read() for read in contents_of(entries)] == [png(0), png(1)]
+        fs.rm("/bucket/images/dog/0.png")
+        (read,) = contents_of(entries[:1])
+        assert read() == "FileNotFoundError: memory:///bucket/images/dog/0.png"
+        fs.rm("/bucket", recursive=True)
+
+    def test_a_network_that_fails_says_nothing_about_an_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fs = fsspec.filesystem("memory")
+        fs.pipe("/bucket/0.png", png(0))
+        calls: list[str] = []
+
+        def failing(path: str, **_: Any) -> bytes:
+            calls.append(path)
+            if len(calls) % 4:
+                raise TimeoutError("no answer")
+            return png(0)
+
+        monkeypatch.setattr(type(fs), "cat_file", lambda _, path, **ends: failing(path))
+        (read,) = contents_of([Entry("0.png", "memory://bucket/0.png")])
+        with pytest.raises(TimeoutError, match="no answer"):
+            read()
+        assert len(calls) == 3 and read() == png(0)
+        fs.rm("/bucket", recursive=True)
+
+    def test_what_is_refused(self, tmp_path: Path, photos: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="no file or folder"):
+            plan_of(tmp_path, [str(tmp_path / "nowhere")], [], 3)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match=r"expected images in .*empty, got none"):
+            plan_of(tmp_path, [str(tmp_path / "empty")], [], 3)
+        with pytest.raises(ValueError, match="twice; name it once"):
+            plan_of(tmp_path, [str(photos)] * 2, [], 3)
+
+    def test_several_sources(self, tmp_path: Path, photos: Path) -> None:
+        sources = [f"{photos}/cat", f"{photos}/dog"]
+        planned = plan_of(tmp_path, sources, [], 4)
+        keys = [entry.key for shard in range(3) for entry in planned.entries(shard)]
+        assert keys == [f"{photos}/{key}" for key in KEYS] and planned.images == 11
+
+
+def test_rows_are_those_of_explain(photos: Path, tmp_path: Path) -> None:
+    """Every image is there once, in order, with the maps that `explain` makes of it."""
+    done = many(photos, tmp_path / "out")
+    assert (done.written, done.unreadable, done.missing, done.failed) == (4, 1, 0, {})
+    rows = rows_of(tmp_path / "out")
+    assert [row["key"] for row in rows] == [key for key in KEYS for _ in range(1 + (key != "cat/broken.jpg"))]
+    assert all(row["digest"] == done.results.asked["digest"] for row in rows)
+    for number, key in enumerate(KEYS):
+        mine = [row for row in rows if row["key"] == key]
+        assert {row["source_index"] for row in mine} == {number}
+        if key == "cat/broken.jpg":
+            assert [(row["method"], row["error"]) for row in mine] == [(None, "not an image of a known format")]
+            continue
+        explanation = explain(network(), [photos / key], methods=["grad_cam", "saliency"])
+        assert [row["method"] for row in mine] == ["grad_cam", "saliency"]
+        for row in mine:
+            values = explanation[row["method"]][0, 0].numpy()
+            np.testing.assert_allclose(read_map(row), values, atol=1e-6 * np.abs(values).max())
+            assert row["target"] == row["predicted"] == explanation.targets.item()
+            assert row["layer"] == explanation.layers[row["method"]].name
+            assert row["verdicts"] == explanation.verdicts[row["method"]][0]
+            assert row["label"] == (key[0] == "d") and row["error"] is None
+        np.testing.assert_allclose(mine[0]["logits"], explanation.logits[0].detach(), rtol=1e-5)
+        assert mine[1]["logits"] is None
+
+
+def test_images_are_opened_again(photos: Path, tmp_path: Path) -> None:
+    opened = many(photos, tmp_path / "out", methods=["grad_cam"]).results
+    images = opened.images(["dog/3.png", "cat/broken.jpg"])
+    np.testing.assert_array_equal(images["dog/3.png"], np.asarray(picture(3)))
+    assert images["cat/broken.jpg"] == "not an image of a known format"
+    with pytest.raises(ValueError, match="expected keys of images"):
+        opened.images(["dog/4.png"])
+
+
+def test_only_what_is_missing_is_done(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    many(photos, out)
+    whole = {file.name: file.read_bytes() for file in out.glob("shard-*")}
+    times = {file.name: file.stat().st_mtime_ns for file in out.glob("shard-*")}
+    assert many(photos, out).written == 0
+    shard_file(out, 2).unlink()
+    assert many(photos, out).written == 1
+    assert {file.name: file.read_bytes() for file in out.glob("shard-*")} == whole
+    assert {name for name in times if (out / name).stat().st_mtime_ns != times[name]} == {"shard-000002.parquet"}
+    with pytest.raises(ValueError, match=r"another question \(methods differ\)"):
+        many(photos, out, methods=["grad_cam"])
+    with pytest.raises(ValueError, match=r"another question \(sources differ\)"):
+        many(photos / "cat", out)
+
+
+def test_shares_of_the_shards(photos: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    many(photos, whole)
+    assert [many(photos, parts, shard=(i, 3)).missing for i in range(3)] == [2, 1, 0]
+    assert rows_of(parts) == rows_of(whole)
+    with pytest.raises(ValueError, match="expected shard i of n with 0 <= i < n, got 3/3"):
+        many(photos, parts, shard=(3, 3))
+
+
+def test_half_precision_of_maps(photos: Path, tmp_path: Path) -> None:
+    many(photos, tmp_path / "out")
+    many(photos, tmp_path / "half", dtype="float16")
+    for row, half in zip(rows_of(tmp_path / "out"), rows_of(tmp_path / "half"), strict=True):
+        if row["map"] is not None:
+            assert len(half["map"]) * 2 == len(row["map"])
+            np.testing.assert_allclose(read_map(half), read_map(row), rtol=1e-3, atol=1e-6)
+
+
+def test_a_full_disk_stops_and_resumes(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, replaced = tmp_path / "out", os.replace
+    calls: list[int] = []
+
+    def full(source: Any, to: Any) -> None:
+        if "shard-" in str(to):
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+        replaced(source, to)
+
+    monkeypatch.setattr(results.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        many(photos, out)
+    assert [file for file in out.iterdir() if file.suffix == ".tmp"] == []
+    assert len(list(out.glob("shard-*"))) == 1
+    assert many(photos, out).written == 3
+    assert len(rows_of(out)) == 21
+
+
+def test_lethal_images_are_found() -> None:
+    """By halving, also several of them, and also where a process dies of something else now and then."""
+    for lethal in ([], [0], [7, 8], [12], list(range(13))):
+        search, accidents = decoding.search_lethal(range(13)), iter(range(1000))
+        part = next(search)
+        with pytest.raises(StopIteration) as end:
+            while True:
+                dies = any(place in lethal for place in part) or next(accidents) % 4 == 0
+                part = search.send(not dies)
+        assert end.value.value == lethal
+
+
+@pytest.fixture
+def deadly(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two images on which the decoder ends its process."""
+    for name in ("cat/1.deadly", "dog/9.deadly"):
+        (photos / name).write_bytes(b"DEADLY")
+    monkeypatch.setattr("sightline.data.folders.formats", lambda: {".png": "PNG", ".jpg": "JPEG", ".deadly": "DEADLY"})
+    monkeypatch.setitem(globals(), "Preprocess", Deadly)
+    return photos
+
+
+def check_deadly(folder: Path, expected: Path) -> None:
+    """All images but the two are as if these had never been there."""
+    rows = rows_of(folder)
+    dead = [row for row in rows if row["key"].endswith(".deadly")]
+    assert [(row["key"], row["error"]) for row in dead] == [
+        (key, decoding.LETHAL) for key in ("cat/1.deadly", "dog/9.deadly")
+    ]
+    others = [row for row in rows if row not in dead]
+    for row, right in zip(others, rows_of(expected), strict=True):
+        assert all(row[name] == right[name] for name in ("key", "method", "label", "predicted", "error"))
+        if row["map"] is not None:
+            np.testing.assert_allclose(read_map(row), read_map(right), atol=1e-6)
+
+
+def test_an_image_that_kills_the_decoder(photos: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    many(photos, tmp_path / "before")
+    request.getfixturevalue("deadly")
+    done = many(photos, tmp_path / "out", per_shard=7)
+    assert (done.written, done.unreadable, done.missing) == (2, 3, 0)
+    check_deadly(tmp_path / "out", tmp_path / "before")

@@ -28,6 +28,9 @@ DEMO = recipe.Recipe(
 _ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError, MemoryError, AssertionError)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of malloc.h
 _LARGEST_KEPT = 2**25  # the highest threshold that glibc takes
+_OF_RAY = ("workers", "gpus", "cores", "shared_memory", "address")
+_OF_MANY = ("shard_size", "float16", *_OF_RAY)
+"""Options of `explain` for shards."""
 _ELSEWHERE = """\
   not for insertion: the spatial transformer, in front of a network (--model.options.spatial_transformer {{}}),
     Glimpse, Attend with the alignment functions {};
@@ -158,22 +161,18 @@ def evaluate(options: Namespace, overrides: dict[str, Any]) -> None:
 
 def explain(options: Namespace, overrides: dict[str, Any]) -> None:
     """Draw where a model, or several, look: a page per image as PNG, the raw maps as .npz, a table as CSV."""
-    from sightline import models, report, runs
+    from sightline import report
 
+    if options.engine or options.shard:
+        _explain_many(options, overrides)
+        return
+    if given := next((name for name in _OF_MANY if getattr(options, name)), None):
+        raise ValueError(f"expected --{given.replace('_', '-')} with --engine or --shard, got none; add --engine local")
     out = Path(options.out)
     before = set(out.iterdir()) if out.is_dir() else set[Path]()
     images = list(options.images)
-    model, classes, name = options.run, (), None
-    if not Path(options.run).is_dir():
-        runs.check_writable(out)
-        name = options.run
-        model, classes = models.named_model(name, options.weights, options.classes)
-        model = model.to(runs.best_device())
-    elif options.weights or options.classes:
-        raise ValueError(
-            "expected --weights and --classes only with the name of a model, got a run folder; leave them out"
-        )
-    else:
+    model, classes, name = _opened(options)
+    if name is None:
         others: list[str] = []
         while images and (Path(images[0]) / "run.json").is_file():
             others.append(images.pop(0))
@@ -209,6 +208,71 @@ def explain(options: Namespace, overrides: dict[str, Any]) -> None:
         print(f"not compared with the map of another class: {', '.join(pages.unchecked)}")
     if old := len(before - pages.written):
         print(f"{old} other file{'s' * (old > 1)} remain{'s' * (old == 1)} in {out}", file=sys.stderr)
+
+
+def _opened(options: Namespace) -> tuple[Any, Sequence[str], str | None]:
+    """The folder of a run, or a model by name with its class names and its name."""
+    from sightline import models, runs
+
+    if Path(options.run).is_dir():
+        if options.weights or options.classes:
+            raise ValueError(
+                "expected --weights and --classes only with the name of a model, got a run folder; leave them out"
+            )
+        return options.run, (), None
+    runs.check_writable(Path(options.out))
+    model, classes = models.named_model(options.run, options.weights, options.classes)
+    return model.to(runs.best_device()), classes, options.run
+
+
+def _explain_many(options: Namespace, overrides: dict[str, Any]) -> None:
+    """Write the maps of many images as shards."""
+    from sightline.scale import Cluster, explain_many
+
+    refused = {"overlays": options.overlays, "strict": overrides.get("data.strict")}
+    refused["several runs"] = (Path(options.images[0]) / "run.json").is_file()
+    if given := next((name for name, value in refused.items() if value), None):
+        raise ValueError(f"expected one run without --overlays or --strict with --engine, got {given}; leave it out")
+    engine = options.engine or "local"
+    of_ray = {name: getattr(options, name) for name in _OF_RAY}
+    if engine == "local" and (given := next((name for name, value in of_ray.items() if value is not None), None)):
+        raise ValueError(f"expected --{given.replace('_', '-')} with --engine ray, got {engine}; leave it out")
+    model, classes, name = _opened(options)
+    limits = {"max_pixels": overrides["data.max_pixels"]} if "data.max_pixels" in overrides else {}
+    if options.shard_size is not None:
+        limits["per_shard"] = options.shard_size
+    with terminal.Bar() as bar:
+        many = explain_many(
+            model,
+            options.images,
+            options.out,
+            options.methods,
+            options.target,
+            options.layer,
+            engine=engine,
+            shard=options.shard or (0, 1),
+            cluster=Cluster(
+                address=options.address,
+                workers=options.workers,
+                gpus=options.gpus,
+                cores=options.cores,
+                memory=options.shared_memory,
+            ),
+            output=options.output,
+            whole=options.whole,
+            classes=classes,
+            name=name,
+            dtype="float16" if options.float16 else "float32",
+            batch_size=options.batch_size,
+            memory=options.memory,
+            progress=bar.update,
+            **limits,
+        )
+    terminal.tell("left out:", many.left_out.items())
+    print(*many.lines(), sep="\n")
+    terminal.tell_notices(many.notices)
+    if many.failed:
+        sys.exit(1)
 
 
 def bench(options: Namespace, overrides: dict[str, Any]) -> None:

@@ -98,6 +98,15 @@ def did_you_mean(
     return f"; {hint}" if hint else ""
 
 
+def folded(name: str) -> str:
+    """The name of a class or folder as it is compared: without case, with spaces for underscores.
+
+    >>> folded("Tabby_cat")
+    'tabby cat'
+    """
+    return name.replace("_", " ").casefold()
+
+
 _TITLES = {
     "add": "ADD",
     "ablation_cam": "Ablation-CAM",

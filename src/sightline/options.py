@@ -176,7 +176,8 @@ def _train(add: _Add) -> None:
 def _explain(add: _Add) -> None:
     text = "run folders, compared on one page, or a timm / torchvision: model with --weights"
     add("run", metavar="RUN_OR_MODEL", help=text)
-    add("images", nargs="+", metavar="[RUN ...] IMAGE", help="files or folders")
+    text = "files or folders; with --engine also parquet and .tar files, hub:OWNER/NAME, s3://..."
+    add("images", nargs="+", metavar="[RUN ...] IMAGE", help=text)
     methods = (
         "see sightline list explainers; all = every one that fits, fast = without the slow ones (grad_cam); "
         "of several runs A,B;C;... = those of each"
@@ -195,6 +196,25 @@ def _explain(add: _Add) -> None:
     add("--overlays", action="store_true", help="also write a picture of each map alone")
     _out(add, "folder to write", required=True)
     _images(add)
+    _many(add)
+
+
+def _many(add: _Add) -> None:
+    text = "for many images: parquet shards instead of pages, one after the other or by Ray; finished ones are kept"
+    add("--engine", choices=("local", "ray"), help=text)
+    add("--shard", type=_share, metavar="I/N", help="only every N-th shard, from shard I = 0 to N - 1 on (all)")
+    add("--shard-size", type=_count, metavar="N", help="images of a shard (1000)")
+    add("--float16", action="store_true", help="half as many bytes for the maps in shards")
+    _ray(add, "networks that Ray holds (one per GPU; without, one per core but one)")
+
+
+def _ray(add: _Add, workers: str) -> None:
+    add("--workers", type=_count, metavar="N", help=workers)
+    add("--gpus", type=_positive, metavar="SHARE", help="GPUs per worker of Ray; 0.5 = two share one (1)")
+    add("--cores", type=_count, metavar="N", help="cores of this machine for Ray (all)")
+    text = "memory of this machine for images that Ray has decoded, such as 2GB (a third)"
+    add("--shared-memory", type=_bytes, metavar="SIZE", help=text)
+    add("--address", metavar="HOST:PORT", help="a Ray cluster that runs ($RAY_ADDRESS; else Ray of this machine)")
 
 
 def _study(add: _Add) -> None:
@@ -445,6 +465,13 @@ def _grid(text: str) -> tuple[int, int]:
     if not (rows.isdigit() and columns.isdigit()) or int(rows) * int(columns) < 2:
         raise argparse.ArgumentTypeError(f"expected rows and columns of cells such as 2x2 or 3x3, got {text!r}")
     return int(rows), int(columns)
+
+
+def _share(text: str) -> tuple[int, int]:
+    first, _, every = text.partition("/")
+    if not (first.isdigit() and every.isdigit()) or int(first) >= int(every):
+        raise argparse.ArgumentTypeError(f"expected I/N from 0/N to N-1/N, such as 0/4 to 3/4, got {text!r}")
+    return int(first), int(every)
 
 
 def _bytes(text: str) -> int:

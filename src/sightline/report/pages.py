@@ -21,7 +21,7 @@ from sightline.data.files import Given, Picture, image_files, path_of
 from sightline.data.images import MAX_PIXELS, File
 from sightline.explainers import drawing, named
 from sightline.explainers.selection import TOLD, prices
-from sightline.facts import LEVELS, Progress, Verdict, duration, words, worst
+from sightline.facts import LEVELS, Progress, Verdict, duration, folded, words, worst
 from sightline.inference import SHOWN, Memory, Output, in_batches
 from sightline.notebook import bar_of
 from sightline.report.networks import Explained, ExplainedNetwork, Network, methods_of, name_apart, network_of
@@ -271,10 +271,6 @@ def _in_memory(images: ImageSet | UInt8[Tensor, "b 3 h w"], rows: range) -> _Chu
     return _Chunk([f"image-{i}" for i in rows], [""] * len(rows), pixels, list(pixels.cpu()))
 
 
-def _folded(name: str) -> str:
-    return name.replace("_", " ").casefold()
-
-
 def _files(
     images: Given | Sequence[Given],
     out: Path,
@@ -288,7 +284,7 @@ def _files(
     ):
         raise ValueError(f"expected an output folder other than that of the images, got {out}; choose a new one")
     files, skipped, notices = image_files(each, strict)
-    folders = {_folded(name): name for name in classes}
+    folders = {folded(name): name for name in classes}
 
     def read(rows: range) -> _Chunk | None:
         names: list[str] = []
@@ -306,7 +302,7 @@ def _files(
         if not names:
             return None
         pixels = torch.stack([torch.from_numpy(picture.image) for picture in readable]).movedim(-1, 1)
-        true_classes = [folders.get(_folded(Path(name).resolve().parent.name), "") for name in names]
+        true_classes = [folders.get(folded(Path(name).resolve().parent.name), "") for name in names]
         return _Chunk(
             names, true_classes, pixels, [torch.from_numpy(picture.shown).movedim(-1, 0) for picture in readable]
         )

@@ -1,1 +1,20 @@
 """Maps of millions of images: shards that are computed on any number of machines, each of them once."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sightline.scale.cluster import Cluster
+    from sightline.scale.many import Many, explain_many
+    from sightline.scale.results import Results, read_map
+
+__all__ = ["Cluster", "Many", "Results", "explain_many", "read_map"]
+
+_HOMES = {"Cluster": "cluster", "Many": "many", "Results": "results", "explain_many": "many", "read_map": "results"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: a process that decodes needs no network."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from sightline import files
 from sightline.checks import missing
@@ -20,6 +20,9 @@ try:
     import pyarrow.parquet as pq
 except ModuleNotFoundError:
     raise missing("results in parquet files need the library pyarrow", "scale") from None
+
+from sightline.data.images import UnreadableImage, open_picture, quiet
+from sightline.scale.plan import contents_of, find_entries
 
 FORMAT = 1
 ASKED = "asked.json"
@@ -48,7 +51,11 @@ SCHEMA = pa.schema(
 `key` names the image, `source_index` is its place among all images. `logits` are in the first row of an image only.
 `map` has `height` x `width` numbers of `dtype` (float16 or float32), little-endian, row after row.
 """
-_FACTS = ("format", "sightline", "network", "methods", "classes", "sources", "images", "images_per_shard", "digest")
+_FACTS = (
+    *("format", "sightline", "network", "weights", "methods", "layer", "target", "output", "dtype", "preprocess"),
+    *("max_pixels", "classes", "sources", "plan", "images", "images_per_shard", "digest"),
+)
+"""What `ASKED` tells."""
 Row = Mapping[str, Any]
 """Values by column; those that are left out are null."""
 
@@ -139,7 +146,7 @@ def write_asked(folder: Path, facts: Mapping[str, Any]) -> None:
         ValueError: the folder holds results of something else.
         OSError: it cannot be written.
     """
-    kept = {"format": FORMAT, **facts}
+    kept = json.loads(json.dumps({"format": FORMAT, **facts}))  # as it is read again
     kept["digest"] = digest_of(kept)
     if (folder / ASKED).is_file():
         there = Results.open(folder).asked
@@ -211,6 +218,40 @@ class Results:
                     yield from opened.iter_batches(rows, columns=None if columns is None else [*columns])
             except (pa.ArrowInvalid, OSError) as error:
                 raise ValueError(f"{file} is damaged: {error}; delete it and run the same command again") from error
+
+    def images(self, keys: Sequence[str], longest: int = 448) -> dict[str, UInt8[np.ndarray, "h w 3"] | str]:
+        """The images of these keys as their source has them now, or why they cannot be read.
+
+        Each is the part that the network saw, which its map covers, in its own shape.
+
+        Args:
+            keys: as in the rows.
+            longest: most pixels of a side.
+
+        Raises:
+            OSError: a source cannot be reached.
+            ValueError: a key is none of these results.
+        """
+        found = find_entries(self.folder, keys)
+        if unknown := [key for key in keys if key not in found]:
+            raise ValueError(f"expected keys of images in {self.folder}, got {unknown[0]!r}")
+        preprocess = self.asked["preprocess"]
+        seen = {name: preprocess[name] for name in ("crop", "interpolation") if name in preprocess}
+        size, max_pixels = tuple(preprocess["size"]), self.asked["max_pixels"]
+        pictures: dict[str, UInt8[np.ndarray, "h w 3"] | str] = {}
+        with quiet():
+            for key, read in zip(keys, contents_of([found[key] for key in keys]), strict=True):
+                content = read()
+                try:
+                    seen_part = (
+                        content
+                        if isinstance(content, str)
+                        else open_picture(content, size, longest, max_pixels, **seen)[1]
+                    )
+                except UnreadableImage as error:
+                    seen_part = str(error)
+                pictures[key] = seen_part
+        return pictures
 
     def _check(self, file: Path, opened: pq.ParquetFile) -> None:
         first = next(opened.iter_batches(1, columns=["digest"]))
