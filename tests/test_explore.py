@@ -2,17 +2,38 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from sightline.exploration import Look, cover_effect, explore, paste_effect, regions, spectral, strangeness, study
+from sightline import cli, data, runs
+from sightline.explainers import explain
+from sightline.exploration import (
+    Look,
+    RunLooks,
+    Source,
+    cover_effect,
+    explore,
+    paste_effect,
+    regions,
+    spectral,
+    strangeness,
+    study,
+)
 from sightline.exploration import clusters as clustering
 from sightline.exploration.interventions import CONTROLS, covered, windows_of
+from sightline.facts import Finding
 from sightline.metrics.uncertainty import holm
+from sightline.recipe import Data, Model, Optim, Recipe
+from sightline.report.explore import write_exploration
+from sightline.scale import ResultLooks, Results, explain_many
+from sightline.training import fit
 
 SIDE = 24
 RED = np.array([220, 20, 20], dtype=np.uint8)[:, None, None]
@@ -48,19 +69,17 @@ class Planted:
         self.maps[self.labels == 2, :1, :1] += 5
         self.marks = marks
         self.splits = [splits[i * len(splits) // 120] for i in range(120)]
-        self.asked = 0
 
     def looks(self, progress=None) -> Iterator[Look]:
         predicted = self.network.predict(self.pixels)
         for i, (values, answer) in enumerate(zip(self.maps, predicted.tolist(), strict=True)):
-            yield Look(str(i), "toy", values, answer, answer, 0.9, int(self.labels[i]), self.splits[i])
+            yield Look(i, str(i), "toy", values, answer, answer, 0.9, int(self.labels[i]), self.splits[i])
 
-    def images(self, keys: Sequence[str]):
-        self.asked = max(self.asked, len(keys))
-        return self.pixels[[int(key) for key in keys]]
+    def images(self, places: Sequence[int]):
+        return self.pixels[[*places]]
 
-    def marked(self, keys):
-        return None if self.marks is None else np.broadcast_to(self.marks, (len(keys), SIDE, SIDE)).copy()
+    def marked(self, places):
+        return None if self.marks is None else np.broadcast_to(self.marks, (len(places), SIDE, SIDE)).copy()
 
     def predict(self, images):
         return self.network.predict(images)
@@ -83,6 +102,11 @@ def blobs(sizes: Sequence[int], spread: float = 0.03):
         hill = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / 2)
         found.append(hill + spread * rng.random((size, 8, 8)))
     return clustering.weights(np.concatenate(found)).reshape(sum(sizes), -1)
+
+
+@pytest.fixture(scope="module")
+def explored():
+    return explore(Planted(), tests=3)
 
 
 @pytest.mark.parametrize("sizes", [(60, 40), (60, 40, 20), (80, 12)])
@@ -286,9 +310,9 @@ def test_samples_are_bounded_and_random(monkeypatch):
     assert [group.sampled for group in explore(source).groups] == [15] * 3
     sample, rng = study._Sample(), np.random.default_rng(0)
     for i in range(400):
-        sample.add(Look(str(i), "toy", np.ones((64, 64)), 0, 0, 1.0, -1, ""), 100, rng)
-    assert sample.count == 400 and len(set(sample.keys)) == 100
-    assert 15 <= sum(int(key) < 100 for key in sample.keys) <= 35
+        sample.add(Look(i, str(i), "toy", np.ones((64, 64)), 0, 0, 1.0, -1, ""), 100, rng)
+    assert sample.count == 400 and len(set(sample.places)) == 100
+    assert 15 <= sum(place < 100 for place in sample.places) <= 35
     assert sample.looks[0].map.shape == (32, 32)
 
 
@@ -316,13 +340,151 @@ def test_copies_between_splits_are_told():
     assert explore(Planted()).duplicates == ()
 
 
-def test_files(tmp_path: Path):
-    exploration = explore(Planted(), tests=2)
+def test_files(explored, tmp_path: Path):
+    exploration = explored
     facts = json.loads(exploration.to_json(tmp_path / "a.json").read_text())
-    assert facts["settings"]["tests"] == 2 and facts["suspicions"][0]["verdict"] == "confirmed"
+    assert facts["settings"]["tests"] == 3 and facts["suspicions"][0]["verdict"] == "confirmed"
     assert "pictures" not in facts["suspicions"][0]
     with exploration.to_csv(tmp_path / "a.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(exploration.suspicions)
     assert float(rows[0]["cover_difference"]) == exploration.suspicions[0].cover.difference.value
     assert rows[-1]["verdict"] == "not tested" and rows[-1]["cover_low"] == ""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """48 images of two classes with the marks of each in a corner."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(48):
+        pixels = rng.integers(0, 120, (32, 32, 3)).astype(np.uint8)
+        pixels[:8, :8] = np.eye(3)[number % 2] * 250
+        place = folder / ("test" if number >= 32 else "train") / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory) -> runs.Run:
+    wanted = Recipe(
+        data=Data(source=str(photos), size=32, val=0.0),
+        model=Model(name="cifar_resnet", options={"depth": 8, "width": 0.25, "stem_stride": 2}),
+        optim=Optim(epochs=15, lr=0.01, batch_size=8),
+    )
+    trained = fit(wanted, tmp_path_factory.mktemp("runs") / "run", progress=False)
+    assert isinstance(trained, runs.Run)
+    return trained
+
+
+def test_maps_of_a_run_are_those_of_explain(run):
+    images = replace(data.load(run.recipe.data)["train"], preprocess=run.preprocess)
+    model = runs.load_model(run.folder)
+    source = RunLooks(model, images, ["grad_cam", "activation_map"])
+    looks = list(source.looks())
+    assert len(looks) == 64 and isinstance(source, Source)
+    batch = images.batch([9])
+    explanation = explain(model, data.normalize(batch.images, run.preprocess), None, ["activation_map"])
+    look = looks[2 * 9 + 1]
+    assert (look.place, look.key, look.label) == (9, batch.names[0], int(batch.labels[0]))
+    assert look.target == look.predicted == int(explanation.targets[0, 0])
+    np.testing.assert_allclose(look.map, explanation["activation_map"][0, 0].numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(source.images([9, 3])[0], batch.images[0].numpy())
+    assert source.predict(source.images([9])).tolist() == [look.predicted]
+
+
+def test_the_verb_explores_a_run(run, tmp_path, capsys):
+    cli.main(["explore", str(run.folder), "--split", "train", "--out", str(tmp_path), "--tests", "3"])
+    printed = capsys.readouterr().out
+    facts = json.loads((tmp_path / "explore.json").read_text())
+    assert facts["maps"] == 32 and facts["provenance"]["network"] == str(run.folder)
+    assert facts["summary"][0].split(":")[0] in printed.replace("\n  ", " ")
+    assert str(tmp_path / "explore.html") in printed
+
+
+def test_the_verb_explores_results(run, photos, tmp_path, capsys):
+    """The maps in shards give the same groups as those made on the way."""
+    maps, out = tmp_path / "maps", tmp_path / "out"
+    explain_many(run.folder, photos / "train", maps, per_shard=10)
+    cli.main(["explore", str(run.folder), str(maps), "--out", str(out), "--tests", "2"])
+    direct = tmp_path / "direct"
+    cli.main(["explore", str(run.folder), "--split", "train", "--out", str(direct), "--tests", "2"])
+    ours, theirs = (json.loads((folder / "explore.json").read_text()) for folder in (out, direct))
+    assert ours["maps"] == 32
+    for one, other in zip(ours["groups"], theirs["groups"], strict=True):
+        assert (one["target"], one["count"]) == (other["target"], other["count"])
+        np.testing.assert_allclose(one["mean_map"], other["mean_map"], atol=1e-3)
+        assert one["confidence"] == pytest.approx(other["confidence"], abs=1e-4)
+    source = ResultLooks(Results.open(maps), runs.load_model(run.folder))
+    looks = {look.place: look for look in source.looks()}
+    images = source.images([31, 0, 12])
+    for place, image in zip((31, 0, 12), images, strict=True):
+        np.testing.assert_array_equal(
+            image.transpose(1, 2, 0), np.asarray(Image.open(photos / "train" / looks[place].key))
+        )
+        assert source.predict(image[None]).item() == looks[place].predicted
+    assert looks[0].label == "ab".index(looks[0].key[0]) and source.notices == ()
+
+
+def test_missing_shards_and_other_networks_are_told(run, photos, tmp_path):
+    explain_many(run.folder, photos / "train", tmp_path, per_shard=10, shard=(0, 2))
+    source = ResultLooks(Results.open(tmp_path), runs.load_model(run.folder))
+    assert source.notices == ("2 of 4 shards are missing: their images are not seen",)
+    other = runs.load_model(run.folder)
+    next(other.parameters()).data.add_(1)
+    with pytest.raises(ValueError, match="got one of other weights; name its run"):
+        ResultLooks(Results.open(tmp_path), other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such run"),
+        (["RUN", "nowhere"], "nowhere holds no results"),
+        (["RUN", "--methods", "grad_camm"], "did you mean 'grad_cam'"),
+        (["RUN", "--weights", "a.pt"], "only with RESULTS"),
+        (["RUN", "nowhere", "--split", "val"], "--split: expected it without results"),
+        (["RUN", "--window", "0.9"], "a window above 0 and up to 1/3"),
+        (["RUN", "--sample", "2"], "a sample of at least 8"),
+        (["RUN", "--split", "val"], "expected a split with images out of train, test, got 'val'"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
+    words = [str(run.folder) if word == "RUN" else word for word in arguments]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["explore", *words, "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_page_stands_alone(explored, tmp_path):
+    text = write_exploration(explored, tmp_path).read_text()
+    assert "1 of 3 classes depend on a small region" in text
+    assert text.count("<article") == 1 and text.count('<rect class="outline inner"') == 6
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text)
+    untested = replace(explored.suspicions[-1], cover=None, paste=None, is_finding=False)
+    bare = replace(explored, suspicions=(untested,), summary=(Finding("none confirmed", "None."),))
+    page = write_exploration(bare, tmp_path).read_text()
+    assert "No suspicion was tested." in page and "<article" not in page
+
+
+def test_the_page_in_a_browser(explored, tmp_path, chromium):
+    """No scrolling sideways on a phone, no errors, no requests, and no violation that axe finds, in light and dark."""
+    from axe_playwright_python.sync_playwright import Axe
+    from playwright.sync_api import sync_playwright
+
+    page = write_exploration(explored, tmp_path)
+    with sync_playwright() as played:
+        browser = played.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for width, scheme in ((1280, "light"), (390, "dark")):
+            tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            told: list[str] = []
+            tab.on("console", lambda message, told=told: told.append(message.text))
+            tab.on("request", lambda request, told=told: told.append(request.url))
+            tab.goto(page.as_uri())
+            assert [one for one in told if not one.startswith(("file:", "data:"))] == []
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            violations = Axe().run(tab).response["violations"]
+            assert [(one["id"], one["nodes"][0]["html"]) for one in violations] == []
+        browser.close()

@@ -285,11 +285,15 @@ def _sight(add: _Add) -> None:
 
 
 def _explore(add: _Add) -> None:
-    add("run", metavar="RUN", help="run folder")
+    add("run", metavar="RUN_OR_MODEL", help="run folder, or with RESULTS a timm / torchvision: model with --weights")
+    text = "maps that `sightline explain --engine` wrote; without them, those of the run's images are made"
+    add("results", nargs="?", metavar="RESULTS", help=text)
+    add("--weights", metavar="FILE", help="weights of a model by name")
+    add("--classes", metavar="FILE", help="its class names, one per line (ImageNet's for 1,000 classes)")
     _short(add, "--data", "other images than the run's own", "PATH_OR_NAME")
-    add("--split", default="test", metavar="SPLIT", help="train, val or test (test)")
-    methods = "maps to explore, see sightline list explainers (grad_cam)"
-    add("--methods", type=_names, default=["grad_cam"], metavar="A,B,...", help=methods)
+    add("--split", metavar="SPLIT", help="train, val or test (test)")
+    methods = "maps to make, see sightline list explainers (grad_cam)"
+    add("--methods", type=_names, metavar="A,B,...", help=methods)
     add("--sample", type=_count, default=500, metavar="N", help="maps of each class that are compared (500)")
     add("--tests", type=_count, default=50, metavar="N", help="suspicions to test, the strongest first (50)")
     text = "side of the region that is covered and pasted, as a share of the image's (0.25)"

@@ -60,9 +60,9 @@ def spectral(looks: Float[Array, "n d"], most: int = MOST, seed: int = 0) -> Int
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
 
-    >>> looks = np.concatenate([np.eye(2)[[0]].repeat(9, 0), np.eye(2)[[1]].repeat(6, 0)])
-    >>> spectral(looks + 0.01 * np.arange(30).reshape(15, 2) / 30).tolist()
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+    >>> steps = 0.01 * np.arange(5)[:, None]
+    >>> spectral(np.concatenate([steps, steps + 1, steps[:4] + 2]))[::5].tolist()
+    [0, 1, 2]
     """
     try:
         from sklearn.cluster import KMeans

@@ -20,8 +20,10 @@ _BATCH = 64
 class Look(NamedTuple):
     """One map."""
 
+    place: int
+    """Number of the image in its source."""
     key: str
-    """Of the image."""
+    """Name of the image."""
     method: str
     map: Float[Array, "h w"]
     target: int
@@ -47,11 +49,11 @@ class Source(Protocol):
         """All maps, one by one."""
         ...
 
-    def images(self, keys: Sequence[str]) -> UInt8[Array, "n 3 h w"]:
+    def images(self, places: Sequence[int]) -> UInt8[Array, "n 3 h w"]:
         """Images at the size of the network's input."""
         ...
 
-    def marked(self, keys: Sequence[str]) -> Bool[Array, "n h w"] | None:
+    def marked(self, places: Sequence[int]) -> Bool[Array, "n h w"] | None:
         """Where the objects of images are, if the data says so."""
         ...
 
@@ -69,9 +71,6 @@ class RunLooks:
         self.set, self.classes = images, tuple(images.classes)
         self.name = f"{images.name} ({images.split})"
         self.notices = images.notices
-        names = images.names
-        self.keys = names if len({*names}) == len(names) else [f"{i}: {name}" for i, name in enumerate(names)]
-        self._places = {key: place for place, key in enumerate(self.keys)}
 
     def looks(self, progress: Progress | None = None) -> Iterator[Look]:
         """All maps of the predicted classes."""
@@ -81,26 +80,34 @@ class RunLooks:
                 self.model, normalized(self.model, batch.images, self.set.preprocess), None, self.methods
             )
             confidence, predicted = explanation.probabilities.max(1)
-            facts = zip(
-                batch.indices.tolist(), predicted.tolist(), confidence.tolist(), batch.labels.tolist(), strict=True
-            )
             maps = {name: values[:, 0].float().cpu().numpy() for name, values in explanation.maps.items()}
-            for row, (place, answer, sure, label) in enumerate(facts):
+            answers_of = zip(predicted.tolist(), confidence.tolist(), batch.labels.tolist(), strict=True)
+            for row, (answer, sure, label) in enumerate(answers_of):
                 for method, values in maps.items():
-                    yield Look(self.keys[place], method, values[row], answer, answer, sure, label, self.set.split)
+                    yield Look(
+                        place=done + row,
+                        key=batch.names[row],
+                        method=method,
+                        map=values[row],
+                        target=answer,
+                        predicted=answer,
+                        confidence=sure,
+                        label=label,
+                        split=self.set.split,
+                    )
             done += len(batch.labels)
             if progress is not None:
                 progress("maps", done, len(self.set))
 
-    def images(self, keys: Sequence[str]) -> UInt8[Array, "n 3 h w"]:
+    def images(self, places: Sequence[int]) -> UInt8[Array, "n 3 h w"]:
         """Images of the set."""
-        return self.set.unmarked().batch([self._places[key] for key in keys]).images.cpu().numpy()
+        return self.set.unmarked().batch(places).images.cpu().numpy()
 
-    def marked(self, keys: Sequence[str]) -> Bool[Array, "n h w"] | None:
+    def marked(self, places: Sequence[int]) -> Bool[Array, "n h w"] | None:
         """Masks or boxes of the set; None if it has neither."""
         if not (self.set.has_masks or self.set.has_boxes):
             return None
-        regions = self.set.batch([self._places[key] for key in keys]).regions
+        regions = self.set.batch(places).regions
         return None if regions is None else regions[:, 0].cpu().numpy()
 
     def predict(self, images: UInt8[Array, "n 3 h w"]) -> Int64[Array, " n"]:

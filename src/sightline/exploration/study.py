@@ -55,8 +55,8 @@ class _Sample:
             self.looks[place] = look._replace(map=_kept(look.map))
 
     @property
-    def keys(self) -> list[str]:
-        return [look.key for look in self.looks]
+    def places(self) -> list[int]:
+        return [look.place for look in self.looks]
 
     def maps(self) -> Float[Array, "n h w"]:
         """At the size of the first."""
@@ -181,18 +181,18 @@ def _resized(raw: Float[Array, "h w"], size: tuple[int, ...]) -> Float[Array, "h
 
 def _sampled(
     source: Source, most: int, rng: np.random.Generator, progress: Progress | None
-) -> tuple[dict[tuple[str, int], _Sample], Counter[str], dict[str, list[str]], int]:
+) -> tuple[dict[tuple[str, int], _Sample], Counter[str], dict[str, list[tuple[int, str]]], int]:
     """A sample per method and class, why other maps were left out, the first images of each split, and a count."""
     samples: dict[tuple[str, int], _Sample] = {}
     left_out: Counter[str] = Counter()
-    splits: dict[str, list[str]] = {}
-    read, kept, last = 0, 0, ""
+    splits: dict[str, list[tuple[int, str]]] = {}
+    read, kept, last = 0, 0, -1
     for look in source.looks(progress):
         read += 1
-        if look.key != last:
-            last = look.key
+        if look.place != last:
+            last = look.place
             if kept < COMPARED:
-                splits.setdefault(look.split, []).append(look.key)
+                splits.setdefault(look.split, []).append((look.place, look.key))
                 kept += 1
         if look.target != look.predicted:
             left_out["of another class than the predicted one"] += 1
@@ -213,7 +213,7 @@ def _examined(
     confidence = np.array([look.confidence for look in sample.looks])
     numbers = clustering.spectral(flat, seed=seed)
     strange = clustering.strangeness(flat, confidence, numbers)
-    in_places, area = _in_places(source, sample.keys, clustering.weights(maps))
+    in_places, area = _in_places(source, sample.places, clustering.weights(maps))
 
     def places_of(rows: Array) -> dict[str, Share]:
         return {
@@ -255,13 +255,13 @@ def _examined(
 
 
 def _in_places(
-    source: Source, keys: Sequence[str], weights: Float[Array, "n h w"]
+    source: Source, numbers: Sequence[int], weights: Float[Array, "n h w"]
 ) -> tuple[dict[str, Float[Array, " n"]], dict[str, Float[Array, " n"]]]:
     """For each kind of place, the share of each map's weight in it, and the share of the area."""
     shares: dict[str, list[tuple[Array, Array]]] = {place: [] for place in DETECTORS}
-    for start in range(0, len(keys), _IMAGES):
+    for start in range(0, len(numbers), _IMAGES):
         part = slice(start, start + _IMAGES)
-        images = source.images(keys[part])
+        images = source.images(numbers[part])
         for place, detect in DETECTORS.items():
             shares[place].append(regions.shares(weights[part], detect(images)))
     inside, area = (
@@ -279,8 +279,8 @@ def _tested(
     target = source.classes.index(facts.target)
     rows = np.sort(rng.permutation(suspect.rows)[:COVERED])
     looks = [suspect.sample.looks[row] for row in rows]
-    keys = [look.key for look in looks]
-    images = source.images(keys)
+    numbers = [look.place for look in looks]
+    images = source.images(numbers)
     size = images.shape[2], images.shape[3]
     sides = max(round(window * size[0]), 1), max(round(window * size[1]), 1)
     places = DETECTORS[facts.place](images) if facts.place else None
@@ -291,10 +291,10 @@ def _tested(
     others = _others(samples, facts.method, target, rng)
     paste = None
     if others:
-        into = source.images([look.key for look in others])
+        into = source.images([look.place for look in others])
         truth = np.array([look.label for look in others])
         paste = interventions.paste_effect(into, images, windows, sides, target, source.predict, truth, seed)
-    marks = source.marked(keys)
+    marks = source.marked(numbers)
     inside = None if marks is None else _inside(marks, interventions.windows_of(windows, size, sides))
     shown = range(min(len(rows), _SHOWN))
     return replace(
@@ -304,7 +304,7 @@ def _tested(
         pasted=len(others),
         in_object=inside,
         pictures=tuple(
-            Picture(keys[i], images[i].transpose(1, 2, 0).copy(), maps[i], (*windows[i].tolist(), *sides))
+            Picture(looks[i].key, images[i].transpose(1, 2, 0).copy(), maps[i], (*windows[i].tolist(), *sides))
             for i in shown
         ),
     )
@@ -336,15 +336,15 @@ def _confirmed(tested: Sequence[Suspicion]) -> list[Suspicion]:
     return confirmed
 
 
-def _copies(source: Source, splits: dict[str, list[str]]) -> tuple[tuple[str, ...], int]:
+def _copies(source: Source, splits: dict[str, list[tuple[int, str]]]) -> tuple[tuple[str, ...], int]:
     """Sentences about images that occur in several splits, and how many images were compared."""
     if len(splits) < 2:
         return (), 0
     order = sorted(splits, key=lambda split: (["train", "val", "test"].index(split) if split in _ORDER else 3, split))
-    names = [name for split in order for name in splits[split]]
+    places, names = zip(*(image for split in order for image in splits[split]), strict=True)
     prints: list[Array] = []
     for start in range(0, len(names), _IMAGES):
-        images = source.images(names[start : start + _IMAGES])
+        images = source.images(places[start : start + _IMAGES])
         prints += [duplicates.imprint(image.tobytes(), image) for image in images]
     numbers = np.repeat(np.arange(len(order)), [len(splits[split]) for split in order])
     repeats = duplicates.copies(np.stack(prints), numbers, np.full(len(names), -1))
