@@ -60,9 +60,8 @@ def spectral(looks: Float[Array, "n d"], most: int = MOST, seed: int = 0) -> Int
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
 
-    >>> steps = 0.01 * np.arange(5)[:, None]
-    >>> spectral(np.concatenate([steps, steps + 1, steps[:4] + 2]))[::5].tolist()
-    [0, 1, 2]
+    >>> spectral(np.eye(3)).tolist()  # too few maps to be divided
+    [0, 0, 0]
     """
     try:
         from sklearn.cluster import KMeans
