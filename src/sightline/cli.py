@@ -469,6 +469,61 @@ def _sight_mosaics(options: Namespace, overrides: dict[str, Any]) -> None:
     print(f"tables: {Path(options.out) / 'sight.md'}\nreport: {Path(options.out) / 'report.html'}")
 
 
+def explore(options: Namespace, overrides: dict[str, Any]) -> None:
+    """Findings from many maps: where a network looks by class, what is strange, and whether that region decides."""
+    from dataclasses import replace
+
+    from sightline import exploration, runs
+    from sightline.report.explore import write_exploration
+
+    out = Path(options.out)
+    runs.check_writable(out)
+    source = _maps_of_run(options, overrides) if options.results is None else _maps_in(options, overrides)
+    with terminal.Bar() as bar:
+        found = exploration.explore(
+            source, sample=options.sample, tests=options.tests, window=options.window, progress=bar.update
+        )
+    made_by = {"network": options.run, **({} if options.results is None else {"maps": options.results})}
+    found = replace(found, provenance=made_by | runs.surroundings())
+    found.to_json(out / "explore.json")
+    found.to_csv(out / "explore.csv")
+    page = write_exploration(found, out)
+    terminal.tell_notices(found.notices)
+    terminal.print_sentences([*found.summary, *found.duplicates])
+    print(f"page: {page}\ntable: {out / 'explore.csv'}")
+
+
+def _maps_of_run(options: Namespace, overrides: dict[str, Any]) -> Any:
+    """The images of a run's data, whose maps are made while they are explored."""
+    from sightline import runs
+    from sightline.explainers import named
+    from sightline.exploration import RunLooks
+    from sightline.report.run_evaluation import images_of
+
+    if options.weights or options.classes:
+        raise ValueError("expected --weights and --classes only with RESULTS, got no results; name a run folder alone")
+    methods = options.methods or ["grad_cam"]
+    for name in methods:
+        named(name)  # a wrong name is refused before the images are read
+    run = runs.open_run(options.run)
+    images, _ = images_of(run, options.split or "test", overrides)
+    terminal.tell_skipped(images.skipped)
+    return RunLooks(runs.load_model(run.folder).to(runs.best_device()), images, methods)
+
+
+def _maps_in(options: Namespace, overrides: dict[str, Any]) -> Any:
+    """The maps in a folder of results."""
+    from sightline import runs
+    from sightline.scale import ResultLooks, Results
+
+    given = {"methods": options.methods, "split": options.split}
+    if other := next((name for name in (*given, *overrides) if given.get(name, True)), None):
+        raise ValueError(f"--{other}: expected it without results, which say what was explained; leave it out")
+    results = Results.open(options.results)
+    model, _, name = _opened(options)
+    return ResultLooks(results, model if name else runs.load_model(model).to(runs.best_device()))
+
+
 def serve(options: Namespace, _: dict[str, Any]) -> None:
     """Serve a page where you drop in images and see where a model looks, and an HTTP API, until Ctrl-C."""
     from sightline import serve as server
@@ -664,6 +719,7 @@ VERBS = {
     "evaluate": evaluate,
     "task": task,
     "sight": sight,
+    "explore": explore,
     "serve": serve,
     "slides": slides,
     "push": push,

@@ -21,6 +21,7 @@ KINDS = ("datasets", "models", "attention", "explainers", "metrics", "tasks")
 RECIPE_PARTS = {
     **dict.fromkeys(("demo", "train", "bench", "reproduce", "sight"), recipe.PARTS),
     "evaluate": ("data",),
+    "explore": ("data",),
     "task": ("task",),
 }
 """Parts of the recipe whose fields a verb takes as options; `task`: the options of a task, which no recipe has."""
@@ -283,6 +284,24 @@ def _sight(add: _Add) -> None:
     add("--limit", type=_count, metavar="N", help="images to make maps of (100), or mosaics (50)")
 
 
+def _explore(add: _Add) -> None:
+    add("run", metavar="RUN_OR_MODEL", help="run folder, or with RESULTS a timm / torchvision: model with --weights")
+    text = "maps that `sightline explain --engine` wrote; without them, those of the run's images are made"
+    add("results", nargs="?", metavar="RESULTS", help=text)
+    add("--weights", metavar="FILE", help="weights of a model by name")
+    add("--classes", metavar="FILE", help="its class names, one per line (ImageNet's for 1,000 classes)")
+    _short(add, "--data", "other images than the run's own", "PATH_OR_NAME")
+    add("--split", metavar="SPLIT", help="train, val or test (test)")
+    methods = "maps to make, see sightline list explainers (grad_cam)"
+    add("--methods", type=_names, metavar="A,B,...", help=methods)
+    add("--sample", type=_count, default=500, metavar="N", help="maps of each class that are compared (500)")
+    add("--tests", type=_count, default=50, metavar="N", help="suspicions to test, the strongest first (50)")
+    text = "side of the region that is covered and pasted, as a share of the image's (0.25)"
+    add("--window", type=_probability, default=0.25, metavar="SHARE", help=text)
+    _images(add)
+    _out(add, "folder to write", required=True)
+
+
 def _serve(add: _Add) -> None:
     add("run", metavar="RUN_OR_MODEL", help="run folder, or a timm / torchvision: model with --weights")
     text = "weights of a timm / torchvision: model, safetensors or .pth; pretrained = timm's, downloaded"
@@ -383,6 +402,7 @@ _OPTIONS: dict[str, Callable[[_Add], None]] = {
     "evaluate": _evaluate,
     "task": _task,
     "sight": _sight,
+    "explore": _explore,
     "serve": _serve,
     "push": _push,
     "pull": _pull,

@@ -5,12 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sightline.scale.cluster import Cluster
+    from sightline.scale.looks import ResultLooks
     from sightline.scale.many import Many, explain_many
     from sightline.scale.results import Results, read_map
 
-__all__ = ["Cluster", "Many", "Results", "explain_many", "read_map"]
+__all__ = ["Cluster", "Many", "ResultLooks", "Results", "explain_many", "read_map"]
 
-_HOMES = {"Cluster": "cluster", "Many": "many", "Results": "results", "explain_many": "many", "read_map": "results"}
+_HOMES = {
+    "Cluster": "cluster",
+    "Many": "many",
+    "ResultLooks": "looks",
+    "Results": "results",
+    "explain_many": "many",
+    "read_map": "results",
+}
 
 
 def __getattr__(name: str) -> Any:
