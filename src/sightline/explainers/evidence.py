@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -127,6 +127,7 @@ class _Place:
         return self.reads_gradients and (self.head is not None or self.layer is None) and not self.needs & _OF_TARGET
 
 
+@runtime_checkable
 class Seen(Protocol):
     """What a forward showed, and how its scores are made."""
 
