@@ -15,9 +15,11 @@ from PIL import Image
 from sightline import cli, data, runs
 from sightline.explainers import explain
 from sightline.exploration import (
+    Effect,
     Look,
     RunLooks,
     Source,
+    Suspicion,
     cover_effect,
     explore,
     paste_effect,
@@ -28,7 +30,7 @@ from sightline.exploration import (
 )
 from sightline.exploration import clusters as clustering
 from sightline.exploration.interventions import CONTROLS, covered, windows_of
-from sightline.facts import Finding
+from sightline.facts import Finding, Interval
 from sightline.metrics.uncertainty import holm
 from sightline.recipe import Data, Model, Optim, Recipe
 from sightline.report.explore import write_exploration
@@ -238,6 +240,19 @@ def test_the_interval_of_pasting_resamples_sources():
     assert effect.difference.n == 2 and effect.region.value == 0.5 and effect.p == 1
 
 
+def test_each_source_gives_its_own_window():
+    """Red anywhere is enough here: every window carries it, and no window elsewhere in the same source does."""
+    sources = np.zeros((2, 3, SIDE, SIDE), dtype=np.uint8)
+    sources[0, :, :6, :6] = sources[1, :, 9:15, 12:18] = RED
+    dark = np.zeros((7, 3, SIDE, SIDE), dtype=np.uint8)
+
+    def predict(images):
+        return ((images[:, 0] == RED[0]).sum((1, 2)) == 36).astype(int)
+
+    effect = paste_effect(dark, sources, np.array([[0, 0], [9, 12]]), (6, 6), 1, predict)
+    assert (effect.region.value, effect.control.value) == (1, 0)
+
+
 def test_covered_pixels_come_from_the_surroundings():
     image = np.tile(np.arange(10, dtype=np.uint8) * 20, (1, 3, 10, 1))
     region = np.zeros((1, 10, 10), dtype=bool)
@@ -288,6 +303,48 @@ def test_all_tested_suspicions_count_for_the_correction():
     assert [one.verdict for one in few.suspicions].count("not tested") == len(tested) - 1
     assert few.suspicions[0].weight == max(one.weight for one in few.suspicions)
     assert few.summary[-1].kind == "not tested"
+
+
+def test_both_tests_have_to_hold_after_the_correction():
+    def effect(low, p):
+        sure = Interval(value=low, low=low, high=low, n=9)
+        return Effect(before=1, region=sure, control=sure, difference=sure, p=p, accuracy=(1, 1, 1))
+
+    def suspicion(cover, paste):
+        return Suspicion(
+            method="toy", target="a", kind="place", place="text", weight=1, images=9, class_share=1, places={},
+            examples=(), cover=effect(*cover), paste=paste and effect(*paste),
+        )  # fmt: skip
+
+    tested = [
+        suspicion((0.5, 1e-6), (0.5, 1e-5)),
+        suspicion((0.5, 1e-6), (0.5, 0.03)),  # enough among three, too much among four
+        suspicion((0.5, 1e-6), (0.05, 1e-4)),  # too small
+        suspicion((0.5, 1e-6), None),
+    ]
+    confirmed = study._confirmed(tested)
+    np.testing.assert_allclose([one.adjusted for one in confirmed], [3e-5, 0.03, 2e-4, np.nan])
+    assert [one.is_finding for one in confirmed] == [True, True, False, False]
+    tested.append(suspicion((0.5, 0.04), (0.5, 1e-6)))
+    confirmed = study._confirmed(tested)
+    np.testing.assert_allclose([one.adjusted for one in confirmed], [4e-5, 0.06, 3e-4, np.nan, 0.06])
+    assert [one.is_finding for one in confirmed] == [True, False, False, False, False]
+
+
+def test_regions_go_into_images_that_are_neither_labeled_nor_named_so():
+    def look(place, predicted, label):
+        return Look(place, str(place), "toy", np.ones((2, 2)), predicted, predicted, 1.0, label, "")
+
+    looks = [look(0, 0, 0), look(1, 1, 0), look(2, 1, 1), look(3, 0, 1), look(4, 1, -1)]
+    samples = {("toy", target): study._Sample(9, [one for one in looks if one.target == target]) for target in (0, 1)}
+    samples["other", 1] = study._Sample(1, [look(5, 1, 1)])
+    others = study._others(samples, "toy", 0, np.random.default_rng(0))
+    assert sorted(one.place for one in others) == [2, 4]
+
+
+def test_only_maps_with_twice_the_weight_of_chance_are_suspected():
+    suspected = {(one.target, one.place) for one in explore(Planted(), tests=1).suspicions if one.place}
+    assert suspected == {("red corner", "border"), ("red corner", "corners"), ("red corner", "colored patch")}
 
 
 def test_a_region_in_the_marked_object_is_no_shortcut():
