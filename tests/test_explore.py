@@ -308,11 +308,11 @@ def test_all_tested_suspicions_count_for_the_correction():
 def test_both_tests_have_to_hold_after_the_correction():
     def effect(low, p):
         sure = Interval(value=low, low=low, high=low, n=9)
-        return Effect(before=1, region=sure, control=sure, difference=sure, p=p, accuracy=(1, 1, 1))
+        return Effect(before=1.0, region=sure, control=sure, difference=sure, p=p, accuracy=(1.0, 1.0, 1.0))
 
     def suspicion(cover, paste):
         return Suspicion(
-            method="toy", target="a", kind="place", place="text", weight=1, images=9, class_share=1, places={},
+            method="toy", target="a", kind="place", place="text", weight=1.0, images=9, class_share=1.0, places={},
             examples=(), cover=effect(*cover), paste=paste and effect(*paste),
         )  # fmt: skip
 
