@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.deadly import Deadly  # noqa: E402
 from sightline.data import Preprocess  # noqa: E402
 from sightline.explainers import explain  # noqa: E402
 from sightline.scale import decoding, explain_many, plan, results  # noqa: E402
+from sightline.scale.cluster import Cluster  # noqa: E402
 from sightline.scale.plan import Entry, contents_of, entries_of, in_order, plan_of  # noqa: E402
 from sightline.scale.results import Results, packed_map, read_map, shard_file, write_asked, write_shard  # noqa: E402
 
@@ -407,3 +409,47 @@ def test_an_image_that_kills_the_decoder(photos: Path, tmp_path: Path, request: 
     done = many(photos, tmp_path / "out", per_shard=7)
     assert (done.written, done.unreadable, done.missing) == (2, 3, 0)
     check_deadly(tmp_path / "out", tmp_path / "before")
+
+
+def killed(name: str) -> int:
+    """Kill all processes of a name that this one has started."""
+    mine, count = {os.getpid()}, 0
+    stats = {int(path.name): path for path in Path("/proc").iterdir() if path.name.isdigit()}
+    for process, path in sorted(stats.items()):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (path / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent in mine:
+            mine.add(process)
+            if name in command:
+                os.kill(process, signal.SIGKILL)
+                count += 1
+    return count
+
+
+def test_ray(photos: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The rows of the plain loop, though two images kill those who decode them, and a worker is killed."""
+    pytest.importorskip("ray")
+    many(photos, tmp_path / "before")
+    request.getfixturevalue("deadly")
+    kills: list[int] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if not kills:
+            kills.append(killed("ray::_Worker"))
+
+    cluster = Cluster(workers=1, cores=2, memory=100_000_000)
+    done = many(photos, tmp_path / "out", engine="ray", cluster=cluster, progress=progress, per_shard=5)
+    assert kills == [1]
+    assert (done.written, done.unreadable, done.missing, done.failed) == (3, 3, 0, {})
+    check_deadly(tmp_path / "out", tmp_path / "before")
+    assert killed("ray::") == 0
+
+
+def test_ray_that_is_not_there(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sightline.scale.cluster.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"library ray; install it: pip install 'sightline\[scale\]'"):
+        many(photos, tmp_path / "out", engine="ray")
+    assert not (tmp_path / "out").exists()

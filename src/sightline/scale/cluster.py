@@ -5,16 +5,19 @@ import os
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sightline.checks import missing
-from sightline.scale.decoding import TRIES, Decoded, Job, decode, search_lethal
+from sightline.scale.decoding import TRIES, Decoded, Failed, Job, search_lethal
+from sightline.scale.local import Decoder, Died
+from sightline.scale.plan import is_address
 
 if TYPE_CHECKING:
     from sightline.report.networks import ExplainedNetwork
     from sightline.scale.shards import Done
 
+_READERS = 8  # images of a core that are on their way over a network
 _HOPELESS = 30  # deaths in a row, without one finished shard between them
 
 
@@ -57,6 +60,7 @@ def started(cluster: Cluster) -> Generator[Any]:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's name for: listen on 127.0.0.1 only
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else workers are the last on a busy machine
     import ray
 
     quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
@@ -109,9 +113,15 @@ class _Worker:
             pass
 
 
+@lru_cache(maxsize=1)
+def _decoder(job: Job) -> Decoder:
+    """The decoding process of this one, which outlives a task."""
+    return Decoder(job, _READERS if any(map(is_address, job.sources)) else 1)
+
+
 def _decode(job: Job, shard: int, lethal: Sequence[int], part: Sequence[int] | None) -> tuple[None, Decoded]:
     """Nothing, which is fetched to see that it is done, and the images, which are not."""
-    return None, decode(job, shard, lethal, part)
+    return None, _decoder(job).surely(shard, lethal, part)
 
 
 class _Work(NamedTuple):
@@ -119,13 +129,6 @@ class _Work(NamedTuple):
 
     shard: int
     part: Sequence[int] | None = None
-
-
-class Failed(NamedTuple):
-    """A shard that was given up."""
-
-    shard: int
-    reason: str
 
 
 def run(job: Job, network: "ExplainedNetwork", shards: Iterable[int], cluster: Cluster) -> "Iterator[Done | Failed]":
@@ -242,7 +245,7 @@ class _Driver:
         try:
             return self.ray.get(reference)
         except RayTaskError as error:
-            if not isinstance(error.cause, RayError):
+            if not isinstance(error.cause, RayError | Died):
                 raise error.cause from None
             return _Death(str(error.cause))
         except RayError as error:
