@@ -19,9 +19,10 @@ import fsspec  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from tests.deadly import Deadly  # noqa: E402
 
+from sightline import cli  # noqa: E402
 from sightline.data import Preprocess  # noqa: E402
 from sightline.explainers import explain  # noqa: E402
-from sightline.scale import decoding, explain_many, plan, results  # noqa: E402
+from sightline.scale import cluster, decoding, explain_many, plan, results  # noqa: E402
 from sightline.scale.cluster import Cluster  # noqa: E402
 from sightline.scale.plan import Entry, contents_of, entries_of, in_order, plan_of  # noqa: E402
 from sightline.scale.results import Results, packed_map, read_map, shard_file, write_asked, write_shard  # noqa: E402
@@ -440,8 +441,8 @@ def test_ray(photos: Path, tmp_path: Path, request: pytest.FixtureRequest) -> No
         if not kills:
             kills.append(killed("ray::_Worker"))
 
-    cluster = Cluster(workers=1, cores=2, memory=100_000_000)
-    done = many(photos, tmp_path / "out", engine="ray", cluster=cluster, progress=progress, per_shard=5)
+    wanted = Cluster(workers=1, cores=2, memory=100_000_000)
+    done = many(photos, tmp_path / "out", engine="ray", cluster=wanted, progress=progress, per_shard=5)
     assert kills == [1]
     assert (done.written, done.unreadable, done.missing, done.failed) == (3, 3, 0, {})
     check_deadly(tmp_path / "out", tmp_path / "before")
@@ -453,3 +454,35 @@ def test_ray_that_is_not_there(photos: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ModuleNotFoundError, match=r"library ray; install it: pip install 'sightline\[scale\]'"):
         many(photos, tmp_path / "out", engine="ray")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--workers 2", "expected --workers with --engine ray, got it without; add --engine ray"),
+        ("--engine local --gpus 0.5", "expected --gpus with --engine ray, got it without"),
+        ("--float16", "expected --float16 with --engine or --shard, got none; add --engine local"),
+        ("--shard 0/2 --overlays", "got overlays; leave it out"),
+        ("--engine local --strict", "got strict; leave it out"),
+        ("--shard 2/2", "expected I/N from 0/N to N-1/N, such as 0/4 to 3/4, got '2/2'"),
+        ("--engine slurm", "'slurm' is none of local, ray"),
+    ],
+)
+def test_options_that_do_not_go_together(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["explain", "nothing", "photos", "--out", "nowhere", *line.split()])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_more_workers_than_cores() -> None:
+    class Ray:
+        def cluster_resources(self) -> dict[str, float]:
+            return {"CPU": 4.0, "GPU": 1.0}
+
+    assert cluster._shares(Ray(), Cluster()) == (1, 4, 1.0)
+    assert cluster._shares(Ray(), Cluster(gpus=0.5)) == (2, 4, 0.5)
+    assert cluster._shares(Ray(), Cluster(gpus=0.25, workers=3)) == (3, 4, 0.25)
+    for wrong in (Cluster(workers=4, gpus=0.1), Cluster(workers=2)):
+        with pytest.raises(ValueError, match="expected fewer workers than cores, and GPUs for each"):
+            cluster._shares(Ray(), wrong)

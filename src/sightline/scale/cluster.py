@@ -3,10 +3,10 @@
 import importlib.util
 import os
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sightline.checks import missing
 from sightline.scale.decoding import TRIES, Decoded, Failed, Job, search_lethal
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sightline.report.networks import ExplainedNetwork
     from sightline.scale.shards import Done
 
+Key = TypeVar("Key")
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 _READERS = 8  # images of a core that are on their way over a network
 _HOPELESS = 30  # deaths in a row, without one finished shard between them
 
@@ -87,6 +90,65 @@ def started(cluster: Cluster) -> Generator[Any]:
         ray.shutdown()
 
 
+def on_cluster(
+    function: Callable[[Argument], Result], arguments: Mapping[Key, Argument], cluster: Cluster
+) -> "Iterator[tuple[Key, Result | str]]":
+    """What a function returns for each argument, or that its process died `TRIES` times, as they finish.
+
+    Raises:
+        Exception: what the function raises.
+        ValueError: there are not enough cores or GPUs for the workers.
+    """
+    with started(cluster) as ray:
+        workers, cores, gpus = _shares(ray, cluster)
+        largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
+        each = max(min(cores // workers, largest), 1)
+        task = ray.remote(function).options(num_cpus=each, num_gpus=gpus, max_retries=TRIES - 1)
+        coming = {task.remote(argument): key for key, argument in arguments.items()}
+        while coming:
+            (reference, *_), _ = ray.wait([*coming])
+            result = _result(ray, reference)
+            yield coming.pop(reference), result.reason if isinstance(result, _Death) else result
+
+
+def _shares(ray: Any, cluster: Cluster) -> tuple[int, int, float]:
+    """Number of workers, of cores in all, and of GPUs per worker.
+
+    Raises:
+        ValueError: there are not enough GPUs for the workers.
+    """
+    there = ray.cluster_resources()
+    cores, gpus = int(there.get("CPU", 0)), there.get("GPU", 0)
+    per_worker = (1 if gpus else 0) if cluster.gpus is None else cluster.gpus
+    workers = cluster.workers or (int(gpus / per_worker) if per_worker else max(cores - 1, 1))
+    if workers >= cores or workers * per_worker > gpus:
+        raise ValueError(
+            f"expected fewer workers than cores, and GPUs for each, got {workers} workers with {per_worker:g} GPUs "
+            f"on {cores} cores and {gpus:g} GPUs; give fewer --workers or --gpus"
+        )
+    return workers, cores, float(per_worker)
+
+
+class _Death(NamedTuple):
+    """The end of a process."""
+
+    reason: str
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    """What a task returned, or that its process died; errors of our own are raised."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if not isinstance(error.cause, RayError | Died):
+            raise error.cause from None
+        return _Death(str(error.cause))
+    except RayError as error:
+        return _Death(str(error))
+
+
 class _Worker:
     """Holds the network; explains decoded shards and writes them."""
 
@@ -152,18 +214,10 @@ class _Driver:
     def __init__(self, ray: Any, job: Job, network: "ExplainedNetwork", cluster: Cluster) -> None:
         self.ray = ray
         self.job_size = job.size
-        there = ray.cluster_resources()
-        cores, gpus = int(there.get("CPU", 0)), there.get("GPU", 0)
-        per_worker = (1 if gpus else 0) if cluster.gpus is None else cluster.gpus
-        workers = cluster.workers or (int(gpus / per_worker) if per_worker else max(cores - 1, 1))
-        if workers >= cores or workers * per_worker > gpus:
-            raise ValueError(
-                f"expected fewer workers than cores, and GPUs for each, got {workers} workers with {per_worker:g} GPUs "
-                f"on {cores} cores and {gpus:g} GPUs; give fewer --workers or --gpus"
-            )
+        workers, cores, per_worker = _shares(ray, cluster)
         self.decoders = cores - workers
         bytes_each = job.per_shard * 3 * job.preprocess.size[0] * job.preprocess.size[1]
-        fitting = int(0.7 * there.get("object_store_memory", 0) / bytes_each)
+        fitting = int(0.7 * ray.cluster_resources().get("object_store_memory", 0) / bytes_each)
         self.most = max(min(self.decoders + 2 * workers, fitting), workers)
         self.decode = ray.remote(_decode).options(num_cpus=1, num_returns=2, max_retries=0)
         worker = ray.remote(_Worker).options(num_cpus=1, num_gpus=per_worker)
@@ -211,7 +265,7 @@ class _Driver:
         return len(self.decoding) + len(self.decoded) + len(self.running)
 
     def _finish(self, reference: Any) -> "Iterator[Done | Failed]":
-        result = self._result(reference)
+        result = _result(self.ray, reference)
         if worker := self.starting.pop(reference, None):
             if isinstance(result, _Death):
                 self._count_death(result)
@@ -238,25 +292,12 @@ class _Driver:
             self.in_a_row = 0
             yield result
 
-    def _result(self, reference: Any) -> Any:
-        """What a task returned, or that its process died; errors of our own are raised."""
-        from ray.exceptions import RayError, RayTaskError
-
-        try:
-            return self.ray.get(reference)
-        except RayTaskError as error:
-            if not isinstance(error.cause, RayError | Died):
-                raise error.cause from None
-            return _Death(str(error.cause))
-        except RayError as error:
-            return _Death(str(error))
-
-    def _count_death(self, death: "_Death") -> None:
+    def _count_death(self, death: _Death) -> None:
         self.in_a_row += 1
         if self.in_a_row > _HOPELESS:
             raise RuntimeError(f"{self.in_a_row} processes died, one after the other; the last: {death.reason}")
 
-    def _after_death(self, work: _Work, death: "_Death") -> Iterator[Failed]:
+    def _after_death(self, work: _Work, death: _Death) -> Iterator[Failed]:
         self._count_death(death)
         self.deaths[work.shard] += 1
         if self.deaths[work.shard] == TRIES:
@@ -273,9 +314,3 @@ class _Driver:
         except StopIteration as end:
             self.lethal[shard] = end.value
             self.again.append(_Work(shard))
-
-
-class _Death(NamedTuple):
-    """The end of a process."""
-
-    reason: str
