@@ -330,6 +330,25 @@ def test_only_what_is_missing_is_done(photos: Path, tmp_path: Path) -> None:
         many(photos / "cat", out)
 
 
+def test_halves_of_killed_processes_are_swept_away(photos: Path, tmp_path: Path) -> None:
+    """But not those of a shard that another process may still be writing."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".shard-000001.parquet.1.tmp", ".shard-000002.parquet.2.tmp"):
+        (out / name).write_bytes(b"half")
+    many(photos, out, shard=(1, 4))
+    assert [file.name for file in out.glob(".*.tmp")] == [".shard-000002.parquet.2.tmp"]
+
+    def overtaken() -> Any:
+        many(photos, out, shard=(2, 4))
+        for file in out.glob(".shard-000002.*.tmp"):
+            file.unlink()
+        yield []
+
+    write_shard(out, 2, overtaken())
+    assert len(Results.open(out).missing()) == 2 and list(out.glob(".*.tmp")) == []
+
+
 def test_shares_of_the_shards(photos: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     many(photos, whole)

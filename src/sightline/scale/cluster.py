@@ -75,10 +75,14 @@ def started(cluster: Cluster) -> Generator[Any]:
         try:
             ray.init(address, **quietly)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"no Ray cluster answers at {address}: {error}; start one by ray start --head") from error
+            raise ValueError(
+                f"no Ray cluster answers at {address}: {error}; start one by ray start --head; "
+                "RAY_AUTH_MODE and the token have to be the same there and here"
+            ) from error
     else:
         cores = cluster.cores or os.cpu_count() or 1
         ray.init(
+            "local",  # not a cluster that happens to run on this machine
             num_cpus=max(cores, (cluster.workers or 1) + 1),
             object_store_memory=cluster.memory,
             include_dashboard=False,
