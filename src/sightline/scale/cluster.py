@@ -28,7 +28,9 @@ class Cluster(NamedTuple):
     """What Ray may use."""
 
     address: str | None = None
-    """Of a cluster that runs. None: Ray is started in this process, for this machine alone, and ended with it."""
+    """Of a cluster that runs. None: Ray is started in this process, for this machine alone, and ended with it; it
+    listens on 127.0.0.1 only, unless you imported Ray before. A Ray that you started in this process is used as it is.
+    """
     workers: int | None = None
     """Networks that are held. None: one per GPU; without GPUs, one per core but one."""
     gpus: float | None = None
@@ -66,6 +68,9 @@ def started(cluster: Cluster) -> Generator[Any]:
         os.environ.setdefault("RAY_worker_niceness", "0")  # else workers are the last on a busy machine
     import ray
 
+    if ray.is_initialized():
+        yield ray
+        return
     quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if address is not None:
         if cluster.cores is not None or cluster.memory is not None:
