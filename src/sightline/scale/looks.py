@@ -88,14 +88,14 @@ class ResultLooks:
             listed = plan.entries(shard)
             entries += [listed[places[row] % asked["images_per_shard"]] for row in some]
         images = np.empty((len(places), *self.preprocess.size, 3), dtype=np.uint8)
-        seen = {"crop": self.preprocess.crop, "interpolation": self.preprocess.interpolation}
+        seen = (self.preprocess.crop, self.preprocess.interpolation)
         with quiet():
             for row, entry, read in zip(order.tolist(), entries, contents_of(entries), strict=True):
                 content = read()
                 try:
                     if isinstance(content, str):
                         raise UnreadableImage(content)
-                    images[row] = open_image(content, self.preprocess.size, asked["max_pixels"], **seen)[0]
+                    images[row] = open_image(content, self.preprocess.size, asked["max_pixels"], *seen)[0]
                 except UnreadableImage as error:
                     raise ValueError(f"{entry.key} was read for its map and cannot be read now: {error}") from error
         return images.transpose(0, 3, 1, 2).copy()
