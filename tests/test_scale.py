@@ -198,11 +198,12 @@ class TestPlan:
         with pytest.raises(ValueError, match="expected an uncompressed tar file"):
             list(entries_of(str(tmp_path), [], tmp_path))
 
-    def test_parquet_files(self, tmp_path: Path) -> None:
+    def test_parquet_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plan, "_ROWS", 2)
         cells = [{"bytes": png(number), "path": None} for number in range(7)] + [{"bytes": None, "path": None}]
         for name, part in (("train-0.parquet", cells[:5]), ("test-0.parquet", cells[5:])):
             table = pa.table({"id": range(len(part)), "image": part, "label": list(range(len(part)))})
-            pq.write_table(table, tmp_path / name, row_group_size=2)
+            pq.write_table(table, tmp_path / name, row_group_size=4)
         entries = list(entries_of(str(tmp_path), [], tmp_path))
         assert [entry.key for entry in entries[2:5]] == ["test-0.parquet/2", "train-0.parquet/0", "train-0.parquet/1"]
         assert [entry.label for entry in entries] == [0, 1, 2, 0, 1, 2, 3, 4]
