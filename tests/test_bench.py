@@ -22,6 +22,7 @@ from sightline.bench.study import folder
 from sightline.metrics.complexity import sparsity
 from sightline.models import create_model
 from sightline.recipe import Data, Model, Optim, Recipe
+from sightline.scale import Cluster
 from sightline.training import fit
 
 pytestmark = pytest.mark.usefixtures("few_validation_images")
@@ -133,6 +134,17 @@ def test_a_study_is_trained_measured_and_not_done_twice(tmp_path: Path, jobs: in
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("measured.json")} == stamps
     assert json.loads((tmp_path / "bench.json").read_text())["measured"][0]["after"]["similarity"] is None
     assert (tmp_path / "bench.md").read_text() == found.markdown()
+
+
+def test_a_study_on_ray(tmp_path: Path):
+    """A plain call afterwards has nothing left to do."""
+    pytest.importorskip("ray")
+    study = Study(recipe=SMALL, rows={name: ROWS[name] for name in ("control", "SE")})
+    found = bench.bench(study, tmp_path, cluster=Cluster(workers=2, cores=2, memory=100_000_000))
+    assert not found.failed and len(found.measured) == 4
+    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("measured.json")}
+    assert repr(bench.bench(study, tmp_path)) == repr(found)
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("measured.json")} == stamps and len(stamps) == 4
 
 
 def _sparsity_of_table_6(run):

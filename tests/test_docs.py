@@ -155,6 +155,16 @@ def check_command(words: list[str], note: str, place: str) -> None:
         assert set(extras) <= {"train", "slides", "scale", "export", "serve", "docs", "dev"}, place
     elif program == "curl":
         request(arguments, place)
+    elif program == "sbatch":
+        array, *_, wrapped = arguments
+        first, last = map(int, array.removeprefix("--array=").split("-"))
+        for task in range(first, last + 1):
+            check_command(shlex.split(wrapped.replace("$SLURM_ARRAY_TASK_ID", str(task))), note, place)
+    elif program == "ray":
+        from ray.scripts import scripts
+
+        assert arguments[0] == "start", place
+        scripts.start.make_context("start", arguments[1:])
     elif program in (".venv/bin/python", "python"):
         assert arguments[0] == "-m" or (ROOT / arguments[0]).is_file(), place
     else:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import fsspec  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from tests.deadly import Deadly  # noqa: E402
 
+from sightline import cli  # noqa: E402
 from sightline.data import Preprocess  # noqa: E402
 from sightline.explainers import explain  # noqa: E402
-from sightline.scale import decoding, explain_many, plan, results  # noqa: E402
+from sightline.scale import cluster, decoding, explain_many, plan, results  # noqa: E402
+from sightline.scale.cluster import Cluster  # noqa: E402
 from sightline.scale.plan import Entry, contents_of, entries_of, in_order, plan_of  # noqa: E402
 from sightline.scale.results import Results, packed_map, read_map, shard_file, write_asked, write_shard  # noqa: E402
 
@@ -195,11 +198,12 @@ class TestPlan:
         with pytest.raises(ValueError, match="expected an uncompressed tar file"):
             list(entries_of(str(tmp_path), [], tmp_path))
 
-    def test_parquet_files(self, tmp_path: Path) -> None:
+    def test_parquet_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plan, "_ROWS", 2)
         cells = [{"bytes": png(number), "path": None} for number in range(7)] + [{"bytes": None, "path": None}]
         for name, part in (("train-0.parquet", cells[:5]), ("test-0.parquet", cells[5:])):
             table = pa.table({"id": range(len(part)), "image": part, "label": list(range(len(part)))})
-            pq.write_table(table, tmp_path / name, row_group_size=2)
+            pq.write_table(table, tmp_path / name, row_group_size=4)
         entries = list(entries_of(str(tmp_path), [], tmp_path))
         assert [entry.key for entry in entries[2:5]] == ["test-0.parquet/2", "train-0.parquet/0", "train-0.parquet/1"]
         assert [entry.label for entry in entries] == [0, 1, 2, 0, 1, 2, 3, 4]
@@ -327,6 +331,25 @@ def test_only_what_is_missing_is_done(photos: Path, tmp_path: Path) -> None:
         many(photos / "cat", out)
 
 
+def test_halves_of_killed_processes_are_swept_away(photos: Path, tmp_path: Path) -> None:
+    """But not those of a shard that another process may still be writing."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".shard-000001.parquet.1.tmp", ".shard-000002.parquet.2.tmp"):
+        (out / name).write_bytes(b"half")
+    many(photos, out, shard=(1, 4))
+    assert [file.name for file in out.glob(".*.tmp")] == [".shard-000002.parquet.2.tmp"]
+
+    def overtaken() -> Any:
+        many(photos, out, shard=(2, 4))
+        for file in out.glob(".shard-000002.*.tmp"):
+            file.unlink()
+        yield []
+
+    write_shard(out, 2, overtaken())
+    assert len(Results.open(out).missing()) == 2 and list(out.glob(".*.tmp")) == []
+
+
 def test_shares_of_the_shards(photos: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     many(photos, whole)
@@ -407,3 +430,79 @@ def test_an_image_that_kills_the_decoder(photos: Path, tmp_path: Path, request: 
     done = many(photos, tmp_path / "out", per_shard=7)
     assert (done.written, done.unreadable, done.missing) == (2, 3, 0)
     check_deadly(tmp_path / "out", tmp_path / "before")
+
+
+def killed(name: str) -> int:
+    """Kill all processes of a name that this one has started."""
+    mine, count = {os.getpid()}, 0
+    stats = {int(path.name): path for path in Path("/proc").iterdir() if path.name.isdigit()}
+    for process, path in sorted(stats.items()):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (path / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent in mine:
+            mine.add(process)
+            if name in command:
+                os.kill(process, signal.SIGKILL)
+                count += 1
+    return count
+
+
+def test_ray(photos: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The rows of the plain loop, though two images kill those who decode them, and a worker is killed."""
+    pytest.importorskip("ray")
+    many(photos, tmp_path / "before")
+    request.getfixturevalue("deadly")
+    kills: list[int] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if not kills:
+            kills.append(killed("ray::_Worker"))
+
+    wanted = Cluster(workers=1, cores=2, memory=100_000_000)
+    done = many(photos, tmp_path / "out", engine="ray", cluster=wanted, progress=progress, per_shard=5)
+    assert kills == [1]
+    assert (done.written, done.unreadable, done.missing, done.failed) == (3, 3, 0, {})
+    check_deadly(tmp_path / "out", tmp_path / "before")
+    assert killed("ray::") == 0
+
+
+def test_ray_that_is_not_there(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sightline.scale.cluster.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"library ray; install it: pip install 'sightline\[scale\]'"):
+        many(photos, tmp_path / "out", engine="ray")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--workers 2", "expected --workers with --engine ray, got it without; add --engine ray"),
+        ("--engine local --gpus 0.5", "expected --gpus with --engine ray, got it without"),
+        ("--float16", "expected --float16 with --engine or --shard, got none; add --engine local"),
+        ("--shard 0/2 --overlays", "got overlays; leave it out"),
+        ("--engine local --strict", "got strict; leave it out"),
+        ("--shard 2/2", "expected I/N from 0/N to N-1/N, such as 0/4 to 3/4, got '2/2'"),
+        ("--engine slurm", "'slurm' is none of local, ray"),
+    ],
+)
+def test_options_that_do_not_go_together(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["explain", "nothing", "photos", "--out", "nowhere", *line.split()])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_more_workers_than_cores() -> None:
+    class Ray:
+        def cluster_resources(self) -> dict[str, float]:
+            return {"CPU": 4.0, "GPU": 1.0}
+
+    assert cluster._shares(Ray(), Cluster()) == (1, 4, 1.0)
+    assert cluster._shares(Ray(), Cluster(gpus=0.5)) == (2, 4, 0.5)
+    assert cluster._shares(Ray(), Cluster(gpus=0.25, workers=3)) == (3, 4, 0.25)
+    for wrong in (Cluster(workers=4, gpus=0.1), Cluster(workers=2)):
+        with pytest.raises(ValueError, match="expected fewer workers than cores, and GPUs for each"):
+            cluster._shares(Ray(), wrong)

@@ -28,8 +28,6 @@ _ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError, Me
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of malloc.h
 _LARGEST_KEPT = 2**25  # the highest threshold that glibc takes
 _OF_RAY = ("workers", "gpus", "cores", "shared_memory", "address")
-_OF_MANY = ("shard_size", "float16", *_OF_RAY)
-"""Options of `explain` for shards."""
 _ELSEWHERE = """\
   not for insertion: the spatial transformer, in front of a network (--model.options.spatial_transformer {{}}),
     Glimpse, Attend with the alignment functions {};
@@ -165,7 +163,8 @@ def explain(options: Namespace, overrides: dict[str, Any]) -> None:
     if options.engine or options.shard:
         _explain_many(options, overrides)
         return
-    if given := next((name for name in _OF_MANY if getattr(options, name)), None):
+    _refuse_ray(options)
+    if given := next((name for name in ("shard_size", "float16") if getattr(options, name)), None):
         raise ValueError(f"expected --{given.replace('_', '-')} with --engine or --shard, got none; add --engine local")
     out = Path(options.out)
     before = set(out.iterdir()) if out.is_dir() else set[Path]()
@@ -226,16 +225,15 @@ def _opened(options: Namespace) -> tuple[Any, Sequence[str], str | None]:
 
 def _explain_many(options: Namespace, overrides: dict[str, Any]) -> None:
     """Write the maps of many images as shards."""
-    from sightline.scale import Cluster, explain_many
+    from sightline.scale import explain_many
 
     refused = {"overlays": options.overlays, "strict": overrides.get("data.strict")}
     refused["several runs"] = (Path(options.images[0]) / "run.json").is_file()
     if given := next((name for name, value in refused.items() if value), None):
         raise ValueError(f"expected one run without --overlays or --strict with --engine, got {given}; leave it out")
     engine = options.engine or "local"
-    of_ray = {name: getattr(options, name) for name in _OF_RAY}
-    if engine == "local" and (given := next((name for name, value in of_ray.items() if value is not None), None)):
-        raise ValueError(f"expected --{given.replace('_', '-')} with --engine ray, got {engine}; leave it out")
+    if engine == "local":
+        _refuse_ray(options)
     model, classes, name = _opened(options)
     limits = {"max_pixels": overrides["data.max_pixels"]} if "data.max_pixels" in overrides else {}
     if options.shard_size is not None:
@@ -250,13 +248,7 @@ def _explain_many(options: Namespace, overrides: dict[str, Any]) -> None:
             options.layer,
             engine=engine,
             shard=options.shard or (0, 1),
-            cluster=Cluster(
-                address=options.address,
-                workers=options.workers,
-                gpus=options.gpus,
-                cores=options.cores,
-                memory=options.shared_memory,
-            ),
+            cluster=_cluster(options),
             output=options.output,
             whole=options.whole,
             classes=classes,
@@ -347,8 +339,29 @@ def _draw(draws: dict[str, list[str]], study: "Study", out: Path) -> None:
 def _bench(study: "Study", options: Namespace, datasets: list[str] | None) -> "Bench":
     from sightline import bench
 
+    cluster = _cluster(options) if getattr(options, "engine", None) else None
+    if cluster is None:
+        _refuse_ray(options)
     with terminal.Bar(lines=True) as bar:
-        return bench.bench(study, options.out, options.row, options.jobs, bar.update, datasets)
+        return bench.bench(study, options.out, options.row, options.jobs, bar.update, datasets, cluster)
+
+
+def _cluster(options: Namespace) -> Any:
+    from sightline.scale import Cluster
+
+    return Cluster(
+        address=options.address,
+        workers=options.workers,
+        gpus=options.gpus,
+        cores=options.cores,
+        memory=options.shared_memory,
+    )
+
+
+def _refuse_ray(options: Namespace) -> None:
+    """Refuse options of Ray where it is not used."""
+    if given := next((name for name in _OF_RAY if getattr(options, name, None) is not None), None):
+        raise ValueError(f"expected --{given.replace('_', '-')} with --engine ray, got it without; add --engine ray")
 
 
 def _tell_end(result: "Bench", is_whole: bool, out: str) -> None:

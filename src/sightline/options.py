@@ -230,6 +230,8 @@ def _bench(add: _Add) -> None:
     text = "only this of its `datasets` (may be given several times)"
     add("--dataset", action="append", metavar="NAME", help=text)
     _study(add)
+    add("--engine", choices=("ray",), help="train on a Ray cluster, or by Ray on this machine, instead of in --jobs")
+    _ray(add, "runs at a time on Ray (one per GPU; without, one per core but one)")
 
 
 def _reproduce(add: _Add) -> None:

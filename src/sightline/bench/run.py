@@ -23,6 +23,7 @@ from sightline.facts import Progress
 from sightline.notebook import bar_of
 from sightline.recipe import Recipe
 from sightline.runs import Run
+from sightline.scale.cluster import Cluster, check_installed, on_cluster
 from sightline.training import fit
 
 _Key = tuple[str, str, int]
@@ -46,6 +47,7 @@ def bench(
     jobs: int = 1,
     progress: Progress | bool | None = None,
     datasets: Iterable[str] | None = None,
+    cluster: Cluster | None = None,
 ) -> Bench:
     """Train and measure every row with every seed of the study's recipe; finished runs in `out` are not repeated.
 
@@ -59,6 +61,8 @@ def bench(
         progress: True shows a bar; a function is called with (what, done, total) after each run.
         datasets: data sets to do. None: all; then, if all rows are done too, bench.json, bench.md and bench.html are
             written.
+        cluster: train on Ray instead of in `jobs` processes; its `workers` are the runs at a time. `out` and the images
+            are on a disk that all machines share.
 
     Returns:
         The measurements. A run that fails (its loss became infinite, `out` has it with another recipe) does not stop
@@ -71,6 +75,8 @@ def bench(
     out, report = Path(out), bar_of(progress)
     rows = _chosen("rows", only, study.rows)
     chosen_datasets = _chosen("data sets", datasets, study.datasets)
+    if cluster is not None:
+        check_installed()
     if jobs < 1:
         raise ValueError(f"expected 1 job or more, got {jobs}; as many as cores at most")
     runs.check_writable(out)
@@ -94,7 +100,7 @@ def bench(
             _Job((d, r, s), study.of(r, s, out, d), folder(out, r, s, d), study.own.get(r), study.tasks)
             for d, r, s in part
         ]
-        for key, outcome in _results(todo, jobs):
+        for key, outcome in _results(todo, jobs, cluster):
             outcomes[key] = outcome
             if report is not None:
                 report("training and measuring", len(outcomes), len(keys))
@@ -129,8 +135,12 @@ def _chosen(kind: str, names: Iterable[str] | None, choices: Iterable[str]) -> l
     return chosen
 
 
-def _results(todo: list[_Job], jobs: int) -> Iterator[tuple[_Key, MeasuredRun | str]]:
+def _results(todo: list[_Job], jobs: int, cluster: Cluster | None) -> Iterator[tuple[_Key, MeasuredRun | str]]:
     """The measurements of each job, or why it failed, as they finish."""
+    if cluster is not None:
+        # a run that is cut short goes on where it stopped, also on another machine
+        yield from on_cluster(_train_and_measure, {job.key: job for job in todo}, cluster)
+        return
     if jobs == 1:
         yield from ((job.key, _train_and_measure(job)) for job in todo)
         return

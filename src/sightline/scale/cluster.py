@@ -3,18 +3,24 @@
 import importlib.util
 import os
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sightline.checks import missing
-from sightline.scale.decoding import TRIES, Decoded, Job, decode, search_lethal
+from sightline.scale.decoding import TRIES, Decoded, Failed, Job, search_lethal
+from sightline.scale.local import Decoder, Died
+from sightline.scale.plan import is_address
 
 if TYPE_CHECKING:
     from sightline.report.networks import ExplainedNetwork
     from sightline.scale.shards import Done
 
+Key = TypeVar("Key")
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+_READERS = 8  # images of a core that are on their way over a network
 _HOPELESS = 30  # deaths in a row, without one finished shard between them
 
 
@@ -22,7 +28,9 @@ class Cluster(NamedTuple):
     """What Ray may use."""
 
     address: str | None = None
-    """Of a cluster that runs. None: Ray is started in this process, for this machine alone, and ended with it."""
+    """Of a cluster that runs. None: Ray is started in this process, for this machine alone, and ended with it; it
+    listens on 127.0.0.1 only, unless you imported Ray before. A Ray that you started in this process is used as it is.
+    """
     workers: int | None = None
     """Networks that are held. None: one per GPU; without GPUs, one per core but one."""
     gpus: float | None = None
@@ -57,8 +65,12 @@ def started(cluster: Cluster) -> Generator[Any]:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's name for: listen on 127.0.0.1 only
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else workers are the last on a busy machine
     import ray
 
+    if ray.is_initialized():
+        yield ray
+        return
     quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if address is not None:
         if cluster.cores is not None or cluster.memory is not None:
@@ -68,10 +80,14 @@ def started(cluster: Cluster) -> Generator[Any]:
         try:
             ray.init(address, **quietly)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"no Ray cluster answers at {address}: {error}; start one by ray start --head") from error
+            raise ValueError(
+                f"no Ray cluster answers at {address}: {error}; start one by ray start --head; "
+                "RAY_AUTH_MODE and the token have to be the same there and here"
+            ) from error
     else:
         cores = cluster.cores or os.cpu_count() or 1
         ray.init(
+            "local",  # not a cluster that happens to run on this machine
             num_cpus=max(cores, (cluster.workers or 1) + 1),
             object_store_memory=cluster.memory,
             include_dashboard=False,
@@ -81,6 +97,65 @@ def started(cluster: Cluster) -> Generator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def on_cluster(
+    function: Callable[[Argument], Result], arguments: Mapping[Key, Argument], cluster: Cluster
+) -> "Iterator[tuple[Key, Result | str]]":
+    """What a function returns for each argument, or that its process died `TRIES` times, as they finish.
+
+    Raises:
+        Exception: what the function raises.
+        ValueError: there are not enough cores or GPUs for the workers.
+    """
+    with started(cluster) as ray:
+        workers, cores, gpus = _shares(ray, cluster)
+        largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
+        each = max(min(cores // workers, largest), 1)
+        task = ray.remote(function).options(num_cpus=each, num_gpus=gpus, max_retries=TRIES - 1)
+        coming = {task.remote(argument): key for key, argument in arguments.items()}
+        while coming:
+            (reference, *_), _ = ray.wait([*coming])
+            result = _result(ray, reference)
+            yield coming.pop(reference), result.reason if isinstance(result, _Death) else result
+
+
+def _shares(ray: Any, cluster: Cluster) -> tuple[int, int, float]:
+    """Number of workers, of cores in all, and of GPUs per worker.
+
+    Raises:
+        ValueError: there are not enough GPUs for the workers.
+    """
+    there = ray.cluster_resources()
+    cores, gpus = int(there.get("CPU", 0)), there.get("GPU", 0)
+    per_worker = (1 if gpus else 0) if cluster.gpus is None else cluster.gpus
+    workers = cluster.workers or (int(gpus / per_worker) if per_worker else max(cores - 1, 1))
+    if workers >= cores or workers * per_worker > gpus:
+        raise ValueError(
+            f"expected fewer workers than cores, and GPUs for each, got {workers} workers with {per_worker:g} GPUs "
+            f"on {cores} cores and {gpus:g} GPUs; give fewer --workers or --gpus"
+        )
+    return workers, cores, float(per_worker)
+
+
+class _Death(NamedTuple):
+    """The end of a process."""
+
+    reason: str
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    """What a task returned, or that its process died; errors of our own are raised."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if not isinstance(error.cause, RayError | Died):
+            raise error.cause from None
+        return _Death(str(error.cause))
+    except RayError as error:
+        return _Death(str(error))
 
 
 class _Worker:
@@ -109,9 +184,15 @@ class _Worker:
             pass
 
 
+@lru_cache(maxsize=1)
+def _decoder(job: Job) -> Decoder:
+    """The decoding process of this one, which outlives a task."""
+    return Decoder(job, _READERS if any(map(is_address, job.sources)) else 1)
+
+
 def _decode(job: Job, shard: int, lethal: Sequence[int], part: Sequence[int] | None) -> tuple[None, Decoded]:
     """Nothing, which is fetched to see that it is done, and the images, which are not."""
-    return None, decode(job, shard, lethal, part)
+    return None, _decoder(job).surely(shard, lethal, part)
 
 
 class _Work(NamedTuple):
@@ -119,13 +200,6 @@ class _Work(NamedTuple):
 
     shard: int
     part: Sequence[int] | None = None
-
-
-class Failed(NamedTuple):
-    """A shard that was given up."""
-
-    shard: int
-    reason: str
 
 
 def run(job: Job, network: "ExplainedNetwork", shards: Iterable[int], cluster: Cluster) -> "Iterator[Done | Failed]":
@@ -149,18 +223,10 @@ class _Driver:
     def __init__(self, ray: Any, job: Job, network: "ExplainedNetwork", cluster: Cluster) -> None:
         self.ray = ray
         self.job_size = job.size
-        there = ray.cluster_resources()
-        cores, gpus = int(there.get("CPU", 0)), there.get("GPU", 0)
-        per_worker = (1 if gpus else 0) if cluster.gpus is None else cluster.gpus
-        workers = cluster.workers or (int(gpus / per_worker) if per_worker else max(cores - 1, 1))
-        if workers >= cores or workers * per_worker > gpus:
-            raise ValueError(
-                f"expected fewer workers than cores, and GPUs for each, got {workers} workers with {per_worker:g} GPUs "
-                f"on {cores} cores and {gpus:g} GPUs; give fewer --workers or --gpus"
-            )
+        workers, cores, per_worker = _shares(ray, cluster)
         self.decoders = cores - workers
         bytes_each = job.per_shard * 3 * job.preprocess.size[0] * job.preprocess.size[1]
-        fitting = int(0.7 * there.get("object_store_memory", 0) / bytes_each)
+        fitting = int(0.7 * ray.cluster_resources().get("object_store_memory", 0) / bytes_each)
         self.most = max(min(self.decoders + 2 * workers, fitting), workers)
         self.decode = ray.remote(_decode).options(num_cpus=1, num_returns=2, max_retries=0)
         worker = ray.remote(_Worker).options(num_cpus=1, num_gpus=per_worker)
@@ -208,7 +274,7 @@ class _Driver:
         return len(self.decoding) + len(self.decoded) + len(self.running)
 
     def _finish(self, reference: Any) -> "Iterator[Done | Failed]":
-        result = self._result(reference)
+        result = _result(self.ray, reference)
         if worker := self.starting.pop(reference, None):
             if isinstance(result, _Death):
                 self._count_death(result)
@@ -235,25 +301,12 @@ class _Driver:
             self.in_a_row = 0
             yield result
 
-    def _result(self, reference: Any) -> Any:
-        """What a task returned, or that its process died; errors of our own are raised."""
-        from ray.exceptions import RayError, RayTaskError
-
-        try:
-            return self.ray.get(reference)
-        except RayTaskError as error:
-            if not isinstance(error.cause, RayError):
-                raise error.cause from None
-            return _Death(str(error.cause))
-        except RayError as error:
-            return _Death(str(error))
-
-    def _count_death(self, death: "_Death") -> None:
+    def _count_death(self, death: _Death) -> None:
         self.in_a_row += 1
         if self.in_a_row > _HOPELESS:
             raise RuntimeError(f"{self.in_a_row} processes died, one after the other; the last: {death.reason}")
 
-    def _after_death(self, work: _Work, death: "_Death") -> Iterator[Failed]:
+    def _after_death(self, work: _Work, death: _Death) -> Iterator[Failed]:
         self._count_death(death)
         self.deaths[work.shard] += 1
         if self.deaths[work.shard] == TRIES:
@@ -270,9 +323,3 @@ class _Driver:
         except StopIteration as end:
             self.lethal[shard] = end.value
             self.again.append(_Work(shard))
-
-
-class _Death(NamedTuple):
-    """The end of a process."""
-
-    reason: str

@@ -29,6 +29,7 @@ class Job:
     folder: Path
     """Of the results."""
     plan: Plan
+    sources: tuple[str, ...]
     digest: str
     """Of what was asked, see `results.write_asked`."""
     per_shard: int
@@ -53,6 +54,13 @@ class Decoded(NamedTuple):
     """Why an image cannot be read, by its place."""
     pixels: UInt8[Array, "n h w 3"]
     """Of the others, in their order."""
+
+
+class Failed(NamedTuple):
+    """A shard that was given up."""
+
+    shard: int
+    reason: str
 
 
 def decode(

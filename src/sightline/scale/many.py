@@ -20,10 +20,10 @@ from sightline.notebook import bar_of
 from sightline.report.networks import ExplainedNetwork, Network, network_of
 from sightline.scale import cluster as ray_engine
 from sightline.scale import local
-from sightline.scale.cluster import Cluster, Failed
-from sightline.scale.decoding import Job
+from sightline.scale.cluster import Cluster
+from sightline.scale.decoding import Failed, Job
 from sightline.scale.plan import is_address, plan_of
-from sightline.scale.results import ASKED, Results, shard_file, write_asked
+from sightline.scale.results import ASKED, Results, shard_file, sweep, write_asked
 from sightline.version import __version__
 
 PER_SHARD = 1000
@@ -147,6 +147,7 @@ def explain_many(
         written, unreadable, done = written + 1, unreadable + outcome.unreadable, done + outcome.images
         if report is not None:
             report("explaining", done, total)
+    sweep(out)
     return Many(
         results=results,
         written=written,
@@ -203,6 +204,7 @@ def _ask(
     return Job(
         folder=out.resolve(),
         plan=plan._replace(file=plan.file.resolve()),
+        sources=tuple(named),
         digest=Results.open(out).asked["digest"],
         per_shard=per_shard,
         preprocess=network.preprocess,

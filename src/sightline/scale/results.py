@@ -123,11 +123,24 @@ def write_shard(folder: Path, number: int, parts: Iterable[Sequence[Row]]) -> in
                     count += len(rows)
             opened.flush()
             os.fsync(opened.fileno())
-        os.replace(temporary, file)
+        try:
+            os.replace(temporary, file)
+        except FileNotFoundError:  # another process was first, and swept it away
+            if not file.is_file():
+                raise
     finally:
         temporary.unlink(missing_ok=True)
     _sync(folder)
     return count
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed had written of shards that are there now."""
+    with os.scandir(folder) as entries:
+        halves = [entry.name for entry in entries if entry.name.startswith(".shard-") and entry.name.endswith(".tmp")]
+    for name in halves:
+        if (folder / name[1 : name.index(".parquet") + len(".parquet")]).is_file():
+            (folder / name).unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:
