@@ -8,6 +8,7 @@ start continues. Writes results/map_loss.json and prints the tables of docs/resu
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,17 @@ from sightline.metrics.uncertainty import mean_interval
 from sightline.recipe import Data
 from sightline.training.map_loss import MapLoss
 
-BATCH = 50
-LOSSES = {"none": 0.0, "saliency": 1.0, "grad_cam": 1.0, "attention": 1.0}
-"""Method -> weight."""
+BATCH, SCORED = 50, 300
+LOSSES = {
+    "none": ("", 0.0),
+    "saliency": ("saliency", 1.0),
+    "saliency x 100": ("saliency", 100.0),
+    "grad_cam": ("grad_cam", 1.0),
+    "attention": ("attention", 1.0),
+}
+"""Name -> method and weight."""
+REFERENCE = "none, no patch in training"
+PLAIN = Data(source="clutter", size=24, train_size=1500, test_size=500)
 MAPS = ("saliency", "grad_cam", "attention")
 
 
@@ -45,13 +54,12 @@ def network(classes: int) -> nn.Module:
 def sets(folder: Path) -> dict[str, tuple[Data, int, dict[str, data.ImageSet]]]:
     """Name -> what to train on, epochs, and the test sets by name."""
     patched = Data(source="clutter-shortcut", mask="digit", size=24, shortcut=1.0, train_size=1500, test_size=500)
-    plain = Data(source="clutter", size=24, train_size=100, test_size=500)
     cells = Data(source=str(folder / "wbc_masks"), size=40)
     return {
         "clutter-shortcut": (
             patched,
             10,
-            {"patch of a random color": data.load(patched)["test"], "no patch": data.load(plain)["test"]},
+            {"patch of a random color": data.load(patched)["test"], "no patch": data.load(PLAIN)["test"]},
         ),
         "wbc_masks": (cells, 20, {"test": data.load(cells)["test"]}),
     }
@@ -66,8 +74,9 @@ def trained(name: str, what: Data, epochs: int, method: str, seed: int, out: Pat
         "seeds": (seed,),
         "watch.logger": "csv",
     }
-    if method != "none":
-        changes |= {"optim.map_loss": method, "optim.map_weight": LOSSES[method]}
+    kind, weight = LOSSES.get(method, ("", 0.0))
+    if kind:
+        changes |= {"optim.map_loss": kind, "optim.map_weight": weight}
     sl.fit(network, what, folder, changes, resume=folder.exists(), progress=False)
     return folder
 
@@ -77,8 +86,9 @@ def scored(folder: Path, images: data.ImageSet) -> dict[str, np.ndarray]:
     model = sl.load(folder, model=network)
     preprocess = model.preprocess
     values: dict[str, list[Tensor]] = {}
-    for start in range(0, len(images), 100):
-        batch = images.batch(np.arange(start, min(start + 100, len(images))))
+    count = min(len(images), SCORED)
+    for start in range(0, count, 100):
+        batch = images.batch(np.arange(start, min(start + 100, count)))
         explanation = sl.explain(model, data.normalize(batch.images, preprocess), batch.labels, list(MAPS))
         values.setdefault("accuracy", []).append((explanation.logits.argmax(1) == batch.labels).float())
         for method in MAPS:
@@ -101,7 +111,7 @@ def costs(images: data.ImageSet) -> list[dict[str, Any]]:
         model.zero_grad()
         loss.backward()
 
-    calls = {method: (lambda method=method: step(method)) for method in LOSSES if method != "none"}
+    calls = {method: (lambda method=method: step(method)) for method in MAPS}
     ratios = contest(calls, lambda: step("none"), 21)
     return [{"step with": name, **ratio._asdict()} for name, ratio in ratios.items()]
 
@@ -115,6 +125,31 @@ def shown(values: np.ndarray, digits: int = 3) -> dict[str, float]:
         "high": round(interval.high, digits),
         "seeds": [round(float(np.nanmean(one)), digits) for one in values],
     }
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The tables of docs/results/map-loss.md: a row per loss, then what a step costs."""
+    scores = [row for row in rows if "loss" in row]
+    lines: list[str] = []
+    for place in dict.fromkeys((row["data"], row["images"]) for row in scores):
+        here = {(row["loss"], row["measure"]): row for row in scores if (row["data"], row["images"]) == place}
+        lines += ["", f"{place[0]}, {place[1]}:", "", "| loss | accuracy | over control | " + " | ".join(MAPS) + " |"]
+        lines.append("|---|---|---|" + "---|" * len(MAPS))
+        for loss in dict.fromkeys(row["loss"] for row in scores if (row["data"], row["images"]) == place):
+            gain = here[loss, "accuracy"]["over control"]
+            cells = [_cell(here[loss, "accuracy"]), "" if loss == "none" else _cell(gain, "+")]
+            lines.append(f"| {loss} | " + " | ".join([*cells, *(_cell(here[loss, one]) for one in MAPS)]) + " |")
+    lines += ["", "| a step with | time, without = 1 | A/A |", "|---|---|---|"]
+    for row in rows:
+        if "step with" in row:
+            lines.append(
+                f"| {row['step with']} | {row['median']:.2f} [{row['low']:.2f}, {row['high']:.2f}] | {row['aa']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any], sign: str = "") -> str:
+    return f"{row['mean']:{sign}.3f} [{row['low']:{sign}.3f}, {row['high']:{sign}.3f}]"
 
 
 def main() -> None:
@@ -133,9 +168,14 @@ def main() -> None:
             for seed in seeds
             for method in LOSSES
         }
+        arms = [*LOSSES]
+        if name == "clutter-shortcut":
+            arms.append(REFERENCE)
+            for seed in seeds:
+                folders[REFERENCE, seed] = trained(name, PLAIN, epochs, REFERENCE, seed, arguments.out)
         for split, images in tests.items():
-            scores = {method: [scored(folders[method, seed], images) for seed in seeds] for method in LOSSES}
-            for method in LOSSES:
+            scores = {method: [scored(folders[method, seed], images) for seed in seeds] for method in arms}
+            for method in arms:
                 for measure in ("accuracy", *MAPS):
                     values = np.stack([one[measure] for one in scores[method]])
                     control = np.stack([one[measure] for one in scores["none"]])
@@ -143,21 +183,14 @@ def main() -> None:
                     row["over control"] = shown(values - control)
                     row["undefined"] = round(float(np.isnan(values).mean()), 4)
                     rows.append(row)
-                    gain = row["over control"]
-                    print(
-                        f"| {name}, {split} | {method} | {measure} | {row['mean']} [{row['low']}, {row['high']}] | "
-                        f"{gain['mean']:+} [{gain['low']:+}, {gain['high']:+}] | {row['seeds']} |",
-                        flush=True,
-                    )
     area = {
         name: float(next(iter(t.values())).batch(np.arange(100)).regions.float().mean())
         for name, (_, _, t) in found.items()
     }
     rows += [{"data": name, "measure": "area of the masks", "mean": round(value, 4)} for name, value in area.items()]
     cost = costs(next(iter(found["clutter-shortcut"][2].values())))
-    for row in cost:
-        print(row)
     save("map_loss", [*rows, *cost])
+    print(tables([*rows, *cost]))
 
 
 if __name__ == "__main__":
