@@ -170,16 +170,44 @@ def quantized(folder: Path, n: int = 12) -> dict[str, Any]:
     return row
 
 
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """The tables of docs/results/exported-maps.md: differences, then ratios."""
+    rows = [row for row in rows if row["network"] != "int8"]
+    maps = list(dict.fromkeys(one for row in rows for one in (*row["difference"], *row["refused"])))
+    lines = ["| network | " + " | ".join(f"`{one}`" for one in maps) + " |", "|---" * (len(maps) + 1) + "|"]
+    for row in rows:
+        gaps = [
+            f"{row['difference'][one]:.0e}" if one in row["difference"] else "refused" if one in row["refused"] else ""
+            for one in maps
+        ]
+        lines.append(f"| {row['network']} | {' | '.join(gaps)} |")
+    lines += ["", "| network | layer | Grad-CAM: size | time | all maps: size | time | A/A |", "|---" * 7 + "|"]
+    for row in rows:
+        name = "exported without maps" if "grad_cam / exported without maps" in row else "logits alone"
+        cells: list[str] = []
+        for kind in ("grad_cam", "all"):
+            ratio = row[f"{kind} / {name}"]
+            time_ = "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio["time"])
+            cells += [f"{ratio['size']:.4f}", time_]
+        aa = row[f"grad_cam / {name}"]["time"]["aa"]
+        lines.append(f"| {row['network']} | {row['layer']} | {' | '.join(cells)} | {aa:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", help=f"some of {', '.join(NETWORKS)}, int8 (all)")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--whole", action="store_true", help="export without maps as well")
+    parser.add_argument("--tables", action="store_true", help="measure nothing: print the tables of the results so far")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     file = RESULTS / "exported_maps.json"
     before: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
     rows = {row["network"]: row for row in before}
+    if options.tables:
+        print(tables(before))
+        return
     for name in options.networks or [*NETWORKS, "int8"]:
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)

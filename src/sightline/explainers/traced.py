@@ -149,8 +149,8 @@ def _obstacle(explainer: Explainer) -> str:
     """What keeps a map out of a file; empty if nothing does."""
     if explainer.is_control:
         return "does not look at the network"
-    if explainer.many_passes:
-        return "runs the network many times"
+    if explainer.many_passes or "score" in explainer.needs:
+        return "runs the network many times" if explainer.many_passes else "runs the network by rules of its own"
     return f"reads {min(extra)}" if (extra := explainer.needs - _READ) else ""
 
 
