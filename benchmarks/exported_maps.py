@@ -186,9 +186,9 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         name = "exported without maps" if "grad_cam / exported without maps" in row else "logits alone"
         cells: list[str] = []
         for kind in ("grad_cam", "all"):
-            ratio = row[f"{kind} / {name}"]
-            time_ = "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio["time"])
-            cells += [f"{ratio['size']:.4f}", time_]
+            ratio = row.get(f"{kind} / {name}")
+            time_ = "" if ratio is None else "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio["time"])
+            cells += ["" if ratio is None else f"{ratio['size']:.4f}", time_]
         aa = row[f"grad_cam / {name}"]["time"]["aa"]
         lines.append(f"| {row['network']} | {row['layer']} | {' | '.join(cells)} | {aa:.2f} |")
     return "\n".join(lines)
