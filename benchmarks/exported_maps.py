@@ -1,10 +1,11 @@
 """Maps in an exported ONNX file: exactness, size and time, for each network and map.
 
-Each network is exported three times: plain, with Grad-CAM, and with every map that fits it and takes one forward and
-one backward. The last file runs in onnxruntime on parts of five photos and of one, and is compared with `sl.explain` on
-the same pixels; `export` itself has compared it on noise. Times are processor times of
-interleaved pairs on one image and one thread. Only
-tf_efficientnet_lite0 has trained weights; the others have random ones, which exactness, size and time do not mind.
+Each network is exported with every map at its last layer that fits it and takes one forward and one backward; one
+network with gradients at the pixels as well. The file runs in onnxruntime on parts of five photos and of one, and is
+compared with `sl.explain` on the same pixels; `export` itself has compared it on noise. Cut down to the logits, to the
+logits and Grad-CAM and, with --whole, exported again without maps, it gives the ratios of size and time. Times are
+processor times of interleaved pairs on one image and one thread. Only tf_efficientnet_lite0 has trained weights; the
+others have random ones, which exactness, size and time do not mind.
 
 The file of tf_efficientnet_lite0 is also quantized, weights to int8 and activations as they come, and its Grad-CAM for
 the class that the network predicts is compared with that of the network.
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from measure import RESULTS, cpu_seconds, pairs, save
+from onnx.utils import Extractor
 from PIL import Image
 from torch import Tensor, nn
 
@@ -45,6 +48,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "vgg_att2 (LTPA)": ("vgg_att2", {}, 32),
     "resnet18 with CBAM": ("resnet18", {"attention": "cbam"}, 224),
 }
+PIXELS = ("saliency", "input_x_gradient")
+"""Maps whose backward is as large as the network."""
 
 
 def weights() -> str:
@@ -98,37 +103,39 @@ def differences(
     return largest
 
 
-def measured(name: str, folder: Path, rounds: int) -> dict[str, Any]:
+def cut(content: Any, outputs: Sequence[str]) -> bytes:
+    """The part of a model that makes these outputs."""
+    return Extractor(content).extract_model(["images"], list(outputs)).SerializeToString()
+
+
+def measured(name: str, folder: Path, rounds: int, whole: bool) -> dict[str, Any]:
     model, preprocess = network(name)
-    size = preprocess.size[0]
-    names, refused = sl.explainers.fitting(model, data.normalize(photos(2, size), preprocess), fitting_names())
-    if "eigen_cam" in names:  # ONNX has no eigenvectors
-        names.remove("eigen_cam")
-        try:
-            sl.export(model, folder / "eigen.onnx", preprocess, maps=["eigen_cam"])
-        except ValueError as error:
-            refused["eigen_cam"] = str(error)
-    start = time.perf_counter()
-    sl.export(model, folder / "plain.onnx", preprocess)
-    plain_seconds = time.perf_counter() - start
-    row: dict[str, Any] = {"refused": refused, "export_seconds": {"plain": round(plain_seconds, 1)}}
-    plain = session(folder / "plain.onnx")
+    size, file = preprocess.size[0], folder / "maps.onnx"
+    wanted = [one for one in fitting_names() if one != "eigen_cam" and (one not in PIXELS or name == "resnet18")]
+    names, refused = sl.explainers.fitting(model, data.normalize(photos(2, size), preprocess), wanted)
+    start = time.process_time()
+    exported = sl.export(model, file, preprocess, maps=names)
+    row: dict[str, Any] = {
+        "layer": str(sl.explain(model, data.normalize(photos(1, size), preprocess)).layer),
+        "export_cpu_seconds": round(time.process_time() - start, 1),
+        "checked_on_noise": exported.difference,
+        "difference": differences(session(file), names, model, preprocess, (1, 5)),
+        "refused": refused,
+    }
+    content = onnx.load(file)
+    files = {"all": file.read_bytes(), "grad_cam": cut(content, ["logits", "grad_cam"])}
+    plain = {"logits alone": cut(content, ["logits"])}
+    if whole:
+        sl.export(model, folder / "plain.onnx", preprocess)
+        plain["exported without maps"] = (folder / "plain.onnx").read_bytes()
     one = {"images": photos(1, size).numpy()}
-    for kind, wanted in (("grad_cam", ["grad_cam"]), ("all", names)):
-        file = folder / f"{kind}.onnx"
-        start = time.perf_counter()
-        exported = sl.export(model, file, preprocess, maps=wanted)
-        row["export_seconds"][kind] = round(time.perf_counter() - start, 1)
-        running = session(file)
-        ratio = pairs(lambda: running.run(None, one), lambda: plain.run(None, one), rounds, cpu_seconds)  # noqa: B023
-        row[kind] = {
-            "checked_on_noise": exported.difference,
-            "size_ratio": file.stat().st_size / (folder / "plain.onnx").stat().st_size,
-            "time_ratio": ratio._asdict(),
-            "difference": differences(running, wanted, model, preprocess, (1, 5)),
-        }
-        print(name, kind, json.dumps(row[kind]), flush=True)
-    row["layer"] = str(sl.explain(model, data.normalize(photos(1, size), preprocess)).layer)
+    for kind, reference in plain.items():
+        base = session(reference)
+        for maps, bytes_ in files.items():
+            running = session(bytes_)
+            ratio = pairs(lambda: running.run(None, one), lambda: base.run(None, one), rounds, cpu_seconds)  # noqa: B023
+            row[f"{maps} / {kind}"] = {"size": len(bytes_) / len(reference), "time": ratio._asdict()}
+    print(name, json.dumps(row), flush=True)
     return row
 
 
@@ -163,18 +170,48 @@ def quantized(folder: Path, n: int = 12) -> dict[str, Any]:
     return row
 
 
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """The tables of docs/results/exported-maps.md: differences, then ratios."""
+    rows = [row for row in rows if row["network"] != "int8"]
+    maps = list(dict.fromkeys(one for row in rows for one in (*row["difference"], *row["refused"])))
+    lines = ["| network | " + " | ".join(f"`{one}`" for one in maps) + " |", "|---" * (len(maps) + 1) + "|"]
+    for row in rows:
+        gaps = [
+            f"{row['difference'][one]:.0e}" if one in row["difference"] else "refused" if one in row["refused"] else ""
+            for one in maps
+        ]
+        lines.append(f"| {row['network']} | {' | '.join(gaps)} |")
+    lines += ["", "| network | layer | Grad-CAM: size | time | all maps: size | time | A/A |", "|---" * 7 + "|"]
+    for row in rows:
+        name = "exported without maps" if "grad_cam / exported without maps" in row else "logits alone"
+        cells: list[str] = []
+        for kind in ("grad_cam", "all"):
+            ratio = row.get(f"{kind} / {name}")
+            time_ = "" if ratio is None else "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio["time"])
+            cells += ["" if ratio is None else f"{ratio['size']:.4f}", time_]
+        aa = row[f"grad_cam / {name}"]["time"]["aa"]
+        lines.append(f"| {row['network']} | {row['layer']} | {' | '.join(cells)} | {aa:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", help=f"some of {', '.join(NETWORKS)}, int8 (all)")
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--whole", action="store_true", help="export without maps as well")
+    parser.add_argument("--tables", action="store_true", help="measure nothing: print the tables of the results so far")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     file = RESULTS / "exported_maps.json"
     before: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
     rows = {row["network"]: row for row in before}
+    if options.tables:
+        print(tables(before))
+        return
     for name in options.networks or [*NETWORKS, "int8"]:
         with tempfile.TemporaryDirectory() as folder:
-            row = quantized(Path(folder)) if name == "int8" else measured(name, Path(folder), options.rounds)
+            place = Path(folder)
+            row = quantized(place) if name == "int8" else measured(name, place, options.rounds, options.whole)
         rows[name] = {"network": name, **row}
         save("exported_maps", [rows[each] for each in (*NETWORKS, "int8") if each in rows])
 

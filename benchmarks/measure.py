@@ -200,7 +200,7 @@ def hardware() -> str:
 
 def save(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write `results/<name>.json`: the rows, the versions and the hardware."""
-    packages = ("torch", "torchvision", "timm", "numpy", "lightning", "datasets")
+    packages = ("torch", "torchvision", "timm", "numpy", "lightning", "datasets", "onnxruntime")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {

@@ -168,7 +168,9 @@ def check_command(words: list[str], note: str, place: str) -> None:
     elif program in (".venv/bin/python", "python"):
         assert arguments[0] == "-m" or (ROOT / arguments[0]).is_file(), place
     else:
-        assert program in ("git", "cd"), f"{place}: {program} is not a command that this test knows how to check"
+        assert program in ("git", "cd", "npm", "tar", "mv"), (
+            f"{place}: {program} is not a command that this test knows how to check"
+        )
 
 
 def check_python(block: Block, names: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import sightline as sl
 from sightline import cli, data, export
-from sightline.explainers.traced import WithExplanations, fitting_names, traced
+from sightline.explainers.traced import WithExplanations, backwards, fitting_names, traced
 
 pytestmark = pytest.mark.compile
 
@@ -279,6 +279,12 @@ REFUSED: dict[str, tuple[nn.Module, dict[str, Any], Failure, str]] = {
         "returns logits, got Certain, which ends in a ",
     ),
     "opset of a program": (Branching(), {"maps": ["cam"], "opset": 18}, ValueError, "opset only for an ONNX file, got"),
+    "other windows": (
+        built("mixed"),
+        {"maps": ["grad_cam"], "layer": "stem", "any_size": True},
+        ValueError,
+        "cannot export Mixed for images of any number and size: the average pooling behind the layer has other windows",
+    ),
     "a fixed size": (
         built("tiny_vit", depth=1),
         {"maps": ["grad_cam"], "any_size": True},
@@ -294,6 +300,39 @@ def test_what_cannot_be_written(case: str, tmp_path: Path) -> None:
     with pytest.raises(kind, match=message) as caught:
         export(model, tmp_path / "net.pt2", PLAIN, **options)
     assert "\n" not in str(caught.value) and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "ceil_mode", "count_include_pad", "divisor"),
+    [
+        (2, 2, 0, False, True, None),
+        (3, 2, 1, False, False, None),
+        (3, 2, 1, True, True, None),
+        (3, 2, 0, True, False, None),
+        ((3, 2), (1, 2), (1, 0), False, True, 5),
+    ],
+)
+def test_the_backward_of_average_pooling_is_that_of_autograd(
+    kernel: Any, stride: Any, padding: Any, ceil_mode: bool, count_include_pad: bool, divisor: int | None
+) -> None:
+    rest = ceil_mode, count_include_pad, divisor
+    images = torch.randn(2, 3, 9, 7, dtype=torch.float64, requires_grad=True)
+    pooled = F.avg_pool2d(images, kernel, stride, padding, *rest)
+    grad = torch.randn_like(pooled)
+    (wanted,) = torch.autograd.grad(pooled, images, grad)
+    pairs = [(one, one) if isinstance(one, int) else one for one in (kernel, stride, padding)]
+    operation = torch.ops.aten.avg_pool2d_backward.default
+    torch.testing.assert_close(backwards()[operation](grad, images.detach(), *pairs, *rest), wanted)
+
+
+@pytest.mark.parametrize("size", [1, 2, (4, 7), (11, 3)])
+def test_the_backward_of_adaptive_pooling_is_that_of_autograd(size: Any) -> None:
+    images = torch.randn(2, 3, 9, 7, dtype=torch.float64, requires_grad=True)
+    pooled = F.adaptive_avg_pool2d(images, size)
+    grad = torch.randn_like(pooled)
+    (wanted,) = torch.autograd.grad(pooled, images, grad)
+    operation = torch.ops.aten._adaptive_avg_pool2d_backward.default
+    torch.testing.assert_close(backwards()[operation](grad, images.detach()), wanted)
 
 
 def test_what_onnx_cannot_hold(tmp_path: Path) -> None:

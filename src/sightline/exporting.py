@@ -256,6 +256,7 @@ def _onnx(
 _FORMATS = {".onnx": _onnx, ".pt2": _pt2}
 
 
+@torch.no_grad()
 def _difference(call: _Call, pixels: _FromPixels, preprocess: data.Preprocess, any_size: bool) -> float:
     """Largest difference of any output on new images, as a share of the output's largest value."""
     height, width = preprocess.size
@@ -268,7 +269,6 @@ def _difference(call: _Call, pixels: _FromPixels, preprocess: data.Preprocess, a
     return float(torch.stack(differences).max())
 
 
-@torch.no_grad()
 def _expected(network: nn.Module, images: Tensor, normalized: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """What to pass to the file, and what it should return."""
     if not isinstance(network, WithExplanations):

@@ -149,8 +149,8 @@ def _obstacle(explainer: Explainer) -> str:
     """What keeps a map out of a file; empty if nothing does."""
     if explainer.is_control:
         return "does not look at the network"
-    if explainer.many_passes:
-        return "runs the network many times"
+    if explainer.many_passes or "score" in explainer.needs:
+        return "runs the network many times" if explainer.many_passes else "runs the network by rules of its own"
     return f"reads {min(extra)}" if (extra := explainer.needs - _READ) else ""
 
 
@@ -280,7 +280,7 @@ def traced(network: nn.Module, inputs: Sequence[Tensor], free: Sequence[Collecti
     for value, axes in zip(inputs, free, strict=True):
         sizes = [DimDynamic.DYNAMIC if axis in axes else DimDynamic.STATIC for axis in range(value.ndim)]
         fakes.append(mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
-    trace = make_fx(network, decomposition_table=_backwards(), tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    trace = make_fx(network, decomposition_table=backwards(), tracing_mode="symbolic", _allow_non_fake_inputs=True)
     graph = trace(*fakes)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -374,7 +374,7 @@ def _known(size: Any) -> int:
     return size
 
 
-def _backwards() -> dict[Any, Callable[..., Any]]:
+def backwards() -> dict[Any, Callable[..., Any]]:
     """Backwards of single operations, written in other operations."""
     aten = torch.ops.aten
     table = {op: written for op, written in core_aten_decompositions().items() if "backward" in op.name()}
