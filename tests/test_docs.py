@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tests.slide_files import pyramid
 
-from sightline import bench, cli, recipe
+from sightline import bench, cli, compat, recipe
 from sightline.options import parse as parse_options
 
 ROOT = Path(__file__).parent.parent
@@ -187,6 +187,7 @@ def check_python(block: Block, names: dict[str, Any]) -> None:
 def test_page_runs(page: Path, reader: Path) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     printed = ""
+    compat.report(clear=True)  # that of the whole process
     for block in blocks(page):
         if block.language == "python":
             with redirect_stdout(io.StringIO()) as output:

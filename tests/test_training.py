@@ -544,15 +544,17 @@ def test_images_are_blended_by_the_share_of_their_labels(tmp_path: Path, monkeyp
     seen: list[tuple[Tensor, Tensor, float]] = []
     plain = Training._gradients
 
-    def look(self: Training, seed: int, images: Tensor, labels: Tensor, mixed: tuple[Tensor, float] | None) -> None:
-        assert mixed is not None
+    def look(
+        self: Training, seed: int, images: Tensor, labels: Tensor, mixed: tuple[Tensor, float] | None, masks: None
+    ) -> None:
+        assert mixed is not None and masks is None
         batch = next(self._batches(self.step))
         raw = data.normalize(batch.images, self.train.preprocess)
         share = mixed[1]
         torch.testing.assert_close(images, share * raw + (1 - share) * raw.roll(1, 0))
         assert torch.equal(mixed[0], batch.labels.roll(1, 0)) and torch.equal(labels, batch.labels)
         seen.append((images, labels, share))
-        plain(self, seed, images, labels, mixed)
+        plain(self, seed, images, labels, mixed, masks)
 
     monkeypatch.setattr(Training, "_gradients", look)
     fit(optim(epochs=1), tmp_path / "run", {"augment.mixup": 0.4}, progress=False)

@@ -25,6 +25,7 @@ def share_outside(values: Float[Tensor, "b 1 h w"], masks: Bool[Tensor, "b 1 H W
 
     The map is resized bilinearly to the mask. It is 1 - `energy_in_mask`, where that is defined.
 
+    >>> import torch
     >>> values, masks = torch.tensor([[[[3.0, 1.0]]], [[[-3.0, 0.0]]]]), torch.tensor([[[[True, False]]]])
     >>> share_outside(values, masks.expand(2, 1, 1, 2))
     tensor([0.2500, 0.0000])

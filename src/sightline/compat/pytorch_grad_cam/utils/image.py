@@ -71,7 +71,7 @@ def show_cam_on_image(
         ValueError: an image above 1, a weight outside 0 to 1, or a color map that only OpenCV has.
 
     >>> show_cam_on_image(np.ones((1, 1, 3)), np.zeros((1, 1)), use_rgb=True).tolist()
-    [[[127, 127, 255]]]
+    [[[169, 169, 255]]]
     """
     if np.max(img) > 1:
         raise ValueError(f"expected an image from 0 to 1, got values up to {np.max(img):g}; divide it by 255")
