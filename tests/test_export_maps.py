@@ -383,7 +383,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--maps", "grad_cm"], "name of an explainer, got 'grad_cm'; did you mean 'grad_cam'"),
         (["--maps", "rise"], "maps of one forward and one backward for a file, got rise, which runs the network"),
         (["--maps", "grad_cam", "--opset", "9"], "opset only for an ONNX file, got"),
-        (["--maps", "grad_cam", "--target", "3"], "--target: invalid choice: '3'"),
+        (["--maps", "grad_cam", "--target", "3"], "'3' is none of predicted, input, all"),
         (["--target", "all"], "expected a layer or targets together with maps, got no maps"),
         (["--maps", "grad_cam", "--weights", "w.pth"], "--weights and --classes only with the name of a model"),
     ):
