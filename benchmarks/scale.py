@@ -224,7 +224,7 @@ def throughput(folder: Path) -> Rows:
         return (time.perf_counter() - wall) / count, (time.process_time() - start) / count
 
     def engine(name: str, **options: Any) -> tuple[float, float]:
-        """From the first finished shard to the last: the start is not counted."""
+        """From the first finished shard of each worker to the last of all: the start is not counted."""
         marks: list[tuple[int, float, float]] = []
         out = folder / "out"
         shutil.rmtree(out, ignore_errors=True)
@@ -234,7 +234,8 @@ def throughput(folder: Path) -> Rows:
             marks.append((done, time.perf_counter(), cpu))
 
         explain_many(model, folder / "photos", out, per_shard=size, batch_size=10, progress=progress, **options)
-        (first, wall, cpu), (last, end, total) = marks[0], marks[-1]
+        workers = options["cluster"].workers if "cluster" in options else 1
+        (first, wall, cpu), (last, end, total) = marks[workers - 1], marks[-1]
         return (end - wall) / (last - first), (total - cpu) / (last - first)
 
     ways: dict[str, dict[str, Any]] = {
