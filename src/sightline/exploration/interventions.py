@@ -89,15 +89,10 @@ def cover_effect(
         labels: true classes, -1 for unknown.
         seed: of the random windows and the bootstrap.
     """
-    rng, size = np.random.default_rng(seed), images.shape[2:]
-    own = predict(covered(images, windows_of(windows, size, window)))
-    others = np.stack(
-        [
-            predict(covered(images, windows_of(elsewhere(windows, size, window, rng), size, window)))
-            for _ in range(CONTROLS)
-        ]
-    )
-    return _effect(predict(images), own, others, target, labels, -1, np.arange(len(images)), seed)
+    return _effect(
+        images, lambda region: covered(images, region), windows, window, target, predict, labels,
+        -1, np.arange(len(images)), seed,
+    )  # fmt: skip
 
 
 def paste_effect(
@@ -126,29 +121,33 @@ def paste_effect(
         labels: true classes of `images`, -1 for unknown.
         seed: of the random windows and the bootstrap.
     """
-    rng, size = np.random.default_rng(seed), images.shape[2:]
     used = np.arange(len(images)) % len(sources)
-    given, places = sources[used], windows[used]
-    own = predict(pasted(images, given, windows_of(places, size, window)))
-    others = np.stack(
-        [
-            predict(pasted(images, given, windows_of(elsewhere(places, size, window, rng), size, window)))
-            for _ in range(CONTROLS)
-        ]
-    )
-    return _effect(predict(images), own, others, target, labels, 1, used, seed)
+    return _effect(
+        images, lambda region: pasted(images, sources[used], region), windows[used], window, target, predict, labels,
+        1, used, seed,
+    )  # fmt: skip
 
 
 def _effect(
-    before: Int64[Array, " n"],
-    own: Int64[Array, " n"],
-    others: Int64[Array, "r n"],
+    images: UInt8[Array, "n 3 h w"],
+    change: Callable[[Bool[Array, "n h w"]], UInt8[Array, "n 3 h w"]],
+    windows: Int64[Array, "n 2"],
+    window: tuple[int, int],
     target: int,
+    predict: Predict,
     labels: Int64[Array, " n"] | None,
     sign: int,
     groups: Shaped[Array, " n"],
     seed: int,
 ) -> Effect:
+    rng, size = np.random.default_rng(seed), images.shape[2:]
+
+    def changed(top_left: Int64[Array, "n 2"]) -> Int64[Array, " n"]:
+        return predict(change(windows_of(top_left, size, window)))
+
+    own = changed(windows)
+    others = np.stack([changed(elsewhere(windows, size, window, rng)) for _ in range(CONTROLS)])
+    before = predict(images)
     hit: Float[Array, " n"] = (own == target).astype(float)
     control: Float[Array, " n"] = (others == target).mean(0)
     known = np.zeros(len(own), dtype=bool) if labels is None else labels >= 0
