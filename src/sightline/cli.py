@@ -595,8 +595,7 @@ def _train_slides(options: Namespace) -> None:
     }
     with terminal.Bar() as bar:
         run = study.train(named, table, out, how, network=(options.model, options.weights), progress=bar.update)
-    reports = {name: bags.read_bag(file).report for name, file in written.files.items()}
-    page = write_run(run, reports, written.skipped)
+    page = write_run(run, written.reports, written.skipped)
     terminal.print_columns(run.title(), *page.table())
     print(f"run: {out}\npage: {page.file}\nto see where it looks: sightline slides explain {out} SLIDE --out FOLDER")
 

@@ -141,12 +141,17 @@ class Written:
     """Slide -> its bag."""
     skipped: dict[str, str] = field(default_factory=dict[str, str])
     """Slide -> why there is no bag of it."""
-    damaged: dict[str, int] = field(default_factory=dict[str, int])
-    """Slide -> tiles that could not be read."""
+    reports: dict[str, TileReport] = field(default_factory=dict[str, TileReport])
+    """Slide -> how its tiles were read."""
     tiles: int = 0
     """Tiles computed now."""
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     """Time of now by part: finding tissue, waiting for tiles, network, writing."""
+
+    @property
+    def damaged(self) -> dict[str, int]:
+        """Slide -> tiles that could not be read, where there are some."""
+        return {name: report.damaged for name, report in self.reports.items() if report.damaged}
 
     def line(self) -> str:
         """A summary for the terminal."""
@@ -230,7 +235,7 @@ def write_bags(
     settings = {**asdict(grid), **(made_by or {})}
     files: dict[str, Path] = {}
     skipped: dict[str, str] = {}
-    damaged: dict[str, int] = {}
+    reports: dict[str, TileReport] = {}
     seconds: dict[str, float] = dict.fromkeys(("tissue", "reading", "network", "writing"), 0.0)
     total = 0
     waiting = [path for path in slides if not (out / f"{path.name}.safetensors").is_file()]
@@ -262,12 +267,11 @@ def write_bags(
             seconds["writing"] += time.perf_counter() - start
             total += len(bag)
         files[path.name] = file
-        if bag.report.damaged:
-            damaged[path.name] = bag.report.damaged
+        reports[path.name] = bag.report
     if not files:
         reason = next(iter(skipped.values()), "no slide was given")
         raise NoSlide(f"expected at least one readable slide, got none; the first: {reason}")
-    return Written(files=files, skipped=skipped, damaged=damaged, tiles=total, seconds=seconds)
+    return Written(files=files, skipped=skipped, reports=reports, tiles=total, seconds=seconds)
 
 
 def _bag(
