@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
+import textwrap
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import sightline as sl
 
 ROOT = Path(__file__).parent.parent
+OLD_RUN = ROOT / "tests/old_files/vgg_att2"
 NAMES = {
     "attention",
     "attention_maps",
@@ -93,6 +96,43 @@ def test_every_name_resolves_in_a_fresh_process_whatever_comes_first() -> None:
     code += "assert callable(sl.explain) and callable(sl.evaluate) and callable(sl.load)"
     result = fresh(code)
     assert result.returncode == 0, result.stderr
+
+
+def test_without_extras_each_verb_works_or_says_what_to_install(tmp_path: Path) -> None:
+    code = f"""
+        import contextlib, io, re, sys
+        from importlib.metadata import packages_distributions, requires
+        extra = {{re.split("[<>=[; ]", r)[0] for r in requires("sightline") if re.search("extra == '(?!dev|docs)", r)}}
+        extra |= {{"pyarrow", "pandas", "pytorch-lightning"}}  # that they bring along
+        for module, distributions in packages_distributions().items():
+            if extra & set(distributions):
+                sys.modules[module] = None
+        from sightline import cli
+        run, photos, out = {str(OLD_RUN)!r}, {str(ROOT / "examples/photos")!r}, {str(tmp_path / "out")!r}
+        for verb in (
+            ["list"], ["explain", run, photos, "--methods", "grad_cam", "--out", out],
+            ["export", run, "--out", out + ".pt2"],
+            ["sight", "--model", "resnet18", "--weights", run + "/nothing", "--data", photos, "--out", out + "2"],
+            ["reproduce"], ["demo", "--out", out + "3"], ["train", "--data", photos, "--out", out + "3"],
+            ["explain", run, photos, "--engine", "local", "--out", out + "4"], ["explore", run, "--out", out + "5"],
+            ["evaluate", run], ["export", run, "--out", out + ".onnx"], ["serve", run],
+        ):
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                try:
+                    cli.main(verb)
+                except SystemExit:
+                    pass
+            print(said.getvalue().splitlines()[-1])
+        """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    works, needs = result.stdout.splitlines()[:4], result.stdout.splitlines()[4:]
+    assert not any("install" in line for line in works) and "expected weights in" in works[3], works
+    extras = [re.fullmatch(r"sightline: error: .+; install it: pip install 'sightline\[(\w+)\]'", s) for s in needs]
+    assert [found and found[1] for found in extras] == [*["train"] * 3, "scale", *["train"] * 2, "export", "serve"], (
+        needs
+    )
 
 
 def test_module_is_a_program() -> None:

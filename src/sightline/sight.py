@@ -24,7 +24,6 @@ from sightline.metrics import METRICS, inputs_of
 from sightline.metrics.agreement import correlation, ranks
 from sightline.planted import PLANTED, planted
 from sightline.recipe import Data, Recipe
-from sightline.training import fit
 
 Array = np.ndarray
 
@@ -286,6 +285,8 @@ def _without_masks() -> list[str]:
 def _trained(
     name: str, out: Path, start: Recipe, overrides: Mapping[str, object]
 ) -> tuple[nn.Module, data.ImageSet, int]:
+    from sightline.training import fit
+
     run = fit(start, out / name, {"data.source": name, **SETS[name], **overrides}, resume=True)
     assert isinstance(run, runs.Run)
     images = replace(data.load(run.recipe.data)["test"], preprocess=run.preprocess)

@@ -3,6 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sightline.checks import missing
+
+try:
+    import pyarrow  # noqa: F401  # pyright: ignore[reportUnusedImport]
+except ModuleNotFoundError:
+    raise missing("results in parquet files need the library pyarrow", "scale") from None
+
 if TYPE_CHECKING:
     from sightline.scale.cluster import Cluster
     from sightline.scale.looks import ResultLooks

@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import Float, UInt8
 
 from sightline import files
-from sightline.checks import missing
-
-try:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-except ModuleNotFoundError:
-    raise missing("results in parquet files need the library pyarrow", "scale") from None
-
 from sightline.data.images import UnreadableImage, open_picture, quiet
 from sightline.scale.plan import contents_of, find_entries
 

@@ -10,7 +10,6 @@ from sightline import data, runs
 from sightline.facts import did_you_mean
 from sightline.models.few_shot import LEARNERS, Learner, episode_accuracies, features_at
 from sightline.tasks.outcome import Figure, Outcome, register
-from sightline.training.episodic import read_base_learner
 
 META_TRANSFER = "base learner"
 
@@ -54,9 +53,11 @@ def few_shot(
 
     Differs: Bertinetto et al. test with 10,000 episodes.
     """
-    own: dict[str, Learner] = (
-        {META_TRANSFER: read_base_learner(run.folder)} if (run.folder / runs.BASE_LEARNER).is_file() else {}
-    )
+    own: dict[str, Learner] = {}
+    if (run.folder / runs.BASE_LEARNER).is_file():
+        from sightline.training.episodic import read_base_learner
+
+        own = {META_TRANSFER: read_base_learner(run.folder)}
     available = own | LEARNERS
     for name in learners or ():
         if name not in available:

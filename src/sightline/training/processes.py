@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,13 +18,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sightline.inference import copy_of, logits_of
 from sightline.recipe import Optim
-
-try:
-    from lightning.fabric import Fabric
-    from lightning.fabric.strategies.ddp import DDPStrategy
-    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("training needs lightning; install it with: pip install 'sightline[train]'") from error
 
 
 def started() -> tuple[int, int]:
