@@ -193,10 +193,10 @@ def test_npz_is_what_the_command_line_writes(client: TestClient, run_folder: Pat
     (tmp_path / "a.png").write_bytes(PHOTO)
     pages(run_folder, [tmp_path / "a.png"], tmp_path / "out", METHODS)
     answer = send(client, methods=",".join(METHODS), response="npz")
-    ours, theirs = np.load(io.BytesIO(answer.content)), np.load(tmp_path / "out" / "a.npz")
-    assert sorted(ours) == sorted(theirs) == sorted(METHODS)
-    for name in METHODS:
-        assert np.abs(ours[name] - theirs[name]).max() <= 1e-6 * max(1.0, np.abs(theirs[name]).max())
+    with np.load(io.BytesIO(answer.content)) as ours, np.load(tmp_path / "out" / "a.npz") as theirs:
+        assert sorted(ours) == sorted(theirs) == sorted(METHODS)
+        for name in METHODS:
+            assert np.abs(ours[name] - theirs[name]).max() <= 1e-6 * max(1.0, np.abs(theirs[name]).max())
 
 
 def test_many_images_and_repeated_methods(client: TestClient) -> None:
