@@ -23,7 +23,7 @@ test: export XDG_CACHE_HOME = $(CURDIR)/.cache
 test: export SIGHTLINE_CACHE = $(CURDIR)/.cache/sightline
 test:
 	@scripts/setup dev
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 --dist worksteal
 	.venv/bin/python -m pytest -m compile -o addopts="--strict-markers --import-mode=importlib" -n 2 tests
 
 check:

@@ -523,7 +523,6 @@ def test_jobs_are_spread_over_the_gpus():
         assert pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "GPU-7"
 
 
-@pytest.mark.filterwarnings("ignore:maps of layers show the window:sightline.facts.Notice")
 def test_published_figures_are_those_of_their_sources():
     paper, log = "paper, error %", "authors' log, error %"
     assert PUBLISHED["ltpa-cifar100"].figures[paper]["VGG"] == 30.62
@@ -540,9 +539,6 @@ def test_published_figures_are_those_of_their_sources():
         assert of.figures[log].keys() == of.study.rows.keys() - {of.study.control}
         assert of.figures[paper].keys() <= of.figures[log].keys()
         assert of.study.control == "vgg15, the same trunk"
-    wanted = [of.study.of(row, 0, Path("out")).model for of in PUBLISHED.values() for row in of.study.rows]
-    for model in {str(model): model for model in wanted}.values():
-        create_model(model.name, num_classes=10, **model.options)
     training = PUBLISHED["ltpa-cub"].study.of("(VGG-att2)-concat-pc", 1, Path("out"))
     assert training.optim == replace(
         PUBLISHED["ltpa-cifar10"].study.recipe.optim, epochs=320, lr=0.04, warmup=5.0, step_epochs=30
@@ -661,20 +657,24 @@ def test_a_run_without_memory_does_not_stop_the_others(tmp_path: Path, monkeypat
     assert failed == dict.fromkeys(["control, seed 0", "other, seed 0"], "out of memory in a step")
 
 
-def test_every_study_in_recipes_can_be_built(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.filterwarnings("ignore:maps of layers show the window:sightline.facts.Notice")
+def test_every_network_of_the_studies_can_be_built(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sightline.bench.study._classes", lambda data: 10)  # some of the data is on the hub
+    monkeypatch.setattr("sightline.attention.places.SIDES", (64,))
+    models = [of.study.of(row, 0, Path("out")).model for of in PUBLISHED.values() for row in of.study.rows]
     files = sorted((Path(__file__).parent.parent / "recipes").glob("bench_*.yaml"))
     assert len(files) >= 3
     for file in files:
         study = bench.load_study(file)
         for row in study.rows:
-            wanted = study.of(row, 0, Path("out"), next(iter(study.datasets)))
-            create_model(wanted.model.name, num_classes=10, **wanted.model.options)
+            models.append(study.of(row, 0, Path("out"), next(iter(study.datasets))).model)
             resolutions = {
                 study.changed(name, next(iter(study.datasets))).model.options.get("high_resolution", 0)
                 for name in (row, study.named("control").get(row, study.control))
             }
             assert len(resolutions) == 1 or row.startswith("GAP"), row  # only these are there to show what it adds
+    for model in {str(model): model for model in models}.values():
+        create_model(model.name, num_classes=10, **model.options)
 
 
 def test_sparsity_by_hand():

@@ -104,7 +104,7 @@ def test_two_level_attention(tmp_path, capsys):
 
 STUDY = """
 data: {train_size: 64, test_size: 40}
-model: {name: cifar_resnet, options: {depth: 8, stem_stride: 2}}
+model: {name: cifar_resnet, options: {depth: 8, width: 0.25, stem_stride: 2}}
 optim: {epochs: 1}
 seeds: [0, 1]
 rows:

@@ -33,7 +33,7 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_killed_at_random_moments(through: Path, tmp_path: Path):
     kills = trainings = 0
-    while kills < 3:
+    while kills < 2:
         out = tmp_path / str(trainings)
         kills += kill_until_done(SHORT, out, 0.0, np.random.default_rng([7, trainings]), 2.0)
         trainings += 1
