@@ -226,6 +226,9 @@ def test_transforms_of_tokens_are_compared(images):
     plain = ours.GradCAM(model, [model[1].tokens])(images)
     np.testing.assert_array_equal(ours.GradCAM(model, [model[1].tokens], transform)(images), plain)
     np.testing.assert_allclose(theirs.GradCAM(model, [model[1].tokens], transform)(images, None), plain, atol=1e-5)
+    layers = [model[1].tokens, model[1].mixed]  # not in the order in which they run
+    both = theirs.GradCAM(model, layers, transform)(images, None)
+    np.testing.assert_allclose(ours.GradCAM(model, layers, transform)(images), both, atol=1e-5)
     with pytest.raises(ValueError, match=r"expected a reshape_transform to \(6, 4, 4\).*got \(6, 2, 8\).*leave it out"):
         ours.GradCAM(model, [model[1].tokens], lambda tokens: reshape_transforms.vit_reshape_transform(tokens, 2, 8))(
             images
@@ -238,13 +241,64 @@ class Tokens(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Conv2d(3, 6, 4, stride=4)
+        self.mixed = nn.Linear(6, 6)
         self.tokens = nn.LayerNorm(6)
         self.head = nn.Linear(6, 3)
 
     def forward(self, images):
         tokens = self.embed(images.flatten(1, 2)).flatten(2).mT
-        tokens = self.tokens(torch.cat([tokens.mean(1, keepdim=True), tokens], 1))
+        tokens = self.tokens(self.mixed(torch.cat([tokens.mean(1, keepdim=True), tokens], 1)))
         return self.head((tokens.square() * torch.arange(17)[:, None]).mean(1))
+
+
+class Pyramid(nn.Module):
+    """Two sizes of a feature map in a dict, and classes from the smaller one."""
+
+    def __init__(self):
+        super().__init__()
+        self.levels = Levels()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images):
+        return self.head(self.levels(images)["pool"].mean((2, 3)))
+
+
+class Levels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+
+    def forward(self, images):
+        features = self.conv(images).relu()
+        return {"0": features, "pool": F.max_pool2d(features, 2)}
+
+
+@pytest.mark.parametrize("name", ["EigenCAM", "ScoreCAM"])
+def test_a_transform_may_read_a_feature_pyramid(images, name):
+    torch.manual_seed(0)
+    model, seen = Pyramid(), []
+
+    def transform(levels):
+        seen.append(reshape_transforms.fasterrcnn_reshape_transform(levels))
+        return seen[-1]
+
+    got = getattr(ours, name)(model, [model.levels], transform)(images)
+    assert got.shape == (3, 16, 16) and got.max() > 0.5
+    assert seen[0].shape == (3, 8, 4, 4) and model.training and not model.levels._forward_hooks
+    if name == "EigenCAM":
+        for row, cam in zip(seen[0].flatten(2), got, strict=True):
+            right = torch.linalg.svd(row.mT, full_matrices=False)[2][0]
+            component = (right @ row).view(1, 4, 4)
+            wanted = image.scale_cam_image((component * component.sum().sign()).clamp(min=0).numpy(), (16, 16))
+            np.testing.assert_allclose(cam, image.scale_cam_image(wanted)[0], atol=1e-4)
+    with pytest.raises(ValueError, match="got dict from 'levels'; choose another"):
+        ours.GradCAM(model, [model.levels], reshape_transforms.fasterrcnn_reshape_transform)(images)
+
+
+def test_no_layers_and_other_numbers(net, images):
+    with pytest.raises(ValueError, match="expected at least one layer, got an empty list"):
+        ours.GradCAM(net, [])(images)
+    assert of(ours, "GradCAM", net.double(), images.double()).dtype == np.float32
 
 
 def test_pictures_are_those_of_the_original():
@@ -436,7 +490,56 @@ def test_captum_more(net, images):
         )
         assert near(got, expected)
     assert attr.LayerAttribution.interpolate(torch.rand(1, 1, 2, 2), (4, 4)).shape == (1, 1, 4, 4)
-    with pytest.raises(ValueError, match="expected square windows over all 3 colors"):
+    with pytest.raises(
+        ValueError, match=r"square windows over all colors.*got \(1, 4, 4\) and \(1, 1, 1\); take \(3, 16"
+    ):
         attr.Occlusion(net).attribute(images, (1, 4, 4), target=0)
     with pytest.raises(ValueError, match="expected method='gausslegendre'"):
         attr.IntegratedGradients(net).attribute(images, target=0, method="riemann_left")
+
+
+@pytest.mark.parametrize("name", ["Saliency", "IntegratedGradients", "Occlusion", "LayerGradCam", "GuidedGradCam"])
+def test_captums_arguments_have_their_names_and_order(name):
+    expected, got = getattr(captum, name), getattr(attr, name)
+    there, here = (list(inspect.signature(one).parameters)[: 2 + name.endswith("Cam")] for one in (expected, got))
+    assert here[: len(there)] == there
+    there, here = (list(inspect.signature(one.attribute).parameters) for one in (expected, got))
+    assert here == there[: len(here)] and len(here) > 4
+
+
+class Grid(nn.Module):
+    """A score for each class and position, times a factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3, stride=4)
+
+    def forward(self, images, shift):
+        return self.conv(images).square() * (1 + shift)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_captums_targets_and_other_arguments(net, images):
+    def same(model, name, target, *more, **options):
+        got, expected = (
+            getattr(lib, name)(model, **options).attribute(images, *more, target=target) for lib in (attr, captum)
+        )
+        return near(got, expected)
+
+    assert same(net, "Saliency", torch.tensor([3])) and same(net, "Saliency", torch.tensor(3)) and not compat.report()
+    assert same(net, "IntegratedGradients", 2, multiply_by_inputs=False)
+    torch.manual_seed(0)
+    grid = Grid()
+    grid.eval()
+    for shift in (0, torch.tensor(0.5), torch.tensor([[[[0.0]]], [[[1.0]]], [[[2.0]]]])):
+        got, expected = (
+            lib.Saliency(grid).attribute(images, (1, 2, 3), additional_forward_args=shift) for lib in (attr, captum)
+        )
+        assert near(got, expected) and got.any()
+    places = [(0, 1, 1), (1, 2, 3), (1, 0, 0)]
+    got, expected = (lib.Saliency(grid).attribute(images, places, additional_forward_args=0) for lib in (attr, captum))
+    assert near(got, expected)
+    with pytest.raises(ValueError, match=r"expected one number per image from itemgetter\(\), got shape \(5,\)"):
+        attr.Saliency(net).attribute(images)
+    with pytest.raises(ValueError, match="expected attribute_to_layer_input=False, got True"):
+        attr.LayerGradCam(net, net.last).attribute(images, 3, None, True)

@@ -35,6 +35,8 @@ class BaseCAM:
     sentence = ""
     """A difference that concerns every call."""
     reads_gradients = True
+    reads_reshaped = False
+    """Whether what `reshape_transform` makes of a layer's output is read, whatever that output is."""
 
     def __init__(
         self, model: nn.Module, target_layers: Sequence[nn.Module] | None, reshape_transform: Reshape | None = None
@@ -44,8 +46,8 @@ class BaseCAM:
         Args:
             model: your model; its modes, gradients and hooks are left as they are.
             target_layers: modules whose maps are averaged. None: the last feature map.
-            reshape_transform: how the layer's output becomes a feature map. sightline finds positions itself, and
-                refuses a transform that sees them elsewhere.
+            reshape_transform: how the layer's output becomes a feature map. EigenCAM and ScoreCAM read what it makes;
+                for the others sightline finds positions itself, and refuses a transform that sees them elsewhere.
         """
         self.model = model
         self.target_layers = target_layers
@@ -56,7 +58,7 @@ class BaseCAM:
         self.explanation: Explanation | None = None
         """Of the last call: the raw maps, and the verdicts on each."""
         self._is_checked = False
-        self._reshaped: dict[str, Tensor] = {}
+        self._reshaped: list[tuple[str, Tensor]] = []
 
     def __enter__(self) -> "BaseCAM":
         return self
@@ -102,15 +104,17 @@ class BaseCAM:
         asked = OfEach(targets, choose, type(self).__name__, self._keep)
         seen: list[Tensor] = []
         methods = [explainer, *(doubt for doubt, _ in self.doubts)]
-        if self.reshape_transform is not None and not self._is_checked:
-            methods.append(_reader(seen))
-        layers = self.target_layers
-        if layers and not self._is_checked:
+        model, layers, reshape = self.model, self.target_layers, self.reshape_transform
+        if layers and reshape is not None and self.reads_reshaped:
+            model = _Reshaped(model, layers, reshape)
+            layers = [*model.read]
+        elif layers and not self._is_checked:
+            methods += [_reader(seen)] * (reshape is not None)
             layers = self._with_positions(images, layers)
-        if layers is not None and not layers:
+        if self.target_layers and not layers:
             return self._without_positions(images, asked)
         self.explanation = explanation = explain(
-            self.model,
+            model,
             images,
             asked,
             methods,
@@ -118,8 +122,8 @@ class BaseCAM:
             call=0,  # pytorch-grad-cam reads the first of several runs
             batch_size=getattr(self, "batch_size", 64),
         )
-        for name, read in zip(self._reshaped, seen, strict=False):
-            _check_positions(name, self._reshaped[name], read[:1])
+        for (name, reshaped), read in zip(self._reshaped, seen, strict=False):
+            _check_positions(name, reshaped, read[:1])
         self._is_checked = layers is self.target_layers
         for doubt, sentence in self.doubts:
             share = float(torch.cat(_of(explanation, doubt)).mean())
@@ -129,7 +133,7 @@ class BaseCAM:
         scaled = [
             maps.resize(stretched(values.clamp(min=0)[:, 0])[:, None], sides) for values in _of(explanation, explainer)
         ]
-        return stretched(torch.cat(scaled, 1).mean(1)).cpu().numpy()
+        return stretched(torch.cat(scaled, 1).mean(1)).float().cpu().numpy()
 
     def _augmented(
         self, images: Float[Tensor, "b c *grid"], targets: Sequence[ModelTarget] | None, eigen_smooth: bool
@@ -189,7 +193,6 @@ class BaseCAM:
                 hook = layer.register_forward_hook(lambda _, inputs, output, name=name: keep(name, output))
                 hooks.callback(hook.remove)
             network(images[:1])
-        self._reshaped = {name: copied for name, (copied, _, _) in kept.items() if copied is not None}
         single: set[str] = set()
         for name, (_, tensor, version) in kept.items():
             if version_of(tensor) != version:
@@ -201,9 +204,9 @@ class BaseCAM:
             if tensor.ndim == images.ndim and tensor[0, 0].numel() == 1:
                 single.add(name)
                 note(type(self).__name__, f"{name} has a single position, so its map is 0, as in pytorch-grad-cam.")
-        return (
-            layers if not single else [layer for name, layer in zip(names, layers, strict=True) if name not in single]
-        )
+        read = [name for name in names if name not in single]
+        self._reshaped = [(name, kept[name][0]) for name in read if name in kept and kept[name][0] is not None]
+        return [layer for name, layer in zip(names, layers, strict=True) if name in read] if single else layers
 
     def _without_positions(self, images: Tensor, asked: OfEach) -> Float[np.ndarray, "b *grid"]:
         """Maps of 0, after the targets are checked."""
@@ -211,6 +214,28 @@ class BaseCAM:
             output = network(images)
             asked.fixed(output)(output)
         return np.zeros((len(images), *images.shape[2:]), dtype=np.float32)
+
+
+class _Reshaped(nn.Module):
+    """A model that also hands what a transform makes of each layer's output to a child, where it is read."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], reshape: Reshape) -> None:
+        super().__init__()
+        self.model, self.reshape = model, reshape
+        self.read = nn.ModuleList(nn.Identity() for _ in layers)
+        self.pairs = [*zip(layers, self.read, strict=True)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns."""
+
+        def hand(read: nn.Module, output: Any) -> None:
+            read(self.reshape(output))
+
+        with ExitStack() as hooks:
+            for layer, read in self.pairs:
+                hook = layer.register_forward_hook(lambda _, inputs, output, read=read: hand(read, output))
+                hooks.callback(hook.remove)
+            return self.model(*args, **kwargs)
 
 
 def _check_positions(name: str, wanted: Tensor, here: Tensor) -> None:

@@ -128,7 +128,7 @@ class EigenCAM(BaseCAM):
     """`eigen_cam`."""
 
     explainer = smoothed = EXPLAINERS["eigen_cam"]
-    sentence, reads_gradients = EIGEN, False
+    sentence, reads_gradients, reads_reshaped = EIGEN, False, True
 
 
 class EigenGradCAM(BaseCAM):
@@ -141,7 +141,8 @@ class EigenGradCAM(BaseCAM):
 class ScoreCAM(BaseCAM):
     """`score_cam`; `batch_size` is the number of images per forward."""
 
-    explainer, smoothed, reads_gradients = EXPLAINERS["score_cam"], _score_cam, False
+    explainer, smoothed = EXPLAINERS["score_cam"], _score_cam
+    reads_gradients, reads_reshaped = False, True
     sentence = (
         "pytorch-grad-cam enlarges the channels with aligned corners, and gives channels without contrast a weight too."
     )

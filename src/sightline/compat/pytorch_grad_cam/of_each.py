@@ -86,4 +86,4 @@ def _name(target: ModelTarget) -> str:
 
 
 def _arguments(target: ModelTarget) -> str:
-    return ", ".join(str(value) for value in vars(target).values() if isinstance(value, int | str))
+    return ", ".join(str(value) for value in getattr(target, "__dict__", {}).values() if isinstance(value, int | str))
