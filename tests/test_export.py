@@ -121,7 +121,7 @@ def test_a_wrong_export_is_not_written(tmp_path: Path, monkeypatch: pytest.Monke
             return lambda images: [output * 1.001 for output in self.program(images)]
 
     monkeypatch.setattr(torch.export, "load", Wrong)
-    with pytest.raises(RuntimeError, match=r"differ from vgg15 by at most 0\.0001 .* got 0\.001; nothing was written"):
+    with pytest.raises(RuntimeError, match=r"vgg15 by at most 0\.0001 .* got 0\.001 in logits; nothing was written"):
         export(folder, tmp_path / "net.pt2")
     assert not (tmp_path / "net.pt2").exists()
 
@@ -143,8 +143,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"{tmp_path}/net.pt2: images uint8 (b, 3, 32, 32) -> logits, attention.conv10, attention.conv13"
     assert second == "checked: differs from the network by at most 0.0e+00 of the largest value"
+    (tmp_path / "folder.pt2").mkdir()
     for wanted, message in (
         (("export", folder, "--out", tmp_path / "net.tflite"), "expected a file name that ends in .onnx or .pt2, got "),
+        (("export", folder, "--out", tmp_path / "folder.pt2"), "expected the name of a file, got the folder "),
         (("export", tmp_path / "nowhere", "--out", tmp_path / "net.pt2"), "nowhere: no such run"),
         (("export", folder, "--out", folder / "run.json" / "net.pt2"), "run.json is a file; expected a folder"),
     ):

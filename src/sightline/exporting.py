@@ -2,12 +2,13 @@
 
 import io
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Int, UInt8
@@ -110,7 +111,7 @@ def export(
             warnings.simplefilter("ignore")
             program = _program(pixels, examples, any_size)
             content, call = _FORMATS[path.suffix](program, names, facts, opset)
-        difference = None if call is None else _difference(call, pixels, preprocess, any_size)
+        difference, where = (None, "") if call is None else _difference(call, pixels, preprocess, any_size, names)
     except ModuleNotFoundError:
         raise
     # tracing raises dozens of types of errors
@@ -120,7 +121,7 @@ def export(
     if difference is not None and not difference <= _TOLERANCE:
         raise RuntimeError(
             f"expected the exported network to differ from {name} by at most {_TOLERANCE:g} of the "
-            f"largest value, got {difference:.2g}; nothing was written"
+            f"largest value, got {difference:.2g} in {where}; nothing was written"
         )
     runs.write(path, content)
     return Exported(path=path, size=size, outputs=names, difference=difference)
@@ -153,9 +154,11 @@ def check_request(
     path = Path(file)
     if path.suffix not in _FORMATS:
         raise ValueError(f"expected a file name that ends in {' or '.join(_FORMATS)}, got {path}; choose one of them")
+    if path.is_dir():
+        raise IsADirectoryError(f"expected the name of a file, got the folder {path}; name a file in it")
     check_whole(opset=opset)
-    if targets not in (known := ("predicted", "input", "all")):
-        raise ValueError(f"expected targets as one of {', '.join(known)}, got {targets!r}; choose one")
+    if targets not in get_args(Classes):
+        raise ValueError(f"expected targets as one of {', '.join(get_args(Classes))}, got {targets!r}; choose one")
     if maps:
         check_methods(requests_of(maps, layer))
     elif layer is not None or targets != "predicted":
@@ -195,8 +198,15 @@ class _FromPixels(nn.Module):
         images = (images / 255 - self.mean) / self.std
         if isinstance(self.network, WithExplanations):
             return self.network(images, targets)
-        output = self.network(images)
-        return output if isinstance(self.network, WithMaps) else (output,)
+        return _plain(self.network, images)
+
+
+def _plain(network: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """Logits, and the maps of attention blocks."""
+    output = network(images)
+    if isinstance(network, WithMaps):
+        return output
+    return (output if isinstance(output, Tensor) else logits_of(output),)
 
 
 def _pixels(n: int, size: tuple[int, int]) -> UInt8[Tensor, "n 3 h w"]:
@@ -257,23 +267,24 @@ _FORMATS = {".onnx": _onnx, ".pt2": _pt2}
 
 
 @torch.no_grad()
-def _difference(call: _Call, pixels: _FromPixels, preprocess: data.Preprocess, any_size: bool) -> float:
-    """Largest difference of any output on new images, as a share of the output's largest value."""
+def _difference(
+    call: _Call, pixels: _FromPixels, preprocess: data.Preprocess, any_size: bool, names: Sequence[str]
+) -> tuple[float, str]:
+    """Largest difference of any output on new images, as a share of the output's largest value, and the output."""
     height, width = preprocess.size
-    differences: list[Tensor] = []
+    differences: list[tuple[float, str]] = []
     for n, size in [(1, (height, width)), (3, (height, width)), *[(2, (height + 32, width + 64))] * any_size]:
         images = _pixels(n, size)
         given, expected = _expected(pixels.network, images, data.normalize(images, preprocess))
-        for ours, theirs in zip(expected, call(given), strict=True):
-            differences.append((theirs - ours).abs().max() / ours.abs().max().clamp_min(1e-30))
-    return float(torch.stack(differences).max())
+        for name, ours, theirs in zip(names, expected, call(given), strict=True):
+            differences.append((float((theirs - ours).abs().max() / ours.abs().max().clamp_min(1e-30)), name))
+    return max(differences, key=lambda one: (math.isnan(one[0]), one[0]))
 
 
 def _expected(network: nn.Module, images: Tensor, normalized: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """What to pass to the file, and what it should return."""
     if not isinstance(network, WithExplanations):
-        output = network(normalized)
-        return [images], [*output] if isinstance(network, WithMaps) else [output]
+        return [images], [*_plain(network, normalized)]
     logits = logits_of(network.model(normalized))
     count = max(2, logits.shape[1])
     targets: Int[Tensor, "b ..."] | None = None

@@ -243,23 +243,22 @@ class _Inputs(Operations):
         self.calls[name] += 1
         if place is not None:
             sides = place.tensor.ndim
-            fitting = {id(one): one for one in operation.tensors if one.ndim == sides and not _is_weight(one)}
+            inputs = [one for one in operation.tensors if one.ndim == sides and not isinstance(one, nn.Parameter)]
+            fitting = {id(one): one for one in inputs}
             if len(fitting) != 1:
                 raise ValueError(
                     f"expected one feature map as {place.name}, got {len(fitting)}; choose a module's output by --layer"
                 )
             ((key, first),) = fitting.items()
             self.replaced[key] = first, self.forward.leaf((place.name, place.call), first)
-        args, kwargs = tree_map(self._value, (operation.args, operation.kwargs)) if self.replaced else ((), {})
-        return operation.func(*args, **kwargs) if self.replaced else operation()
+        if not self.replaced:
+            return operation()
+        args, kwargs = tree_map(self._value, (operation.args, operation.kwargs))
+        return operation.func(*args, **kwargs)
 
     def _value(self, value: Any) -> Any:
         before, after = self.replaced.get(id(value), (None, None))
         return after if before is not None and before is value else value
-
-
-def _is_weight(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
 
 
 def _gates(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -299,8 +298,13 @@ def _convolution_backward(
     output_padding: Sequence[int],
     groups: int,
     mask: Sequence[bool],
-) -> tuple[Tensor, None, None]:
-    """The gradient at the input alone: the transposed convolution with the same weights, or the other way round."""
+) -> Any:
+    """The gradient at the input alone: the transposed convolution with the same weights, or the other way round.
+
+    Weights that depend on the image need a gradient, too: then PyTorch's operation stays.
+    """
+    if any(mask[1:]):
+        return NotImplemented
     convolution = torch.ops.aten.convolution.default
     if transposed:
         zeros = [0] * len(stride)
