@@ -50,8 +50,9 @@ function metadataOf(bytes) {
 }
 
 async function openModel(buffer) {
-  facts = metadataOf(new Uint8Array(buffer));
+  const metadata = metadataOf(new Uint8Array(buffer));
   session = await ort.InferenceSession.create(buffer, { executionProviders: ["wasm"] });
+  [facts, answer] = [metadata, null];
   byId("map").replaceChildren(...facts.outputs.slice(1).map((name) => new Option(name)));
   byId("classes").hidden = facts.targets === "predicted";
   await run();
