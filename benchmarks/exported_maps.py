@@ -50,6 +50,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 PIXELS = ("saliency", "input_x_gradient")
 """Maps whose backward is as large as the network."""
+ROUNDED = {"vit_b_16": {"xgrad_cam": "divides by sums of channels that are nearly 0, which magnifies rounding"}}
+"""Maps that `export` would refuse the whole file for."""
 
 
 def weights() -> str:
@@ -111,7 +113,9 @@ def cut(content: Any, outputs: Sequence[str]) -> bytes:
 def measured(name: str, folder: Path, rounds: int, whole: bool) -> dict[str, Any]:
     model, preprocess = network(name)
     size, file = preprocess.size[0], folder / "maps.onnx"
-    wanted = [one for one in fitting_names() if one != "eigen_cam" and (one not in PIXELS or name == "resnet18")]
+    rounded = ROUNDED.get(name, {})
+    wanted = [one for one in fitting_names() if one not in ("eigen_cam", *rounded)]
+    wanted = [one for one in wanted if one not in PIXELS or name == "resnet18"]
     names, refused = sl.explainers.fitting(model, data.normalize(photos(2, size), preprocess), wanted)
     start = time.process_time()
     exported = sl.export(model, file, preprocess, maps=names)
@@ -120,7 +124,7 @@ def measured(name: str, folder: Path, rounds: int, whole: bool) -> dict[str, Any
         "export_cpu_seconds": round(time.process_time() - start, 1),
         "checked_on_noise": exported.difference,
         "difference": differences(session(file), names, model, preprocess, (1, 5)),
-        "refused": refused,
+        "refused": refused | rounded,
     }
     content = onnx.load(file)
     files = {"all": file.read_bytes(), "grad_cam": cut(content, ["logits", "grad_cam"])}

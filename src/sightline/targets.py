@@ -188,7 +188,7 @@ class Box(Target):
             (b, n, 4 + classes) of corners and a score per class.
 
     Raises:
-        ValueError: a box that is none, or one at which the images to explain have no detection (IoU below 0.1).
+        ValueError: no box of positive area, or one at which the images to explain have no detection (IoU below 0.1).
         TypeError: the output holds no detections.
 
     Source: Petsiuk et al. 2021 (2006.03204): the same maximum, with the class fixed.

@@ -44,6 +44,8 @@ class MapLoss:
     outside the mask and 0 inside. Other methods: `share_outside` of the map of the label.
 
     Source: Ross et al. 2017 (1703.03717), equation 1, second term (saliency).
+
+    Differs: the paper sums over the images; maps here are made in eval mode.
     """
 
     method: str
