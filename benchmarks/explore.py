@@ -31,7 +31,7 @@ from measure import hardware
 from sightline import recipe, runs
 from sightline.data.clutter import PATCH_COLORS
 from sightline.exploration import Exploration, RunLooks, explore
-from sightline.exploration.sources import predicted
+from sightline.exploration.sources import probabilities
 from sightline.exploration.study import LEAST
 from sightline.recipe import Data, Model, Optim, Recipe
 from sightline.report.explore import write_exploration
@@ -81,12 +81,13 @@ def effects(run: runs.Run) -> list[float]:
     assert batch.masks is not None
     pixels, labels, patch = batch.images.numpy(), batch.labels.numpy(), batch.masks.numpy()
     model = runs.load_model(run.folder)
-    before = predicted(model, pixels, run.preprocess)
+    before = probabilities(model, pixels, run.preprocess).argmax(1)
     found: list[float] = []
     for target, color in enumerate(PATCH_COLORS):
         others = np.flatnonzero((labels != target) & (before != target))[:200]
         colored = np.where(patch[others], color[None, :, None, None], pixels[others])
-        found.append(float((predicted(model, colored, run.preprocess) == target).mean()))
+        after = probabilities(model, colored, run.preprocess).argmax(1)
+        found.append(float((after == target).mean()))
     return found
 
 

@@ -1,6 +1,7 @@
-"""Images whose decoder ends its process, in processes that were sent a `Deadly`."""
+"""Images whose decoder ends its process or never ends, in processes that were sent a `Deadly`."""
 
 import os
+import time
 from typing import Any
 
 from PIL import Image, ImageFile
@@ -28,4 +29,13 @@ class _DeadlyImage(ImageFile.ImageFile):
         self._size, self._mode = (8, 8), "RGB"
 
     def load(self) -> None:
+        if b"slow" in self.fp.read():
+            time.sleep(600)
         os._exit(1)
+
+
+class Unready(Preprocess):
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (1,)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from sightline import cli, data, runs
 from sightline.explainers import explain
@@ -122,6 +123,13 @@ def test_a_class_that_looks_one_way_is_one_cluster():
     assert spectral(blobs([clustering.FEWEST - 1])).max() == 0
     looks = np.random.default_rng(0).normal(size=(200, 1)) * np.ones(3)
     assert spectral(looks).max() <= clustering.MOST - 1
+
+
+def test_more_groups_than_clusters_are_not_one():
+    """Ten places that no neighbor joins: ten eigenvalues of 0, whose rounding errors must not decide."""
+    rng = np.random.default_rng(0)
+    looks = np.repeat(np.eye(10), 20, 0) + 0.001 * rng.random((200, 10))
+    assert spectral(looks).max() == clustering.MOST - 1
 
 
 def test_the_strangest_cluster_is_small_far_and_sure():
@@ -397,6 +405,12 @@ def test_copies_between_splits_are_told():
     assert explore(Planted()).duplicates == ()
 
 
+def test_a_large_split_leaves_room_for_the_others(monkeypatch):
+    monkeypatch.setattr(study, "COMPARED", 30)
+    exploration = explore(Planted(splits=("train", "test")), tests=1)
+    assert exploration.compared == 60
+
+
 def test_files(explored, tmp_path: Path):
     exploration = explored
     facts = json.loads(exploration.to_json(tmp_path / "a.json").read_text())
@@ -494,6 +508,20 @@ def test_missing_shards_and_other_networks_are_told(run, photos, tmp_path):
         ResultLooks(Results.open(tmp_path), other)
 
 
+def test_results_of_a_network_without_names_that_ends_in_a_sigmoid(photos, tmp_path):
+    """Classes are numbers, and confidence is the network's own probability."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.Sigmoid())
+    model.preprocess = data.Preprocess(size=(32, 32), mean=(0.5,) * 3, std=(0.2,) * 3)
+    explain_many(model.eval(), photos / "test", tmp_path)
+    source = ResultLooks(Results.open(tmp_path), model)
+    assert source.classes == ("0", "1", "2", "3", "4")
+    look = next(source.looks())
+    explanation = explain(model, [photos / "test" / look.key])
+    assert look.confidence == pytest.approx(explanation.probabilities.max().item(), abs=1e-6)
+    assert look.predicted == explanation.targets.item() and explore(source).groups
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -518,6 +546,7 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
 def test_the_page_stands_alone(explored, tmp_path):
     text = write_exploration(explored, tmp_path).read_text()
     assert "1 of 3 classes depend on a small region" in text
+    assert "1 of 3 classes have a region that decides" in text
     assert text.count("<article") == 1 and text.count('<rect class="outline inner"') == 6
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text)
     untested = replace(explored.suspicions[-1], cover=None, paste=None, is_finding=False)

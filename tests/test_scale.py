@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shutil
 import signal
 import tarfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from torch import nn
 pa = pytest.importorskip("pyarrow")
 import fsspec  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
-from tests.deadly import Deadly  # noqa: E402
+from tests.deadly import Deadly, Unready  # noqa: E402
 
 from sightline import cli  # noqa: E402
 from sightline.data import Preprocess  # noqa: E402
 from sightline.explainers import explain  # noqa: E402
 from sightline.scale import cluster, decoding, explain_many, plan, results  # noqa: E402
 from sightline.scale.cluster import Cluster  # noqa: E402
+from sightline.scale.local import Decoder  # noqa: E402
 from sightline.scale.plan import Entry, contents_of, entries_of, in_order, plan_of  # noqa: E402
 from sightline.scale.results import Results, packed_map, read_map, shard_file, write_asked, write_shard  # noqa: E402
 
@@ -63,6 +66,9 @@ def test_half_precision(tmp_path: Path) -> None:
     values = np.array([[0.1, -3.0]], dtype=np.float32)
     assert len(packed_map(values, "float16")["map"]) == 4
     np.testing.assert_allclose(read_map(packed_map(values, "float16")), values, rtol=1e-3)
+    for largest in (1e-9, 65_505.0):  # would become 0 or infinite
+        np.testing.assert_array_equal(read_map(packed_map(values / 3 * largest, "float16")), values / 3 * largest)
+    assert packed_map(values * 0, "float16")["dtype"] == packed_map(values * np.inf, "float16")["dtype"] == "float16"
 
 
 def test_a_shard_is_whole_or_absent(tmp_path: Path) -> None:
@@ -87,7 +93,7 @@ def test_a_shard_is_whole_or_absent(tmp_path: Path) -> None:
 def test_another_question_is_refused(tmp_path: Path) -> None:
     write_asked(tmp_path, FACTS)
     write_asked(tmp_path, FACTS)
-    with pytest.raises(ValueError, match=r"another question \(methods differ\); choose a new folder"):
+    with pytest.raises(ValueError, match=r"another job \(methods differ\); choose a new folder"):
         write_asked(tmp_path, FACTS | {"methods": ["grad_cam"]})
 
 
@@ -100,10 +106,13 @@ def test_damage_is_told(tmp_path: Path) -> None:
     write_shard(tmp_path, 0, [[row(0, "other")]])
     with pytest.raises(ValueError, match="is part of other results; delete it"):
         list(opened.batches())
+    pq.write_table(pa.table({"a": [1]}), shard_file(tmp_path, 0))
+    with pytest.raises(ValueError, match="is part of other results; delete it"):
+        list(opened.batches())
     with pytest.raises(FileNotFoundError, match="holds no results"):
         Results.open(tmp_path / "nothing")
-    (tmp_path / "asked.json").write_text(json.dumps({"format": 2}))
-    with pytest.raises(ValueError, match="expected format 1"):
+    (tmp_path / "asked.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(ValueError, match="expected format 2"):
         Results.open(tmp_path)
     (tmp_path / "asked.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
@@ -194,9 +203,21 @@ class TestPlan:
             assert [entry.key for entry in entries] == ["a.tar/0.png", "a.tar/1.png", "b.tar/2.png", "b.tar/3.png"]
             assert [read() for read in contents_of(entries)] == [png(number) for number in range(4)]
             assert {entry.label for entry in entries} == {1}
+        (tmp_path / "b.tar").unlink()
+        with pytest.raises(FileNotFoundError, match=r"b\.tar"):  # says nothing about its images
+            [read() for read in contents_of(entries)]
         (tmp_path / "c.tar").write_bytes(b"x" * 2000)
         with pytest.raises(ValueError, match="expected an uncompressed tar file"):
             list(entries_of(str(tmp_path), [], tmp_path))
+
+    def test_names_in_tar_files_that_are_no_text(self, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+            member = tarfile.TarInfo("\xe4.png")
+            member.size = len(png(0))
+            tar.addfile(member, io.BytesIO(png(0)))
+        planned = plan_of(tmp_path, [str(tmp_path)], [], 3)
+        assert [entry.key for entry in planned.entries(0)] == ["a.tar/\\xe4.png"]
+        assert [read() for read in contents_of(planned.entries(0))] == [png(0)]
 
     def test_parquet_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plan, "_ROWS", 2)
@@ -211,9 +232,14 @@ class TestPlan:
         expected = [png(5), png(6), "its cell is empty", *map(png, range(5))]
         for part in (slice(0, 8), slice(1, 5), slice(4, 8), slice(2, 3)):
             assert [read() for read in contents_of(entries[part])] == expected[part]
-        pq.write_table(pa.table({"a": [b""], "b": [b""]}), tmp_path / "unclear.parquet")
-        with pytest.raises(ValueError, match=r"cannot tell which column of .*unclear\.parquet holds the images: a, b"):
-            list(entries_of(f"{tmp_path}/unclear.parquet", [], tmp_path))
+        large = pa.table({"photo": pa.array([png(0)], pa.large_binary()), "label": pa.array(["a"], pa.large_string())})
+        pq.write_table(large, tmp_path / "large.parquet")
+        (entry,) = entries_of(f"{tmp_path}/large.parquet", ["A"], tmp_path)
+        assert entry.label == 0 and next(contents_of([entry]))() == png(0)
+        for unclear in ({"a": [b""], "b": [b""]}, {"image": [{"data": b""}]}):
+            pq.write_table(pa.table(unclear), tmp_path / "unclear.parquet")
+            with pytest.raises(ValueError, match=r"cannot tell which column of .*unclear\.parquet holds the images: "):
+                list(entries_of(f"{tmp_path}/unclear.parquet", [], tmp_path))
 
     def test_a_set_of_the_hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         datasets = pytest.importorskip("datasets")
@@ -270,14 +296,30 @@ class TestPlan:
         (tmp_path / "empty").mkdir()
         with pytest.raises(ValueError, match=r"expected images in .*empty, got none"):
             plan_of(tmp_path, [str(tmp_path / "empty")], [], 3)
-        with pytest.raises(ValueError, match="twice; name it once"):
-            plan_of(tmp_path, [str(photos)] * 2, [], 3)
+        for inner in (photos, photos / "cat"):
+            with pytest.raises(ValueError, match="expected sources apart from each other"):
+                plan_of(tmp_path, [str(inner), str(photos)], [], 3)
+        with pytest.raises(ValueError, match="expected images, got none"):
+            plan_of(tmp_path, [], [], 3)
+        for pattern in ("*.tar", "*"):  # matches nothing, or folders
+            with pytest.raises(FileNotFoundError, match="expected files named like"):
+                list(entries_of(f"{photos}/{pattern}", [], tmp_path))
+        for name in ("empty/a.tar", "empty/b.parquet"):
+            (tmp_path / name).touch()
+        with pytest.raises(ValueError, match="expected files of one kind"):
+            list(entries_of(f"{tmp_path}/empty", [], tmp_path))
+        assert list(tmp_path.glob("*plan*")) == []
+        (tmp_path / "plan.parquet").write_bytes(b"half")
+        with pytest.raises(ValueError, match=r"plan\.parquet is damaged"):
+            plan_of(tmp_path, [str(photos)], [], 3)
 
     def test_several_sources(self, tmp_path: Path, photos: Path) -> None:
         sources = [f"{photos}/cat", f"{photos}/dog"]
         planned = plan_of(tmp_path, sources, [], 4)
         keys = [entry.key for shard in range(3) for entry in planned.entries(shard)]
         assert keys == [f"{photos}/{key}" for key in KEYS] and planned.images == 11
+        files = [f"{photos}/{key}" for key in KEYS[:2]]
+        assert [entry.key for entry in plan_of(tmp_path, files, [], 4, anew=True).entries(0)] == files
 
 
 def test_rows_are_those_of_explain(photos: Path, tmp_path: Path) -> None:
@@ -325,9 +367,9 @@ def test_only_what_is_missing_is_done(photos: Path, tmp_path: Path) -> None:
     assert many(photos, out).written == 1
     assert {file.name: file.read_bytes() for file in out.glob("shard-*")} == whole
     assert {name for name in times if (out / name).stat().st_mtime_ns != times[name]} == {"shard-000002.parquet"}
-    with pytest.raises(ValueError, match=r"another question \(methods differ\)"):
+    with pytest.raises(ValueError, match=r"another job \(methods differ\)"):
         many(photos, out, methods=["grad_cam"])
-    with pytest.raises(ValueError, match=r"another question \(sources differ\)"):
+    with pytest.raises(ValueError, match=r"another job \(sources differ\)"):
         many(photos / "cat", out)
 
 
@@ -335,10 +377,11 @@ def test_halves_of_killed_processes_are_swept_away(photos: Path, tmp_path: Path)
     """But not those of a shard that another process may still be writing."""
     out = tmp_path / "out"
     out.mkdir()
-    for name in (".shard-000001.parquet.1.tmp", ".shard-000002.parquet.2.tmp"):
+    for name in (".shard-000001.parquet.1.tmp", ".shard-000002.parquet.2.tmp", ".plan.parquet.3.tmp"):
         (out / name).write_bytes(b"half")
+    (out / ".sorting-4" / "0").mkdir(parents=True)
     many(photos, out, shard=(1, 4))
-    assert [file.name for file in out.glob(".*.tmp")] == [".shard-000002.parquet.2.tmp"]
+    assert sorted(file.name for file in out.glob(".*")) == [".lock", ".shard-000002.parquet.2.tmp"]
 
     def overtaken() -> Any:
         many(photos, out, shard=(2, 4))
@@ -388,6 +431,25 @@ def test_a_full_disk_stops_and_resumes(photos: Path, tmp_path: Path, monkeypatch
     assert len(rows_of(out)) == 21
 
 
+def job_of(photos: Path, folder: Path, preprocess: Preprocess) -> decoding.Job:
+    return decoding.Job(
+        folder=folder, plan=plan_of(folder, [str(photos)], [], 100), sources=(str(photos),), digest="", per_shard=100,
+        preprocess=preprocess, max_pixels=10**6, layer=None, dtype="float32", batch_size=4, memory=None,
+    )  # fmt: skip
+
+
+def test_a_disk_that_is_gone_is_not_the_fault_of_an_image(photos: Path, tmp_path: Path) -> None:
+    job = job_of(photos, tmp_path, network().preprocess)
+    (photos / "cat/0.png").unlink()
+    assert decoding.decode(job, 0).reasons == {0: "No such file or directory", 5: "not an image of a known format"}
+    shutil.move(photos, tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="photos"):
+        decoding.decode(job, 0)
+    photos.mkdir()
+    with pytest.raises(FileNotFoundError, match="photos is empty now; mount its disk"):
+        decoding.decode(job, 0)
+
+
 def test_lethal_images_are_found() -> None:
     """By halving, also several of them, and also where a process dies of something else now and then."""
     for lethal in ([], [0], [7, 8], [12], list(range(13))):
@@ -430,6 +492,30 @@ def test_an_image_that_kills_the_decoder(photos: Path, tmp_path: Path, request: 
     done = many(photos, tmp_path / "out", per_shard=7)
     assert (done.written, done.unreadable, done.missing) == (2, 3, 0)
     check_deadly(tmp_path / "out", tmp_path / "before")
+
+
+def test_what_is_not_the_fault_of_an_image(photos: Path, tmp_path: Path) -> None:
+    """A process that dies without one, and an error that is none of the decoder's."""
+    with closing(
+        Decoder(job_of(photos, tmp_path, Unready(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)), 1)
+    ) as decoder:
+        with pytest.raises(RuntimeError, match="dies before the first one; give it more memory"):
+            decoder.surely(0)
+    job = job_of(photos, tmp_path, network().preprocess)
+    with closing(Decoder(job, 1)) as decoder, pytest.raises(IndexError, match="list index"):
+        decoder.surely(0, part=[99])
+    with pytest.raises(RuntimeError, match="dies before the first one"):  # at once, where it was closed
+        decoder.surely(0)
+
+
+def test_an_image_that_takes_forever(photos: Path, tmp_path: Path, deadly: Path) -> None:
+    (photos / "cat/1.deadly").write_bytes(b"DEADLY, but slow")
+    (photos / "dog/9.deadly").unlink()
+    with closing(
+        Decoder(job_of(photos, tmp_path, Deadly(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)), 1, patience=5.0)
+    ) as decoder:
+        decoded = decoder.surely(0, part=[1])
+    assert decoded.reasons == {1: decoding.LETHAL} and decoded.entries[1].key == "cat/1.deadly"
 
 
 def killed(name: str) -> int:
@@ -493,6 +579,15 @@ def test_options_that_do_not_go_together(line: str, message: str, capsys: pytest
         cli.main(["explain", "nothing", "photos", "--out", "nowhere", *line.split()])
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"per_shard": 0}, "per_shard of 1 image"), ({"engine": "Ray"}, "got Ray"), ({"dtype": "float64"}, "and float64")],
+)
+def test_options_in_python(photos: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        many(photos, tmp_path / "out", **options)
 
 
 def test_more_workers_than_cores() -> None:

@@ -17,6 +17,7 @@ MOST = 8
 """Most clusters of one class."""
 FEWEST = 12
 """Maps below which a class is not divided."""
+_ZERO = 1e-9
 _STARTS: Any = 10  # of k-means; its stubs ask for a string
 
 
@@ -77,7 +78,8 @@ def spectral(looks: Float[Array, "n d"], most: int = MOST, seed: int = 0) -> Int
     joined = kneighbors_graph(looks, round(math.sqrt(n)), include_self=False).toarray()
     matrix = laplacian(np.maximum(joined, joined.T), normed=True)
     values, vectors = eigh(matrix, subset_by_index=[0, min(most, n - 1)])
-    k = int(np.argmax(np.diff(values))) + 1
+    # an eigenvalue of 0 for each connected part: with more parts than `most`, the gap lies beyond them
+    k = most if values[-1] < _ZERO else int(np.argmax(np.diff(values))) + 1
     if k == 1:
         return np.zeros(n, dtype=np.int64)
     rows = vectors[:, :k]

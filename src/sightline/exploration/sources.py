@@ -11,7 +11,7 @@ from torch import nn
 from sightline.data import ImageSet, Preprocess, batches
 from sightline.explainers import explain
 from sightline.facts import Progress
-from sightline.inference import answers, normalized
+from sightline.inference import Output, answers, forward_call, normalized
 
 Array = np.ndarray
 _BATCH = 64
@@ -112,10 +112,12 @@ class RunLooks:
 
     def predict(self, images: UInt8[Array, "n 3 h w"]) -> Int64[Array, " n"]:
         """The most probable class."""
-        return predicted(self.model, images, self.set.preprocess)
+        return probabilities(self.model, images, self.set.preprocess).argmax(1)
 
 
-def predicted(model: nn.Module, images: UInt8[Array, "n 3 h w"], preprocess: Preprocess) -> Int64[Array, " n"]:
-    """The class that a network predicts for each image."""
+def probabilities(
+    model: nn.Module, images: UInt8[Array, "n 3 h w"], preprocess: Preprocess, output: Output = None
+) -> Float[Array, "n classes"]:
+    """The probability of each class by a network, for images at the size of its input."""
     inputs = normalized(model, torch.from_numpy(images), preprocess)
-    return answers(model, inputs, _BATCH)[1].argmax(1).cpu().numpy()
+    return answers(model, inputs, _BATCH, forward_call(inputs, output))[1].cpu().numpy()

@@ -31,8 +31,8 @@ FEWEST = 8
 """Images below which nothing is suspected."""
 COVERED, PASTED = 64, 100
 """Most images whose region is covered, and images that regions are pasted into."""
-COMPARED = 20_000
-"""Most images that are compared to find copies in several splits."""
+COMPARED = 10_000
+"""Most images of each split that are compared to find copies in several splits."""
 _FINEST = 32  # positions along a side up to which maps are kept
 _KEPT = 20_000  # maps in the samples of all classes and methods, if there are at least `_SMALLEST` of each
 _SMALLEST = 20
@@ -186,14 +186,13 @@ def _sampled(
     samples: dict[tuple[str, int], _Sample] = {}
     left_out: Counter[str] = Counter()
     splits: dict[str, list[tuple[int, str]]] = {}
-    read, kept, last = 0, 0, -1
+    read, last = 0, -1
     for look in source.looks(progress):
         read += 1
         if look.place != last:
             last = look.place
-            if kept < COMPARED:
-                splits.setdefault(look.split, []).append((look.place, look.key))
-                kept += 1
+            if len(images := splits.setdefault(look.split, [])) < COMPARED:
+                images.append((look.place, look.key))
         if look.target != look.predicted:
             left_out["of another class than the predicted one"] += 1
         elif not (np.where(np.isfinite(look.map), look.map, 0) > 0).any():
@@ -282,7 +281,7 @@ def _tested(
     numbers = [look.place for look in looks]
     images = source.images(numbers)
     size = images.shape[2], images.shape[3]
-    sides = max(round(window * size[0]), 1), max(round(window * size[1]), 1)
+    sides = _sides(window, size)
     places = DETECTORS[facts.place](images) if facts.place else None
     maps = suspect.sample.maps()[rows]
     windows = regions.hottest(maps, size, sides, places)
@@ -308,6 +307,16 @@ def _tested(
             for i in shown
         ),
     )
+
+
+def _sides(window: float, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the region, so that a second one has room beside it.
+
+    >>> _sides(0.25, (224, 30)), _sides(1 / 3, (224, 32))
+    ((56, 8), (74, 10))
+    """
+    height, width = (max(min(round(window * side), side // 3), 1) for side in size)
+    return height, width
 
 
 def _others(samples: dict[tuple[str, int], _Sample], method: str, target: int, rng: np.random.Generator) -> list[Look]:
@@ -340,7 +349,7 @@ def _copies(source: Source, splits: dict[str, list[tuple[int, str]]]) -> tuple[t
     """Sentences about images that occur in several splits, and how many images were compared."""
     if len(splits) < 2:
         return (), 0
-    order = sorted(splits, key=lambda split: (["train", "val", "test"].index(split) if split in _ORDER else 3, split))
+    order = sorted(splits, key=lambda split: (_ORDER.get(split, 3), split))
     places, names = zip(*(image for split in order for image in splits[split]), strict=True)
     prints: list[Array] = []
     for start in range(0, len(names), _IMAGES):
@@ -352,7 +361,7 @@ def _copies(source: Source, splits: dict[str, list[tuple[int, str]]]) -> tuple[t
     return tuple(told), len(names)
 
 
-_ORDER = ("train", "val", "test")
+_ORDER = {"train": 0, "val": 1, "test": 2}
 
 
 def _summary(exploration: Exploration) -> Iterator[Finding]:

@@ -30,6 +30,7 @@ def write_exploration(exploration: Exploration, folder: str | Path) -> Path:
         exploration=exploration,
         answer=exploration.summary[0],
         rest=[finding for finding in exploration.summary[1:] if finding.kind == "not tested"],
+        decided=len({ones[0].target for ones in findings}),
         findings=[(ones, sentence(ones)) for ones in findings[:_FINDINGS]],
         more=[sentence(ones) for ones in findings[_FINDINGS:]],
         tested=[one for one in exploration.suspicions if one.cover is not None],

@@ -1,6 +1,7 @@
 """The images of a shard, decoded; and the search for those that kill the process. Imports no network."""
 
-from collections.abc import Generator, Sequence
+import os
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,8 @@ Array = np.ndarray
 TRIES = 3
 """How often a process has to die on one image before the image is left out."""
 LETHAL = (
-    f"the process that read or explained it died {TRIES} times (a crash, or out of memory); save it anew or smaller"
+    f"the process that read or explained it died {TRIES} times, of a crash, too little memory or too much time; "
+    "save it again or smaller"
 )
 
 
@@ -64,7 +66,12 @@ class Failed(NamedTuple):
 
 
 def decode(
-    job: Job, shard: int, lethal: Sequence[int] = (), part: Sequence[int] | None = None, threads: int = 1
+    job: Job,
+    shard: int,
+    lethal: Sequence[int] = (),
+    part: Sequence[int] | None = None,
+    threads: int = 1,
+    alive: Callable[[], None] = lambda: None,
 ) -> Decoded:
     """Read and decode the images of a shard at the size of the network.
 
@@ -74,10 +81,12 @@ def decode(
         lethal: places of images on which a process dies, which are left out.
         part: places of those to decode; the others are left out. None: all.
         threads: images that are read and decoded at a time.
+        alive: called before the first image and after each.
 
     Raises:
         OSError: a source cannot be reached.
     """
+    alive()
     entries, reasons = job.plan.entries(shard), dict.fromkeys(lethal, LETHAL)
     chosen = [place for place in (range(len(entries)) if part is None else part) if place not in reasons]
     pixels = np.empty((len(chosen), *job.preprocess.size, 3), dtype=np.uint8)
@@ -85,6 +94,7 @@ def decode(
     with quiet(), ThreadPoolExecutor(threads) as pool:
         contents = contents_of([entries[place] for place in chosen])
         for place, image in zip(chosen, pool.map(partial(_decoded, job), contents), strict=True):
+            alive()
             if isinstance(image, str):
                 reasons[place] = image
             else:
@@ -100,7 +110,18 @@ def _decoded(job: Job, read: Content) -> UInt8[Array, "h w 3"] | str:
     try:
         return open_image(content, seen.size, job.max_pixels, seen.crop, seen.interpolation)[0]
     except UnreadableImage as error:
+        if getattr(error.__cause__, "errno", None):  # of the system, not of the decoder
+            _check_reachable(job.sources, str(content))
         return str(error)
+
+
+def _check_reachable(sources: Sequence[str], file: str) -> None:
+    """Tell a disk that is gone, which leaves no folder or an empty one, from a single missing file."""
+    for source in sources:
+        if file.startswith(f"{source}/"):
+            with os.scandir(source) as entries:
+                if not any(entries):
+                    raise FileNotFoundError(f"{source} is empty now; mount its disk and run the same command again")
 
 
 def search_lethal(places: Sequence[int]) -> Generator[Sequence[int], bool, list[int]]:

@@ -1,5 +1,6 @@
 """The engine of one process: a plain loop over shards. The next one is decoded in another process meanwhile."""
 
+import faulthandler
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,15 +16,19 @@ if TYPE_CHECKING:
     from sightline.scale.shards import Done
 
 
+PATIENCE = 600.0
+"""Seconds without a further image after which the decoding process ends: it hangs."""
+
+
 class Died(RuntimeError):
     """The decoding process died."""
 
 
 class Decoder:
-    """Decodes in a process of its own, which an image may kill; then it is started again."""
+    """Decodes in a process of its own, which an image may kill or hold up; then it is started again."""
 
-    def __init__(self, job: Job, threads: int) -> None:
-        self.job, self.threads = job, threads
+    def __init__(self, job: Job, threads: int, patience: float = PATIENCE) -> None:
+        self.job, self.threads, self.patience = job, threads, patience
         self.is_closed = False
         self._start()
 
@@ -31,17 +36,23 @@ class Decoder:
         context = get_context("forkserver")
         context.set_forkserver_preload(["__main__", __name__])  # so that another one starts at once
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.job, self.threads), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, self.job, self.threads, self.patience), daemon=True
+        )
         self._process.start()
         theirs.close()  # so that the end of the process ends the connection
+        if self.is_closed:  # by another thread meanwhile
+            self._process.kill()
 
     def __call__(self, shard: int, lethal: Sequence[int] = (), part: Sequence[int] | None = None) -> Decoded:
         """See `shards.decode`.
 
         Raises:
-            Died: the process died.
+            Died: the process died, or was closed.
             OSError: a source cannot be reached.
         """
+        if self.is_closed:
+            raise Died("the process that decodes was closed")
         try:
             self._connection.send((shard, lethal, part))
             answer = self._connection.recv()
@@ -60,11 +71,19 @@ class Decoder:
 
         Raises:
             Died: the process dies, and not of one image.
+            RuntimeError: it dies without any image, too.
             OSError: a source cannot be reached.
         """
         for _ in range(TRIES):
             with suppress(Died):
                 return self(shard, lethal, part)
+        try:
+            self(shard, part=())
+        except Died as error:
+            raise RuntimeError(
+                "the process that decodes images dies before the first one; give it more memory, and a script that "
+                "calls explain_many the guard if __name__ == '__main__'"
+            ) from error
         search = search_lethal(range(self.job.size(shard)) if part is None else part)
         tried = next(search)
         try:
@@ -83,14 +102,20 @@ class Decoder:
         self._process.kill()
 
 
-def _serve(connection: Connection, job: Job, threads: int) -> None:
-    with suppress(EOFError, ConnectionError, KeyboardInterrupt):  # the other process has ended
+def _serve(connection: Connection, job: Job, threads: int, patience: float) -> None:
+    # the other process may have ended
+    with suppress(EOFError, ConnectionError, KeyboardInterrupt), open(os.devnull, "w") as nowhere:
+
+        def alive() -> None:
+            faulthandler.dump_traceback_later(patience, exit=True, file=nowhere)
+
         while True:
             shard, lethal, part = connection.recv()
             try:
-                answer: Any = decode(job, shard, lethal, part, threads)
-            except (OSError, ValueError) as error:
+                answer: Any = decode(job, shard, lethal, part, threads, alive)
+            except Exception as error:  # what is no fault of an image must not be blamed on one
                 answer = error
+            faulthandler.cancel_dump_traceback_later()
             connection.send(answer)
 
 

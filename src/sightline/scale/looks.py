@@ -5,13 +5,13 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import nn
 
 from sightline.data import Preprocess
 from sightline.data.images import UnreadableImage, open_image, quiet
 from sightline.exploration import Look
-from sightline.exploration.sources import predicted
+from sightline.exploration.sources import probabilities
 from sightline.facts import Progress
 from sightline.scale.many import weights_digest
 from sightline.scale.plan import PLAN, Entry, Plan, contents_of
@@ -19,7 +19,7 @@ from sightline.scale.results import Results, read_map
 
 Array = np.ndarray
 _COLUMNS = (
-    *("key", "source_index", "label", "split", "method", "target", "predicted", "logits"),
+    *("key", "source_index", "label", "split", "method", "target", "predicted", "probability"),
     *("map", "height", "width", "dtype"),
 )
 
@@ -41,7 +41,10 @@ class ResultLooks:
             )
         self.results, self.model = results, model
         self.preprocess = Preprocess(**{name: _tuple(value) for name, value in asked["preprocess"].items()})
-        self.classes = tuple(map(str, asked["classes"]))
+        self.output = _tuple(asked["output"])
+        count = self._probabilities(np.zeros((1, 3, *self.preprocess.size), dtype=np.uint8)).shape[1]
+        names = asked["classes"] if len(asked["classes"]) == count else range(count)
+        self.classes = tuple(map(str, names))
         self.methods = tuple(asked["methods"])
         self.name = ", ".join(asked["sources"])
         missing = len(results.missing())
@@ -51,22 +54,18 @@ class ResultLooks:
 
     def looks(self, progress: Progress | None = None) -> Iterator[Look]:
         """All maps, those of images that could not be read left out."""
-        key, confidence = "", np.zeros(0)
         for batch in self.results.batches(_COLUMNS):
             for row in batch.to_pylist():
                 if row["method"] is None:
                     continue
-                if row["logits"] is not None:
-                    key, confidence = row["key"], _probabilities(np.array(row["logits"]))
-                assert key == row["key"], "logits come first"
                 yield Look(
                     place=row["source_index"],
-                    key=key,
+                    key=row["key"],
                     method=row["method"],
                     map=read_map(row),
                     target=row["target"],
                     predicted=row["predicted"],
-                    confidence=float(confidence[row["predicted"]]),
+                    confidence=row["probability"],
                     label=-1 if row["label"] is None else row["label"],
                     split=row["split"] or "",
                 )
@@ -105,14 +104,10 @@ class ResultLooks:
 
     def predict(self, images: UInt8[Array, "n 3 h w"]) -> Int64[Array, " n"]:
         """The most probable class."""
-        return predicted(self.model, images, self.preprocess)
+        return self._probabilities(images).argmax(1)
 
-
-def _probabilities(logits: Array) -> Array:
-    """Softmax; a single logit is that of the second of two classes."""
-    logits = np.array([0.0, logits[0]]) if len(logits) == 1 else logits
-    exact = np.exp(logits - logits.max())
-    return exact / exact.sum()
+    def _probabilities(self, images: UInt8[Array, "n 3 h w"]) -> Float[Array, "n classes"]:
+        return probabilities(self.model, images, self.preprocess, self.output)
 
 
 def _tuple(value: Any) -> Any:

@@ -6,16 +6,17 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
 from torch import nn
 
 from sightline import runs
+from sightline.checks import check_whole
 from sightline.data.images import MAX_PIXELS
 from sightline.facts import Progress
-from sightline.inference import Memory, Output
+from sightline.inference import Memory, Output, copy_of
 from sightline.notebook import bar_of
 from sightline.report.networks import ExplainedNetwork, Network, network_of
 from sightline.scale import cluster as ray_engine
@@ -115,19 +116,24 @@ def explain_many(
 
     Raises:
         OSError: `out` cannot be written, the disk is full, or images or the run are missing.
-        ValueError: no image, an unknown method, class or layer, or `out` holds results of another question.
+        ValueError: no image, an unknown method, class or layer, or `out` holds results of another job.
         ModuleNotFoundError: Ray is not installed.
     """
     out, report = Path(out), bar_of(progress)
     i, n = shard
     if not 0 <= i < n:
         raise ValueError(f"expected shard i of n with 0 <= i < n, got {i}/{n}; of four, write 0/4, 1/4, 2/4 and 3/4")
+    if engine not in ("local", "ray") or dtype not in ("float32", "float16"):
+        raise ValueError(f"expected engine local or ray, and float32 or float16, got {engine} and {dtype}; choose one")
+    check_whole(per_shard=per_shard)
+    if per_shard < 1:
+        raise ValueError(f"expected per_shard of 1 image or more, got {per_shard}; leave it out for {PER_SHARD}")
     if engine == "ray":
         ray_engine.check_installed()
     runs.check_writable(out)
     network = network_of(model, methods, target, None, whole, classes, name, is_file=True)
-    if engine == "ray":
-        network.model.to("cpu")  # each worker brings its own to its device
+    if engine == "ray" and network.device.type != "cpu":  # each worker brings its own to its device
+        network.model = copy_of(network.model).to("cpu")
     notices = (*network.notices, *_settle(network, layer, output))
     named = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     job = _ask(network, named, out, layer, output, dtype, per_shard, batch_size, memory, max_pixels)
@@ -190,7 +196,7 @@ def _ask(
             "methods": [*network.methods],
             "layer": layer,
             "target": network.target,
-            "output": None if output is None else str(output),
+            "output": _plain(output),
             "dtype": dtype,
             "preprocess": network.preprocess.facts(),
             "max_pixels": max_pixels,
@@ -214,6 +220,13 @@ def _ask(
         batch_size=batch_size,
         memory=memory,
     )
+
+
+def _plain(output: Output) -> Any:
+    """For JSON; a function by its name, since its address changes."""
+    if isinstance(output, tuple):
+        return [*map(_plain, output)]
+    return getattr(output, "__qualname__", type(output).__name__) if callable(output) else output
 
 
 def weights_digest(model: nn.Module) -> str:

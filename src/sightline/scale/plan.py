@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ from sightline.facts import folded
 from sightline.recipe import Data
 
 PLAN = "plan.parquet"
+SORTING = ".sorting-"
+"""Start of the name of a folder in which many names are sorted."""
 _DIGEST = b"sightline.digest"
 _SCHEMA = pa.schema(
     {
@@ -55,7 +57,7 @@ class Entry(NamedTuple):
     """Where one image is."""
 
     key: str
-    """Path relative to its source, or tar/member, or file/row; behind the source's name, where there are several."""
+    """Path relative to its source, or tar/member, or file/row; behind the source's path, where there are several."""
     file: str
     """Path or address; OWNER/NAME#SPLIT of a set on the hub."""
     offset: int | None = None
@@ -104,15 +106,27 @@ def plan_of(folder: Path, sources: Sequence[str], classes: Sequence[str], per_sh
 
     Raises:
         OSError: a source is missing, or the disk is full.
-        ValueError: a source holds no image, or is named twice.
+        ValueError: a source holds no image, or lies in another one; the plan that is there is damaged.
     """
     file = folder / PLAN
     if anew or not file.is_file():
-        if twice := next((source for source in sources if sources.count(source) > 1), None):
-            raise ValueError(f"expected different sources, got {twice} twice; name it once")
+        _check_apart(sources)
         _write(file, _all_entries(sources, classes, folder), per_shard)
-    with pq.ParquetFile(file) as opened:
-        return Plan(file, opened.metadata.num_rows, opened.metadata.metadata[_DIGEST].decode())
+    try:
+        with pq.ParquetFile(file) as opened:
+            return Plan(file, opened.metadata.num_rows, (opened.metadata.metadata or {})[_DIGEST].decode())
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise ValueError(f"{file} is damaged: expected the list of images; choose a new folder") from error
+
+
+def _check_apart(sources: Sequence[str]) -> None:
+    """Refuse sources that would list an image twice."""
+    ordered = sorted(f"{source.rstrip('/')}/" for source in sources)
+    if not ordered:
+        raise ValueError("expected images, got none; name a folder, parquet or .tar files")
+    for outer, inner in pairwise(ordered):
+        if inner.startswith(outer):
+            raise ValueError(f"expected sources apart from each other, got {inner[:-1]} in {outer[:-1]}; leave it out")
 
 
 def _all_entries(sources: Sequence[str], classes: Sequence[str], folder: Path) -> Iterator[Entry]:
@@ -120,7 +134,10 @@ def _all_entries(sources: Sequence[str], classes: Sequence[str], folder: Path) -
         is_empty = True
         for entry in entries_of(source, classes, folder):
             is_empty = False
-            yield entry if len(sources) == 1 else entry._replace(key=f"{source.rstrip('/')}/{entry.key}")
+            if len(sources) > 1:
+                is_file = os.path.basename(source) == entry.key
+                entry = entry._replace(key=source if is_file else f"{source.rstrip('/')}/{entry.key}")
+            yield entry
         if is_empty:
             raise ValueError(f"expected images in {source}, got none; name a folder, parquet or .tar files")
 
@@ -166,7 +183,12 @@ def entries_of(source: str, classes: Sequence[str], spill: Path) -> Iterator[Ent
     fs, root = fsspec.url_to_fs(os.path.expanduser(source))
     root = root.rstrip("/") or "/"
     if "*" in root:
-        files = sorted(fs.glob(root))
+        matches = fs.glob(root, detail=True)
+        if not matches or any(facts["type"] == "directory" for facts in matches.values()):
+            raise FileNotFoundError(
+                f"expected files named like {source}, got no file or a folder; name folders without *"
+            )
+        files = sorted(matches)
         root = root[: root.index("*")].rpartition("/")[0]
     elif fs.isdir(root):
         files = sorted(_files_in(fs, root))
@@ -177,6 +199,8 @@ def entries_of(source: str, classes: Sequence[str], spill: Path) -> Iterator[Ent
     numbers = {folded(name): number for number, name in enumerate(classes)}
     tars = [file for file in files if file.endswith(".tar")]
     tables = [file for file in files if file.endswith(".parquet")]
+    if 0 < max(len(tars), len(tables)) < len(files):
+        raise ValueError(f"expected files of one kind in {source}, got .tar or .parquet and others; name *.tar, say")
     if tars:
         for file in tars:
             yield from _members(fs, file, _relative(file, root))
@@ -226,13 +250,17 @@ def _images(fs: Any, root: str, numbers: Mapping[str, int], spill: Path) -> Iter
 
 
 def _image(fs: Any, file: str, key: str, reason: str | None, numbers: Mapping[str, int]) -> Entry:
-    shown = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    if shown != key:
+    if (shown := _shown(key)) != key:
         return Entry(shown, "", reason="its name is not UTF-8; rename it")
     folders = file.split("/")[:-1]
     label = numbers.get(folded(folders[-1])) if folders else None
     split = next((PARTS[name.lower()] for name in key.split("/")[:-1] if name.lower() in PARTS), None)
     return Entry(key, _address(fs, file), label=label, split=split, reason=reason)
+
+
+def _shown(name: str) -> str:
+    """A name whose bytes may not be UTF-8, as text."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def in_order(pairs: Iterable[tuple[str, str | None]], spill: Path) -> Iterator[tuple[str, str | None]]:
@@ -246,7 +274,7 @@ def in_order(pairs: Iterable[tuple[str, str | None]], spill: Path) -> Iterator[t
     if len(part) < _SORTED_AT_ONCE:
         yield from part
         return
-    with tempfile.TemporaryDirectory(dir=spill, prefix=".sorting-") as folder:
+    with tempfile.TemporaryDirectory(dir=spill, prefix=SORTING) as folder:
         runs: list[Path] = []
         while part:
             runs.append(Path(folder, str(len(runs))))
@@ -280,7 +308,7 @@ def _members(fs: Any, file: str, name: str) -> Iterator[Entry]:
         raise ValueError(f"expected an uncompressed tar file, got {file}: {error}; leave it out") from error
     for member, (offset, size) in images.items():
         label = labels.get(os.path.splitext(member)[0])
-        yield Entry(f"{name}/{member}", _address(fs, file), offset, size, label, part_of(Path(name)) or None)
+        yield Entry(f"{name}/{_shown(member)}", _address(fs, file), offset, size, label, part_of(Path(name)) or None)
 
 
 def _rows(fs: Any, file: str, name: str, numbers: Mapping[str, int]) -> Iterator[Entry]:
@@ -330,11 +358,19 @@ def image_column(schema: pa.Schema, where: str) -> str:
     Raises:
         ValueError: it cannot be told.
     """
-    able = [field.name for field in schema if pa.types.is_struct(field.type) or pa.types.is_binary(field.type)]
-    usual = [name for name in ("image", "img") if name in schema.names]
+    kinds = {field.name: field.type for field in schema}
+    structs = {name: {inner.name for inner in kind} for name, kind in kinds.items() if pa.types.is_struct(kind)}
+    readable = [name for name in kinds if {"bytes", "path"} <= structs.get(name, {"bytes", "path"})]
+    usual = [name for name in ("image", "img") if name in readable]
+    able = [
+        name
+        for name in readable
+        if name in structs or pa.types.is_binary(kinds[name]) or pa.types.is_large_binary(kinds[name])
+    ]
     if not usual and len(able) != 1:
         raise ValueError(
-            f"cannot tell which column of {where} holds the images: {', '.join(schema.names)}; call it image"
+            f"cannot tell which column of {where} holds the images: {', '.join(schema.names)}; call it image, with "
+            "the files as bytes, or as structs of bytes and path"
         )
     return (usual or able)[0]
 
@@ -344,7 +380,8 @@ def _label_column(schema: pa.Schema) -> str | None:
     if index < 0:
         return None
     kind = schema.field(index).type
-    return "label" if pa.types.is_integer(kind) or pa.types.is_string(kind) else None
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return "label" if is_text or pa.types.is_integer(kind) else None
 
 
 def contents_of(entries: Sequence[Entry]) -> Iterator[Content]:
@@ -385,6 +422,8 @@ def _content(entry: Entry) -> Path | bytes | str:
     try:
         return _tried(lambda: fs.cat_file(path, **ends))
     except (FileNotFoundError, PermissionError) as error:
+        if entry.size is not None:
+            raise  # the tar file is a source
         return f"{type(error).__name__}: {entry.file}"
 
 

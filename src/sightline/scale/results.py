@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from jaxtyping import Float, UInt8
 
 from sightline import files
 from sightline.data.images import UnreadableImage, open_picture, quiet
-from sightline.scale.plan import contents_of, find_entries
+from sightline.scale.plan import SORTING, contents_of, find_entries
 
-FORMAT = 1
+FORMAT = 2
 ASKED = "asked.json"
 SCHEMA = pa.schema(
     {
@@ -30,6 +31,7 @@ SCHEMA = pa.schema(
         "layer": pa.string(),
         "target": pa.int64(),
         "predicted": pa.int64(),
+        "probability": pa.float32(),
         "logits": pa.list_(pa.float32()),
         "map": pa.binary(),
         "height": pa.int32(),
@@ -42,7 +44,8 @@ SCHEMA = pa.schema(
 )
 """Columns of a shard: one row per image and method, or one with `error` and without a method per unreadable image.
 
-`key` names the image, `source_index` is its place among all images. `logits` are in the first row of an image only.
+`key` names the image, `source_index` is its place among all images. `predicted` is the most probable class, of that
+`probability`. `logits` are in the first row of an image only.
 `map` has `height` x `width` numbers of `dtype` (float16 or float32), little-endian, row after row.
 """
 _FACTS = (
@@ -73,14 +76,21 @@ def digest_of(facts: Mapping[str, Any]) -> str:
 
 
 def packed_map(values: Float[np.ndarray, "h w"], dtype: str) -> dict[str, Any]:
-    """The columns of a map. In float16, what is larger than 65,504 becomes infinite.
+    """The columns of a map.
+
+    A map whose largest magnitude lies outside the normal range of float16, 6.1e-5 to 65,504, stays in float32, so that
+    rounding changes no value by more than 1/2048 of the largest.
 
     >>> packed_map(np.array([[257.0, 771.0]]), "float16")["map"].hex()
     '045c0662'
+    >>> packed_map(np.array([[0.0, 1e-7]]), "float16")["dtype"]
+    'float32'
     """
-    with np.errstate(over="ignore"):
-        small = np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))
-    return {"map": small.tobytes(), "height": values.shape[0], "width": values.shape[1], "dtype": dtype}
+    half, largest = np.finfo(np.float16), np.abs(values).max(where=np.isfinite(values), initial=0)
+    if dtype == "float16" and largest and not half.tiny <= largest <= half.max:
+        dtype = "float32"
+    packed = np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))
+    return {"map": packed.tobytes(), "height": values.shape[0], "width": values.shape[1], "dtype": dtype}
 
 
 def read_map(row: Row) -> Float[np.ndarray, "h w"]:
@@ -129,11 +139,13 @@ def write_shard(folder: Path, number: int, parts: Iterable[Sequence[Row]]) -> in
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes that were killed had written of shards that are there now."""
+    """Remove what processes that were killed had written of the plan, and of shards that are there now."""
     with os.scandir(folder) as entries:
-        halves = [entry.name for entry in entries if entry.name.startswith(".shard-") and entry.name.endswith(".tmp")]
-    for name in halves:
-        if (folder / name[1 : name.index(".parquet") + len(".parquet")]).is_file():
+        names = [entry.name for entry in entries if entry.name.startswith((".shard-", ".plan.", SORTING))]
+    for name in names:
+        if name.startswith(SORTING):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        elif (folder / name[1 : name.index(".parquet") + len(".parquet")]).is_file():
             (folder / name).unlink(missing_ok=True)
 
 
@@ -150,7 +162,7 @@ def write_asked(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write what the results are of, with the digest of these facts.
 
     Raises:
-        ValueError: the folder holds results of something else.
+        ValueError: the folder holds results of another job.
         OSError: it cannot be written.
     """
     kept = json.loads(json.dumps({"format": FORMAT, **facts}))  # as it is read again
@@ -159,7 +171,7 @@ def write_asked(folder: Path, facts: Mapping[str, Any]) -> None:
         there = Results.open(folder).asked
         if there["digest"] != kept["digest"]:
             other = ", ".join(name for name in kept if name != "digest" and there.get(name) != kept[name])
-            raise ValueError(f"{folder} holds results of another question ({other} differ); choose a new folder")
+            raise ValueError(f"{folder} holds results of another job ({other} differ); choose a new folder")
         return
     files.write(folder / ASKED, json.dumps(kept, indent=1, ensure_ascii=False).encode())
 
@@ -211,7 +223,7 @@ class Results:
             rows: most rows of a batch.
 
         Raises:
-            ValueError: a shard is damaged, or of another question.
+            ValueError: a shard is damaged, or of another job.
         """
         absent = {*self.missing()}
         for number in range(self.shards):
@@ -220,8 +232,7 @@ class Results:
             file = shard_file(self.folder, number)
             try:
                 with pq.ParquetFile(file) as opened:
-                    if opened.metadata.num_rows:
-                        self._check(file, opened)
+                    self._check(file, opened)
                     yield from opened.iter_batches(rows, columns=None if columns is None else [*columns])
             except (pa.ArrowInvalid, OSError) as error:
                 raise ValueError(f"{file} is damaged: {error}; delete it and run the same command again") from error
@@ -261,6 +272,6 @@ class Results:
         return pictures
 
     def _check(self, file: Path, opened: pq.ParquetFile) -> None:
-        first = next(opened.iter_batches(1, columns=["digest"]))
-        if first.column(0)[0].as_py() != self.asked["digest"]:
+        first = next(opened.iter_batches(1, columns=["digest"]), None) if opened.schema_arrow == SCHEMA else None
+        if first is None or first.column(0)[0].as_py() != self.asked["digest"]:
             raise ValueError(f"{file} is part of other results; delete it and run the same command again")

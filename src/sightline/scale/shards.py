@@ -63,7 +63,9 @@ def explained_in_batches(
     def explain(items: range) -> list[list[dict[str, Any]]]:
         part = torch.from_numpy(np.array(pixels[items.start : items.stop])).movedim(-1, 1)  # shared memory is read-only
         explanation = network.explain(network.inputs(part), job.layer, None, sizes).explanation
-        predicted = explanation.logits.argmax(1).tolist()
+        answers = explanation.logits.argmax(1)
+        sure = explanation.probabilities.gather(1, answers[:, None])[:, 0].tolist()
+        predicted = answers.tolist()
         logits, targets = explanation.logits.float().cpu().numpy(), explanation.targets[:, 0].tolist()
         maps = {method: values[:, 0].float().cpu().numpy() for method, values in explanation.maps.items()}
         images: list[list[dict[str, Any]]] = []
@@ -74,6 +76,7 @@ def explained_in_batches(
                     "layer": str(explanation.layers[method].name),
                     "target": targets[i],
                     "predicted": predicted[i],
+                    "probability": sure[i],
                     "verdicts": [str(verdict) for verdict in explanation.verdicts[method][i]],
                     **packed_map(values[i], job.dtype),
                 }
