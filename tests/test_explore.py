@@ -292,6 +292,12 @@ def test_the_corner_is_found_without_being_told():
     assert group.places["corners"].weight == pytest.approx(expected)
 
 
+def test_names_of_classes_stay_as_they_are():
+    source = Planted()
+    source.classes = ("dark", "bright", "red_corner")
+    assert "“red_corner”" in str(explore(source, tests=3).summary[0])
+
+
 def test_what_the_network_ignores_is_no_finding():
     source = Planted(Blind())
     source.pixels[source.labels == 2, 0, 12, 12] = 255
@@ -501,7 +507,7 @@ def test_the_verb_explores_results(run, photos, tmp_path, capsys):
 def test_missing_shards_and_other_networks_are_told(run, photos, tmp_path):
     explain_many(run.folder, photos / "train", tmp_path, per_shard=10, shard=(0, 2))
     source = ResultLooks(Results.open(tmp_path), runs.load_model(run.folder))
-    assert source.notices == ("2 of 4 shards are missing: their images are not seen",)
+    assert source.notices == ("2 of 4 shards are missing, and their images left out",)
     other = runs.load_model(run.folder)
     next(other.parameters()).data.add_(1)
     with pytest.raises(ValueError, match="got one of other weights; name its run"):

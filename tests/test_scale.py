@@ -344,6 +344,7 @@ def test_rows_are_those_of_explain(photos: Path, tmp_path: Path) -> None:
             assert row["layer"] == explanation.layers[row["method"]].name
             assert row["verdicts"] == explanation.verdicts[row["method"]][0]
             assert row["label"] == (key[0] == "d") and row["error"] is None
+            assert row["probability"] == pytest.approx(explanation.probabilities.max().item(), abs=1e-6)
         np.testing.assert_allclose(mine[0]["logits"], explanation.logits[0].detach(), rtol=1e-5)
         assert mine[1]["logits"] is None
 

@@ -159,19 +159,19 @@ def listed(names: Iterable[str], most: int = 6) -> str:
     >>> listed(["cam", "grad_cam", "lrp"]), listed("abcd", 2)
     ('CAM, Grad-CAM and LRP', 'a, b and 2 others')
     """
-    titles = [words(name) for name in names]
-    if more := titles[most:]:
-        titles = [*titles[:most], f"{len(more)} other{'s' * (len(more) > 1)}"]
-    return joined(titles)
+    return joined(map(words, names), most)
 
 
-def joined(texts: Iterable[str]) -> str:
-    """Texts in a sentence.
+def joined(texts: Iterable[str], most: int | None = None) -> str:
+    """Texts in a sentence, at most so many of them.
 
-    >>> joined(["a", "b", "c"]), joined(["a"]), joined([])
-    ('a, b and c', 'a', '')
+    >>> joined(["a", "b", "c"]), joined(["a"]), joined([]), joined(["a", "b"], 1)
+    ('a, b and c', 'a', '', 'a and 1 other')
     """
-    *first, last = [*texts] or [""]
+    texts = [*texts]
+    if most is not None and (more := len(texts) - most) > 0:
+        texts = [*texts[:most], f"{more:,} other{'s' * (more > 1)}"]
+    *first, last = texts or [""]
     return f"{', '.join(first)} and {last}" if first else last
 
 

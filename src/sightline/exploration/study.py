@@ -17,7 +17,7 @@ from sightline.exploration import interventions, regions
 from sightline.exploration.regions import DETECTORS
 from sightline.exploration.result import Cluster, Exploration, Group, Picture, Share, Suspicion
 from sightline.exploration.sources import Look, Source
-from sightline.facts import Finding, Progress, joined, listed, percent, words
+from sightline.facts import Finding, Progress, joined, percent, words
 from sightline.metrics.uncertainty import holm
 
 Array = np.ndarray
@@ -373,7 +373,7 @@ def _summary(exploration: Exploration) -> Iterator[Finding]:
         yield Finding(
             "confirmed",
             f"{len(decided)} of {len(exploration.classes)} classes depend on a small region: "
-            f"{listed([f'“{name}”' for name in decided], 10)}. See whether it belongs to the object.",
+            f"{joined([f'“{name}”' for name in decided], 10)}. See whether it belongs to the object.",
             classes=decided,
         )
     else:

@@ -36,7 +36,8 @@ class Cluster(NamedTuple):
     gpus: float | None = None
     """GPUs per worker; 0.5 lets two share one. None: 1 if there are GPUs."""
     cores: int | None = None
-    """Cores of this machine that Ray may use. None: all. Of a cluster, those that it has."""
+    """Cores of this machine that Ray may use, at least one more than workers. None: all. Of a cluster, those that it
+    has."""
     memory: int | None = None
     """Bytes of shared memory for decoded images on this machine. None: Ray's choice."""
 

@@ -12,7 +12,7 @@ from sightline.data import Preprocess
 from sightline.data.images import UnreadableImage, open_image, quiet
 from sightline.exploration import Look
 from sightline.exploration.sources import probabilities
-from sightline.facts import Progress
+from sightline.facts import Progress, joined
 from sightline.scale.many import weights_digest
 from sightline.scale.plan import PLAN, Entry, Plan, contents_of
 from sightline.scale.results import Results, read_map
@@ -46,9 +46,9 @@ class ResultLooks:
         names = asked["classes"] if len(asked["classes"]) == count else range(count)
         self.classes = tuple(map(str, names))
         self.methods = tuple(asked["methods"])
-        self.name = ", ".join(asked["sources"])
+        self.name = joined(asked["sources"], 3)
         missing = len(results.missing())
-        self.notices = (f"{missing:,} of {results.shards:,} shards are missing: their images are not seen",) * (
+        self.notices = (f"{missing:,} of {results.shards:,} shards are missing, and their images left out",) * (
             missing > 0
         )
 
