@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from tests.elsewhere import in_reverse
 from torch import nn
 
 from sightline import explainers
@@ -370,10 +371,44 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
     assert not (tmp_path / "parts").exists()
     evaluate(model, planted(), **asked)
     assert resumed < Counting.seen
-    assert found.scores == whole.scores and found.per_image == whole.per_image and found.summary == whole.summary
+    assert_same(found, whole)
+    assert found.mean_maps["cam"].keys() == whole.mean_maps["cam"].keys()
+
+
+def assert_same(found, whole):
+    assert repr(found.scores) == repr(whole.scores)  # NaN differs from NaN
+    assert repr(found.per_image) == repr(whole.per_image) and found.summary == whole.summary
+    assert found.verdicts == whole.verdicts and found.notices == whole.notices
     for one, other in zip((*found.examples, *found.worst["cam"]), (*whole.examples, *whole.worst["cam"]), strict=True):
         assert one.name == other.name and np.array_equal(one.maps["cam"], other.maps["cam"])
-    assert found.mean_maps["cam"].keys() == whole.mean_maps["cam"].keys()
+
+
+def test_maps_made_elsewhere_are_the_same(tmp_path):
+    asked = {"methods": ["cam"], "metrics": ["insertion_auc", "energy_in_mask", "parameter_randomization"]}
+    asked |= {"controls": ["random_map", "other_class"], "limit": 20, "batch_size": 8, "steps": 4, "examples": 6}
+    model = PooledModel(torch.eye(3)).train()
+    whole = evaluate(model, planted(), **asked)
+    assert_same(evaluate(model, planted(), spread=in_reverse, **asked), whole)
+
+    given = []
+
+    def dies(function, pairs, *common):
+        for number, argument in pairs:
+            given.append(number)
+            yield number, "three times: killed" if number == 2 else function(argument, *common)
+
+    parts = tmp_path / "parts"
+    with pytest.raises(RuntimeError, match="scoring failed three times: killed; the same command goes on with what is"):
+        evaluate(model, planted(), spread=dies, partial_results=parts, **asked)
+    assert given == [0, 1, 2] and len([*parts.iterdir()]) == 2
+
+    def lives(function, pairs, *common):
+        for number, argument in pairs:
+            given.append(number)
+            yield number, function(argument, *common)
+
+    assert_same(evaluate(model, planted(), spread=lives, partial_results=parts, **asked), whole)
+    assert given == [0, 1, 2, 2] and not parts.exists() and model.training
 
 
 def test_another_question_does_not_take_the_kept_answers(tmp_path):

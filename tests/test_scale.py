@@ -7,6 +7,7 @@ import shutil
 import signal
 import tarfile
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from tests.deadly import Deadly, Unready  # noqa: E402
 
 from sightline import cli  # noqa: E402
 from sightline.data import Preprocess  # noqa: E402
+from sightline.evaluation import evaluate  # noqa: E402
 from sightline.explainers import explain  # noqa: E402
-from sightline.scale import cluster, decoding, explain_many, plan, results  # noqa: E402
-from sightline.scale.cluster import Cluster  # noqa: E402
+from sightline.scale import cluster, decoding, explain_many, plan, results, spread_by  # noqa: E402
+from sightline.scale.cluster import Cluster, started  # noqa: E402
 from sightline.scale.local import Decoder  # noqa: E402
 from sightline.scale.plan import Entry, contents_of, entries_of, in_order, plan_of  # noqa: E402
 from sightline.scale.results import Results, packed_map, read_map, shard_file, write_asked, write_shard  # noqa: E402
+from sightline.testing import PooledModel  # noqa: E402
 
 FACTS = dict.fromkeys(results._FACTS[1:-1]) | {"methods": ["cam"], "images": 5, "images_per_shard": 2}
 
@@ -556,6 +559,32 @@ def test_ray(photos: Path, tmp_path: Path, request: pytest.FixtureRequest) -> No
     assert killed("ray::") == 0
 
 
+def test_evaluations_and_slides_by_ray(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    pytest.importorskip("openslide")
+    from tests.slide_files import pyramid
+
+    from sightline.slides import read_bag, write_bags
+    from sightline.slides.bags import Grid
+
+    images = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    data, asked = [(images, torch.arange(10) % 3)], {"methods": ["cam"], "controls": ["random_map"], "batch_size": 4}
+    model, network = PooledModel(torch.eye(3)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    violet = np.full((128, 64, 3), (220, 60, 150), np.uint8)
+    files = [pyramid(tmp_path / f"{n}.tif", np.tile(violet, (1, n, 1)), 1, 8.0) for n in (1, 2)]
+    preprocess, grid = Preprocess(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3), Grid(size=32, mpp=16.0)
+    bags = partial(write_bags, files, model=network, preprocess=preprocess, grid=grid)
+    with started(Cluster(workers=1, cores=2, memory=100_000_000)):
+        spread = spread_by(Cluster(workers=1))
+        there, written = evaluate(model, data, spread=spread, **asked), bags(tmp_path / "there", spread=spread)
+    here = evaluate(model, data, **asked)
+    assert there.per_image.keys() == here.per_image.keys()
+    for name, values in here.per_image.items():
+        assert there.per_image[name] == pytest.approx(values, abs=1e-6, nan_ok=True), name
+    for name, file in bags(tmp_path / "here").files.items():
+        torch.testing.assert_close(read_bag(written.files[name]).features, read_bag(file).features, atol=1e-6, rtol=0)
+
+
 def test_ray_that_is_not_there(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sightline.scale.cluster.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"library ray; install it: pip install 'sightline\[scale\]'"):
@@ -589,6 +618,15 @@ def test_options_that_do_not_go_together(line: str, message: str, capsys: pytest
 def test_options_in_python(photos: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         many(photos, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("line", ["evaluate nothing", "slides explain nothing a.svs --out nowhere"])
+def test_options_of_ray_without_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*line.split(), "--cores", "2"])
+    assert capsys.readouterr().err == (
+        "sightline: error: expected --cores with --engine ray, got it without; add --engine ray\n"
+    )
 
 
 def test_more_workers_than_cores() -> None:

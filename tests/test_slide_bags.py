@@ -17,6 +17,7 @@ from PIL import Image
 openslide = pytest.importorskip("openslide")
 tifffile = pytest.importorskip("tifffile")
 
+from tests.elsewhere import in_reverse  # noqa: E402
 from tests.slide_files import pyramid  # noqa: E402
 
 from sightline.data import Preprocess  # noqa: E402
@@ -111,6 +112,26 @@ def test_workers_read_the_same(tmp_path: Path) -> None:
         for n in (0, 2)
     )
     assert torch.equal(own.features, other.features) and np.array_equal(own.sharpness, other.sharpness)
+
+
+def test_slides_read_elsewhere_are_the_same(tmp_path: Path) -> None:
+    good = [slide(tmp_path / f"{name}.tif", [[PINK, VIOLET] * n]) for n, name in enumerate("abc", start=1)]
+    files = [*good, tmp_path / "d.tif"]
+    model = MeanColors().train()
+    here = write_bags(files, tmp_path / "here", model, PLAIN, GRID)
+    write_bags(good[:1], tmp_path / "there", model, PLAIN, GRID)
+    told: list[tuple[str, int, int]] = []
+    there = write_bags(
+        files, tmp_path / "there", model, PLAIN, GRID, spread=in_reverse, progress=lambda *one: told.append(one)
+    )
+    assert (
+        [*there.files] == ["a.tif", "b.tif", "c.tif"] and there.skipped == here.skipped and [*here.skipped] == ["d.tif"]
+    )
+    assert there.reports == here.reports and there.tiles == 10 and model.training
+    assert [what.split(",")[0].removesuffix(")") for what, *_ in told] == ["c.tif (2 of 3", "b.tif (3 of 3"]
+    assert [one[1:] for one in told] == [(6, 6), (4, 4)]
+    for name, file in here.files.items():
+        assert file.read_bytes() == there.files[name].read_bytes()
 
 
 def test_the_network_is_left_alone(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def evaluate(options: Namespace, overrides: dict[str, Any]) -> None:
     chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
     if chosen.get("metrics") == ["all"]:
         chosen["metrics"] = "all"
+    chosen["spread"] = _spread(options)
     terminal.tell_notices(_evaluate(open_run(options.run), overrides=overrides, **chosen).notices)
 
 
@@ -358,9 +359,19 @@ def _cluster(options: Namespace) -> Any:
     )
 
 
-def _refuse_ray(options: Namespace) -> None:
+def _spread(options: Namespace, of_ray: Sequence[str] = _OF_RAY) -> Any:
+    """Ray, if it is asked for."""
+    if options.engine is None:
+        _refuse_ray(options, of_ray)
+        return None
+    from sightline.scale import spread_by
+
+    return spread_by(_cluster(options))
+
+
+def _refuse_ray(options: Namespace, of_ray: Sequence[str] = _OF_RAY) -> None:
     """Refuse options of Ray where it is not used."""
-    if given := next((name for name in _OF_RAY if getattr(options, name, None) is not None), None):
+    if given := next((name for name in of_ray if getattr(options, name, None) is not None), None):
         raise ValueError(f"expected --{given.replace('_', '-')} with --engine ray, got it without; add --engine ray")
 
 
@@ -567,7 +578,7 @@ def _train_slides(options: Namespace) -> None:
     from sightline.report.slide_run import write_run
     from sightline.slides import POOLINGS, bags, networks, study
 
-    out = Path(options.out)
+    out, spread = Path(options.out), _spread(options, _OF_RAY[1:])
     runs.check_writable(out)
     table = study.read_labels(Path(options.labels), options.label, options.patient, options.slide)
     files = study.slide_files(Path(options.slides), table.slides)
@@ -582,7 +593,7 @@ def _train_slides(options: Namespace) -> None:
     with terminal.Bar() as bar:
         written = bags.write_bags(
             files, out / "bags", network.to(runs.best_device()), preprocess, grid,
-            mpp=options.mpp, made_by=identity, batch_size=options.batch_size, workers=options.workers,
+            mpp=options.mpp, made_by=identity, batch_size=options.batch_size, workers=_ahead(options), spread=spread,
             progress=bar.update,
         )  # fmt: skip
     terminal.tell_skipped(tuple(written.skipped.items()))
@@ -600,11 +611,16 @@ def _train_slides(options: Namespace) -> None:
     print(f"run: {out}\npage: {page.file}\nto see where it looks: sightline slides explain {out} SLIDE --out FOLDER")
 
 
+def _ahead(options: Namespace) -> int:
+    """Processes that read tiles ahead of a network in this one."""
+    return 1 if options.workers is None else options.workers
+
+
 def _explain_slides(options: Namespace) -> None:
     from sightline.report.slides import SlidePages, explain_slides
     from sightline.slides import study
 
-    written = 0
+    written, spread = 0, _spread(options, _OF_RAY[1:])
     with terminal.Bar() as bar:
         for name, found in explain_slides(
             study.open_slide_run(Path(options.run)),
@@ -618,7 +634,8 @@ def _explain_slides(options: Namespace) -> None:
             names=options.names or (),
             mpp=options.mpp,
             batch_size=options.batch_size,
-            workers=options.workers,
+            workers=_ahead(options),
+            spread=spread,
             progress=bar.update,
         ):
             if not isinstance(found, SlidePages):

@@ -4,7 +4,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -15,6 +15,10 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
+Spread = Callable[..., Iterator[tuple[Any, Any]]]
+"""Calls a function elsewhere, on several machines for example: `spread(function, pairs, *common)`, with pairs of a key
+and an argument, yields each key with `function(argument, *common)`, or with the reason why processes died of it, as
+they finish. `sightline.scale.spread_by` makes one."""
 
 
 class Notice(UserWarning):

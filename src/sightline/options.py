@@ -208,8 +208,8 @@ def _many(add: _Add) -> None:
     _ray(add, "networks that Ray holds (one per GPU; without, one per core but one)")
 
 
-def _ray(add: _Add, workers: str) -> None:
-    add("--workers", type=_count, metavar="N", help=workers)
+def _ray(add: _Add, workers: str, number: Callable[[str], int] | None = None) -> None:
+    add("--workers", type=number or _count, metavar="N", help=workers)
     add("--gpus", type=_positive, metavar="SHARE", help="GPUs per worker of Ray; 0.5 = two share one (1)")
     add("--cores", type=_count, metavar="N", help="cores of this machine for Ray (all)")
     text = "memory of this machine for images that Ray has decoded, such as 2GB (a third)"
@@ -258,6 +258,8 @@ def _evaluate(add: _Add) -> None:
     _images(add)
     _short(add, "--drop-duplicates", "leave out copies in other splits or with two labels")
     _limit(add)
+    add("--engine", choices=("ray",), help="make and score the maps on a Ray cluster, or by Ray on this machine")
+    _ray(add, "networks that Ray holds (one per GPU; without, one per core but one)")
 
 
 def _task(add: _Add) -> None:
@@ -360,8 +362,9 @@ def _tiles(add: _Add) -> None:
 def _reading(add: _Add) -> None:
     text = "micrometers per pixel of slides whose files do not tell them"
     add("--mpp", type=_positive, metavar="UM", help=text)
-    add("--workers", type=int, default=1, metavar="N", help="processes that read tiles ahead (1)")
     add("--batch-size", type=_count, default=64, metavar="N", help="tiles per forward (64)")
+    add("--engine", choices=("ray",), help="make features of several slides at a time, by Ray")
+    _ray(add, "processes that read tiles ahead (1); of Ray: slides at a time (one per GPU or core but one)", int)
 
 
 def _push(add: _Add) -> None:

@@ -139,7 +139,7 @@ def _results(todo: list[_Job], jobs: int, cluster: Cluster | None) -> Iterator[t
     """The measurements of each job, or why it failed, as they finish."""
     if cluster is not None:
         # a run that is cut short goes on where it stopped, also on another machine
-        yield from on_cluster(_train_and_measure, {job.key: job for job in todo}, cluster)
+        yield from on_cluster(cluster, _train_and_measure, ((job.key, job) for job in todo))
         return
     if jobs == 1:
         yield from ((job.key, _train_and_measure(job)) for job in todo)

@@ -1,7 +1,7 @@
 """The data to evaluate as batches of one form, and the model's predictions for it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,11 @@ class Batch:
     def digest(self) -> str:
         """The same for equal inputs of maps and scores, and for no others."""
         return digest_of(self.images, self.masks, also=exact_text((self.forward_args, self.forward_kwargs)))
+
+    def to(self, device: str | torch.device) -> "Batch":
+        """The same with what a model takes on a device."""
+        of_model = ("images", "masks", "forward_args", "forward_kwargs")
+        return replace(self, **_on(device, {name: getattr(self, name) for name in of_model}))
 
     def pieces(self, size: int) -> "Iterator[Batch]":
         """The same images, at most so many at a time."""
@@ -238,7 +243,7 @@ def _checked_masks(masks: Any, shape: Sequence[int], where: str) -> Tensor:
     return masks
 
 
-def _on(device: torch.device, values: Any) -> Any:
+def _on(device: str | torch.device, values: Any) -> Any:
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
 
 

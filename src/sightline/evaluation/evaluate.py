@@ -2,9 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,15 @@ from sightline.evaluation.result import Curve, Evaluation, Example
 from sightline.evaluation.scores import PartialResults, Scores, key_of
 from sightline.explainers import EXPLAINERS, FAST, Explanation, Method, attention_maps, explain, fitting, named
 from sightline.explainers.selection import TOLD, unsuited
-from sightline.facts import Progress, Verdict, current_name, did_you_mean
-from sightline.inference import Memory, Output
+from sightline.facts import Progress, Spread, Verdict, current_name, did_you_mean
+from sightline.inference import Memory, Output, copy_of
 from sightline.metrics import METRICS, Perturbation, inputs_of, measure
 from sightline.metrics.agreement import ranks
 from sightline.metrics.classification import quality
 from sightline.metrics.per_image import Chance
 from sightline.metrics.perturbed import Fill, substitute
 from sightline.notebook import bar_of
+from sightline.runs import best_device
 
 Array = np.ndarray
 
@@ -67,6 +67,7 @@ def evaluate(
     tell: Callable[[str], None] | None = None,
     first: Callable[[Evaluation], object] | None = None,
     partial_results: Path | str | None = None,
+    spread: Spread | None = None,
 ) -> Evaluation:
     """Score every method by every metric on the same images, next to controls.
 
@@ -116,9 +117,12 @@ def evaluate(
         first: called before the scores with what is known then: an evaluation without metrics, of the examples alone,
             by the methods that None takes.
         partial_results: folder for intermediate results; an evaluation with the same arguments resumes from there.
+        spread: makes and scores the maps elsewhere; `sightline.scale.spread_by` does so by Ray. Expected times and
+            `budget` are those of this machine alone.
 
     Raises:
         ValueError: an unknown method or metric, a metric that needs masks where there are none, no image at all.
+        RuntimeError: with `spread`, processes die repeatedly.
 
     >>> from sightline.testing import PooledModel
     >>> images, masks = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(8, 1, 4, 4) > 0
@@ -148,9 +152,9 @@ def evaluate(
     partial_files = PartialResults(None if partial_results is None else Path(partial_results))
     order = np.random.default_rng(seed).permutation(len(predictions.labels))
 
-    def evaluated(task: Task, limit: int, files: PartialResults) -> Evaluation:
+    def evaluated(task: Task, limit: int, files: PartialResults, spread: Spread | None = None) -> Evaluation:
         draw = _draw(predictions, order, limit, examples)
-        scores = _score(task, source, predictions, draw, files, report)
+        scores = _score(task, source, predictions, draw, files, report, spread)
         result = _rank(task, source, predictions, scores, draw, seed)
         return replace(result, data=name or source.name, provenance=result.provenance | (provenance or {}))
 
@@ -165,7 +169,7 @@ def evaluate(
         metrics=planned.metrics,
         perturbation=replace(task.perturbation, steps=planned.steps),
     )
-    result = evaluated(task, planned.limit, partial_files)
+    result = evaluated(task, planned.limit, partial_files, spread)
     fewer = f"{planned.steps} steps of deletion and insertion instead of {steps}, to keep to the budget"
     result = replace(
         result,
@@ -288,27 +292,73 @@ def _draw(predictions: Predictions, order: Array, limit: int, examples: int) -> 
 
 
 def _score(
-    task: Task, source: Source, predictions: Predictions, draw: _Draw, files: PartialResults, report: Progress
+    task: Task,
+    source: Source,
+    predictions: Predictions,
+    draw: _Draw,
+    files: PartialResults,
+    report: Progress,
+    spread: Spread | None,
 ) -> Scores:
     """The scores of all drawn images, with the maps and pictures of those that may be shown."""
     key = files.folder and _key(task, predictions, draw.chosen, draw.gallery, draw.wrong)
-    scores, done = Scores(), 0
     chosen = torch.from_numpy(draw.chosen)
     size = _at_once(task, predictions)
     pieces = (batch.pieces(size) for batch in source.batches(np.union1d(draw.chosen, draw.wrong)))
-    for number, batch in enumerate(chain.from_iterable(pieces)):
+    begun: dict[int, tuple[Batch, Path | None]] = {}
+    finished: dict[int, Scores] = {}
+    done = 0
+
+    def todo() -> Iterator[tuple[int, tuple[Batch, Tensor]]]:
+        """What no file has."""
+        for number, batch in enumerate(chain.from_iterable(pieces)):
+            scored = batch.only(torch.isin(batch.rows, chosen))
+            if scored is None:
+                finish(number, batch, Scores())
+                continue
+            path = files.path(lambda at=number, on=scored: f"{key}-{at}-{on.digest}.npz")
+            stored = None if path is None else Scores.load(path)
+            if stored is None:
+                begun[number] = batch, path
+                yield number, (scored, predictions.targets(scored))
+            else:
+                finish(number, batch, stored)
+
+    def finish(number: int, batch: Batch, part: Scores) -> None:
+        nonlocal done
         is_chosen = torch.isin(batch.rows, chosen)
-        parts: list[Scores] = []
-        if (scored := batch.only(is_chosen)) is not None:
-            part = partial(_batch_scores, task, scored, predictions, draw.shown, report)
-            parts.append(files.kept(lambda at=number, on=scored: f"{key}-{at}-{on.digest}.npz", part, Scores))
-            done += len(scored.names)
+        if is_chosen.any():
+            done += int(is_chosen.sum())
             report("explaining and scoring", done, len(draw.chosen))
         if (shown := batch.only(~is_chosen)) is not None:
-            parts.append(_batch_maps(task, shown, predictions))
-        rows = {int(row) for part in parts for _, row in part.maps} | set(draw.shown.tolist())
-        scores = sum(parts, scores + Scores(pictures=_pictures(batch, rows)))
-    return scores
+            part = part + _batch_maps(task, shown, predictions)
+        rows = {int(row) for _, row in part.maps} | set(draw.shown.tolist())
+        finished[number] = part + Scores(pictures=_pictures(batch, rows))
+
+    if spread is None:
+        coming = ((number, _batch_scores(one, task, draw.shown, report)) for number, one in todo())
+    else:
+        coming = spread(_scores_elsewhere, todo(), _on_cpu(task), draw.shown)
+    for number, part in coming:
+        if isinstance(part, str):
+            raise RuntimeError(f"scoring failed {part}; the same command goes on with what is missing")
+        batch, path = begun.pop(number)
+        if path is not None:
+            part.save(path)
+        finish(number, batch, part)
+    return sum((finished[number] for number in sorted(finished)), Scores())
+
+
+def _on_cpu(task: Task) -> Task:
+    """To be sent: another process may have no GPU, or another one."""
+    return replace(task, model=copy_of(task.model).to("cpu"))
+
+
+def _scores_elsewhere(one: tuple[Batch, Tensor], task: Task, shown: Array) -> Scores:
+    """`_batch_scores` in another process, on its own device."""
+    device = best_device()
+    task = replace(task, model=task.model.to(device))
+    return _batch_scores((one[0].to(device), one[1].to(device)), task, shown)
 
 
 def _pictures(batch: Batch, rows: Collection[int]) -> dict[int, tuple[Array, Array | None]]:
@@ -326,9 +376,10 @@ def _at_once(task: Task, predictions: Predictions) -> int:
     return at_once(replace(task, perturbation=_called(task.perturbation, one)), one.images, predictions.targets(one))
 
 
-def _batch_scores(task: Task, batch: Batch, predictions: Predictions, shown: Array, report: Progress) -> Scores:
-    """All of a batch; the maps of rows in `shown` are kept, and those that score worst."""
-    images, targets = batch.images, predictions.targets(batch)
+def _batch_scores(one: tuple[Batch, Tensor], task: Task, shown: Array, report: Progress | None = None) -> Scores:
+    """All of a batch and its targets; the maps of rows in `shown` are kept, and those that score worst."""
+    batch, targets = one
+    images = batch.images
     perturbation = _called(task.perturbation, batch)
     methods = list(task.methods.values())
     explanation = explain(task.model, images, targets, methods, progress=report, **perturbation.of_explain)

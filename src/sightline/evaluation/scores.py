@@ -121,15 +121,20 @@ class PartialResults:
 
     def kept(self, name: Callable[[], str], make: Callable[[], Stored], kind: type[Stored]) -> Stored:
         """What a file of that name holds, made and put there where it holds nothing; only made if no files are kept."""
-        if self.folder is None:
-            return make()
-        path = self.folder / name()
-        self.files.append(path)
-        value = kind.load(path)
+        path = self.path(name)
+        value = None if path is None else kind.load(path)
         if value is None:
             value = make()
-            value.save(path)
+            if path is not None:
+                value.save(path)
         return value
+
+    def path(self, name: Callable[[], str]) -> Path | None:
+        """The file of that name, if files are kept."""
+        if self.folder is None:
+            return None
+        self.files.append(self.folder / name())
+        return self.files[-1]
 
     def clear(self) -> None:
         """Delete the files, and their folder if it is empty then."""

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from sightline import maps, runs
 from sightline.data import Preprocess, normalize
 from sightline.data.slides import UnreadableSlide, open_slide, stem
 from sightline.explainers import explain, find_explainer
-from sightline.facts import Progress
+from sightline.facts import Progress, Spread
 from sightline.notebook import uri
 from sightline.report.formats import template
 from sightline.report.pictures import color_stops, picture
@@ -105,6 +106,7 @@ def explain_slides(
     mpp: float | None = None,
     batch_size: int = 64,
     workers: int = 0,
+    spread: Spread | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, SlidePages | str]]:
     """Write the maps of slides, one after the other: yields the name of each, and its pages or why there are none.
@@ -124,6 +126,7 @@ def explain_slides(
         mpp: micrometers per pixel of slides whose files do not tell them.
         batch_size: tiles per forward.
         workers: processes that read ahead.
+        spread: see `write_bags`.
         progress: called with (slide, tiles done, tiles in all).
 
     Raises:
@@ -149,18 +152,21 @@ def explain_slides(
         explain_slide, run, network=network, preprocess=preprocess, out=out, target=target, method=method, tiles=tiles,
         names=names,
     )  # fmt: skip
+    bags = partial(
+        write_bags, model=network, preprocess=preprocess, grid=grid, mpp=mpp, made_by=identity, batch_size=batch_size,
+        workers=workers, progress=progress,
+    )  # fmt: skip
+    kept = run.folder / "bags"
+    if spread is not None and (fresh := [file for file in files if not (kept / f"{file.name}.safetensors").is_file()]):
+        with suppress(NoSlide):  # each is told below
+            bags(fresh, out / "bags", spread=spread)
     for file in files:
-        kept = run.folder / "bags"
         folder = kept if (kept / f"{file.name}.safetensors").is_file() else out / "bags"
         marked = None if annotations is None else _annotations_of(file, Path(annotations))
         try:
             if not file.is_file():
                 raise UnreadableSlide(f"no file {file}")
-            written = write_bags(
-                [file], folder, network, preprocess, grid,
-                mpp=mpp, made_by=identity, batch_size=batch_size, workers=workers, progress=progress,
-            )  # fmt: skip
-            bag = read_bag(written.files[file.name])
+            bag = read_bag(bags([file], folder).files[file.name])
             try:
                 yield file.name, draw(file, bag, annotations=marked)
             except NoArea as error:

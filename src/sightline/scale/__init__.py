@@ -11,12 +11,12 @@ except ModuleNotFoundError:
     raise missing("results in parquet files need the library pyarrow", "scale") from None
 
 if TYPE_CHECKING:
-    from sightline.scale.cluster import Cluster
+    from sightline.scale.cluster import Cluster, spread_by
     from sightline.scale.looks import ResultLooks
     from sightline.scale.many import Many, explain_many
     from sightline.scale.results import Results, read_map
 
-__all__ = ["Cluster", "Many", "ResultLooks", "Results", "explain_many", "read_map"]
+__all__ = ["Cluster", "Many", "ResultLooks", "Results", "explain_many", "read_map", "spread_by"]
 
 _HOMES = {
     "Cluster": "cluster",
@@ -25,6 +25,7 @@ _HOMES = {
     "Results": "results",
     "explain_many": "many",
     "read_map": "results",
+    "spread_by": "cluster",
 }
 
 

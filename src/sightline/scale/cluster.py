@@ -3,12 +3,14 @@
 import importlib.util
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sightline.checks import missing
+from sightline.facts import Spread
 from sightline.scale.decoding import TRIES, Decoded, Failed, Job, search_lethal
 from sightline.scale.local import Decoder, Died
 from sightline.scale.plan import is_address
@@ -100,10 +102,22 @@ def started(cluster: Cluster) -> Generator[Any]:
         ray.shutdown()
 
 
+def spread_by(cluster: Cluster) -> Spread:
+    """`on_cluster` for functions that take one, such as `sightline.evaluate(spread=...)`."""
+    check_installed()
+    return partial(on_cluster, cluster)
+
+
 def on_cluster(
-    function: Callable[[Argument], Result], arguments: Mapping[Key, Argument], cluster: Cluster
+    cluster: Cluster, function: Callable[..., Result], pairs: Iterable[tuple[Key, Argument]], *common: Any
 ) -> "Iterator[tuple[Key, Result | str]]":
     """What a function returns for each argument, or that its process died `TRIES` times, as they finish.
+
+    Args:
+        cluster: what Ray may use.
+        function: called with an argument, and with `common`.
+        pairs: keys and arguments; two per worker are taken ahead.
+        common: sent once.
 
     Raises:
         Exception: what the function raises.
@@ -114,8 +128,13 @@ def on_cluster(
         largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
         each = max(min(cores // workers, largest), 1)
         task = ray.remote(function).options(num_cpus=each, num_gpus=gpus, max_retries=TRIES - 1)
-        coming = {task.remote(argument): key for key, argument in arguments.items()}
-        while coming:
+        sent, waiting, coming = [*map(ray.put, common)], iter(pairs), dict[Any, Key]()
+        while True:
+            coming |= {
+                task.remote(argument, *sent): key for key, argument in islice(waiting, 2 * workers - len(coming))
+            }
+            if not coming:
+                return
             (reference, *_), _ = ray.wait([*coming])
             result = _result(ray, reference)
             yield coming.pop(reference), result.reason if isinstance(result, _Death) else result

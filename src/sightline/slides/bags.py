@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from sightline import runs
 from sightline.data import Preprocess, normalize
 from sightline.data.slides import Slide, Tiles, UnreadableSlide, open_slide, sharpness, stain, tiles_of, tissue_of
-from sightline.facts import Progress, duration
-from sightline.inference import allowance, features_of, fitting_size, held_by, untouched
+from sightline.facts import Progress, Spread, duration
+from sightline.inference import allowance, copy_of, features_of, fitting_size, held_by, untouched
 
 Array = np.ndarray
 _KIND = "sightline bag 1"
@@ -202,6 +202,7 @@ def write_bags(
     made_by: Mapping[str, Any] | None = None,
     batch_size: int = 64,
     workers: int = 0,
+    spread: Spread | None = None,
     progress: Progress | None = None,
 ) -> Written:
     """Write the features of all tiles of slides, a file OUT/SLIDE.safetensors for each.
@@ -220,6 +221,8 @@ def write_bags(
         made_by: what the features come from, such as the names of network and weights; kept in each file.
         batch_size: most tiles per forward; as many as fit into 300 MB on a CPU, and into half of a GPU's free memory.
         workers: processes that read ahead. 0: none, reading and network take turns.
+        spread: makes the features of several slides elsewhere, where their files have the same paths;
+            `sightline.scale.spread_by` does so by Ray.
         progress: called with (slide and the time that the other slides will take, tiles done, tiles in all).
 
     Raises:
@@ -233,15 +236,12 @@ def write_bags(
         raise ValueError(f"expected slides of different names, got {twice} twice; rename one")
     runs.check_writable(out)
     settings = {**asdict(grid), **(made_by or {})}
-    files: dict[str, Path] = {}
     skipped: dict[str, str] = {}
     reports: dict[str, TileReport] = {}
     seconds: dict[str, float] = dict.fromkeys(("tissue", "reading", "network", "writing"), 0.0)
     total = 0
-    waiting = [path for path in slides if not (out / f"{path.name}.safetensors").is_file()]
-    started = time.perf_counter()
-    for path in slides:
-        file = out / f"{path.name}.safetensors"
+    place = {path: out / f"{path.name}.safetensors" for path in slides}
+    for path, file in place.items():
         if file.is_file():
             bag = read_bag(file)
             if bag.settings != settings:
@@ -250,31 +250,58 @@ def write_bags(
                     f"{file}: expected features with {changed[0]} {settings.get(changed[0])}, got some with "
                     f"{bag.settings.get(changed[0])}; choose another folder"
                 )
-        else:
-            number = waiting.index(path)
-            what = path.name
-            if len(waiting) > 1:
-                left = (time.perf_counter() - started) / number * (len(waiting) - number) if number else None
-                what += f" ({number + 1} of {len(waiting)}{'' if left is None else f', {duration(left)} left'})"
-            told = None if progress is None else partial(progress, what)
-            try:
-                bag = _bag(path, model, preprocess, grid, mpp, settings, batch_size, workers, seconds, told)
-            except (UnreadableSlide, FileNotFoundError) as error:
-                skipped[path.name] = str(error)
-                continue
-            start = time.perf_counter()
-            bag.save(file)
-            seconds["writing"] += time.perf_counter() - start
-            total += len(bag)
-        files[path.name] = file
+            reports[path.name] = bag.report
+    waiting = [path for path in slides if path.name not in reports]
+    started = time.perf_counter()
+
+    def tell(done: int, path: Path, tiles: int, of: int) -> None:
+        left = (time.perf_counter() - started) / done * (len(waiting) - done) if done else None
+        number = f" ({done + 1} of {len(waiting)}{'' if left is None else f', {duration(left)} left'})"
+        if progress is not None:
+            progress(path.name + number * (len(waiting) > 1), tiles, of)
+
+    common = model, preprocess, grid, mpp, settings, batch_size
+    if spread is None:
+        coming = (
+            (path, _bag(path, *common, workers, partial(tell, number, path))) for number, path in enumerate(waiting)
+        )
+    else:
+        coming = spread(_bag_elsewhere, ((path, path) for path in waiting), copy_of(model).to("cpu"), *common[1:])
+    for number, (path, found) in enumerate(coming):
+        if isinstance(found, str):
+            skipped[path.name] = found
+            continue
+        bag, took = found
+        start = time.perf_counter()
+        bag.save(place[path])
+        for part, time_of_it in (*took.items(), ("writing", time.perf_counter() - start)):
+            seconds[part] += time_of_it
+        total += len(bag)
         reports[path.name] = bag.report
+        if spread is not None:
+            tell(number, path, len(bag), len(bag))
+    files = {path.name: file for path, file in place.items() if path.name in reports}
+    reports = {name: reports[name] for name in files}
     if not files:
         reason = next(iter(skipped.values()), "no slide was given")
         raise NoSlide(f"expected at least one readable slide, got none; the first: {reason}")
     return Written(files=files, skipped=skipped, reports=reports, tiles=total, seconds=seconds)
 
 
-def _bag(
+def _bag_elsewhere(path: Path, model: nn.Module, *how: Any) -> tuple[Bag, dict[str, float]] | str:
+    """`_bag` in another process, on its own device."""
+    return _bag(path, model.to(runs.best_device()), *how)
+
+
+def _bag(path: Path, *how: Any) -> tuple[Bag, dict[str, float]] | str:
+    """The features of a slide and the seconds of each part, or why there are none."""
+    try:
+        return _features(path, *how)
+    except (UnreadableSlide, FileNotFoundError) as error:
+        return str(error)
+
+
+def _features(
     path: Path,
     model: nn.Module,
     preprocess: Preprocess,
@@ -282,10 +309,10 @@ def _bag(
     mpp: float | None,
     settings: dict[str, Any],
     batch_size: int,
-    workers: int,
-    seconds: dict[str, float],
-    progress: Callable[[int, int], None] | None,
-) -> Bag:
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Bag, dict[str, float]]:
+    seconds: dict[str, float] = dict.fromkeys(("tissue", "reading", "network"), 0.0)
     start = time.perf_counter()
     with open_slide(path, mpp) as slide:
         try:
@@ -331,7 +358,7 @@ def _bag(
     kept = torch.cat(readable)
     if not kept.any():
         raise UnreadableSlide(f"{path.name}: none of its {len(tiles)} tiles can be read")
-    return Bag(
+    bag = Bag(
         name=path.name,
         features=torch.cat(features)[kept],
         tiles=tiles.picked(kept.numpy()),
@@ -342,3 +369,4 @@ def _bag(
         settings=settings,
         report=TileReport(int(kept.sum()), int((~kept).sum())),
     )
+    return bag, seconds
