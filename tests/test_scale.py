@@ -577,6 +577,7 @@ def test_evaluations_and_slides_by_ray(tmp_path: Path) -> None:
     with started(Cluster(workers=1, cores=2, memory=100_000_000)):
         spread = spread_by(Cluster(workers=1))
         there, written = evaluate(model, data, spread=spread, **asked), bags(tmp_path / "there", spread=spread)
+    assert all(values.flags.writeable for one in there.examples for values in one.maps.values())
     here = evaluate(model, data, **asked)
     assert there.per_image.keys() == here.per_image.keys()
     for name, values in here.per_image.items():

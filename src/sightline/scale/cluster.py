@@ -5,6 +5,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -137,7 +138,8 @@ def on_cluster(
                 return
             (reference, *_), _ = ray.wait([*coming])
             result = _result(ray, reference)
-            yield coming.pop(reference), result.reason if isinstance(result, _Death) else result
+            # its arrays are read-only and keep Ray's memory
+            yield coming.pop(reference), result.reason if isinstance(result, _Death) else deepcopy(result)
 
 
 def _shares(ray: Any, cluster: Cluster) -> tuple[int, int, float]:
