@@ -11,7 +11,8 @@ EfficientNet-Lite0 (timm's `tf_efficientnet_lite0`, 224 px) with the weights of 
     python benchmarks/real_network.py --weights FILE.pth --data FOLDER
 
 FOLDER of `--data` holds the two sets as parquet files. Methods of few passes are scored on 40 images (or mosaics), and
-all methods on 8, since one of many passes takes up to a minute for an image. Each method that is done goes into
+all methods on 8, since one of many passes takes up to a minute for an image; there they get no randomization tests,
+which explain each image several times more, and the two of a thousand passes and more get no mosaics of 448 px. Each method that is done goes into
 `results/real_network/`, so that the same command continues; the tables, and `results/real_network.json`, follow when
 all are done. `--parts` selects some of it, also for a second process beside the first.
 """
@@ -42,6 +43,8 @@ METRICS_OF = {
     "photos": ["insertion_auc", "deletion_auc", "road", "parameter_randomization", "random_logit"],
     "boxes": ["energy_in_mask", "pointing_game", "mask_auc"],
 }
+RANDOMIZATION = ("parameter_randomization", "random_logit")
+THOUSANDS = ("rise", "score_cam")
 PARTS = ("mosaics", *METRICS_OF, "cost")
 MANY, FEW = 40, 8
 FOLDER = RESULTS / "real_network"
@@ -73,8 +76,9 @@ def scored(part: str, model: nn.Module, images: ImageSet, method: str, count: in
         return part_of(
             evaluate_mosaics(model, images, [method], controls=controls, limit=count, batch_size=16, examples=1)
         )
+    metrics = [metric for metric in METRICS_OF[part] if count == MANY or metric not in RANDOMIZATION]
     result = evaluate(
-        model, images, [method], METRICS_OF[part], controls=controls, limit=count, batch_size=16, examples=0
+        model, images, [method], metrics, controls=controls, limit=count, batch_size=16, examples=0
     )
     return part_of(result)
 
@@ -183,6 +187,7 @@ def main() -> None:
         for count, some in ((MANY, few_passes), (FEW, methods)):
             match part:
                 case "mosaics":
+                    some = [method for method in some if method not in THOUSANDS]
                     images = named_correctly(model, photos, 4 * count)
                 case "photos":
                     images = photos.picked(np.arange(count))
