@@ -12,9 +12,10 @@ EfficientNet-Lite0 (timm's `tf_efficientnet_lite0`, 224 px) with the weights of 
 
 FOLDER of `--data` holds the two sets as parquet files. Methods of few passes are scored on 40 images (or mosaics), and
 all methods on 8, since one of many passes takes up to a minute for an image; there they get no randomization tests,
-which explain each image several times more, and the two of a thousand passes and more get no mosaics of 448 px. Each method that is done goes into
-`results/real_network/`, so that the same command continues; the tables, and `results/real_network.json`, follow when
-all are done. `--parts` selects some of it, also for a second process beside the first.
+which explain each image several times more, and the two of a thousand passes and more get no mosaics of 448 px. Each
+method that is done goes into `results/real_network/`, so that the same command continues; the tables, and
+`results/real_network.json`, follow when all are done. `--parts` selects some of it, also for a second process beside
+the first.
 """
 
 import argparse
@@ -77,9 +78,7 @@ def scored(part: str, model: nn.Module, images: ImageSet, method: str, count: in
             evaluate_mosaics(model, images, [method], controls=controls, limit=count, batch_size=16, examples=1)
         )
     metrics = [metric for metric in METRICS_OF[part] if count == MANY or metric not in RANDOMIZATION]
-    result = evaluate(
-        model, images, [method], metrics, controls=controls, limit=count, batch_size=16, examples=0
-    )
+    result = evaluate(model, images, [method], metrics, controls=controls, limit=count, batch_size=16, examples=0)
     return part_of(result)
 
 

@@ -395,10 +395,12 @@ def test_maps_made_elsewhere_are_the_same(tmp_path):
     def dies(function, pairs, *common):
         for number, argument in pairs:
             given.append(number)
-            yield number, "three times: killed" if number == 2 else function(argument, *common)
+            yield number, "killed" if number == 2 else function(argument, *common)
 
     parts = tmp_path / "parts"
-    with pytest.raises(RuntimeError, match="scoring failed three times: killed; the same command goes on with what is"):
+    with pytest.raises(
+        RuntimeError, match="processes that scored maps died: killed; the same command goes on with what is"
+    ):
         evaluate(model, planted(), spread=dies, partial_results=parts, **asked)
     assert given == [0, 1, 2] and len([*parts.iterdir()]) == 2
 

@@ -341,7 +341,9 @@ def _score(
         coming = spread(_scores_elsewhere, todo(), _on_cpu(task), draw.shown)
     for number, part in coming:
         if isinstance(part, str):
-            raise RuntimeError(f"scoring failed {part}; the same command goes on with what is missing")
+            raise RuntimeError(
+                f"processes that scored maps died: {part}; the same command goes on with what is missing"
+            )
         batch, path = begun.pop(number)
         if path is not None:
             part.save(path)
