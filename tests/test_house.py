@@ -248,7 +248,7 @@ def test_make_test_runs_the_suite_with_and_without_the_shape_checker(checkout: C
     assert result.returncode == 0, result.stderr
     assert checkout.installs == [".[dev]"]
     main, compiled = checkout.folder.joinpath("runs").read_text().splitlines()
-    assert main == "-m pytest -n 2"
+    assert main == "-m pytest -n 2 --dist worksteal"
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert "--jaxtyping-packages=sightline,beartype.beartype" in options["addopts"]
     assert "not compile" in options["addopts"]
