@@ -25,7 +25,7 @@ from sightline.recipe import Data, Model, Optim, Recipe
 from sightline.scale import Cluster
 from sightline.training import fit
 
-pytestmark = pytest.mark.usefixtures("few_validation_images")
+pytestmark = pytest.mark.usefixtures("without_shape_checks", "few_validation_images")
 
 SMALL = Recipe(
     data=Data(train_size=64, test_size=20),

@@ -38,6 +38,8 @@ from sightline.scale.plan import Entry, contents_of, entries_of, in_order, plan_
 from sightline.scale.results import Results, packed_map, read_map, shard_file, write_asked, write_shard  # noqa: E402
 from sightline.testing import PooledModel  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
+
 FACTS = dict.fromkeys(results._FACTS[1:-1]) | {"methods": ["cam"], "images": 5, "images_per_shard": 2}
 
 
