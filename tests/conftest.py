@@ -42,6 +42,15 @@ for module in WITHOUT_SHAPES:
 @pytest.fixture
 def unchecked():
     """Switch the shape checker off, which users do not have, to see the package's own error messages."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="module")
+def without_shape_checks() -> Iterator[None]:
+    """For files of tests of whole commands, where they would take a third of the time; other tests have them."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -24,6 +24,8 @@ from sightline.explainers.drawing import caption, titled
 from sightline.facts import Layer, percent, words
 from sightline.report.pages import Pages, free_name, positions
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
+
 ROOT = Path(__file__).parent.parent
 TINY = [
     "--data.train_size=120",

@@ -31,6 +31,8 @@ from tests.slide_files import pyramid
 from sightline import bench, cli, compat, recipe
 from sightline.options import parse as parse_options
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
+
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",

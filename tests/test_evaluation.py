@@ -632,7 +632,7 @@ def test_everything_that_the_model_and_the_data_allow():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.append(nn.Linear(4, 3))
-    found = evaluate(model, planted(6), "all", "all", limit=4, steps=4, examples=1, controls=["random_map"])
+    found = evaluate(model, planted(6), "all", "all", limit=2, steps=4, examples=1, controls=["random_map"])
     assert {"grad_cam", "rise", "lrp", "occlusion", "guided_backprop"} < set(found.methods)
     assert "attention" not in found.methods and "attention_rollout" not in found.methods
     assert set(found.metrics) == set(METRICS)

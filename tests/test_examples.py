@@ -13,6 +13,8 @@ from PIL import Image
 import sightline as sl
 from sightline.bench import Bench, Maps, Measured
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 
@@ -103,7 +105,7 @@ def test_two_level_attention(tmp_path, capsys):
 
 
 STUDY = """
-data: {train_size: 64, test_size: 40}
+data: {train_size: 64, test_size: 20, size: 24}
 model: {name: cifar_resnet, options: {depth: 8, width: 0.25, stem_stride: 2}}
 optim: {epochs: 1}
 seeds: [0, 1]

@@ -30,13 +30,15 @@ from sightline import cli  # noqa: E402
 from sightline.data import Preprocess  # noqa: E402
 from sightline.evaluation import evaluate  # noqa: E402
 from sightline.explainers import explain  # noqa: E402
-from sightline.scale import cluster, decoding, explain_many, plan, results, spread_by  # noqa: E402
+from sightline.scale import cluster, decoding, explain_many, local, plan, results, spread_by  # noqa: E402
 from sightline.scale.cluster import Cluster, started  # noqa: E402
 from sightline.scale.decoding import Job  # noqa: E402
 from sightline.scale.local import Decoder  # noqa: E402
 from sightline.scale.plan import Entry, contents_of, entries_of, in_order, plan_of  # noqa: E402
 from sightline.scale.results import Results, packed_map, read_map, shard_file, write_asked, write_shard  # noqa: E402
 from sightline.testing import PooledModel  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
 FACTS = dict.fromkeys(results._FACTS[1:-1]) | {"methods": ["cam"], "images": 5, "images_per_shard": 2}
 
@@ -517,7 +519,11 @@ def test_what_is_not_the_fault_of_an_image(photos: Path, tmp_path: Path) -> None
         decoder.surely(0)
 
 
-def test_an_image_that_takes_forever(photos: Path, tmp_path: Path, deadly: Path) -> None:
+def test_an_image_that_takes_forever(
+    photos: Path, tmp_path: Path, deadly: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (decoding, local):
+        monkeypatch.setattr(module, "TRIES", 1)  # each takes as long as the patience
     (photos / "cat/1.deadly").write_bytes(b"DEADLY, but slow")
     (photos / "dog/9.deadly").unlink()
     with closing(

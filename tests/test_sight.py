@@ -1,7 +1,9 @@
 """The sight test: explainers ranked by known evidence, metrics by how well they forecast that ranking."""
 
 import json
+import sys
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from sightline.evaluation import evaluate
 from sightline.recipe import Data, Model, Recipe
 from sightline.sight import SETS, TRUTH, photos, predicted, sight_test
 from sightline.testing import PLANTED, PooledModel, planted
+
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
 METHODS = ["grad_cam", "saliency", "lrp", "activation_map"]
 
@@ -60,8 +64,19 @@ def test_a_forecast_is_a_rank_correlation_over_methods():
 
 
 @pytest.mark.usefixtures("few_validation_images")
-def test_a_network_is_trained_once(tmp_path, capsys):
-    tiny = ["--data.train_size", "64", "--data.test_size", "20", "--optim.epochs", "1", "--model.options.width", "0.1"]
+def test_a_network_is_trained_once(tmp_path, capsys, monkeypatch):
+    tiny = [
+        "--data.train_size",
+        "64",
+        "--data.test_size",
+        "20",
+        "--data.size",
+        "24",
+        "--optim.epochs",
+        "1",
+        "--model.options.width",
+        "0.1",
+    ]
     arguments = [
         "sight",
         "--out",
@@ -79,7 +94,9 @@ def test_a_network_is_trained_once(tmp_path, capsys):
     assert "| method | clutter-pair |" in first and "tables: " in first
     weights = tmp_path / "s" / "clutter-pair" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    cli.main(arguments)
+    monkeypatch.setattr(sys.modules["sightline.sight"], "evaluate", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
     assert weights.stat().st_mtime_ns == before
 
 

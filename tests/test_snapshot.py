@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -24,6 +23,8 @@ from PIL import Image
 
 import sightline as sl
 from sightline import cli, data, explainers, maps, runs
+
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
 SNAPSHOT = Path(__file__).parent / "snapshot"
 RUN = Path(__file__).parent / "old_files" / "vgg_att2"  # trained once: another CPU would train other weights
@@ -151,14 +152,6 @@ def write_files(out: Path) -> None:
     sightline("explain", RUN, images[0], "--methods", "all", "--out", out / "explain_all")
     several = ["--methods", "attention,grad_cam,lrp", "--target", 3, "--overlays"]
     sightline("explain", RUN, *images, *several, "--out", out / "explain_several")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_shape_checks():
-    """They would take most of the time, and other tests have them."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")
