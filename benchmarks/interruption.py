@@ -80,7 +80,10 @@ def train_and_die_writing(recipe: Recipe, out: Path, save_every: float, file: st
 def started(what: Callable[..., None], *arguments: Any) -> BaseProcess:
     """A process that runs the function, forked from one that has imported everything and computed nothing."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["sightline.training", "sightline.data", "sightline.models", "torchvision", "timm"])
+    imported = (
+        "sightline.training sightline.data sightline.models torchvision timm sklearn.datasets torch.utils.tensorboard"
+    )
+    context.set_forkserver_preload(imported.split())
     process = context.Process(target=what, args=arguments)
     process.start()
     return process

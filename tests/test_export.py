@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from sightline import cli, data, export, models, runs
+from sightline import cli, data, export, models, report, runs
 from sightline.recipe import Model, Recipe
+from sightline.serve.service import open_service
+from sightline.testing import PooledModel
 
 pytestmark = pytest.mark.compile
 
@@ -166,3 +169,22 @@ def test_a_network_that_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="cannot export vgg15 for any number of images: ") as caught:
         export(folder, tmp_path / "net.pt2")
     assert "\n" not in str(caught.value) and not (tmp_path / "net.pt2").exists()
+
+
+def test_class_names_are_as_many_as_the_classes(tmp_path: Path) -> None:
+    model, preprocess = PooledModel(torch.eye(3)), data.Preprocess(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1))
+    message = "expected 3 class names, one per class of the model, got 2; name all of them, or none"
+    with pytest.raises(ValueError, match=message):
+        export(model, tmp_path / "net.pt2", preprocess, ["cat", "dog"])
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "black.png")
+    with pytest.raises(ValueError, match=message):
+        report.pages(
+            model,
+            [tmp_path / "black.png"],
+            tmp_path / "pages",
+            ["grad_cam"],
+            preprocess=preprocess,
+            classes=["cat", "dog"],
+        )
+    with pytest.raises(ValueError, match=message):
+        open_service(model, preprocess=preprocess, classes=["cat", "dog"])

@@ -66,9 +66,24 @@ class Functional(nn.Module):
         return self.head(torch.cat([averages, F.adaptive_max_pool2d(features, 1)], 1).flatten(1))
 
 
+class ChannelsLast(nn.Module):
+    """Its feature map is permuted, as in ConvNeXt, so that it lies in memory with the channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 4, stride=4)
+        self.norm = nn.LayerNorm(6)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.norm(self.conv(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(self.pool(F.gelu(features)).tanh().flatten(1))
+
+
 def built(name: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    own = {"mixed": Mixed, "functional": Functional}
+    own = {"mixed": Mixed, "functional": Functional, "channels last": ChannelsLast}
     model = own[name]() if name in own else sl.create_model(name, num_classes=4, **options)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -126,6 +141,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
         None,
     ),
     "no module returns the feature map": ("functional", {}, ["grad_cam", "layer_cam"], None),
+    "channels last in memory": ("channels last", {}, ["grad_cam", "hires_cam"], None),
     "learned attention": (
         "vgg_att2",
         {"width": 1 / 16, "stem_pool": 2},
@@ -164,7 +180,7 @@ def test_a_program_makes_the_maps_of_explain(case: str, written: Written) -> Non
         assert_maps(list(program(exported.path)(pixels(n))), model, pixels(n), methods, layer=layer)
 
 
-@pytest.mark.parametrize("case", ["a backward through everything", "learned attention"])
+@pytest.mark.parametrize("case", ["a backward through everything", "channels last in memory", "learned attention"])
 def test_onnx_makes_the_maps_of_explain(case: str, written: Written) -> None:
     pytest.importorskip("onnxruntime")
     name, _, methods, layer = CASES[case]

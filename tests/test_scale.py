@@ -7,10 +7,13 @@ import os
 import shutil
 import signal
 import tarfile
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,8 +30,9 @@ from sightline import cli  # noqa: E402
 from sightline.data import Preprocess  # noqa: E402
 from sightline.evaluation import evaluate  # noqa: E402
 from sightline.explainers import explain  # noqa: E402
-from sightline.scale import cluster, decoding, explain_many, plan, results, spread_by  # noqa: E402
+from sightline.scale import cluster, decoding, explain_many, local, plan, results, spread_by  # noqa: E402
 from sightline.scale.cluster import Cluster, started  # noqa: E402
+from sightline.scale.decoding import Job  # noqa: E402
 from sightline.scale.local import Decoder  # noqa: E402
 from sightline.scale.plan import Entry, contents_of, entries_of, in_order, plan_of  # noqa: E402
 from sightline.scale.results import Results, packed_map, read_map, shard_file, write_asked, write_shard  # noqa: E402
@@ -513,7 +517,11 @@ def test_what_is_not_the_fault_of_an_image(photos: Path, tmp_path: Path) -> None
         decoder.surely(0)
 
 
-def test_an_image_that_takes_forever(photos: Path, tmp_path: Path, deadly: Path) -> None:
+def test_an_image_that_takes_forever(
+    photos: Path, tmp_path: Path, deadly: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (decoding, local):
+        monkeypatch.setattr(module, "TRIES", 1)  # each takes as long as the patience
     (photos / "cat/1.deadly").write_bytes(b"DEADLY, but slow")
     (photos / "dog/9.deadly").unlink()
     with closing(
@@ -585,6 +593,62 @@ def test_evaluations_and_slides_by_ray(tmp_path: Path) -> None:
         assert there.per_image[name] == pytest.approx(values, abs=1e-6, nan_ok=True), name
     for name, file in bags(tmp_path / "here").files.items():
         torch.testing.assert_close(read_bag(written.files[name]).features, read_bag(file).features, atol=1e-6, rtol=0)
+
+
+class RayOfDeaths:
+    """Ray, whose workers die of some images, or of all."""
+
+    def __init__(self, lethal: Collection[int] | None) -> None:
+        self.lethal = lethal
+        self.deaths = 0
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 4, "object_store_memory": 1e9}
+
+    def remote(self, what: Any) -> Any:
+        made = self._decode if what is cluster._decode else self._worker
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=made))
+
+    def wait(self, references: list[Any], fetch_local: bool) -> tuple[list[Any], list[Any]]:
+        return references[:1], references[1:]
+
+    def get(self, reference: Any) -> Any:
+        value = reference()
+        if isinstance(value, Exception):
+            self.deaths += 1
+            raise value
+        return value
+
+    def _decode(self, job: Any, shard: int, lethal: Sequence[int], part: Sequence[int] | None) -> Any:
+        places = range(1000) if part is None else part
+        return lambda: None, [place for place in places if place not in lethal]
+
+    def _worker(self, job: Any, network: Any) -> Any:
+        from ray.exceptions import ActorDiedError
+
+        def act(decoded: list[int]) -> Any:
+            dies = self.lethal is None or any(place in self.lethal for place in decoded)
+            return lambda: ActorDiedError() if dies else decoded
+
+        ready = SimpleNamespace(remote=lambda: lambda: None)
+        return SimpleNamespace(ready=ready, write=SimpleNamespace(remote=act), survive=SimpleNamespace(remote=act))
+
+
+def test_deaths_on_ray_are_bounded() -> None:
+    pytest.importorskip("ray")
+    job = Mock(Job, per_shard=1000, preprocess=Preprocess(size=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3))
+    job.size.return_value = 1000
+    network: Any = None
+    three = RayOfDeaths([0, 999])
+    done = [*cluster._Driver(three, job, network, Cluster(workers=3)).run(range(3))]
+    assert done == [[*range(1, 999)]] * 3
+    all_die = RayOfDeaths(None)
+    with pytest.raises(RuntimeError, match="91 processes died, one after the other"):
+        [*cluster._Driver(all_die, job, network, Cluster(workers=3)).run(range(3))]
+    assert all_die.deaths == 91
 
 
 def test_ray_that_is_not_there(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

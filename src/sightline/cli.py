@@ -27,7 +27,8 @@ DEMO = recipe.Recipe(
 _ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError, MemoryError, AssertionError)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of malloc.h
 _LARGEST_KEPT = 2**25  # the highest threshold that glibc takes
-_OF_RAY = ("workers", "gpus", "cores", "shared_memory", "address")
+_OF_RAY_ALONE = ("gpus", "cores", "shared_memory", "address")  # for verbs with workers of their own
+_OF_RAY = ("workers", *_OF_RAY_ALONE)
 _ELSEWHERE = """\
   not for insertion: the spatial transformer, in front of a network (--model.options.spatial_transformer {{}}),
     Glimpse, Attend with the alignment functions {};
@@ -578,7 +579,7 @@ def _train_slides(options: Namespace) -> None:
     from sightline.report.slide_run import write_run
     from sightline.slides import POOLINGS, bags, networks, study
 
-    out, spread = Path(options.out), _spread(options, _OF_RAY[1:])
+    out, spread = Path(options.out), _spread(options, _OF_RAY_ALONE)
     runs.check_writable(out)
     table = study.read_labels(Path(options.labels), options.label, options.patient, options.slide)
     files = study.slide_files(Path(options.slides), table.slides)
@@ -620,7 +621,7 @@ def _explain_slides(options: Namespace) -> None:
     from sightline.report.slides import SlidePages, explain_slides
     from sightline.slides import study
 
-    written, spread = 0, _spread(options, _OF_RAY[1:])
+    written, spread = 0, _spread(options, _OF_RAY_ALONE)
     with terminal.Bar() as bar:
         for name, found in explain_slides(
             study.open_slide_run(Path(options.run)),

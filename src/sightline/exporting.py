@@ -20,7 +20,7 @@ from sightline.checks import check_whole, missing
 from sightline.explainers import Method, explain
 from sightline.explainers.explain import requests_of
 from sightline.explainers.traced import Classes, WithExplanations, check_methods, traced
-from sightline.inference import copy_of, logits_of
+from sightline.inference import check_names, copy_of, logits_of
 
 _TOLERANCE = 1e-4  # of the largest value of an output; runtimes add up in other orders
 _OPSETS = range(18, 24)  # those that torch.onnx has operators for
@@ -72,8 +72,8 @@ def export(
         opset: version of ONNX's operators, 18 to 23. None: that of torch.onnx.
 
     Raises:
-        ValueError: another ending, a network or a method that cannot be exported, or no `preprocess` for a module that
-            needs it.
+        ValueError: another ending, a network or a method that cannot be exported, no `preprocess` for a module that
+            needs it, or names that are not as many as its classes.
         OSError: the folder is no run, or the file cannot be written.
         ModuleNotFoundError: a package for ONNX is missing.
         RuntimeError: the exported network computes something else. Then nothing is written.
@@ -96,6 +96,9 @@ def export(
     else:
         gated = any(isinstance(getattr(block, "gate", None), nn.Module) for block in model.modules())
         network = WithMaps(model) if gated else model
+    if classes:
+        with torch.no_grad():
+            check_names(classes, logits_of(model(data.normalize(examples[0], preprocess))))
     names = ("logits", *(name or "attention" for name in getattr(network, "names", ())))
     pixels = _FromPixels(network, preprocess).eval()
     facts: dict[str, Any] = {

@@ -23,7 +23,7 @@ from sightline.evaluation.scores import PartialResults, Scores, key_of
 from sightline.explainers import EXPLAINERS, FAST, Explanation, Method, attention_maps, explain, fitting, named
 from sightline.explainers.selection import TOLD, unsuited
 from sightline.facts import Progress, Spread, Verdict, current_name, did_you_mean
-from sightline.inference import Memory, Output, copy_of
+from sightline.inference import Memory, Output, copy_on_cpu
 from sightline.metrics import METRICS, Perturbation, inputs_of, measure
 from sightline.metrics.agreement import ranks
 from sightline.metrics.classification import quality
@@ -338,7 +338,7 @@ def _score(
     if spread is None:
         coming = ((number, _batch_scores(one, task, draw.shown, report)) for number, one in todo())
     else:
-        coming = spread(_scores_elsewhere, todo(), _on_cpu(task), draw.shown)
+        coming = spread(_scores_elsewhere, todo(), replace(task, model=copy_on_cpu(task.model)), draw.shown)
     for number, part in coming:
         if isinstance(part, str):
             raise RuntimeError(
@@ -349,11 +349,6 @@ def _score(
             part.save(path)
         finish(number, batch, part)
     return sum((finished[number] for number in sorted(finished)), Scores())
-
-
-def _on_cpu(task: Task) -> Task:
-    """To be sent: another process may have no GPU, or another one."""
-    return replace(task, model=copy_of(task.model).to("cpu"))
 
 
 def _scores_elsewhere(one: tuple[Batch, Tensor], task: Task, shown: Array) -> Scores:

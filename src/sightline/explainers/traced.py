@@ -169,7 +169,7 @@ class _Forward:
         inputs = {(p.name.removeprefix("input of "), p.call): p for p in places if p.name.startswith("input of ")}
         attention = patch_maps(model, self._keep_map) if network.reads_tokens else SmoothAttention()
         try:
-            with attention, _Inputs(self, inputs):
+            with _Means(), attention, _Inputs(self, inputs):
                 logits = logits_of(model(images))
         finally:
             for handle in handles:
@@ -223,6 +223,17 @@ class _Keep:
             return None
         handed = self.forward.leaf((self.name, call), first)
         return tree_map(lambda value: handed if value is first else value, output)
+
+
+class _Means(Operations):
+    """Global average pooling as a mean, since PyTorch's sets the strides of a channels-last map, unknown to ONNX."""
+
+    def on(self, operation: Operation) -> Any:
+        """The result of the operation."""
+        size = operation.argument(1, "output_size")
+        if operation.name == "adaptive_avg_pool2d" and size in (1, (1, 1), [1, 1]):
+            return operation.input.mean((-2, -1), keepdim=True)
+        return operation()
 
 
 class _Inputs(Operations):

@@ -1,6 +1,6 @@
 """Calls any model, reads its output, and leaves it unchanged."""
 
-from sightline.inference.copies import copy_of
+from sightline.inference.copies import copy_of, copy_on_cpu
 from sightline.inference.features import calls_of, features_of, head_name
 from sightline.inference.inputs import (
     SHOWN,
@@ -20,6 +20,7 @@ from sightline.inference.outputs import (
     answers,
     check_classes,
     check_images,
+    check_names,
     either,
     forward,
     forward_call,
@@ -60,7 +61,9 @@ __all__ = [
     "calls_of",
     "check_classes",
     "check_images",
+    "check_names",
     "copy_of",
+    "copy_on_cpu",
     "either",
     "exact",
     "features_of",

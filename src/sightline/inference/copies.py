@@ -32,6 +32,11 @@ def copy_of(model: Model) -> Model:
             return copy.deepcopy(model, shared)
 
 
+def copy_on_cpu(model: Model) -> Model:
+    """A copy to be sent to another process, which may have no GPU, or another one."""
+    return copy_of(model).to("cpu")
+
+
 class _WithoutGraphs(Operations):
     def on(self, operation: Operation) -> Any:
         if operation.func is Tensor.__deepcopy__ and not operation.args[0].is_leaf:

@@ -467,6 +467,24 @@ def check_classes(indices: Int[Tensor, "..."], classes: int) -> Int[Tensor, "...
     return indices
 
 
+def check_names(names: Sequence[str], logits: Float[Tensor, "b n"]) -> None:
+    """Check that class names, if there are any, are as many as the classes; a single logit stands for two.
+
+    Raises:
+        ValueError: there are more names, or fewer.
+
+    >>> check_names(["cat", "dog"], torch.zeros(1, 1))
+    >>> check_names(["cat", "dog"], torch.zeros(1, 3))
+    Traceback (most recent call last):
+    ValueError: expected 3 class names, one per class of the model, got 2; name all of them, or none
+    """
+    count = max(2, logits.shape[1])
+    if names and len(names) != count:
+        raise ValueError(
+            f"expected {count} class names, one per class of the model, got {len(names)}; name all of them, or none"
+        )
+
+
 def _indices(targets: int | Tensor, batch: int) -> Int[Tensor, "b t"]:
     if not isinstance(targets, bool) and isinstance(targets, Integral):  # NumPy's, too
         return torch.full((batch, 1), int(targets))

@@ -17,7 +17,7 @@ from sightline.data.images import File
 from sightline.explainers import EXPLAINERS, FAST, Explanation, explain, fitting
 from sightline.explainers.selection import unsuited
 from sightline.facts import Progress, did_you_mean
-from sightline.inference import Output, forward_call, normalized
+from sightline.inference import Output, check_names, forward_call, normalized
 from sightline.report.parts import POOLINGS, PartMaps, attention_and_parts
 
 _DIGITS, _SHOWN = 19, 60  # letters of an index, and of a name in an error
@@ -105,6 +105,7 @@ class ExplainedNetwork:
         """The maps of all methods, and those of a block with several."""
         chosen: dict[str, Any] = {"output": self.output, "progress": progress, **sizes}
         explanation = explain(self.model, inputs, self.target, self.methods, layer, **chosen)
+        check_names(self.classes, explanation.logits)
         blocks = {
             method: explanation.layers[method].name
             for method in explanation.maps

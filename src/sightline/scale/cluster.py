@@ -24,7 +24,7 @@ Key = TypeVar("Key")
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 _READERS = 8  # images of a core that are on their way over a network
-_HOPELESS = 30  # deaths in a row, without one finished shard between them
+_HOPELESS = 30  # deaths in a row per worker, without one that lived between them
 
 
 class Cluster(NamedTuple):
@@ -263,7 +263,7 @@ class _Driver:
         self.deaths: Counter[int] = Counter()
         self.lethal: dict[int, list[int]] = {}
         self.searches: dict[int, Generator[Sequence[int], bool, list[int]]] = {}
-        self.in_a_row = 0
+        self.in_a_row, self.hopeless = 0, _HOPELESS * workers
         for _ in range(workers):
             self._start()
 
@@ -315,17 +315,20 @@ class _Driver:
                 self._start()
             else:
                 self.idle.append(worker)
+        if not isinstance(result, _Death):
+            self.in_a_row = 0
+        elif work.part is not None:
+            self._count_death(result)
         if work.part is not None:
             self._search(work.shard, not isinstance(result, _Death))
         elif isinstance(result, _Death):
             yield from self._after_death(work, result)
         else:
-            self.in_a_row = 0
             yield result
 
     def _count_death(self, death: _Death) -> None:
         self.in_a_row += 1
-        if self.in_a_row > _HOPELESS:
+        if self.in_a_row > self.hopeless:
             raise RuntimeError(f"{self.in_a_row} processes died, one after the other; the last: {death.reason}")
 
     def _after_death(self, work: _Work, death: _Death) -> Iterator[Failed]:

@@ -16,7 +16,7 @@ from sightline import runs
 from sightline.checks import check_whole
 from sightline.data.images import MAX_PIXELS
 from sightline.facts import Progress
-from sightline.inference import Memory, Output, copy_of
+from sightline.inference import Memory, Output, copy_on_cpu
 from sightline.notebook import bar_of
 from sightline.report.networks import ExplainedNetwork, Network, network_of
 from sightline.scale import cluster as ray_engine
@@ -133,7 +133,7 @@ def explain_many(
     runs.check_writable(out)
     network = network_of(model, methods, target, None, whole, classes, name, is_file=True)
     if engine == "ray" and network.device.type != "cpu":  # each worker brings its own to its device
-        network.model = copy_of(network.model).to("cpu")
+        network.model = copy_on_cpu(network.model)
     notices = (*network.notices, *_settle(network, layer, output))
     named = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     job = _ask(network, named, out, layer, output, dtype, per_shard, batch_size, memory, max_pixels)

@@ -18,7 +18,7 @@ from sightline.data.images import MAX_PIXELS, open_mask, open_picture, quiet
 from sightline.explainers import EXPLAINERS, Explainer, Explanation, explain, find_explainer, fitting, named
 from sightline.explainers.drawing import packed, sized
 from sightline.facts import Layer, Progress, Verdict, notice
-from sightline.inference import SHOWN, answers, forward_call
+from sightline.inference import SHOWN, answers, check_names, forward_call
 from sightline.inference.operations import first_tensor
 from sightline.report.networks import Explained, ExplainedNetwork, Network, class_index, network_of
 
@@ -156,7 +156,9 @@ class Service:
         self.network = replace(self.network, output=call.output, notices=notices)
         _, reasons = fitting(self.network.model, inputs, output=call.output, progress=progress)
         self.methods = {name: Method(name, explainer, reasons.get(name)) for name, explainer in EXPLAINERS.items()}
-        self.count = self.probabilities(inputs).shape[1]
+        probabilities = self.probabilities(inputs)
+        check_names(self.network.classes, probabilities)
+        self.count = probabilities.shape[1]
         self.layers, self.default_layer = _layers(self.network, inputs)
 
     def read(self, name: str, content: bytes, max_pixels: int = MAX_PIXELS) -> Picture:

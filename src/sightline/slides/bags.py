@@ -22,7 +22,7 @@ from sightline import runs
 from sightline.data import Preprocess, normalize
 from sightline.data.slides import Slide, Tiles, UnreadableSlide, open_slide, sharpness, stain, tiles_of, tissue_of
 from sightline.facts import Progress, Spread, duration
-from sightline.inference import allowance, copy_of, features_of, fitting_size, held_by, untouched
+from sightline.inference import allowance, copy_on_cpu, features_of, fitting_size, held_by, untouched
 
 Array = np.ndarray
 _KIND = "sightline bag 1"
@@ -266,7 +266,7 @@ def write_bags(
             (path, _bag(path, *common, workers, partial(tell, number, path))) for number, path in enumerate(waiting)
         )
     else:
-        coming = spread(_bag_elsewhere, ((path, path) for path in waiting), copy_of(model).to("cpu"), *common[1:])
+        coming = spread(_bag_elsewhere, ((path, path) for path in waiting), copy_on_cpu(model), *common[1:])
     for number, (path, found) in enumerate(coming):
         if isinstance(found, str):
             skipped[path.name] = found
