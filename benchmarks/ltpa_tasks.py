@@ -28,19 +28,18 @@ START: dict[str, Any] = {
     "augment.flip": True,
 }
 SETS: dict[str, dict[str, Any]] = {
-    "cifar10": {"data.train_size": 10000},
+    "cifar10": {"data.train_size": 5000, "optim.epochs": 8},
     "tiny_imagenet50": {"data.size": 64},
     "wbc_masks": {"data.size": 64, "optim.epochs": 30, "optim.class_weights": True, "augment.rotate": True},
     "glas_tiles": {"data.size": 96, "data.group": "patient", "data.resplit": True, "augment.rotate": True},
 }
 STEM = {"cifar10": 2, "tiny_imagenet50": 4, "wbc_masks": 4, "glas_tiles": 4}
 """First pool or stride: with it the attended maps of a set have 4 to 12 pixels a side at the last level."""
-SOME = {"train_size": 5000, "test_size": 2000}
+SOME = {"train_size": 1500, "test_size": 800}
 OTHERS: dict[str, dict[str, Any]] = {
     "cifar10": SOME,
     "cifar100": SOME,
     "tiny_imagenet50": SOME,
-    "omniglot_small": {"resplit": True, "test": 0.5},
     "wbc_masks": {},
     "glas_tiles": {"group": "patient", "resplit": True},
 }
