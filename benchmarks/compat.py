@@ -1,9 +1,10 @@
-"""The tests of pytorch-grad-cam, run on `sightline.compat.pytorch_grad_cam`.
+"""The tests and example scripts of pytorch-grad-cam, run on `sightline.compat.pytorch_grad_cam`.
 
     python benchmarks/compat.py PATH    a checkout of jacobgil/pytorch-grad-cam, with tests/ and examples/both.png
 
-The tests are copied into a temporary folder, where two things are changed: the imports name our package, and networks
-have random weights, as theirs would be downloaded. The files in PATH stay as they are.
+They are copied into a temporary folder, where two things are changed: the imports name our package, and networks have
+random weights, as theirs would be downloaded; the scripts get smaller networks, too. The files in PATH stay as they
+are.
 """
 
 import argparse
@@ -31,6 +32,16 @@ for name in ("resnet18", "vgg11"):
     setattr(torchvision.models, name, functools.cache(getattr(torchvision.models, name)))
 """
 """Tests share their networks, which our maps leave alone: making them is most of the time."""
+SCRIPTS = {
+    "cam.py": [("models.resnet50(weights=models.ResNet50_Weights.DEFAULT)", "models.resnet18()")],
+    "usage_examples/vit_example.py": [
+        ("torch.hub.load('facebookresearch/deit:main',", "__import__('timm').create_model("),
+        ("pretrained=True", "pretrained=False"),
+    ],
+    "usage_examples/swinT_example.py": [("swin_base", "swin_tiny"), ("pretrained=True", "pretrained=False")],
+}
+"""Example script -> changes; its methods are those that it offers."""
+OFFERED = re.compile(r"""["']([a-z+]+)["']\s*:\s*\w+""")
 METHOD = re.compile(r"\b([A-Z]\w*CAM\w*|FullGrad)\b")
 
 
@@ -56,6 +67,39 @@ def run(source: Path) -> list[dict[str, Any]]:
     ]
 
 
+def scripts(source: Path) -> list[dict[str, Any]]:
+    """What every example script says for every method that it offers, and with smoothing."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        there = Path(folder)
+        (there / "examples").symlink_to((source / "examples").resolve())
+        for name, changes in SCRIPTS.items():
+            text = (source / name).read_text()
+            for pattern, replacement in CHANGES[:2]:
+                text = re.sub(pattern, replacement, text)
+            for before, after in changes:
+                assert before in text, f"{name}: expected {before!r}, got another version; adapt SCRIPTS"
+                text = text.replace(before, after)
+            file = there / Path(name).name
+            file.write_text(text)
+            smooth = re.findall(r"--(?:aug|eigen).smooth", text)
+            calls = [("gradcam", *smooth), *((method,) for method in dict.fromkeys(OFFERED.findall(text)))]
+            for method, *options in calls:
+                command = [sys.executable, file.name, "--method", method, *options]
+                done = subprocess.run(command, cwd=there, capture_output=True, text=True, check=False)
+                lines = done.stderr.strip().splitlines()
+                rows.append(
+                    {
+                        "file": name,
+                        "method": " ".join([method, *options]),
+                        "outcome": "failed" if done.returncode else "passed",
+                        "reason": lines[-1] if done.returncode and lines else "",
+                        "tests": 1,
+                    }
+                )
+    return rows
+
+
 def outcome(case: ET.Element) -> tuple[str, str, str, str]:
     """File, method, passed or failed, and why."""
     broken = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
@@ -77,7 +121,7 @@ def main() -> None:
     source = parser.parse_args().source
     if not (source / "tests").is_dir() or not (source / "examples" / "both.png").exists():
         parser.error(f"expected a folder with tests/ and examples/both.png, got {source}; check pytorch-grad-cam out")
-    rows = run(source)
+    rows = run(source) + scripts(source)
     for row in rows:
         print(f"| `{row['file']}` | {row['method']} | {row['tests']} {row['outcome']} | {row['reason']} |")
     passed = sum(row["tests"] for row in rows if row["outcome"] == "passed")

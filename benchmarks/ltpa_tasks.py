@@ -4,6 +4,7 @@ The tasks of "Learn To Pay Attention" on data at hand, for two trunks (VGG and p
 network beside the same trunk without attention and beside the same network with uniform weights, three seeds each.
 
     python benchmarks/ltpa_tasks.py DATA [--sets cifar10,wbc_masks] [--seeds 0,1,2]
+    python benchmarks/ltpa_tasks.py DATA --sets ""      only the tables of what is in the results
 
 DATA is the folder of the sets. Trained networks and measured tasks are kept in OUT/SET, with a page bench.html for each
 set; a second start continues. The figures are written into results/ltpa_tasks.json after each set.
@@ -12,6 +13,7 @@ set; a second start continues. The figures are written into results/ltpa_tasks.j
 import argparse
 import json
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from measure import hardware
@@ -45,6 +47,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 TRANSFERS = {"cifar10": [*OTHERS][1:], "tiny_imagenet50": ["cifar10", "cifar100"]}
 """Sets whose networks are tested on other sets, and on which."""
+LEFT_OUT = (
+    "fooled, 2/255",
+    "fooled by noise, 1/255",
+    "fooled by noise, 2/255",
+    "random_map",
+    "edge_map",
+    "contrast_map",
+)
+"""Figures that the tables of the page do not show."""
 FILE = Path(__file__).parent / "results" / "ltpa_tasks.json"
 
 
@@ -89,6 +100,23 @@ def facts(result: Bench) -> list[dict[str, Any]]:
     ]
 
 
+def tables(kept: dict[str, Any]) -> str:
+    """The tables of docs/results/ltpa-tasks.md: for each set the networks, mean and deviation over the seeds."""
+    lines: list[str] = []
+    for name, of_set in kept["sets"].items():
+        first = of_set["runs"][0]["tasks"]
+        figures = [(title, figure) for title, of_task in first.items() for figure in of_task if figure not in LEFT_OUT]
+        heads = ["network", "seeds", "accuracy", *(f"{title}: {figure}" for title, figure in figures)]
+        lines += ["", f"{name}:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for row in dict.fromkeys(run["row"] for run in of_set["runs"]):
+            runs_of = [run for run in of_set["runs"] if run["row"] == row]
+            values = [[run["accuracy"] for run in runs_of]]
+            values += [[run["tasks"][title][figure] for run in runs_of] for title, figure in figures]
+            cells = [f"{mean(one):.3f} ± {stdev(one) if len(one) > 1 else 0:.3f}" for one in values]
+            lines.append(f"| {' | '.join([row, str(len(runs_of)), *cells])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -102,9 +130,10 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="further fields of the recipe"
     )
+    parser.add_argument("--rows", help="networks to train (all)")
     options = parser.parse_args()
     kept: dict[str, Any] = json.loads(FILE.read_text()) if FILE.is_file() else {"sets": {}}
-    for name in options.sets.split(","):
+    for name in filter(None, options.sets.split(",")):
         changes = {"data.source": str(options.data / name), "seeds": options.seeds, **START, **SETS[name]}
         changes |= dict(pair.split("=", 1) for pair in options.set)
         study = Study(
@@ -112,14 +141,15 @@ def main() -> None:
             rows=rows(name, {"width": options.vgg_width}, {"depth": options.depth, "width": options.width}),
             tasks=tasks(name, options.data),
         )
-        result = bench(study, options.out / name, jobs=options.jobs, progress=lambda what, *_: print(what, flush=True))
+        chosen = options.rows.split(",") if options.rows else None
+        result = bench(
+            study, options.out / name, chosen, jobs=options.jobs, progress=lambda what, *_: print(what, flush=True)
+        )
         kept["sets"][name] = {"runs": facts(result), "failed": {str(run): why for run, why in result.failed.items()}}
         kept |= {"hardware": hardware(), "versions": runs.surroundings()["versions"]}
         runs.write(FILE, json.dumps(runs.plain(kept), indent=1).encode())
-        columns, lines = result.table()
-        for line in (columns, ["---"] * len(columns), *lines):
-            print(f"| {' | '.join(line)} |")
         print("\n".join(result.sentences()))
+    print(tables(kept))
 
 
 if __name__ == "__main__":
