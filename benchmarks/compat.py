@@ -41,7 +41,7 @@ SCRIPTS = {
     "usage_examples/swinT_example.py": [("swin_base", "swin_tiny"), ("pretrained=True", "pretrained=False")],
 }
 """Example script -> changes; its methods are those that it offers."""
-OFFERED = re.compile(r"""["']([a-z+]+)["']\s*:\s*\w+""")
+OFFERED = re.compile(r"""["']([a-z+]+)["']\s*:\s*[A-Z]\w+""")
 METHOD = re.compile(r"\b([A-Z]\w*CAM\w*|FullGrad)\b")
 
 

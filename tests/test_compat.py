@@ -97,6 +97,16 @@ def test_smoothed_maps(net, images, name, option):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_finer_cam_takes_the_smoothing_of_the_others(net, images):
+    """As the example script of pytorch-grad-cam asks for it, which fails there."""
+    versions = [factor * (images.flip(-1) if turned else images) for turned in (0, 1) for factor in (1.0, 1.1, 0.9)]
+    plain = [of(ours, "FinerCAM", net, version) for version in versions]
+    mean = (sum(plain[:3]) + sum(plain[3:])[..., ::-1]) / 6
+    np.testing.assert_allclose(of(ours, "FinerCAM", net, images, aug_smooth=True), mean, atol=1e-6)
+    with pytest.raises(TypeError, match="aug_smooth"):
+        of(theirs, "FinerCAM", net, images, aug_smooth=True)
+
+
 def test_smoothing_by_a_component_is_that_of_the_weighted_channels(net, images):
     cam = ours.GradCAM(net, [net.last])
     plain = cam(images)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -84,10 +85,8 @@ class BaseCAM:
         Raises:
             ValueError: not one target for each image, or a layer that cannot be read.
         """
-        if not aug_smooth:
-            return self.forward(input_tensor, targets, eigen_smooth)
-        mean: Any = sum(self._augmented(input_tensor, targets, eigen_smooth)) / self._versions()
-        return mean.numpy()
+        make = partial(self.forward, targets=targets, eigen_smooth=eigen_smooth)
+        return self.mean_of_versions(input_tensor, make) if aug_smooth else make(input_tensor)
 
     def forward(
         self,
@@ -135,23 +134,21 @@ class BaseCAM:
         ]
         return stretched(torch.cat(scaled, 1).mean(1)).float().cpu().numpy()
 
-    def _augmented(
-        self, images: Float[Tensor, "b c *grid"], targets: Sequence[ModelTarget] | None, eigen_smooth: bool
-    ) -> Any:
-        """The maps of all versions, turned back."""
+    def mean_of_versions(
+        self, images: Float[Tensor, "b c *grid"], make: Callable[[Tensor], np.ndarray]
+    ) -> Float[np.ndarray, "b *grid"]:
+        """The mean of the maps that `make` makes of all versions of the images, turned back."""
+        maps: list[Tensor] = []
         if self.tta_transforms is not None:
             for transform in self.tta_transforms:
-                values = self.forward(transform.augment_image(images), targets, eigen_smooth)
-                yield transform.deaugment_mask(torch.from_numpy(values)[:, None])[:, 0]
-            return
-        for mirrored in (False, True):
-            for factor in _BRIGHTNESS:
-                version = factor * (images.flip(-1) if mirrored else images)
-                values = torch.from_numpy(self.forward(version, targets, eigen_smooth))
-                yield values.flip(-1) if mirrored else values
-
-    def _versions(self) -> int:
-        return 2 * len(_BRIGHTNESS) if self.tta_transforms is None else len([*self.tta_transforms])
+                values = torch.from_numpy(make(transform.augment_image(images)))
+                maps.append(transform.deaugment_mask(values[:, None])[:, 0])
+        else:
+            for mirrored in (False, True):
+                for factor in _BRIGHTNESS:
+                    values = torch.from_numpy(make(factor * (images.flip(-1) if mirrored else images)))
+                    maps.append(values.flip(-1) if mirrored else values)
+        return torch.stack(maps).mean(0).numpy()
 
     def _keep(self, outputs: Any) -> None:
         self.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs

@@ -1,6 +1,7 @@
 """FinerCAM: what speaks for a class and not for the classes most like it."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -44,6 +45,7 @@ class FinerCAM:
         alpha: int | float = 1,
         comparison_categories: Sequence[int] | None = None,
         target_idx: int | None = None,
+        aug_smooth: bool = False,
     ) -> Float[np.ndarray, "b *grid"]:
         """Maps from 0 to 1, one per image.
 
@@ -55,6 +57,7 @@ class FinerCAM:
             comparison_categories: places, from 1, among the classes sorted by how near their output is to the target's.
                 None: 1, 2 and 3.
             target_idx: the class. None: the highest.
+            aug_smooth: as in BaseCAM; pytorch-grad-cam does not take it.
 
         Raises:
             ValueError: no such class, or no other to compare with.
@@ -72,4 +75,5 @@ class FinerCAM:
             nearest = (outputs - wanted[:, None]).abs().argsort(dim=1, stable=True).tolist()
             return [FinerWeightedTarget(row[0], [row[place] for place in places], alpha) for row in nearest]
 
-        return self.base_cam.forward(input_tensor, targets, eigen_smooth, choose)
+        make = partial(self.base_cam.forward, targets=targets, eigen_smooth=eigen_smooth, choose=choose)
+        return self.base_cam.mean_of_versions(input_tensor, make) if aug_smooth else make(input_tensor)
