@@ -15,14 +15,17 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from measure import save
 
-CHANGES = [
+IMPORTS = [
     (r"(?m)^import pytorch_grad_cam$", "import sightline.compat.pytorch_grad_cam as pytorch_grad_cam"),
     (r"(?m)^from pytorch_grad_cam", "from sightline.compat.pytorch_grad_cam"),
+]
+WEIGHTS = [
     (r'weights="DEFAULT"', "weights=None"),
     (r"pretrained=(True|False)", "weights=None"),
 ]
@@ -45,16 +48,20 @@ OFFERED = re.compile(r"""["']([a-z+]+)["']\s*:\s*[A-Z]\w+""")
 METHOD = re.compile(r"\b([A-Z]\w*CAM\w*|FullGrad)\b")
 
 
+def changed(text: str, changes: Iterable[tuple[str, str]]) -> str:
+    """A test or a script with its patterns replaced."""
+    for pattern, replacement in changes:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
 def run(source: Path) -> list[dict[str, Any]]:
     """What every test says, grouped by file, by the method that it uses, and by the reason."""
     with tempfile.TemporaryDirectory() as folder:
         there = Path(folder)
         (there / "examples").symlink_to((source / "examples").resolve())
         for file in sorted((source / "tests").glob("test_*.py")):
-            text = file.read_text()
-            for pattern, replacement in CHANGES:
-                text = re.sub(pattern, replacement, text)
-            (there / file.name).write_text(text)
+            (there / file.name).write_text(changed(file.read_text(), [*IMPORTS, *WEIGHTS]))
         (there / "conftest.py").write_text(SHARED)
         report, cases = there / "report.xml", list[ET.Element]()
         for file in sorted(there.glob("test_*.py")):  # apart: a test may change a network for all that follow
@@ -74,9 +81,7 @@ def scripts(source: Path) -> list[dict[str, Any]]:
         there = Path(folder)
         (there / "examples").symlink_to((source / "examples").resolve())
         for name, changes in SCRIPTS.items():
-            text = (source / name).read_text()
-            for pattern, replacement in CHANGES[:2]:
-                text = re.sub(pattern, replacement, text)
+            text = changed((source / name).read_text(), IMPORTS)
             for before, after in changes:
                 assert before in text, f"{name}: expected {before!r}, got another version; adapt SCRIPTS"
                 text = text.replace(before, after)

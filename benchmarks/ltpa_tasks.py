@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="further fields of the recipe"
     )
-    parser.add_argument("--rows", help="networks to train (all)")
+    parser.add_argument("--rows", metavar="A;B", help="networks to train (all)")
     options = parser.parse_args()
     kept: dict[str, Any] = json.loads(FILE.read_text()) if FILE.is_file() else {"sets": {}}
     for name in filter(None, options.sets.split(",")):
@@ -141,7 +141,7 @@ def main() -> None:
             rows=rows(name, {"width": options.vgg_width}, {"depth": options.depth, "width": options.width}),
             tasks=tasks(name, options.data),
         )
-        chosen = options.rows.split(",") if options.rows else None
+        chosen = options.rows.split(";") if options.rows else None
         result = bench(
             study, options.out / name, chosen, jobs=options.jobs, progress=lambda what, *_: print(what, flush=True)
         )
