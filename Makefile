@@ -1,10 +1,11 @@
 # Needs Python >= 3.11, pip and make. `make demo` runs the main job and `make test` the tests; both create .venv the first
 # time. PYTHON=/path/to/python chooses the interpreter for it.
-.PHONY: help demo test check docs clean
+.PHONY: help demo test proofs check docs clean
 
 help:
 	@echo "make demo    train on clutter, explain, evaluate; write runs/demo/ with the report"
 	@echo "make test    run the test suite"
+	@echo "make proofs  run the slow tests that it leaves out"
 	@echo "make check   check lint, format, types, import layers and the pages and links of docs/"
 	@echo "make docs    write the documentation to build/docs/"
 	@echo "make clean   remove .venv, caches and build outputs; keep runs/"
@@ -17,14 +18,18 @@ demo:
 unexport PYTHONDONTWRITEBYTECODE
 
 # torch.compile would trace the shape checker's wrappers, so the compile tests run without the checker.
-test: export OMP_NUM_THREADS = 1
-test: export HF_HUB_OFFLINE = 1
-test: export XDG_CACHE_HOME = $(CURDIR)/.cache
-test: export SIGHTLINE_CACHE = $(CURDIR)/.cache/sightline
+test proofs: export OMP_NUM_THREADS = 1
+test proofs: export HF_HUB_OFFLINE = 1
+test proofs: export XDG_CACHE_HOME = $(CURDIR)/.cache
+test proofs: export SIGHTLINE_CACHE = $(CURDIR)/.cache/sightline
 test:
 	@scripts/setup dev
 	.venv/bin/python -m pytest -n 2 --dist worksteal
-	.venv/bin/python -m pytest -m compile -o addopts="--strict-markers --import-mode=importlib" -n 2 tests
+	.venv/bin/python -m pytest -m "compile and not slow" -o addopts="--strict-markers --import-mode=importlib" -n 2 tests
+
+proofs:
+	@scripts/setup dev
+	.venv/bin/python -m pytest -m slow -o addopts="--strict-markers --import-mode=importlib" -n 2 tests
 
 check:
 	@scripts/setup dev

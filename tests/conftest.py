@@ -5,38 +5,33 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
-from types import FunctionType, ModuleType
+from functools import partial
+from inspect import get_annotations
+from typing import Any, get_args
 
 import jaxtyping
 import pytest
 
-from sightline import data
-from sightline.explainers import tokens
-from sightline.explainers.capture import features, replay
-from sightline.inference import axes, memory, operations, positions, preserve
-from sightline.recipe import Data
-
-WITHOUT_SHAPES = (axes, features, memory, operations, positions, preserve, replay, tokens)
-"""They run at each operation of a network and name no shape: to check their calls would take most of the time."""
+checked = jaxtyping.jaxtyped
 
 
-def functions_of(owner: ModuleType | type) -> Iterator[FunctionType]:
-    """The functions of a module and of its classes, those behind properties included."""
-    for value in vars(owner).values():
-        if isinstance(value, property):
-            value = value.fget
-        elif isinstance(value, cached_property):
-            value = value.func
-        if isinstance(value, type) and value.__module__ == owner.__name__:
-            yield from functions_of(value)
-        elif isinstance(value, FunctionType) and value.__module__ in (owner.__name__, owner.__dict__.get("__module__")):
-            yield value
+def names_shape(hint: Any) -> bool:
+    """Whether a type hint is, or holds, one with a shape."""
+    is_shape = isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)
+    return is_shape or any(map(names_shape, get_args(hint)))
 
 
-for module in WITHOUT_SHAPES:
-    for function in functions_of(module):
-        function.__no_type_check__ = True
+def with_shapes(made: Any = None, *, typechecker: Any) -> Any:
+    """Check the functions and data classes that name a shape: to check all calls would take most of the time, and
+    pyright knows the other types."""
+    if made is None:
+        return partial(with_shapes, typechecker=typechecker)
+    hints = [hint for one in getattr(made, "__mro__", (made,)) for hint in get_annotations(one).values()]
+    return checked(made, typechecker=typechecker) if any(map(names_shape, hints)) else made
+
+
+jaxtyping.jaxtyped = with_shapes
+"""The import hook of pytest decorates with it, so it comes before the first import of the package."""
 
 
 @pytest.fixture
@@ -88,9 +83,11 @@ def ctrl_c_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.fixture
 def few_validation_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 1000 of clutter would take most of the time."""
+    from sightline import data
+
     load = data.load
 
-    def few(asked: Data) -> dict[str, data.ImageSet]:
+    def few(asked: Any) -> dict[str, data.ImageSet]:
         sets = load(asked)
         return sets | {"val": replace(sets["val"], labels=sets["val"].labels[:50], names=sets["val"].names[:50])}
 

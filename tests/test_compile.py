@@ -58,6 +58,7 @@ def test_compile_gives_the_same_maps_and_notices_other_weights() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of PyTorch needs one of C++")
+@pytest.mark.slow
 def test_compile_notices_other_sizes_of_images() -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=7)

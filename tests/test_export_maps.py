@@ -168,10 +168,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tu
     return write
 
 
+IN_ONNX = ["a backward through everything", "channels last in memory", "learned attention"]
+"""The way into ONNX makes the program first."""
 Written = Callable[[str, str], tuple[nn.Module, Exported]]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in IN_ONNX else []) for case in CASES]
+)
 def test_a_program_makes_the_maps_of_explain(case: str, written: Written) -> None:
     _, _, methods, layer = CASES[case]
     model, exported = written(case, "pt2")
@@ -180,7 +184,7 @@ def test_a_program_makes_the_maps_of_explain(case: str, written: Written) -> Non
         assert_maps(list(program(exported.path)(pixels(n))), model, pixels(n), methods, layer=layer)
 
 
-@pytest.mark.parametrize("case", ["a backward through everything", "channels last in memory", "learned attention"])
+@pytest.mark.parametrize("case", IN_ONNX)
 def test_onnx_makes_the_maps_of_explain(case: str, written: Written) -> None:
     pytest.importorskip("onnxruntime")
     name, _, methods, layer = CASES[case]

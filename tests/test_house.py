@@ -13,8 +13,8 @@ import jaxtyping
 import pytest
 import torch
 import yaml
-from tests.conftest import WITHOUT_SHAPES
 
+from sightline.data import Batch
 from sightline.inference.operations import Operation
 from sightline.maps import normalize
 
@@ -251,18 +251,18 @@ def test_make_test_runs_the_suite_with_and_without_the_shape_checker(checkout: C
     assert main == "-m pytest -n 2 --dist worksteal"
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert "--jaxtyping-packages=sightline,beartype.beartype" in options["addopts"]
-    assert "not compile" in options["addopts"]
+    assert "not compile and not slow" in options["addopts"]
     assert "error" in options["filterwarnings"]
-    assert compiled.startswith("-m pytest -m compile -o addopts=")
+    assert compiled.startswith("-m pytest -m compile and not slow -o addopts=")
     assert "jaxtyping" not in compiled
 
 
-def test_the_shape_checker_passes_over_modules_that_name_no_shape() -> None:
-    for module in WITHOUT_SHAPES:
-        assert "jaxtyping" not in Path(str(module.__file__)).read_text(), module
+def test_the_shape_checker_knows_the_functions_and_data_classes_that_name_a_shape() -> None:
     assert Operation(len, [1], {}).input == 1  # not a tuple
     with pytest.raises(jaxtyping.TypeCheckError, match="maps"):
         normalize(torch.zeros(3))
+    with pytest.raises(jaxtyping.TypeCheckError, match="images"):
+        Batch(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), None, None, torch.arange(2), ["a", "b"])
 
 
 def test_make_says_what_is_wrong_with_an_old_python(checkout: Checkout) -> None:

@@ -465,7 +465,7 @@ def compiled_cases():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("case", [*(pytest.param(n, marks=pytest.mark.slow) for n in range(3)), 3])
 def test_compiled_without_breaks_and_exported(case):
     inserted = list(compiled_cases())[case]
     wanted = inserted(images())

@@ -31,6 +31,7 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(through: Path, tmp_path: Path):
     kills = trainings = 0
     while not kills:
@@ -43,10 +44,11 @@ def test_killed_at_random_moments(through: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("file", "write", "place"),
     [
-        *(("model.safetensors", 1, place) for place in (PLACES[1], PLACES[3])),
-        ("checkpoint.safetensors", 1, PLACES[2]),
+        pytest.param("model.safetensors", 1, PLACES[1], marks=pytest.mark.slow),
+        ("model.safetensors", 1, PLACES[3]),
+        pytest.param("checkpoint.safetensors", 1, PLACES[2], marks=pytest.mark.slow),
         ("checkpoint-2.safetensors", 3, PLACES[1]),
-        ("run.json", 2, PLACES[3]),
+        pytest.param("run.json", 2, PLACES[3], marks=pytest.mark.slow),
     ],
 )
 def test_killed_while_it_writes(file: str, write: int, place: str, through: Path, tmp_path: Path):

@@ -53,7 +53,10 @@ def test_two_processes_train_as_one(changes: dict[str, bool], alone: Path, tmp_p
 VGG = {"model.name": "vgg_att2", "model.options": {"width": 1 / 16, "stem_pool": 4}}
 
 
-@pytest.mark.parametrize("kind", [VGG, {"optim.sharded": True}], ids=["ddp, dropout", "fsdp"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(VGG, id="ddp, dropout"), pytest.param({"optim.sharded": True}, id="fsdp", marks=pytest.mark.slow)],
+)
 def test_two_processes_go_on_as_if_nothing_had_happened(kind: dict[str, Any], tmp_path: Path):
     """With moments, a moving average and micro-batches in the state; killed in the second epoch."""
     changes = {"optim.optimizer": "adamw", "optim.ema": 0.9, "optim.micro_batches": 2} | kind
