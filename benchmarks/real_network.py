@@ -30,9 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from measure import RESULTS, keep_freed_memory, peak, save, seconds
-from torch import Tensor, nn
+from measure import RESULTS, bare, keep_freed_memory, peak, save, seconds
+from torch import nn
 
 from sightline import data, inference, maps, models, runs, sight
 from sightline.data import ImageSet, Preprocess
@@ -90,11 +89,6 @@ def cost(call: Callable[[], object]) -> dict[str, float]:
     while len(taken) < 21 and sum(taken) < 5:
         taken.append(seconds(call))
     return {"seconds": statistics.median(taken), "gigabytes": peak(call) / 1e9}
-
-
-def forward(model: nn.Module, images: Tensor) -> None:
-    with torch.no_grad():
-        model(images)
 
 
 def done(part: str, method: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -198,7 +192,7 @@ def main() -> None:
             ]
             rows += [{"images": count, **row} for row in together(part, results)]
     if "cost" in asked.parts:
-        calls = {"forward": partial(forward, model, one)}
+        calls = {"forward": partial(bare, model, one, [len(one)])}
         calls |= {name: partial(explain, model, one, methods=[name]) for name in methods}
         rows += [{"method": name, **done("cost", name, partial(cost, call))} for name, call in calls.items()]
     show(rows)

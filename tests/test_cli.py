@@ -569,7 +569,6 @@ def test_images_of_one_name_keep_maps_of_their_own():
     assert names == ["a", "a-2", "a-2-2", "b", "a-3"]
 
 
-@pytest.mark.slow
 def test_compare_counts_what_each_block_adds(capsys):
     import timm
 

@@ -220,7 +220,6 @@ write_bags(sorted(Path(sys.argv[1]).glob("*.tif")), Path(sys.argv[2]), MeanColor
 """
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_and_continued(tmp_path: Path) -> None:
     """No half bag is left, and the bags are those of an undisturbed run, byte for byte."""
     (tmp_path / "slides").mkdir()
